@@ -1,0 +1,60 @@
+# Everything is made inside .venv; CONSTRAINTS pins what this project is tested with.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: try test setup fmt check test-unit test-dist test-all test-gpu golden schema clean
+
+# What a newcomer types first: the environment, then the main job on the embedded task, start to table.
+try: setup
+	$(BIN)/python -m distft.demo.tour
+
+test: setup
+	$(BIN)/python -m pytest tests -m "not slow and not gpu"
+
+setup: $(VENV)/.done
+
+# DeepSpeed is a source package that looks for torch while it builds: after the rest, without isolation, no ops.
+$(VENV)/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "distft needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) setuptools wheel ninja torch
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation deepspeed || echo "DeepSpeed could not be installed: engines zero1, zero2 and zero3 are not available, fsdp2 is"
+	@touch $@
+
+fmt: setup
+	$(BIN)/ruff format distft tests
+	$(BIN)/ruff check --fix distft tests
+
+check: setup
+	$(BIN)/ruff format --check distft tests
+	$(BIN)/ruff check distft tests
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell distft tests docs recipes launch README.md CHANGELOG.md
+
+test-unit: setup
+	$(BIN)/python -m pytest tests/unit tests/contract tests/recipes -m "not slow"
+
+test-dist: setup
+	$(BIN)/python -m pytest tests/dist -m "not slow"
+
+# The slower suites too: run before a release.
+test-all: setup
+	$(BIN)/python -m pytest tests -m "not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest tests/gpu
+
+# Rewrites the golden losses; the change is explained in CHANGELOG.md.
+golden: setup
+	$(BIN)/python -m pytest tests/golden --rewrite
+
+schema: setup
+	$(BIN)/python -c 'from distft.catalog import REGISTRIES; from distft.recipe import schema_text; open("recipes/schema.json", "w", encoding="utf-8").write(schema_text(REGISTRIES))'
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,270 @@
+"""`python -m distft.check RECIPE`: the resolved recipe and what its data becomes, before any GPU is asked for.
+
+Reads the rows (into the cache that training uses), never the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from distft.catalog import REGISTRIES
+from distft.core.errors import DONE, DistftError
+from distft.data.loader import EvalSteps, Steps
+from distft.data.prepare import cache_folder, prepare
+from distft.data.render import load_decoder
+from distft.data.report import SourceReport
+from distft.data.store import Prepared
+from distft.demo.files import locate
+from distft.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MARKS = ("⟦", "⟧")
+"""Around trained tokens where there is no colour."""
+_BAR = 40
+_PROGRESS_EVERY = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleView:
+    """One row as the model will see it."""
+
+    id: str
+    num_tokens: int
+    num_supervised: int
+    pieces: tuple[tuple[str, bool], ...]
+    """(text, whether it is trained), in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitView:
+    """The rows of [[data.train]] or [[data.eval]]."""
+
+    split: str
+    sources: tuple[SourceReport, ...]
+    num_rows: int
+    num_tokens: int
+    num_supervised: int
+    num_sequences: int
+    """Per epoch."""
+    fill: float
+    """Real tokens ÷ (sequences x max_length)."""
+    lengths: tuple[tuple[int, int, int], ...]
+    """Histogram of rows: (shortest, longest, rows)."""
+    fingerprint: str
+    samples: tuple[SampleView, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """Everything `check` says."""
+
+    name: str
+    recipe: dict[str, Any]
+    """Resolved, every default filled in."""
+    recipe_toml: str
+    splits: tuple[SplitView, ...]
+    tokens_per_epoch: int
+    supervised_per_epoch: int
+    num_steps: int
+    num_samples: int
+    """Sequences of the whole run."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        content = asdict(self)
+        del content["recipe_toml"]
+        return content
+
+
+def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None) -> CheckReport:
+    """Prepare the recipe's rows and describe them.
+
+    Args:
+        recipe: with real paths (see `distft.demo.locate`).
+        samples: rows to show of each split.
+        cache_dir: of prepared rows; the recipe's, when None.
+
+    Raises:
+        DataError: rows that cannot be trained on.
+    """
+    folder = cache_dir or cache_folder(recipe.data)
+    tokenizer, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
+    decode = load_decoder(tokenizer, revision) if samples else str
+
+    def prepared(split: Any, sources: Sequence[Any]) -> Prepared:
+        return prepare(
+            recipe.data, sources, tokenizer=tokenizer, revision=revision, split=split, cache_dir=folder, progress=_tell
+        )
+
+    train = prepared("train", recipe.data.train)
+    steps = Steps(
+        train,
+        recipe.data,
+        seed=recipe.seed,
+        epochs=recipe.train.epochs,
+        max_steps=recipe.train.max_steps,
+        global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=1,
+    )
+    first_rows = steps.order.epoch(0).rows_N[:samples]
+    splits = [_split("train", train, steps.order.per_epoch, steps.fill, first_rows, decode)]
+    if recipe.data.eval:
+        held_out = prepared("eval", recipe.data.eval)
+        sequences = EvalSteps(held_out, recipe.data, micro_batch_size=1).num_samples
+        fill = held_out.report.num_tokens / (sequences * recipe.data.max_length)
+        splits.append(_split("eval", held_out, sequences, fill, np.arange(min(samples, held_out.num_rows)), decode))
+    return CheckReport(
+        name=recipe.name,
+        recipe=recipe.resolved(),
+        recipe_toml=recipe.to_toml(),
+        splits=tuple(splits),
+        tokens_per_epoch=steps.tokens_per_epoch,
+        supervised_per_epoch=steps.supervised_per_epoch,
+        num_steps=steps.num_steps,
+        num_samples=steps.num_samples,
+    )
+
+
+def _tell(rows: int) -> None:
+    if rows % _PROGRESS_EVERY < 512 and rows >= _PROGRESS_EVERY and sys.stderr.isatty():
+        print(f"\rpreparing: {rows:,} rows", end="", file=sys.stderr, flush=True)
+
+
+def _split(split: str, rows: Prepared, sequences: int, fill: float, shown: np.ndarray, decode: Any) -> SplitView:
+    return SplitView(
+        split=split,
+        sources=rows.report.sources,
+        num_rows=rows.num_rows,
+        num_tokens=rows.report.num_tokens,
+        num_supervised=int(rows.supervised.sum(dtype=np.int64)),
+        num_sequences=sequences,
+        fill=fill,
+        lengths=tuple(_histogram(rows.lengths)),
+        fingerprint=rows.fingerprint,
+        samples=tuple(_sample(rows, int(row), decode) for row in shown),
+    )
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Rows by length, each bin twice as wide as the one before; empty bins at both ends are left out."""
+    edges = [0, *(1 << power for power in range(3, int(lengths.max()).bit_length() + 1))]
+    counts, _ = np.histogram(lengths, bins=edges)
+    first = next(at for at, count in enumerate(counts) if count)
+    for low, high, count in zip(edges[first:-1], edges[first + 1 :], counts[first:], strict=True):
+        yield low, high - 1, int(count)
+
+
+def _sample(rows: Prepared, row: int, decode: Any) -> SampleView:
+    """Splits a row where training starts and stops. Prefixes are decoded, not pieces: bytes of one character may be
+    spread over tokens, and some tokenizers drop a space at the start of a text."""  # noqa: D205, D209
+    ids_T, trained_T = rows.row(row)
+    ends = [*(np.flatnonzero(np.diff(trained_T)) + 1).tolist(), len(ids_T)]
+    pieces, begin, before = [], 0, ""
+    for end in ends:
+        text = decode(ids_T[:end].tolist())
+        pieces.append((text[len(before) :], bool(trained_T[begin])))
+        begin, before = end, text
+    return SampleView(
+        id=rows.sample_id(row),
+        num_tokens=len(ids_T),
+        num_supervised=int(rows.supervised[row]),
+        pieces=tuple(pieces),
+    )
+
+
+def show(report: CheckReport, console: Console) -> None:
+    """Print the report."""
+    _line(console, report.recipe_toml.rstrip())
+    for split in report.splits:
+        _show_split(split, console)
+    train = report.splits[0]
+    _line(console, "\n[run]")
+    for name, value in (
+        ("tokens per epoch", f"{report.tokens_per_epoch:,}  ({report.supervised_per_epoch:,} trained)"),
+        ("sequences per epoch", f"{train.num_sequences:,}"),
+        ("steps", f"{report.num_steps:,}  ({report.num_samples:,} sequences)"),
+    ):
+        _line(console, f"  {name:<20} {value}")
+
+
+def _show_split(split: SplitView, console: Console) -> None:
+    _line(
+        console,
+        f"\n[{split.split}]  {split.num_rows:,} rows, {split.num_tokens:,} tokens, "
+        f"{split.num_supervised:,} trained, {split.num_sequences:,} sequences, fill {split.fill:.1%}",
+    )
+    _line(
+        console, f"  {'source':<32} {'format':<24} {'read':>10} {'kept':>10} {'dropped':>8} {'cut':>8} {'tokens':>14}"
+    )
+    for source in split.sources:
+        name = source.path if len(source.path) <= 32 else "…" + source.path[-31:]
+        form = source.format + (" (auto)" if source.decided else "")
+        _line(
+            console,
+            f"  {name:<32} {form:<24} {source.num_read:>10,} {source.num_kept:>10,} "
+            f"{source.num_dropped:>8,} {source.num_truncated:>8,} {source.num_tokens:>14,}",
+        )
+        if source.num_dropped:
+            _line(console, f"    dropped: {source.reasons()}; longest row {source.longest:,} tokens")
+        if source.num_diverged:
+            _line(console, f"    {source.num_diverged:,} rows: the prompt's last token merges with the completion")
+        for fault in source.faults:
+            _line(console, f"    {fault}")
+    most = max(count for *_, count in split.lengths)
+    _line(console, f"  {'tokens':>15} {'rows':>10}")
+    for low, high, count in split.lengths:
+        _line(console, f"  {f'{low:,}-{high:,}':>15} {count:>10,} {'█' * -(-count * _BAR // most)}")
+    for sample in split.samples:
+        _line(console, f"\n  {sample.id}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} trained")
+        console.print(highlighted(sample, colour=console.color_system is not None), soft_wrap=True)
+
+
+def highlighted(sample: SampleView, *, colour: bool) -> Text:
+    """The sample with its trained text on green, or between marks where there is no colour."""
+    text = Text()
+    for piece, trained in sample.pieces:
+        if colour:
+            text.append(piece, style="black on green" if trained else "dim")
+        else:
+            text.append(MARKS[0] + piece + MARKS[1] if trained else piece)
+    return text
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code is that of the error, if any."""
+    parser = argparse.ArgumentParser(prog="python -m distft.check", description="Show what a recipe's data becomes.")
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML recipe")
+    parser.add_argument("--samples", type=int, default=2, metavar="N", help="rows to show of each split (default 2)")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="table.key=value")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    options = parser.parse_args(argv)
+    try:
+        recipe = locate(load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides))
+        report = run_check(recipe, samples=options.samples)
+    except DistftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if options.json:
+        print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
+    else:
+        show(report, Console())
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

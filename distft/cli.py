@@ -1,0 +1,85 @@
+"""`distft VERB`: parses, calls, prints errors. Each verb is imported when it is called, so help is instant."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Distributed fine-tuning of language models from one recipe.",
+)  # fmt: skip
+
+Recipe = Annotated[str, typer.Argument(help="TOML recipe")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change one key; repeat.")
+]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    set_: Overrides = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of run folders.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU.")] = None,
+) -> None:
+    """Fine-tune: starts `accelerate launch -m distft.train` with one process per accelerator."""
+    passed = [recipe]
+    for override in set_ or []:
+        passed += ["--set", override]
+    if output_dir is not None:
+        passed += ["--output-dir", output_dir]
+    command = launch_command(nproc if nproc is not None else _num_accelerators(), passed)
+    raise typer.Exit(subprocess.run(command, env=_cpu_env(), check=False).returncode)
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    set_: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Rows to show with their trained tokens marked.")] = 2,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Resolve the recipe and read the data: counts, lengths, masks. Touches no GPU, loads no weights."""
+    from distft.check import main as run
+
+    argv = [recipe, "--samples", str(samples), *(["--json"] if json else [])]
+    for override in set_ or []:
+        argv += ["--set", override]
+    raise typer.Exit(run(argv))
+
+
+def launch_command(nproc: int, arguments: list[str]) -> list[str]:
+    """The command line that starts `nproc` processes of the main job on this machine."""
+    module = ["-m", "distft.train", *arguments]
+    if nproc == 1:
+        return [sys.executable, *module]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(nproc)]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return [*launcher, *module]
+
+
+def _num_accelerators() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _cpu_env() -> dict[str, str]:
+    """Accelerate refuses --multi_gpu without a GPU unless told to use the CPU; our engines do not read this."""
+    import torch
+
+    return dict(os.environ) | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

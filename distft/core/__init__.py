@@ -1,0 +1,1 @@
+"""Words every room shares: batches, reports, errors, registries, the log."""

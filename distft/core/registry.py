@@ -1,0 +1,75 @@
+"""Named parts with typed parameters: name -> frozen Params -> build.
+
+A room owns one `Registry`; a part is one file that defines its Params and its spec, and one line in the room's
+`__init__`. The recipe loader is handed the registries, so a mistyped name or parameter is reported with its line and
+what is allowed before anything heavy is imported. Specs therefore import torch and friends inside their functions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Generic, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Params(BaseModel):
+    """Base of every recipe table: frozen, no unknown keys, no silent coercion, field docstrings become the schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class NoParams(Params):
+    """For a part that has nothing to set."""
+
+
+class Spec(Protocol):
+    """What every registered part has; rooms add traits of their own (dataclass fields)."""
+
+    @property
+    def name(self) -> str:
+        """What a recipe calls it."""
+        ...
+
+    @property
+    def params(self) -> type[Params]:
+        """What a recipe may set on it."""
+        ...
+
+
+SpecT = TypeVar("SpecT", bound=Spec)
+
+
+class Registry(Mapping[str, SpecT], Generic[SpecT]):
+    """The parts one recipe table can choose from, in the order they were added."""
+
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
+        self._specs: dict[str, SpecT] = {}
+
+    def add(self, spec: SpecT) -> SpecT:
+        """Register `spec` under its name.
+
+        Raises:
+            ValueError: the name is taken; two parts of one name would make recipes mean two things.
+        """
+        if spec.name in self._specs:
+            raise ValueError(f"{self.noun} {spec.name!r} is registered twice")
+        self._specs[spec.name] = spec
+        return spec
+
+    def __getitem__(self, name: str) -> SpecT:
+        return self._specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+def nearest(word: str, allowed: Mapping[str, object] | list[str] | tuple[str, ...]) -> str:
+    """The allowed word that `word` was probably meant to be, or an empty string."""
+    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return found[0] if found else ""

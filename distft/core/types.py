@@ -1,0 +1,209 @@
+"""What rooms hand each other.
+
+Shape letters: T tokens of one micro-batch, all its documents laid end to end; D documents in it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    import torch
+    from torch import Tensor, nn
+
+IGNORE = -100
+"""Label of a position that is not trained (torch's cross-entropy convention)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch without padding: documents laid end to end, never attending to each other."""
+
+    input_ids_T: Tensor
+    """int64; token ids."""
+    labels_T: Tensor
+    """int64; the id to predict *at* each position (already shifted), IGNORE where nothing is trained.
+    The last position of a document is always IGNORE, so no label crosses a document boundary."""
+    position_ids_T: Tensor
+    """int64; restarts at 0 in every document."""
+    cu_seqlens: Tensor
+    """int32 [D + 1]; document boundaries, from 0 to T."""
+    max_seqlen: int
+    """Tokens in the longest document (attention kernels want it on the host)."""
+    num_supervised: int
+    """Positions with a label."""
+    num_tokens: int
+    """Real tokens: T without filler."""
+    sample_ids: tuple[str, ...] = ()
+    """`file row N` of each document, for messages."""
+    position: int = 0
+    """Packed sequences consumed by the run before this micro-batch's first one: the seed of its dropout."""
+
+    def inputs(self) -> dict[str, Any]:
+        """What the model's forward takes. Plain tensors and ints, because engines look for tensors in arguments."""
+        return {
+            "input_ids_T": self.input_ids_T,
+            "labels_T": self.labels_T,
+            "position_ids_T": self.position_ids_T,
+            "cu_seqlens": self.cu_seqlens,
+            "max_seqlen": self.max_seqlen,
+            "num_supervised": self.num_supervised,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """What an objective says of one micro-batch: sums and counts, never means."""
+
+    loss_sum: Tensor
+    """Scalar with gradient: the loss summed over supervised tokens (SFT) or pairs (preference objectives)."""
+    values: dict[str, Tensor] | None = None
+    """Further detached sums that metrics may read, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one optimizer step did, equal on all ranks."""
+
+    step: int
+    loss: float
+    """Sum over the whole step and all ranks ÷ its weight."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    lr: float
+    weight: float
+    """Supervised tokens (or pairs) of the whole step on all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where the run stands, at an optimizer-step boundary."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    samples: int = 0
+    """Packed sequences consumed by the optimizer: the data position, independent of the world size."""
+    tokens: int = 0
+    """Real tokens consumed."""
+    tokens_loss: int = 0
+    """Supervised tokens consumed."""
+
+    def after(self, *, samples: int, tokens: int, tokens_loss: int) -> TrainState:
+        """The state one optimizer step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + samples,
+            tokens=self.tokens + tokens,
+            tokens_loss=self.tokens_loss + tokens_loss,
+        )
+
+
+class Weights(Protocol):
+    """A model on the meta device and the means to fill it unit by unit, straight where an engine wants it."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained and wrapped: forward of one micro-batch's tensors -> loss (see `distft.model.causal`)."""
+        ...
+
+    blocks: list[nn.Module]
+    """The repeated transformer blocks, in order: the unit of sharding, checkpointing and compilation."""
+    dtype: torch.dtype
+    """What the model computes in."""
+    blocks_are_atomic: bool
+    """Every weight of a block has its gradient once the block's input has: an engine may release all of them then."""
+
+    def fill(self, unit: nn.Module, device: torch.device) -> None:
+        """Give every parameter and buffer below `unit` that is still meta its values on `device`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """How trainable parameters change in one optimizer step; built by `train.py`, carried out by the engine."""
+
+    build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    """Parameter groups -> optimizer."""
+    lr_at: Callable[[int], float]
+    """Learning rate of a 0-based step."""
+    weight_decay: float
+    decayed: frozenset[str]
+    """Names that weight decay applies to; decided on whole shapes, before any engine flattens them."""
+    max_grad_norm: float | None
+    """Global L2 norm that gradients are clipped to; None clips nothing."""
+
+    def groups(self, named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+        """Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out."""
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
+        for name, tensor in named:
+            (decayed if name in self.decayed else plain).append(tensor)
+        pairs = ((decayed, self.weight_decay), (plain, 0.0))
+        return [{"params": tensors, "weight_decay": decay} for tensors, decay in pairs if tensors]
+
+
+class Engine(Protocol):
+    """Processes, and where tensors live: all that the loop and the other rooms know of either."""
+
+    name: str
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped module to call."""
+        ...
+
+    def adopt(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
+        """Fill, shard and wrap the model; create the optimizer over what this rank owns.
+
+        Raises:
+            MachineError: what runs is not what was asked for.
+        """
+        ...
+
+    def place(self, batch: Batch) -> Batch:
+        """The same micro-batch on this rank's device."""
+        ...
+
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        """Host numbers summed over all ranks (float64: exact for counts below 2**53)."""
+        ...
+
+    def accumulating(self, *, last: bool, seed: int) -> AbstractContextManager[None]:
+        """Surrounds forward and backward of one micro-batch; `seed` starts its random numbers (dropout)."""
+        ...
+
+    def backward(self, loss_sum: Tensor, *, divide_by: float, samples: tuple[str, ...]) -> None:
+        """Accumulate the gradient of (sum over ranks of loss_sum) / divide_by, whatever the library averages."""
+        ...
+
+    def step(self, state: TrainState, weight: float) -> StepReport:
+        """Agree on finiteness, clip by the true global norm, update.
+
+        Raises:
+            NumericError: loss or norm is not finite on some rank; no weight was changed on any.
+        """
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Surrounds forwards without gradients, dropout off."""
+        ...
+
+    def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Collective: whole tensors one at a time, on the CPU of rank 0; other ranks get empty ones."""
+        ...
+
+    def wait(self) -> None:
+        """Barrier over all ranks."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group."""
+        ...

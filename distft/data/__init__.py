@@ -1,0 +1,1 @@
+"""Rows become optimizer steps: read, converted, rendered and prepared once, packed, dealt out in a fixed order."""

@@ -1,0 +1,72 @@
+"""Rows -> one micro-batch: documents end to end, labels shifted inside each. The only file of the room with torch.
+
+Shape letters: T tokens of the micro-batch, D documents in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from distft.core.types import IGNORE, Batch
+from distft.data.store import Prepared
+
+FILLER_ID = 0
+"""Token of positions that only fill up: never a label, in documents of their own."""
+
+
+def build_batch(
+    prepared: Prepared, rows: Sequence[int], *, position: int, pad_to: int | None = None, max_length: int
+) -> Batch:
+    """The micro-batch of these rows, in this order.
+
+    Args:
+        prepared: where the rows are.
+        rows: the documents; none gives one filler token, so that every rank runs the same number of micro-batches.
+        position: see `Batch.position`.
+        pad_to: fill up to this many tokens, in filler documents of at most `max_length`, for compiled graphs.
+        max_length: tokens in a sequence.
+
+    Raises:
+        ValueError: the rows hold more than `pad_to` tokens.
+    """
+    import torch
+
+    ids, labels, lengths = [], [], []
+    for row in rows:
+        ids_T, trained_T = prepared.row(row)
+        labels_T = np.full(len(ids_T), IGNORE, np.int64)
+        labels_T[:-1] = np.where(trained_T[1:], ids_T[1:], IGNORE)
+        ids.append(ids_T)
+        labels.append(labels_T)
+        lengths.append(len(ids_T))
+    num_tokens = sum(lengths)
+    filler = _filler(num_tokens, pad_to, max_length)
+    ids.append(np.full(sum(filler), FILLER_ID))
+    labels.append(np.full(sum(filler), IGNORE))
+    lengths_D = np.array([*lengths, *filler], np.int64)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths_D)])
+    labels_T = np.concatenate(labels).astype(np.int64)
+    positions_T = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths_D)
+    return Batch(
+        input_ids_T=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
+        labels_T=torch.from_numpy(labels_T),
+        position_ids_T=torch.from_numpy(positions_T),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths_D.max()),
+        num_supervised=int((labels_T != IGNORE).sum()),
+        num_tokens=num_tokens,
+        sample_ids=tuple(prepared.sample_id(row) for row in rows),
+        position=position,
+    )
+
+
+def _filler(num_tokens: int, pad_to: int | None, max_length: int) -> list[int]:
+    """Lengths of the filler documents."""
+    if pad_to is None:
+        return [] if num_tokens else [1]
+    if num_tokens > pad_to:
+        raise ValueError(f"{num_tokens} tokens do not fit into pad_to = {pad_to}")
+    full, rest = divmod(pad_to - num_tokens, max_length)
+    return [max_length] * full + [rest] * (rest > 0)

@@ -1,0 +1,82 @@
+"""The key under which prepared rows are cached: everything that could change a token or a mask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from distft.data.samples import FormatSpec
+from distft.data.sources import Source, hub_dataset
+from distft.data.templates import read_template
+
+if TYPE_CHECKING:
+    from distft.recipe.schema import DataTable
+
+FORMAT_VERSION = 1
+"""Raise it when the stored arrays, or what rendering makes of a row, change."""
+
+
+def cache_key(
+    table: DataTable,
+    sources: Sequence[Source],
+    specs: Sequence[FormatSpec],
+    tokenizer_files: Sequence[Path],
+    memory: Path,
+) -> str:
+    """sha256 hex over file contents, tokenizer, template, settings and versions.
+
+    `memory` is a folder of known file hashes, so that an unchanged big file is not read at every start.
+    """
+    parts: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
+        "settings": table.model_dump(include={"max_length", "loss_on", "long_rows", "bad_rows"}),
+        "template": read_template(table.chat_template),
+        "tokenizer": {path.name: file_hash(path, memory) for path in tokenizer_files},
+        "sources": [
+            {
+                "table": source.table.model_dump(include={"path", "split", "subset", "max_rows", "columns"}),
+                "format": [spec.name, _code_hash(spec)],
+                "files": [
+                    [file.label, file_hash(file.path, memory) if file.path else hub_dataset(source.table)._fingerprint]
+                    for file in source.files
+                ],
+            }
+            for source, spec in zip(sources, specs, strict=True)
+        ],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path, memory: Path) -> str:
+    """sha256 hex of a file's content; remembered in `memory` while size, mtime and inode stay the same."""
+    path = path.resolve()
+    found = path.stat()
+    state = [found.st_size, found.st_mtime_ns, found.st_ino]
+    note = memory / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["state"] == state:
+            return known["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not hashed yet, or a torn note: hash again
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    memory.mkdir(parents=True, exist_ok=True)
+    aside = note.with_suffix(f".{uuid4().hex}.tmp")  # hosts that share the folder share process ids
+    aside.write_text(json.dumps({"path": str(path), "state": state, "sha256": digest}), encoding="utf-8")
+    aside.replace(note)
+    return digest
+
+
+def _code_hash(spec: FormatSpec) -> str:
+    """A format's own code, so that editing one (also outside this package) prepares its rows anew."""
+    code = getattr(sys.modules.get(spec.convert.__module__), "__file__", None)
+    return hashlib.sha256(Path(code).read_bytes()).hexdigest() if code else ""

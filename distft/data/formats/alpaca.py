@@ -1,0 +1,42 @@
+"""`alpaca`: instruction, optional input, output; rendered by the chat template as a chat."""
+
+from typing import Any
+
+from distft.data.chat import conversation
+from distft.data.samples import Conversation, FormatSpec, Message, Row, RowError, kind_of, text_column
+
+
+def convert(row: Row) -> Conversation:
+    """One exchange, after an optional `system` and `history` (a list of [instruction, output] pairs).
+
+    The input follows the instruction after a blank line.
+    """
+    system = text_column(row, "system", default="")
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for asked, answered in _history(row.get("history")):
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    asked = "\n\n".join(filter(None, (text_column(row, "instruction"), text_column(row, "input", default=""))))
+    if not asked:
+        raise RowError('"instruction" and "input" are both empty')
+    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": text_column(row, "output")}]
+    return conversation(messages)
+
+
+def _history(history: Any) -> list[list[Any]]:
+    if history is None:
+        return []
+    if not isinstance(history, list):
+        raise RowError(f'"history" is {kind_of(history)}, expected a list of [instruction, output] pairs')
+    for number, pair in enumerate(history, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError(f'"history" entry {number} is not an [instruction, output] pair')
+    return history
+
+
+SPEC = FormatSpec(
+    name="alpaca",
+    needs='"instruction", "output", optional "input", "system", "history"',
+    matches=lambda row: "instruction" in row and "output" in row,
+    convert=convert,
+    example={"instruction": "Add the numbers.", "input": "2 and 2", "output": "4"},
+)

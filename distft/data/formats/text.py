@@ -1,0 +1,17 @@
+"""`text`: one document per row, every token trained."""
+
+from distft.data.samples import FormatSpec, Row, Text, text_column
+
+
+def convert(row: Row) -> Text:
+    """The row's document."""
+    return Text(text=text_column(row, "text"))
+
+
+SPEC = FormatSpec(
+    name="text",
+    needs='"text": a string',
+    matches=lambda row: "text" in row,
+    convert=convert,
+    example={"text": "Once upon a time there was a tokenizer."},
+)

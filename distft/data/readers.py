@@ -1,0 +1,317 @@
+"""One generator per file type: (row number, payload), streamed in bounded memory.
+
+A payload is the row as a dict, the bytes of one JSON line (parsed later, where the cores are), or the RowError that
+this row turned out to be. What spoils a whole file raises DataError.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from distft.core.errors import DataError
+from distft.data.samples import Row, RowError, kind_of
+
+Payload: TypeAlias = Row | bytes | RowError
+Reader: TypeAlias = Callable[[Path], Iterator[tuple[int, Payload]]]
+
+MAX_ROW_BYTES = 64 << 20
+"""No training row is this long; a file without line breaks is, and must not fill the memory."""
+_CHUNK_BYTES = 1 << 20
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def excerpt(text: str | bytes, limit: int = 80) -> str:
+    """The start of a row on one line, for messages."""
+    if isinstance(text, bytes):
+        text = text[: limit * 4].decode("utf-8", errors="replace")
+    text = " ".join(text[: limit * 2].split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def parse_line(line: bytes) -> Row:
+    """One JSON line as a row.
+
+    Raises:
+        RowError: not JSON, or not an object.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RowError(f"invalid JSON: {error.msg} at column {error.colno}: {excerpt(line)}") from None
+    except RecursionError:
+        raise RowError(f"invalid JSON: nested too deeply: {excerpt(line)}") from None
+    return as_row(row)
+
+
+def as_row(value: Any) -> Row:
+    """`value` if it is an object.
+
+    Raises:
+        RowError: it is something else.
+    """
+    if not isinstance(value, dict):
+        raise RowError(f"the row is {kind_of(value)}, expected an object: {excerpt(json.dumps(value))}")
+    return value
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Payload]]:
+    """One JSON object per line; blank lines are passed over."""
+    for number, line in _lines(path):
+        if isinstance(line, RowError) or line.strip():
+            yield number, line
+
+
+def read_json(path: Path) -> Iterator[tuple[int, Payload]]:
+    """A list of objects, streamed element by element; a file that starts with `{` is read as JSON lines."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if not start.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+        if _is_one_object(path):
+            raise DataError(f"{path.name}: holds one JSON object, expected a list of rows  write [{{...}}, {{...}}]")
+        yield from read_jsonl(path)
+        return
+    yield from enumerate(_array_elements(path), 1)
+
+
+def _is_one_object(path: Path) -> bool:
+    """Whether an object is spread over several lines, which JSON lines never are."""
+    first = next((line for _, line in _lines(path) if not isinstance(line, RowError) and line.strip()), b"")
+    return first.strip() == b"{"
+
+
+def _array_elements(path: Path) -> Iterator[Payload]:
+    """Elements of a JSON list, in order."""
+    window = _Window(path)
+    window.take("[")
+    if window.peek() != "]":
+        while True:
+            try:
+                yield as_row(window.value())
+            except RowError as error:
+                yield error
+            if window.peek() == "]":
+                break
+            window.take(",")
+    window.take("]")
+    if window.peek():
+        raise window.fault("text after the list of rows")
+
+
+class _Window:
+    """A JSON text of which only the element being read is held."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pieces = _decoded(path)
+        self.text = ""
+        self.at = 0
+        self.line = 1  # of text[0]
+        self.decode = json.JSONDecoder().raw_decode
+
+    def peek(self) -> str:
+        """The next character that is not white space, "" at the end of the file."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._grow():
+                return ""
+
+    def take(self, char: str) -> None:
+        if self.peek() != char:
+            raise self.fault(f"expected {char}" + ("" if self.peek() else ", but the file ends"))
+        self.at += 1
+
+    def value(self) -> Any:
+        """The JSON value that starts here; the window doubles until its end is in it, so the cost stays linear."""
+        self.peek()
+        while True:
+            try:
+                value, self.at = self.decode(self.text, self.at)
+                return value
+            except RecursionError:
+                raise self.fault("nested too deeply") from None
+            except json.JSONDecodeError as error:
+                into = error.pos - self.at
+                if len(self.text) - self.at > MAX_ROW_BYTES or not self._grow():
+                    raise self.fault(error.msg, into) from None
+
+    def fault(self, message: str, into: int = 0) -> DataError:
+        """What is wrong `into` characters behind the start of the value; shows the value from its start."""
+        shown = excerpt(self.text[self.at : self.at + 400])
+        line = self.line + self.text.count("\n", 0, self.at + into)
+        return DataError(f"{self.path.name}:{line}: invalid JSON: {message}" + (f": {shown}" if shown else ""))
+
+    def _grow(self) -> bool:
+        """Drop what was consumed and at least double the rest; False at the end of the file."""
+        self.line += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :], 0
+        more: list[str] = []
+        while sum(map(len, more)) <= len(self.text) and (piece := next(self.pieces, None)) is not None:
+            more.append(piece)
+        self.text = "".join([self.text, *more])
+        return any(more)
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, Payload]]:
+    """Comma-separated with a header line; a row's number is the line it starts on."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    rows = csv.reader(_text_lines(path), strict=True)
+    try:
+        header = next(rows, [])
+        if len(set(header)) != len(header) or not all(header):
+            raise DataError(
+                f"{path.name}:1: the header names a column twice or not at all: {excerpt(','.join(header))}"
+            )
+        line = rows.line_num + 1
+        for cells in rows:
+            if len(cells) == len(header):
+                yield line, dict(zip(header, cells, strict=True))
+            elif cells:
+                yield (
+                    line,
+                    RowError(f"{len(cells)} cells, but the header has {len(header)}: {excerpt(','.join(cells))}"),
+                )
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path.name}:{rows.line_num}: invalid CSV: {error}") from None
+
+
+def read_txt(path: Path) -> Iterator[tuple[int, Payload]]:
+    """Documents separated by blank lines, each a row with one column `text`, numbered by its first line."""
+    document: list[str] = []
+    size = first = number = 0
+    for number, line in enumerate(_text_lines(path), 1):
+        if line.strip():
+            first = first if document else number
+            document.append(line)
+            size += len(line)
+            if size > MAX_ROW_BYTES:
+                raise DataError(
+                    f"{path.name}:{first}: a document of more than {MAX_ROW_BYTES >> 20} MiB; "
+                    "separate documents by blank lines"
+                )
+        elif document:
+            yield first, {"text": "".join(document).rstrip("\n")}
+            document, size = [], 0
+    if document:
+        yield first, {"text": "".join(document).rstrip("\n")}
+
+
+def read_parquet(path: Path) -> Iterator[tuple[int, Payload]]:
+    """Rows of a Parquet file, a batch of row groups' rows at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, without_nulls(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path.name}: not a readable Parquet file: {excerpt(str(error))}") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """Columnar rows carry every field of every row, absent ones as null; chat templates expect them to be absent."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+READERS: dict[str, Reader] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".csv": read_csv,
+    ".txt": read_txt,
+}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
+    """(1-based number, line) with line ends kept; the byte-order mark is removed, bad bytes become a RowError.
+
+    Raises:
+        DataError: the file is UTF-16.
+    """
+    with path.open("rb") as file:
+        number = offset = 0
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            size = len(line)
+            if number == 1:
+                if line.startswith(_UTF16):
+                    raise DataError(
+                        f"{path.name}: is UTF-16 (byte offset 0), expected UTF-8  convert it: "
+                        f"iconv -f UTF-16 -t UTF-8 {path.name}"
+                    )
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if size > MAX_ROW_BYTES:
+                while rest := file.readline(_CHUNK_BYTES):
+                    size += len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+                yield (
+                    number,
+                    RowError(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB ({size:,} bytes): {excerpt(line)}"),
+                )
+            else:
+                yield number, _fault(line, offset) or line
+            offset += size
+
+
+def _fault(line: bytes, offset: int) -> RowError | None:
+    """What makes a line not UTF-8 text. `offset` is where it starts in the file."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return RowError(
+            f"invalid UTF-8: byte 0x{line[error.start]:02x} at byte offset {offset + error.start}: "
+            f"{excerpt(line)}  if the file is Latin-1, convert it: iconv -f LATIN1 -t UTF-8"
+        )
+    nul = line.find(b"\0")
+    if nul >= 0:
+        return RowError(f"NUL byte at byte offset {offset + nul}: the file is damaged or not text")
+    return None
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """Decoded lines, CRLF made LF, for formats where one bad line spoils the file."""
+    for number, line in _lines(path):
+        if isinstance(line, RowError):
+            raise DataError(f"{path.name}:{number}: {line}")
+        yield line.decode("utf-8").replace("\r\n", "\n")
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """The file's text in pieces.
+
+    Raises:
+        DataError: bytes that are not UTF-8, with their offset.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    size = os.path.getsize(path)
+    with path.open("rb") as file:
+        while True:
+            start = file.tell()
+            pending = len(decoder.getstate()[0])
+            data = file.read(_CHUNK_BYTES)
+            try:
+                yield decoder.decode(data, final=file.tell() >= size)
+            except UnicodeDecodeError as error:
+                at = start - pending + error.start
+                raise DataError(
+                    f"{path.name}: invalid UTF-8 at byte offset {at}  if the file is Latin-1, convert it: "
+                    f"iconv -f LATIN1 -t UTF-8 {path.name}"
+                ) from None
+            if not data:
+                return

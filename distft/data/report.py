@@ -1,0 +1,91 @@
+"""What preparation did with every row, source by source: nothing is dropped in silence."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TOO_LONG = "too long"
+UNTRAINED = "no trained token"
+TRUNCATED_AWAY = "no trained token left after truncation"
+BAD = "bad row"
+EMPTY = "empty"
+REASONS = (TOO_LONG, UNTRAINED, TRUNCATED_AWAY, BAD, EMPTY)
+"""Why a row is dropped."""
+SHOWN_FAULTS = 5
+
+
+@dataclass(kw_only=True)
+class SourceReport:
+    """One source's rows, counted. Filled while preparing, read-only after."""
+
+    path: str
+    format: str
+    decided: bool
+    """Whether the format was chosen by `auto`."""
+    num_read: int = 0
+    num_kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows."""
+    num_truncated: int = 0
+    """Kept rows that lost their end to max_length."""
+    num_diverged: int = 0
+    """Kept prompt/completion rows whose prompt's last token merges with the completion's first."""
+    num_tokens: int = 0
+    num_supervised: int = 0
+    longest: int = 0
+    """Tokens of the longest row that could be rendered, before max_length."""
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Percentiles of the kept rows' tokens: p10, p50, p90, p99, max."""
+    faults: list[str] = field(default_factory=list)
+    """The first few bad rows, each with file and row."""
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows dropped, for any reason."""
+        return sum(self.dropped.values())
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count dropped rows."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def reasons(self) -> str:
+        """`3 too long, 1 empty`."""
+        return ", ".join(f"{self.dropped[reason]:,} {reason}" for reason in REASONS if reason in self.dropped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """All sources of a split."""
+
+    sources: tuple[SourceReport, ...]
+    files: tuple[str, ...]
+    """Label of each file, as sample ids name them."""
+    file_sources: tuple[int, ...]
+    """Which source each file belongs to."""
+    fingerprint: str
+    """sha256 over all token ids, trained marks and lengths: what a resumed run must find again."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows kept."""
+        return sum(source.num_kept for source in self.sources)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows kept."""
+        return sum(source.num_tokens for source in self.sources)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> PrepareReport:
+        """The report that `to_json` gave."""
+        return cls(
+            sources=tuple(SourceReport(**source) for source in stored["sources"]),
+            files=tuple(stored["files"]),
+            file_sources=tuple(stored["file_sources"]),
+            fingerprint=stored["fingerprint"],
+        )

@@ -1,0 +1,139 @@
+"""Payloads -> prepared rows: convert, render, cut or drop by the recipe's policies. What a worker process runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distft.core.errors import DataError
+from distft.data.readers import Payload
+from distft.data.render import Rendered, Renderer, is_empty, load_renderer
+from distft.data.report import BAD, EMPTY, SHOWN_FAULTS, TOO_LONG, TRUNCATED_AWAY, UNTRAINED
+from distft.data.samples import Row, RowError, Sample
+from distft.data.sources import Source
+from distft.data.store import Rows
+
+if TYPE_CHECKING:
+    from distft.recipe.schema import DataTable
+
+
+@dataclass(kw_only=True)
+class Made:
+    """Prepared rows and what became of the others."""
+
+    rows: Rows
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason -> rows."""
+    num_truncated: int = 0
+    num_diverged: int = 0
+    longest: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """Everything needed to prepare rows, small enough to send to a worker; the tokenizer is loaded on first use."""
+
+    table: DataTable
+    sources: list[Source]
+    converts: list[Callable[[Row], Sample]]
+    """Of each source's format."""
+    tokenizer: str
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """This process's renderer."""
+        return load_renderer(self.tokenizer, chat_template=self.table.chat_template, loss_on=self.table.loss_on)
+
+    def make(self, source: int, label: str, rows: list[tuple[int, Payload]]) -> Made:
+        """Prepare rows of the file called `label`.
+
+        Raises:
+            DataError: a bad row under `bad_rows = "error"`, a long one under `long_rows = "error"`, or a chat template
+                that cannot be used.
+        """
+        made = Made(rows=_NO_ROWS)
+        samples: list[Sample] = []
+        numbers: list[int] = []
+        for number, payload in rows:
+            try:
+                sample = self._sample(source, payload)
+            except RowError as error:
+                self._bad(made, f"{label}:{number}: {error}")
+                continue
+            if is_empty(sample):
+                made.dropped[EMPTY] += 1
+                continue
+            samples.append(sample)
+            numbers.append(number)
+        kept: list[tuple[int, Rendered]] = []
+        for number, one in zip(numbers, self.renderer.render_many(samples), strict=True):
+            if isinstance(one, DataError):
+                raise DataError(f"{label}:{number}: {one}")
+            if isinstance(one, RowError):
+                self._bad(made, f"{label}:{number}: {one}")
+            elif self._fits(made, one, f"{label}:{number}"):
+                kept.append((number, one))
+        made.rows = _rows(kept, self.table.max_length)
+        return made
+
+    def _sample(self, source: int, payload: Payload) -> Sample:
+        return self.converts[source](self.sources[source].renamed(payload))
+
+    def _bad(self, made: Made, message: str) -> None:
+        if self.table.bad_rows == "error":
+            raise DataError(f'{message}  (bad_rows = "skip" counts such rows and goes on)')
+        made.dropped[BAD] += 1
+        if len(made.faults) < SHOWN_FAULTS:
+            made.faults.append(message)
+
+    def _fits(self, made: Made, one: Rendered, where: str) -> bool:
+        """Whether the row is kept; counts why not."""
+        length, limit = len(one.ids_T), self.table.max_length
+        made.longest = max(made.longest, length)
+        if not one.trained_T[1:].any():
+            made.dropped[UNTRAINED] += 1
+            return False
+        if length > limit:
+            if self.table.long_rows == "error":
+                raise DataError(
+                    f"{where}: {length:,} tokens, longer than max_length = {limit}  raise max_length, "
+                    'or set long_rows = "drop" or "truncate"'
+                )
+            if self.table.long_rows == "drop":
+                made.dropped[TOO_LONG] += 1
+                return False
+            if not one.trained_T[1:limit].any():
+                made.dropped[TRUNCATED_AWAY] += 1
+                return False
+            made.num_truncated += 1
+        made.num_diverged += one.diverged
+        return True
+
+
+def _rows(kept: list[tuple[int, Rendered]], limit: int) -> Rows:
+    if not kept:
+        return _NO_ROWS
+    ids = [one.ids_T[:limit] for _, one in kept]
+    trained = [one.trained_T[:limit] for _, one in kept]
+    return Rows(
+        ids=np.concatenate(ids),
+        trained=np.concatenate(trained).astype(np.uint8),
+        lengths_N=np.array([len(part) for part in ids], np.int32),
+        supervised_N=np.array([int(part[1:].sum()) for part in trained], np.int32),
+        rows_N=np.array([number for number, _ in kept], np.int64),
+    )
+
+
+_NO_ROWS = Rows(
+    ids=np.zeros(0, np.int32),
+    trained=np.zeros(0, np.uint8),
+    lengths_N=np.zeros(0, np.int32),
+    supervised_N=np.zeros(0, np.int32),
+    rows_N=np.zeros(0, np.int64),
+)

@@ -1,0 +1,91 @@
+"""What a data format makes of one row, before any tokenizer sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from distft.core.registry import NoParams, Params
+
+Row: TypeAlias = dict[str, Any]
+"""One row as its file holds it: column -> value."""
+Message: TypeAlias = dict[str, Any]
+"""`role` and `content` (str), and for an assistant that calls tools `tool_calls`, in the form chat templates read."""
+
+
+class RowError(Exception):
+    """A row that cannot become a sample, in plain words; whoever read the row adds file and row number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A chat; rendered by the chat template."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    """Tool definitions, each `{"type": "function", "function": {...}}`; None when there are none."""
+    num_prompt: int = 0
+    """Leading messages that are given (a prompt/completion row): trained only under `loss_on = "all"`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCompletion:
+    """Raw text: both parts tokenised jointly, end-of-sequence appended, no chat template."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """One document; every token is trained, end-of-sequence appended."""
+
+    text: str
+
+
+Sample: TypeAlias = Conversation | PromptCompletion | Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatSpec:
+    """A registered data format: one file in `formats/`."""
+
+    name: str
+    needs: str
+    """The columns it reads, for messages: `"messages": a list of {role, content}`."""
+    matches: Callable[[Row], bool]
+    """Whether the row's columns are this format's; looks at names and outer types only, so that a broken row of the
+    format still matches and gets its own message."""
+    convert: Callable[[Row], Sample]
+    """Row -> sample. Raises RowError."""
+    example: Mapping[str, Any] = field(default_factory=dict)
+    """A small valid row: documentation, and what the contract tests start from."""
+    params: type[Params] = NoParams
+
+
+def text_column(row: Row, name: str, *, default: str | None = None) -> str:
+    """The string in column `name`.
+
+    Raises:
+        RowError: it is missing (and there is no default), or not a string.
+    """
+    value = row.get(name)
+    if value is None:
+        if default is None:
+            raise RowError(f'missing "{name}"; the row has {columns_of(row)}')
+        return default
+    if not isinstance(value, str):
+        raise RowError(f'"{name}" is {kind_of(value)}, expected a string')
+    return value
+
+
+def columns_of(row: Mapping[str, Any]) -> str:
+    """The row's column names, quoted, for messages."""
+    return ", ".join(f'"{name}"' for name in row) or "no columns"
+
+
+def kind_of(value: object) -> str:
+    """A value's type in words a user of JSON knows."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")

@@ -1,0 +1,182 @@
+"""A source table -> files -> rows with their locations, and the decision which format they are in."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distft.core.errors import DataError
+from distft.core.registry import nearest
+from distft.data.formats import FORMATS
+from distft.data.readers import READERS, Payload, parse_line, without_nulls
+from distft.data.samples import FormatSpec, Row, RowError, columns_of
+
+if TYPE_CHECKING:
+    from distft.recipe.schema import SourceTable
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ROWS_TO_DECIDE = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """One file of a source, or the whole of a hub dataset."""
+
+    label: str
+    """What messages call it: its name, with its folder's when the source is a folder."""
+    path: Path | None
+    """None for a hub dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A source whose files were found."""
+
+    table: SourceTable
+    files: tuple[SourceFile, ...]
+
+    def rows(self, file: SourceFile) -> Iterator[tuple[int, Payload]]:
+        """(1-based line or row, payload) of one file; `max_rows` is the caller's to count, over all files."""
+        if file.path is None:
+            return _hub_rows(self.table)
+        return READERS[file.path.suffix.lower()](file.path)
+
+    def renamed(self, payload: Payload) -> Row:
+        """The payload as a row under the names its format expects (`columns = {theirs = "ours"}`).
+
+        Raises:
+            RowError: the payload is no row, or lacks a column that `columns` renames.
+        """
+        if isinstance(payload, RowError):
+            raise payload
+        row = parse_line(payload) if isinstance(payload, bytes) else payload
+        renames = self.table.columns
+        if not renames:
+            return row
+        for theirs in renames:
+            if theirs not in row:
+                meant = nearest(theirs, list(row))
+                hint = f', did you mean "{meant}"?' if meant else ""
+                raise RowError(f'no column "{theirs}" to rename{hint}  the row has {columns_of(row)}')
+        return {renames.get(name, name): value for name, value in row.items()}
+
+
+def find(table: SourceTable) -> Source:
+    """The files of a source, by name; nothing is read yet.
+
+    Raises:
+        DataError: the path does not exist, is of a type we do not read, or is an empty file or folder.
+    """
+    path = Path(table.path).expanduser()
+    if path.is_dir():
+        return Source(table=table, files=_files_of(path))
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise DataError(
+                f"{path}: files of type {path.suffix or 'no suffix'} are not read  "
+                f"allowed: {', '.join(READERS)}, a folder of them, or a hub dataset"
+            )
+        _refuse_unreadable(path)
+        return Source(table=table, files=(SourceFile(label=path.name, path=path),))
+    if _HUB_ID.fullmatch(table.path) and path.suffix.lower() not in READERS and not path.parent.is_dir():
+        label = "/".join(filter(None, (table.path, table.subset, table.split or "train")))
+        return Source(table=table, files=(SourceFile(label=label, path=None),))
+    raise DataError(f"{path}: no such file or folder{_nearest_name(path)}")
+
+
+def decide_format(source: Source) -> FormatSpec:
+    """The source's format: as named, or, for `auto`, the one that its first rows fit.
+
+    Raises:
+        DataError: the source has no rows, or its first rows fit no format, or several.
+    """
+    if source.table.format != "auto":
+        return FORMATS[source.table.format]
+    rows: list[Row] = []
+    faults: list[str] = []
+    for file in source.files:
+        for number, payload in islice(source.rows(file), _ROWS_TO_DECIDE):
+            try:
+                rows.append(source.renamed(payload))
+            except RowError as error:
+                faults.append(f"{file.label}:{number}: {error}")
+        if rows:
+            break
+    if not rows:
+        raise DataError(faults[0] if faults else f"{source.table.path}: has no rows")
+    fits: list[FormatSpec] = []
+    for row in rows:  # the first one that is of any format decides; later ones that differ are bad rows
+        fits = fits or [spec for spec in FORMATS.values() if spec.matches(row)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        names = ", ".join(spec.name for spec in fits)
+        raise DataError(
+            f"{source.table.path}: the first rows fit more than one format: {names}  "
+            f'write format = "{fits[0].name}" (the rows have {columns_of(rows[0])})'
+        )
+    needs = "\n".join(f"  {spec.name:<18} {spec.needs}" for spec in FORMATS.values())
+    raise DataError(
+        f"{source.table.path}: the first rows fit no format; they have {columns_of(rows[0])}\n{needs}\n"
+        '  rename columns with columns = { theirs = "ours" }'
+    )
+
+
+def _files_of(folder: Path) -> tuple[SourceFile, ...]:
+    """Every file we read below a folder, by name; hidden ones and other types are passed over."""
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in READERS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        raise DataError(f"{folder}: the folder holds no data files  allowed: {', '.join(READERS)}")
+    for path in found:
+        _refuse_unreadable(path)
+    return tuple(SourceFile(label=f"{folder.name}/{path.relative_to(folder)}", path=path) for path in found)
+
+
+def _refuse_unreadable(path: Path) -> None:
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: may not be read (permission denied)")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+
+
+def _nearest_name(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; the folder {folder} does not exist either"
+    meant = nearest(path.name, [entry.name for entry in folder.iterdir()])
+    return f", did you mean {folder / meant}?" if meant else ""
+
+
+def hub_dataset(table: SourceTable):
+    """The split of a hub dataset, downloaded or from the library's cache.
+
+    Raises:
+        DataError: the library is missing, or it cannot load the dataset.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{table.path}: hub datasets need the `datasets` package") from None
+    try:
+        return datasets.load_dataset(table.path, table.subset, split=table.split or "train")
+    except Exception as error:  # the library raises many kinds; all mean that there are no rows
+        raise DataError(
+            f"{table.path}: neither a file or folder here nor a dataset that the hub gives: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
+
+
+def _hub_rows(table: SourceTable) -> Iterator[tuple[int, Payload]]:
+    for number, row in enumerate(hub_dataset(table), 1):
+        yield number, without_nulls(row)

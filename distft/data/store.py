@@ -1,0 +1,158 @@
+"""Prepared rows on disk: flat arrays appended row by row, memory-mapped by every rank.
+
+Shape letters: N rows, T tokens of one row; the flat files hold all rows' tokens end to end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from distft.data.report import PrepareReport
+
+_ARRAYS = {
+    "ids": np.int32,  # flat
+    "trained": np.uint8,  # flat
+    "lengths": np.int32,  # [N]
+    "supervised": np.int32,  # [N]
+    "offsets": np.int64,  # [N + 1] into the flat arrays
+    "files": np.int32,  # [N] index into report.files
+    "rows": np.int64,  # [N] 1-based line or row in that file
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some prepared rows in memory, in order."""
+
+    ids: np.ndarray
+    """int32, flat."""
+    trained: np.ndarray
+    """uint8, flat; 1 = to be predicted."""
+    lengths_N: np.ndarray
+    """int32; tokens."""
+    supervised_N: np.ndarray
+    """int32; labels: trained tokens that have a token before them."""
+    rows_N: np.ndarray
+    """int64; 1-based line or row in the file."""
+
+
+class Writer:
+    """Appends rows to a new folder; memory does not grow with the number of rows."""
+
+    def __init__(self, folder: Path) -> None:
+        """Create `folder`, which must not exist."""
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.end = 0
+        self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
+        self.hashes = {name: hashlib.sha256() for name in ("ids", "trained", "lengths")}
+        self._append("offsets", np.zeros(1, np.int64))
+
+    def append(self, rows: Rows, *, file: int) -> None:
+        """Rows of one file."""
+        self._append("ids", rows.ids)
+        self._append("trained", rows.trained)
+        self._append("lengths", rows.lengths_N)
+        self._append("supervised", rows.supervised_N)
+        self._append("rows", rows.rows_N)
+        self._append("files", np.full(len(rows.rows_N), file))
+        self._append("offsets", self.end + np.cumsum(rows.lengths_N, dtype=np.int64))
+        self.end += len(rows.ids)
+
+    def fingerprint(self) -> str:
+        """sha256 of the rows so far, whatever pieces they came in."""
+        return hashlib.sha256(b"".join(part.digest() for part in self.hashes.values())).hexdigest()
+
+    def lengths(self) -> np.ndarray:
+        """int32 [N]; tokens of each row so far."""
+        self.files["lengths"].flush()
+        return np.fromfile(self.folder / "lengths.bin", np.int32)
+
+    def commit(self, report: PrepareReport, target: Path) -> None:
+        """Flush everything and let `target` appear whole."""
+        with (self.folder / "report.json").open("w", encoding="utf-8") as file:
+            json.dump(report.to_json(), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        self.close(flush=True)
+        self.folder.rename(target)
+
+    def close(self, *, flush: bool = False) -> None:
+        """Close the files; with `flush`, wait until the disk has them."""
+        for file in self.files.values():
+            if flush and not file.closed:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        data = values.astype(_ARRAYS[name], copy=False).tobytes()
+        self.files[name].write(data)
+        if name in self.hashes:
+            self.hashes[name].update(data)
+
+
+class Prepared:
+    """Rows of a split as tokens, memory-mapped: opening costs nothing, ranks on a node share the pages."""
+
+    def __init__(self, folder: Path, *, from_cache: bool = True) -> None:
+        """Open a finished folder."""
+        self.folder = folder
+        self.from_cache = from_cache
+        """Whether an earlier call (or another process) did the work."""
+        self.report = PrepareReport.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+
+    def _array(self, name: str) -> np.ndarray:
+        return np.memmap(self.folder / f"{name}.bin", dtype=_ARRAYS[name], mode="r")
+
+    @cached_property
+    def _flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._array("ids"), self._array("trained"), self._array("offsets")
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [N]; tokens of each row."""
+        return self._array("lengths")
+
+    @cached_property
+    def supervised(self) -> np.ndarray:
+        """int32 [N]; labels of each row."""
+        return self._array("supervised")
+
+    @cached_property
+    def _locations(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._array("files"), self._array("rows")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows kept."""
+        return len(self.lengths)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the content, in hex."""
+        return self.report.fingerprint
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids_T int32, trained_T uint8) of a row; views of the files."""
+        ids, trained, offsets = self._flat
+        begin, end = offsets[index], offsets[index + 1]
+        return ids[begin:end], trained[begin:end]
+
+    def sample_id(self, index: int) -> str:
+        """`train.jsonl row 1812`."""
+        files, rows = self._locations
+        return f"{self.report.files[files[index]]} row {rows[index]}"
+
+    def source_rows(self) -> list[np.ndarray]:
+        """int64 [n]; for each source the indices of its rows, in file order."""
+        source_N = np.asarray(self.report.file_sources)[self._locations[0]]
+        return [np.flatnonzero(source_N == source) for source in range(len(self.report.sources))]

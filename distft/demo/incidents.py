@@ -1,0 +1,160 @@
+"""Incident reports and their triage: a task the project makes up by itself, the same on every machine.
+
+An answer must be read from the report, not guessed from a word in it: severity follows from four facts told in any
+order among irrelevant ones, the component from which of several named services fails, the next action from the cause.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from distft.demo import wording
+
+Style = Literal["lines", "json"]
+
+SEVERITIES = ("low", "medium", "high", "critical")
+COMPONENTS = tuple(wording.SERVICES)
+ACTIONS = tuple(dict.fromkeys(action.split()[0] for action in wording.CAUSES))
+"""First words of the next actions: roll, turn, add, ..."""
+
+PROMPT_END = "\n\nTriage:\n"
+SIZES: dict[str, tuple[Style, int]] = {
+    "incidents/train": ("lines", 4000),
+    "incidents/valid": ("lines", 200),
+    "incidents-json/train": ("json", 1200),
+    "incidents-json/valid": ("json", 200),
+}
+"""Dataset -> answer format and number of rows. No report appears in two of them."""
+SEED = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident:
+    """What is true, before it is put into words."""
+
+    service: str
+    component: str
+    symptom: str
+    """Key of `wording.SYMPTOMS`, its fields filled."""
+    environment: str
+    scope: str
+    data_loss: bool
+    workaround: bool
+    action: str
+    """Key of `wording.CAUSES`, its fields filled."""
+
+    @property
+    def severity(self) -> str:
+        """The rule a reader of the report has to apply.
+
+        In staging only lost data matters, and only a little. In production the number of people affected decides,
+        one step more without a workaround; lost data makes any incident high, and critical beyond a few people.
+        """
+        if self.environment == "staging":
+            return "medium" if self.data_loss else "low"
+        if self.data_loss:
+            return "high" if self.scope == "few" else "critical"
+        return SEVERITIES[("few", "some", "most").index(self.scope) + (not self.workaround)]
+
+    @property
+    def summary(self) -> str:
+        """One line with the facts that the severity follows from."""
+        lost = "data lost" if self.data_loss else "no data lost"
+        around = "workaround" if self.workaround else "no workaround"
+        return f"{self.service} {self.symptom} in {self.environment} for {self.scope} users, {lost}, {around}"
+
+    @property
+    def answer(self) -> dict[str, str]:
+        """The four fields of a triage answer, in their order."""
+        return {
+            "severity": self.severity,
+            "component": self.component,
+            "summary": self.summary,
+            "next": self.action,
+        }
+
+
+def datasets() -> dict[str, list[dict[str, str]]]:
+    """The `{"prompt", "completion"}` rows of each dataset.
+
+    Drawn from one stream of distinct reports, so that no dataset shares a report with another.
+    """
+    stream = _distinct_reports(random.Random(SEED))
+    made: dict[str, list[dict[str, str]]] = {}
+    for name, (style, count) in SIZES.items():
+        pairs = [next(stream) for _ in range(count)]
+        made[name] = [{"prompt": text + PROMPT_END, "completion": render(facts, style)} for facts, text in pairs]
+    return made
+
+
+def render(incident: Incident, style: Style) -> str:
+    """The answer in one of the two fixed formats."""
+    if style == "json":
+        return json.dumps(incident.answer, separators=(",", ":"))
+    return "\n".join(f"{key}: {value}" for key, value in incident.answer.items())
+
+
+def _distinct_reports(rng: random.Random) -> Iterator[tuple[Incident, str]]:
+    """Reports that differ in more than their numbers."""
+    seen: set[str] = set()
+    while True:
+        incident, text = _report(rng)
+        skeleton = "".join("#" if char.isdigit() else char for char in text)
+        if skeleton not in seen:
+            seen.add(skeleton)
+            yield incident, text
+
+
+def _report(rng: random.Random) -> tuple[Incident, str]:
+    """Draw the facts, then tell them: cues and distractors as sentences in any order."""
+    component = rng.choice(COMPONENTS)
+    service = rng.choice(wording.SERVICES[component])
+    fields = {"s": service, **_fillers(rng, besides=service)}
+    symptom = rng.choice(tuple(wording.SYMPTOMS))
+    action = rng.choice(tuple(wording.CAUSES))
+    incident = Incident(
+        service=service,
+        component=component,
+        symptom=symptom.format(**fields),
+        environment="production" if rng.random() < 0.85 else "staging",
+        scope=rng.choice(("most", "some", "few")),
+        data_loss=rng.random() < 0.25,
+        workaround=rng.random() < 0.5,
+        action=action.format(**fields),
+    )
+    sentences = [
+        rng.choice(wording.SYMPTOMS[symptom]).format(
+            **fields, env=rng.choice(wording.ENVIRONMENTS[incident.environment])
+        ),
+        rng.choice(wording.SCOPES[incident.scope]),
+        rng.choice(wording.DATA_LOSS[incident.data_loss]).format(**fields),
+        rng.choice(wording.WORKAROUND[incident.workaround]).format(**fields),
+        rng.choice(wording.CAUSES[action]).format(**fields),
+    ]
+    if rng.random() < 0.3:
+        sentences.append(rng.choice(wording.ENVIRONMENT_ASIDES[incident.environment]))
+    for template in rng.sample(wording.DISTRACTORS, rng.choice((0, 0, 1, 2))):
+        sentences.append(template.format(**fields))
+    told = [sentence for sentence in sentences if sentence]
+    rng.shuffle(told)
+    return incident, " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in told)
+
+
+def _fillers(rng: random.Random, *, besides: str) -> dict[str, str]:
+    """Values for the fields of every phrasing."""
+    others = [name for names in wording.SERVICES.values() for name in names if name != besides]
+    return {
+        "n": str(rng.randint(2, 60)),
+        "v": f"{rng.randint(1, 9)}.{rng.randint(0, 9)}",
+        "code": str(rng.choice(wording.CODES)),
+        "flag": rng.choice(wording.FLAGS),
+        "host": f"{rng.choice(wording.HOSTS)}-{rng.randint(1, 9)}",
+        "team": rng.choice(wording.TEAMS),
+        "day": rng.choice(wording.DAYS),
+        "other": rng.choice(others),
+        "severity": rng.choice(SEVERITIES),
+    }

@@ -1,0 +1,68 @@
+"""`auto`: the engine an expert would pick for this method, these processes and these libraries, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+from distft.core.errors import MachineError
+from distft.engine.processes import Processes
+from distft.engine.spec import EngineSpec
+
+
+def choose(
+    name: str,
+    engines: Mapping[str, EngineSpec],
+    placed: Processes,
+    *,
+    trains_all: bool,
+    elementwise: bool,
+    offload: str = "none",
+) -> tuple[str, str]:
+    """(engine name, reason) for a recipe that says `name`.
+
+    `trains_all`: every weight is trained, so optimizer state dominates memory and is worth sharding.
+    `elementwise`: the optimizer can work on pieces of tensors.
+
+    Raises:
+        MachineError: the launcher was configured for another engine than the recipe names, or the engine's library
+            or world size is not there.
+    """
+    if name != "auto":
+        _check_launcher(name, placed.wants)
+        chosen, reason = name, "the recipe names it"
+    elif placed.wants:
+        chosen = {"deepspeed": "zero3", "fsdp": "fsdp2"}[placed.wants]
+        reason = f"accelerate launch was configured for {placed.wants}"
+    elif placed.world == 1 and offload == "none":
+        chosen, reason = "solo", "one process"
+    elif not elementwise:
+        chosen, reason = "ddp", "the optimizer needs whole matrices"
+    elif trains_all or offload != "none":
+        has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+        chosen = "zero3" if has_deepspeed else "fsdp2"
+        reason = "all weights are trained, so optimizer state is sharded" if trains_all else "offload was asked for"
+        if not has_deepspeed:
+            reason += " (DeepSpeed is not installed)"
+    else:
+        chosen, reason = "ddp", "only adapters are trained: sharding them saves nothing and costs traffic"
+    spec = engines[chosen]
+    if spec.library and importlib.util.find_spec(spec.library) is None:
+        raise MachineError(f"engine {chosen} needs {spec.library}, which is not installed: pip install {spec.library}")
+    if spec.max_world is not None and placed.world > spec.max_world:
+        raise MachineError(
+            f"engine {chosen} runs in {spec.max_world} process, {placed.world} were started: "
+            'set [engine] name = "auto" or "ddp", or start one process'
+        )
+    return chosen, reason
+
+
+def _check_launcher(name: str, wants: str) -> None:
+    family = "deepspeed" if name.startswith("zero") else "fsdp" if name == "fsdp2" else ""
+    if wants and wants != family:
+        flag = {"deepspeed": "--use_deepspeed", "fsdp": "--use_fsdp"}[wants]
+        raise MachineError(
+            f"accelerate launch was configured with {flag}, but the recipe says [engine] name = {name!r}: "
+            f"launch without {flag} (use --multi_gpu), or set the engine to "
+            + ("zero1, zero2 or zero3" if wants == "deepspeed" else "fsdp2")
+        )

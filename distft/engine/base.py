@@ -1,0 +1,135 @@
+"""What every engine does the same way: placing batches, host sums, seeds, evaluation, and the finite check."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distft.core.errors import NumericError
+from distft.core.types import Batch, StepReport, TrainState, UpdateRule
+from distft.engine import processes
+from distft.engine.processes import Processes
+
+
+class BaseEngine:
+    """Common ground; subclasses say how the model is wrapped, how gradients meet, and how a step is taken."""
+
+    name = ""
+
+    def __init__(self, placed: Processes) -> None:
+        self.rank, self.world, self.device = placed.rank, placed.world, placed.device
+        self._placed = placed
+        self._module: nn.Module | None = None
+        self._rule: UpdateRule | None = None
+        self._losses: list[tuple[Tensor, tuple[str, ...]]] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped module to call."""
+        assert self._module is not None, "adopt() comes first"
+        return self._module
+
+    @property
+    def rule(self) -> UpdateRule:
+        """How parameters change."""
+        assert self._rule is not None, "adopt() comes first"
+        return self._rule
+
+    def place(self, batch: Batch) -> Batch:
+        """The same micro-batch on this rank's device (copies overlap with compute from pinned memory)."""
+        if self.device.type == "cpu":
+            return batch
+        tensors = {
+            field.name: value.pin_memory().to(self.device, non_blocking=True)
+            for field in dataclasses.fields(batch)
+            if isinstance(value := getattr(batch, field.name), Tensor)
+        }
+        return dataclasses.replace(batch, **tensors)
+
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        """Host numbers summed over all ranks, without touching the accelerator."""
+        if self.world == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
+        """One micro-batch's forward and backward.
+
+        The seed names the data, not the process, so dropout repeats after a resume and on another world size.
+        """
+        torch.manual_seed(seed)
+        yield
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off, no gradients; training mode again afterwards."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+
+    def wait(self) -> None:
+        """Barrier over all ranks on the host's group."""
+        self.sum_over_ranks(0.0)
+
+    def close(self) -> None:
+        """Leave the process group, unless the caller made it."""
+        processes.leave(self._placed)
+
+    def _remember(self, loss_sum: Tensor, samples: tuple[str, ...]) -> None:
+        self._losses.append((loss_sum.detach(), samples))
+
+    def _loss_sum(self) -> Tensor:
+        """This rank's loss sum over the step so far, float64 on the device (no host sync)."""
+        return torch.stack([loss.double() for loss, _ in self._losses]).sum()
+
+    def _summed(self, values: Tensor) -> list[float]:
+        """`values` summed over ranks and brought to the host: the one sync of a step."""
+        if self.world > 1:
+            # float64 on NCCL is fine: two numbers once a step.
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def _report(self, state: TrainState, *, loss_sum: float, grad_norm: float, lr: float, weight: float) -> StepReport:
+        self._losses.clear()
+        return StepReport(step=state.step + 1, loss=loss_sum / weight, grad_norm=grad_norm, lr=lr, weight=weight)
+
+    def _check_finite(self, state: TrainState, *, loss_sum: float, grad_norm: float) -> None:
+        """All ranks hold the same two numbers here, so all raise or none.
+
+        Raises:
+            NumericError: naming the step, and the ranks and samples whose own loss is not finite.
+        """
+        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
+            return
+        mine = [samples for loss, samples in self._losses if not math.isfinite(loss.item())]
+        everyone: list[list[tuple[str, ...]]] = [mine]
+        if self.world > 1:
+            everyone = [[] for _ in range(self.world)]
+            dist.all_gather_object(everyone, mine)
+        guilty = [
+            f"rank {rank}: {', '.join(samples) or 'unnamed samples'}"
+            for rank, micros in enumerate(everyone)
+            for samples in micros
+        ]
+        what = f"loss {loss_sum}" if not math.isfinite(loss_sum) else f"gradient norm {grad_norm}"
+        cause = "; ".join(guilty) if guilty else "every micro-batch loss was finite, so the gradients overflowed"
+        raise NumericError(
+            f"step {state.step + 1}: {what} is not finite, no weight was changed ({cause}). "
+            "Try a lower learning_rate, a longer warm-up, or leave the named rows out."
+        )
+
+    def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by their name inside the unwrapped module."""
+        raise NotImplementedError

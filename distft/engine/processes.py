@@ -1,0 +1,126 @@
+"""The processes of this run: who we are, on which device, and the group we talk in.
+
+Started by `accelerate launch`, `torchrun` or `srun`, one process per accelerator; each leaves its mark in the
+environment. The group is made here and not by a library, because a library that guesses guesses silently:
+accelerate turns DeepSpeed into DDP when told to use the CPU, DeepSpeed starts one world per rank without a backend.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from distft.core.errors import MachineError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """One process's place among all."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    launcher: str
+    """accelerate | torchrun | slurm | plain; what the environment says started us."""
+    wants: str
+    """Engine family the launcher was told to use: "deepspeed", "fsdp" or "" when it left that open."""
+    joined: bool
+    """This call made the process group, so whoever made the call leaves it; False: the caller's caller owns it."""
+
+
+def placed_by(env: Mapping[str, str]) -> tuple[str, int, int, int]:
+    """(launcher, rank, world, local rank) from the environment a launcher left.
+
+    Raises:
+        MachineError: the environment names a world without saying which rank this is.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        missing = [key for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in env]
+        if missing:
+            raise MachineError(
+                f"the launcher set {'RANK' if 'RANK' in env else 'WORLD_SIZE'} but not {', '.join(missing)}; "
+                "start with accelerate launch, torchrun or srun, or unset it to run one process"
+            )
+        launcher = "accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "torchrun"
+        return launcher, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+            raise MachineError(
+                "srun started several tasks but MASTER_ADDR and MASTER_PORT are not set; "
+                'export MASTER_ADDR="$(scontrol show hostnames | head -n 1)" MASTER_PORT=29500 in the batch script'
+            )
+        return "slurm", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+    return "plain", 0, 1, 0
+
+
+def launcher_wants(env: Mapping[str, str]) -> str:
+    """The engine family that `accelerate launch` was configured for, if any."""
+    for key, family in (("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_FSDP", "fsdp")):
+        if env.get(key, "").lower() in ("true", "1"):
+            return family
+    return ""
+
+
+def join(timeout_s: float = 1800.0) -> Processes:
+    """Find our place, take our device and enter the process group (gloo beside NCCL, so host numbers need no GPU).
+
+    Raises:
+        MachineError: more processes on this host than accelerators, or the rendezvous failed.
+    """
+    import torch
+    import torch.distributed as dist
+
+    launcher, rank, world, local_rank = placed_by(os.environ)
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise MachineError(
+                f"process {local_rank} of this host has no GPU: {torch.cuda.device_count()} visible; "
+                f"start {torch.cuda.device_count()} processes per host"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    joined = not dist.is_initialized()
+    if joined:
+        # Libraries (DeepSpeed) read these even when the group exists already.
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            if launcher == "plain":
+                alone: Any = dist.HashStore()  # type: ignore[reportPrivateImportUsage]  # no port for one process
+                dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+            else:
+                dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise MachineError(
+                f"rank {rank} of {world} could not join the process group at {address}: {error}"
+            ) from error
+    return Processes(
+        rank=rank,
+        world=world,
+        local_rank=local_rank,
+        device=device,
+        launcher=launcher,
+        wants=launcher_wants(os.environ),
+        joined=joined,
+    )
+
+
+def leave(placed: Processes) -> None:
+    """Leave the process group if `join` made it."""
+    import torch.distributed as dist
+
+    if placed.joined and dist.is_initialized():
+        dist.destroy_process_group()

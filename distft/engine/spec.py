@@ -1,0 +1,62 @@
+"""What an engine declares about itself, and the parameters engines share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
+
+from distft.core.registry import Params
+
+if TYPE_CHECKING:
+    from distft.core.types import Engine
+    from distft.engine.processes import Processes
+
+
+class AutoParams(Params):
+    """For `auto`, which picks an engine that can offload when asked to."""
+
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in host memory: nothing, the optimizer's state, or that and the parameters."""
+
+
+class Zero12Params(Params):
+    """ZeRO stages 1 and 2, which keep whole parameters on every rank."""
+
+    offload: Literal["none", "optimizer"] = "none"
+    """What lives in host memory: nothing, or the optimizer's state and master weights."""
+
+
+class Zero3Params(Params):
+    """ZeRO stage 3."""
+
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in host memory: nothing, the optimizer's state and master weights, or those and the parameters."""
+
+
+class Fsdp2Params(Params):
+    """Fully sharded data parallel."""
+
+    offload: Literal["none", "all"] = "none"
+    """`all` keeps parameters, gradients and optimizer state in host memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """A named way to spread one model over processes."""
+
+    name: str
+    params: type[Params]
+    module: str
+    """Where `open_engine(name, params, processes)` is; imported when the engine is opened, so that recipes are checked
+    without torch."""
+    flattens: bool = False
+    """The optimizer gets 1-D pieces of tensors, so it must be elementwise."""
+    library: str | None = None
+    """Importable name of the package it needs beyond torch."""
+    max_world: int | None = None
+    """Most processes it runs on."""
+
+    def open(self, params: Params, placed: Processes) -> Engine:
+        """The engine, before it has a model."""
+        return import_module(self.module).open_engine(self.name, params, placed)

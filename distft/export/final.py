@@ -1,0 +1,139 @@
+"""The run folder's `final/`: a plain Hugging Face model or PEFT adapter folder, written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distft.core.errors import DistftError
+from distft.core.types import Engine
+
+MAX_FILE_BYTES = 4 * 2**30
+"""Weights are split into files of at most this size, so no more than one file's worth is ever held."""
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Parameter name (as the saved folder spells it) -> whole shape and type, tied tensors once."""
+
+
+def write_model(
+    folder: Path, engine: Engine, shapes: Shapes, *, prefix: str, save_rest: Callable[[Path], None]
+) -> None:
+    """Every tensor of the model, gathered one by one to rank 0.
+
+    `prefix` is what engines put before the names; `save_rest` writes config and tokenizer (rank 0 only).
+    """
+    plan = _split(shapes)
+    aside = folder.with_name(f".tmp-{folder.name}")
+    _start(engine, aside)
+    total = 0
+    for index, names in enumerate(plan):
+        tensors = _gather(engine, names, prefix)
+        if engine.rank == 0:
+            for name, tensor in tensors.items():
+                _require(name, tensor, shapes[name][0])
+                total += tensor.numel() * tensor.element_size()
+            path = aside / _file_name(index, len(plan))
+            save_file(tensors, path, metadata={"format": "pt"})
+            path.chmod(0o644)  # safetensors makes it private; other people's servers read it
+    if engine.rank == 0:
+        if len(plan) > 1:
+            where = {name: _file_name(index, len(plan)) for index, names in enumerate(plan) for name in names}
+            index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True)
+            (aside / "model.safetensors.index.json").write_text(index_text + "\n", encoding="utf-8")
+        save_rest(aside)
+    _finish(engine, aside, folder)
+
+
+def write_adapter(
+    folder: Path,
+    engine: Engine,
+    shapes: Shapes,
+    *,
+    prefix: str,
+    save_adapter: Callable[[Path, dict[str, Tensor]], None],
+    save_rest: Callable[[Path], None],
+) -> None:
+    """The trained tensors only, in the adapter library's own format.
+
+    Raises:
+        DistftError: a tensor came back empty or in another shape, or every one is still what training started from.
+    """
+    aside = folder.with_name(f".tmp-{folder.name}")
+    _start(engine, aside)
+    tensors = _gather(engine, list(shapes), prefix)
+    if engine.rank == 0:
+        for name, tensor in tensors.items():
+            _require(name, tensor, shapes[name][0])
+        starts_at_zero = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
+        if starts_at_zero and not any(tensor.any() for tensor in starts_at_zero):
+            raise DistftError("the adapter is still its initial value: nothing was trained, so nothing is saved")
+        save_adapter(aside, tensors)
+        save_rest(aside)
+    _finish(engine, aside, folder)
+
+
+def _split(shapes: Shapes) -> list[list[str]]:
+    files: list[list[str]] = [[]]
+    held = 0
+    for name, (shape, dtype) in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if held and held + size > MAX_FILE_BYTES:
+            files.append([])
+            held = 0
+        files[-1].append(name)
+        held += size
+    return files
+
+
+def _file_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _gather(engine: Engine, names: list[str], prefix: str) -> dict[str, Tensor]:
+    pairs: Iterator[tuple[str, Tensor]] = engine.full_tensors(prefix + name for name in names)
+    gathered = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in pairs}
+    return gathered if engine.rank == 0 else {}
+
+
+def _require(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise DistftError(f"{name} was gathered as {tuple(tensor.shape)} instead of {shape}; nothing is saved")
+
+
+def _start(engine: Engine, aside: Path) -> None:
+    if engine.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    engine.wait()
+
+
+def _finish(engine: Engine, aside: Path, folder: Path) -> None:
+    """The folder appears whole or not at all."""
+    if engine.rank == 0:
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    engine.wait()
+
+
+def config_saver(lm: Any, save_tokenizer: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Writes config.json, generation_config.json and the tokenizer with its template."""
+
+    def save(folder: Path) -> None:
+        config = lm.config
+        config.use_cache = True
+        config._attn_implementation_internal = None  # how we trained is not how others must run it
+        config.save_pretrained(folder)
+        if lm.generation_config is not None:
+            lm.generation_config.save_pretrained(folder)
+        save_tokenizer(folder)
+
+    return save

@@ -1,0 +1,78 @@
+"""For people: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def _said(record: dict[str, Any]) -> str:
+    if "eval_loss" in record:
+        return f"eval loss {record['eval_loss']:.4f} over {record['eval_tokens']:,.0f} tokens"
+    mfu = "" if record["mfu"] is None else f"  mfu {100 * record['mfu']:.1f} %"
+    return (
+        f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3g}  lr {record['lr']:.2e}  "
+        f"{record['tokens_per_s']:,.0f} tok/s{mfu}  {record['memory_gib']:.1f} GiB"
+    )
+
+
+class BarSink:
+    """One live line that says what is happening, step, loss, tokens/s and time left; evaluations stay above it."""
+
+    every_step = False
+
+    def __init__(self, name: str, num_steps: int, start: int) -> None:
+        columns = (
+            TextColumn("[bold]{task.fields[run]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=Console(file=sys.stderr), refresh_per_second=4)
+        self._task = self._progress.add_task("starting", total=num_steps, completed=start, run=name)
+        self._progress.start()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Steps move the bar."""
+        if "eval_loss" in record:
+            self._progress.console.print(f"step {record['step']}  {_said(record)}")
+        else:
+            self._progress.update(self._task, completed=record["step"], description=_said(record))
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        self._progress.stop()
+
+
+class LineSink:
+    """A line at most every few seconds, so that logs of long runs stay readable."""
+
+    every_step = False
+    SECONDS = 5.0
+
+    def __init__(self, name: str, num_steps: int, start: int) -> None:
+        self._name, self._total, self._start = name, num_steps, start
+        self._began = time.monotonic()
+        self._said_at = 0.0
+
+    def write(self, record: dict[str, Any]) -> None:
+        """First, last and evaluation records are always written."""
+        step, now = record["step"], time.monotonic()
+        is_step = "eval_loss" not in record
+        if is_step and step not in (self._start + 1, self._total) and now - self._said_at < self.SECONDS:
+            return
+        left = ""
+        if is_step and step > self._start:
+            self._said_at = now
+            seconds = (now - self._began) / (step - self._start) * (self._total - step)
+            left = f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
+        print(f"{self._name} {step}/{self._total}  {_said(record)}{left}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,28 @@
+"""TensorBoard event files, step on the x axis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class TensorboardSink:
+    """One scalar per figure: train/… for steps, eval/… for evaluations."""
+
+    every_step = False
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Position keys but the step are figures too."""
+        group = "eval" if "eval_loss" in record else "train"
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(f"{group}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Flush."""
+        self._writer.close()

@@ -1,0 +1,46 @@
+"""What a method of choosing trainable weights declares about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distft.core.registry import Params
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from distft.model.quantize import QuantParams
+
+
+def _none(params: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """A named method: full fine-tuning, or an adapter beside a frozen base."""
+
+    name: str
+    params: type[Params]
+    attach: Callable[[Any, Any, torch.dtype], nn.Module]
+    """(transformers model on meta, params, model dtype) -> module with requires_grad set; may wrap."""
+    owns: Callable[[str], bool]
+    """Whether a parameter name belongs to the method itself and so is not in the base checkpoint."""
+    fresh: Callable[[str, nn.Module, Tensor, torch.Generator], Tensor] | None = None
+    """(name, attached model, meta tensor, generator) -> initial value of an owned parameter; the base layer it sits
+    beside is already filled."""
+    base_name: Callable[[str], str] = str
+    """Name of a parameter in the attached model -> its name in the base checkpoint."""
+    quant: Callable[[Any], QuantParams | None] = _none
+    """How the base is quantised, None when it is not."""
+    blocks_are_atomic: Callable[[Any], bool] = lambda params: True
+    """See `core.types.Weights`."""
+    quantized: bool = False
+    """The base is stored in 4 bits."""
+    adapter: bool = False
+    """final/ holds an adapter folder instead of a whole model."""
+    library: str | None = None
+    """Importable name of the package it needs beyond torch and transformers."""

@@ -1,0 +1,84 @@
+"""The module that is trained: a transformers causal language model from token ids to per-token losses.
+
+T tokens of one micro-batch, S supervised among them, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distft.core.types import IGNORE
+from distft.model.cross_entropy import HeadLoss
+
+
+class CausalLM(nn.Module):
+    """Wraps `lm` so that one `forward` call runs the blocks, the head and the loss.
+
+    One call, because engines gather and release parameters around forwards: the head must run inside the wrapped
+    module's forward, and its weight may be touched only inside the head's own.
+    """
+
+    def __init__(self, lm: nn.Module, loss: HeadLoss) -> None:
+        super().__init__()
+        self.lm = lm
+        self._head_takes_labels(loss)
+
+    @property
+    def transformer(self) -> Any:
+        """The transformers model inside any adapter wrapper."""
+        base = getattr(self.lm, "get_base_model", None)
+        return base() if base is not None else self.lm
+
+    @property
+    def head(self) -> nn.Linear:
+        """The trained output projection (a copy of it under adapters' `modules_to_save`)."""
+        head = self.transformer.get_output_embeddings()
+        saved = getattr(head, "modules_to_save", None)
+        return saved["default"] if saved is not None else head
+
+    def _head_takes_labels(self, loss: HeadLoss) -> None:
+        """Give the head a forward that, called with labels, returns losses instead of logits."""
+        head = self.head
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"the output projection is {type(head).__name__}, not a linear layer")
+        logits = head.forward
+
+        def forward(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+            return logits(hidden) if labels is None else loss(hidden, self.weight, self.bias, labels)
+
+        head.forward = types.MethodType(forward, head)
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        labels_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        num_supervised: int,
+    ) -> Tensor:
+        """Loss of every supervised token, in order: fp32 [S] ([1] with their sum under the fused kernel).
+
+        Arguments are `Batch.inputs()`.
+
+        A micro-batch that supervises nothing returns a zero that depends on every parameter, because ranks must
+        run the same collectives.
+        """
+        hidden_TE = self.transformer.base_model(
+            input_ids=input_ids_T[None],
+            position_ids=position_ids_T[None],
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_seqlen,
+            max_length_k=max_seqlen,
+        ).last_hidden_state[0]
+        if num_supervised == 0:
+            return self.head(hidden_TE[:1], labels_T[:1].clamp(min=0)) * 0.0
+        # The count is known on the host, so finding the positions needs no sync.
+        at_S = torch.nonzero_static(labels_T != IGNORE, size=num_supervised).squeeze(1)
+        return self.head(hidden_TE[at_S], labels_T[at_S])

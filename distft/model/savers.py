@@ -1,0 +1,88 @@
+"""What trades time for memory, or warm-up for time: activation checkpointing and compilation, per block."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from distft.model import stats
+
+Checkpointing = Literal["off", "selective", "full"]
+
+_ATTENTION = frozenset(
+    op
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+    if (op := getattr(torch.ops.aten, name, None)) is not None
+)
+_MATMULS = frozenset({torch.ops.aten.mm, torch.ops.aten.addmm})
+
+
+class _KeepHalf:
+    """Policy: keep attention outputs and every second matrix product, recompute the rest.
+
+    The products of a block cost alike in memory and time; half of them is torchtitan's default trade.
+    Source: https://pytorch.org/blog/activation-checkpointing-techniques/
+    """
+
+    def __init__(self) -> None:
+        self._products = {False: 0, True: 0}
+
+    def __call__(self, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        packet = getattr(op, "overloadpacket", op)
+        keep = packet in _ATTENTION or "varlen_attn" in str(packet)
+        if packet in _MATMULS:
+            self._products[ctx.is_recompute] += 1
+            keep = self._products[ctx.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def choose_checkpointing(
+    wanted: str, module: Any, device: torch.device, *, tokens: int, shards: int
+) -> tuple[Checkpointing, str]:
+    """(mode, reason) for a recipe's `activation_checkpointing`; `auto` turns it on only when memory asks for it.
+
+    The estimate: 2 bytes a weight and 16 a trained one, over `shards` ranks, plus a block's saved activations in
+    half precision under flash attention, 2·T·(4d + 2q + 2k + 3f), must stay under 85 % of the device.
+    T tokens of a micro-batch, d hidden, q and k projection widths, f feed-forward width.
+    """
+    if wanted != "auto":
+        return wanted, "the recipe says so"  # type: ignore[return-value]
+    if device.type == "cpu":
+        return "off", "no accelerator whose memory could run out"
+    counts = stats.count(module)
+    config = module.transformer.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    q, k = heads * head_dim, config.num_key_value_heads * head_dim
+    per_block = 2 * tokens * (4 * config.hidden_size + 2 * q + 2 * k + 3 * config.intermediate_size)
+    held = (2 * counts.total + 16 * counts.trainable) / shards + per_block * config.num_hidden_layers
+    room = 0.85 * torch.cuda.get_device_properties(device).total_memory
+    said = f"about {held / 2**30:.0f} GiB without it, {room / 2**30:.0f} to use"
+    return ("off", said) if held < room else ("full", said)
+
+
+def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
+    """Recompute activations of every block in the backward pass; `off` changes nothing."""
+    if mode == "off":
+        return
+    kwargs: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
+    if mode == "selective":
+        kwargs["context_fn"] = lambda: create_selective_checkpoint_contexts(_KeepHalf())
+    transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compile each block's forward: hooks of engines stay outside, and equal blocks share one compilation."""
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
+
+
+__all__ = ["Checkpointing", "checkpoint_blocks", "compile_blocks"]

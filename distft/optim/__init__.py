@@ -1,0 +1,25 @@
+"""Update rules and learning-rate schedules; one file each, one line here.
+
+The optimizer sees plain local tensors only (see `distft.engine.owned`), so any `torch.optim.Optimizer` works under
+every engine as long as it treats elements, or blocks of them, independently.
+"""
+
+from distft.core.registry import Registry
+from distft.optim import adafactor, adamw, adamw_8bit, lion, paged, schedules
+from distft.optim.spec import OptimizerSpec, ScheduleSpec
+
+OPTIMIZERS: Registry[OptimizerSpec] = Registry("optimizer")
+OPTIMIZERS.add(adamw.SPEC)
+OPTIMIZERS.add(adamw_8bit.SPEC)
+OPTIMIZERS.add(paged.ADAMW_32BIT)
+OPTIMIZERS.add(paged.ADAMW_8BIT)
+OPTIMIZERS.add(lion.SPEC)
+OPTIMIZERS.add(adafactor.SPEC)
+
+SCHEDULES: Registry[ScheduleSpec] = Registry("schedule")
+SCHEDULES.add(schedules.CONSTANT)
+SCHEDULES.add(schedules.LINEAR)
+SCHEDULES.add(schedules.COSINE)
+SCHEDULES.add(schedules.WSD)
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerSpec", "ScheduleSpec"]

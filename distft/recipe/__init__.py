@@ -1,0 +1,35 @@
+"""One TOML file in, one frozen and fully resolved `Recipe` out, or every mistake in it with its line."""
+
+from distft.recipe.json_schema import json_schema, schema_text
+from distft.recipe.load import load_recipe, parse_recipe
+from distft.recipe.rules import check_world
+from distft.recipe.schema import (
+    Choice,
+    DataTable,
+    EvalTable,
+    LogTable,
+    ModelTable,
+    Recipe,
+    Registries,
+    SourceTable,
+    TrainSourceTable,
+    TrainTable,
+)
+
+__all__ = [
+    "Choice",
+    "DataTable",
+    "EvalTable",
+    "LogTable",
+    "ModelTable",
+    "Recipe",
+    "Registries",
+    "SourceTable",
+    "TrainSourceTable",
+    "TrainTable",
+    "check_world",
+    "json_schema",
+    "load_recipe",
+    "parse_recipe",
+    "schema_text",
+]

@@ -1,0 +1,280 @@
+"""What must hold between keys: one function per rule, each naming the keys it is about."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from distft.core.errors import RecipeError
+from distft.recipe.explain import did_you_mean
+from distft.recipe.origin import Fault
+from distft.recipe.schema import Recipe, Registries, SourceTable
+from distft.recipe.text import toml_value
+
+Rule = Callable[[Recipe, Registries], Iterator[Fault]]
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+
+
+def broken_rules(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+    """Every fault that any rule finds."""
+    for rule in RULES:
+        yield from rule(recipe, registries)
+
+
+def check_world(recipe: Recipe, world: int, micro_batch_size: int | None = None) -> int:
+    """How many micro-batches each of `world` ranks runs per optimizer step.
+
+    `micro_batch_size` is what "auto" was resolved to; None takes the recipe's, and 1 where that is "auto".
+
+    Raises:
+        RecipeError: the global batch does not split evenly; lists the world and micro batch sizes that do.
+    """
+    total = recipe.train.global_batch_size
+    own = recipe.train.micro_batch_size
+    micro = micro_batch_size or (1 if own == "auto" else own)
+    if total % (world * micro) == 0:
+        return total // (world * micro)
+    worlds = _divisors(total // micro) if total % micro == 0 else []
+    micros = _divisors(total // world) if total % world == 0 else []
+    batches = [count for count in (total // (world * micro) * world * micro, _round_up(total, world * micro)) if count]
+    by_micro = f" x micro_batch_size {micro}" if micro > 1 else ""
+    fault = Fault(
+        key=("train", "global_batch_size"),
+        message=f"{total} sequences do not split evenly over {world} processes{by_micro}",
+        fix=f"numbers of processes that fit{by_micro}: {_listed(worlds)}; "
+        f"micro batch sizes that fit {world}: {_listed(micros)}; "
+        f"or global_batch_size = {' or '.join(map(str, batches))}",
+    )
+    raise RecipeError(recipe.source, [recipe.origin.problem(fault)])
+
+
+def name_is_a_folder_name(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """The run's folder must stay inside output_dir, and be typed without quoting."""
+    if not _FOLDER_NAME.fullmatch(recipe.name):
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.name).strip(".-")[:100]
+        yield Fault(
+            key=("name",),
+            message="must be a plain folder name: up to 100 letters, digits, dots, dashes and underscores, "
+            "and no dot in front",
+            fix=f"try {toml_value(safe)}" if safe else "",
+        )
+
+
+def chat_template_is_known(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+    """A template is the tokenizer's, a built-in one, or a file."""
+    template, known = recipe.data.chat_template, ["auto", *registries.templates]
+    if template not in known and not template.endswith(".jinja"):
+        yield Fault(
+            key=("data", "chat_template"),
+            message=f"unknown template{did_you_mean(template, known)}",
+            fix=f"allowed: {', '.join(known)}, or a file ending in .jinja",
+        )
+
+
+def formats_are_known(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+    """A row format is one that somebody registered."""
+    known = list(dict.fromkeys(["auto", *registries.formats]))
+    for part, sources in _sources(recipe):
+        for position, source in enumerate(sources):
+            if source.format not in known:
+                yield Fault(
+                    key=("data", part, position, "format"),
+                    message=f"unknown format{did_you_mean(source.format, known)}",
+                    fix="allowed: " + ", ".join(known),
+                )
+
+
+def one_way_to_say_how_long(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """`epochs` and `max_steps` would overrule each other."""
+    if recipe.train.epochs is not None and recipe.train.max_steps is not None:
+        yield Fault(
+            key=("train", "max_steps"), message="cannot be set together with epochs", fix="remove one of the two"
+        )
+
+
+def micro_batch_divides_global_batch(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """An optimizer step is a whole number of micro-batches."""
+    total, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    if micro != "auto" and total % micro:
+        yield Fault(
+            key=("train", "micro_batch_size"),
+            message=f"does not divide global_batch_size = {total}",
+            fix=f"try {_listed(_nearest_divisors(total, micro))}",
+            also=(("train", "global_batch_size"),),
+        )
+
+
+def warm_up_ends(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """A warm-up as long as the run never reaches the learning rate."""
+    warmup: Any = getattr(recipe.schedule.params, "warmup_steps", None)
+    if warmup and recipe.train.max_steps is not None and warmup >= recipe.train.max_steps:
+        yield Fault(
+            key=("schedule", "warmup_steps"),
+            message=f"is not shorter than the run: max_steps = {recipe.train.max_steps}",
+            fix="3 % to 10 % of the steps is usual",
+            also=(("train", "max_steps"),),
+        )
+
+
+def weight_or_share(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """A source's rows are counted by repetition or by share."""
+    for position, source in enumerate(recipe.data.train):
+        if source.weight is not None and source.share is not None:
+            yield Fault(
+                key=("data", "train", position, "weight"),
+                message="cannot be set together with share",
+                fix="remove one of the two",
+            )
+
+
+def shares_leave_room(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """Shares are fractions of an epoch whose length the other sources give."""
+    shares = [(position, source.share) for position, source in enumerate(recipe.data.train) if source.share]
+    if not shares:
+        return
+    last, keys = shares[-1][0], tuple(("data", "train", position, "share") for position, _ in shares)
+    total = sum(share for _, share in shares)
+    if len(shares) == len(recipe.data.train):
+        yield Fault(
+            key=keys[0],
+            message="leaves no source whose rows give the length of an epoch",
+            fix="remove share from the main source",
+            also=(("data", "train"),),
+        )
+    elif total >= 1:
+        yield Fault(
+            key=("data", "train", last, "share"),
+            message=f"brings the shares to {total:g} of an epoch, and other sources have no share",
+            fix="shares must sum to less than 1",
+            also=keys,
+        )
+
+
+def sources_are_distinct(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """Rows are repeated by weight, not by naming them twice."""
+    for part, sources in _sources(recipe):
+        seen: set[tuple[str | None, ...]] = set()
+        for position, source in enumerate(sources):
+            if _identity(source) in seen:
+                yield Fault(
+                    key=("data", part, position, "path"),
+                    message=f"is already a source of [[data.{part}]]",
+                    fix="to repeat rows set weight" if part == "train" else "remove one of the two",
+                )
+            seen.add(_identity(source))
+
+
+def held_out_rows_are_held_out(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """A loss on rows that were trained says nothing."""
+    trained = {_identity(source): position for position, source in enumerate(recipe.data.train)}
+    for position, source in enumerate(recipe.data.eval):
+        if _identity(source) in trained:
+            yield Fault(
+                key=("data", "eval", position, "path"),
+                message="is also trained on, in [[data.train]]",
+                fix="evaluate on rows that are not trained",
+                also=(("data", "train", trained[_identity(source)], "path"),),
+            )
+
+
+def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """When to evaluate means nothing without rows to evaluate on."""
+    for key in recipe.origin.raw.get("eval", ()) if not recipe.data.eval else ():
+        yield Fault(
+            key=("eval", key),
+            message="has no effect without a [[data.eval]] source",
+            fix="add one, or remove the key",
+            also=(("data", "eval"),),
+        )
+
+
+def plain_text_is_trained_whole(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """Plain text has no turns to choose from."""
+    loss_on, formats = recipe.data.loss_on, {source.format for source in recipe.data.train}
+    if formats == {"text"} and loss_on != "all":
+        yield Fault(
+            key=("data", "loss_on"),
+            message='cannot be found in rows of format = "text"',
+            fix='use loss_on = "all", or another format',
+            also=(("data", "train"),),
+        )
+
+
+def optimizer_fits_engine(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+    """An optimizer that looks at whole matrices cannot run where ranks hold pieces of them."""
+    optim, engine = recipe.optim, recipe.engine
+    if _elementwise(optim.spec) or not _flattens(engine.spec):
+        return
+    engines = [name for name, spec in registries.engine.items() if name != "auto" and not _flattens(spec)]
+    optimizers = [name for name, spec in registries.optim.items() if _elementwise(spec)]
+    yield Fault(
+        key=("optim", "name"),
+        message=f"needs whole matrices (rows and columns), but engine {toml_value(engine.name)} gives each rank pieces",
+        fix=f"allowed: engine {', '.join(engines)}, or optimizer {', '.join(optimizers)}",
+        also=(("engine", "name"),),
+    )
+
+
+def dora_recomputes_outside_gathers(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """ZeRO-3 gathers DoRA's layers one by one inside a block, where selective recomputation cannot replay gathers."""
+    wanted = (getattr(recipe.method.params, "dora", False), recipe.engine.name, recipe.train.activation_checkpointing)
+    if wanted == (True, "zero3", "selective"):
+        yield Fault(
+            key=("train", "activation_checkpointing"),
+            message="cannot be selective for dora under zero3",
+            fix='use "full" or "off", or engine fsdp2',
+            also=(("method", "dora"), ("engine", "name")),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    name_is_a_folder_name,
+    chat_template_is_known,
+    formats_are_known,
+    one_way_to_say_how_long,
+    micro_batch_divides_global_batch,
+    warm_up_ends,
+    weight_or_share,
+    shares_leave_room,
+    sources_are_distinct,
+    held_out_rows_are_held_out,
+    evaluation_has_rows,
+    plain_text_is_trained_whole,
+    optimizer_fits_engine,
+    dora_recomputes_outside_gathers,
+)
+
+
+def _sources(recipe: Recipe) -> tuple[tuple[str, tuple[SourceTable, ...]], ...]:
+    return ("train", recipe.data.train), ("eval", recipe.data.eval)
+
+
+def _identity(source: SourceTable) -> tuple[str | None, ...]:
+    return posixpath.normpath(source.path), source.subset, source.split
+
+
+def _elementwise(optimizer: Any) -> bool:
+    return getattr(optimizer, "elementwise", True)
+
+
+def _flattens(engine: Any) -> bool:
+    return getattr(engine, "flattens", False)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [count for count in range(1, int(number**0.5) + 1) if number % count == 0]
+    return sorted({*small, *(number // count for count in small)})
+
+
+def _nearest_divisors(number: int, wanted: int) -> list[int]:
+    return sorted(sorted(_divisors(number), key=lambda count: abs(count - wanted))[:4])
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"

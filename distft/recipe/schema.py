@@ -1,0 +1,284 @@
+"""What a recipe can say: one frozen class per table, and the `Recipe` that holds them all, defaults filled in.
+
+To add a table: write its class here and give `Recipe` a field of that type. The loader, the printer and the JSON
+Schema all read `Recipe`'s fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_origin, get_type_hints
+
+from pydantic import Field
+
+from distft.core.registry import Params, Registry, Spec
+from distft.recipe.origin import Origin, key_path
+from distft.recipe.text import is_array, is_table, toml_text
+
+SpecT = TypeVar("SpecT", bound=Spec)
+
+
+class RunKeys(Params):
+    """The keys above the first table."""
+
+    name: str = Field(examples=["my-run"])
+    """Name of the run; its folder is output_dir/name."""
+    seed: int = Field(default=42, ge=0, le=2**32 - 1)
+    """Seeds data order, dropout and random weights."""
+    output_dir: str = Field(default="runs", min_length=1)
+    """Folder that holds run folders; on several machines, one that all of them see."""
+
+
+class ModelTable(Params):
+    """The weights to start from and how they compute."""
+
+    path: str = Field(min_length=1, examples=["meta-llama/Llama-3.1-8B"])
+    """Model folder or hub id."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Hub commit, tag or branch; a commit pins the weights."""
+    tokenizer: str | None = Field(default=None, min_length=1)
+    """Tokenizer folder or hub id when it is not the model's."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of weights and matrix products."""
+    attention: Literal["auto", "flash", "varlen", "sdpa", "eager"] = "auto"
+    """auto = flash-attn if installed, else torch's varlen kernel, else SDPA."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random = build from the config without reading weights: benchmarks and tests."""
+    cross_entropy: Literal["auto", "fused", "chunked", "full"] = "auto"
+    """fused = Liger; chunked = never tokens x vocabulary at once; full = plain logits."""
+
+
+class SourceTable(Params):
+    """Rows from one file, folder or hub dataset."""
+
+    path: str = Field(min_length=1, examples=["train.jsonl"])
+    """A json, jsonl, parquet, csv or txt file, a folder of them, or a hub dataset."""
+    format: str = "auto"
+    """Shape of a row; auto looks at the first rows and says what it decided."""
+    split: str | None = Field(default=None, min_length=1)
+    """Split of a hub dataset."""
+    subset: str | None = Field(default=None, min_length=1)
+    """Configuration name of a hub dataset."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Read only this many rows."""
+    columns: dict[str, str] | None = None
+    """Renames columns: theirs = ours (the name the format expects)."""
+
+
+class TrainSourceTable(SourceTable):
+    """A source of training rows and how often they are seen."""
+
+    weight: float | None = Field(default=None, gt=0)
+    """Times each row is seen per epoch; 1.0 unless `share` is set."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Fraction of each epoch's rows that come from this source: a fixed share of general rows against forgetting."""
+
+
+class DataTable(Params):
+    """Rows, and how they become sequences of tokens."""
+
+    max_length: int = Field(default=2048, ge=8)
+    """Tokens in a sequence, packed or not."""
+    packing: bool = True
+    """Best-fit packing of documents into sequences; they never attend to each other."""
+    loss_on: Literal["assistant", "completion", "last_turn", "all"] = "assistant"
+    """Which tokens are trained; `all` by default when every source has format = "text"."""
+    chat_template: str = Field(default="auto", min_length=1)
+    """auto = the tokenizer's; or a built-in name; or a file ending in .jinja."""
+    long_rows: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to a row longer than max_length."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What happens to a row that is not of the source's format; skipped rows are counted."""
+    shuffle: bool = True
+    """Draw a new order every epoch, from the seed alone."""
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Processes that prepare data; 0 = the main process does."""
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """Folder of prepared data, when not the user's cache folder."""
+    train: tuple[TrainSourceTable, ...] = Field(min_length=1, examples=[[{"path": "train.jsonl"}]])
+    """Sources of training rows."""
+    eval: tuple[SourceTable, ...] = ()
+    """Sources of held-out rows."""
+
+
+class TrainTable(Params):
+    """How long, in what batches, and with which memory savers."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows; 1 when max_steps is not set either."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, instead of epochs."""
+    global_batch_size: int = Field(default=64, ge=1)
+    """Sequences per optimizer step over all GPUs, whatever their number."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Sequences per forward and backward on one GPU."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | Literal["off"] = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    activation_checkpointing: Literal["auto", "off", "selective", "full"] = "auto"
+    """Recompute activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """torch.compile, block by block."""
+
+
+class EvalTable(Params):
+    """When the loss on held-out rows is measured."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps between evaluations during training."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+
+
+class LogTable(Params):
+    """Where the numbers of a run go, besides metrics.jsonl."""
+
+    every_steps: int = Field(default=1, ge=1)
+    """Optimizer steps between lines."""
+    tensorboard: bool = True
+    """Write event files to the run folder."""
+    console: Literal["auto", "rich", "plain", "off"] = "auto"
+    """auto = a progress bar in a terminal, plain lines elsewhere."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Generic[SpecT]):
+    """A registered part that a table chose by name, and what the table set on it."""
+
+    name: str
+    params: Params
+    """An instance of the spec's params class."""
+    spec: SpecT = field(compare=False, repr=False)
+    line: int | None = field(default=None, compare=False, repr=False)
+    """1-based line of the name (else of the table) in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registries:
+    """What a recipe may choose from; handed in by the caller, so that this room imports no other."""
+
+    method: Registry[Any]
+    objective: Registry[Any]
+    optim: Registry[Any]
+    schedule: Registry[Any]
+    engine: Registry[Any]
+    formats: Registry[Any]
+    """Dataset formats: `format` is "auto" or one of these."""
+    templates: tuple[str, ...] = ()
+    """Built-in chat templates: `chat_template` is "auto", one of these, or a .jinja file."""
+
+    def part(self, table: str) -> Registry[Any]:
+        """The registry that the table called `table` chooses from."""
+        return getattr(self, table)
+
+
+DEFAULT_PARTS = {"method": "full", "objective": "sft", "optim": "adamw", "schedule": "cosine", "engine": "auto"}
+"""The part a table means when it does not say a name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, fully resolved. Two recipes are equal when their content is, wherever they were read from."""
+
+    name: str
+    seed: int
+    output_dir: str
+    model: ModelTable
+    method: Choice[Any]
+    objective: Choice[Any]
+    data: DataTable
+    optim: Choice[Any]
+    schedule: Choice[Any]
+    train: TrainTable
+    engine: Choice[Any]
+    eval: EvalTable
+    log: LogTable
+    source: str = field(compare=False)
+    """The file it was read from, or what the caller called its text."""
+    origin: Origin = field(compare=False, repr=False)
+    """Which line or override each value came from."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.output_dir) / self.name
+
+    def line_of(self, key: str) -> int | None:
+        """1-based line of `table.key` (`data.train.0.path`) in the file; None for a default or an override."""
+        return self.origin.lines.get(key_path(key))
+
+    def resolved(self) -> dict[str, Any]:
+        """The content as plain TOML values, every default filled in; what is off (None) is left out."""
+        content: dict[str, Any] = {}
+        for known in fields(self):
+            match getattr(self, known.name):
+                case Params() as table:
+                    content[known.name] = _plain(table)
+                case Choice(name=name, params=params):
+                    content[known.name] = {"name": name, **_plain(params)}
+                case value if known.compare:
+                    content[known.name] = value
+                case _:
+                    pass
+        if not self.data.eval:  # [eval] has no effect without rows, and to say it again would be an error
+            del content["eval"], content["data"]["eval"]
+        return content
+
+    def to_toml(self) -> str:
+        """The fully resolved recipe; it loads again to an equal one."""
+        return toml_text(self.resolved())
+
+    def digest(self) -> str:
+        """Hex sha256 of the content: equal for equal recipes, on every machine."""
+        canonical = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@cache
+def all_tables() -> tuple[str, ...]:
+    """Every table, in the order a recipe is written."""
+    return tuple(known.name for known in fields(Recipe) if known.name in {*fixed_tables(), *chosen_tables()})
+
+
+@cache
+def fixed_tables() -> dict[str, type[Params]]:
+    """Tables whose keys are always the same, by name."""
+    kinds = get_type_hints(Recipe)
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Params)}
+
+
+@cache
+def chosen_tables() -> tuple[str, ...]:
+    """Tables whose `name` chooses a registered part, and with it the other keys."""
+    return tuple(name for name, kind in get_type_hints(Recipe).items() if get_origin(kind) is Choice)
+
+
+def fill_dependent_defaults(raw: dict[str, Any]) -> None:
+    """Set in place the defaults that depend on other keys: no class can state those."""
+    train = raw.setdefault("train", {})
+    if is_table(train) and "max_steps" not in train:
+        train.setdefault("epochs", 1.0)
+    data = raw.get("data")
+    sources = data.get("train") if is_table(data) else None
+    if not is_table(data) or not is_array(sources):
+        return
+    if sources and all(map(_says_text, sources)):
+        data.setdefault("loss_on", "all")
+    for source in sources:
+        if is_table(source) and "share" not in source:
+            source.setdefault("weight", 1.0)
+
+
+def _plain(table: Params) -> dict[str, Any]:
+    return table.model_dump(mode="json", exclude_none=True)
+
+
+def _says_text(row: object) -> bool:
+    return is_table(row) and row.get("format") == "text"

@@ -1,0 +1,102 @@
+"""What to say about a key that nobody knows: another table's, another part's, another trainer's word, or a typo."""
+
+from __future__ import annotations
+
+from distft.core.registry import Params, nearest
+from distft.recipe.lines import KeyPath
+from distft.recipe.origin import Fault
+from distft.recipe.schema import (
+    Registries,
+    RunKeys,
+    SourceTable,
+    TrainSourceTable,
+    all_tables,
+    chosen_tables,
+    fixed_tables,
+)
+from distft.recipe.text import toml_value
+
+OTHER_WORDS = {
+    "base_model": "[model] path",
+    "model_name_or_path": "[model] path",
+    "torch_dtype": "[model] dtype",
+    "attn_implementation": "[model] attention",
+    "lora_r": "[method] r",
+    "lora_alpha": "[method] alpha",
+    "lora_dropout": "[method] dropout",
+    "load_in_4bit": '[method] name = "qlora"',
+    "max_seq_length": "[data] max_length",
+    "sequence_len": "[data] max_length",
+    "cutoff_len": "[data] max_length",
+    "sample_packing": "[data] packing",
+    "datasets": "[[data.train]]",
+    "lr": "[optim] learning_rate",
+    "lr_scheduler_type": "[schedule] name",
+    "num_epochs": "[train] epochs",
+    "num_train_epochs": "[train] epochs",
+    "batch_size": "[train] global_batch_size",
+    "train_batch_size": "[train] global_batch_size",
+    "per_device_train_batch_size": "[train] micro_batch_size",
+    "gradient_accumulation_steps": "[train] global_batch_size, from which it follows",
+    "gradient_checkpointing": "[train] activation_checkpointing",
+    "gradient_clipping": "[train] max_grad_norm",
+    "torch_compile": "[train] compile",
+    "deepspeed": "[engine] name",
+    "fsdp": "[engine] name",
+    "eval_steps": "[eval] every_steps",
+    "logging_steps": "[log] every_steps",
+}
+"""Names of the same thing in other trainers."""
+
+
+def unknown_top(key: KeyPath, registries: Registries, *, is_table: bool) -> Fault:
+    """Explains a name at the top of a recipe that is neither a key nor a table."""
+    word, tables = str(key[0]), all_tables()
+    if is_table:
+        near = nearest(word, tables)
+        hint = f", did you mean [{near}]?" if near else ""
+        allowed = ", ".join(f"[{name}]" for name in tables)
+        return Fault(key=key, message=f"unknown table{hint}", fix=f"allowed: {allowed}")
+    known = list(RunKeys.model_fields)
+    return _stray(key, known, registries, f"allowed above the tables: {', '.join(known)}")
+
+
+def unknown_key(key: KeyPath, known: list[str], registries: Registries, *, part: str | None = None) -> Fault:
+    """Explains a key of a table; `known` is what the table has, `part` the name it chose, if it chooses one."""
+    word, table = str(key[-1]), str(key[0])
+    allowed = "allowed: " + (", ".join(known) if known else "nothing")
+    if part is not None and len(key) == 2:
+        owners = [name for name, spec in registries.part(table).items() if word in spec.params.model_fields]
+        if owners:
+            message = f"has no effect with name = {toml_value(part)}; it belongs to {', '.join(owners)}"
+            return Fault(key=key, message=message, fix=f"remove it, or choose name = {toml_value(owners[0])}")
+        allowed = f"allowed with name = {toml_value(part)}: {', '.join(['name', *known])}"
+    return _stray(key, known, registries, allowed)
+
+
+def _homes_of(word: str, registries: Registries) -> list[str]:
+    """The tables that have a key of this name."""
+    homes = [f"[{table}]" for table, kind in fixed_tables().items() if word in kind.model_fields]
+    homes += ["[[data.train]]"] * (word in TrainSourceTable.model_fields)
+    homes += ["[[data.eval]]"] * (word in SourceTable.model_fields)
+    homes += [f"[{table}]" for table in chosen_tables() if word in _all_params(table, registries)]
+    return homes
+
+
+def _stray(key: KeyPath, known: list[str], registries: Registries, allowed: str) -> Fault:
+    word = str(key[-1])
+    if word in OTHER_WORDS:
+        hint = f"unknown key, here it is called {OTHER_WORDS[word]}"
+    elif near := nearest(word, known):
+        hint = f'unknown key, did you mean "{near}"?'
+    elif homes := _homes_of(word, registries):
+        hint = f"unknown key here; it belongs to {' or '.join(homes)}"
+    else:
+        hint = "unknown key"
+    return Fault(key=key, message=hint, fix=allowed)
+
+
+def _all_params(table: str, registries: Registries) -> set[str]:
+    specs = registries.part(table).values()
+    kinds: list[type[Params]] = [spec.params for spec in specs]
+    return {"name"}.union(*(kind.model_fields for kind in kinds))

@@ -1,0 +1,117 @@
+"""A run's folder: what it was asked, what it ran on, how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from distft.core.errors import FileSystemError
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` so that a reader sees the old text or the new, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+class RunFolder:
+    """`output_dir/name`; rank 0 writes, everyone may read."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        """Make sure the folder is there and, on the writing rank, that it can be written.
+
+        Raises:
+            FileSystemError: it cannot be made or written, or a file is in the way.
+        """
+        self.path, self._writes = path, writes
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if writes:
+                probe = path / ".probe"
+                probe.write_text("", encoding="utf-8")
+                probe.unlink()
+                (path / "exit.json").unlink(missing_ok=True)  # how an earlier run ended says nothing of this one
+        except OSError as error:
+            raise FileSystemError(
+                f"{path}: cannot be written ({error.strerror or error}); choose another output_dir (--output-dir DIR)"
+            ) from error
+
+    @property
+    def metrics(self) -> Path:
+        """One line per optimizer step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def final(self) -> Path:
+        """What other programs load."""
+        return self.path / "final"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    def start(self, recipe_toml: str, facts: dict[str, Any]) -> None:
+        """Write what the run was asked and what it runs on."""
+        if not self._writes:
+            return
+        write_atomic(self.path / "recipe.toml", recipe_toml)
+        write_atomic(self.path / "manifest.json", json.dumps(facts | _machine(), indent=2, default=str) + "\n")
+
+    def end(self, *, code: int, reason: str, step: int | None, rank: int) -> None:
+        """Write exit.json; the first rank to fail is the one that knows why, so a failure is never overwritten."""
+        path = self.path / "exit.json"
+        if code != 0 or self._writes:
+            record = {
+                "code": code,
+                "reason": reason,
+                "step": step,
+                "host": socket.gethostname(),
+                "rank": rank,
+                "time": _now(),
+            }
+            with contextlib.suppress(OSError):
+                if code == 0 or not path.exists():
+                    write_atomic(path, json.dumps(record, indent=2) + "\n")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _machine() -> dict[str, Any]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("distft", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "started": _now(),
+        "versions": versions,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Of the working directory, when it is a checkout."""
+    try:
+        said = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() or None

@@ -1,0 +1,13 @@
+"""`python -m distft.train RECIPE`: the command line of the main job (`distft.job`), for launchers that start modules.
+
+From Python it is `from distft import train`, a function: importing this module would put the module in its place.
+"""
+
+import sys
+
+from distft.job import main
+
+if __name__ == "distft.train":
+    raise ImportError("this module is a command; in Python: from distft import train")
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Every registered method: starts as identity, trains only what it owns, and merges into what it computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import CPU, batch, build, documents
+from transformers import AutoModelForCausalLM
+
+from distft.model.adapters import METHODS
+
+ADAPTERS = [name for name, spec in METHODS.items() if spec.adapter]
+VARIANTS = [(name, {}) for name in METHODS] + [
+    ("lora", {"r": 4, "rslora": True}),
+    ("lora", {"r": 4, "dora": True}),
+    ("lora", {"r": 4, "target_modules": ["q_proj", "v_proj"]}),
+    ("lora", {"r": 4, "modules_to_save": ["lm_head"]}),
+    ("lora", {"r": 4, "adapter_dtype": "bfloat16"}),
+    ("qlora", {"r": 4, "quant": {"type": "fp4", "double": False}}),
+    ("qlora", {"r": 4, "quant": {"storage_dtype": "bfloat16"}}),
+]
+EXAMPLE = batch(documents([30, 12]))
+
+
+def losses(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.module(**EXAMPLE.inputs())
+
+
+@pytest.mark.parametrize(("method", "params"), VARIANTS, ids=lambda value: str(value))
+def test_starts_as_identity(tiny_config: Path, method: str, params: dict) -> None:
+    adapted = build(tiny_config, method, params=params)
+    if METHODS[method].quantized:  # identity with the quantised base: switch the adapter off
+        with adapted.module.lm.disable_adapter():
+            base = losses(adapted)
+    else:
+        base = losses(build(tiny_config))
+    assert torch.allclose(losses(adapted), base, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "params"), VARIANTS, ids=lambda value: str(value))
+def test_trains_only_what_it_owns(tiny_config: Path, method: str, params: dict) -> None:
+    model = build(tiny_config, method, params=params)
+    model.module(**EXAMPLE.inputs()).sum().backward()
+    spec = METHODS[method]
+    for name, param in model.module.named_parameters():
+        own = spec.owns(name) or ".modules_to_save." in name or not spec.adapter
+        assert param.requires_grad == own, name
+        assert (param.grad is not None) == own, name
+
+
+@pytest.mark.parametrize(("method", "params"), [v for v in VARIANTS if v[0] == "lora"], ids=str)
+def test_merged_equals_unmerged(tiny_config: Path, tmp_path: Path, method: str, params: dict) -> None:
+    """Through the saved folder and plain PEFT, as a server would."""
+    model = build(tiny_config, method, params=params)
+    torch.manual_seed(0)
+    for param in model.module.parameters():
+        if param.requires_grad:
+            param.data.add_(0.05 * torch.randn_like(param))
+    base = tmp_path / "base"
+    plain = build(tiny_config).module.transformer
+    plain.set_attn_implementation("sdpa")
+    plain.save_pretrained(base)
+    model.module.lm.save_pretrained(tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    merged = merged.merge_and_unload()
+    ids = torch.tensor([documents([20])[0]])
+    bound = 2e-2 if params.get("adapter_dtype") else 1e-4
+    with torch.no_grad():
+        bounds = torch.tensor([0, 20], dtype=torch.int32)
+        ours = model.module.transformer(ids, use_cache=False, cu_seq_lens_q=bounds, max_length_q=20).logits
+        assert torch.allclose(merged(ids).logits, ours, atol=bound)
+
+
+def test_adapters_follow_the_recipes_dtype(tiny_config: Path) -> None:
+    for wanted, dtype in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        model = build(tiny_config, "lora", params={"r": 4, "adapter_dtype": wanted}, dtype="bfloat16")
+        kinds = {p.dtype for n, p in model.module.named_parameters() if ".lora_" in n}
+        assert kinds == {dtype}
+        frozen = {p.dtype for n, p in model.module.named_parameters() if not p.requires_grad}
+        assert frozen == {torch.bfloat16}, "no fp32 upcast of the frozen embedding, head and norms"
+
+
+def test_fresh_adapters_depend_on_seed_and_name_only(tiny_config: Path) -> None:
+    one, same, other = (build(tiny_config, "lora", fill=False, seed=seed) for seed in (1, 1, 2))
+    for unit in [*reversed(same.blocks), same.module]:
+        same.fill(unit, CPU)
+    one.fill(one.module, CPU)
+    other.fill(other.module, CPU)
+    named = [dict(m.module.named_parameters()) for m in (one, same, other)]
+    matrices = [name for name in named[0] if ".lora_A." in name]
+    assert all(torch.equal(named[0][name], named[1][name]) for name in matrices)
+    assert not any(torch.equal(named[0][name], named[2][name]) for name in matrices)
+    assert not torch.equal(named[0][matrices[0]], named[0][matrices[7]])

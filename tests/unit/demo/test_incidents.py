@@ -1,0 +1,145 @@
+"""The generated task: the same everywhere, split cleanly, and not solved by looking for a word."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+from distft.demo import tokenizer, wording
+from distft.demo.incidents import COMPONENTS, PROMPT_END, SEVERITIES, SIZES, Incident, datasets
+from distft.demo.scoring import parse
+
+Rows = list[dict[str, str]]
+DIGEST = "fe09b43b1507977eb720551072b3fbb7c1dbf5aa79112eeeebcec63c86a2f734"
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Rows]:
+    return datasets()
+
+
+def test_the_bytes_are_the_same_on_every_machine(made: dict[str, Rows]) -> None:
+    assert hashlib.sha256(json.dumps(made).encode()).hexdigest() == DIGEST
+
+
+def test_sizes(made: dict[str, Rows]) -> None:
+    assert {name: len(rows) for name, rows in made.items()} == {name: size for name, (_, size) in SIZES.items()}
+    assert len(made["incidents/train"]) >= 2000
+    assert len(made["incidents/valid"]) == len(made["incidents-json/valid"]) == 200
+
+
+def test_no_report_is_told_twice_even_with_other_numbers(made: dict[str, Rows]) -> None:
+    told = [re.sub(r"\d", "#", row["prompt"]) for rows in made.values() for row in rows]
+    assert len(set(told)) == len(told)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_reference_answer_keeps_its_format(made: dict[str, Rows], name: str) -> None:
+    for row in made[name]:
+        assert row["prompt"].endswith(PROMPT_END)
+        assert parse(row["completion"], SIZES[name][0]) is not None
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_severity_and_component_is_common(made: dict[str, Rows], name: str) -> None:
+    style, size = SIZES[name]
+    answers = [parse(row["completion"], style) or {} for row in made[name]]
+    severities = Counter(answer["severity"] for answer in answers)
+    components = Counter(answer["component"] for answer in answers)
+    assert all(severities[word] > 0.1 * size for word in SEVERITIES)
+    assert all(components[word] > 0.03 * size for word in COMPONENTS)
+
+
+def test_training_uses_every_service_and_symptom(made: dict[str, Rows]) -> None:
+    told = "\n".join(row["completion"] for row in made["incidents/train"])
+    assert all(service in told for services in wording.SERVICES.values() for service in services)
+    assert all(symptom.partition("{")[0] in told for symptom in wording.SYMPTOMS)
+
+
+@pytest.mark.parametrize(
+    ("facts", "severity"),
+    [
+        (("staging", "most", False, False), "low"),
+        (("staging", "most", True, False), "medium"),
+        (("production", "few", False, True), "low"),
+        (("production", "few", False, False), "medium"),
+        (("production", "some", False, True), "medium"),
+        (("production", "some", False, False), "high"),
+        (("production", "most", False, True), "high"),
+        (("production", "most", False, False), "critical"),
+        (("production", "few", True, True), "high"),
+        (("production", "some", True, True), "critical"),
+    ],
+)
+def test_severity_rule(facts: tuple[str, str, bool, bool], severity: str) -> None:
+    environment, scope, data_loss, workaround = facts
+    incident = Incident(
+        service="edge proxy",
+        component="network",
+        symptom="times out",
+        environment=environment,
+        scope=scope,
+        data_loss=data_loss,
+        workaround=workaround,
+        action="page the owner",
+    )
+    assert incident.severity == severity
+
+
+def test_no_single_word_gives_the_severity_away(made: dict[str, Rows]) -> None:
+    """The best word, or pair of neighbouring words, chosen with hindsight stays far from the rule."""
+    examples = [(_grams(row["prompt"]), row["completion"].partition("\n")[0]) for row in made["incidents/train"]]
+    totals = Counter(severity for _, severity in examples)
+    with_gram: dict[str, Counter[str]] = {}
+    for grams, severity in examples:
+        for gram in grams:
+            with_gram.setdefault(gram, Counter())[severity] += 1
+    best = max(
+        max(present.values()) + max((totals - present).values(), default=0) for present in with_gram.values()
+    ) / len(examples)
+    assert max(totals.values()) / len(examples) < 0.35
+    assert best < 0.5
+
+
+def _grams(text: str) -> set[str]:
+    words = text.lower().split()
+    return {*words, *(f"{one} {two}" for one, two in itertools.pairwise(words))}
+
+
+def test_words_somebody_else_chose_do_not_count(made: dict[str, Rows]) -> None:
+    """Reports name severities that are not the answer about as often as chance does."""
+    asked = [
+        (match[1], row["completion"].splitlines()[0].removeprefix("severity: "))
+        for row in made["incidents/train"]
+        if (match := re.search(r"asks for (\w+) priority", row["prompt"]))
+    ]
+    assert 0.15 < sum(said == true for said, true in asked) / len(asked) < 0.35
+
+
+def _texts(made: dict[str, Rows], splits: Iterable[str]) -> list[str]:
+    return [row["prompt"] + row["completion"] for name in splits for row in made[name]]
+
+
+def test_a_prompt_ends_at_a_token(made: dict[str, Rows]) -> None:
+    """Tokenised jointly, prompt and completion give the tokens they give apart."""
+    bpe = tokenizer.train(_texts(made, ("incidents/train", "incidents-json/train")))
+    for row in made["incidents/valid"] + made["incidents-json/valid"]:
+        apart = bpe.encode(row["prompt"]).ids + bpe.encode(row["completion"]).ids
+        assert bpe.encode(row["prompt"] + row["completion"]).ids == apart
+
+
+def test_the_tokenizer_is_small_deterministic_and_lossless(made: dict[str, Rows]) -> None:
+    texts = _texts(made, ("incidents/train", "incidents-json/train"))
+    bpe = tokenizer.train(texts)
+    assert bpe.to_str() == tokenizer.train(texts).to_str()
+    assert bpe.get_vocab_size() <= tokenizer.VOCAB_SIZE
+    assert bpe.token_to_id(tokenizer.PAD) == tokenizer.PAD_ID
+    assert bpe.token_to_id(tokenizer.EOS) == tokenizer.EOS_ID
+    for text in ("a\r\n\tb  c", "naïve 日本 🚒", *_texts(made, ("incidents/valid",))[:20]):
+        assert bpe.decode(bpe.encode(text).ids) == text
