@@ -19,7 +19,7 @@ from distft.data.templates import read_template
 if TYPE_CHECKING:
     from distft.recipe.schema import DataTable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the stored arrays, or what rendering makes of a row, change."""
 
 

@@ -178,6 +178,8 @@ def _build(job: _Job, aside: Path, target: Path) -> None:
             files=tuple(file.label for source in job.sources for file in source.files),
             file_sources=tuple(index for index, source in enumerate(job.sources) for _ in source.files),
             fingerprint=writer.fingerprint(),
+            largest_id=writer.largest_id,
+            stop_ids=writer.stop_ids(),
         )
         writer.commit(report, target)
     finally:

@@ -65,6 +65,10 @@ class PrepareReport:
     """Which source each file belongs to."""
     fingerprint: str
     """sha256 over all token ids, trained marks and lengths: what a resumed run must find again."""
+    largest_id: int
+    """Of all tokens: the embedding must have a row for it."""
+    stop_ids: tuple[int, ...]
+    """Trained tokens that at least a tenth of the rows end with: what the model will stop at, most frequent first."""
 
     @property
     def num_rows(self) -> int:
@@ -88,4 +92,6 @@ class PrepareReport:
             files=tuple(stored["files"]),
             file_sources=tuple(stored["file_sources"]),
             fingerprint=stored["fingerprint"],
+            largest_id=stored["largest_id"],
+            stop_ids=tuple(stored["stop_ids"]),
         )

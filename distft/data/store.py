@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,9 @@ class Writer:
         self.folder = folder
         self.end = 0
         self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
+        self.largest_id = -1
+        self._ends: Counter[int] = Counter()
+        self._num_rows = 0
         self.hashes = {name: hashlib.sha256() for name in ("ids", "trained", "lengths")}
         self._append("offsets", np.zeros(1, np.int64))
 
@@ -66,6 +70,15 @@ class Writer:
         self._append("files", np.full(len(rows.rows_N), file))
         self._append("offsets", self.end + np.cumsum(rows.lengths_N, dtype=np.int64))
         self.end += len(rows.ids)
+        if len(rows.ids):
+            self.largest_id = max(self.largest_id, int(rows.ids.max()))
+            last_N = np.cumsum(rows.lengths_N) - 1
+            self._ends.update(rows.ids[last_N[rows.trained[last_N] == 1]].tolist())
+        self._num_rows += len(rows.rows_N)
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Trained tokens that at least a tenth of the rows end with; rows that were cut end anywhere."""
+        return tuple(token for token, count in self._ends.most_common() if 10 * count >= self._num_rows)
 
     def fingerprint(self) -> str:
         """sha256 of the rows so far, whatever pieces they came in."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from typing import get_args
 
 from distft.core.errors import MachineError
 from distft.engine.processes import Processes
@@ -25,8 +26,8 @@ def choose(
     `elementwise`: the optimizer can work on pieces of tensors.
 
     Raises:
-        MachineError: the launcher was configured for another engine than the recipe names, or the engine's library
-            or world size is not there.
+        MachineError: the launcher was configured for another engine than the recipe names, the engine's library or
+            world size is not there, or the engine left to choose cannot do what optimizer or offload need.
     """
     if name != "auto":
         _check_launcher(name, placed.wants)
@@ -53,6 +54,17 @@ def choose(
         raise MachineError(
             f"engine {chosen} runs in {spec.max_world} process, {placed.world} were started: "
             'set [engine] name = "auto" or "ddp", or start one process'
+        )
+    if spec.flattens and not elementwise:
+        raise MachineError(
+            f"engine {chosen} ({reason}) gives each rank pieces of matrices, and the optimizer needs whole ones: "
+            "launch without it, or choose another [optim] name"
+        )
+    key = spec.params.model_fields.get("offload")
+    if offload != "none" and (key is None or offload not in get_args(key.annotation)):
+        raise MachineError(
+            f'engine {chosen} ({reason}) cannot offload = "{offload}": remove it, '
+            "or use engine zero3 (optimizer, all) or fsdp2 (all)"
         )
     return chosen, reason
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -163,8 +162,6 @@ def _import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed; it warns at every call.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Read by deepspeed.comm before it compiles its shared-memory all-reduce; unset means "not compatible".
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=None)

@@ -33,6 +33,8 @@ class Processes:
     """Engine family the launcher was told to use: "deepspeed", "fsdp" or "" when it left that open."""
     joined: bool
     """This call made the process group, so whoever made the call leaves it; False: the caller's caller owns it."""
+    exported: tuple[str, ...] = ()
+    """Environment variables that `join` set and `leave` takes back, so that a second run here starts as the first."""
 
 
 def placed_by(env: Mapping[str, str]) -> tuple[str, int, int, int]:
@@ -92,9 +94,14 @@ def join(timeout_s: float = 1800.0) -> Processes:
         backend = "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     joined = not dist.is_initialized()
+    exported: tuple[str, ...] = ()
     if joined:
         # Libraries (DeepSpeed) read these even when the group exists already.
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
+        ours = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local_rank)}
+        if launcher == "plain":  # a whole launch, so that `placed_by` reads it back; nobody dials the port
+            ours |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        exported = tuple(key for key in ours if key not in os.environ)
+        os.environ.update(ours)
         timeout = timedelta(seconds=timeout_s)
         try:
             if launcher == "plain":
@@ -115,6 +122,7 @@ def join(timeout_s: float = 1800.0) -> Processes:
         launcher=launcher,
         wants=launcher_wants(os.environ),
         joined=joined,
+        exported=exported,
     )
 
 
@@ -124,3 +132,5 @@ def leave(placed: Processes) -> None:
 
     if placed.joined and dist.is_initialized():
         dist.destroy_process_group()
+    for key in placed.exported:
+        os.environ.pop(key, None)

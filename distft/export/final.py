@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +125,21 @@ def _finish(engine: Engine, aside: Path, folder: Path) -> None:
     engine.wait()
 
 
-def config_saver(lm: Any, save_tokenizer: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Writes config.json, generation_config.json and the tokenizer with its template."""
+def save_config(lm: Any, folder: Path) -> None:
+    """config.json, as for inference: with a cache, and free of how we trained."""
+    config = copy.deepcopy(lm.config)
+    config.use_cache = True
+    config._attn_implementation_internal = None
+    config.save_pretrained(folder)
 
-    def save(folder: Path) -> None:
-        config = lm.config
-        config.use_cache = True
-        config._attn_implementation_internal = None  # how we trained is not how others must run it
-        config.save_pretrained(folder)
-        if lm.generation_config is not None:
-            lm.generation_config.save_pretrained(folder)
-        save_tokenizer(folder)
 
-    return save
+def save_generation_config(lm: Any, folder: Path, stop_ids: Sequence[int]) -> None:
+    """generation_config.json that stops at what trained rows end with, besides what the base stops at."""
+    config = copy.deepcopy(lm.generation_config)
+    if config is None:
+        return
+    base = config.eos_token_id
+    known = [] if base is None else list(base) if isinstance(base, list | tuple) else [base]
+    stops = [*known, *(token for token in stop_ids if token not in known)]
+    config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    config.save_pretrained(folder)

@@ -279,7 +279,7 @@ def build(
         MachineError: a kernel that was asked for cannot run here.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype: torch.dtype = getattr(torch, table.dtype)
     config = read_config(folder)
@@ -289,6 +289,8 @@ def build(
     with init_empty_weights(include_buffers=False):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
     lm.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        lm.generation_config = GenerationConfig.from_pretrained(folder)
     lm.name_or_path = str(folder) if table.path.startswith((".", "/", "~")) or Path(table.path).exists() else table.path
     source = _source(table, folder, lm, seed, dtype) if weights else _NoSource()
     quant = method.quant(params)

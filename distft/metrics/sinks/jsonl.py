@@ -11,13 +11,25 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
+def _step(line: str) -> int | None:
+    """The step of a record; None for a line that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 class JsonlSink:
     """Appends whole lines; a full disk costs lines, never the run."""
 
     every_step = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, start: int = 0) -> None:
+        """Keep what an earlier run wrote up to the step this one starts from, so that no step appears twice."""
         self._path = path
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) in range(start + 1 if start else 0)]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -29,5 +41,8 @@ class JsonlSink:
             log.warning("%s: a line was lost: %s", self._path, error)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk has not taken by now is lost."""
+        try:
+            self._file.close()
+        except OSError as error:
+            log.warning("%s: the last lines were lost: %s", self._path, error)

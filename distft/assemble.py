@@ -1,0 +1,281 @@
+"""Each part of a run made from its table of the recipe, for `distft.job` to put together in order."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distft.catalog import REGISTRIES
+from distft.core.errors import Problem, RecipeError
+from distft.recipe import Recipe, check_world
+
+if TYPE_CHECKING:
+    from distft.core.types import Engine, TrainState, UpdateRule
+    from distft.data.loader import EvalSteps, Steps
+    from distft.engine.processes import Processes
+    from distft.metrics import Meters, RunFacts
+    from distft.model.load import MetaModel
+    from distft.run_folder import RunFolder
+
+AUTO_MICRO_TOKENS = 8192
+"""`micro_batch_size = "auto"` fills a micro-batch up to this many tokens: enough rows for full-speed products."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one optimizer step is spread over processes."""
+
+    micro_batch_size: int
+    micros_per_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Prepared rows, cut into this rank's steps."""
+
+    steps: Steps
+    eval_steps: EvalSteps | None
+    fingerprint: dict[str, str]
+    """sha256 of the prepared rows, by split."""
+    largest_id: int
+    """Of all tokens in them."""
+    stop_ids: tuple[int, ...]
+    """What trained rows end with."""
+
+
+def layout(recipe: Recipe, world: int) -> Layout:
+    """The micro-batch: the recipe's, or as many sequences as fill AUTO_MICRO_TOKENS and divide a rank's share.
+
+    Raises:
+        RecipeError: the global batch does not split over `world` processes.
+    """
+    own = recipe.train.micro_batch_size
+    if own == "auto":
+        share = check_world(recipe, world, 1)
+        limit = max(1, AUTO_MICRO_TOKENS // recipe.data.max_length)
+        own = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
+    return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own))
+
+
+def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
+    """Prepared before any process group exists: however long it takes, no collective times out.
+
+    Raises:
+        DataError: rows that cannot be trained on.
+    """
+    from distft.data.loader import EvalSteps, Steps
+    from distft.data.prepare import cache_folder, prepare
+
+    table = located.data
+    tokenizer, revision = _tokenizer(located)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(table)}
+    common["progress"] = lambda rows: say(f"preparing rows: {rows:,}") if rows % 10_000 == 0 else None
+    rows = prepare(table, table.train, split="train", **common)
+    micro = cut.micro_batch_size
+    slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world}
+    slice_["pad_to"] = micro * table.max_length if located.train.compile else None
+    plan = located.train
+    steps = Steps(
+        rows,
+        table,
+        seed=located.seed,
+        epochs=plan.epochs,
+        max_steps=plan.max_steps,
+        global_batch_size=plan.global_batch_size,
+        **slice_,
+    )
+    say(
+        f"{rows.num_rows:,} rows, {steps.tokens_per_epoch:,} tokens an epoch "
+        f"({steps.supervised_per_epoch:,} trained), {100 * steps.fill:.1f} % fill, {steps.num_steps:,} steps"
+    )
+    splits = {"train": rows}
+    if table.eval:
+        splits["eval"] = prepare(table, table.eval, split="eval", **common)
+    return Data(
+        steps=steps,
+        eval_steps=EvalSteps(splits["eval"], table, **slice_) if table.eval else None,
+        fingerprint={split: prepared.fingerprint for split, prepared in splits.items()},
+        largest_id=max(prepared.report.largest_id for prepared in splits.values()),
+        stop_ids=rows.report.stop_ids,
+    )
+
+
+def _tokenizer(located: Recipe) -> tuple[str, str | None]:
+    """(path, revision) of the tokenizer: the model's unless the recipe names another."""
+    model = located.model
+    return (model.path, model.revision) if model.tokenizer is None else (model.tokenizer, None)
+
+
+def open_engine(recipe: Recipe, placed: Processes, say: Say) -> Engine:
+    """The recipe's engine, or the one `auto` chooses.
+
+    Raises:
+        MachineError: it cannot run here, or the launcher was configured for another.
+    """
+    from distft.engine.auto import choose
+
+    params: Any = recipe.engine.params
+    offload = getattr(params, "offload", "none")
+    name, why = choose(
+        recipe.engine.name,
+        REGISTRIES.engine,
+        placed,
+        trains_all=not recipe.method.spec.adapter,
+        elementwise=recipe.optim.spec.elementwise,
+        offload=offload,
+    )
+    spec = REGISTRIES.engine[name]
+    if recipe.engine.name == "auto":
+        params = spec.params(**({"offload": offload} if "offload" in spec.params.model_fields else {}))
+    say(f"engine {name}: {why}")
+    return spec.open(params, placed)
+
+
+def model(located: Recipe, placed: Processes, engine: str, cut: Layout, rows: Data, say: Say) -> MetaModel:
+    """The model without values, adapters attached, memory savers on.
+
+    Raises:
+        RecipeError: weights are missing or unusable, or a token has no row in the embedding.
+    """
+    from distft.model import load, savers, stats
+
+    spec = located.method.spec
+    built = load.build(
+        located.model,
+        load.find_folder(located.model),
+        spec,
+        located.method.params,
+        seed=located.seed,
+        device=placed.device,
+        per_token=located.objective.spec.per_token,
+    )
+    num_embeddings = built.module.transformer.get_input_embeddings().num_embeddings
+    if rows.largest_id >= num_embeddings:
+        problem = Problem(
+            message=f"[model] the tokenizer wrote token {rows.largest_id}, and the embedding has {num_embeddings} rows",
+            line=located.line_of("model.tokenizer") or located.line_of("model.path"),
+            fix="use the tokenizer that belongs to the model, or a chat_template of tokens it knows",
+        )
+        raise RecipeError(located.source, [problem])
+    mode, why = savers.choose_checkpointing(
+        located.train.activation_checkpointing,
+        built.module,
+        placed.device,
+        tokens=cut.micro_batch_size * located.data.max_length,
+        shards=placed.world if engine in ("zero3", "fsdp2") else 1,
+    )
+    say(f"activation checkpointing {mode}: {why}")
+    savers.checkpoint_blocks(built.module.transformer, mode)
+    if located.train.compile:
+        savers.compile_blocks(built.blocks)
+    counts = stats.count(built.module)
+    say(f"{counts.trainable:,} of {counts.total:,} parameters are trained ({located.method.name})")
+    return built
+
+
+def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
+    """Optimizer, schedule and clipping."""
+    from distft.core.types import UpdateRule
+
+    optim, clip = recipe.optim, recipe.train.max_grad_norm
+    params: Any = optim.params
+    factor = recipe.schedule.spec.build(recipe.schedule.params, num_steps)
+    return UpdateRule(
+        build=lambda groups: optim.spec.build(params, groups),
+        lr_at=lambda step: params.learning_rate * factor(step),
+        weight_decay=params.weight_decay,
+        decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
+        max_grad_norm=None if clip == "off" else float(clip),
+    )
+
+
+def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFacts:
+    """Counted on whole shapes, so before an engine shards them."""
+    from distft.metrics import RunFacts
+    from distft.model import stats
+
+    return RunFacts(
+        world=placed.world,
+        device_name=device_name(placed),
+        flops_per_token=stats.flops_per_token(built.module),
+        flops_per_squared_length=stats.flops_per_squared_length(built.module.transformer.config),
+        start=state,
+    )
+
+
+def meters(recipe: Recipe, folder: RunFolder, facts: RunFacts, placed: Processes, steps: Steps) -> Meters:
+    """Every registered metric, and on rank 0 the sinks that the recipe asks for."""
+    from distft.metrics import METRICS, Meters
+    from distft.metrics.sinks import console, jsonl
+
+    sinks: list[Any] = []
+    if placed.rank == 0:
+        sinks.append(jsonl.JsonlSink(folder.metrics, start=facts.start.step))
+        if recipe.log.tensorboard:
+            from distft.metrics.sinks.tensorboard import TensorboardSink
+
+            sinks.append(TensorboardSink(folder.tensorboard))
+        if recipe.log.wandb is not None:
+            from distft.metrics.sinks.wandb import WandbSink
+
+            sinks.append(WandbSink(recipe.log.wandb, recipe.name, recipe.resolved()))
+        bar = recipe.log.console == "rich" or (recipe.log.console == "auto" and sys.stderr.isatty())
+        if recipe.log.console != "off":
+            kind = console.BarSink if bar else console.LineSink
+            sinks.append(kind(recipe.name, steps.num_steps, facts.start.step))
+    return Meters([spec.build(facts) for spec in METRICS.values()], sinks, epoch_at=steps.epoch_at)
+
+
+def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Names, whole shapes and types of what final/ will hold; asked for before an engine shards anything."""
+    from distft.model.load import WRAPPER
+
+    return {
+        name.removeprefix(WRAPPER): (tuple(param.shape), param.dtype)
+        for name, param in built.module.named_parameters()
+        if param.requires_grad or not recipe.method.spec.adapter
+    }
+
+
+def export(
+    located: Recipe, folder: RunFolder, engine: Engine, built: MetaModel, shapes: dict[str, Any], rows: Data
+) -> None:
+    """Write final/: what transformers, PEFT and inference servers load."""
+    from distft.data.render import save_tokenizer
+    from distft.export import final
+    from distft.model.load import WRAPPER
+
+    lm: Any = built.module.lm
+    tokenizer, revision = _tokenizer(located)
+
+    def save_beside(target: Path) -> None:
+        save_tokenizer(tokenizer, target, chat_template=located.data.chat_template, revision=revision)
+        final.save_generation_config(built.module.transformer, target, rows.stop_ids)
+
+    def save_config_too(target: Path) -> None:
+        final.save_config(built.module.transformer, target)
+        save_beside(target)
+
+    if located.method.spec.adapter:
+        final.write_adapter(
+            folder.final,
+            engine,
+            shapes,
+            prefix=WRAPPER,
+            save_adapter=lambda target, tensors: lm.save_pretrained(target, state_dict=tensors),
+            save_rest=save_beside,
+        )
+    else:
+        final.write_model(folder.final, engine, shapes, prefix=WRAPPER, save_rest=save_config_too)
+
+
+def device_name(placed: Processes) -> str:
+    """The accelerator's product name, or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name(placed.device) if placed.device.type == "cuda" else "cpu"

@@ -1,0 +1,157 @@
+"""The reference engine: what the optimizer sees, what a bad number stops, and what seeds dropout."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CPU, batch, build, documents
+from torch import nn
+
+from distft.core.errors import NumericError
+from distft.core.registry import NoParams
+from distft.core.types import Batch, TrainState, UpdateRule
+from distft.engine.owned import OwnedParameters
+from distft.engine.processes import Processes
+from distft.engine.solo import SoloEngine, open_engine
+
+ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
+RULE = UpdateRule(
+    build=lambda groups: torch.optim.AdamW(groups, lr=1.0),
+    lr_at=lambda step: 0.1 / (step + 1),
+    weight_decay=0.1,
+    decayed=frozenset(),
+    max_grad_norm=1.0,
+)
+
+
+def opened(folder: Path, method: str = "full", **how) -> SoloEngine:
+    engine = open_engine("solo", NoParams(), ALONE)
+    engine.adopt(build(folder, method, fill=False, **how), RULE, micros_per_step=1)
+    return engine
+
+
+def bits(engine: SoloEngine) -> dict[str, torch.Tensor]:
+    """Every parameter's bytes: NaN equals itself here."""
+    return {n: p.detach().clone().view(torch.uint8) for n, p in engine.model.named_parameters()}
+
+
+def named(ids: list[list[int]], *samples: str) -> Batch:
+    return dataclasses.replace(batch(ids), sample_ids=samples)
+
+
+def forward_backward(engine: SoloEngine, micro: Batch, *, weight: float, seed: int = 0) -> float:
+    with engine.accumulating(last=True, seed=seed):
+        loss = engine.model(**engine.place(micro).inputs()).sum()
+        engine.backward(loss, divide_by=weight, samples=micro.sample_ids)
+    return loss.item()
+
+
+# -- the tensors an optimizer updates --------------------------------------------------------------------------------
+
+
+def test_fp32_parameters_are_updated_in_place() -> None:
+    layer = nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    owned = OwnedParameters(layer.named_parameters())
+    [(name, tensor)] = owned
+    assert name == "weight"
+    assert tensor is layer.weight, "no copy, and nothing for what is frozen"
+    layer(torch.ones(1, 3)).sum().backward()
+    [grad] = owned.collect()
+    assert grad is layer.weight.grad
+    owned.publish()
+
+
+def test_bf16_parameters_have_fp32_masters() -> None:
+    layer = nn.Linear(4, 2, bias=False, dtype=torch.bfloat16)
+    owned = OwnedParameters(layer.named_parameters())
+    [(_, master)] = owned
+    assert master.dtype == torch.float32
+    assert torch.equal(master.bfloat16(), layer.weight)
+    assert owned.collect() == [], "no gradient yet"
+    layer(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+    [grad] = owned.collect()
+    assert grad.dtype == torch.float32
+    assert layer.weight.grad is None, "moved, not kept twice"
+    start = layer.weight.detach().clone()
+    step = start.abs().min().float() / 4096  # lost in bf16 (8 bits), kept in the master
+    for _ in range(100):
+        with torch.no_grad():
+            master.add_(step)
+        owned.publish()
+    assert torch.equal(layer.weight, master.bfloat16())
+    assert torch.allclose(master.detach(), start.float() + 100 * step, rtol=1e-6)
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_reports_what_it_did(tiny_config: Path) -> None:
+    engine = opened(tiny_config)
+    before = bits(engine)
+    micros = [batch(documents([20, 9])), batch(documents([14], seed=1))]
+    weight = float(sum(micro.num_supervised for micro in micros))
+    losses = [forward_backward(engine, micro, weight=weight) for micro in micros]
+    grads = torch.cat([p.grad.flatten() for p in engine.model.parameters()])
+    report = engine.step(TrainState(step=3), weight)
+    assert report.step == 4
+    assert report.loss == pytest.approx(sum(losses) / weight, rel=1e-6)
+    assert report.grad_norm == pytest.approx(grads.norm().item(), rel=1e-5)
+    assert report.grad_norm > 1.0, "before clipping"
+    assert report.lr == pytest.approx(0.1 / 4)
+    after = bits(engine)
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+    assert all(p.grad is None for p in engine.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loss_that_is_not_finite_changes_no_weight_and_names_its_rows(tiny_config: Path, dtype: str) -> None:
+    engine = opened(tiny_config, dtype=dtype)
+    with torch.no_grad():
+        engine.model.get_parameter("lm.model.embed_tokens.weight")[7] = float("nan")
+    before = bits(engine)
+    good, bad = documents([12, 9]), [[7, 7, 7, 7], *documents([10], seed=3)]
+    good = [[max(8, token) for token in row] for row in good]
+    forward_backward(engine, named(good, "train.jsonl row 1", "train.jsonl row 2"), weight=30.0)
+    forward_backward(engine, named(bad, "train.jsonl row 3", "train.jsonl row 9"), weight=30.0)
+    with pytest.raises(NumericError) as said:
+        engine.step(TrainState(step=4), 30.0)
+    message = str(said.value)
+    assert message.startswith("step 5: loss nan is not finite, no weight was changed")
+    assert "(rank 0: train.jsonl row 3, train.jsonl row 9)" in message
+    assert "row 1" not in message
+    assert said.value.exit_code == 5
+    after = bits(engine)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_gradients_that_overflow_change_no_weight(tiny_config: Path) -> None:
+    engine = opened(tiny_config)
+    engine.model.get_parameter("lm.lm_head.weight").register_hook(lambda grad: grad * float("inf"))
+    before = bits(engine)
+    forward_backward(engine, named(documents([12]), "train.jsonl row 1"), weight=11.0)
+    with pytest.raises(NumericError, match=r"step 1: gradient norm (nan|inf) .*every micro-batch loss was finite, so"):
+        engine.step(TrainState(), 11.0)
+    after = bits(engine)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_dropout_depends_on_the_micro_batchs_seed_only(tiny_config: Path) -> None:
+    """Not on what was drawn before: so it repeats after a resume and on another world size."""
+    engine = opened(tiny_config, "lora", params={"r": 4, "dropout": 0.5})
+    with torch.no_grad():
+        for name, param in engine.model.named_parameters():
+            if ".lora_B." in name:
+                param.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    micro = batch(documents([25, 8]))
+    first = forward_backward(engine, micro, weight=1.0, seed=10)
+    other = forward_backward(engine, micro, weight=1.0, seed=11)
+    torch.manual_seed(999)
+    torch.rand(1000)
+    assert forward_backward(engine, micro, weight=1.0, seed=10) == first
+    assert other != first
+    with engine.evaluating():
+        off = [engine.model(**micro.inputs()).sum().item() for _ in range(2)]
+    assert off[0] == off[1] != first
+    assert engine.model.training, "dropout is on again after an evaluation"
