@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distft.job import Result
     from distft.recipe import Recipe
+    from distft.resume import Resume
 
 __all__ = ["Recipe", "Result", "load_recipe", "train"]
 __version__ = "0.1.0"
@@ -33,15 +34,17 @@ def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
     return load(path, registries=REGISTRIES, overrides=overrides)
 
 
-def train(recipe: Recipe) -> Result:
+def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = False) -> Result:
     """Run the main job in this process: one of many when a launcher started it, else alone.
+
+    `resume`: "auto" continues from the newest valid checkpoint, "never" starts anew, a folder names a checkpoint.
 
     Raises:
         DistftError: what the command line would have printed; see `distft.core.errors`.
     """
     from distft.job import train as run
 
-    return run(recipe)
+    return run(recipe, resume=resume, allow_changes=allow_changes)
 
 
 def __getattr__(name: str) -> Any:

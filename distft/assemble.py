@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from distft.core.errors import Problem, RecipeError
 from distft.recipe import Recipe, check_world
 
 if TYPE_CHECKING:
-    from distft.core.types import Engine, TrainState, UpdateRule
+    from distft.core.types import Engine, StateReader, TrainState, UpdateRule
     from distft.data.loader import EvalSteps, Steps
     from distft.engine.processes import Processes
     from distft.metrics import Meters, RunFacts
     from distft.model.load import MetaModel
+    from distft.resume import Checkpoints, Resume
     from distft.run_folder import RunFolder
 
 AUTO_MICRO_TOKENS = 8192
@@ -206,6 +208,66 @@ def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFact
         flops_per_squared_length=stats.flops_per_squared_length(built.module.transformer.config),
         start=state,
     )
+
+
+def checkpoints(
+    recipe: Recipe,
+    located: Recipe,
+    folder: RunFolder,
+    engine: Engine,
+    rows: Data,
+    say: Say,
+    *,
+    resume: Resume,
+    allow_changes: bool,
+) -> tuple[Checkpoints, TrainState, StateReader | None]:
+    """Where state is saved, and where this run starts: at zero, or at a checkpoint with a reader for its tensors.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is valid, or the one to continue does not fit this run.
+        DataError: it was trained on other rows.
+    """
+    from distft.checkpoint.store import CheckpointStore
+    from distft.core.types import TrainState
+    from distft.resume import Checkpoints, about, check_fits
+
+    base = _base_hash(located, engine) if located.method.spec.adapter else ""
+    says = about(recipe, rows.fingerprint, base, rows.steps.num_steps)
+    root = folder.path / "checkpoints"
+    if resume == "never" and engine.rank == 0:
+        folder.set_aside(root)
+    engine.barrier()
+    hashes = {"recipe": recipe.digest(), "base": base, **rows.fingerprint}
+    store = CheckpointStore(root, engine, keep=recipe.checkpoint.keep, engine=engine.name, hashes=hashes)
+    keeper = Checkpoints(store, engine, says, asynchronous=recipe.checkpoint.asynchronous)
+    loaded = store.load(resume) if isinstance(resume, Path) else store.load_newest()
+    if loaded is None:
+        return keeper, TrainState(), None
+    for rejected in loaded.rejected:
+        say(f"passed over {rejected}")
+    changed = check_fits(loaded.state, says, loaded.path, allow_changes=allow_changes)
+    state = TrainState(**loaded.state["train"])
+    was = f"{loaded.manifest.engine} x {loaded.manifest.world}"
+    say(f"continuing {loaded.path} at step {state.step} of {rows.steps.num_steps} (saved under {was})")
+    for change in changed:
+        say(f"changed since: {change}")
+    return keeper, state, loaded.reader
+
+
+def _base_hash(located: Recipe, engine: Engine) -> str:
+    """sha256 of the frozen weights; the files of one host are hashed once and remembered by size and time."""
+    from distft.data.fingerprint import file_hash
+    from distft.data.prepare import cache_folder
+    from distft.model.load import find_folder
+
+    if located.model.init == "random":
+        return f"random-{located.seed}"
+    if engine.rank != 0:
+        return engine.gather("")[0]
+    memory = cache_folder(located.data) / "hashes"
+    files = sorted(find_folder(located.model).glob("*.safetensors"))
+    digest = hashlib.sha256("".join(file_hash(file, memory) for file in files).encode()).hexdigest()
+    return engine.gather(digest)[0]
 
 
 def meters(recipe: Recipe, folder: RunFolder, facts: RunFacts, placed: Processes, steps: Steps) -> Meters:

@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft import assemble
 from distft.catalog import REGISTRIES
-from distft.core.errors import DONE, DistftError
+from distft.core.errors import DONE, DistftError, Preempted
 from distft.core.log import quiet_libraries
+from distft.core.stop import STOP
 from distft.demo.files import locate
 from distft.recipe import Recipe, load_recipe
+from distft.resume import Resume
 from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -35,28 +39,37 @@ class Result:
     state: TrainState
 
 
-def train(recipe: Recipe) -> Result:
+def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = False) -> Result:
     """Run the main job in this process, which may be one of many.
+
+    `resume`: "auto" continues from the newest valid checkpoint, "never" starts anew, a folder names a checkpoint.
+    `allow_changes`: continue although learning rate, schedule, clipping or length of the run have changed.
 
     Raises:
         DistftError: see `distft.core.errors`; nothing else is the user's fault.
     """
+    from distft.checkpoint.lock import RunLock
     from distft.engine import processes
 
     quiet_libraries()
     launcher, rank, world, _ = processes.placed_by(os.environ)
+    say = _say if rank == 0 else _say_nothing
     located = locate(recipe)
     folder = RunFolder(recipe.run_dir, writes=rank == 0)
-    try:
-        cut = assemble.layout(recipe, world)
-        say = _say if rank == 0 else _say_nothing
-        say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
-        rows = assemble.data(located, cut, rank, world, say)
-        state = _run(recipe, located, folder, cut, rows, say)
-    except BaseException as error:
-        folder.end(code=exit_code(error), reason=_reason(error), step=None, rank=rank)
-        raise
-    folder.end(code=DONE, reason="done", step=state.step, rank=rank)
+    if resume == "auto" and (done := folder.finished(recipe.digest())) is not None:
+        say(f"run {recipe.name} is already complete: {folder.final}")
+        return Result(folder=folder.path, final=folder.final, state=done)
+    with RunLock(folder.path) if rank == 0 else contextlib.nullcontext():
+        STOP.watch(folder.path / "STOP")
+        try:
+            cut = assemble.layout(recipe, world)
+            say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
+            rows = assemble.data(located, cut, rank, world, say)
+            state = _run(recipe, located, folder, cut, rows, say, resume, allow_changes)
+        except BaseException as error:
+            folder.end(code=exit_code(error), reason=_reason(error), rank=rank)
+            raise
+        folder.end(code=DONE, reason="done", state=state, recipe_sha256=recipe.digest(), rank=rank)
     return Result(folder=folder.path, final=folder.final, state=state)
 
 
@@ -67,9 +80,10 @@ def _run(
     cut: assemble.Layout,
     rows: assemble.Data,
     say: assemble.Say,
+    resume: Resume,
+    allow_changes: bool,
 ) -> TrainState:
     """Everything between joining the processes and leaving them."""
-    from distft.core.types import TrainState
     from distft.engine import processes
     from distft.evaluate import evaluate
     from distft.loop import Every, fit
@@ -92,11 +106,16 @@ def _run(
             "device": assemble.device_name(placed),
             "num_steps": steps.num_steps,
         }
+        checkpoints, state, reader = assemble.checkpoints(
+            recipe, located, folder, engine, rows, say, resume=resume, allow_changes=allow_changes
+        )
         folder.start(recipe.to_toml(), facts)
-        state = TrainState()
         shapes, costs = assemble.saved_shapes(model, recipe), assemble.run_facts(model, placed, state)
         rule = assemble.update_rule(recipe, model, steps.num_steps)
         engine.adopt(model, rule, micros_per_step=cut.micros_per_step)
+        if reader is not None:
+            engine.restore(reader, state)
+        checkpoints.prepare()
         objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
         every = Every(
             log=lambda step: step % recipe.log.every_steps == 0 or step == steps.num_steps,
@@ -106,14 +125,30 @@ def _run(
                 and step % when.every_steps == 0
                 and not (when.at_end and step == steps.num_steps)
             ),
+            save=_saves(recipe.checkpoint.every_steps),
         )
         meters = assemble.meters(recipe, folder, costs, placed, steps)
         try:
-            if held_out and when.at_start:
+            if held_out and when.at_start and state.step == 0:
                 meters.evaluated(state, evaluate(engine, objective, held_out))
-            state = fit(state, steps, held_out or (), engine=engine, objective=objective, meters=meters, every=every)
+            state = fit(
+                state,
+                steps,
+                held_out or (),
+                engine=engine,
+                objective=objective,
+                meters=meters,
+                checkpoints=checkpoints,
+                stop=STOP.asked,
+                every=every,
+            )
+            if state.step < steps.num_steps:
+                checkpoints.save_now(state)
+                reasons = sorted({reason for reason in engine.gather(STOP.reason) if reason})
+                raise Preempted(f"stopped by {', '.join(reasons)} after step {state.step}; the state is saved")
             if held_out and when.at_end:
                 meters.evaluated(state, evaluate(engine, objective, held_out))
+            checkpoints.close()
         finally:
             meters.close()
         assemble.export(located, folder, engine, model, shapes, rows)
@@ -121,6 +156,10 @@ def _run(
     finally:
         engine.close()
     return state
+
+
+def _saves(every_steps: int | str) -> Callable[[int], bool]:
+    return lambda step: isinstance(every_steps, int) and step % every_steps == 0
 
 
 def _say(line: str) -> None:
@@ -152,13 +191,14 @@ def report_error(error: BaseException, rank: int) -> None:
         print(f"{who}{error}", file=sys.stderr, flush=True)
 
 
-def run(recipe: str, overrides: list[str], output_dir: str | None) -> int:
+def run(recipe: str, overrides: list[str], output_dir: str | None, resume: Resume, allow_changes: bool) -> int:
     """The command: returns the exit code."""
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     if output_dir is not None:
         overrides = [*overrides, f"output_dir={_toml_string(output_dir)}"]
     try:
-        train(load_recipe(recipe, registries=REGISTRIES, overrides=overrides))
+        loaded = load_recipe(recipe, registries=REGISTRIES, overrides=overrides)
+        train(loaded, resume=resume, allow_changes=allow_changes)
     except (Exception, KeyboardInterrupt) as error:
         report_error(error, rank)
         return exit_code(error)
@@ -174,9 +214,13 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m distft.train`."""
     import argparse
 
+    STOP.install()
     parser = argparse.ArgumentParser(prog="distft.train", description="Fine-tune as a recipe says.")
     parser.add_argument("recipe", help="TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change one key; repeat")
     parser.add_argument("--output-dir", help="folder of run folders, instead of the recipe's output_dir")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|DIR", help="where to continue (default: auto)")
+    parser.add_argument("--allow-changes", action="store_true", help="continue under a changed learning rate or length")
     args = parser.parse_args(argv)
-    return run(args.recipe, args.set, args.output_dir)
+    resume = args.resume if args.resume in ("auto", "never") else Path(args.resume)
+    return run(args.recipe, args.set, args.output_dir, resume, args.allow_changes)

@@ -32,6 +32,19 @@ class Every:
 
     log: Callable[[int], bool]
     eval: Callable[[int], bool]
+    save: Callable[[int], bool]
+
+
+class Checkpoints(Protocol):
+    """Where the loop leaves training state (`distft.resume`)."""
+
+    def save(self, state: TrainState) -> None:
+        """Collective: write the state of this step."""
+        ...
+
+    def poll(self, state: TrainState) -> None:
+        """Collective, after every step: commit what was written in the background, if it is done."""
+        ...
 
 
 def fit(
@@ -42,16 +55,21 @@ def fit(
     engine: Engine,
     objective: Objective,
     meters: Meters,
+    checkpoints: Checkpoints,
+    stop: Callable[[], bool],
     every: Every,
 ) -> TrainState:
-    """Train from `state` to the end of `steps`.
+    """Train from `state` to the end of `steps`, or to the step at which some rank's `stop` says so.
 
     Raises:
         NumericError: a loss or gradient norm is not finite; the weights are those of the step before.
     """
     meters.start()
     for micros in steps.from_step(state.step):
-        weight, tokens = engine.sum_over_ranks(objective.weight(micros), sum(micro.num_tokens for micro in micros))
+        tokens = sum(micro.num_tokens for micro in micros)
+        weight, tokens, stops = engine.sum_over_ranks(objective.weight(micros), tokens, stop())
+        if stops:
+            break
         for last, micro in mark_last(micros):
             with engine.accumulating(last=last, seed=micro.position):
                 terms = objective.terms(engine.model, engine.place(micro))  # sums and counts, never means
@@ -63,6 +81,9 @@ def fit(
         if every.eval(state.step):
             meters.evaluated(state, evaluate(engine, objective, eval_steps))
             meters.start()
+        checkpoints.poll(state)
+        if every.save(state.step):
+            checkpoints.save(state)
     return state
 
 

@@ -10,10 +10,14 @@ import os
 import platform
 import socket
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distft.core.errors import FileSystemError
+from distft.core.errors import FileSystemError, Problem, RecipeError
+
+if TYPE_CHECKING:
+    from distft.core.types import TrainState
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -35,13 +39,14 @@ class RunFolder:
             FileSystemError: it cannot be made or written, or a file is in the way.
         """
         self.path, self._writes = path, writes
+        self._earlier = self._exit_text()
+        """How an earlier start of this run ended."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             if writes:
                 probe = path / ".probe"
                 probe.write_text("", encoding="utf-8")
                 probe.unlink()
-                (path / "exit.json").unlink(missing_ok=True)  # how an earlier run ended says nothing of this one
         except OSError as error:
             raise FileSystemError(
                 f"{path}: cannot be written ({error.strerror or error}); choose another output_dir (--output-dir DIR)"
@@ -66,24 +71,56 @@ class RunFolder:
         """Write what the run was asked and what it runs on."""
         if not self._writes:
             return
+        (self.path / "exit.json").unlink(missing_ok=True)  # how an earlier start ended says nothing of this one
         write_atomic(self.path / "recipe.toml", recipe_toml)
         write_atomic(self.path / "manifest.json", json.dumps(facts | _machine(), indent=2, default=str) + "\n")
 
-    def end(self, *, code: int, reason: str, step: int | None, rank: int) -> None:
-        """Write exit.json; the first rank to fail is the one that knows why, so a failure is never overwritten."""
-        path = self.path / "exit.json"
-        if code != 0 or self._writes:
-            record = {
-                "code": code,
-                "reason": reason,
-                "step": step,
-                "host": socket.gethostname(),
-                "rank": rank,
-                "time": _now(),
-            }
-            with contextlib.suppress(OSError):
-                if code == 0 or not path.exists():
-                    write_atomic(path, json.dumps(record, indent=2) + "\n")
+    def end(
+        self, *, code: int, reason: str, rank: int, state: TrainState | None = None, recipe_sha256: str = ""
+    ) -> None:
+        """Write exit.json; the first rank to fail is the one that knows why, so its word is not overwritten."""
+        if code == 0 and not self._writes:
+            return
+        record: dict[str, Any] = {"code": code, "reason": reason, "host": socket.gethostname(), "rank": rank}
+        record |= {"step": None if state is None else state.step, "time": _now()}
+        if state is not None:
+            record |= {"state": asdict(state), "recipe_sha256": recipe_sha256}
+        with contextlib.suppress(OSError):
+            if self._exit_text() in (None, self._earlier):
+                write_atomic(self.path / "exit.json", json.dumps(record, indent=2) + "\n")
+
+    def finished(self, recipe_sha256: str) -> TrainState | None:
+        """Where the run ended, if an earlier start of this very recipe ended well and its final/ is there.
+
+        Raises:
+            RecipeError: it ended well under another recipe of the same name.
+        """
+        from distft.core.types import TrainState
+
+        try:
+            record = json.loads(self._earlier or "{}")
+        except ValueError:
+            return None
+        if record.get("code") != 0 or not self.final.is_dir():
+            return None
+        if record.get("recipe_sha256") != recipe_sha256:
+            message = f"{self.path} holds a finished run of another recipe with this name"
+            raise RecipeError("recipe", [Problem(message=message, fix="change name, or say --resume never")])
+        return TrainState(**record["state"])
+
+    def set_aside(self, root: Path) -> None:
+        """Rename a folder that a fresh start must not see; it is never deleted."""
+        number = 1
+        while (aside := root.with_name(f"{root.name}.old-{number}")).exists():
+            number += 1
+        if root.exists():
+            root.rename(aside)
+
+    def _exit_text(self) -> str | None:
+        try:
+            return (self.path / "exit.json").read_text(encoding="utf-8")
+        except OSError:
+            return None
 
 
 def _now() -> str:

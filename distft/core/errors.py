@@ -91,6 +91,13 @@ class FileSystemError(DistftError):
     kind = "file system"
 
 
+class Preempted(DistftError):
+    """Asked to stop; the state is saved, and the same command continues."""
+
+    exit_code = PREEMPTED_AND_SAVED
+    kind = "preempted"
+
+
 class MachineError(DistftError):
     """The machine or its packages cannot do what the recipe asks: missing library, wrong launch, no GPU."""
 

@@ -103,6 +103,46 @@ class TrainState:
         )
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive elements of a flattened tensor: what checkpoints are made of, whoever wrote them."""
+
+    name: str
+    """Kind and parameter: `param/…` (fp32 master), `exp_avg/…`, `exp_avg_sq/…`."""
+    start: int
+    """Index of the first element in the flattened whole tensor."""
+    numel: int
+    """Elements of the whole tensor."""
+    data: Tensor
+    """1-D, on any device."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + self.data.numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the data."""
+        return self.data.numel() * self.data.element_size()
+
+
+class StateReader(Protocol):
+    """The tensors of a checkpoint, by name."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of the flattened tensor, on the CPU.
+
+        Raises:
+            CheckpointError: no such tensor or interval.
+        """
+        ...
+
+
 class Weights(Protocol):
     """A model on the meta device and the means to fill it unit by unit, straight where an engine wants it."""
 
@@ -200,7 +240,19 @@ class Engine(Protocol):
         """Collective: whole tensors one at a time, on the CPU of rank 0; other ranks get empty ones."""
         ...
 
-    def wait(self) -> None:
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's share of the training state; all ranks' together hold every element exactly once."""
+        ...
+
+    def restore(self, reader: StateReader, state: TrainState) -> None:
+        """Take parameters and optimizer state from a checkpoint written under any engine and world size."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collective: every rank's value, in rank order, on every rank; over the host's network."""
+        ...
+
+    def barrier(self) -> None:
         """Barrier over all ranks."""
         ...
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +81,20 @@ class BaseEngine:
         finally:
             self.model.train()
 
-    def wait(self) -> None:
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, pickled over gloo; for small host objects."""
+        if self.world == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, value, group=self._host_group)
+        return everyone
+
+    @functools.cached_property
+    def _host_group(self) -> Any:
+        """A gloo group of its own: pickled objects over NCCL would wait for the accelerator."""
+        return dist.new_group(backend="gloo") if self.device.type == "cuda" else None
+
+    def barrier(self) -> None:
         """Barrier over all ranks on the host's group."""
         self.sum_over_ranks(0.0)
 
@@ -114,13 +129,9 @@ class BaseEngine:
         if math.isfinite(loss_sum) and math.isfinite(grad_norm):
             return
         mine = [samples for loss, samples in self._losses if not math.isfinite(loss.item())]
-        everyone: list[list[tuple[str, ...]]] = [mine]
-        if self.world > 1:
-            everyone = [[] for _ in range(self.world)]
-            dist.all_gather_object(everyone, mine)
         guilty = [
             f"rank {rank}: {', '.join(samples) or 'unnamed samples'}"
-            for rank, micros in enumerate(everyone)
+            for rank, micros in enumerate(self.gather(mine))
             for samples in micros
         ]
         what = f"loss {loss_sum}" if not math.isfinite(loss_sum) else f"gradient norm {grad_norm}"

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from distft.core.errors import MachineError
-from distft.core.types import StepReport, TrainState, UpdateRule, Weights
+from distft.core.types import Piece, StateReader, StepReport, TrainState, UpdateRule, Weights
+from distft.engine import fragments
 from distft.engine.base import BaseEngine
+from distft.engine.fragments import Fragment
 from distft.engine.processes import Processes
 from distft.engine.spec import Zero3Params, Zero12Params
 
@@ -133,6 +135,66 @@ class ZeroEngine(BaseEngine):
         grad_norm = float(self._wrapped.get_global_grad_norm())
         return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight)
 
+    def pieces(self) -> Iterator[Piece]:
+        """Masters and optimizer state of this rank's partition."""
+        return fragments.pieces(self._fragments(), self._optimizer.optimizer)
+
+    def restore(self, reader: StateReader, state: TrainState) -> None:
+        """Into the fp32 partitions, and from there into the parameters that compute."""
+        inner = self._optimizer.optimizer
+        fragments.create_state(self._flats(), self._step_inner, inner.param_groups)
+        held = list(self._fragments())
+        fragments.load(held, inner, reader, optimizer_step=state.step)
+        if self._stage < 3:
+            self._optimizer.update_lp_params()
+            return
+        params: dict[str, Any] = dict(self._wrapped.module.named_parameters())
+        for fragment in held:  # DeepSpeed's own setters reach the master only
+            params[fragment.name].ds_tensor.data[: fragment.length].copy_(fragment.of(fragment.flat.detach()))
+
+    def _flats(self) -> list[Tensor]:
+        optimizer = self._optimizer
+        return optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+
+    def _step_inner(self) -> None:
+        """Stage 3 keeps its groups empty between steps and shows the inner optimizer one flat tensor at a time."""
+        optimizer, inner = self._optimizer, self._optimizer.optimizer
+        if self._stage < 3:
+            inner.step()
+            return
+        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            group = inner.param_groups[optimizer.sub_group_to_group_id[index]]
+            group["params"] = [flat]
+            inner.step()
+            group["params"] = []
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """Where each parameter's elements on this rank lie.
+
+        Stage 3: rank r holds [r·c, (r+1)·c) of each tensor, c = ceil(numel / world). Stages 1 and 2: one flat tensor
+        of all parameters is cut into `world` parts, so a parameter may lie on two ranks or on one.
+        """
+        optimizer = self._optimizer
+        for name, raw in self._wrapped.module.named_parameters():
+            param: Any = raw
+            if not param.requires_grad:
+                continue
+            if self._stage == 3:
+                group, offset, chunk = optimizer.grad_position[optimizer.get_param_id(param)]
+                start = min(self.rank * chunk, param.ds_numel)
+                length = min(chunk, param.ds_numel - start)
+                flat, numel = optimizer.fp32_partitioned_groups_flat[group], param.ds_numel
+                part = f"flat3-{self.rank}-of-{self.world}/{group}"
+            else:
+                held = getattr(param, "_hp_mapping", None)
+                if held is None:  # this rank's part of the flat tensor does not touch the parameter
+                    continue
+                start, length = held.lp_fragment_address.start, held.lp_fragment_address.numel
+                flat = optimizer.single_partition_of_fp32_groups[held.param_group_index]
+                offset, numel = held.hp_fragment_address.start, param.numel()
+                part = f"flat-{self.rank}-of-{self.world}/{held.param_group_index}"
+            yield Fragment(name=name, numel=numel, start=start, length=length, flat=flat, offset=offset, layout=part)
+
     def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Gathers one tensor at a time."""
         module: nn.Module = self._wrapped.module
@@ -148,6 +210,8 @@ class ZeroEngine(BaseEngine):
         """Release DeepSpeed's hooks and buffers, then leave the process group."""
         if self._module is not None:
             self._wrapped.destroy()
+        if self._placed.joined:  # by DeepSpeed, which else hands its groups to the next run of this Python process
+            self._deepspeed.comm.destroy_process_group()
         super().close()
 
 

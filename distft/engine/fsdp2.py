@@ -5,6 +5,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from distft.core.errors import MachineError
 from distft.core.types import Weights
+from distft.engine.fragments import Fragment
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine
 from distft.engine.spec import Fsdp2Params
@@ -48,6 +50,15 @@ class Fsdp2Engine(SoloEngine):
             biggest.numel() // biggest.shape[0]
         ):
             raise MachineError(f"fsdp2 was asked for, but {name} is whole on rank {self.rank}")
+
+    def _fragments(self, *, whole: bool = False) -> Iterator[Fragment]:
+        """Whole rows: rank r holds the r-th of `world` equal chunks of rows, rounded up."""
+        shapes = {name: param.shape for name, param in self._unwrapped().named_parameters()}
+        for name, flat in self._owned:
+            rows, numel = shapes[name][0], shapes[name].numel()
+            start = min(self.rank * -(-rows // self.world), rows) * (numel // rows)
+            layout = f"rows-{self.rank}-of-{self.world}/{name}"
+            yield Fragment(name=name, numel=numel, start=start, length=flat.numel(), flat=flat, offset=0, layout=layout)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):

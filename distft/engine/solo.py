@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from distft.core.registry import NoParams
-from distft.core.types import StepReport, TrainState, UpdateRule, Weights
+from distft.core.types import Piece, StateReader, StepReport, TrainState, UpdateRule, Weights
+from distft.engine import fragments
 from distft.engine.base import BaseEngine
+from distft.engine.fragments import Fragment
 from distft.engine.owned import OwnedParameters
 from distft.engine.processes import Processes
 
@@ -60,6 +62,37 @@ class SoloEngine(BaseEngine):
         self._optimizer.zero_grad(set_to_none=True)
         self._owned.publish()
         return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Masters and optimizer state of what this rank owns."""
+        return fragments.pieces(self._fragments(), self._optimizer)
+
+    def restore(self, reader: StateReader, state: TrainState) -> None:
+        """Every rank reads what it owns, and where all own everything, everything."""
+        fragments.create_state((flat for _, flat in self._owned), self._step_once, self._optimizer.param_groups)
+        fragments.load(self._fragments(whole=True), self._optimizer, reader, optimizer_step=state.step)
+        self._owned.publish()
+
+    def _step_once(self) -> None:
+        self._optimizer.step()
+
+    def _fragments(self, *, whole: bool = False) -> Iterator[Fragment]:
+        """Replicated tensors are written in as many slices as there are ranks; `whole`: each rank reads all."""
+        for name, flat in self._owned:
+            numel = flat.numel()
+            first, last = (0, 1) if whole else (self.rank, self.rank + 1)
+            parts = 1 if whole else self.world
+            start, end = numel * first // parts, numel * last // parts
+            yield Fragment(
+                name=name,
+                numel=numel,
+                start=start,
+                length=end - start,
+                flat=flat,
+                offset=start,
+                layout=f"whole/{name}",
+                writes_blocks=self.rank == 0,
+            )
 
     def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Every rank holds everything; rank 0 hands it out."""

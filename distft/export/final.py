@@ -113,7 +113,7 @@ def _start(engine: Engine, aside: Path) -> None:
     if engine.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    engine.wait()
+    engine.barrier()
 
 
 def _finish(engine: Engine, aside: Path, folder: Path) -> None:
@@ -122,7 +122,7 @@ def _finish(engine: Engine, aside: Path, folder: Path) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(aside, folder)
-    engine.wait()
+    engine.barrier()
 
 
 def save_config(lm: Any, folder: Path) -> None:

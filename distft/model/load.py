@@ -201,12 +201,12 @@ class MetaModel:
         *,
         seed: int,
         dtype: torch.dtype,
-        blocks_are_atomic: bool,
     ) -> None:
         self.module = module
         self.blocks = blocks
         self.dtype = dtype
-        self.blocks_are_atomic = blocks_are_atomic
+        # Behind a frozen embedding the first block's input has no gradient to wait for, nor have DoRA's norms.
+        self.blocks_are_atomic = not method.adapter
         self._source, self._method, self._seed = source, method, seed
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
         self._filled: dict[int, tuple[Tensor, nn.Parameter]] = {}
@@ -300,8 +300,7 @@ def build(
     module = CausalLM(
         method.attach(lm, params, dtype), cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     )
-    atomic = method.blocks_are_atomic(params)
-    return MetaModel(module, blocks, source, method, seed=seed, dtype=dtype, blocks_are_atomic=atomic)
+    return MetaModel(module, blocks, source, method, seed=seed, dtype=dtype)
 
 
 class _NoSource:

@@ -4,6 +4,7 @@ from distft.recipe.json_schema import json_schema, schema_text
 from distft.recipe.load import load_recipe, parse_recipe
 from distft.recipe.rules import check_world
 from distft.recipe.schema import (
+    CheckpointTable,
     Choice,
     DataTable,
     EvalTable,
@@ -17,6 +18,7 @@ from distft.recipe.schema import (
 )
 
 __all__ = [
+    "CheckpointTable",
     "Choice",
     "DataTable",
     "EvalTable",

@@ -217,15 +217,15 @@ def optimizer_fits_engine(recipe: Recipe, registries: Registries) -> Iterator[Fa
     )
 
 
-def dora_recomputes_outside_gathers(recipe: Recipe, _: Registries) -> Iterator[Fault]:
-    """ZeRO-3 gathers DoRA's layers one by one inside a block, where selective recomputation cannot replay gathers."""
-    wanted = (getattr(recipe.method.params, "dora", False), recipe.engine.name, recipe.train.activation_checkpointing)
-    if wanted == (True, "zero3", "selective"):
+def adapters_recompute_outside_gathers(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """ZeRO-3 gathers layers with adapters one by one, and selective recomputation cannot replay gathers in a block."""
+    adapter = getattr(recipe.method.spec, "adapter", False)
+    if (adapter, recipe.engine.name, recipe.train.activation_checkpointing) == (True, "zero3", "selective"):
         yield Fault(
             key=("train", "activation_checkpointing"),
-            message="cannot be selective for dora under zero3",
-            fix='use "full" or "off", or engine fsdp2',
-            also=(("method", "dora"), ("engine", "name")),
+            message="cannot be selective for adapters under zero3",
+            fix='use "full" or "off", or engine fsdp2 or ddp',
+            also=(("method", "name"), ("engine", "name")),
         )
 
 
@@ -243,7 +243,7 @@ RULES: tuple[Rule, ...] = (
     evaluation_has_rows,
     plain_text_is_trained_whole,
     optimizer_fits_engine,
-    dora_recomputes_outside_gathers,
+    adapters_recompute_outside_gathers,
 )
 
 

@@ -124,6 +124,17 @@ class TrainTable(Params):
     """torch.compile, block by block."""
 
 
+class CheckpointTable(Params):
+    """When training state is saved, and how much of it is kept."""
+
+    every_steps: Annotated[int, Field(ge=1)] | Literal["off"] = 200
+    """Optimizer steps between checkpoints; off = only when the run is asked to stop."""
+    keep: int = Field(default=3, ge=2)
+    """Newest checkpoints to keep; one alone is no safety."""
+    asynchronous: bool = True
+    """Write in the background: training waits only while state is copied aside."""
+
+
 class EvalTable(Params):
     """When the loss on held-out rows is measured."""
 
@@ -198,6 +209,7 @@ class Recipe:
     schedule: Choice[Any]
     train: TrainTable
     engine: Choice[Any]
+    checkpoint: CheckpointTable
     eval: EvalTable
     log: LogTable
     source: str = field(compare=False)

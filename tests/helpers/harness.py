@@ -103,8 +103,10 @@ console = "off"
         rows.write_text("\n".join(lines) + "\n")
         return [f'model.path="{model}"', f'data.train.0.path="{rows}"']
 
-    def launch(self, world: int, cases: dict[str, list[str]], *, tag: str) -> dict[str, "Run"]:
-        """Every case (name -> overrides) in one launch of `world` processes.
+    def launch(
+        self, world: int, cases: dict[str, list[str]], *, tag: str, extra: dict[str, dict[str, str]] | None = None
+    ) -> dict[str, "Run"]:
+        """Every case (name -> overrides) in one launch of `world` processes; `extra`: see worker.py.
 
         Raises:
             AssertionError: the launch itself failed; carries its output.
@@ -112,6 +114,7 @@ console = "off"
         plan, results = self.folder / f"{tag}.plan.json", self.folder / f"{tag}.results.json"
         listed = [
             {"name": name, "recipe": str(self.recipe), "overrides": [f'name="{tag}-{name}"', *overrides]}
+            | (extra or {}).get(name, {})
             for name, overrides in cases.items()
         ]
         plan.write_text(json.dumps({"cases": listed, "results": str(results)}))

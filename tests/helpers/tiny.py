@@ -13,13 +13,22 @@ from distft.recipe import ModelTable
 CPU = torch.device("cpu")
 
 
-def build(folder: Path, method: str = "full", *, fill: bool = True, seed: int = 1, params: dict | None = None, **model):
+def build(
+    folder: Path,
+    method: str = "full",
+    *,
+    fill: bool = True,
+    seed: int = 1,
+    params: dict | None = None,
+    device: torch.device = CPU,
+    **model,
+):
     table = ModelTable(path=str(folder), **({"init": "random", "dtype": "float32"} | model))
     spec = METHODS[method]
     chosen = spec.params.model_validate_json(json.dumps(params or {}))
-    built = load.build(table, load.find_folder(table), spec, chosen, seed=seed, device=CPU)
+    built = load.build(table, load.find_folder(table), spec, chosen, seed=seed, device=device)
     if fill:
-        built.fill(built.module, CPU)
+        built.fill(built.module, device)
     return built
 
 

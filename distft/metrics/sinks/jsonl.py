@@ -28,8 +28,9 @@ class JsonlSink:
         """Keep what an earlier run wrote up to the step this one starts from, so that no step appears twice."""
         self._path = path
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) in range(start + 1 if start else 0)]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            before = range(start + 1 if start else 0)
+            lines = path.read_text(encoding="utf-8").splitlines()
+            path.write_text("".join(f"{line}\n" for line in lines if _step(line) in before), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -103,11 +103,6 @@ def base_name(name: str) -> str:
     return name.replace(".original_module.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
 
 
-def blocks_are_atomic(params: LoraParams) -> bool:
-    """DoRA computes the norm of W + BA from weights alone, so those gradients may come after the input's."""
-    return not params.dora
-
-
 SPEC = MethodSpec(
     name="lora",
     params=LoraParams,
@@ -115,7 +110,6 @@ SPEC = MethodSpec(
     owns=owns,
     fresh=fresh,
     base_name=base_name,
-    blocks_are_atomic=blocks_are_atomic,
     adapter=True,
     library="peft",
 )

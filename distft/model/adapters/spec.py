@@ -36,8 +36,6 @@ class MethodSpec:
     """Name of a parameter in the attached model -> its name in the base checkpoint."""
     quant: Callable[[Any], QuantParams | None] = _none
     """How the base is quantised, None when it is not."""
-    blocks_are_atomic: Callable[[Any], bool] = lambda params: True
-    """See `core.types.Weights`."""
     quantized: bool = False
     """The base is stored in 4 bits."""
     adapter: bool = False

@@ -89,7 +89,7 @@ def test_launcher_and_recipe_disagree(name: str, wants: str, said: str) -> None:
 
 
 def test_solo_is_one_process() -> None:
-    with pytest.raises(MachineError, match='engine solo runs in 1 process, 2 were started: .*"auto" or "ddp"'):
+    with pytest.raises(MachineError, match=r'engine solo runs in 1 process, 2 were started: .*"auto" or "ddp"'):
         chosen("solo")
 
 

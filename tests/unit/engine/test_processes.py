@@ -39,7 +39,9 @@ def test_half_a_launch_is_refused(missing: str) -> None:
 
 
 def test_all_that_is_missing_is_named_at_once() -> None:
-    with pytest.raises(MachineError, match="set RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;") as said:
+    with pytest.raises(
+        MachineError, match="set RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;"
+    ) as said:
         placed_by({"RANK": "0"})
     assert said.value.exit_code == 9
 

@@ -75,7 +75,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict:
         (folder / "config.json").write_text(json.dumps(config))
         folders.append(str(folder))
     root = Path(__file__).resolve().parents[3]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *folders], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *folders], cwd=root, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -65,6 +65,7 @@ def test_fp32_parameters_are_updated_in_place() -> None:
 
 def test_bf16_parameters_have_fp32_masters() -> None:
     layer = nn.Linear(4, 2, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(layer.weight)
     owned = OwnedParameters(layer.named_parameters())
     [(_, master)] = owned
     assert master.dtype == torch.float32
@@ -74,14 +75,12 @@ def test_bf16_parameters_have_fp32_masters() -> None:
     [grad] = owned.collect()
     assert grad.dtype == torch.float32
     assert layer.weight.grad is None, "moved, not kept twice"
-    start = layer.weight.detach().clone()
-    step = start.abs().min().float() / 4096  # lost in bf16 (8 bits), kept in the master
     for _ in range(100):
         with torch.no_grad():
-            master.add_(step)
+            master.add_(2**-12)  # lost each time in bf16, whose next number after 1 is 1 + 2**-7
         owned.publish()
-    assert torch.equal(layer.weight, master.bfloat16())
-    assert torch.allclose(master.detach(), start.float() + 100 * step, rtol=1e-6)
+    assert torch.equal(master.detach(), torch.full((2, 4), 1 + 100 * 2**-12))
+    assert torch.equal(layer.weight.detach(), torch.full((2, 4), 1 + 3 * 2**-7, dtype=torch.bfloat16))
 
 
 # -- one step --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,130 @@
+"""Writes that survive a power cut, and reads that follow no links."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of a regular file; links, pipes and devices are refused.
+
+    Raises:
+        OSError: it is not there, not readable, or not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # O_NONBLOCK: a pipe must not hang us
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path, *, limit: int) -> bytes:
+    """The whole file.
+
+    Args:
+        path: a regular file, not a link.
+        limit: most bytes it may have.
+
+    Raises:
+        OSError: unreadable, not regular, or longer than `limit`.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"longer than {limit} bytes", str(path))
+    return data
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a regular file.
+
+    Raises:
+        OSError: see `open_regular`.
+    """
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Return once the file's bytes are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Return once the folder's entries (creations, renames) are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Create or overwrite a file and sync it; for folders nobody reads yet."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader, also after a power cut, sees the old bytes or the new."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_new(aside, data)
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder as far as possible; what stays is left for the next start."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def explain(error: BaseException) -> str:
+    """One line: what went wrong, for another rank or a person to read."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({Path(os.fsdecode(error.filename)).name})" if error.filename else ""
+        return f"{error.strerror}{where}"
+    text = str(error)
+    known = type(error).__module__.startswith("distft.")
+    return text if known and text else f"{type(error).__name__}: {text}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a full disk or quota is behind an error; torch's archive writer wraps the OSError."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, OSError) and current.errno in DISK_FULL:
+            return True
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return False
+
+
+def size_text(num_bytes: float) -> str:
+    """`1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

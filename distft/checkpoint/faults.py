@@ -1,0 +1,149 @@
+"""Named faults on demand, so that every failure the run must survive has a test: inert unless DISTFT_FAULT is set.
+
+`DISTFT_FAULT="kill:rank=1,point=P3,step=4;enospc:point=P5"`: at that point of that rank and step the process is killed
+(SIGKILL), asked to end (term: SIGTERM), frozen (stop: SIGSTOP), gets an error (raise), or a full disk (enospc).
+What is left out matches anything; `times=N` limits a fault to its first N matches in a process (1 unless told).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from distft.core.errors import MachineError
+
+VARIABLE = "DISTFT_FAULT"
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
+KINDS = (*SIGNALS, "raise", "enospc")
+KEYS = ("rank", "point", "step", "times")
+
+
+class InjectedFault(RuntimeError):
+    """The error that `raise` raises."""
+
+
+class Faults(Protocol):
+    """Whatever wants to know where the run is."""
+
+    def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
+        """The run has reached `point`."""
+        ...
+
+
+@dataclass
+class Fault:
+    """One planned failure; None matches anything."""
+
+    kind: str
+    point: str | None = None
+    rank: int | None = None
+    step: int | None = None
+    times: int = 1
+    fired: int = 0
+
+    def matches(self, point: str, rank: int, step: int | None) -> bool:
+        """Whether it is due here."""
+        return (
+            self.fired < self.times
+            and self.point in (None, point)
+            and self.rank in (None, rank)
+            and self.step in (None, step)
+        )
+
+
+@dataclass
+class Injector:
+    """Fires planned faults."""
+
+    planned: list[Fault] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
+        """Fire what is planned here.
+
+        Raises:
+            InjectedFault: a `raise` is due.
+            OSError: an `enospc` is due.
+        """
+        if not self.planned:
+            return
+        rank = _rank_of_environment() if rank is None else rank
+        for fault in self.planned:
+            with self.lock:
+                due = fault.matches(point, rank, step)
+                fault.fired += due
+            if due:
+                _fire(fault, f"injected at {point} of rank {rank}" + (f", step {step}" if step is not None else ""))
+
+
+def parse(text: str) -> list[Fault]:
+    """The faults that `text` plans.
+
+    Raises:
+        MachineError: `text` is not in the form of this file's head.
+    """
+    return [_parse_one(part.strip()) for part in text.split(";") if part.strip()]
+
+
+def at(point: str, *, rank: int | None = None, step: int | None = None) -> None:
+    """Fire what DISTFT_FAULT plans for this point; costs a dictionary look-up when it is not set."""
+    text = os.environ.get(VARIABLE)
+    if text:
+        _injector_of(text).at(point, rank=rank, step=step)
+
+
+class FromEnvironment:
+    """`at` as an object, for rooms that are handed their `Faults`."""
+
+    def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
+        """See the function of that name."""
+        at(point, rank=rank, step=step)
+
+
+_injectors: dict[str, Injector] = {}
+
+
+def _injector_of(text: str) -> Injector:
+    if text not in _injectors:
+        _injectors[text] = Injector(parse(text))
+    return _injectors[text]
+
+
+def _parse_one(part: str) -> Fault:
+    kind, _, rest = part.partition(":")
+    fault = Fault(kind.strip())
+    problem = "" if fault.kind in KINDS else f'unknown fault "{fault.kind}"'
+    for pair in filter(None, (item.strip() for item in rest.split(","))):
+        key, _, value = (text.strip() for text in pair.partition("="))
+        if key == "point" and value:
+            fault.point = value
+        elif key in KEYS and value.isdecimal():
+            setattr(fault, key, int(value))
+        else:
+            problem = problem or f'cannot read "{pair}"'
+    if problem:
+        raise MachineError(
+            f'{VARIABLE}="{part}": {problem}; write KIND:rank=1,point=P3,step=4 with KIND one of {", ".join(KINDS)}'
+        )
+    return fault
+
+
+def _fire(fault: Fault, where: str) -> None:
+    if fault.kind in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[fault.kind])
+    elif fault.kind == "raise":
+        raise InjectedFault(where)
+    else:
+        raise OSError(errno.ENOSPC, f"No space left on device, {where}")
+
+
+def _rank_of_environment() -> int:
+    for name in ("RANK", "SLURM_PROCID"):
+        value = os.environ.get(name, "")
+        if value.isdecimal():
+            return int(value)
+    return 0

@@ -1,0 +1,205 @@
+"""Find the newest checkpoint that can be trusted, with all ranks of one mind; every function here is collective."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distft.checkpoint.durable import explain, read_regular
+from distft.checkpoint.folders import Folders
+from distft.checkpoint.group import Group, RankErrors, together
+from distft.checkpoint.intervals import INDEX, parse_index
+from distft.checkpoint.manifest import (
+    Manifest,
+    faults_of,
+    parse_json,
+    parse_manifest,
+    read_manifest,
+    read_verified,
+    share_of,
+)
+from distft.checkpoint.reader import Reader
+from distft.core.errors import CheckpointError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+SHARED_TRIES = 20
+SHARED_WAIT_S = 0.25
+NOT_SHARED = "output_dir is not shared: every rank must see the same folder (a network file system, or one machine)"
+
+
+def rank_state_name(rank: int) -> str:
+    """File of what belongs to one rank."""
+    return f"rank-{rank:05d}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A checkpoint whose every byte has been checked."""
+
+    path: Path
+    manifest: Manifest
+    state: dict[str, Any]
+    """What rank 0 handed to the save."""
+    rank_states: list[dict[str, Any]]
+    """What each of the ranks that wrote it handed over, by rank."""
+    reader: Reader
+    rejected: tuple[str, ...] = ()
+    """Newer checkpoints that were found bad, each with its reason."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.manifest.step
+
+
+def check_shared(root: Path, group: Group) -> None:
+    """Have every rank read a file that rank 0 makes.
+
+    Raises:
+        CheckpointError: some rank does not see it.
+        RankErrors: rank 0 cannot write here.
+    """
+    token = together(group, lambda: _write_probe(root) if group.rank == 0 else "")[0]
+    probe, seen = root / token, False
+    for attempt in range(SHARED_TRIES):  # a network file system may need a moment
+        seen = _sees(probe)
+        if seen or attempt == SHARED_TRIES - 1:
+            break
+        time.sleep(SHARED_WAIT_S)
+    blind = [rank for rank, saw in enumerate(group.gather(seen)) if not saw]
+    if group.rank == 0:
+        probe.unlink(missing_ok=True)
+    if blind:
+        raise CheckpointError(f"{NOT_SHARED}; rank {', '.join(map(str, blind))} does not see rank 0's {root}")
+
+
+def load_newest(folders: Folders, group: Group) -> Loaded | None:
+    """See `CheckpointStore.load_newest`."""
+    steps = _same_listing(folders, group)
+    rejected: list[str] = []
+    earlier = group.gather([f"{path.name}: {folders.why(path)}" for path in folders.quarantined()])[0]
+    for step in steps:
+        loaded, reasons = examine(folders.step(step), group, expected_step=step)
+        if loaded is not None:
+            return replace(loaded, rejected=tuple(rejected))
+        home = _quarantine(folders, group, step, reasons)
+        rejected.append(f"{folders.step(step).name}: {'; '.join(reasons)}{home}")
+        log.warning("checkpoint %s", rejected[-1])
+    if rejected or earlier:
+        listed = "\n".join(f"  {line}" for line in [*rejected, *earlier])
+        raise CheckpointError(
+            f"{folders.root}: no valid checkpoint among {len(rejected) + len(earlier)}:\n{listed}\n"
+            "  to start anew, choose another output folder or move these away"
+        )
+    return None
+
+
+def load_path(path: Path, group: Group) -> Loaded:
+    """See `CheckpointStore.load`."""
+    loaded, reasons = examine(path, group, expected_step=None)
+    if loaded is None:
+        raise CheckpointError(f"{path}: not a valid checkpoint: {'; '.join(reasons)}")
+    return loaded
+
+
+def examine(path: Path, group: Group, *, expected_step: int | None) -> tuple[Loaded | None, list[str]]:
+    """Check every byte of one checkpoint, the ranks sharing the hashing, then open it.
+
+    Returns:
+        The checkpoint and no reason, or None and what is wrong; equal on all ranks.
+    """
+    manifest, reasons = _agreed(group, lambda: _manifest(path, expected_step))
+    if not reasons and manifest is not None:
+        found = group.gather((faults_of(path, share_of(manifest, group.rank, group.world)), manifest.to_bytes()))
+        reasons = sorted({reason for faults, _ in found for reason in faults})
+        if len({read for _, read in found}) > 1:  # then some file may have been nobody's share
+            reasons.append("ranks read different manifests")
+    if reasons or manifest is None:
+        return None, reasons
+    loaded, reasons = _agreed(group, lambda: _open(path, manifest))
+    return (None, reasons) if reasons else (loaded, [])
+
+
+def _manifest(path: Path, expected_step: int | None) -> Manifest:
+    manifest = read_manifest(path)
+    if expected_step not in (None, manifest.step):
+        raise CheckpointError(f"MANIFEST.json is of step {manifest.step}")
+    return manifest
+
+
+def _open(path: Path, manifest: Manifest) -> Loaded:
+    entries = parse_index(read_verified(path, manifest, INDEX), manifest.file_bytes)
+    names = [rank_state_name(rank) for rank in range(manifest.world)]
+    return Loaded(
+        path=path,
+        manifest=manifest,
+        state=parse_json(read_verified(path, manifest, STATE), STATE),
+        rank_states=[parse_json(read_verified(path, manifest, name), name) for name in names],
+        reader=Reader(path, entries),
+    )
+
+
+def _agreed(group: Group, work: Callable[[], T]) -> tuple[T | None, list[str]]:
+    """This rank's result, and the reasons why some rank has none."""
+    mine: T | None = None
+    reason = ""
+    try:
+        mine = work()
+    except CheckpointError as error:
+        reason = str(error)
+    except (OSError, MemoryError) as error:
+        reason = explain(error)
+    return mine, sorted({text for text in group.gather(reason) if text})
+
+
+def _write_probe(root: Path) -> str:
+    name = f".probe-{uuid.uuid4().hex}"
+    (root / name).write_text("", encoding="utf-8")
+    return name
+
+
+def _sees(probe: Path) -> bool:
+    with contextlib.suppress(OSError):
+        os.listdir(probe.parent.parent)  # makes NFS forget that it once did not find these names
+        os.listdir(probe.parent)
+    return probe.exists()
+
+
+def _same_listing(folders: Folders, group: Group) -> list[int]:
+    listings: list[list[int]] = []
+    for attempt in range(SHARED_TRIES):
+        listings = group.gather(folders.steps())
+        if all(listing == listings[0] for listing in listings):
+            return listings[0]
+        if attempt < SHARED_TRIES - 1:
+            time.sleep(SHARED_WAIT_S)  # a network file system may be behind
+    odd = next(rank for rank, listing in enumerate(listings) if listing != listings[0])
+    raise CheckpointError(
+        f"{NOT_SHARED}; rank 0 sees steps {listings[0]}, rank {odd} {listings[odd]} in {folders.root}"
+    )
+
+
+def _quarantine(folders: Folders, group: Group, step: int, reasons: list[str]) -> str:
+    try:
+        homes = together(group, lambda: folders.quarantine(step, reasons).name if group.rank == 0 else "")
+    except RankErrors as error:
+        return f" (cannot be renamed: {error})"
+    return f" (kept as {homes[0]})"
+
+
+def num_bytes_of(path: Path) -> int:
+    """What the manifest of a checkpoint adds up to; 0 when it cannot be read. Not collective."""
+    try:
+        return parse_manifest(read_regular(path / "MANIFEST.json", limit=256 * 2**20)).num_bytes
+    except (OSError, CheckpointError):
+        return 0

@@ -1,0 +1,254 @@
+"""One live run per output folder: `lock.json`, taken by rank 0.
+
+On the same machine a lock is stale when its process is gone (number and start time, so that a reused number does not
+fool us). From elsewhere only the heartbeat can tell: it is stale when the file has not changed for STALE_S of our own
+monotonic time; clocks of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from distft.checkpoint.durable import explain, read_regular
+from distft.core.errors import BusyError, FileSystemError
+
+LOCK = "lock.json"
+GUARD = ".lock.guard"
+UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+BEAT_S = 10.0
+STALE_S = 60.0
+
+
+class RunLock:
+    """`with RunLock(folder):` or `acquire` and `release`."""
+
+    def __init__(
+        self, folder: Path, *, job: str | None = None, beat_s: float = BEAT_S, stale_s: float = STALE_S
+    ) -> None:
+        """Nothing happens yet.
+
+        Args:
+            folder: the run's; it must exist.
+            job: what to call this run in messages; None: the Slurm job, if any.
+            beat_s: seconds between heartbeats.
+            stale_s: seconds without one after which another machine's lock is dead.
+        """
+        self.path = folder / LOCK
+        self._job = job or os.environ.get("SLURM_JOB_ID")
+        self._beat_s, self._stale_s = beat_s, stale_s
+        self._token = uuid.uuid4().hex
+        self._held_by: int | None = None
+        self._stop = threading.Event()
+        self.lost = False
+        """Another run has taken the lock away (this process was frozen for longer than stale_s)."""
+
+    def acquire(self) -> None:
+        """Take the lock; waits up to stale_s for another machine's heartbeat.
+
+        Raises:
+            BusyError: a live run has it; names host, process and job.
+            FileSystemError: the folder cannot be written.
+        """
+        try:
+            while not self._create():
+                holder = self._read()
+                if holder is None:
+                    continue  # released this moment
+                if not self._is_dead(holder):
+                    raise BusyError(_busy_message(self.path.parent, _owner(holder)))
+                if self._take_over(holder):
+                    break
+        except OSError as error:
+            raise FileSystemError(f"{self.path}: cannot be written ({explain(error)})") from error
+        self._held_by = os.getpid()
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, args=(self._stop,), name="lock-heartbeat", daemon=True).start()
+
+    def release(self) -> None:
+        """Give it back; nothing happens when it is not ours (any more, or in a forked child)."""
+        self._stop.set()
+        if self._held_by == os.getpid():
+            self._held_by = None
+            with contextlib.suppress(OSError):
+                if self._is_ours():
+                    self.path.unlink()
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+    def _write_aside(self) -> Path:
+        aside = self.path.with_name(f".{LOCK}.{self._token}")
+        owner = _this_process() | {"job": self._job, "started": _now(), "token": self._token}
+        aside.write_text(json.dumps(owner, indent=1) + "\n", encoding="utf-8")
+        return aside
+
+    def _create(self) -> bool:
+        """Make the lock complete or not at all: link() fails when the name exists, also on NFS."""
+        aside = self._write_aside()
+        try:
+            os.link(aside, self.path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, *UNSUPPORTED):
+                raise
+            return self._create_without_links(aside)  # some FUSE and object stores
+        finally:
+            aside.unlink(missing_ok=True)
+        return True
+
+    def _create_without_links(self, aside: Path) -> bool:
+        try:
+            with self.path.open("x", encoding="utf-8") as file:
+                file.write(aside.read_text(encoding="utf-8"))
+        except FileExistsError:
+            return False
+        return True
+
+    def _read(self) -> bytes | None:
+        """The lock's bytes, None when there is none."""
+        try:
+            return read_regular(self.path, limit=1 << 16)
+        except FileNotFoundError:
+            return None
+
+    def _is_ours(self) -> bool:
+        return _owner(self._read() or b"").get("token") == self._token
+
+    def _is_dead(self, holder: bytes) -> bool:
+        owner, here = _owner(holder), _this_process()
+        if owner and all(owner.get(key) == here[key] for key in ("host", "boot_id", "pid_namespace")):
+            pid, start = owner.get("pid"), owner.get("process_start")
+            return not isinstance(pid, int) or _start_of(pid) is None or _start_of(pid) != start
+        return self._stays_silent(holder)
+
+    def _stays_silent(self, holder: bytes) -> bool:
+        """Watch the lock for stale_s; False as soon as anything about it changes."""
+        seen = self._signs(holder)
+        until = time.monotonic() + self._stale_s
+        while time.monotonic() < until:
+            time.sleep(min(1.0, self._stale_s / 20))
+            if self._signs(self._read()) != seen:
+                return False
+        return True
+
+    def _signs(self, holder: bytes | None) -> tuple[bytes | None, int]:
+        try:
+            return holder, os.stat(self.path).st_mtime_ns
+        except FileNotFoundError:
+            return None, 0
+
+    def _take_over(self, holder: bytes) -> bool:
+        """Put our lock in a dead one's place, unless somebody else has just done so.
+
+        Of several that found the same dead lock, one at a time looks again and replaces it; the kernel gives the
+        guard back when its holder dies, which a file of our own would not.
+        """
+        descriptor = os.open(self.path.with_name(GUARD), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _guarded(descriptor) or self._read() != holder:
+                return False
+            os.replace(self._write_aside(), self.path)
+            return True
+        finally:
+            os.close(descriptor)
+
+    def _beat(self, stop: threading.Event) -> None:
+        while not stop.wait(self._beat_s):
+            with contextlib.suppress(OSError):  # a full or absent disk for a moment: the next beat may pass
+                if self._held_by != os.getpid():
+                    return
+                if not self._is_ours():
+                    self.lost = True
+                    return
+                os.utime(self.path)
+
+
+def _guarded(descriptor: int) -> bool:
+    """Hold the guard file exclusively; False when somebody else keeps it (then look at the lock again)."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.05)
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, *UNSUPPORTED):
+            raise  # a Lustre mount without -o flock: taking over is then not safe against a second one doing the same
+    return True
+
+
+def _owner(holder: bytes) -> dict[str, Any]:
+    """What a lock says; empty when it cannot be read (then only its heartbeat counts)."""
+    try:
+        owner = json.loads(holder)
+    except (ValueError, RecursionError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _busy_message(folder: Path, owner: dict[str, Any]) -> str:
+    job = f", job {owner['job']}" if owner.get("job") else ""
+    return (
+        f"{folder} is in use: host {owner.get('host', 'unknown')}, process {owner.get('pid', 'unknown')}{job}, "
+        f"since {owner.get('started', 'unknown')}; wait for it, stop it, or choose another output_dir"
+    )
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_start": _start_of(os.getpid()),
+        "boot_id": _text_of("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": _link_of("/proc/self/ns/pid"),
+    }
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process started (clock ticks since boot; 0 where the system does not say); None when it is gone."""
+    if pid <= 0:
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except (PermissionError, OverflowError):
+        pass  # somebody else's: alive
+    fields = _text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold spaces
+    if len(fields) < 20:
+        return 0
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _link_of(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

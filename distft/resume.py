@@ -1,0 +1,154 @@
+"""Saving and continuing a run: what a checkpoint says of it, and whether what it says fits the run that wants it.
+
+Tensors are the engine's business (`distft.engine.fragments`), files the checkpoint room's. Here is what lies between.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from distft.checkpoint import faults
+from distft.core.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from distft.checkpoint.store import CheckpointStore
+    from distft.core.types import Engine, TrainState
+    from distft.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+Resume = Literal["auto", "never"] | Path
+"""auto: from the newest valid checkpoint, if any; never: from the start; a folder: from that checkpoint."""
+
+MAX_FAILURES = 2
+"""Saves that may fail in a row before the run stops."""
+
+HARMLESS = (
+    *("name", "output_dir", "log.", "eval.", "checkpoint.", "engine."),
+    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),
+    *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
+    *("data.cache_dir", "data.num_workers", "data.train", "data.eval"),
+)
+"""Keys that do not change what is computed, or whose effect is checked by hash (rows, base weights)."""
+ALLOWED = (
+    *("optim.learning_rate", "optim.weight_decay", "schedule."),
+    *("train.max_grad_norm", "train.epochs", "train.max_steps"),
+)
+"""Keys that may change in mid-run when the user says so (`--allow-changes`)."""
+
+
+class Checkpoints:
+    """What the loop saves through; every method is collective."""
+
+    def __init__(self, store: CheckpointStore, engine: Engine, about: dict[str, Any], *, asynchronous: bool) -> None:
+        """`about` is what the checkpoint says of the run besides its position."""
+        self._store, self._engine, self._about, self._async = store, engine, about, asynchronous
+        self._saved_at = -1
+
+    def prepare(self) -> None:
+        """Take the memory that background saves copy into, so that the first one does not wait for it."""
+        if self._async:
+            self._store.reserve(list(self._engine.pieces()))
+
+    def save(self, state: TrainState) -> None:
+        """Write the state of this step; in the background if the recipe says so.
+
+        Raises:
+            CheckpointError: two saves in a row failed.
+        """
+        self._write(state, background=self._async)
+
+    def save_now(self, state: TrainState) -> None:
+        """Write the state of this step and wait until it is committed; nothing if it already is."""
+        self._guarded(self._store.finish)
+        if self._saved_at != state.step:
+            self._write(state, background=False)
+
+    def poll(self, state: TrainState) -> None:
+        """Commit what was written in the background, if every rank has written its part."""
+        faults.at("step", rank=self._engine.rank, step=state.step)
+        if self._store.in_flight:
+            self._guarded(self._store.poll)
+
+    def close(self) -> None:
+        """Wait for what is in flight."""
+        self._guarded(self._store.finish)
+
+    def _write(self, state: TrainState, *, background: bool) -> None:
+        pieces = list(self._engine.pieces())
+        say = {"train": asdict(state), **self._about}
+        save = self._store.save_async if background else self._store.save
+        self._guarded(lambda: save(pieces, say, step=state.step))
+        self._saved_at = state.step
+
+    def _guarded(self, work: Any) -> None:
+        """One failed save is survived: the checkpoints before it are untouched, and the next may succeed."""
+        from distft.checkpoint.commit import SaveFailed
+
+        try:
+            work()
+        except SaveFailed as error:
+            self._saved_at = -1
+            if self._store.failures_in_a_row >= MAX_FAILURES:
+                raise
+            if self._engine.rank == 0:
+                log.warning("%s; training goes on", error)
+
+
+def about(recipe: Recipe, fingerprint: dict[str, str], base: str, num_steps: int) -> dict[str, Any]:
+    """What a checkpoint says of its run: JSON, equal on all ranks."""
+    mix = [[source.weight, source.share] for source in recipe.data.train]
+    return {"recipe": recipe.resolved(), "data": fingerprint, "mix": mix, "base": base, "num_steps": num_steps}
+
+
+def check_fits(said: dict[str, Any], now: dict[str, Any], where: Path, *, allow_changes: bool) -> list[str]:
+    """Compare what a checkpoint says of its run with the run that wants to continue it.
+
+    Returns:
+        Changes that were allowed, for the log.
+
+    Raises:
+        DataError: the prepared training rows are others.
+        CheckpointError: the base weights are others, or the recipe changed in a way that breaks or may break the run.
+    """
+    if said["data"]["train"] != now["data"]["train"]:
+        raise DataError(
+            f"{where}: was trained on other rows (sha256 {said['data']['train'][:12]}…, now "
+            f"{now['data']['train'][:12]}…): the order of samples would not go on  "
+            "restore the data, or start anew with --resume never or another name"
+        )
+    if said["base"] and now["base"] and said["base"] != now["base"]:
+        raise CheckpointError(f"{where}: its adapter belongs to other base weights than [model] path now names")
+    refused, asked, harmless = [], [], []
+    if said["mix"] != now["mix"]:
+        refused.append(f"weight and share of [[data.train]]: {said['mix']} -> {now['mix']}")
+    for key, before, after in _changes(said["recipe"], now["recipe"]):
+        line = f"{key}: {before!r} -> {after!r}"
+        kinds = ((HARMLESS, harmless), (ALLOWED, asked))
+        next((found for prefixes, found in kinds if key.startswith(prefixes)), refused).append(line)
+    if refused:
+        raise CheckpointError(
+            f"{where}: the recipe has changed in a way that this checkpoint cannot continue\n  "
+            + "\n  ".join(refused)
+            + "\nchange it back, or start anew with --resume never or another name"
+        )
+    if asked and not allow_changes:
+        raise CheckpointError(
+            f"{where}: the recipe has changed\n  "
+            + "\n  ".join(asked)
+            + "\nif that is meant, say --allow-changes; else change it back"
+        )
+    return harmless + asked
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{at}{key}.")
+        elif old != new:
+            yield f"{at}{key}", old, new

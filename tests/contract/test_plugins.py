@@ -1,0 +1,249 @@
+"""An optimizer, a format, two methods, an objective and a metric from outside: each one spec and one `.add`.
+
+This file is also the program that registers them and runs the real job: `python test_plugins.py PLAN.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import ROOT, Bench, run
+from pydantic import Field
+
+import distft
+from distft.core.errors import RecipeError
+from distft.core.registry import NoParams, Params
+from distft.core.types import Batch, LossTerms, StepReport, TrainState
+from distft.data.formats import FORMATS
+from distft.data.samples import FormatSpec, PromptCompletion, text_column
+from distft.metrics import METRICS, MetricSpec, RunFacts
+from distft.model.adapters import METHODS, MethodSpec
+from distft.objectives import OBJECTIVES, ObjectiveSpec, sft
+from distft.optim import OPTIMIZERS, OptimizerSpec
+
+# -- the parts, as somebody else's package would write them ----------------------------------------------------------
+
+
+class SgdParams(Params):
+    learning_rate: float = Field(default=0.1, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+
+
+SGD = OptimizerSpec(
+    name="sgd",
+    params=SgdParams,
+    build=lambda params, groups: torch.optim.SGD(groups, lr=params.learning_rate, momentum=params.momentum),
+)
+
+
+def convert_qa(row: dict[str, Any]) -> PromptCompletion:
+    return PromptCompletion(prompt=text_column(row, "q"), completion=text_column(row, "a"))
+
+
+QA = FormatSpec(name="qa", needs='"q" and "a"', matches=lambda row: {"q", "a"} <= row.keys(), convert=convert_qa)
+
+
+def attach_norms(lm: Any, params: NoParams, dtype: torch.dtype) -> Any:
+    for name, param in lm.named_parameters():
+        param.requires_grad_("norm" in name)
+    return lm
+
+
+NORMS = MethodSpec(name="norms", params=NoParams, attach=attach_norms, owns=lambda name: False)
+
+
+class Ia3Params(Params):
+    target_modules: tuple[str, ...] = ("k_proj", "v_proj")
+
+
+def attach_ia3(lm: Any, params: Ia3Params, dtype: torch.dtype) -> Any:
+    from peft import IA3Config, get_peft_model
+
+    lm.requires_grad_(False)
+    wanted = IA3Config(task_type="CAUSAL_LM", target_modules=list(params.target_modules), feedforward_modules=[])
+    return get_peft_model(lm, wanted, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+
+
+IA3 = MethodSpec(
+    name="ia3",
+    params=Ia3Params,
+    attach=attach_ia3,
+    owns=lambda name: ".ia3_l." in name,
+    fresh=lambda name, model, meta, generator: torch.ones(meta.shape),
+    base_name=lambda name: name.removeprefix("base_model.model.").replace(".base_layer.", "."),
+    adapter=True,
+    library="peft",
+)
+
+
+class FocalParams(Params):
+    gamma: float = Field(default=2.0, ge=0)
+    """Tokens that are already likely count less: (1 - p) ** gamma. Source: https://arxiv.org/abs/1708.02002"""
+
+
+def focal_terms(params: FocalParams, model: torch.nn.Module, batch: Batch) -> LossTerms:
+    losses_S = model(**batch.inputs())
+    return LossTerms(loss_sum=(losses_S * (1 - torch.exp(-losses_S)) ** params.gamma).sum())
+
+
+FOCAL = ObjectiveSpec(name="focal", params=FocalParams, weight=sft.SPEC.weight, terms=focal_terms, per_token=True)
+
+
+class DensityMetric:
+    def __init__(self, facts: RunFacts) -> None:
+        self._tokens = self._supervised = 0
+
+    def start(self) -> None:
+        pass
+
+    def micro(self, batch: Batch, terms: LossTerms) -> None:
+        self._tokens += batch.num_tokens
+        self._supervised += batch.num_supervised
+
+    def step(self, state: TrainState, report: StepReport) -> None:
+        pass
+
+    def read(self) -> dict[str, float | None]:
+        return {"tokens_per_supervised": self._tokens / self._supervised}
+
+
+DENSITY = MetricSpec(name="density", build=DensityMetric)
+
+
+def register() -> None:
+    OPTIMIZERS.add(SGD)
+    FORMATS.add(QA)
+    METHODS.add(NORMS)
+    METHODS.add(IA3)
+    OBJECTIVES.add(FOCAL)
+    METRICS.add(DENSITY)
+
+
+def main(plan: Path) -> None:
+    """Each case of the plan (name -> recipe, overrides): the run folder, or what the recipe's mistakes are."""
+    register()
+    said = {}
+    for name, case in json.loads(plan.read_text()).items():
+        try:
+            said[name] = str(distft.train(distft.load_recipe(case["recipe"], overrides=case["overrides"])).folder)
+        except RecipeError as error:
+            said[name] = str(error)
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+
+
+# -- and what comes of them ------------------------------------------------------------------------------------------
+
+RATE = 0.25
+FIRST = ["train.max_steps=1", 'train.max_grad_norm="off"', 'schedule.name="constant"', "schedule.warmup_steps=0"]
+CASES = {
+    "norms": [*FIRST, 'method.name="norms"', "optim.momentum=0.0"],
+    "ia3": ["train.max_steps=3", 'method.name="ia3"', "optim.momentum=0.9", 'method.target_modules=["v_proj"]'],
+    "gamma0": [*FIRST, "objective.gamma=0.0"],
+    "sft": [*FIRST, 'objective={name="sft"}'],
+    "mistakes": ["optim.momentm=0.9", "objective.gama=1.0", 'data.train.0.format="qas"', 'method.name="ia2"'],
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The usual tiny model; rows of the outside format, and a recipe that names outside parts."""
+    bench = Bench.make(tmp_path_factory.mktemp("plugins"))
+    for split in ("train", "valid"):
+        path = bench.folder / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({"q": row["prompt"], "a": row["completion"]}) + "\n" for row in rows))
+    text = bench.recipe.read_text()
+    optim = text[text.index("[optim]") : text.index("[schedule]")]
+    text = text.replace(optim, f'[objective]\nname = "focal"\n[optim]\nname = "sgd"\nlearning_rate = {RATE}\n')
+    text = text.replace('train.jsonl"', 'train.jsonl"\nformat = "qa"')
+    bench.recipe.write_text(text)
+    return bench
+
+
+@pytest.fixture(scope="module")
+def said(bench: Bench) -> dict[str, str]:
+    plan = bench.folder / "plan.json"
+    plan.write_text(
+        json.dumps({n: {"recipe": str(bench.recipe), "overrides": [f'name="{n}"', *o]} for n, o in CASES.items()})
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
+    done = run([sys.executable, __file__, str(plan)], PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def records(folder: str) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_only_the_methods_own_parameters_changed_by_the_optimizers_rule(said: dict[str, str], bench: Bench) -> None:
+    from transformers import AutoModelForCausalLM
+
+    after, before = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (said["norms"] + "/final", bench.folder / "model")
+    )
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    assert changed == {name for name in before if "norm" in name}
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in changed]).norm().item()
+    [step] = [record for record in records(said["norms"]) if "loss" in record]
+    assert moved == pytest.approx(RATE * step["grad_norm"], rel=1e-4), "plain SGD moves by rate x gradient"
+
+
+def test_a_peft_method_from_outside_saves_its_own_adapter(said: dict[str, str], bench: Bench) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(bench.folder / "model")
+    model = PeftModel.from_pretrained(base, said["ia3"] + "/final")
+    own = {name: param for name, param in model.named_parameters() if ".ia3_l." in name}
+    assert len(own) == 2, "one vector for each block's v_proj"
+    assert all((param != 1).any() and (param - 1).abs().max() < 1 for param in own.values())
+    facts = json.loads(Path(said["ia3"], "manifest.json").read_text())
+    assert facts["parameters"]["trainable"] == 2 * 2 * 16  # blocks x key-value heads x head size
+
+
+def test_the_objective_is_what_is_minimised(said: dict[str, str]) -> None:
+    focal, gamma0, plain = (records(said[name]) for name in ("norms", "gamma0", "sft"))
+    assert gamma0[0]["eval_loss"] == pytest.approx(plain[0]["eval_loss"], rel=1e-6)
+    assert gamma0[1]["loss"] == pytest.approx(plain[1]["loss"], rel=1e-6)
+    assert 0.9 * plain[0]["eval_loss"] < focal[0]["eval_loss"] < 0.9999 * plain[0]["eval_loss"]
+    assert focal[-1]["eval_loss"] < focal[0]["eval_loss"]
+
+
+def test_the_metric_is_in_every_steps_line(said: dict[str, str]) -> None:
+    for name in ("norms", "ia3", "sft"):
+        steps = [record for record in records(said[name]) if "loss" in record]
+        last = steps[-1]
+        assert all("tokens_per_supervised" in record for record in steps)
+        assert last["tokens_per_supervised"] == pytest.approx(last["tokens"] / last["tokens_loss"])
+
+
+def test_the_run_says_which_parts_it_had(said: dict[str, str]) -> None:
+    resolved = Path(said["ia3"], "recipe.toml").read_text()
+    for line in ('name = "ia3"', 'name = "sgd"', "momentum = 0.9", 'name = "focal"', "gamma = 2.0", 'format = "qa"'):
+        assert line in resolved, line
+    facts = json.loads(Path(said["ia3"], "manifest.json").read_text())
+    assert (facts["engine"], facts["world"], facts["seed"]) == ("solo", 1, 42)
+    assert set(facts["data"]) == {"train", "eval"}
+    assert facts["versions"]["torch"] == torch.__version__
+
+
+def test_mistakes_in_outside_parts_are_explained_like_our_own(said: dict[str, str]) -> None:
+    text = said["mistakes"]
+    assert "4 problems" in text
+    assert 'did you mean "momentum"' in text
+    assert 'did you mean "gamma"' in text
+    assert 'did you mean "qa"' in text
+    assert "allowed: full, lora, qlora, norms, ia3" in text

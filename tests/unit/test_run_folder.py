@@ -1,0 +1,139 @@
+"""The run folder: what it says of a run, and of how it ended."""
+
+import importlib.metadata
+import json
+import platform
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from distft.core.errors import FileSystemError
+from distft.core.types import TrainState
+from distft.run_folder import RunFolder, write_atomic
+
+FACTS = {"engine": "solo", "world": 1, "seed": 42, "data": {"train": "ab12"}, "parameters": {"total": 7}}
+
+
+def ended(folder: Path) -> dict:
+    return json.loads((folder / "exit.json").read_text())
+
+
+# -- exit.json -------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_is_told_with_step_host_and_rank(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", writes=True)
+    folder.end(code=0, reason="done", rank=0, state=TrainState(step=12, samples=96), recipe_sha256="ab12")
+    said = ended(tmp_path / "run")
+    assert said.pop("time").endswith("+00:00")
+    assert {key: said[key] for key in ("code", "reason", "step", "host", "rank")} == {
+        "code": 0, "reason": "done", "step": 12, "host": socket.gethostname(), "rank": 0,
+    }  # fmt: skip
+
+
+def test_the_first_failure_is_the_one_that_stays(tmp_path: Path) -> None:
+    """The other ranks fail because of it, and rank 0 may even end well before it notices."""
+    first, second, writer = (RunFolder(tmp_path / "run", writes=writes) for writes in (False, False, True))
+    first.end(code=5, reason="numeric: step 3: loss nan", rank=3)
+    second.end(code=6, reason="hang: rank 3 is silent", rank=1)
+    writer.end(code=0, reason="done", rank=0)
+    assert (ended(tmp_path / "run")["code"], ended(tmp_path / "run")["rank"]) == (5, 3)
+
+
+def test_other_ranks_do_not_tell_success(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", writes=False).end(code=0, reason="done", rank=1)
+    assert not (tmp_path / "run/exit.json").exists()
+
+
+def test_how_an_earlier_start_ended_is_forgotten_once_training_starts(tmp_path: Path) -> None:
+    """Whoever is killed without a word must not look like the start before it."""
+    RunFolder(tmp_path / "run", writes=True).end(code=3, reason="data: no rows", rank=0)
+    writer, other = (RunFolder(tmp_path / "run", writes=writes) for writes in (True, False))
+    other.start("", FACTS)
+    assert ended(tmp_path / "run")["code"] == 3, "only the rank that writes clears it"
+    writer.start("", FACTS)
+    assert not (tmp_path / "run/exit.json").exists()
+    other.end(code=5, reason="numeric", rank=1)
+    assert ended(tmp_path / "run")["code"] == 5
+
+
+def test_a_start_that_fails_before_training_replaces_what_an_earlier_one_said(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", writes=True).end(code=3, reason="data: no rows", rank=0)
+    RunFolder(tmp_path / "run", writes=True).end(code=2, reason="recipe: no such model", rank=0)
+    assert ended(tmp_path / "run")["code"] == 2
+
+
+def test_a_disk_that_fails_at_the_end_does_not_hide_the_error(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", writes=True)
+    (tmp_path / "run").rmdir()
+    folder.end(code=5, reason="numeric", rank=0)  # nothing to write into, and nothing raised
+
+
+# -- where a folder cannot be ----------------------------------------------------------------------------------------
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(FileSystemError) as said:
+        RunFolder(path, writes=True)
+    assert said.value.exit_code == 8
+    assert str(said.value).startswith(f"{path}: cannot be written (")
+    assert str(said.value).endswith("choose another output_dir (--output-dir DIR)")
+    return str(said.value)
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    assert "(File exists)" in refused(tmp_path / "run")
+    assert "(Not a directory)" in refused(tmp_path / "run" / "inside")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_a_place_that_takes_no_files() -> None:
+    """/proc takes none from anybody, root included."""
+    refused(Path("/proc/runs/name"))
+    refused(Path("/proc/self"))
+
+
+def test_missing_parents_are_made_and_nothing_is_left_of_the_probe(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a/b/run", writes=True)
+    assert list(folder.path.iterdir()) == []
+    assert (folder.metrics.name, folder.final.name, folder.tensorboard.name) == (
+        "metrics.jsonl", "final", "tensorboard",
+    )  # fmt: skip
+
+
+# -- what it ran on --------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_says_what_ran_on_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    folder = RunFolder(tmp_path / "run", writes=True)
+    folder.start('name = "run"\n', FACTS)
+    assert (tmp_path / "run/recipe.toml").read_text() == 'name = "run"\n'
+    said = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert {key: said[key] for key in FACTS} == FACTS
+    assert said["versions"]["torch"] == torch.__version__ == importlib.metadata.version("torch")
+    assert said["versions"]["python"] == platform.python_version()
+    assert {"distft", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes"} <= set(said["versions"])
+    assert said["host"] == socket.gethostname()
+    assert said["slurm_job"] == "4711"
+    assert said["started"].endswith("+00:00")
+    assert said["git_commit"] is None or len(said["git_commit"]) == 40
+    assert sorted(path.name for path in folder.path.iterdir()) == ["manifest.json", "recipe.toml"]
+
+
+def test_one_rank_writes_it(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", writes=False).start("", FACTS)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_readers_see_the_old_text_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_atomic(path, "old")
+    with path.open() as reader:
+        write_atomic(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new"
+    assert [found.name for found in tmp_path.iterdir()] == ["file.json"]
