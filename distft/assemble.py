@@ -190,7 +190,7 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
     return UpdateRule(
         build=lambda groups: optim.spec.build(params, groups),
         lr_at=lambda step: params.learning_rate * factor(step),
-        weight_decay=params.weight_decay,
+        weight_decay=getattr(params, "weight_decay", 0.0),
         decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
         max_grad_norm=None if clip == "off" else float(clip),
     )
@@ -239,7 +239,7 @@ def checkpoints(
     engine.barrier()
     hashes = {"recipe": recipe.digest(), "base": base, **rows.fingerprint}
     store = CheckpointStore(root, engine, keep=recipe.checkpoint.keep, engine=engine.name, hashes=hashes)
-    keeper = Checkpoints(store, engine, says, asynchronous=recipe.checkpoint.asynchronous)
+    keeper = Checkpoints(store, engine, says, asynchronous=recipe.checkpoint.asynchronous, reached=folder.reach)
     loaded = store.load(resume) if isinstance(resume, Path) else store.load_newest()
     if loaded is None:
         return keeper, TrainState(), None

@@ -25,10 +25,12 @@ def train(
     recipe: Recipe,
     set_: Overrides = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of run folders.")] = None,
+    resume: Annotated[str, typer.Option(metavar="auto|never|DIR", help="Where to continue.")] = "auto",
+    allow_changes: Annotated[bool, typer.Option(help="Continue under a changed learning rate or length.")] = False,
     nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU.")] = None,
 ) -> None:
     """Fine-tune: starts `accelerate launch -m distft.train` with one process per accelerator."""
-    passed = [recipe]
+    passed = [recipe, "--resume", resume, *(["--allow-changes"] if allow_changes else [])]
     for override in set_ or []:
         passed += ["--set", override]
     if output_dir is not None:

@@ -91,7 +91,11 @@ def _run(
     from distft.objectives.spec import Objective
 
     placed = processes.join()
-    engine = assemble.open_engine(recipe, placed, say)
+    try:
+        engine = assemble.open_engine(recipe, placed, say)
+    except BaseException:
+        processes.leave(placed)
+        raise
     try:
         model = assemble.model(located, placed, engine.name, cut, rows, say)
         steps, held_out, when = rows.steps, rows.eval_steps, recipe.eval

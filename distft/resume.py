@@ -6,7 +6,7 @@ Tensors are the engine's business (`distft.engine.fragments`), files the checkpo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,9 +44,18 @@ ALLOWED = (
 class Checkpoints:
     """What the loop saves through; every method is collective."""
 
-    def __init__(self, store: CheckpointStore, engine: Engine, about: dict[str, Any], *, asynchronous: bool) -> None:
-        """`about` is what the checkpoint says of the run besides its position."""
+    def __init__(
+        self,
+        store: CheckpointStore,
+        engine: Engine,
+        about: dict[str, Any],
+        *,
+        asynchronous: bool,
+        reached: Callable[[int], None],
+    ) -> None:
+        """`about` is what the checkpoint says of the run besides its position; `reached` is told every step."""
         self._store, self._engine, self._about, self._async = store, engine, about, asynchronous
+        self._reached = reached
         self._saved_at = -1
 
     def prepare(self) -> None:
@@ -70,6 +79,7 @@ class Checkpoints:
 
     def poll(self, state: TrainState) -> None:
         """Commit what was written in the background, if every rank has written its part."""
+        self._reached(state.step)
         faults.at("step", rank=self._engine.rank, step=state.step)
         if self._store.in_flight:
             self._guarded(self._store.poll)

@@ -41,6 +41,7 @@ class RunFolder:
         self.path, self._writes = path, writes
         self._earlier = self._exit_text()
         """How an earlier start of this run ended."""
+        self._step: int | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             if writes:
@@ -75,6 +76,10 @@ class RunFolder:
         write_atomic(self.path / "recipe.toml", recipe_toml)
         write_atomic(self.path / "manifest.json", json.dumps(facts | _machine(), indent=2, default=str) + "\n")
 
+    def reach(self, step: int) -> None:
+        """Remember the last optimizer step that was finished, for exit.json."""
+        self._step = step
+
     def end(
         self, *, code: int, reason: str, rank: int, state: TrainState | None = None, recipe_sha256: str = ""
     ) -> None:
@@ -82,7 +87,7 @@ class RunFolder:
         if code == 0 and not self._writes:
             return
         record: dict[str, Any] = {"code": code, "reason": reason, "host": socket.gethostname(), "rank": rank}
-        record |= {"step": None if state is None else state.step, "time": _now()}
+        record |= {"step": self._step if state is None else state.step, "time": _now()}
         if state is not None:
             record |= {"state": asdict(state), "recipe_sha256": recipe_sha256}
         with contextlib.suppress(OSError):

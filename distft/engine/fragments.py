@@ -62,6 +62,9 @@ def pieces(fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer) -> I
                 if state[key].dtype == torch.uint8:
                     constants = _constants(state, key)
                     yield Piece(name=_blocks(key, held), start=0, numel=constants.numel(), data=constants)
+            for key in _of_other_shape(state, held.flat):
+                values = state[key].detach().reshape(-1)
+                yield Piece(name=f"{key}/{held.layout}", start=0, numel=values.numel(), data=values)
         if held.length == 0:
             continue
         yield _piece(PARAM, held, held.of(held.flat.detach()))
@@ -93,6 +96,8 @@ def load(
                     name = _blocks(key, together[0])
                     stored = reader.read(name) if name in reader else None
                     _quantize_into(state, key, values, stored)
+            for key in _of_other_shape(state, flat):
+                state[key].copy_(reader.read(f"{key}/{together[0].layout}").view_as(state[key]))
             if isinstance(state.get("step"), Tensor):
                 state["step"].fill_(optimizer_step)
             elif "step" in state:
@@ -128,16 +133,17 @@ def create_state(flats: Iterable[Tensor], step: Callable[[], None], groups: list
 
 
 def _elementwise(state: dict[str, Any], flat: Tensor) -> list[str]:
-    """Names of the state tensors that hold one element per element of `flat`.
+    """Names of the state tensors that hold one element per element of `flat`."""
+    return [key for key in _tensors(state) if state[key].numel() == flat.numel()]
 
-    Raises:
-        TypeError: there is a state of another shape, which intervals cannot hold.
-    """
-    names = [key for key, values in state.items() if isinstance(values, Tensor) and key not in _CONSTANTS]
-    for key in names:
-        if state[key].numel() != flat.numel():
-            raise TypeError(f"the optimizer keeps {key} of {tuple(state[key].shape)} for {tuple(flat.shape)}")
-    return names
+
+def _of_other_shape(state: dict[str, Any], flat: Tensor) -> list[str]:
+    """The others (adafactor's rows and columns): they belong to a layout, and only whole matrices have them."""
+    return [key for key in _tensors(state) if state[key].numel() != flat.numel()]
+
+
+def _tensors(state: dict[str, Any]) -> list[str]:
+    return [key for key, values in state.items() if isinstance(values, Tensor) and key not in _CONSTANTS]
 
 
 def _values(state: dict[str, Any], key: str, held: Fragment) -> Tensor:

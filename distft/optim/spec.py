@@ -36,6 +36,7 @@ class OptimizerSpec:
 
     name: str
     params: type[Params]
+    """Has `learning_rate`, which the schedule multiplies; `weight_decay` when it decays weights."""
     build: Callable[[Any, ParamGroups], torch.optim.Optimizer]
     """(params, groups) -> optimizer; imports its library inside."""
     elementwise: bool = True

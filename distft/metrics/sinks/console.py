@@ -58,19 +58,23 @@ class LineSink:
 
     def __init__(self, name: str, num_steps: int, start: int) -> None:
         self._name, self._total, self._start = name, num_steps, start
-        self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None
+        """(step, when) of the first record: evaluations and warm-up before it say nothing about the rest."""
         self._said_at = 0.0
 
     def write(self, record: dict[str, Any]) -> None:
         """First, last and evaluation records are always written."""
         step, now = record["step"], time.monotonic()
         is_step = "eval_loss" not in record
+        if is_step and self._first is None:
+            self._first = (step, now)
         if is_step and step not in (self._start + 1, self._total) and now - self._said_at < self.SECONDS:
             return
         left = ""
-        if is_step and step > self._start:
+        if is_step:
             self._said_at = now
-            seconds = (now - self._began) / (step - self._start) * (self._total - step)
+        if is_step and self._first is not None and step > self._first[0]:
+            seconds = (now - self._first[1]) / (step - self._first[0]) * (self._total - step)
             left = f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
         print(f"{self._name} {step}/{self._total}  {_said(record)}{left}", file=sys.stderr, flush=True)
 
