@@ -26,6 +26,7 @@ from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from distft.core.types import TrainState
+    from distft.resume import Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +148,10 @@ def _run(
                 every=every,
             )
             if state.step < steps.num_steps:
-                checkpoints.save_now(state)
                 reasons = sorted({reason for reason in engine.gather(STOP.reason) if reason})
-                raise Preempted(f"stopped by {', '.join(reasons)} after step {state.step}; the state is saved")
+                raise Preempted(
+                    f"stopped by {', '.join(reasons)} after step {state.step}; {_saved(checkpoints, state)}"
+                )
             if held_out and when.at_end:
                 meters.evaluated(state, evaluate(engine, objective, held_out))
             checkpoints.close()
@@ -160,6 +162,13 @@ def _run(
     finally:
         engine.close()
     return state
+
+
+def _saved(checkpoints: Checkpoints, state: TrainState) -> str:
+    if state.step == 0:
+        return "nothing was trained yet, so there is nothing to save"
+    checkpoints.save_now(state)
+    return "the state is saved"
 
 
 def _saves(every_steps: int | str) -> Callable[[int], bool]:

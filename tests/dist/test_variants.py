@@ -1,0 +1,158 @@
+"""What trades memory or speed changes neither the loss nor the norm; and what must stop a run stops all of it."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from harness import BATCH, ROOT, Bench, Run, relative, run
+
+TOLERANCE = 1e-5
+SOLO = {
+    "plain": [],
+    "sdpa": ['model.attention="sdpa"'],
+    "eager": ['model.attention="eager"'],
+    "full-logits": ['model.cross_entropy="full"'],
+    "checkpoint-full": ['train.activation_checkpointing="full"'],
+    "checkpoint-selective": ['train.activation_checkpointing="selective"'],
+    "compile": ["train.compile=true"],
+    "workers": ["data.num_workers=2", 'data.cache_dir="{folder}/cache2"'],
+    "lora": ['method.name="lora"', "method.r=4", "optim.learning_rate=3e-3"],
+    "lora-checkpoint": ['method.name="lora"', "method.r=4", "optim.learning_rate=3e-3",
+                        'train.activation_checkpointing="full"'],
+    "adamw_8bit": ['optim.name="adamw_8bit"'],
+    "bf16": ['model.dtype="bfloat16"'],
+}  # fmt: skip
+"""Overrides of one process; `plain` is what the others are compared with."""
+
+SHARDED = {
+    "checkpoint-full": ['train.activation_checkpointing="full"', 'engine.name="{engine}"'],
+    "checkpoint-selective": ['train.activation_checkpointing="selective"', 'engine.name="{engine}"'],
+    "offload": ['engine.name="{engine}"', 'engine.offload="all"'],
+    "bf16": ['model.dtype="bfloat16"', 'engine.name="{engine}"'],
+    "dora": [
+        'method.name="lora"',
+        "method.r=4",
+        "method.dora=true",
+        "optim.learning_rate=3e-3",
+        'engine.name="{engine}"',
+    ],
+    "poisoned": ["data.packing=false", "data.shuffle=false", 'engine.name="{engine}"'],
+}
+
+
+def filled(cases: dict[str, list[str]], **values: str) -> dict[str, list[str]]:
+    out = {}
+    for name, overrides in cases.items():
+        out[name] = list(overrides)
+        for key, value in values.items():
+            out[name] = [text.replace(f"{{{key}}}", value) for text in out[name]]
+    return out
+
+
+@pytest.fixture(scope="session")
+def solo(bench: Bench) -> dict[str, Run]:
+    return bench.launch(1, filled(SOLO | {"dora": SHARDED["dora"]}, folder=str(bench.folder), engine="solo"), tag="v1")
+
+
+@pytest.fixture(scope="session", params=["zero3", "fsdp2"])
+def sharded(request: pytest.FixtureRequest, bench: Bench) -> dict[str, Run]:
+    cases = filled(SHARDED, engine=request.param)
+    cases["poisoned"] += bench.poisoned(row=BATCH + 6)  # second step, second rank
+    return bench.launch(2, cases, tag=f"v-{request.param}")
+
+
+def same(run: Run, reference: Run) -> float:
+    return max(relative(run.column(name), reference.column(name)) for name in ("loss", "grad_norm"))
+
+
+def test_memory_and_speed_savers_keep_the_loss(solo: dict[str, Run]) -> None:
+    exact = ["sdpa", "eager", "full-logits", "checkpoint-full", "checkpoint-selective", "compile", "workers"]
+    worst = {name: same(solo[name], solo["plain"]) for name in exact}
+    worst["lora-checkpoint"] = same(solo["lora-checkpoint"], solo["lora"])
+    assert max(worst.values()) < TOLERANCE, worst
+
+
+def test_rounding_choices_stay_close(solo: dict[str, Run]) -> None:
+    """8-bit moments and bf16 are approximations: near, and not equal (else they would not be what they say)."""
+    for name, bound in (("adamw_8bit", 0.02), ("bf16", 0.02)):
+        gap = relative(solo[name].column("loss"), solo["plain"].column("loss"))
+        assert 1e-7 < gap < bound, (name, gap)
+
+
+def test_savers_keep_the_loss_when_sharded(sharded: dict[str, Run], solo: dict[str, Run]) -> None:
+    worst = {
+        name: same(sharded[name], solo["plain"]) for name in ("checkpoint-full", "checkpoint-selective", "offload")
+    }
+    worst["dora"] = same(sharded["dora"], solo["dora"])
+    assert max(worst.values()) < TOLERANCE, worst
+    assert relative(sharded["bf16"].column("loss"), solo["bf16"].column("loss")) < 0.01
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
+    sharded: dict[str, Run], bench: Bench
+) -> None:
+    said = sharded["poisoned"].error
+    assert "NumericError: step 2: loss nan is not finite, no weight was changed" in said
+    assert "(rank 1: " in said
+    assert f"poisoned.jsonl row {BATCH + 6}" in said
+    folder = next(bench.folder.glob("runs/v-*poisoned"))
+    ended = json.loads((folder / "exit.json").read_text())
+    assert ended["code"] == 5
+    assert not (folder / "final").exists()
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(record["step"] for record in steps) == 1
+
+
+@pytest.mark.parametrize("config", ["cpu-zero3", "cpu-fsdp2", "cpu-ddp"])
+def test_accelerate_launch_runs_the_job(bench: Bench, config: str) -> None:
+    engine = config.removeprefix("cpu-")
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command = [*launch, "--config_file", f"launch/{config}.yaml", "-m", "distft.train", str(bench.recipe)]
+    for setting in (f'name="launch-{config}"', f'engine.name="{engine}"', "train.max_steps=3", "log.console='plain'"):
+        command += ["--set", setting]
+    done = run(command)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"engine {engine}" in done.stderr
+    folder = bench.folder / "runs" / f"launch-{config}"
+    facts = json.loads((folder / "manifest.json").read_text())
+    assert (facts["world"], facts["engine"]) == (2, engine)
+    assert json.loads((folder / "exit.json").read_text())["code"] == 0
+    assert (folder / "final/model.safetensors").is_file()
+
+
+def test_a_launcher_configured_for_another_engine_is_refused(bench: Bench) -> None:
+    """accelerate's DeepSpeed launch under a recipe that says ddp: two wills, so none is guessed."""
+    done = run(
+        [sys.executable, "-m", "distft.train", str(bench.recipe), "--set", 'engine.name="fsdp2"'],
+        ACCELERATE_USE_DEEPSPEED="true",
+    )
+    assert done.returncode == 9
+    assert "accelerate launch was configured with --use_deepspeed, but the recipe says" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_python_example_of_the_readme_runs(bench: Bench) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = text.split("```python\n", 1)[1].split("```", 1)[0]
+    assert "from distft import" in example
+    folder = bench.folder / "readme"
+    code = example.replace('"recipes/tiny-full.toml"', f"{str(bench.recipe)!r}")
+    done = run([sys.executable, "-c", f"import os; os.chdir({str(ROOT)!r})\n{code}"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_fault_is_not_a_traceback(bench: Bench) -> None:
+    broken = bench.folder / "broken.toml"
+    broken.write_text(bench.recipe.read_text().replace("learning_rate", "learning_rat"))
+    done = run([sys.executable, "-m", "distft.train", str(broken)])
+    assert done.returncode == 2
+    assert 'did you mean "learning_rate"' in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run([sys.executable, "-m", "distft.train", str(bench.recipe), "--set", 'data.train.0.path="nowhere.jsonl"'])
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    ended = json.loads((bench.folder / "runs/bench/exit.json").read_text())
+    assert ended["code"] == 3
+    assert ended["reason"].startswith("data: ")
