@@ -26,7 +26,6 @@ from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from distft.core.types import TrainState
-    from distft.resume import Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +147,13 @@ def _run(
                 every=every,
             )
             if state.step < steps.num_steps:
-                reasons = sorted({reason for reason in engine.gather(STOP.reason) if reason})
-                raise Preempted(
-                    f"stopped by {', '.join(reasons)} after step {state.step}; {_saved(checkpoints, state)}"
+                if state.step > 0:
+                    checkpoints.save_now(state)
+                kept = (
+                    "the state is saved" if state.step > 0 else "nothing was trained yet, so there is nothing to save"
                 )
+                reasons = sorted({reason for reason in engine.gather(STOP.reason) if reason})
+                raise Preempted(f"stopped by {', '.join(reasons)} after step {state.step}; {kept}")
             if held_out and when.at_end:
                 meters.evaluated(state, evaluate(engine, objective, held_out))
             checkpoints.close()
@@ -162,13 +164,6 @@ def _run(
     finally:
         engine.close()
     return state
-
-
-def _saved(checkpoints: Checkpoints, state: TrainState) -> str:
-    if state.step == 0:
-        return "nothing was trained yet, so there is nothing to save"
-    checkpoints.save_now(state)
-    return "the state is saved"
 
 
 def _saves(every_steps: int | str) -> Callable[[int], bool]:
