@@ -150,9 +150,10 @@ def test_a_fault_is_not_a_traceback(bench: Bench) -> None:
     assert done.returncode == 2
     assert 'did you mean "learning_rate"' in done.stderr
     assert "Traceback" not in done.stderr
-    done = run([sys.executable, "-m", "distft.train", str(bench.recipe), "--set", 'data.train.0.path="nowhere.jsonl"'])
+    nowhere = ["--set", 'name="faulty"', "--set", 'data.train.0.path="nowhere.jsonl"']
+    done = run([sys.executable, "-m", "distft.train", str(bench.recipe), *nowhere])
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
-    ended = json.loads((bench.folder / "runs/bench/exit.json").read_text())
+    ended = json.loads((bench.folder / "runs/faulty/exit.json").read_text())
     assert ended["code"] == 3
     assert ended["reason"].startswith("data: ")
