@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-dist test-all test-gpu golden schema clean
+.PHONY: try test setup fmt check test-unit test-dist test-resume test-all test-gpu golden schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
 	$(BIN)/python -m distft.demo.tour
 
-test: setup
-	$(BIN)/python -m pytest tests -m "not slow and not gpu"
+# The fast part on all cores, then the part that starts processes of its own.
+test: test-unit test-dist
 
 setup: $(VENV)/.done
 
@@ -37,10 +37,14 @@ check: setup
 	$(BIN)/codespell distft tests docs recipes launch README.md CHANGELOG.md
 
 test-unit: setup
-	$(BIN)/python -m pytest tests/unit tests/contract tests/recipes -m "not slow"
+	$(BIN)/python -m pytest tests/unit tests/contract tests/recipes -n auto -m "not slow and not gpu"
 
 test-dist: setup
-	$(BIN)/python -m pytest tests/dist -m "not slow"
+	$(BIN)/python -m pytest tests/dist tests/golden tests/peers -m "not slow and not gpu"
+
+# Every engine's checkpoint under every engine: prints the difference of losses per cell.
+test-resume: setup
+	DISTFT_RESUME_GRID=1 $(BIN)/python -m pytest tests/dist/test_resume.py -s
 
 # The slower suites too: run before a release.
 test-all: setup
