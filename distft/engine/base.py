@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -140,7 +140,3 @@ class BaseEngine:
             f"step {state.step + 1}: {what} is not finite, no weight was changed ({cause}). "
             "Try a lower learning_rate, a longer warm-up, or leave the named rows out."
         )
-
-    def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors by their name inside the unwrapped module."""
-        raise NotImplementedError
