@@ -30,6 +30,14 @@ def train(
     nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU.")] = None,
 ) -> None:
     """Fine-tune: starts `accelerate launch -m distft.train` with one process per accelerator."""
+    from distft import load_recipe
+    from distft.core.errors import RecipeError
+
+    try:  # once, and before any process is started
+        load_recipe(recipe, overrides=set_ or [])
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
     passed = [recipe, "--resume", resume, *(["--allow-changes"] if allow_changes else [])]
     for override in set_ or []:
         passed += ["--set", override]
