@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from distft.catalog import REGISTRIES
 from distft.core.errors import Problem, RecipeError
+from distft.core.pulse import PULSE
 from distft.recipe import Recipe, check_world
 
 if TYPE_CHECKING:
     from distft.core.types import Engine, StateReader, TrainState, UpdateRule
     from distft.data.loader import EvalSteps, Steps
     from distft.engine.processes import Processes
+    from distft.guard import Guard
     from distft.metrics import Meters, RunFacts
     from distft.model.load import MetaModel
     from distft.resume import Checkpoints, Resume
@@ -76,7 +78,8 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     table = located.data
     tokenizer, revision = _tokenizer(located)
     common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(table)}
-    common["progress"] = lambda rows: say(f"preparing rows: {rows:,}") if rows % 10_000 == 0 else None
+    common["progress"] = lambda rows: _preparing(rows, say)
+    common["waiting"] = lambda: PULSE.at("rows", patient=True)
     rows = prepare(table, table.train, split="train", **common)
     micro = cut.micro_batch_size
     slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world}
@@ -105,6 +108,12 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
         largest_id=max(prepared.report.largest_id for prepared in splits.values()),
         stop_ids=rows.report.stop_ids,
     )
+
+
+def _preparing(rows: int, say: Say) -> None:
+    PULSE.at("rows")
+    if rows % 10_000 == 0:
+        say(f"preparing rows: {rows:,}")
 
 
 def _tokenizer(located: Recipe) -> tuple[str, str | None]:
@@ -218,6 +227,7 @@ def checkpoints(
     rows: Data,
     say: Say,
     *,
+    guard: Guard,
     resume: Resume,
     allow_changes: bool,
 ) -> tuple[Checkpoints, TrainState, StateReader | None]:
@@ -239,7 +249,16 @@ def checkpoints(
     engine.barrier()
     hashes = {"recipe": recipe.digest(), "base": base, **rows.fingerprint}
     store = CheckpointStore(root, engine, keep=recipe.checkpoint.keep, engine=engine.name, hashes=hashes)
-    keeper = Checkpoints(store, engine, says, asynchronous=recipe.checkpoint.asynchronous, reached=folder.reach)
+    keeper = Checkpoints(
+        store,
+        engine,
+        says,
+        asynchronous=recipe.checkpoint.asynchronous,
+        grace_s=recipe.checkpoint.grace_s,
+        reached=folder.reach,
+        note=folder.note,
+        guard=guard.state,
+    )
     loaded = store.load(resume) if isinstance(resume, Path) else store.load_newest()
     if loaded is None:
         return keeper, TrainState(), None
@@ -251,6 +270,9 @@ def checkpoints(
     say(f"continuing {loaded.path} at step {state.step} of {rows.steps.num_steps} (saved under {was})")
     for change in changed:
         say(f"changed since: {change}")
+    folder.reach(state.step)
+    folder.note("continued", checkpoint=str(loaded.path), was=was, passed_over=loaded.rejected, changed=changed)
+    guard.restore(loaded.state["guard"])
     return keeper, state, loaded.reader
 
 

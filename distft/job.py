@@ -10,22 +10,30 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from distft import assemble
 from distft.catalog import REGISTRIES
-from distft.core.errors import DONE, DistftError, Preempted
+from distft.core.errors import DONE, BusyError, DistftError, Preempted
 from distft.core.log import quiet_libraries
+from distft.core.pulse import PULSE
 from distft.core.stop import STOP
+from distft.core.types import TrainState
 from distft.demo.files import locate
 from distft.recipe import Recipe, load_recipe
 from distft.resume import Resume
 from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from distft.core.types import TrainState
+    from distft.checkpoint.lock import RunLock
+    from distft.core.types import Engine
+    from distft.engine.processes import Processes
+    from distft.guard import Guard
+    from distft.metrics import RunFacts
+    from distft.resume import Checkpoints
+    from distft.watch.watchdog import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,76 +58,157 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
     """
     from distft.checkpoint.lock import RunLock
     from distft.engine import processes
+    from distft.watch.watchdog import Watch
 
     quiet_libraries()
-    launcher, rank, world, _ = processes.placed_by(os.environ)
+    PULSE.begin()
+    launcher, rank, world, local_rank = processes.placed_by(os.environ)
     say = _say if rank == 0 else _say_nothing
     located = locate(recipe)
     folder = RunFolder(recipe.run_dir, writes=rank == 0)
     if resume == "auto" and (done := folder.finished(recipe.digest())) is not None:
         say(f"run {recipe.name} is already complete: {folder.final}")
         return Result(folder=folder.path, final=folder.final, state=done)
-    with RunLock(folder.path) if rank == 0 else contextlib.nullcontext():
+    lock = RunLock(folder.path) if rank == 0 else None
+
+    def end(code: int, reason: str) -> bool:
+        first = folder.end(code=code, reason=reason, rank=rank)
+        if lock is not None:
+            lock.release()
+        return first
+
+    watch = Watch(
+        folder.path,
+        rank=rank,
+        world=world,
+        neighbours=processes.neighbours(os.environ, rank, world, local_rank),
+        timeout_s=recipe.guard.hang_timeout_s,
+        launched=launcher in ("accelerate", "torchrun") and world > 1,
+        end=end,
+    )
+    with lock or contextlib.nullcontext(), watch:
         STOP.watch(folder.path / "STOP")
         try:
+            PULSE.at("rows")
             cut = assemble.layout(recipe, world)
             say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
             rows = assemble.data(located, cut, rank, world, say)
-            state = _run(recipe, located, folder, cut, rows, say, resume, allow_changes)
-        except BaseException as error:
-            folder.end(code=exit_code(error), reason=_reason(error), rank=rank)
-            raise
+            run = _Run(recipe, located, folder, cut, rows, say, resume, allow_changes, watch, lock)
+            state = run.to_its_end()
+        except BaseException as found:
+            error = watch.cause(found)
+            if not (lock is not None and lock.lost):  # then the folder belongs to another run
+                folder.end(code=exit_code(error), reason=_reason(error), rank=rank)
+                folder.note("ended", code=exit_code(error), reason=_reason(error))
+            if error is found:
+                raise
+            raise error from found
         folder.end(code=DONE, reason="done", state=state, recipe_sha256=recipe.digest(), rank=rank)
+        folder.note("ended", code=DONE, reason="done")
     return Result(folder=folder.path, final=folder.final, state=state)
 
 
-def _run(
-    recipe: Recipe,
-    located: Recipe,
-    folder: RunFolder,
-    cut: assemble.Layout,
-    rows: assemble.Data,
-    say: assemble.Say,
-    resume: Resume,
-    allow_changes: bool,
-) -> TrainState:
+@dataclass(frozen=True)
+class _Run:
     """Everything between joining the processes and leaving them."""
-    from distft.engine import processes
-    from distft.evaluate import evaluate
-    from distft.loop import Every, fit
-    from distft.model import stats
-    from distft.objectives.spec import Objective
 
-    placed = processes.join()
-    try:
-        engine = assemble.open_engine(recipe, placed, say)
-    except BaseException:
-        processes.leave(placed)
-        raise
-    try:
-        model = assemble.model(located, placed, engine.name, cut, rows, say)
-        steps, held_out, when = rows.steps, rows.eval_steps, recipe.eval
+    recipe: Recipe
+    located: Recipe
+    folder: RunFolder
+    cut: assemble.Layout
+    rows: assemble.Data
+    say: assemble.Say
+    resume: Resume
+    allow_changes: bool
+    watch: Watch
+    lock: RunLock | None
+
+    def to_its_end(self) -> TrainState:
+        """Join, train, export, leave."""
+        from distft.engine import processes
+
+        PULSE.at("join")
+        # Longer than the watch's patience: it ends a hang first, and knows whose it is.
+        placed = processes.join(timeout_s=60 + 2 * self.recipe.guard.hang_timeout_s)
+        self.watch.on(str(placed.device))
+        try:
+            engine = assemble.open_engine(self.recipe, placed, self.say)
+        except BaseException:
+            processes.leave(placed)
+            raise
+        try:
+            return self._under(engine, placed)
+        finally:
+            engine.close()
+
+    def _under(self, engine: Engine, placed: Processes) -> TrainState:
+        from distft.guard import Guard, RollBack
+        from distft.model import stats
+
+        recipe, steps = self.recipe, self.rows.steps
+        PULSE.at("model")
+        model = assemble.model(self.located, placed, engine.name, self.cut, self.rows, self.say)
         facts = {
             "engine": engine.name,
             "world": placed.world,
-            "layout": vars(cut),
+            "layout": vars(self.cut),
             "seed": recipe.seed,
             "parameters": vars(stats.count(model.module)),
-            "data": rows.fingerprint,
+            "data": self.rows.fingerprint,
             "recipe_sha256": recipe.digest(),
             "device": assemble.device_name(placed),
             "num_steps": steps.num_steps,
         }
+        guard = Guard(recipe.guard, engine, say=self.say, note=self.folder.note)
         checkpoints, state, reader = assemble.checkpoints(
-            recipe, located, folder, engine, rows, say, resume=resume, allow_changes=allow_changes
+            recipe,
+            self.located,
+            self.folder,
+            engine,
+            self.rows,
+            self.say,
+            guard=guard,
+            resume=self.resume,
+            allow_changes=self.allow_changes,
         )
-        folder.start(recipe.to_toml(), facts)
+        self.folder.start(recipe.to_toml(), facts)
+        self.folder.note("started", engine=engine.name, world=placed.world, step=state.step)
         shapes, costs = assemble.saved_shapes(model, recipe), assemble.run_facts(model, placed, state)
         rule = assemble.update_rule(recipe, model, steps.num_steps)
-        engine.adopt(model, rule, micros_per_step=cut.micros_per_step)
-        if reader is not None:
-            engine.restore(reader, state)
+        engine.adopt(model, rule, micros_per_step=self.cut.micros_per_step)
         checkpoints.prepare()
+        while True:
+            PULSE.at("restore")
+            if reader is not None:
+                engine.restore(reader, state)
+            try:
+                state = self._train(engine, placed, checkpoints, guard, replace(costs, start=state))
+                break
+            except RollBack as spike:
+                loaded = checkpoints.go_back(spike.step)
+                state, reader = TrainState(**loaded.state["train"]), loaded.reader
+                guard.restore(loaded.state["guard"], without=[spike.step - 1, spike.step])
+                self.say(f"step {spike.step}: {spike.why}: back to {loaded.path.name}, to go on without what led here")
+        PULSE.at("export")
+        assemble.export(self.located, self.folder, engine, model, shapes, self.rows)
+        self.say(f"done: {self.folder.final}")
+        return state
+
+    def _train(
+        self, engine: Engine, placed: Processes, checkpoints: Checkpoints, guard: Guard, facts: RunFacts
+    ) -> TrainState:
+        """From a state to the end of the steps, with the evaluations around them.
+
+        Raises:
+            Preempted: asked to stop; the state is saved.
+        """
+        from distft.core.given import Every
+        from distft.evaluate import evaluate
+        from distft.loop import fit
+        from distft.objectives.spec import Objective
+
+        recipe, state = self.recipe, facts.start
+        steps, held_out, when = self.rows.steps, self.rows.eval_steps, recipe.eval
         objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
         every = Every(
             log=lambda step: step % recipe.log.every_steps == 0 or step == steps.num_steps,
@@ -131,10 +220,11 @@ def _run(
             ),
             save=_saves(recipe.checkpoint.every_steps),
         )
-        meters = assemble.meters(recipe, folder, costs, placed, steps)
+        meters = assemble.meters(recipe, self.folder, facts, placed, steps)
+        PULSE.training()
         try:
             if held_out and when.at_start and state.step == 0:
-                meters.evaluated(state, evaluate(engine, objective, held_out))
+                meters.evaluated(state, evaluate(engine, objective, held_out, stop=self._stop))
             state = fit(
                 state,
                 steps,
@@ -143,27 +233,34 @@ def _run(
                 objective=objective,
                 meters=meters,
                 checkpoints=checkpoints,
-                stop=STOP.asked,
+                guard=guard,
+                stop=self._stop,
                 every=every,
             )
             if state.step < steps.num_steps:
-                if state.step > 0:
-                    checkpoints.save_now(state)
-                kept = (
-                    "the state is saved" if state.step > 0 else "nothing was trained yet, so there is nothing to save"
-                )
-                reasons = sorted({reason for reason in engine.gather(STOP.reason) if reason})
-                raise Preempted(f"stopped by {', '.join(reasons)} after step {state.step}; {kept}")
+                self._leave_early(engine, checkpoints, state)
             if held_out and when.at_end:
-                meters.evaluated(state, evaluate(engine, objective, held_out))
+                meters.evaluated(state, evaluate(engine, objective, held_out, stop=lambda: False))
+            PULSE.at("save")
             checkpoints.close()
         finally:
             meters.close()
-        assemble.export(located, folder, engine, model, shapes, rows)
-        say(f"done: {folder.final}")
-    finally:
-        engine.close()
-    return state
+        return state
+
+    def _stop(self) -> bool:
+        if self.lock is not None and self.lock.lost:
+            STOP.ask("the loss of its lock")
+        return STOP.asked()
+
+    def _leave_early(self, engine: Engine, checkpoints: Checkpoints, state: TrainState) -> NoReturn:
+        if any(engine.gather(self.lock is not None and self.lock.lost)):
+            raise BusyError(f"{self.folder.path}: another run has taken over, this one was frozen; it saves nothing")
+        PULSE.at("save")
+        if state.step > 0:
+            checkpoints.save_now(state)
+        kept = "the state is saved" if state.step > 0 else "nothing was trained yet, so there is nothing to save"
+        reasons = sorted({reason for reason in engine.gather(STOP.reason) if reason})
+        raise Preempted(f"stopped by {', '.join(reasons)} after step {state.step}; {kept}")
 
 
 def _saves(every_steps: int | str) -> Callable[[int], bool]:

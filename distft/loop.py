@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from distft.core.types import Batch, Engine, StepReport, TrainState
+from distft.core.given import Checkpoints, Every, Guard, StepSource
+from distft.core.pulse import PULSE
+from distft.core.types import Batch, Engine, TrainState
 from distft.evaluate import evaluate
 from distft.metrics import Meters
 from distft.objectives.spec import Objective
 
 T = TypeVar("T")
-
-
-class StepSource(Protocol):
-    """Training data cut into optimizer steps (`distft.data.loader.Steps`)."""
-
-    def samples_in(self, step: int) -> int:
-        """Sequences of a 0-based step on all ranks; the last one may be short."""
-        ...
-
-    def from_step(self, step: int) -> Iterator[list[Batch]]:
-        """Micro-batches of each step from `step` on; as many per step on every rank."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Every:
-    """When things happen between steps, as predicates of the number of steps taken."""
-
-    log: Callable[[int], bool]
-    eval: Callable[[int], bool]
-    save: Callable[[int], bool]
-
-
-class Checkpoints(Protocol):
-    """Where the loop leaves training state (`distft.resume`)."""
-
-    def save(self, state: TrainState) -> None:
-        """Collective: write the state of this step."""
-        ...
-
-    def poll(self, state: TrainState) -> None:
-        """Collective, after every step: commit what was written in the background, if it is done."""
-        ...
 
 
 def fit(
@@ -56,34 +24,45 @@ def fit(
     objective: Objective,
     meters: Meters,
     checkpoints: Checkpoints,
+    guard: Guard,
     stop: Callable[[], bool],
     every: Every,
 ) -> TrainState:
     """Train from `state` to the end of `steps`, or to the step at which some rank's `stop` says so.
 
     Raises:
-        NumericError: a loss or gradient norm is not finite; the weights are those of the step before.
+        NumericError: a step's numbers are such that the recipe says to stop; the weights are those of the step before.
+        RollBack: they are such that the recipe says to go back to a checkpoint.
     """
+    at = PULSE.at
     meters.start()
+    at("data", state.step + 1)
     for micros in steps.from_step(state.step):
+        at("agree")
         tokens = sum(micro.num_tokens for micro in micros)
         weight, tokens, stops = engine.sum_over_ranks(objective.weight(micros), tokens, stop())
         if stops:
             break
         for last, micro in mark_last(micros):
+            at("forward")
             with engine.accumulating(last=last, seed=micro.position):
                 terms = objective.terms(engine.model, engine.place(micro))  # sums and counts, never means
+                at("backward")
                 engine.backward(terms.loss_sum, divide_by=weight, samples=micro.sample_ids)
             meters.micro(micro, terms)
-        report: StepReport = engine.step(state, weight)  # finite on all ranks? clip, update
-        state = state.after(samples=steps.samples_in(state.step), tokens=int(tokens), tokens_loss=int(weight))
+        at("update")
+        report = engine.step(state, weight, guard.accepts)  # finite on all ranks, and no spike? clip, update
+        state = state.after(report, samples=steps.samples_in(state.step), tokens=int(tokens), tokens_loss=int(weight))
         meters.step(state, report, log=every.log(state.step))
+        guard.after(state, report)
         if every.eval(state.step):
-            meters.evaluated(state, evaluate(engine, objective, eval_steps))
+            meters.evaluated(state, evaluate(engine, objective, eval_steps, stop=stop))
             meters.start()
         checkpoints.poll(state)
         if every.save(state.step):
+            at("save")
             checkpoints.save(state)
+        at("data", state.step + 1)
     return state
 
 

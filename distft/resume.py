@@ -11,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distft.checkpoint import faults
-from distft.core.errors import CheckpointError, DataError
+from distft.core.errors import CheckpointError, DataError, NumericError
+from distft.core.pulse import PULSE
 
 if TYPE_CHECKING:
+    from distft.checkpoint.commit import Saved
+    from distft.checkpoint.loading import Loaded
     from distft.checkpoint.store import CheckpointStore
     from distft.core.types import Engine, TrainState
     from distft.recipe import Recipe
@@ -28,7 +30,7 @@ MAX_FAILURES = 2
 """Saves that may fail in a row before the run stops."""
 
 HARMLESS = (
-    *("name", "output_dir", "log.", "eval.", "checkpoint.", "engine."),
+    *("name", "output_dir", "log.", "eval.", "checkpoint.", "guard.", "engine."),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),
     *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
     *("data.cache_dir", "data.num_workers", "data.train", "data.eval"),
@@ -51,12 +53,27 @@ class Checkpoints:
         about: dict[str, Any],
         *,
         asynchronous: bool,
+        grace_s: float,
         reached: Callable[[int], None],
+        note: Callable[..., None],
+        guard: Callable[[], dict[str, Any]],
     ) -> None:
-        """`about` is what the checkpoint says of the run besides its position; `reached` is told every step."""
+        """Nothing happens yet.
+
+        Args:
+            store: the files.
+            engine: the tensors.
+            about: what the checkpoint says of the run besides its position.
+            asynchronous: write in the background.
+            grace_s: a save that takes longer is warned of.
+            reached: told every step.
+            note: takes events for the run folder.
+            guard: state of the guard.
+        """
         self._store, self._engine, self._about, self._async = store, engine, about, asynchronous
-        self._reached = reached
+        self._grace_s, self._reached, self._note, self._guard = grace_s, reached, note, guard
         self._saved_at = -1
+        self._warned = False
 
     def prepare(self) -> None:
         """Take the memory that background saves copy into, so that the first one does not wait for it."""
@@ -80,7 +97,7 @@ class Checkpoints:
     def poll(self, state: TrainState) -> None:
         """Commit what was written in the background, if every rank has written its part."""
         self._reached(state.step)
-        faults.at("step", rank=self._engine.rank, step=state.step)
+        PULSE.at("step")
         if self._store.in_flight:
             self._guarded(self._store.poll)
 
@@ -88,25 +105,55 @@ class Checkpoints:
         """Wait for what is in flight."""
         self._guarded(self._store.finish)
 
+    def go_back(self, step: int) -> Loaded:
+        """The newest valid checkpoint from before the update that led to `step`; later ones are set aside.
+
+        Raises:
+            NumericError: there is none.
+        """
+        self._guarded(self._store.finish)
+        aside = self._store.set_aside_after(step - 2)
+        loaded = self._store.load_newest()
+        if loaded is None:
+            raise NumericError(f"step {step}: the run should go back, and there is no checkpoint from before it")
+        self._saved_at = loaded.step
+        self._note("rolled_back", step=loaded.step, spike=step, set_aside=aside)
+        return loaded
+
     def _write(self, state: TrainState, *, background: bool) -> None:
         pieces = list(self._engine.pieces())
-        say = {"train": asdict(state), **self._about}
+        say = {"train": asdict(state), "guard": self._guard(), **self._about}
         save = self._store.save_async if background else self._store.save
         self._guarded(lambda: save(pieces, say, step=state.step))
         self._saved_at = state.step
 
     def _guarded(self, work: Any) -> None:
         """One failed save is survived: the checkpoints before it are untouched, and the next may succeed."""
-        from distft.checkpoint.commit import SaveFailed
+        from distft.checkpoint.commit import Saved, SaveFailed
 
         try:
-            work()
+            outcome = work()
         except SaveFailed as error:
             self._saved_at = -1
+            self._note("save_failed", why=str(error))
             if self._store.failures_in_a_row >= MAX_FAILURES:
                 raise
             if self._engine.rank == 0:
                 log.warning("%s; training goes on", error)
+            return
+        if isinstance(outcome, Saved) and outcome.num_bytes:
+            self._told(outcome)
+
+    def _told(self, saved: Saved) -> None:
+        blocked, total = round(saved.blocked_s, 3), round(saved.total_s, 3)
+        self._note("saved", step=saved.step, bytes=saved.num_bytes, blocked_s=blocked, total_s=total)
+        if saved.total_s > self._grace_s and not self._warned and self._engine.rank == 0:
+            self._warned = True
+            log.warning(
+                "a save takes %.1f s and the grace before a kill is %.1f s: give more time, or save more often",
+                saved.total_s,
+                self._grace_s,
+            )
 
 
 def about(recipe: Recipe, fingerprint: dict[str, str], base: str, num_steps: int) -> dict[str, Any]:

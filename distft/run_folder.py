@@ -80,12 +80,24 @@ class RunFolder:
         """Remember the last optimizer step that was finished, for exit.json."""
         self._step = step
 
+    def note(self, event: str, **facts: Any) -> None:
+        """Append a line to events.jsonl: what happened to the run besides its steps. Never stops it."""
+        if not self._writes:
+            return
+        step = {} if self._step is None or "step" in facts else {"step": self._step}
+        with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": _now(), "event": event, **step, **facts}, default=str) + "\n")
+
     def end(
         self, *, code: int, reason: str, rank: int, state: TrainState | None = None, recipe_sha256: str = ""
-    ) -> None:
-        """Write exit.json; the first rank to fail is the one that knows why, so its word is not overwritten."""
+    ) -> bool:
+        """Write exit.json; the first rank to fail is the one that knows why, so its word is not overwritten.
+
+        Returns:
+            Whether this word is the one that counts.
+        """
         if code == 0 and not self._writes:
-            return
+            return False
         record: dict[str, Any] = {"code": code, "reason": reason, "host": socket.gethostname(), "rank": rank}
         record |= {"step": self._step if state is None else state.step, "time": _now()}
         if state is not None:
@@ -93,6 +105,8 @@ class RunFolder:
         with contextlib.suppress(OSError):
             if self._exit_text() in (None, self._earlier):
                 write_atomic(self.path / "exit.json", json.dumps(record, indent=2) + "\n")
+                return True
+        return False
 
     def finished(self, recipe_sha256: str) -> TrainState | None:
         """Where the run ended, if an earlier start of this very recipe ended well and its final/ is there.

@@ -3,11 +3,10 @@
 From Python it is `from distft import train`, a function: importing this module would put the module in its place.
 """
 
-import sys
-
+from distft.core.leave import leave
 from distft.job import main
 
 if __name__ == "distft.train":
     raise ImportError("this module is a command; in Python: from distft import train")
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

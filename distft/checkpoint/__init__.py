@@ -1,4 +1,4 @@
 """Checkpoints: engines hand over intervals of tensors by name; this room makes them survive.
 
-Nothing is imported here, so that `faults` and `lock` can be had before torch.
+Nothing is imported here, so that `lock` can be had before torch.
 """

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from distft.checkpoint import durable
-from distft.checkpoint.faults import Faults
 from distft.checkpoint.folders import Folders
 from distft.checkpoint.group import Group, RankErrors, together
 from distft.checkpoint.manifest import Manifest
 from distft.checkpoint.saving import Job, merge, write_manifest
 from distft.core.errors import FileSystemError
+from distft.core.faults import Faults
 
 log = logging.getLogger(__name__)
 

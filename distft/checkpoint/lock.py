@@ -13,7 +13,6 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import threading
 import time
 import uuid
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from distft.checkpoint.durable import explain, read_regular
+from distft.core import host
 from distft.core.errors import BusyError, FileSystemError
 
 LOCK = "lock.json"
@@ -94,7 +94,7 @@ class RunLock:
 
     def _write_aside(self) -> Path:
         aside = self.path.with_name(f".{LOCK}.{self._token}")
-        owner = _this_process() | {"job": self._job, "started": _now(), "token": self._token}
+        owner = host.identity() | {"job": self._job, "started": _now(), "token": self._token}
         aside.write_text(json.dumps(owner, indent=1) + "\n", encoding="utf-8")
         return aside
 
@@ -132,11 +132,8 @@ class RunLock:
         return _owner(self._read() or b"").get("token") == self._token
 
     def _is_dead(self, holder: bytes) -> bool:
-        owner, here = _owner(holder), _this_process()
-        if owner and all(owner.get(key) == here[key] for key in ("host", "boot_id", "pid_namespace")):
-            pid, start = owner.get("pid"), owner.get("process_start")
-            return not isinstance(pid, int) or _start_of(pid) is None or _start_of(pid) != start
-        return self._stays_silent(holder)
+        owner = _owner(holder)
+        return host.is_gone(owner) if host.is_neighbour(owner) else self._stays_silent(holder)
 
     def _stays_silent(self, holder: bytes) -> bool:
         """Watch the lock for stale_s; False as soon as anything about it changes."""
@@ -208,46 +205,6 @@ def _busy_message(folder: Path, owner: dict[str, Any]) -> str:
         f"{folder} is in use: host {owner.get('host', 'unknown')}, process {owner.get('pid', 'unknown')}{job}, "
         f"since {owner.get('started', 'unknown')}; wait for it, stop it, or choose another output_dir"
     )
-
-
-def _this_process() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "process_start": _start_of(os.getpid()),
-        "boot_id": _text_of("/proc/sys/kernel/random/boot_id"),
-        "pid_namespace": _link_of("/proc/self/ns/pid"),
-    }
-
-
-def _start_of(pid: int) -> int | None:
-    """When a process started (clock ticks since boot; 0 where the system does not say); None when it is gone."""
-    if pid <= 0:
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except (PermissionError, OverflowError):
-        pass  # somebody else's: alive
-    fields = _text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold spaces
-    if len(fields) < 20:
-        return 0
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def _text_of(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _link_of(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""
 
 
 def _now() -> str:

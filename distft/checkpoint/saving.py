@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from distft.checkpoint import durable
-from distft.checkpoint.faults import Faults
 from distft.checkpoint.intervals import INDEX, Piece, TensorEntry, index_bytes, tensor_entries
 from distft.checkpoint.manifest import MANIFEST, FileEntry, Manifest, entry_of
 from distft.checkpoint.shards import DCP_METADATA, Part, write_dcp_metadata, write_pieces
+from distft.core.faults import Faults
 
 MARGIN = 1.2
 

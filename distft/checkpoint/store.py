@@ -13,7 +13,6 @@ from typing import Any
 
 from distft.checkpoint import durable
 from distft.checkpoint.commit import Committer, Saved, SaveFailed
-from distft.checkpoint.faults import Faults, FromEnvironment
 from distft.checkpoint.folders import Folders
 from distft.checkpoint.group import Group, RankErrors, together
 from distft.checkpoint.intervals import Piece
@@ -22,6 +21,7 @@ from distft.checkpoint.manifest import canonical
 from distft.checkpoint.saving import MARGIN, Job, check_space
 from distft.checkpoint.staging import Stage
 from distft.core.errors import FileSystemError
+from distft.core.faults import Faults, FromEnvironment
 
 
 class CheckpointStore:

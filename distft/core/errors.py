@@ -77,6 +77,16 @@ class HangError(DistftError):
     kind = "hang"
 
 
+class PeerEnded(DistftError):
+    """Another rank has ended the run; this one follows, with its code."""
+
+    kind = "another rank"
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
 class BusyError(DistftError):
     """Another live run owns the output folder; names its host, process and job."""
 

@@ -39,6 +39,10 @@ class StopRequest:
             self.reason = f"the file {self._file}"
         return bool(self.reason)
 
+    def ask(self, reason: str) -> None:
+        """Ask from inside this process."""
+        self.reason = self.reason or reason
+
     def clear(self) -> None:
         """Forget it, for a process that runs several jobs one after another."""
         self.reason, self._count = "", 0

@@ -77,6 +77,10 @@ class StepReport:
     lr: float
     weight: float
     """Supervised tokens (or pairs) of the whole step on all ranks."""
+    updated: bool = True
+    """False: the update was left out, the weights are those of the step before."""
+    samples: str = ""
+    """Of a step that was left out: the rows its loss comes from, by rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +95,20 @@ class TrainState:
     """Real tokens consumed."""
     tokens_loss: int = 0
     """Supervised tokens consumed."""
+    left_out: int = 0
+    """Steps whose update was left out (see `distft.guard`)."""
 
-    def after(self, *, samples: int, tokens: int, tokens_loss: int) -> TrainState:
+    @property
+    def updates(self) -> int:
+        """What optimizers call their step."""
+        return self.step - self.left_out
+
+    def after(self, report: StepReport, *, samples: int, tokens: int, tokens_loss: int) -> TrainState:
         """The state one optimizer step later."""
         return replace(
             self,
             step=self.step + 1,
+            left_out=self.left_out + (not report.updated),
             samples=self.samples + samples,
             tokens=self.tokens + tokens,
             tokens_loss=self.tokens_loss + tokens_loss,
@@ -224,11 +236,11 @@ class Engine(Protocol):
         """Accumulate the gradient of (sum over ranks of loss_sum) / divide_by, whatever the library averages."""
         ...
 
-    def step(self, state: TrainState, weight: float) -> StepReport:
-        """Agree on finiteness, clip by the true global norm, update.
+    def step(self, state: TrainState, weight: float, accepts: Callable[[float], bool]) -> StepReport:
+        """Clip by the true global norm and update; or leave it out on all ranks, and forget the gradients.
 
-        Raises:
-            NumericError: loss or norm is not finite on some rank; no weight was changed on any.
+        It is left out when the loss or the norm is not finite on some rank, or when `accepts`, asked with the step's
+        global loss on every rank, says no.
         """
         ...
 

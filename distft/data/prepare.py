@@ -16,13 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from distft.core.errors import DataError, FileSystemError
 from distft.data.fingerprint import cache_key
@@ -48,6 +49,7 @@ tokenizer's own threads keep the cores busy meanwhile."""
 _FEW_CORES = 4
 """With fewer, the tokenizer's threads alone are as fast."""
 _MAX_AUTO_WORKERS = 32
+_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,7 @@ def prepare(
     split: Literal["train", "eval"] = "train",
     cache_dir: Path,
     progress: Progress | None = None,
+    waiting: Callable[[], None] | None = None,
 ) -> Prepared:
     """The rows of `sources` as tokens: from the cache if they were prepared before, else prepared now.
 
@@ -93,6 +96,7 @@ def prepare(
         split: names the recipe's list in messages.
         cache_dir: where prepared rows live, see `cache_folder`.
         progress: called while working.
+        waiting: called once a second while another process works.
 
     Raises:
         DataError: a source cannot be read, a row is bad (`bad_rows = "error"`), or a source keeps no row at all.
@@ -108,7 +112,8 @@ def prepare(
         target = cache_dir / key
         if target.is_dir():
             return Prepared(target)
-        job = _Job(table, found, specs, str(folder), f"[[data.{split}]]", progress or (lambda rows: None))
+        heard = (progress or (lambda rows: None), waiting or (lambda: None))
+        job = _Job(table, found, specs, str(folder), f"[[data.{split}]]", *heard)
         return Prepared(target, from_cache=not _build_once(job, target))
     except OSError as error:
         raise FileSystemError(
@@ -129,6 +134,8 @@ class _Job:
     where: str
     """The recipe's list of these sources, for messages."""
     progress: Progress
+    waiting: Callable[[], None]
+    """Called every second while another process prepares these rows."""
 
 
 def _build_once(job: _Job, target: Path) -> bool:
@@ -139,7 +146,7 @@ def _build_once(job: _Job, target: Path) -> bool:
     """
     failure = target.with_suffix(".failed")
     failed_before = _identity(failure)
-    with FileLock(target.with_suffix(".lock")):
+    with _held(FileLock(target.with_suffix(".lock")), job.waiting):
         if target.is_dir():
             return False
         if _identity(failure) != failed_before:
@@ -156,6 +163,21 @@ def _build_once(job: _Job, target: Path) -> bool:
             shutil.rmtree(aside, ignore_errors=True)
         failure.unlink(missing_ok=True)
         return True
+
+
+@contextmanager
+def _held(lock: FileLock, waiting: Callable[[], None]) -> Iterator[None]:
+    """The lock, with a word once a second while somebody else has it: that may take hours."""
+    while True:
+        try:
+            lock.acquire(timeout=_WAIT_S)
+            break
+        except Timeout:
+            waiting()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(job: _Job, aside: Path, target: Path) -> None:

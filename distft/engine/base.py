@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distft.core.errors import NumericError
 from distft.core.types import Batch, StepReport, TrainState, UpdateRule
 from distft.engine import processes
 from distft.engine.processes import Processes
@@ -116,27 +115,30 @@ class BaseEngine:
             dist.all_reduce(values)
         return values.tolist()
 
-    def _report(self, state: TrainState, *, loss_sum: float, grad_norm: float, lr: float, weight: float) -> StepReport:
+    def _report(
+        self, state: TrainState, *, loss_sum: float, grad_norm: float, lr: float, weight: float, updated: bool
+    ) -> StepReport:
+        samples = "" if updated else self._guilty()
         self._losses.clear()
-        return StepReport(step=state.step + 1, loss=loss_sum / weight, grad_norm=grad_norm, lr=lr, weight=weight)
+        return StepReport(
+            step=state.step + 1,
+            loss=loss_sum / weight,
+            grad_norm=grad_norm,
+            lr=lr,
+            weight=weight,
+            updated=updated,
+            samples=samples,
+        )
 
-    def _check_finite(self, state: TrainState, *, loss_sum: float, grad_norm: float) -> None:
-        """All ranks hold the same two numbers here, so all raise or none.
-
-        Raises:
-            NumericError: naming the step, and the ranks and samples whose own loss is not finite.
-        """
-        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
-            return
-        mine = [samples for loss, samples in self._losses if not math.isfinite(loss.item())]
-        guilty = [
+    def _guilty(self) -> str:
+        """Collective: the rows of micro-batches whose loss is not finite, else of each rank's largest, by rank."""
+        losses = [(loss.item(), samples) for loss, samples in self._losses]
+        mine = [samples for loss, samples in losses if not math.isfinite(loss)]
+        everyone = self.gather(mine)
+        if not any(everyone):
+            everyone = self.gather([max(losses, key=lambda item: item[0])[1]] if losses else [])
+        return "; ".join(
             f"rank {rank}: {', '.join(samples) or 'unnamed samples'}"
-            for rank, micros in enumerate(self.gather(mine))
+            for rank, micros in enumerate(everyone)
             for samples in micros
-        ]
-        what = f"loss {loss_sum}" if not math.isfinite(loss_sum) else f"gradient norm {grad_norm}"
-        cause = "; ".join(guilty) if guilty else "every micro-batch loss was finite, so the gradients overflowed"
-        raise NumericError(
-            f"step {state.step + 1}: {what} is not finite, no weight was changed ({cause}). "
-            "Try a lower learning_rate, a longer warm-up, or leave the named rows out."
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -122,18 +122,19 @@ class ZeroEngine(BaseEngine):
         self._remember(loss_sum, samples)
         self._wrapped.backward(loss_sum * (self.world / divide_by), scale_wrt_gas=False)
 
-    def step(self, state: TrainState, weight: float) -> StepReport:
+    def step(self, state: TrainState, weight: float, accepts: Callable[[float], bool]) -> StepReport:
         """The loss is checked before DeepSpeed's step; a bad norm makes that step skip the update on all ranks."""
         [loss_sum] = self._summed(self._loss_sum().reshape(1))
-        self._check_finite(state, loss_sum=loss_sum, grad_norm=0.0)
+        accepted = math.isfinite(loss_sum) and accepts(loss_sum / weight)
         lr = self.rule.lr_at(state.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._wrapped.step()
-        if self._optimizer.overflow:
-            self._check_finite(state, loss_sum=loss_sum, grad_norm=math.nan)
-        grad_norm = float(self._wrapped.get_global_grad_norm())
-        return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight)
+        with contextlib.nullcontext() if accepted else _held(self._optimizer.optimizer):
+            self._wrapped.step()
+        overflow = self._optimizer.overflow
+        grad_norm = math.nan if overflow else float(self._wrapped.get_global_grad_norm())
+        updated = accepted and not overflow
+        return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight, updated=updated)
 
     def pieces(self) -> Iterator[Piece]:
         """Masters and optimizer state of this rank's partition."""
@@ -144,7 +145,7 @@ class ZeroEngine(BaseEngine):
         inner = self._optimizer.optimizer
         fragments.create_state(self._flats(), self._step_inner, inner.param_groups)
         held = list(self._fragments())
-        fragments.load(held, inner, reader, optimizer_step=state.step)
+        fragments.load(held, inner, reader, optimizer_step=state.updates)
         if self._stage < 3:
             self._optimizer.update_lp_params()
             return
@@ -213,6 +214,16 @@ class ZeroEngine(BaseEngine):
         if self._placed.joined:  # by DeepSpeed, which else hands its groups to the next run of this Python process
             self._deepspeed.comm.destroy_process_group()
         super().close()
+
+
+@contextlib.contextmanager
+def _held(inner: torch.optim.Optimizer) -> Iterator[None]:
+    """Our optimizer does nothing for one of DeepSpeed's steps, which clears its gradients and buffers all the same."""
+    inner.step = lambda closure=None: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del inner.step
 
 
 def _import_deepspeed() -> Any:

@@ -8,7 +8,7 @@ accelerate turns DeepSpeed into DDP when told to use the CPU, DeepSpeed starts o
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,13 @@ def placed_by(env: Mapping[str, str]) -> tuple[str, int, int, int]:
             )
         return "slurm", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
     return "plain", 0, 1, 0
+
+
+def neighbours(env: Mapping[str, str], rank: int, world: int, local_rank: int) -> Sequence[int]:
+    """Ranks that may run on this machine: the launcher's block of them, or all of a small world."""
+    if "LOCAL_WORLD_SIZE" in env:
+        return range(rank - local_rank, rank - local_rank + int(env["LOCAL_WORLD_SIZE"]))
+    return range(world) if world <= 64 else ()
 
 
 def launcher_wants(env: Mapping[str, str]) -> str:

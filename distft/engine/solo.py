@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -45,23 +45,27 @@ class SoloEngine(BaseEngine):
         self._remember(loss_sum, samples)
         (loss_sum * (self.world / divide_by)).backward()
 
-    def step(self, state: TrainState, weight: float) -> StepReport:
+    def step(self, state: TrainState, weight: float, accepts: Callable[[float], bool]) -> StepReport:
         """One host sync: loss and squared norm together."""
         grads = self._owned.collect()
         norm = get_total_norm(grads).double() if grads else torch.zeros((), dtype=torch.float64, device=self.device)
         loss_sum, squares = self._summed(torch.stack([self._loss_sum(), norm.square().to(self.device)]))
         grad_norm = math.sqrt(squares if self.sharded or self.world == 1 else squares / self.world)
-        self._check_finite(state, loss_sum=loss_sum, grad_norm=grad_norm)
+        lr = self.rule.lr_at(state.step)
+        updated = math.isfinite(loss_sum) and math.isfinite(grad_norm) and accepts(loss_sum / weight)
+        if updated:
+            self._update(lr, grad_norm)
+        self._optimizer.zero_grad(set_to_none=True)
+        return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight, updated=updated)
+
+    def _update(self, lr: float, grad_norm: float) -> None:
         if self.rule.max_grad_norm is not None:
             total = torch.tensor(grad_norm, dtype=torch.float32, device=self.device)
             clip_grads_with_norm_([owned for _, owned in self._owned], self.rule.max_grad_norm, total)
-        lr = self.rule.lr_at(state.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
         self._owned.publish()
-        return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight)
 
     def pieces(self) -> Iterator[Piece]:
         """Masters and optimizer state of what this rank owns."""
@@ -70,7 +74,7 @@ class SoloEngine(BaseEngine):
     def restore(self, reader: StateReader, state: TrainState) -> None:
         """Every rank reads what it owns, and where all own everything, everything."""
         fragments.create_state((flat for _, flat in self._owned), self._step_once, self._optimizer.param_groups)
-        fragments.load(self._fragments(whole=True), self._optimizer, reader, optimizer_step=state.step)
+        fragments.load(self._fragments(whole=True), self._optimizer, reader, optimizer_step=state.updates)
         self._owned.publish()
 
     def _step_once(self) -> None:

@@ -53,8 +53,10 @@ class Meters:
             for sink in wanted:
                 sink.write(record)
 
-    def evaluated(self, state: TrainState, figures: dict[str, float]) -> None:
-        """After an evaluation."""
+    def evaluated(self, state: TrainState, figures: dict[str, float] | None) -> None:
+        """After an evaluation; None when it was broken off."""
+        if figures is None:
+            return
         for sink in self._sinks:
             sink.write(self._position(state) | figures)
 

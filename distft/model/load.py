@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from distft.core.errors import MachineError, Problem, RecipeError
+from distft.core.pulse import PULSE
 from distft.model import attention, cross_entropy, quantize
 from distft.model.adapters import MethodSpec
 from distft.model.causal import CausalLM
@@ -213,6 +214,7 @@ class MetaModel:
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
         """Give every parameter below `unit` that is still meta its value on `device`; tied tensors stay tied."""
+        PULSE.at("weights")
         for module in unit.modules():
             if any(True for _ in _meta_params(module)):
                 self._fill_one(module, device)

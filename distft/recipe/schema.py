@@ -133,6 +133,45 @@ class CheckpointTable(Params):
     """Newest checkpoints to keep; one alone is no safety."""
     asynchronous: bool = True
     """Write in the background: training waits only while state is copied aside."""
+    grace_s: float = Field(default=30.0, gt=0)
+    """Seconds between being asked to stop and being killed (torchrun: 30; Slurm: --signal=B:USR1@N); a save that
+    takes longer is warned of."""
+
+
+class SpikeParams(Params):
+    """What a spike of the loss is, and what is done about it."""
+
+    action: Literal["stop", "skip", "rollback"] = "skip"
+    """skip = leave that step's update out; rollback = go back to the last checkpoint and leave out, on the way here,
+    this step and the one before it."""
+    factor: float = Field(default=2.0, gt=1)
+    """Times the median loss of the last `window` steps."""
+    window: int = Field(default=50, ge=5)
+    """Steps whose losses are remembered; no spike is seen before there are so many."""
+
+
+class StragglerParams(Params):
+    """When a rank counts as slow."""
+
+    factor: float = Field(default=1.5, gt=1)
+    """Times the median rank's time for its data or for a fixed piece of arithmetic."""
+    every_steps: int = Field(default=50, ge=1)
+    """Optimizer steps between looks."""
+
+
+class GuardTable(Params):
+    """What happens when a run goes wrong."""
+
+    hang_timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds without progress after which the run is ended (exit code 6), the silent rank named and stacks kept."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm that is not finite never changes a weight: stop (exit code 5), or leave the step out."""
+    patience: int = Field(default=3, ge=1)
+    """Steps in a row that are left out, and rollbacks of one start, before the run stops all the same."""
+    loss_spike: SpikeParams | None = None
+    """What to do about a sudden rise of the loss; off unless set."""
+    straggler: StragglerParams = Field(default=StragglerParams())
+    """When a slow rank is named; it is never ended."""
 
 
 class EvalTable(Params):
@@ -210,6 +249,7 @@ class Recipe:
     train: TrainTable
     engine: Choice[Any]
     checkpoint: CheckpointTable
+    guard: GuardTable
     eval: EvalTable
     log: LogTable
     source: str = field(compare=False)

@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 from distft import load_recipe, train
+from distft.core.leave import leave
 from distft.core.stop import STOP
 from distft.engine import processes
 
@@ -38,3 +39,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from distft.checkpoint.commit import SaveFailed
-from distft.checkpoint.faults import InjectedFault
 from distft.checkpoint.group import Alone
 from distft.checkpoint.store import CheckpointStore
+from distft.core.faults import InjectedFault
 
 POINTS = [f"P{number}" for number in range(10)]
 

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from distft.checkpoint.lock import RunLock, _start_of, _this_process
+from distft.checkpoint.lock import RunLock
 from distft.core.errors import BusyError, FileSystemError
+from distft.core.host import identity, start_of
 
 QUICK = {"beat_s": 0.05, "stale_s": 0.4}
 
 
 def write(folder: Path, **owner: object) -> Path:
     path = folder / "lock.json"
-    path.write_text(json.dumps(_this_process() | {"job": "job 7", "started": "noon", "token": "x"} | owner))
+    path.write_text(json.dumps(identity() | {"job": "job 7", "started": "noon", "token": "x"} | owner))
     return path
 
 
@@ -36,7 +37,7 @@ def test_a_live_run_is_named(tmp_path: Path) -> None:
     with RunLock(tmp_path, job="42"):
         with pytest.raises(BusyError) as caught:
             RunLock(tmp_path).acquire()
-        for part in (_this_process()["host"], f"process {os.getpid()}", "job 42", "output_dir"):
+        for part in (identity()["host"], f"process {os.getpid()}", "job 42", "output_dir"):
             assert part in str(caught.value)
         assert (tmp_path / "lock.json").exists()
 
@@ -53,7 +54,7 @@ def test_a_dead_process_is_reclaimed_at_once(tmp_path: Path) -> None:
 
 
 def test_a_reused_process_number_does_not_fool(tmp_path: Path) -> None:
-    start = _start_of(os.getpid())
+    start = start_of(os.getpid())
     assert start
     write(tmp_path, process_start=start - 1)
     with RunLock(tmp_path):
@@ -63,10 +64,10 @@ def test_a_reused_process_number_does_not_fool(tmp_path: Path) -> None:
 def test_a_zombie_is_dead() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     for _ in range(200):
-        if _start_of(child.pid) is None:
+        if start_of(child.pid) is None:
             break
         time.sleep(0.05)
-    assert _start_of(child.pid) is None  # ended, not waited for
+    assert start_of(child.pid) is None  # ended, not waited for
     child.wait()
 
 

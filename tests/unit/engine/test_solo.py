@@ -1,6 +1,7 @@
 """The reference engine: what the optimizer sees, what a bad number stops, and what seeds dropout."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from tiny import CPU, batch, build, documents
 from torch import nn
 
-from distft.core.errors import NumericError
 from distft.core.registry import NoParams
 from distft.core.types import Batch, TrainState, UpdateRule
 from distft.engine.owned import OwnedParameters
@@ -93,7 +93,10 @@ def test_a_step_reports_what_it_did(tiny_config: Path) -> None:
     weight = float(sum(micro.num_supervised for micro in micros))
     losses = [forward_backward(engine, micro, weight=weight) for micro in micros]
     grads = torch.cat([p.grad.flatten() for p in engine.model.parameters()])
-    report = engine.step(TrainState(step=3), weight)
+    asked = []
+    report = engine.step(TrainState(step=3), weight, lambda loss: not asked.append(loss))
+    assert asked == [report.loss]
+    assert report.updated
     assert report.step == 4
     assert report.loss == pytest.approx(sum(losses) / weight, rel=1e-6)
     assert report.grad_norm == pytest.approx(grads.norm().item(), rel=1e-5)
@@ -114,15 +117,13 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_names_its_rows(tiny_con
     good = [[max(8, token) for token in row] for row in good]
     forward_backward(engine, named(good, "train.jsonl row 1", "train.jsonl row 2"), weight=30.0)
     forward_backward(engine, named(bad, "train.jsonl row 3", "train.jsonl row 9"), weight=30.0)
-    with pytest.raises(NumericError) as said:
-        engine.step(TrainState(step=4), 30.0)
-    message = str(said.value)
-    assert message.startswith("step 5: loss nan is not finite, no weight was changed")
-    assert "(rank 0: train.jsonl row 3, train.jsonl row 9)" in message
-    assert "row 1" not in message
-    assert said.value.exit_code == 5
+    report = engine.step(TrainState(step=4), 30.0, lambda loss: pytest.fail("there is nothing to accept"))
+    assert (report.step, report.updated) == (5, False)
+    assert math.isnan(report.loss)
+    assert report.samples == "rank 0: train.jsonl row 3, train.jsonl row 9"
     after = bits(engine)
     assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(p.grad is None for p in engine.model.parameters())
 
 
 def test_gradients_that_overflow_change_no_weight(tiny_config: Path) -> None:
@@ -130,10 +131,26 @@ def test_gradients_that_overflow_change_no_weight(tiny_config: Path) -> None:
     engine.model.get_parameter("lm.lm_head.weight").register_hook(lambda grad: grad * float("inf"))
     before = bits(engine)
     forward_backward(engine, named(documents([12]), "train.jsonl row 1"), weight=11.0)
-    with pytest.raises(NumericError, match=r"step 1: gradient norm (nan|inf) .*every micro-batch loss was finite, so"):
-        engine.step(TrainState(), 11.0)
+    report = engine.step(TrainState(), 11.0, lambda loss: True)
+    assert not report.updated
+    assert math.isfinite(report.loss)
+    assert not math.isfinite(report.grad_norm)
     after = bits(engine)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_step_that_is_not_accepted_changes_nothing_and_the_next_one_is_clean(tiny_config: Path) -> None:
+    engine, other = opened(tiny_config), opened(tiny_config)
+    forward_backward(engine, named(documents([12]), "a"), weight=11.0)
+    forward_backward(engine, named(documents([30], seed=2), "b"), weight=11.0)
+    report = engine.step(TrainState(), 11.0, lambda loss: False)
+    assert not report.updated
+    assert report.samples == "rank 0: b", "the micro-batch with the largest loss"
+    for one in (engine, other):
+        forward_backward(one, named(documents([9]), "c"), weight=8.0)
+        assert one.step(TrainState(step=1), 8.0, lambda loss: True).updated
+    a, b = bits(engine), bits(other)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_dropout_depends_on_the_micro_batchs_seed_only(tiny_config: Path) -> None:

@@ -1,25 +1,40 @@
 """Named faults on demand, so that every failure the run must survive has a test: inert unless DISTFT_FAULT is set.
 
-`DISTFT_FAULT="kill:rank=1,point=P3,step=4;enospc:point=P5"`: at that point of that rank and step the process is killed
-(SIGKILL), asked to end (term: SIGTERM), frozen (stop: SIGSTOP), gets an error (raise), or a full disk (enospc).
+`DISTFT_FAULT="kill:rank=1,point=P3,step=4;enospc:point=P5"`: at that point of that rank and step the process
+
+    kill, term, usr1, int, stop   gets SIGKILL, SIGTERM, SIGUSR1, SIGINT, SIGSTOP
+    raise, enospc                 gets an error, or a full disk
+    hang, spin                    waits for ever; or does so holding the interpreter's lock, as a stuck C call does
+    slow                          sleeps `seconds=0.5`
+
 What is left out matches anything; `times=N` limits a fault to its first N matches in a process (1 unless told).
+Points: P0 to P9 of a save (`distft.checkpoint`), and everything `distft.core.pulse` is told.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from distft.core.errors import MachineError
 
 VARIABLE = "DISTFT_FAULT"
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
-KINDS = (*SIGNALS, "raise", "enospc")
-KEYS = ("rank", "point", "step", "times")
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "term": signal.SIGTERM,
+    "usr1": signal.SIGUSR1,
+    "int": signal.SIGINT,
+    "stop": signal.SIGSTOP,
+}
+KINDS = (*SIGNALS, "raise", "enospc", "hang", "spin", "slow")
+KEYS = ("rank", "step", "times")
+FOR_EVER_S = 10**6
 
 
 class InjectedFault(RuntimeError):
@@ -43,6 +58,8 @@ class Fault:
     rank: int | None = None
     step: int | None = None
     times: int = 1
+    seconds: float = 0.0
+    """For `slow`."""
     fired: int = 0
 
     def matches(self, point: str, rank: int, step: int | None) -> bool:
@@ -59,7 +76,7 @@ class Fault:
 class Injector:
     """Fires planned faults."""
 
-    planned: list[Fault] = field(default_factory=list)
+    planned: list[Fault] = field(default_factory=list[Fault])
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
@@ -123,6 +140,8 @@ def _parse_one(part: str) -> Fault:
             fault.point = value
         elif key in KEYS and value.isdecimal():
             setattr(fault, key, int(value))
+        elif key == "seconds" and value.replace(".", "", 1).isdecimal():
+            fault.seconds = float(value)
         else:
             problem = problem or f'cannot read "{pair}"'
     if problem:
@@ -137,6 +156,14 @@ def _fire(fault: Fault, where: str) -> None:
         os.kill(os.getpid(), SIGNALS[fault.kind])
     elif fault.kind == "raise":
         raise InjectedFault(where)
+    elif fault.kind == "hang":
+        while True:
+            time.sleep(FOR_EVER_S)
+    elif fault.kind == "spin":
+        while True:  # PyDLL keeps the interpreter's lock during the call; a signal ends one sleep
+            ctypes.PyDLL(None).sleep(FOR_EVER_S)
+    elif fault.kind == "slow":
+        time.sleep(fault.seconds)
     else:
         raise OSError(errno.ENOSPC, f"No space left on device, {where}")
 

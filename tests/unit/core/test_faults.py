@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from distft.checkpoint import faults
+from distft.core import faults
 from distft.core.errors import MachineError
 
 
@@ -53,7 +53,9 @@ def test_mistakes(text: str, message: str) -> None:
 
 @pytest.mark.parametrize(("kind", "number"), [("kill", signal.SIGKILL), ("term", signal.SIGTERM)])
 def test_signals(kind: str, number: int) -> None:
-    code = f"import sys; sys.path[:0] = {sys.path!r}\nfrom distft.checkpoint import faults, lock\n"
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\nfrom distft.core import faults\nfrom distft.checkpoint import lock\n"
+    )
     code += "assert 'torch' not in sys.modules, 'must be usable before heavy imports'\nfaults.at('import')"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {faults.VARIABLE: f"{kind}:point=import"}, check=False

@@ -1,0 +1,54 @@
+"""What the loop is given besides an engine: where steps come from, when what happens, who judges and who saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from distft.core.types import Batch, StepReport, TrainState
+
+
+class StepSource(Protocol):
+    """Training data cut into optimizer steps (`distft.data.loader.Steps`)."""
+
+    def samples_in(self, step: int) -> int:
+        """Sequences of a 0-based step on all ranks; the last one may be short."""
+        ...
+
+    def from_step(self, step: int) -> Iterator[list[Batch]]:
+        """Micro-batches of each step from `step` on; as many per step on every rank."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Every:
+    """When things happen between steps, as predicates of the number of steps taken."""
+
+    log: Callable[[int], bool]
+    eval: Callable[[int], bool]
+    save: Callable[[int], bool]
+
+
+class Guard(Protocol):
+    """What decides over steps that went wrong (`distft.guard`)."""
+
+    def accepts(self, loss: float) -> bool:
+        """Whether a step of this global loss may change weights."""
+        ...
+
+    def after(self, state: TrainState, report: StepReport) -> None:
+        """Collective, after every step; raises to end the run."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """Where the loop leaves training state (`distft.resume`)."""
+
+    def save(self, state: TrainState) -> None:
+        """Collective: write the state of this step."""
+        ...
+
+    def poll(self, state: TrainState) -> None:
+        """Collective, after every step: commit what was written in the background, if it is done."""
+        ...

@@ -1,0 +1,62 @@
+"""Which process this is, and whether one that wrote its name somewhere is still there."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def identity() -> dict[str, Any]:
+    """This process, so that another one of the same machine can tell it from a later one with its number."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_start": start_of(os.getpid()),
+        "boot_id": _text_of("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": _link_of("/proc/self/ns/pid"),
+    }
+
+
+def is_neighbour(owner: Mapping[str, Any]) -> bool:
+    """Whether `owner` (an `identity`) lives where process numbers mean the same as here."""
+    here = identity()
+    return bool(owner) and all(owner.get(key) == here[key] for key in ("host", "boot_id", "pid_namespace"))
+
+
+def is_gone(owner: Mapping[str, Any]) -> bool:
+    """Whether a neighbour's process has ended."""
+    pid, start = owner.get("pid"), owner.get("process_start")
+    return not isinstance(pid, int) or start_of(pid) is None or start_of(pid) != start
+
+
+def start_of(pid: int) -> int | None:
+    """When a process started (clock ticks since boot; 0 where the system does not say); None when it is gone."""
+    if pid <= 0:
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except (PermissionError, OverflowError):
+        pass  # somebody else's: alive
+    fields = _text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold spaces
+    if len(fields) < 20:
+        return 0
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _link_of(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

@@ -1,0 +1,26 @@
+"""The end of a command's process, with the exit code that was decided."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+from typing import NoReturn
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`, whatever libraries would still do to it.
+
+    A process that used FSDP2 over gloo dies of SIGABRT in about one of five ends (torch 2.13): parameters keep their
+    process group alive past `destroy_process_group`, and its threads are destroyed unjoined while the interpreter
+    shuts down. A finished run would be reported as failed. So: what programs have registered is run, what they have
+    printed is written, and C++ destructors are not.
+    """
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # the interpreter calls it too late for us
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

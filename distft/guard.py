@@ -1,0 +1,127 @@
+"""What is done when training goes wrong: an update that is left out, a run that stops or goes back, a slow rank named.
+
+Decisions are made from numbers that are equal on all ranks, so that all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from distft.core.errors import NumericError
+from distft.core.pulse import PULSE
+from distft.watch.straggler import Pace, slow_rank
+
+if TYPE_CHECKING:
+    from distft.core.types import Engine, StepReport, TrainState
+    from distft.recipe.schema import GuardTable
+
+Note = Callable[..., None]
+"""Takes an event's name and its facts (`RunFolder.note`)."""
+
+
+class RollBack(Exception):
+    """The run must go on from an earlier checkpoint; raised on all ranks alike."""
+
+    def __init__(self, step: int, why: str) -> None:
+        self.step, self.why = step, why
+        super().__init__(why)
+
+
+class Guard:
+    """Asked before every update and told after every step."""
+
+    def __init__(self, table: GuardTable, engine: Engine, *, say: Callable[[str], None], note: Note) -> None:
+        self._table, self._engine, self._say, self._note = table, engine, say, note
+        self._losses: list[float] = []
+        """Of the last steps that were no spikes."""
+        self._in_a_row = 0
+        self._rollbacks = 0
+        self._without: list[int] = []
+        """Steps to leave out when they come again after a rollback."""
+        self._why = ""
+        """Why the step that is being made is left out."""
+        self._pace = Pace()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that a continued run decides as this one would; JSON."""
+        return {"losses": self._losses, "in_a_row": self._in_a_row, "without": self._without}
+
+    def restore(self, said: dict[str, Any], *, without: list[int] | None = None) -> None:
+        """Continue from `state()`, with further steps to leave out."""
+        self._losses = list(said.get("losses", ()))
+        self._in_a_row = said.get("in_a_row", 0)
+        self._without = sorted({*said.get("without", ()), *(without or ())})
+
+    def accepts(self, loss: float) -> bool:
+        """Whether this step's finite loss, equal on all ranks, may change weights."""
+        step, spike = PULSE.step, self._table.loss_spike
+        if step in self._without:
+            self._why = "left out since the rollback"
+            return False
+        if spike is None:
+            return True
+        if len(self._losses) >= spike.window:
+            usual = statistics.median(self._losses)
+            if loss > spike.factor * usual:
+                self._why = (
+                    f"loss {loss:.4g} is {loss / usual:.1f} times the median {usual:.4g} of {spike.window} steps"
+                )
+                return False
+        self._losses = [*self._losses, loss][-spike.window :]
+        return True
+
+    def after(self, state: TrainState, report: StepReport) -> None:
+        """See how the step went.
+
+        Raises:
+            NumericError: the recipe says to stop, or patience is at its end; no weight was changed by this step.
+            RollBack: the recipe says to go back.
+        """
+        straggler = self._table.straggler
+        if state.step % straggler.every_steps == 0 and self._engine.world > 1:
+            self._look_for_stragglers(straggler.factor)
+        if report.updated:
+            self._in_a_row = 0
+            return
+        finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
+        why = self._why if finite else _not_finite(report)
+        if finite and report.step in self._without:
+            self._leave_out(report, why)
+            return
+        spike = self._table.loss_spike
+        action = self._table.non_finite if not finite or spike is None else spike.action
+        if action == "rollback":
+            self._rollbacks += 1
+            if self._rollbacks > self._table.patience:
+                raise NumericError(
+                    f"step {report.step}: {why}, after {self._table.patience} rollbacks ({report.samples})"
+                )
+            raise RollBack(report.step, why)
+        self._in_a_row += 1
+        if action == "stop" or self._in_a_row > self._table.patience:
+            many = f"{self._in_a_row} steps in a row: " if self._in_a_row > 1 else ""
+            raise NumericError(
+                f"{many}step {report.step}: {why}, no weight was changed ({report.samples}). "
+                "Try a lower learning_rate, a longer warm-up, or leave the named rows out."
+            )
+        self._leave_out(report, why)
+
+    def _leave_out(self, report: StepReport, why: str) -> None:
+        self._say(f"step {report.step} is left out: {why} ({report.samples})")
+        self._note("left_out", step=report.step, why=why, samples=report.samples)
+
+    def _look_for_stragglers(self, factor: float) -> None:
+        mine = self._pace.read(PULSE.spent["data"], self._engine.device)
+        named = slow_rank(self._engine.gather(mine), factor)
+        if named is not None:
+            self._say(f"straggler: {named}")
+            self._note("straggler", what=named)
+
+
+def _not_finite(report: StepReport) -> str:
+    if not math.isfinite(report.loss):
+        return f"loss {report.loss} is not finite"
+    return f"gradient norm {report.grad_norm} is not finite though every loss is"
