@@ -15,6 +15,7 @@ from distft.core.pulse import PULSE
 from distft.recipe import Recipe, check_world
 
 if TYPE_CHECKING:
+    from distft.best import Best
     from distft.core.types import Engine, StateReader, TrainState, UpdateRule
     from distft.data.loader import EvalSteps, Steps
     from distft.engine.processes import Processes
@@ -227,7 +228,7 @@ def checkpoints(
     rows: Data,
     say: Say,
     *,
-    guard: Guard,
+    judges: dict[str, Guard | Best],
     resume: Resume,
     allow_changes: bool,
 ) -> tuple[Checkpoints, TrainState, StateReader | None]:
@@ -257,7 +258,7 @@ def checkpoints(
         grace_s=recipe.checkpoint.grace_s,
         reached=folder.reach,
         note=folder.note,
-        guard=guard.state,
+        judges=lambda: {name: judge.state() for name, judge in judges.items()},
     )
     loaded = store.load(resume) if isinstance(resume, Path) else store.load_newest()
     if loaded is None:
@@ -272,7 +273,8 @@ def checkpoints(
         say(f"changed since: {change}")
     folder.reach(state.step)
     folder.note("continued", checkpoint=str(loaded.path), was=was, passed_over=loaded.rejected, changed=changed)
-    guard.restore(loaded.state["guard"])
+    for name, judge in judges.items():
+        judge.restore(loaded.state[name])
     return keeper, state, loaded.reader
 
 

@@ -27,6 +27,7 @@ from distft.resume import Resume
 from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from distft.best import Best
     from distft.checkpoint.lock import RunLock
     from distft.core.types import Engine
     from distft.engine.processes import Processes
@@ -142,6 +143,7 @@ class _Run:
             engine.close()
 
     def _under(self, engine: Engine, placed: Processes) -> TrainState:
+        from distft.best import Best
         from distft.guard import Guard, RollBack
         from distft.model import stats
 
@@ -160,6 +162,7 @@ class _Run:
             "num_steps": steps.num_steps,
         }
         guard = Guard(recipe.guard, engine, say=self.say, note=self.folder.note)
+        best = Best(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop)
         checkpoints, state, reader = assemble.checkpoints(
             recipe,
             self.located,
@@ -167,7 +170,7 @@ class _Run:
             engine,
             self.rows,
             self.say,
-            guard=guard,
+            judges={"guard": guard, "best": best},
             resume=self.resume,
             allow_changes=self.allow_changes,
         )
@@ -182,12 +185,13 @@ class _Run:
             if reader is not None:
                 engine.restore(reader, state)
             try:
-                state = self._train(engine, placed, checkpoints, guard, replace(costs, start=state))
+                state = self._train(engine, placed, checkpoints, guard, best, replace(costs, start=state))
                 break
             except RollBack as spike:
                 loaded = checkpoints.go_back(spike.step)
                 state, reader = TrainState(**loaded.state["train"]), loaded.reader
                 guard.restore(loaded.state["guard"], without=[spike.step - 1, spike.step])
+                best.restore(loaded.state["best"])
                 self.say(f"step {spike.step}: {spike.why}: back to {loaded.path.name}, to go on without what led here")
         PULSE.at("export")
         assemble.export(self.located, self.folder, engine, model, shapes, self.rows)
@@ -195,7 +199,13 @@ class _Run:
         return state
 
     def _train(
-        self, engine: Engine, placed: Processes, checkpoints: Checkpoints, guard: Guard, facts: RunFacts
+        self,
+        engine: Engine,
+        placed: Processes,
+        checkpoints: Checkpoints,
+        guard: Guard,
+        best: Best,
+        facts: RunFacts,
     ) -> TrainState:
         """From a state to the end of the steps, with the evaluations around them.
 
@@ -224,7 +234,9 @@ class _Run:
         PULSE.training()
         try:
             if held_out and when.at_start and state.step == 0:
-                meters.evaluated(state, evaluate(engine, objective, held_out, stop=self._stop))
+                figures = evaluate(engine, objective, held_out, stop=self._stop)
+                meters.evaluated(state, figures)
+                best.see(state, figures)
             state = fit(
                 state,
                 steps,
@@ -234,13 +246,20 @@ class _Run:
                 meters=meters,
                 checkpoints=checkpoints,
                 guard=guard,
+                best=best,
                 stop=self._stop,
                 every=every,
             )
-            if state.step < steps.num_steps:
+            if best.enough:
+                self.say(f"enough: no better evaluation in {when.early_stop}; training ends at step {state.step}")
+                self.folder.note("enough", step=state.step, best=best.state())
+            elif state.step < steps.num_steps:
                 self._leave_early(engine, checkpoints, state)
             if held_out and when.at_end:
-                meters.evaluated(state, evaluate(engine, objective, held_out, stop=lambda: False))
+                figures = evaluate(engine, objective, held_out, stop=lambda: False)
+                meters.evaluated(state, figures)
+                if not best.enough and (keep := best.see(state, figures)):
+                    checkpoints.save(state, keep)
             PULSE.at("save")
             checkpoints.close()
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
-from distft.core.given import Checkpoints, Every, Guard, StepSource
+from distft.core.given import Best, Checkpoints, Every, Guard, StepSource
 from distft.core.pulse import PULSE
 from distft.core.types import Batch, Engine, TrainState
 from distft.evaluate import evaluate
@@ -25,10 +25,11 @@ def fit(
     meters: Meters,
     checkpoints: Checkpoints,
     guard: Guard,
+    best: Best,
     stop: Callable[[], bool],
     every: Every,
 ) -> TrainState:
-    """Train from `state` to the end of `steps`, or to the step at which some rank's `stop` says so.
+    """Train from `state` to the end of `steps`, or until it is `best.enough`, or until some rank's `stop` says so.
 
     Raises:
         NumericError: a step's numbers are such that the recipe says to stop; the weights are those of the step before.
@@ -55,13 +56,18 @@ def fit(
         state = state.after(report, samples=steps.samples_in(state.step), tokens=int(tokens), tokens_loss=int(weight))
         meters.step(state, report, log=every.log(state.step))
         guard.after(state, report)
+        keep = None
         if every.eval(state.step):
-            meters.evaluated(state, evaluate(engine, objective, eval_steps, stop=stop))
+            figures = evaluate(engine, objective, eval_steps, stop=stop)
+            meters.evaluated(state, figures)
+            keep = best.see(state, figures)
             meters.start()
         checkpoints.poll(state)
-        if every.save(state.step):
+        if keep or every.save(state.step):
             at("save")
-            checkpoints.save(state)
+            checkpoints.save(state, keep)
+        if best.enough:
+            break
         at("data", state.step + 1)
     return state
 

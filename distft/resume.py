@@ -56,7 +56,7 @@ class Checkpoints:
         grace_s: float,
         reached: Callable[[int], None],
         note: Callable[..., None],
-        guard: Callable[[], dict[str, Any]],
+        judges: Callable[[], dict[str, Any]],
     ) -> None:
         """Nothing happens yet.
 
@@ -68,10 +68,10 @@ class Checkpoints:
             grace_s: a save that takes longer is warned of.
             reached: told every step.
             note: takes events for the run folder.
-            guard: state of the guard.
+            judges: states of whoever decides over the run's course, by name.
         """
         self._store, self._engine, self._about, self._async = store, engine, about, asynchronous
-        self._grace_s, self._reached, self._note, self._guard = grace_s, reached, note, guard
+        self._grace_s, self._reached, self._note, self._judges = grace_s, reached, note, judges
         self._saved_at = -1
         self._warned = False
 
@@ -80,13 +80,13 @@ class Checkpoints:
         if self._async:
             self._store.reserve(list(self._engine.pieces()))
 
-    def save(self, state: TrainState) -> None:
-        """Write the state of this step; in the background if the recipe says so.
+    def save(self, state: TrainState, best: dict[str, Any] | None = None) -> None:
+        """Write the state of this step; in the background if the recipe says so. `best`: what best.json is to say.
 
         Raises:
             CheckpointError: two saves in a row failed.
         """
-        self._write(state, background=self._async)
+        self._write(state, background=self._async, best=best)
 
     def save_now(self, state: TrainState) -> None:
         """Write the state of this step and wait until it is committed; nothing if it already is."""
@@ -120,11 +120,11 @@ class Checkpoints:
         self._note("rolled_back", step=loaded.step, spike=step, set_aside=aside)
         return loaded
 
-    def _write(self, state: TrainState, *, background: bool) -> None:
+    def _write(self, state: TrainState, *, background: bool, best: dict[str, Any] | None = None) -> None:
         pieces = list(self._engine.pieces())
-        say = {"train": asdict(state), "guard": self._guard(), **self._about}
+        say = {"train": asdict(state), **self._judges(), **self._about}
         save = self._store.save_async if background else self._store.save
-        self._guarded(lambda: save(pieces, say, step=state.step))
+        self._guarded(lambda: save(pieces, say, step=state.step, best=best))
         self._saved_at = state.step
 
     def _guarded(self, work: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from distft.core.types import Batch, StepReport, TrainState
 
@@ -42,11 +42,24 @@ class Guard(Protocol):
         ...
 
 
+class Best(Protocol):
+    """What knows the best evaluation so far (`distft.best`)."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether training may end early."""
+        ...
+
+    def see(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
+        """What to keep of a state that is the best so far."""
+        ...
+
+
 class Checkpoints(Protocol):
     """Where the loop leaves training state (`distft.resume`)."""
 
-    def save(self, state: TrainState) -> None:
-        """Collective: write the state of this step."""
+    def save(self, state: TrainState, best: dict[str, Any] | None = None) -> None:
+        """Collective: write the state of this step; `best` says that it is the best so far."""
         ...
 
     def poll(self, state: TrainState) -> None:

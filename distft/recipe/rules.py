@@ -190,6 +190,25 @@ def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[Fault]:
         )
 
 
+def best_is_measured(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """The best state is found by evaluations during training."""
+    if recipe.data.eval and recipe.eval.every_steps:
+        return
+    for key, wanted in (
+        (("checkpoint", "best"), recipe.checkpoint.best),
+        (("eval", "early_stop"), recipe.eval.early_stop),
+    ):
+        if wanted and (key[0] == "checkpoint" or recipe.data.eval):  # without rows, [eval] itself is the mistake
+            yield Fault(
+                key=key,
+                message="needs evaluations during training",
+                fix="set [eval] every_steps"
+                if recipe.data.eval
+                else "add a [[data.eval]] source and [eval] every_steps",
+                also=(("eval", "every_steps"), ("data", "eval")),
+            )
+
+
 def plain_text_is_trained_whole(recipe: Recipe, _: Registries) -> Iterator[Fault]:
     """Plain text has no turns to choose from."""
     loss_on, formats = recipe.data.loss_on, {source.format for source in recipe.data.train}
@@ -241,6 +260,7 @@ RULES: tuple[Rule, ...] = (
     sources_are_distinct,
     held_out_rows_are_held_out,
     evaluation_has_rows,
+    best_is_measured,
     plain_text_is_trained_whole,
     optimizer_fits_engine,
     adapters_recompute_outside_gathers,

@@ -133,6 +133,8 @@ class CheckpointTable(Params):
     """Newest checkpoints to keep; one alone is no safety."""
     asynchronous: bool = True
     """Write in the background: training waits only while state is copied aside."""
+    best: bool = False
+    """Save whenever an evaluation during training is the best so far, and keep that checkpoint."""
     grace_s: float = Field(default=30.0, gt=0)
     """Seconds between being asked to stop and being killed (torchrun: 30; Slurm: --signal=B:USR1@N); a save that
     takes longer is warned of."""
@@ -183,6 +185,8 @@ class EvalTable(Params):
     """Evaluate before the first step."""
     at_end: bool = True
     """Evaluate after the last step."""
+    early_stop: int | None = Field(default=None, ge=1)
+    """End training after so many evaluations without a lower loss."""
 
 
 class LogTable(Params):

@@ -89,7 +89,7 @@ def test_a_stop_file_stops_and_the_same_command_continues(bench: Bench, oracle: 
     ended = exit_of(bench, "stopped")
     assert (ended["code"], ended["step"]) == (75, None)
     assert "stopped by the file" in ended["reason"]
-    assert "nothing was trained yet" in ended["reason"]
+    assert "before training began" in ended["reason"]
     (folder / "STOP").unlink()
     assert start(bench, "stopped", "zero3", fault="term:rank=1,point=step,step=3").returncode != 0
     ended = exit_of(bench, "stopped")

@@ -34,6 +34,14 @@ ADDED = {
     "negative": ("[train]\nglobal_batch_size = -4 # <-", "= -4  must be a whole number >= 1"),
     "zero": ("[train]\nmax_steps = 0 # <-", "must be a whole number >= 1"),
     "below the least": ("[data]\nmax_length = 4 # <-", "must be a whole number >= 8"),
+    "a spike's action": (
+        '[guard]\nloss_spike = { action = "rolback" } # <-',
+        'did you mean "rollback"?',
+    ),
+    "best without evaluations": (
+        "[checkpoint]\nbest = true # <-",
+        "[checkpoint] best = true  needs evaluations during training  add a [[data.eval]] source and [eval]",
+    ),
     "number or word": ('[train]\nmicro_batch_size = "all" # <-', 'must be a whole number >= 1 or "auto"'),
     "number or off": ("[train]\nmax_grad_norm = 0 # <-", 'must be a number > 0 or "off"'),
     "not finite": ("[train]\nmax_grad_norm = nan # <-", "= nan  must be a finite number"),

@@ -1,0 +1,50 @@
+"""The best evaluation so far, and when there have been enough without a better one. Equal on all ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distft.core.types import TrainState
+
+METRIC = "eval_loss"
+
+
+class Best:
+    """Told of every evaluation."""
+
+    def __init__(self, *, keep: bool, patience: int | None) -> None:
+        """`keep`: a best state is to be saved; `patience`: evaluations without a better one before it is enough."""
+        self._keep, self._patience = keep, patience
+        self._figure: float | None = None
+        self._step = 0
+        self._since = 0
+        """Evaluations after the best one."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether training may end early."""
+        return self._patience is not None and self._since >= self._patience
+
+    def see(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
+        """Compare an evaluation (None: it was broken off) with the best.
+
+        Returns:
+            What best.json is to say, when this state is the best so far and is to be kept. NaN never is.
+        """
+        if figures is None:
+            return None
+        figure = figures[METRIC]
+        if (self._figure is None and figure == figure) or (self._figure is not None and figure < self._figure):
+            self._figure, self._step, self._since = figure, state.step, 0
+            return {"step": state.step, METRIC: figure} if self._keep and state.step else None
+        self._since += 1
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What a continued run must know; JSON."""
+        return {"figure": self._figure, "step": self._step, "since": self._since}
+
+    def restore(self, said: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        self._figure, self._step, self._since = said["figure"], said["step"], said["since"]
