@@ -1,11 +1,15 @@
 """A checkpoint of any engine and world size continues under any other; under its own, bit for bit."""
 
+import datetime
 import hashlib
 import json
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from harness import STEPS, Bench, Run
 
 CUT = 3
@@ -15,9 +19,14 @@ METHODS = {
     "lora": ['method.name="lora"', "method.r=4", "method.dropout=0.1", "optim.learning_rate=3e-3"],
     "qlora": ['method.name="qlora"', "method.r=4", "optim.learning_rate=3e-3", 'optim.name="paged_adamw_32bit"'],
 }
-LAYOUTS = [("solo", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)]
+SPREAD = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+GRID_FILE = os.environ.get("DISTFT_RESUME_GRID", "")
+"""Where the table of the whole grid goes: every engine on 1 to 4 processes; empty: the quick part only."""
+LAYOUTS = [("solo", 1), *((engine, world) for world in (1, 2, 3, 4) for engine in SPREAD)]
 QUICK = [("zero3", 2), ("fsdp2", 2)]
-FULL_GRID = os.environ.get("DISTFT_RESUME_GRID") == "1"
+SAVED, TARGETS = (LAYOUTS, LAYOUTS) if GRID_FILE else (QUICK, [*QUICK, ("solo", 1)])
+PER_LAUNCH = 48
+"""Cases of one launch: libraries keep something of every run, so memory grows with their number."""
 BOUNDS = {"full": 1e-5, "full-8bit": 2e-2, "lora": 1e-5, "qlora": 1e-5}
 """Relative difference of losses after the cut, on another layout. 8-bit blocks are cut elsewhere, and rounded anew."""
 
@@ -27,7 +36,19 @@ def label(layout: tuple[str, int]) -> str:
 
 
 def overrides(layout: tuple[str, int], method: str) -> list[str]:
-    return [f'engine.name="{layout[0]}"', "train.micro_batch_size=2", 'checkpoint.every_steps="off"', *METHODS[method]]
+    engine, world = layout
+    split = ["train.global_batch_size=12", f"train.micro_batch_size={3 if world == 4 else 2}"]
+    return [f'engine.name="{engine}"', *split, 'checkpoint.every_steps="off"', *METHODS[method]]
+
+
+def launched(
+    bench: Bench, world: int, cases: dict[str, list[str]], *, tag: str, extra: dict[str, dict[str, str]]
+) -> dict[str, Run]:
+    names, found = list(cases), {}
+    for part in range(0, len(names), PER_LAUNCH):
+        some = {name: cases[name] for name in names[part : part + PER_LAUNCH]}
+        found |= bench.launch(world, some, tag=tag, extra=extra, timeout_s=1800)
+    return found
 
 
 class Grid:
@@ -43,7 +64,7 @@ class Grid:
                 extra[f"cut-{method}"] = {
                     "fault": f"term:rank={layout[1] - 1},point=step,step={CUT};raise:point={method}"
                 }
-            runs = bench.launch(layout[1], cases, tag=f"g-{label(layout)}", extra=extra)
+            runs = launched(bench, layout[1], cases, tag=f"g-{label(layout)}", extra=extra)
             for method in METHODS:
                 said = runs[f"cut-{method}"].error
                 assert f"Preempted: stopped by SIGTERM after step {CUT}; the state is saved" in said, (method, said)
@@ -60,13 +81,42 @@ class Grid:
                 name = f"from-{label(saved)}-{method}"
                 cases[name] = overrides(layout, method)
                 extra[name] = {"resume": str(self.checkpoint(saved, method))}
-        runs = self.bench.launch(layout[1], cases, tag=f"r-{label(layout)}", extra=extra)
+        runs = launched(self.bench, layout[1], cases, tag=f"r-{label(layout)}", extra=extra)
         return {(label(s), m): runs[f"from-{label(s)}-{m}"] for s in self.layouts for m in METHODS}
 
 
 @pytest.fixture(scope="module")
 def grid(bench: Bench) -> Grid:
-    return Grid(bench, LAYOUTS if FULL_GRID else QUICK)
+    return Grid(bench, SAVED)
+
+
+@pytest.fixture(scope="module")
+def cells() -> Iterator[dict[tuple[str, str, str], float]]:
+    """(saved under, continued under, method) -> largest relative difference of losses after the cut."""
+    found: dict[tuple[str, str, str], float] = {}
+    yield found
+    if GRID_FILE:
+        Path(GRID_FILE).write_text("\n".join(page(found)) + "\n", encoding="utf-8")
+
+
+def page(cells: dict[tuple[str, str, str], float]) -> Iterator[str]:
+    """The table, with one part per method."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    yield "# Resume grid: every layout's checkpoint under every layout"
+    yield f"\n{datetime.date.today()}, commit {commit.stdout.strip()}, torch {torch.__version__}, CPU, gloo."
+    yield f"Rows: saved under, after step {CUT} of {STEPS}; columns: continued under. Largest relative difference of a loss"
+    yield "after the cut from the uninterrupted run of the saving layout; bold: the same layout, equal bit for bit."
+    names = [label(layout) for layout in LAYOUTS]
+    for method in METHODS:
+        rows = [[cells.get((saved, target, method)) for target in names] for saved in names]
+        worst = max(value for row in rows for value in row if value is not None)
+        yield f"\n## {method}: worst {worst:.1e}, bound {BOUNDS[method]:.0e}\n"
+        yield f"| |{'|'.join(names)}|\n|---|{'---|' * len(names)}"
+        for saved, row in zip(names, rows, strict=True):
+            shown = ["–" if value is None else "0" if value == 0 else f"{value:.0e}" for value in row]
+            here = names.index(saved)
+            shown[here] = f"**{shown[here]}**"
+            yield f"|{saved}|{'|'.join(shown)}|"
 
 
 def tensors(run: Run) -> str:
@@ -84,12 +134,15 @@ def gap(run: Run, reference: Run) -> float:
     return max(abs(ours[r["step"]] - r["loss"]) / abs(r["loss"]) for r in reference.steps if r["step"] in ours)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS if FULL_GRID else [*QUICK, ("solo", 1)], ids=label)
-def test_continues_from_every_layout(grid: Grid, layout: tuple[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("layout", TARGETS, ids=label)
+def test_continues_from_every_layout(
+    grid: Grid, cells: dict[tuple[str, str, str], float], layout: tuple[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
     worst = {}
     for (saved, method), run in grid.resumed(layout).items():
         whole = grid.whole[saved][method]
         worst[f"{saved} -> {label(layout)} {method}"] = (gap(run, whole), BOUNDS[method])
+        cells[saved, label(layout), method] = gap(run, whole)
         if saved == label(layout):
             exact = [(r["loss"], r["grad_norm"], r["lr"]) for r in run.steps]
             assert exact == [(r["loss"], r["grad_norm"], r["lr"]) for r in whole.steps[CUT:]], (saved, method)
@@ -124,7 +177,7 @@ def test_a_changed_run_is_refused_or_asked_about(grid: Grid, bench: Bench) -> No
     changed = {
         "lr": ["optim.learning_rate=5e-3"],
         "seed": ["seed=43"],
-        "batch": ["train.global_batch_size=4"],
+        "batch": ["train.global_batch_size=6"],
         "rows": [f'data.train.0.path="{bench.folder}/valid.jsonl"', "data.eval=[]", "train.max_steps=3"],
         "harmless": ["log.every_steps=2", 'model.attention="eager"'],
         "method": ['method.name="lora"'],
@@ -135,7 +188,7 @@ def test_a_changed_run_is_refused_or_asked_about(grid: Grid, bench: Bench) -> No
     assert "--allow-changes" in runs["lr"].error
     for name, said in (
         ("seed", "seed: 42 -> 43"),
-        ("batch", "train.global_batch_size: 8 -> 4"),
+        ("batch", "train.global_batch_size: 12 -> 6"),
         ("method", "method.name"),
     ):
         assert "in a way that this checkpoint cannot continue" in runs[name].error

@@ -104,7 +104,13 @@ console = "off"
         return [f'model.path="{model}"', f'data.train.0.path="{rows}"']
 
     def launch(
-        self, world: int, cases: dict[str, list[str]], *, tag: str, extra: dict[str, dict[str, str]] | None = None
+        self,
+        world: int,
+        cases: dict[str, list[str]],
+        *,
+        tag: str,
+        extra: dict[str, dict[str, str]] | None = None,
+        timeout_s: float = 600.0,
     ) -> dict[str, "Run"]:
         """Every case (name -> overrides) in one launch of `world` processes; `extra`: see worker.py.
 
@@ -128,7 +134,7 @@ console = "off"
             "localhost:0",
         ]
         command = [*torchrun, "--nproc-per-node", str(world), str(ROOT / "tests/dist/worker.py"), str(plan)]
-        done = run(command)
+        done = run(command, timeout_s=timeout_s)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
         return {name: Run.read(said, done.stderr) for name, said in json.loads(results.read_text()).items()}
 
