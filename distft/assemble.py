@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from distft.guard import Guard
     from distft.metrics import Meters, RunFacts
     from distft.model.load import MetaModel
+    from distft.rehearsal import Worst
     from distft.resume import Checkpoints, Resume
     from distft.run_folder import RunFolder
 
@@ -51,6 +52,8 @@ class Data:
     """Of all tokens in them."""
     stop_ids: tuple[int, ...]
     """What trained rows end with."""
+    longest: int
+    """Tokens in the longest row."""
 
 
 def layout(recipe: Recipe, world: int) -> Layout:
@@ -108,6 +111,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
         fingerprint={split: prepared.fingerprint for split, prepared in splits.items()},
         largest_id=max(prepared.report.largest_id for prepared in splits.values()),
         stop_ids=rows.report.stop_ids,
+        longest=int(rows.lengths.max()),
     )
 
 
@@ -204,6 +208,30 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
         decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
         max_grad_norm=None if clip == "off" else float(clip),
     )
+
+
+def worst(recipe: Recipe, cut: Layout, rows: Data) -> Worst:
+    """The largest micro-batch of the run: packed sequences may be full, rows alone are as long as the longest."""
+    from distft.rehearsal import Worst
+
+    longest = recipe.data.max_length if recipe.data.packing or recipe.train.compile else rows.longest
+    return Worst(
+        sequences=cut.micro_batch_size,
+        longest=longest,
+        micros=cut.micros_per_step,
+        evaluates=rows.eval_steps is not None,
+    )
+
+
+def advice(recipe: Recipe) -> str:
+    """What makes a run smaller, cheapest first."""
+    steps = [
+        ("train.micro_batch_size=1", recipe.train.micro_batch_size != 1),
+        ('train.activation_checkpointing="full"', recipe.train.activation_checkpointing != "full"),
+        ('model.cross_entropy="chunked"', recipe.model.cross_entropy == "full"),
+        (f"data.max_length={recipe.data.max_length // 2}", True),
+    ]
+    return "try, in this order: " + "  ".join(f"--set {change}" for change, helps in steps if helps)
 
 
 def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFacts:
@@ -314,7 +342,12 @@ def meters(recipe: Recipe, folder: RunFolder, facts: RunFacts, placed: Processes
         if recipe.log.console != "off":
             kind = console.BarSink if bar else console.LineSink
             sinks.append(kind(recipe.name, steps.num_steps, facts.start.step))
-    return Meters([spec.build(facts) for spec in METRICS.values()], sinks, epoch_at=steps.epoch_at)
+    metrics: list[Any] = [spec.build(facts) for spec in METRICS.values()]
+    if recipe.log.samples:
+        from distft.metrics.sample_log import SampleLog
+
+        metrics.append(SampleLog(folder.path / "samples", placed.rank, placed.world, start=facts.start.step))
+    return Meters(metrics, sinks, epoch_at=steps.epoch_at)
 
 
 def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int, ...], Any]]:

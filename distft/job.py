@@ -180,6 +180,8 @@ class _Run:
         rule = assemble.update_rule(recipe, model, steps.num_steps)
         engine.adopt(model, rule, micros_per_step=self.cut.micros_per_step)
         checkpoints.prepare()
+        if recipe.train.rehearse:
+            self._rehearse(engine)
         while True:
             PULSE.at("restore")
             if reader is not None:
@@ -197,6 +199,16 @@ class _Run:
         assemble.export(self.located, self.folder, engine, model, shapes, self.rows)
         self.say(f"done: {self.folder.final}")
         return state
+
+    def _rehearse(self, engine: Engine) -> None:
+        from distft.objectives.spec import Objective
+        from distft.rehearsal import rehearse
+
+        objective = Objective(spec=self.recipe.objective.spec, params=self.recipe.objective.params)
+        worst = assemble.worst(self.recipe, self.cut, self.rows)
+        self.say(f"rehearsal: a step of {worst.sequences} x {worst.longest:,} tokens")
+        rehearse(worst, engine, objective, advice=lambda: assemble.advice(self.recipe))
+        self.say("rehearsal: done")
 
     def _train(
         self,

@@ -31,7 +31,7 @@ MAX_FAILURES = 2
 
 HARMLESS = (
     *("name", "output_dir", "log.", "eval.", "checkpoint.", "guard.", "engine."),
-    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),
+    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.rehearse"),
     *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
     *("data.cache_dir", "data.num_workers", "data.train", "data.eval"),
 )

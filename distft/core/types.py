@@ -244,6 +244,10 @@ class Engine(Protocol):
         """
         ...
 
+    def try_update(self) -> None:
+        """Let the optimizer make its state and take a step that changes no weight; then forget that state."""
+        ...
+
     def evaluating(self) -> AbstractContextManager[None]:
         """Surrounds forwards without gradients, dropout off."""
         ...

@@ -136,6 +136,13 @@ class ZeroEngine(BaseEngine):
         updated = accepted and not overflow
         return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight, updated=updated)
 
+    def try_update(self) -> None:
+        """One step of zero gradients at learning rate zero; stages 1 and 2 have made their state long before."""
+        inner = self._optimizer.optimizer
+        if not inner.state:
+            fragments.create_state(self._flats(), self._step_inner, inner.param_groups)
+            inner.state.clear()
+
     def pieces(self) -> Iterator[Piece]:
         """Masters and optimizer state of this rank's partition."""
         return fragments.pieces(self._fragments(), self._optimizer.optimizer)

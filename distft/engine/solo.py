@@ -67,6 +67,11 @@ class SoloEngine(BaseEngine):
         self._optimizer.step()
         self._owned.publish()
 
+    def try_update(self) -> None:
+        """One step of zero gradients at learning rate zero."""
+        fragments.create_state((flat for _, flat in self._owned), self._step_once, self._optimizer.param_groups)
+        self._optimizer.state.clear()
+
     def pieces(self) -> Iterator[Piece]:
         """Masters and optimizer state of what this rank owns."""
         return fragments.pieces(self._fragments(), self._optimizer)

@@ -122,6 +122,8 @@ class TrainTable(Params):
     """Recompute activations in the backward pass instead of keeping them."""
     compile: bool = False
     """torch.compile, block by block."""
+    rehearse: bool = False
+    """Run the worst step first and throw it away, so that what will run out of memory does so in the first minute."""
 
 
 class CheckpointTable(Params):
@@ -198,6 +200,8 @@ class LogTable(Params):
     """Write event files to the run folder."""
     console: Literal["auto", "rich", "plain", "off"] = "auto"
     """auto = a progress bar in a terminal, plain lines elsewhere."""
+    samples: bool = False
+    """List the rows of every step in the run folder's samples/, one file per rank."""
     wandb: str | None = Field(default=None, min_length=1)
     """Weights & Biases project."""
 

@@ -16,6 +16,7 @@ SOLO = {
     "checkpoint-full": ['train.activation_checkpointing="full"'],
     "checkpoint-selective": ['train.activation_checkpointing="selective"'],
     "compile": ["train.compile=true"],
+    "rehearse": ["train.rehearse=true"],
     "workers": ["data.num_workers=2", 'data.cache_dir="{folder}/cache2"'],
     "lora": ['method.name="lora"', "method.r=4", "optim.learning_rate=3e-3"],
     "lora-checkpoint": ['method.name="lora"', "method.r=4", "optim.learning_rate=3e-3",
@@ -28,6 +29,7 @@ SOLO = {
 SHARDED = {
     "checkpoint-full": ['train.activation_checkpointing="full"', 'engine.name="{engine}"'],
     "checkpoint-selective": ['train.activation_checkpointing="selective"', 'engine.name="{engine}"'],
+    "rehearse": ["train.rehearse=true", 'engine.name="{engine}"'],
     "offload": ['engine.name="{engine}"', 'engine.offload="all"'],
     "bf16": ['model.dtype="bfloat16"', 'engine.name="{engine}"'],
     "dora": [
@@ -67,7 +69,7 @@ def same(run: Run, reference: Run) -> float:
 
 
 def test_memory_and_speed_savers_keep_the_loss(solo: dict[str, Run]) -> None:
-    exact = ["sdpa", "eager", "full-logits", "checkpoint-full", "checkpoint-selective", "compile", "workers"]
+    exact = ["sdpa", "eager", "full-logits", "checkpoint-full", "checkpoint-selective", "compile", "workers", "rehearse"]
     worst = {name: same(solo[name], solo["plain"]) for name in exact}
     worst["lora-checkpoint"] = same(solo["lora-checkpoint"], solo["lora"])
     assert max(worst.values()) < TOLERANCE, worst
@@ -81,9 +83,8 @@ def test_rounding_choices_stay_close(solo: dict[str, Run]) -> None:
 
 
 def test_savers_keep_the_loss_when_sharded(sharded: dict[str, Run], solo: dict[str, Run]) -> None:
-    worst = {
-        name: same(sharded[name], solo["plain"]) for name in ("checkpoint-full", "checkpoint-selective", "offload")
-    }
+    exact = ("checkpoint-full", "checkpoint-selective", "offload", "rehearse")
+    worst = {name: same(sharded[name], solo["plain"]) for name in exact}
     worst["dora"] = same(sharded["dora"], solo["dora"])
     assert max(worst.values()) < TOLERANCE, worst
     assert relative(sharded["bf16"].column("loss"), solo["bf16"].column("loss")) < 0.01

@@ -19,6 +19,14 @@ def _step(line: str) -> int | None:
         return None
 
 
+def keep_until(path: Path, start: int) -> None:
+    """Drop the lines of steps after `start`, which are made again, and whatever a crash cut short."""
+    if path.exists():
+        before = range(start + 1 if start else 0)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("".join(f"{line}\n" for line in lines if _step(line) in before), encoding="utf-8")
+
+
 class JsonlSink:
     """Appends whole lines; a full disk costs lines, never the run."""
 
@@ -27,10 +35,7 @@ class JsonlSink:
     def __init__(self, path: Path, *, start: int = 0) -> None:
         """Keep what an earlier run wrote up to the step this one starts from, so that no step appears twice."""
         self._path = path
-        if path.exists():
-            before = range(start + 1 if start else 0)
-            lines = path.read_text(encoding="utf-8").splitlines()
-            path.write_text("".join(f"{line}\n" for line in lines if _step(line) in before), encoding="utf-8")
+        keep_until(path, start)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:
