@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-dist test-resume test-all test-gpu golden schema clean
+.PHONY: try test setup fmt check test-unit test-dist test-faults test-resume test-all test-gpu golden schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -40,7 +40,12 @@ test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract tests/recipes -n auto -m "not slow and not gpu"
 
 test-dist: setup
-	$(BIN)/python -m pytest tests/dist tests/golden tests/peers -m "not slow and not gpu"
+	$(BIN)/python -m pytest tests/dist tests/faults tests/golden tests/peers -m "not slow and not gpu"
+
+# Every row of the fault matrix, the slow ones too (about half an hour), and a table of what became of them.
+FAULT_TABLE ?= docs/results/2026-11-25-fault-matrix.md
+test-faults: setup
+	$(BIN)/python -m pytest tests -m "row and not gpu" --fault-table $(FAULT_TABLE)
 
 # Every engine's checkpoint on 1 to 4 processes under every engine on 1 to 4: the difference of losses per cell.
 test-resume: setup

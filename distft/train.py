@@ -3,10 +3,15 @@
 From Python it is `from distft import train`, a function: importing this module would put the module in its place.
 """
 
+from distft.core import faults
 from distft.core.leave import leave
-from distft.job import main
+from distft.core.stop import STOP
 
 if __name__ == "distft.train":
     raise ImportError("this module is a command; in Python: from distft import train")
 if __name__ == "__main__":
+    STOP.install()  # before anything heavy: being asked to stop during the imports is no crash
+    faults.at("import")
+    from distft.job import main
+
     leave(main())

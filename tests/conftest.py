@@ -1,10 +1,18 @@
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from harness import Bench
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+pytest_plugins = ["fault_table"]
 
 TINY = {
     "model_type": "llama",
@@ -31,3 +39,11 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "config.json").write_text(json.dumps(TINY))
     return folder
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """One tiny model and one set of rows for every launch of the session."""
+    from harness import Bench  # imports torch
+
+    return Bench.make(tmp_path_factory.mktemp("bench"))

@@ -7,8 +7,9 @@
     hang, spin                    waits for ever; or does so holding the interpreter's lock, as a stuck C call does
     slow                          sleeps `seconds=0.5`
 
-What is left out matches anything; `times=N` limits a fault to its first N matches in a process (1 unless told).
-Points: P0 to P9 of a save (`distft.checkpoint`), and everything `distft.core.pulse` is told.
+What is left out matches anything; `times=N` limits a fault to its first N matches in a process (1 unless told), and
+`skip=N` lets N of them pass before.
+Points: P0 to P9 of a save (`distft.checkpoint`), everything `distft.core.pulse` is told, and `import` (before it).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SIGNALS = {
     "stop": signal.SIGSTOP,
 }
 KINDS = (*SIGNALS, "raise", "enospc", "hang", "spin", "slow")
-KEYS = ("rank", "step", "times")
+KEYS = ("rank", "step", "times", "skip")
 FOR_EVER_S = 10**6
 
 
@@ -58,18 +59,17 @@ class Fault:
     rank: int | None = None
     step: int | None = None
     times: int = 1
+    skip: int = 0
     seconds: float = 0.0
     """For `slow`."""
-    fired: int = 0
+    matched: int = 0
 
-    def matches(self, point: str, rank: int, step: int | None) -> bool:
-        """Whether it is due here."""
-        return (
-            self.fired < self.times
-            and self.point in (None, point)
-            and self.rank in (None, rank)
-            and self.step in (None, step)
-        )
+    def is_due(self, point: str, rank: int, step: int | None) -> bool:
+        """Whether it fires here; counts."""
+        if self.point in (None, point) and self.rank in (None, rank) and self.step in (None, step):
+            self.matched += 1
+            return self.skip < self.matched <= self.skip + self.times
+        return False
 
 
 @dataclass
@@ -91,8 +91,7 @@ class Injector:
         rank = _rank_of_environment() if rank is None else rank
         for fault in self.planned:
             with self.lock:
-                due = fault.matches(point, rank, step)
-                fault.fired += due
+                due = fault.is_due(point, rank, step)
             if due:
                 _fire(fault, f"injected at {point} of rank {rank}" + (f", step {step}" if step is not None else ""))
 

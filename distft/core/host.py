@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from collections.abc import Mapping
@@ -17,7 +18,15 @@ def identity() -> dict[str, Any]:
         "process_start": start_of(os.getpid()),
         "boot_id": _text_of("/proc/sys/kernel/random/boot_id"),
         "pid_namespace": _link_of("/proc/self/ns/pid"),
+        "start": _start(),
     }
+
+
+def _start() -> str:
+    """A name for this start of a run, shared by the processes that one launcher started together on this machine."""
+    parent, told = os.getppid(), ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    parts = [_text_of("/proc/sys/kernel/random/boot_id"), parent, start_of(parent), *map(os.environ.get, told)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def is_neighbour(owner: Mapping[str, Any]) -> bool:

@@ -128,8 +128,10 @@ class Watch:
             peer = self._peer()
             peer_from = None if peer is None else peer_from or now
             if peer is not None and peer_from is not None and now - max(peer_from, idle_from) > 2 * self._beat_s:
+                self._dump()
                 self._leave(peer.exit_code, str(peer))  # the main thread has not found out by itself
             if now - idle_from > self._timeout_s:
+                self._dump()  # at once: while it looks for who is to blame, this process may be ended by another's end
                 self._leave(HANG, self._hang(now - idle_from))
 
     def _mark(self) -> None:
@@ -162,6 +164,8 @@ class Watch:
                     who = f"rank {record['rank']} on {record['host']}"
                     return PeerEnded(record["code"], f"{who} ended the run: {record['reason']}")
         for rank, record in self._board.read(self._neighbours).items():
+            if record.ended and record.process.get("start") == self._record.process["start"]:
+                return PeerEnded(record.ended, f"{record.who} ended the run: {record.reason}")  # before we came
             if record != self._earlier.get(rank) and is_dead(record):
                 stacks = self._board.stacks(rank)
                 if stacks.exists() and stacks.stat().st_size:
@@ -179,13 +183,15 @@ class Watch:
         after = self._board.read(range(self._world))
         return f"no progress for {idle_s:.0f} s: {blame(before, after, self._world)}; stacks in {self._board.folder}"
 
+    def _dump(self) -> None:
+        if self._stacks is not None:
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self._stacks.flush()
+
     def _leave(self, code: int, reason: str) -> None:
         """End this process from beside its main thread, which cannot."""
         if self._stop.is_set():  # it has just got out by itself
             return
-        if self._stacks is not None:
-            faulthandler.dump_traceback(self._stacks, all_threads=True)
-            self._stacks.flush()
         if self._end(code, reason):
             print(f"rank {self._record.rank}: {reason}", file=sys.stderr, flush=True)
         self._record = replace(self._record, ended=code, reason=reason[:300])

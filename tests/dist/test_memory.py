@@ -1,12 +1,11 @@
 """Weights go straight into shards: while a sharding engine loads, a rank never holds the whole model."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from harness import ROOT, run
+from harness import ROOT, run, torchrun
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 
@@ -24,17 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_a_rank_never_holds_the_whole_model(model: Path, tmp_path: Path, engine: str) -> None:
     out = tmp_path / "facts"
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
     worker = [str(ROOT / "tests/dist/memory_worker.py"), engine, str(model), str(out)]
-    done = run([*torchrun, "--nproc-per-node", "2", *worker])
+    done = run([*torchrun(2), *worker])
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         facts = json.loads(Path(f"{out}.{rank}").read_text())

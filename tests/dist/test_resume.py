@@ -27,6 +27,7 @@ QUICK = [("zero3", 2), ("fsdp2", 2)]
 SAVED, TARGETS = (LAYOUTS, LAYOUTS) if GRID_FILE else (QUICK, [*QUICK, ("solo", 1)])
 PER_LAUNCH = 48
 """Cases of one launch: libraries keep something of every run, so memory grows with their number."""
+FOUR = [("zero3", 2), ("fsdp2", 4)]
 BOUNDS = {"full": 1e-5, "full-8bit": 2e-2, "lora": 1e-5, "qlora": 1e-5}
 """Relative difference of losses after the cut, on another layout. 8-bit blocks are cut elsewhere, and rounded anew."""
 
@@ -54,8 +55,8 @@ def launched(
 class Grid:
     """Runs each layout once uninterrupted and once stopped after CUT steps, in one launch."""
 
-    def __init__(self, bench: Bench, layouts: list[tuple[str, int]]) -> None:
-        self.bench, self.layouts = bench, layouts
+    def __init__(self, bench: Bench, layouts: list[tuple[str, int]], name: str = "g") -> None:
+        self.bench, self.layouts, self.name = bench, layouts, name
         self.whole: dict[str, dict[str, Run]] = {}
         for layout in layouts:
             cases, extra = {}, {}
@@ -64,14 +65,14 @@ class Grid:
                 extra[f"cut-{method}"] = {
                     "fault": f"term:rank={layout[1] - 1},point=step,step={CUT};raise:point={method}"
                 }
-            runs = launched(bench, layout[1], cases, tag=f"g-{label(layout)}", extra=extra)
+            runs = launched(bench, layout[1], cases, tag=f"{name}-{label(layout)}", extra=extra)
             for method in METHODS:
                 said = runs[f"cut-{method}"].error
                 assert f"Preempted: stopped by SIGTERM after step {CUT}; the state is saved" in said, (method, said)
             self.whole[label(layout)] = {method: runs[f"whole-{method}"] for method in METHODS}
 
     def checkpoint(self, layout: tuple[str, int], method: str) -> Path:
-        return self.bench.folder / f"runs/g-{label(layout)}-cut-{method}/checkpoints/step-{CUT:08d}"
+        return self.bench.folder / f"runs/{self.name}-{label(layout)}-cut-{method}/checkpoints/step-{CUT:08d}"
 
     def resumed(self, layout: tuple[str, int]) -> dict[tuple[str, str], Run]:
         """Under `layout`, from every layout's checkpoint: (saved under, method) -> run."""
@@ -81,7 +82,7 @@ class Grid:
                 name = f"from-{label(saved)}-{method}"
                 cases[name] = overrides(layout, method)
                 extra[name] = {"resume": str(self.checkpoint(saved, method))}
-        runs = launched(self.bench, layout[1], cases, tag=f"r-{label(layout)}", extra=extra)
+        runs = launched(self.bench, layout[1], cases, tag=f"{self.name}r-{label(layout)}", extra=extra)
         return {(label(s), m): runs[f"from-{label(s)}-{m}"] for s in self.layouts for m in METHODS}
 
 
@@ -134,15 +135,39 @@ def gap(run: Run, reference: Run) -> float:
     return max(abs(ours[r["step"]] - r["loss"]) / abs(r["loss"]) for r in reference.steps if r["step"] in ours)
 
 
+@pytest.fixture(scope="module")
+def grid_of_four(bench: Bench) -> Grid:
+    return Grid(bench, FOUR, name="four")
+
+
+@pytest.mark.row(16)
 @pytest.mark.parametrize("layout", TARGETS, ids=label)
 def test_continues_from_every_layout(
     grid: Grid, cells: dict[tuple[str, str, str], float], layout: tuple[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    cells |= continues(grid, layout, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.row(16)
+@pytest.mark.parametrize("layout", [*FOUR, ("solo", 1)], ids=label)
+def test_four_ranks_become_two_or_one_and_two_become_four(
+    grid_of_four: Grid, layout: tuple[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    continues(grid_of_four, layout, capsys)
+
+
+def continues(
+    grid: Grid, layout: tuple[str, int], capsys: pytest.CaptureFixture[str]
+) -> dict[tuple[str, str, str], float]:
+    """(saved under, continued under, method) -> largest relative difference of a loss."""
+    cells = {}
     worst = {}
     for (saved, method), run in grid.resumed(layout).items():
         whole = grid.whole[saved][method]
         worst[f"{saved} -> {label(layout)} {method}"] = (gap(run, whole), BOUNDS[method])
         cells[saved, label(layout), method] = gap(run, whole)
+        assert [r["tokens"] for r in run.steps] == whole.column("tokens")[CUT:], "the same samples in every step"
         if saved == label(layout):
             exact = [(r["loss"], r["grad_norm"], r["lr"]) for r in run.steps]
             assert exact == [(r["loss"], r["grad_norm"], r["lr"]) for r in whole.steps[CUT:]], (saved, method)
@@ -152,8 +177,10 @@ def test_continues_from_every_layout(
         for name, (value, _) in worst.items():
             print(f"resume {name}: {value:.1e}")
     assert all(value < bound for value, bound in worst.values()), worst
+    return cells
 
 
+@pytest.mark.row(20)
 def test_the_same_command_continues_and_then_says_complete(grid: Grid) -> None:
     """`--resume auto`: the stopped run, started again by its own command line, ends as the uninterrupted one did."""
     layout = grid.layouts[0]
@@ -171,6 +198,7 @@ def test_the_same_command_continues_and_then_says_complete(grid: Grid) -> None:
     assert {p: p.stat().st_mtime_ns for p in before} == before, "nothing was done again"
 
 
+@pytest.mark.row(18, 19)
 def test_a_changed_run_is_refused_or_asked_about(grid: Grid, bench: Bench) -> None:
     layout = ("solo", 1)
     source = str(grid.checkpoint(grid.layouts[0], "full"))

@@ -63,6 +63,7 @@ def test_clipping_was_active_and_the_model_learnt(solo: dict[str, Run]) -> None:
     assert full.evals[-1]["eval_loss"] < full.evals[0]["eval_loss"] - 0.5
 
 
+@pytest.mark.row(36)
 def test_final_loads_in_plain_transformers_and_generates(layout: dict[str, Run], bench: Bench) -> None:
     for method in METHODS:
         run = layout[f"{method}-packed-micro1"]

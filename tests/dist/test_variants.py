@@ -1,6 +1,8 @@
 """What trades memory or speed changes neither the loss nor the norm; and what must stop a run stops all of it."""
 
+import contextlib
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -90,6 +92,7 @@ def test_savers_keep_the_loss_when_sharded(sharded: dict[str, Run], solo: dict[s
     assert relative(sharded["bf16"].column("loss"), solo["bf16"].column("loss")) < 0.01
 
 
+@pytest.mark.row(22)
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
     sharded: dict[str, Run], bench: Bench
 ) -> None:
@@ -145,16 +148,22 @@ def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs/tiny-full/final/model.safetensors").is_file()
 
 
+@pytest.mark.row(40)
 def test_distft_train_starts_its_processes_and_refuses_before_it_does(bench: Bench) -> None:
+    """Also while the port that launchers use by default is taken."""
     cli = [sys.executable, "-m", "distft.cli", "train", str(bench.recipe), "--nproc", "2", "--set", 'name="cli"']
     wrong = run([*cli, "--set", "optim.learning_rat=1"])
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
-    done = run([*cli, "--set", "engine.name='fsdp2'", "--set", "train.max_steps=3"])
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # somebody else has it already
+            held.enter_context(socket.create_server(("localhost", 29500)))
+        done = run([*cli, "--set", "engine.name='fsdp2'", "--set", "train.max_steps=3"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((bench.folder / "runs/cli/manifest.json").read_text())["world"] == 2
 
 
+@pytest.mark.row(32)
 def test_a_fault_is_not_a_traceback(bench: Bench) -> None:
     broken = bench.folder / "broken.toml"
     broken.write_text(bench.recipe.read_text().replace("learning_rate", "learning_rat"))

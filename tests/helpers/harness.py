@@ -1,17 +1,26 @@
 """Starts real multi-process runs and reads what they left behind."""
 
+import contextlib
+import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from distft.demo.files import locate_path
+from distft.watch.records import Board, Record
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -124,17 +133,7 @@ console = "off"
             for name, overrides in cases.items()
         ]
         plan.write_text(json.dumps({"cases": listed, "results": str(results)}))
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-        ]
-        command = [*torchrun, "--nproc-per-node", str(world), str(ROOT / "tests/dist/worker.py"), str(plan)]
-        done = run(command, timeout_s=timeout_s)
+        done = run([*torchrun(world), str(ROOT / "tests/dist/worker.py"), str(plan)], timeout_s=timeout_s)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
         return {name: Run.read(said, done.stderr) for name, said in json.loads(results.read_text()).items()}
 
@@ -162,12 +161,145 @@ class Run:
         return [record[name] for record in self.steps]
 
 
-def run(command: list[str], *, timeout_s: float = 600.0, **env: str) -> subprocess.CompletedProcess[str]:
-    """A command in the project's root, one thread per process, its output captured."""
+@dataclass(frozen=True)
+class End:
+    """What two runs must agree on to have been the same: the order of samples shows in losses and tokens."""
+
+    losses: tuple[float, ...]
+    """Of every step; a step that was made twice is there twice."""
+    tokens: tuple[float, ...]
+    """Consumed up to every step."""
+    tensors: str
+    """sha256 of the final weights."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run on two processes, started again and again by one command line: under torchrun, or see `forks`."""
+
+    bench: Bench
+    name: str
+    engine: str = "zero3"
+    settings: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return self.bench.folder / "runs" / self.name
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of `python -m distft.train`."""
+        settings = [f'name="{self.name}"', f'engine.name="{self.engine}"', "train.micro_batch_size=1"]
+        out = [str(self.bench.recipe)]
+        for setting in [*settings, "checkpoint.every_steps=2", *self.settings]:
+            out += ["--set", setting]
+        return out
+
+    def start(self, *, fault: str = "", ignoring_usr1: bool = False) -> "Launch":
+        """`ignoring_usr1`: as a batch script starts torchrun, whose agent would die of it."""
+        trap = ["bash", "-c", 'trap "" USR1; exec "$@"', "bash"] if ignoring_usr1 else []
+        return Launch([*trap, *torchrun(2), "-m", "distft.train", *self.arguments], DISTFT_FAULT=fault)
+
+    def run(self, *, fault: str = "", timeout_s: float = 240.0) -> "Ended":
+        """Start it and wait for its end, which no process of it may outlive."""
+        with self.start(fault=fault) as launch:
+            return launch.end(timeout_s)
+
+    def exit(self) -> dict:
+        return json.loads((self.folder / "exit.json").read_text())
+
+    def records(self) -> dict[int, Record]:
+        """What each rank last said of itself."""
+        return Board(self.folder / "ranks", 0).read(range(2))
+
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name[-8:]) for path in (self.folder / "checkpoints").glob("step-" + 8 * "[0-9]"))
+
+    def result(self) -> End:
+        said = Run.read({"folder": str(self.folder)})
+        tensors = hashlib.sha256((self.folder / "final/model.safetensors").read_bytes()).hexdigest()
+        return End(tuple(said.column("loss")), tuple(said.column("tokens")), tensors)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A launch that is over."""
+
+    code: int
+    stderr: str
+
+
+class Launch:
+    """Processes that are running; whatever is left of them is killed at the end of the `with`."""
+
+    MARK = "DISTFT_TEST_LAUNCH"
+
+    def __init__(self, command: Sequence[str], **env: str) -> None:
+        self._mark = uuid.uuid4().hex
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the launch
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(**env, **{self.MARK: self._mark}), stdout=self._said, stderr=self._said
+        )
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for pid in self.alive():
+            self.kill(pid)
+        self.process.wait()
+        self._said.close()
+
+    def alive(self) -> list[int]:
+        """Every living process of this launch, however it is related to the first."""
+        mark = f"{self.MARK}={self._mark}".encode()
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
+
+    def kill(self, pid: int) -> None:
+        """At once, if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def end(self, timeout_s: float = 240.0) -> Ended:
+        """Wait until all processes are gone."""
+        until(lambda: self.process.poll() is not None, timeout_s, self.stderr)
+        until(lambda: not self.alive(), 30, self.stderr)
+        return Ended(self.process.returncode, self.stderr())
+
+    def stderr(self) -> str:
+        """What all processes have printed so far."""
+        return Path(f"/proc/self/fd/{self._said.fileno()}").read_text(errors="replace")
+
+
+def until(happened: Callable[[], object], timeout_s: float = 120.0, said: Callable[[], str] = str) -> None:
+    """Wait for something to be true; `said` is what went before if it never is."""
+    end = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < end, f"waited {timeout_s:.0f} s in vain\n{said()[-4000:]}"
+        time.sleep(0.02)
+
+
+def torchrun(world: int) -> list[str]:
+    """The launcher's part of a command line, on a free port: runs beside each other do not meet."""
+    elastic = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+    return [*elastic, "--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(world)]
+
+
+def environment(**env: str) -> dict[str, str]:
+    """One thread per process, this checkout's code, and nothing of a launcher that may have started the tests."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "MASTER_"))}
-    environment = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | env
+    return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | env
+
+
+def run(command: list[str], *, timeout_s: float = 600.0, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command in the project's root, its output captured."""
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+        command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout_s, check=False
     )
 
 

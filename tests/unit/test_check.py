@@ -90,6 +90,7 @@ def test_json_says_the_same(recipe: Path, capsys: pytest.CaptureFixture[str]) ->
     assert said["recipe"]["data"]["packing"] is False
 
 
+@pytest.mark.row(25)
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [

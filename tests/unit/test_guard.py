@@ -46,6 +46,7 @@ class Told:
         return updated
 
 
+@pytest.mark.row(22, 23)
 def test_a_number_that_is_not_finite_stops_the_run_by_default() -> None:
     run = Told()
     assert run.step(3.0)
@@ -55,6 +56,7 @@ def test_a_number_that_is_not_finite_stops_the_run_by_default() -> None:
         run.step(2.0, NAN)
 
 
+@pytest.mark.row(22, 23)
 def test_skipping_has_an_end() -> None:
     run = Told(non_finite="skip", patience=2)
     assert [run.step(loss) for loss in (3.0, NAN, NAN, 3.0, NAN, NAN)] == [True, False, False, True, False, False]
@@ -118,6 +120,7 @@ def timings(data: list[float], probe: list[float]) -> list[Timing]:
     ]
 
 
+@pytest.mark.row(42)
 def test_the_slow_rank_is_named_with_its_host_and_by_how_much() -> None:
     assert slow_rank(timings([0.1, 0.1, 0.9, 0.1], [0.002] * 4), 1.5) == (
         "rank 2 (node2, cuda:0) took 900.0 ms for waiting for its data, the others 100.0 ms"
@@ -126,6 +129,7 @@ def test_the_slow_rank_is_named_with_its_host_and_by_how_much() -> None:
     assert said == "rank 1 (node1, cuda:0) took 5.0 ms for a fixed piece of arithmetic, the others 2.0 ms"
 
 
+@pytest.mark.row(42)
 def test_even_ranks_and_noise_are_not_called_slow() -> None:
     assert slow_rank(timings([0.5, 0.6], [0.002, 0.0025]), 1.5) is None
     assert slow_rank(timings([0.001, 0.01], [0.002, 0.002]), 1.5) is None, "ten times nothing is nothing"

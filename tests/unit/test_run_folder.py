@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -75,20 +76,24 @@ def test_a_disk_that_fails_at_the_end_does_not_hide_the_error(tmp_path: Path) ->
 
 
 def refused(path: Path) -> str:
+    began = time.monotonic()
     with pytest.raises(FileSystemError) as said:
         RunFolder(path, writes=True)
+    assert time.monotonic() - began < 2
     assert said.value.exit_code == 8
     assert str(said.value).startswith(f"{path}: cannot be written (")
     assert str(said.value).endswith("choose another output_dir (--output-dir DIR)")
     return str(said.value)
 
 
+@pytest.mark.row(31)
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     assert "(File exists)" in refused(tmp_path / "run")
     assert "(Not a directory)" in refused(tmp_path / "run" / "inside")
 
 
+@pytest.mark.row(31)
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
 def test_a_place_that_takes_no_files() -> None:
     """/proc takes none from anybody, root included."""
@@ -96,6 +101,7 @@ def test_a_place_that_takes_no_files() -> None:
     refused(Path("/proc/self"))
 
 
+@pytest.mark.row(31)
 def test_missing_parents_are_made_and_nothing_is_left_of_the_probe(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a/b/run", writes=True)
     assert list(folder.path.iterdir()) == []

@@ -17,6 +17,7 @@ def full() -> OSError:
     return OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.row(9, 10)
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("error", [full, lambda: InjectedFault("injected")], ids=["enospc", "raise"])
@@ -56,6 +57,7 @@ def test_an_error_costs_one_save_at_most(kit, tmp_path: Path, point: str, rank: 
     assert kit.same(kit.newest(tmp_path, world=3), 6)
 
 
+@pytest.mark.row(2)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
@@ -82,6 +84,7 @@ def test_a_kill_leaves_the_old_or_the_new(kit, tmp_path: Path, point: str, rank:
     assert not [name for name in kit.names(tmp_path) if name.startswith(".")]
 
 
+@pytest.mark.row(2)
 def test_a_kill_between_replacing_and_committing(kit, tmp_path: Path) -> None:
     """Another history's step 4 has been moved out of the way, the new one is not there yet."""
     kit.filled(tmp_path, 4)
@@ -108,6 +111,7 @@ def test_a_failed_rename_brings_the_replaced_one_back(kit, tmp_path: Path, monke
     assert store.steps() == [4, 2]
 
 
+@pytest.mark.row(9)
 def test_a_disk_that_fills_up_while_torch_writes(kit, tmp_path: Path, monkeypatch) -> None:
     """A real OSError below torch.save, which wraps it in one of its own."""
     from torch.distributed.checkpoint import filesystem

@@ -51,6 +51,7 @@ def seal(step: Path) -> None:
     (step / "MANIFEST.json").write_bytes(manifest.to_bytes())
 
 
+@pytest.mark.row(37)
 def test_a_malicious_pickle_never_runs(kit, tmp_path: Path) -> None:
     crater = tmp_path / "crater"
     kit.filled(tmp_path / "c", 2, 4)
@@ -69,6 +70,7 @@ def test_a_malicious_pickle_never_runs(kit, tmp_path: Path) -> None:
     assert not crater.exists()
 
 
+@pytest.mark.row(37)
 def test_a_malicious_tensor_never_runs(kit, tmp_path: Path) -> None:
     crater = tmp_path / "crater"
     kit.filled(tmp_path / "c", 4, world=1)
@@ -105,6 +107,7 @@ def test_another_tensor_in_the_place_is_refused(kit, tmp_path: Path) -> None:
         loaded.reader.read("param/a.weight")
 
 
+@pytest.mark.row(38)
 @pytest.mark.parametrize("path", ["../evil", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\x00b", "MANIFEST.json"])
 def test_escaping_paths_are_refused(path: str) -> None:
     manifest = Manifest(step=1, world=1, engine="solo", hashes={}, files=(FileEntry(path, 1, "0" * 64),))
@@ -115,6 +118,7 @@ def test_escaping_paths_are_refused(path: str) -> None:
         parse_index(canonical(index), {"__0_0.distcp": 10})
 
 
+@pytest.mark.row(38)
 def test_a_linked_checkpoint_is_refused(kit, tmp_path: Path) -> None:
     kit.filled(tmp_path / "c", 2, 4)
     (tmp_path / "c" / "step-00000004").rename(tmp_path / "elsewhere")

@@ -33,6 +33,7 @@ def test_take_and_give_back(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.row(30)
 def test_a_live_run_is_named(tmp_path: Path) -> None:
     with RunLock(tmp_path, job="42"):
         with pytest.raises(BusyError) as caught:
@@ -42,6 +43,7 @@ def test_a_live_run_is_named(tmp_path: Path) -> None:
         assert (tmp_path / "lock.json").exists()
 
 
+@pytest.mark.row(30)
 def test_a_dead_process_is_reclaimed_at_once(tmp_path: Path) -> None:
     code = f"import os, sys; sys.path[:0] = {sys.path!r}\nfrom distft.checkpoint.lock import RunLock\n"
     code += f"from pathlib import Path\nRunLock(Path({str(tmp_path)!r})).acquire(); os.kill(os.getpid(), 9)"
@@ -53,6 +55,7 @@ def test_a_dead_process_is_reclaimed_at_once(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock.guard", "lock.json"]
 
 
+@pytest.mark.row(30)
 def test_a_reused_process_number_does_not_fool(tmp_path: Path) -> None:
     start = start_of(os.getpid())
     assert start
@@ -71,6 +74,7 @@ def test_a_zombie_is_dead() -> None:
     child.wait()
 
 
+@pytest.mark.row(30, 43)
 @pytest.mark.parametrize("where", [{"host": "elsewhere"}, {"boot_id": "other"}, {"pid_namespace": "pid:[1]"}])
 def test_another_machine_is_judged_by_its_heartbeat(tmp_path: Path, where: dict[str, str]) -> None:
     path = write(tmp_path, pid=999_999_999, **where)
@@ -93,6 +97,7 @@ def test_another_machine_is_judged_by_its_heartbeat(tmp_path: Path, where: dict[
         assert time.monotonic() - began >= 0.4
 
 
+@pytest.mark.row(43)
 def test_clocks_are_not_compared(tmp_path: Path) -> None:
     path = write(tmp_path, host="elsewhere")
     os.utime(path, (4e9, 4e9))  # a century ahead, and still silent
@@ -120,6 +125,7 @@ def test_the_heartbeat_beats_and_notices_a_theft(tmp_path: Path) -> None:
     assert lock.path.exists()  # it is the thief's
 
 
+@pytest.mark.row(30)
 @pytest.mark.parametrize("attempt", range(10))
 def test_one_of_many_wins_a_stale_lock(tmp_path: Path, attempt: int) -> None:
     write(tmp_path, process_start=1)
@@ -143,6 +149,7 @@ def test_one_of_many_wins_a_stale_lock(tmp_path: Path, attempt: int) -> None:
     won[0].release()
 
 
+@pytest.mark.row(31)
 def test_unwritable_folder(tmp_path: Path) -> None:
     with pytest.raises(FileSystemError, match="cannot be written"):
         RunLock(tmp_path / "absent").acquire()

@@ -16,6 +16,7 @@ from distft.checkpoint.store import CheckpointStore
 from distft.core.errors import CheckpointError, FileSystemError
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 3), (3, 2), (4, 1)])
 def test_any_slicing_reads_any_other(kit, tmp_path: Path, monkeypatch, before: int, after: int) -> None:
     monkeypatch.setattr(intervals.cut, "__kwdefaults__", {"chunk_bytes": 640})  # several chunks per piece
@@ -130,6 +131,7 @@ FILES = [
 ]
 
 
+@pytest.mark.row(11, 12)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete", "link"])
 @pytest.mark.parametrize("name", FILES)
 def test_every_damaged_file_is_noticed_and_named(kit, tmp_path: Path, name: str, damage: str) -> None:
@@ -162,6 +164,7 @@ def harm(path: Path, damage: str) -> None:
         path.unlink()
 
 
+@pytest.mark.row(11)
 def test_every_bit_of_a_manifest_counts(kit, tmp_path: Path) -> None:
     from distft.checkpoint.manifest import parse_manifest
 
@@ -172,6 +175,7 @@ def test_every_bit_of_a_manifest_counts(kit, tmp_path: Path) -> None:
             parse_manifest(data[:at] + bytes([data[at] ^ (1 << (at % 7))]) + data[at + 1 :])
 
 
+@pytest.mark.row(14)
 def test_all_bad_is_an_error_now_and_later(kit, tmp_path: Path) -> None:
     kit.filled(tmp_path, 2, 4)
     (tmp_path / "step-00000002" / "state.json").write_text("{}")
@@ -184,6 +188,7 @@ def test_all_bad_is_an_error_now_and_later(kit, tmp_path: Path) -> None:
         assert "MANIFEST.json is missing" in str(caught.value)
 
 
+@pytest.mark.row(13)
 def test_latest_is_only_a_hint(kit, tmp_path: Path) -> None:
     kit.filled(tmp_path, 2, 4)
     assert (tmp_path / "latest").read_text() == "step-00000004\n"
@@ -192,6 +197,18 @@ def test_latest_is_only_a_hint(kit, tmp_path: Path) -> None:
         assert kit.newest(tmp_path).step == 4
     (tmp_path / "latest").unlink()
     assert kit.newest(tmp_path).step == 4
+
+
+@pytest.mark.row(43)
+def test_the_newest_is_the_one_of_the_highest_step_whatever_the_clock_said(kit, tmp_path: Path) -> None:
+    kit.filled(tmp_path, 2, 4)
+    for step, seconds in ((2, 4e9), (4, 0)):  # a century ahead, and 1970
+        folder = tmp_path / f"step-{step:08d}"
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (seconds, seconds))
+    assert kit.newest(tmp_path).step == 4
+    kit.filled(tmp_path, 6)
+    assert CheckpointStore(tmp_path, Alone()).steps() == [6, 4], "retention goes by steps too"
 
 
 def test_no_checkpoint_is_no_error(kit, tmp_path: Path) -> None:
@@ -204,11 +221,13 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(kit, tmp_path: Path)
     assert kit.newest(tmp_path).step == 2
 
 
+@pytest.mark.row(15)
 def test_folders_that_are_not_shared(kit, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"output_dir is not shared.*rank 1 does not see"):
         kit.on_ranks(2, lambda group: CheckpointStore(tmp_path / str(group.rank), group))
 
 
+@pytest.mark.row(15)
 def test_listings_that_differ(kit, tmp_path: Path, monkeypatch) -> None:
     kit.filled(tmp_path, 2)
     with pytest.raises(CheckpointError, match="output_dir is not shared"):
@@ -222,6 +241,7 @@ def _blind_store(folder: Path, group) -> CheckpointStore:
     return store
 
 
+@pytest.mark.row(45)
 def test_retention_spares_best_verified_and_pinned(kit, tmp_path: Path) -> None:
     kit.filled(tmp_path, 1, 2, keep=3)
 
@@ -245,6 +265,7 @@ def test_retention_spares_best_verified_and_pinned(kit, tmp_path: Path) -> None:
     assert len(loaded.rejected) == 2
 
 
+@pytest.mark.row(45)
 def test_unreadable_best_deletes_nothing(kit, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, Alone())
     kit.save(store, Alone(), 1, best={"step": 1})
@@ -279,6 +300,7 @@ def test_a_rollback_replaces_later_checkpoints(kit, tmp_path: Path) -> None:
     assert not [name for name in kit.names(tmp_path) if name.startswith(".")]
 
 
+@pytest.mark.row(38)
 def test_explicit_path_is_checked_and_left_alone(kit, tmp_path: Path) -> None:
     kit.filled(tmp_path, 2, 4)
     store = CheckpointStore(tmp_path, Alone())
@@ -291,6 +313,7 @@ def test_explicit_path_is_checked_and_left_alone(kit, tmp_path: Path) -> None:
         store.load(tmp_path / "link")
 
 
+@pytest.mark.row(9)
 def test_disk_full_before_the_save(kit, tmp_path: Path, monkeypatch) -> None:
     store = CheckpointStore(tmp_path, Alone())
     kit.save(store, Alone(), 2)
@@ -301,6 +324,7 @@ def test_disk_full_before_the_save(kit, tmp_path: Path, monkeypatch) -> None:
     assert store.steps() == [2]
 
 
+@pytest.mark.row(31)
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -309,6 +333,7 @@ def test_read_only_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.row(31)
 def test_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(FileSystemError, match="File exists"):

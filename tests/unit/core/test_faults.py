@@ -37,6 +37,16 @@ def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
     injector.at("micro", rank=3)
 
 
+def test_some_may_pass_before() -> None:
+    injector = faults.Injector(faults.parse("raise:point=backward,step=5,skip=2"))
+    for _ in range(2):
+        injector.at("backward", step=5)
+        injector.at("backward", step=4)
+    with pytest.raises(faults.InjectedFault):
+        injector.at("backward", step=5)
+    injector.at("backward", step=5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -82,6 +82,7 @@ def test_padding_gives_a_constant_size_in_documents_of_their_own(rows: Prepared,
         build_batch(rows, [0, 1, 2], position=0, pad_to=4, max_length=MAX_LENGTH)
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 1), (2, 2), (4, 1), (8, 1)])
 def test_world_and_micro_batch_change_nothing(rows: Prepared, packing: bool, world: int, micro: int) -> None:
@@ -147,6 +148,7 @@ def test_fill_counts_real_tokens(rows: Prepared) -> None:
     assert packed.fill == pytest.approx(packed.tokens_per_epoch / (packed.order.per_epoch * MAX_LENGTH))
 
 
+@pytest.mark.row(25)
 def test_fewer_sequences_than_a_global_batch(rows: Prepared) -> None:
     with pytest.raises(
         DataError, match=r"the run has 60 sequences \(60 an epoch, from 60 rows\), fewer .* = 128  lower"

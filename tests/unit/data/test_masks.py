@@ -185,6 +185,7 @@ def test_what_the_template_refuses_is_the_rows_fault(tokenizer: Path, tmp_path: 
         load_renderer(tokenizer, chat_template=str(path)).render(chat)
 
 
+@pytest.mark.row(34)
 def test_no_template_names_the_built_in_ones(tokenizer: Path) -> None:
     with pytest.raises(DataError, match=r"has no chat template.*chatml, llama3, plain"):
         load_renderer(tokenizer).render(CHAT)

@@ -169,6 +169,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.row(24, 25, 26, 27, 28)
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_message_says_where_and_what(name: str, tokenizer: Path, tmp_path: Path) -> None:
     mistake = MISTAKES[name]
@@ -210,6 +211,7 @@ def test_a_hub_id_that_cannot_be_loaded(prepared: Callable[..., Any], monkeypatc
         prepared({"path": "someone/rows"})
 
 
+@pytest.mark.row(24)
 def test_skipping_counts_and_shows_bad_rows(write: Callable[..., Path], prepared: Callable[..., Any]) -> None:
     path = write([GOOD, {"messages": []}, GOOD, *[{"messages": "x"}] * 10])
     source = prepared(path, bad_rows="skip").report.sources[0]

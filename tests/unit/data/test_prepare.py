@@ -59,6 +59,7 @@ def test_files_of_one_name_are_told_apart(
     assert [result.sample_id(row) for row in (0, 1)] == [f"{path} row 1" for path in paths]
 
 
+@pytest.mark.row(27, 28)
 @pytest.mark.parametrize(
     ("policy", "kept", "dropped", "cut"),
     [
@@ -83,6 +84,7 @@ def test_long_rows(
     assert source.num_read == source.num_kept + source.num_dropped
 
 
+@pytest.mark.row(27)
 def test_the_report_counts_everything(write: Callable[..., Path], prepared: Callable[..., Prepared]) -> None:
     rows_ = [
         {"prompt": "Once up", "completion": "on a time"},
@@ -198,6 +200,7 @@ def start(tokenizer: Path, data: Path, cache: Path, mode: str = "work") -> subpr
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.row(29)
 def test_of_four_that_start_together_one_works(write: Callable[..., Path], tokenizer: Path, tmp_path: Path) -> None:
     path = write(pairs(200))
     started = [start(tokenizer, path, tmp_path / "cache") for _ in range(4)]
@@ -207,6 +210,7 @@ def test_of_four_that_start_together_one_works(write: Callable[..., Path], token
     assert {(cached, loaded) for cached, _, loaded in said} == {("False", "True"), ("True", "False")}
 
 
+@pytest.mark.row(29)
 def test_killed_midway_leaves_nothing_and_holds_nothing(
     write: Callable[..., Path], tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +232,7 @@ def test_killed_midway_leaves_nothing_and_holds_nothing(
     assert not list(cache.glob(".tmp-*"))
 
 
+@pytest.mark.row(29)
 def test_who_waited_for_a_failure_fails_without_trying(
     write: Callable[..., Path], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

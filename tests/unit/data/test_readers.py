@@ -21,12 +21,14 @@ from distft.data.samples import RowError
 from distft.data.sources import decide_format, find
 
 
+@pytest.mark.row(26)
 def test_jsonl_with_mark_crlf_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "\xc3\xa9"}\r\n')
     assert [(n, parse_line(line)) for n, line in read_jsonl(path)] == [(1, {"text": "a"}), (3, {"text": "é"})]
 
 
+@pytest.mark.row(26)
 def test_csv_with_mark_crlf_and_a_row_over_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'\xef\xbb\xbfprompt,completion\r\n"a\r\nb",c\r\n\r\nd,"e,f"\r\n')
@@ -87,6 +89,7 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     assert [number for number, _ in read_json(path)] == [1, 2]
 
 
+@pytest.mark.row(26)
 def test_a_huge_line_does_not_fill_the_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
@@ -145,6 +148,7 @@ def test_auto_decides_by_the_first_rows_it_can_read(write: Callable[..., Path]) 
     assert decide_format(find(table_of(path).train[0])).name == "alpaca"
 
 
+@pytest.mark.row(24, 26)
 def test_bad_rows_beyond_utf8_can_be_skipped_too(write: Callable[..., Path], prepared: Callable[..., Any]) -> None:
     path = write([{"text": "a"}])
     path.write_bytes(path.read_bytes() + b'{"text": "\xe9"}\n{"text": "b"}\n')

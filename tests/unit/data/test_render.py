@@ -26,6 +26,7 @@ def adding(folder: Path, template: str) -> Path:
     return folder
 
 
+@pytest.mark.row(34)
 def test_text_ends_with_eos_and_is_trained_whole(tokenizer: Path) -> None:
     renderer = load_renderer(tokenizer)
     rendered = renderer.render(Text(text="The weather"))
@@ -37,6 +38,7 @@ def test_eos_already_there_is_not_doubled(tokenizer: Path) -> None:
     assert load_renderer(tokenizer).render(Text(text="Rome</s>")).ids_T.tolist().count(EOS) == 1
 
 
+@pytest.mark.row(34)
 def test_eos_is_trained_when_it_is_also_the_padding(tmp_path: Path) -> None:
     renderer = load_renderer(save_tokenizer(tmp_path / "t", pad_token="</s>"), chat_template="plain")
     for sample in (Text(text="Rome"), PromptCompletion(prompt="Rome", completion=" is")):
@@ -111,6 +113,7 @@ def test_many_equal_one_by_one(tokenizer: Path) -> None:
         assert many[at].ids_T.tolist() == renderer.render(samples[at]).ids_T.tolist()
 
 
+@pytest.mark.row(34)
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'no end-of-sequence token.*"eos_token" in tokenizer_config\.json'):
         load_renderer(save_tokenizer(tmp_path / "t", eos_token=None))
@@ -126,6 +129,16 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="cannot be loaded"):
         load_renderer(folder)
+
+
+@pytest.mark.row(39)
+def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    folder = save_tokenizer(tmp_path / "t", **own)
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'crater')!r})\nclass OwnTokenizer: pass\n")
+    with pytest.raises(DataError, match=r"cannot be loaded: .*trust_remote_code|contains custom code"):
+        load_renderer(folder)
+    assert not (tmp_path / "crater").exists()
 
 
 def test_truncation_stored_in_the_tokenizer_is_ignored(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_solo_is_one_process() -> None:
         chosen("solo")
 
 
+@pytest.mark.row(32)
 @NEEDS_DEEPSPEED
 @pytest.mark.parametrize("wants", ["deepspeed", "fsdp"])
 def test_an_optimizer_of_whole_matrices_is_not_given_pieces(wants: str) -> None:

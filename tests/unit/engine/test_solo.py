@@ -107,6 +107,7 @@ def test_a_step_reports_what_it_did(tiny_config: Path) -> None:
     assert all(p.grad is None for p in engine.model.parameters())
 
 
+@pytest.mark.row(22)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_loss_that_is_not_finite_changes_no_weight_and_names_its_rows(tiny_config: Path, dtype: str) -> None:
     engine = opened(tiny_config, dtype=dtype)
@@ -126,6 +127,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_names_its_rows(tiny_con
     assert all(p.grad is None for p in engine.model.parameters())
 
 
+@pytest.mark.row(23)
 def test_gradients_that_overflow_change_no_weight(tiny_config: Path) -> None:
     engine = opened(tiny_config)
     engine.model.get_parameter("lm.lm_head.weight").register_hook(lambda grad: grad * float("inf"))

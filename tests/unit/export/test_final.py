@@ -100,6 +100,7 @@ def test_several_files_and_their_index(source: Path, tmp_path: Path, monkeypatch
     same_as_source(tmp_path / "final", source)
 
 
+@pytest.mark.row(36)
 def test_a_gathered_tensor_of_the_wrong_shape_is_not_saved(source: Path, tmp_path: Path) -> None:
     engine, _, shapes = opened(source)
     shapes["model.norm.weight"] = ((65,), torch.float32)
@@ -129,6 +130,7 @@ def test_what_fails_half_way_leaves_the_older_folder_as_it_was(source: Path, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["final"], "what a failed attempt left aside is gone"
 
 
+@pytest.mark.row(36)
 @pytest.mark.parametrize("params", [{"r": 4}, {"r": 4, "target_modules": ["q_proj"], "dora": True}], ids=str)
 def test_an_adapter_that_learnt_nothing_is_refused(source: Path, tmp_path: Path, params: dict) -> None:
     engine, model, shapes = opened(source, "lora", params=params)

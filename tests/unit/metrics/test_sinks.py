@@ -31,6 +31,7 @@ EVALUATED = {"step": 2, "epoch": 0.5, "samples": 16, "tokens": 200, "tokens_loss
 # -- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(22)
 def test_jsonl_writes_one_line_at_once_and_numbers_that_json_has_not_as_text(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
@@ -42,6 +43,7 @@ def test_jsonl_writes_one_line_at_once_and_numbers_that_json_has_not_as_text(tmp
     assert [lines[1][key] for key in ("step", "loss", "grad_norm", "mfu")] == [2, "nan", "inf", "-inf"]
 
 
+@pytest.mark.row(10)
 def test_a_full_disk_costs_lines_never_the_run(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.write(record(1))

@@ -134,6 +134,7 @@ def copied(saved: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.row(37)
 def test_pickled_weights_are_refused(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     folder.mkdir()
@@ -143,6 +144,7 @@ def test_pickled_weights_are_refused(saved: Path, tmp_path: Path) -> None:
         build(folder, init="pretrained")
 
 
+@pytest.mark.row(33)
 def test_missing_weights_shards_and_folders(saved: Path, tmp_path: Path) -> None:
     folder = copied(saved, tmp_path / "broken")
     gone = sorted(folder.glob("model-*.safetensors"))[0]
@@ -171,6 +173,7 @@ def test_weights_of_another_model(saved: Path, tmp_path: Path) -> None:
         build(folder, init="pretrained")
 
 
+@pytest.mark.row(39)
 def test_remote_code_is_not_run(saved: Path, tmp_path: Path) -> None:
     folder = copied(saved, tmp_path / "remote")
     config = json.loads((folder / "config.json").read_text())

@@ -18,6 +18,7 @@ def test_counts_micro_batches(parse: Parse, minimal: str) -> None:
     assert check_world(parse(minimal + "[train]\nmicro_batch_size = 4\n"), 8) == 2
 
 
+@pytest.mark.row(17)
 def test_lists_what_fits(parse: Parse, minimal: str) -> None:
     recipe = parse(minimal + "[train]\nglobal_batch_size = 48\n")
     with pytest.raises(RecipeError) as caught:
@@ -29,6 +30,7 @@ def test_lists_what_fits(parse: Parse, minimal: str) -> None:
     assert "or global_batch_size = 30 or 60" in str(problem)
 
 
+@pytest.mark.row(17)
 def test_lists_world_sizes(parse: Parse, minimal: str) -> None:
     with pytest.raises(RecipeError, match=r"numbers of processes that fit: 1, 2, 4, 8, 16, 32, 64; "):
         check_world(parse(minimal), 6)

@@ -230,6 +230,7 @@ WHOLE = {
 CASES = {name: (BASE + text, *parts) for name, (text, *parts) in ADDED.items()} | WHOLE
 
 
+@pytest.mark.row(32, 38)
 @pytest.mark.parametrize(
     ("text", "parts"), [pytest.param(text, parts, id=name) for name, (text, *parts) in CASES.items()]
 )
@@ -258,6 +259,7 @@ def test_the_whole_message(parse: Parse) -> None:
     ]
 
 
+@pytest.mark.row(32)
 def test_all_mistakes_are_reported_together(parse: Parse) -> None:
     """Also those between keys of tables that have other mistakes, and without echoes of them."""
     text = """\

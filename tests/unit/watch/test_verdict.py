@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from distft.watch.records import Board, Record
 from distft.watch.verdict import blame
 
@@ -18,6 +20,7 @@ def looks(*records: Record, frozen: tuple[int, ...] = ()) -> tuple[dict, dict]:
     return before, after
 
 
+@pytest.mark.row(41)
 def test_a_frozen_rank_is_named_with_its_host_and_phase() -> None:
     said = blame(*looks(record(0), record(1), record(2, device="cuda:0", phase="forward"), frozen=(2,)), 3)
     assert said == (
@@ -26,6 +29,7 @@ def test_a_frozen_rank_is_named_with_its_host_and_phase() -> None:
     )
 
 
+@pytest.mark.row(41)
 def test_a_rank_that_is_not_inside_a_collective_holds_the_others_up() -> None:
     said = blame(*looks(record(0), record(1, waits=False, at="rows.py:3 read"), record(2)), 3)
     assert (

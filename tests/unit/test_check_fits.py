@@ -1,0 +1,80 @@
+"""A checkpoint against the run that wants to continue it: refused, asked about, or none of its business."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distft import load_recipe
+from distft.core.errors import CheckpointError, DataError
+from distft.resume import about, check_fits
+
+WHERE = Path("runs/run/checkpoints/step-00000004")
+ROWS = {"train": "ab" * 32}
+Says = Callable[..., dict]
+
+
+@pytest.fixture
+def says(tmp_path: Path) -> Says:
+    """What a checkpoint of a small recipe, with these keys set, says of its run."""
+    path = tmp_path / "run.toml"
+    sources = "".join(f'[[data.train]]\npath = "{name}.jsonl"\n' for name in ("train", "more"))
+    path.write_text(f'name = "run"\n[model]\npath = "base"\n{sources}')
+
+    def of(*overrides: str, rows: dict[str, str] = ROWS, base: str = "") -> dict:
+        return about(load_recipe(path, overrides=overrides), rows, base, 10)
+
+    return of
+
+
+@pytest.mark.row(18)
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("seed=7", "seed: 42 -> 7"),
+        ("data.max_length=512", "data.max_length: 2048 -> 512"),
+        ("train.global_batch_size=32", "train.global_batch_size: 64 -> 32"),
+        ("optim.betas=[0.9, 0.95]", "optim.betas: "),
+        ("data.train.1.weight=2.0", r"weight and share of [[data.train]]: "),
+    ],
+)
+def test_what_would_break_the_run_is_refused_even_when_asked_for(says: Says, change: str, line: str) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        check_fits(says(), says(change), WHERE, allow_changes=True)
+    assert "the recipe has changed in a way that this checkpoint cannot continue" in str(refused.value)
+    assert f"\n  {line}" in str(refused.value)
+    assert "--resume never" in str(refused.value)
+    assert refused.value.exit_code == 4
+
+
+@pytest.mark.row(18)
+def test_what_may_change_needs_a_flag_and_is_then_told(says: Says) -> None:
+    changed = says("optim.learning_rate=1e-5", "train.max_grad_norm=0.5", "schedule.warmup_steps=3")
+    with pytest.raises(CheckpointError, match="if that is meant, say --allow-changes") as asked:
+        check_fits(says(), changed, WHERE, allow_changes=False)
+    for key in ("optim.learning_rate", "train.max_grad_norm", "schedule.warmup_steps"):
+        assert f"\n  {key}: " in str(asked.value)
+    told = check_fits(says(), changed, WHERE, allow_changes=True)
+    assert [line.partition(":")[0] for line in told if "learning_rate" in line] == ["optim.learning_rate"]
+
+
+@pytest.mark.row(18)
+def test_what_changes_no_number_is_let_through(says: Says) -> None:
+    changed = says('engine.name="zero3"', "train.micro_batch_size=2", "log.every_steps=5", "checkpoint.keep=5")
+    told = check_fits(says(), changed, WHERE, allow_changes=False)
+    assert {line.partition(":")[0] for line in told} >= {"engine.name", "train.micro_batch_size", "log.every_steps"}
+    assert check_fits(says(), says(), WHERE, allow_changes=False) == []
+
+
+@pytest.mark.row(19)
+def test_other_rows_are_a_fault_of_the_data(says: Says) -> None:
+    with pytest.raises(
+        DataError, match=r"was trained on other rows \(sha256 abababababab…, now cdcdcdcdcdcd…\)"
+    ) as said:
+        check_fits(says(), says(rows={"train": "cd" * 32}), WHERE, allow_changes=True)
+    assert said.value.exit_code == 3
+
+
+def test_an_adapter_belongs_to_its_base(says: Says) -> None:
+    with pytest.raises(CheckpointError, match="its adapter belongs to other base weights"):
+        check_fits(says(base="one"), says(base="another"), WHERE, allow_changes=True)
