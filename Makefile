@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-dist test-faults test-resume test-all test-gpu golden schema clean
+.PHONY: try test setup fmt check test-unit test-dist test-faults test-cluster test-resume test-all test-gpu golden schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
 	$(BIN)/python -m distft.demo.tour
 
-# The fast part on all cores, then the part that starts processes of its own.
-test: test-unit test-dist
+# The fast part on all cores, then the parts that start processes of their own.
+test: test-unit test-dist test-cluster
 
 setup: $(VENV)/.done
 
@@ -34,7 +34,7 @@ check: setup
 	$(BIN)/ruff check distft tests
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/codespell distft tests docs recipes launch README.md CHANGELOG.md
+	$(BIN)/codespell distft tests docs recipes launch cluster README.md CHANGELOG.md
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract tests/recipes -n auto -m "not slow and not gpu"
@@ -46,6 +46,11 @@ test-dist: setup
 FAULT_TABLE ?= docs/results/2026-11-25-fault-matrix.md
 test-faults: setup
 	$(BIN)/python -m pytest tests -m "row and not gpu" --fault-table $(FAULT_TABLE)
+
+# Against a real Slurm of some nodes on this machine; skipped, with the reason, where it is not installed. The tests wait
+# more than they compute, so several run at a time, each process with a Slurm of its own.
+test-cluster: setup
+	$(BIN)/python -m pytest tests/cluster -n 3 -m "not slow"
 
 # Every engine's checkpoint on 1 to 4 processes under every engine on 1 to 4: the difference of losses per cell.
 test-resume: setup

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 AUTO_MICRO_TOKENS = 8192
 """`micro_batch_size = "auto"` fills a micro-batch up to this many tokens: enough rows for full-speed products."""
+
+PREPARING_SAYS_S = 10.0
+"""Seconds between two words on how many rows are prepared."""
 
 Say = Callable[[str], None]
 
@@ -82,7 +87,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     table = located.data
     tokenizer, revision = _tokenizer(located)
     common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(table)}
-    common["progress"] = lambda rows: _preparing(rows, say)
+    common["progress"] = _Preparing(say)
     common["waiting"] = lambda: PULSE.at("rows", patient=True)
     rows = prepare(table, table.train, split="train", **common)
     micro = cut.micro_batch_size
@@ -115,10 +120,22 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     )
 
 
-def _preparing(rows: int, say: Say) -> None:
-    PULSE.at("rows")
-    if rows % 10_000 == 0:
-        say(f"preparing rows: {rows:,}")
+class _Preparing:
+    """Says now and then how far it is, and lets a preempted process go: preparing may outlast the grace period."""
+
+    def __init__(self, say: Say) -> None:
+        self._say, self._said_at = say, -math.inf
+
+    def __call__(self, rows: int) -> None:
+        """Called after every few rows.
+
+        Raises:
+            Preempted: this process has been asked to stop.
+        """
+        PULSE.at("rows")
+        if time.monotonic() - self._said_at >= PREPARING_SAYS_S:
+            self._said_at = time.monotonic()
+            self._say(f"preparing rows: {rows:,}")
 
 
 def _tokenizer(located: Recipe) -> tuple[str, str | None]:

@@ -1,0 +1,190 @@
+"""The batch script's process: `python -m distft.cluster.batch RECIPE [train options]`, inside a Slurm job.
+
+Starts the run's processes on the job's nodes, passes Slurm's warning (`--signal=B:USR1@SECONDS`) on to them, and when
+they have ended asks `distft.cluster.verdict` whether the job goes back into the queue. Everything it decides is said in
+the job's output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from distft.cluster import asked, slurm, step, verdict
+from distft.cluster.starts import End, Start, Starts
+from distft.cluster.verdict import Ended, Phase, Then, Verdict
+from distft.core.errors import DistftError, MachineError
+from distft.run_folder import RunFolder
+
+LAST_WAIT_S = 60.0
+"""After a requeue Slurm ends us; if it has not by then, we end by ourselves."""
+
+
+class Warned:
+    """What Slurm has told this process by signals; nothing else happens inside a handler."""
+
+    def __init__(self) -> None:
+        self.to_stop = False
+        """SIGUSR1: the time limit or a preemption is near."""
+        self.ending = False
+        """SIGTERM: Slurm is ending the job, its processes have had the signal too."""
+
+    def install(self) -> None:
+        """Take over the signals."""
+        signal.signal(signal.SIGUSR1, self._to_stop)
+        signal.signal(signal.SIGTERM, self._ending)
+
+    def _to_stop(self, number: int, frame: FrameType | None) -> None:
+        self.to_stop = True
+
+    def _ending(self, number: int, frame: FrameType | None) -> None:
+        self.ending = True
+
+
+def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> int:
+    """One start of the job from begin to end; returns the job's exit code.
+
+    Raises:
+        DistftError: it cannot be started; the job ends, and is not requeued.
+    """
+    want = asked.read(argv)
+    given = slurm.allocation(env, slurm.host_names(env.get("SLURM_JOB_NODELIST", "")))
+    run_dir = RunFolder(want.recipe.run_dir, writes=True).path
+    starts = Starts(run_dir)
+    num_nodes = asked.nodes_that_divide(want.recipe, len(given.nodes), given.per_node)
+    _say_where(want, given, num_nodes, starts.checkpoint())
+    if starts.stalled(given.job) > want.max_stalled:  # lost nodes come back here without a verdict
+        _say(f"job {given.job} {verdict.stall_text(starts.stalled(given.job))}")
+        return verdict.CRASHED
+    starts.add(
+        Start(
+            job=given.job,
+            restart=given.restart,
+            nodes=list(given.nodes[:num_nodes]),
+            processes=num_nodes * given.per_node,
+            checkpoint=starts.checkpoint(),
+        )
+    )
+    before = verdict.read_exit(run_dir)
+    train = asked.without_resume(want.train) if _got_on(run_dir, given.job, starts) else want.train
+    port = slurm.rendezvous_port(given.job, given.restart)
+    _say(f"processes meet at {given.nodes[0]}:{port}")
+    status = _run(
+        step.command(want.launcher, given, num_nodes, train, port), step.environment(env, given, port), warned
+    )
+    decided = verdict.judge(
+        Ended(
+            status=status,
+            record=verdict.record_of(before, verdict.read_exit(run_dir)),
+            asked=warned.to_stop,
+            stop_file=(run_dir / "STOP").exists(),
+            phase=_phase(given.job, warned),
+            stalled=starts.stalled(given.job),
+            max_stalled=want.max_stalled,
+        )
+    )
+    starts.add(
+        End(
+            job=given.job,
+            restart=given.restart,
+            code=decided.code,
+            reason=decided.reason,
+            checkpoint=starts.checkpoint(),
+            then=decided.then.value,
+        )
+    )
+    return _carry_out(decided, given.job)
+
+
+def _got_on(run_dir: Path, job: str, starts: Starts) -> bool:
+    """Whether an earlier start of this job left a checkpoint to go on from.
+
+    --resume speaks of the first start: repeated in a restart, "never" would throw away what the job has done.
+    """
+    try:
+        manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    first = next((record for record in starts.records() if record.get("job") == job), {})
+    return manifest.get("slurm_job") == job and starts.checkpoint() not in (0, first.get("checkpoint"))
+
+
+def _run(command: Sequence[str], env: Mapping[str, str], warned: Warned) -> int:
+    """Run the step to its end; its exit status."""
+    if warned.to_stop:
+        _say("asked to stop before anything was started")
+        return verdict.CRASHED
+    running, passed_on, status = step.Step(command, env), False, None
+    while status is None:
+        status = running.poll(0.5)
+        if warned.to_stop and not passed_on and status is None:
+            _say("SIGUSR1: the time limit or a preemption is near; the run finishes its step, saves and ends")
+            running.ask_to_stop()
+            passed_on = True
+    return status
+
+
+def _phase(job: str, warned: Warned) -> Phase:
+    try:
+        return slurm.phase(job)
+    except MachineError as error:
+        _say(f"Slurm does not say what it does with this job: {error}")
+        return Phase.ENDING if warned.ending else Phase.RUNNING
+
+
+def _carry_out(decided: Verdict, job: str) -> int:
+    ended = f"job {job}: the run ended with code {decided.code}"
+    _say(f"{ended}: {decided.reason}" if decided.code else ended)
+    _say(decided.why)  # before the requeue: Slurm ends this process then
+    if decided.then is Then.REQUEUE:
+        try:
+            slurm.requeue(job)
+        except MachineError as error:
+            _say(f"the requeue failed: {error}; the same sbatch command line continues the run")
+        else:
+            time.sleep(LAST_WAIT_S)
+    return decided.exit_code
+
+
+def _say_where(want: asked.Asked, given: slurm.Allocation, num_nodes: int, checkpoint: int) -> None:
+    again = f", restart {given.restart}" if given.restart else ""
+    gpus = f"{given.gpus_per_node} GPUs" if given.gpus_per_node else "no GPU"
+    _say(
+        f"job {given.job}{again}: {len(given.nodes)} node{'s' if len(given.nodes) > 1 else ''} "
+        f"({' '.join(given.nodes)}) of partition {given.partition}, each {gpus} and {given.cpus_per_node} CPUs"
+    )
+    if num_nodes < len(given.nodes):
+        batch = want.recipe.train.global_batch_size
+        _say(
+            f"{len(given.nodes) - num_nodes} of them stay idle: global_batch_size = {batch} splits over "
+            f"{num_nodes} x {given.per_node} processes, not over {len(given.nodes)} x {given.per_node}"
+        )
+    begins = f"step {checkpoint} is saved" if checkpoint else "nothing is saved yet"
+    _say(f"{num_nodes} x {given.per_node} processes by {want.launcher}, {sys.executable}")
+    _say(f"{want.recipe.source} -> {want.recipe.run_dir} ({begins})")
+
+
+def _say(line: str) -> None:
+    print(f"distft: {line}", flush=True)
+
+
+def main() -> int:
+    """`python -m distft.cluster.batch`."""
+    warned = Warned()
+    warned.install()
+    try:
+        return supervise(sys.argv[1:], os.environ, warned)
+    except DistftError as error:
+        _say(f"not started, and not requeued: {error.kind}")
+        print(error, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

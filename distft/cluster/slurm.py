@@ -1,0 +1,136 @@
+"""What Slurm gave this job, and the few things we ask Slurm to do."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distft.cluster.verdict import Phase
+from distft.core.errors import MachineError
+
+PORTS = range(20000, 32000)
+"""For the rendezvous: below what Linux hands out to outgoing connections (32768 and up)."""
+ASK_S = 30.0
+"""How long the controller may take to answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """One start of one batch job."""
+
+    job: str
+    restart: int
+    """0: the first."""
+    nodes: tuple[str, ...]
+    """Host names; the first one runs the batch script."""
+    per_node: int
+    """Processes on each."""
+    gpus_per_node: int
+    cpus_per_node: int
+    """That every node has at least."""
+    partition: str
+
+    @property
+    def cpus_per_process(self) -> int:
+        """A process's share of its node."""
+        return max(1, self.cpus_per_node // self.per_node)
+
+
+def allocation(env: Mapping[str, str], nodes: tuple[str, ...]) -> Allocation:
+    """From what Slurm exports into a batch script; `nodes` are the names that its node list stands for.
+
+    One process per GPU, whatever --ntasks-per-node says; without GPUs --ntasks-per-node, else one.
+
+    Raises:
+        MachineError: this is no batch job.
+    """
+    if "SLURM_JOB_ID" not in env:
+        raise MachineError("this is started by sbatch: sbatch [options] cluster/train.sbatch RECIPE [train options]")
+    gpus = int(env.get("SLURM_GPUS_ON_NODE", "0"))
+    per_node = gpus or int(env.get("SLURM_NTASKS_PER_NODE", "1"))
+    return Allocation(
+        job=env["SLURM_JOB_ID"],
+        restart=int(env.get("SLURM_RESTART_COUNT", "0")),  # unset in the first run
+        nodes=nodes,
+        per_node=per_node,
+        gpus_per_node=gpus,
+        cpus_per_node=_least(env.get("SLURM_JOB_CPUS_PER_NODE", "1")),
+        partition=env.get("SLURM_JOB_PARTITION", ""),
+    )
+
+
+def _least(cpus_per_node: str) -> int:
+    """The smallest of "32(x3),64": what every node has."""
+    return min(int(part) for part in re.sub(r"\(x\d+\)", "", cpus_per_node).split(","))
+
+
+def host_names(node_list: str) -> tuple[str, ...]:
+    """The names behind "node[1-3,7]".
+
+    Raises:
+        MachineError: scontrol is not there, or does not understand it.
+    """
+    return tuple(_scontrol("show", "hostnames", node_list).split())
+
+
+def phase(job: str) -> Phase:
+    """What Slurm is doing with a job that has ended a step.
+
+    The distinction matters: `scontrol requeue` would bring a job back to life that a person has just cancelled.
+    """
+    said = _scontrol("show", "job", job, "-o")
+    fields = dict(pair.split("=", 1) for pair in said.split() if "=" in pair)
+    if fields.get("JobState") == "RUNNING":
+        return Phase.RUNNING
+    return Phase.TIME_LIMIT if fields.get("Reason") == "TimeLimit" else Phase.ENDING
+
+
+def requeue(job: str, *, attempts: int = 4, wait_s: float = 10.0) -> None:
+    """Put this job back in the queue; Slurm then ends it.
+
+    Raises:
+        MachineError: Slurm refuses (--no-requeue), or its controller did not answer for a while.
+    """
+    for left in range(attempts - 1, -1, -1):
+        try:
+            _scontrol("requeue", job)
+            return
+        except MachineError:
+            if not left:
+                raise
+            time.sleep(wait_s)
+
+
+def rendezvous_port(job: str, restart: int) -> int:
+    """A port where the first process can listen: its own for each job, so that jobs on one node do not meet.
+
+    Another program may have it: then the next free one. Must be asked on the node that will listen.
+
+    Raises:
+        MachineError: none of a hundred is free.
+    """
+    first = (int(re.sub(r"\D", "", job) or 0) * 7 + restart) % len(PORTS)
+    for port in (PORTS[(first + offset) % len(PORTS)] for offset in range(100)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a finished run's connections may linger
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise MachineError(f"no free port for the rendezvous on {socket.gethostname()} near {PORTS[first]}")
+
+
+def _scontrol(*arguments: str) -> str:
+    command = ["scontrol", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MachineError(f"{' '.join(command)}: {error}") from None
+    if done.returncode:
+        raise MachineError(f"{' '.join(command)}: {done.stderr.strip() or f'status {done.returncode}'}")
+    return done.stdout

@@ -1,0 +1,85 @@
+"""The job step that runs the training processes: its command line, and the signal that passes through it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from distft.cluster.slurm import Allocation
+
+Launcher = Literal["srun", "torchrun"]
+
+SECOND_ASKING_S = 20.0
+"""A process that was still starting ignored the first signal; a third would end it at once (`distft.core.stop`)."""
+
+_SHIELD = 'trap "" USR1; export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"'
+"""Until Python has a handler, and in torchrun always, SIGUSR1 would kill; workers set their own handler anyway.
+PET_NODE_RANK is torchrun's --node-rank; nobody else reads it."""
+_ONE_GPU_PER_TASK = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND")
+"""Options of the job that would hide a node's other GPUs from a process: NCCL then cannot use peer memory."""
+
+
+def command(launcher: Launcher, given: Allocation, num_nodes: int, train: Sequence[str], port: int) -> list[str]:
+    """`srun …` with one task per process, or with one torchrun per node."""
+    own = [sys.executable, "-m", "distft.train", *train]
+    tasks, cpus = given.per_node, given.cpus_per_process
+    if launcher == "torchrun":
+        tasks, cpus = 1, given.cpus_per_process * given.per_node
+        own = [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", str(num_nodes), "--nproc-per-node", str(given.per_node)),
+            *("--master-addr", given.nodes[0], "--master-port", str(port)),
+            *own[1:],
+        ]
+    return [
+        "srun",
+        f"--nodes={num_nodes}",
+        f"--ntasks={num_nodes * tasks}",
+        f"--ntasks-per-node={tasks}",
+        f"--cpus-per-task={cpus}",  # srun no longer takes it from the job (Slurm 22.05)
+        *(["--overcommit"] if given.per_node > given.cpus_per_node else []),
+        "--kill-on-bad-exit=1",  # one process gone: the others would wait for it in a collective
+        "--label",
+        *("bash", "-c", _SHIELD, "distft"),
+        *own,
+    ]
+
+
+def environment(env: Mapping[str, str], given: Allocation, port: int) -> dict[str, str]:
+    """For the step: where the processes meet, and as many threads in each as it has CPUs."""
+    kept = {key: value for key, value in env.items() if key not in _ONE_GPU_PER_TASK}
+    threads = {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(given.cpus_per_process))}
+    return kept | threads | {"MASTER_ADDR": given.nodes[0], "MASTER_PORT": str(port)}
+
+
+class Step:
+    """A running step."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], *, again_s: float = SECOND_ASKING_S) -> None:
+        """Start it; SIGUSR1 is blocked in srun until srun waits for it, so that one sent at once is not lost."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        try:
+            self._process = subprocess.Popen(list(command), env=dict(env))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        self._again_s = again_s
+        self._again_at: float | None = None
+
+    def ask_to_stop(self) -> None:
+        """Pass the wish on to all processes, and once more after a while."""
+        self._process.send_signal(signal.SIGUSR1)
+        self._again_at = time.monotonic() + self._again_s
+
+    def poll(self, timeout_s: float) -> int | None:
+        """Its exit status, None while it runs; waits up to timeout_s."""
+        if self._again_at is not None and time.monotonic() >= self._again_at:
+            self._process.send_signal(signal.SIGUSR1)
+            self._again_at = None
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None

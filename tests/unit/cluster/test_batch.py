@@ -1,0 +1,243 @@
+"""One start of a job from begin to end, with programs in place of srun and scontrol that do as they are told."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from distft.cluster import batch
+from distft.core.errors import FileSystemError, RecipeError
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPE = str(ROOT / "recipes/tiny-full.toml")
+SCONTROL = """#!/bin/sh
+case "$1 $2" in
+  "show hostnames") echo n1; echo n2 ;;
+  "show job") cat "$0.job" ;;
+  requeue*) echo "$2" >>"$0.requeued" ;;
+esac
+"""
+
+
+@dataclass
+class Site:
+    """A folder of programs, and a run in it."""
+
+    folder: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "runs/r"
+
+    def srun(self, script: str) -> None:
+        """What srun does; it runs in the run folder."""
+        path = self.folder / "srun"
+        path.write_text(f'#!/bin/sh\necho "$@" >>"{self.folder}/srun.calls"\ncd "{self.run_dir}"\n{script}\n')
+        path.chmod(0o755)
+
+    def ends(self, code: int, reason: str = "why", status: int = 1) -> None:
+        said = json.dumps({"code": code, "reason": reason, "nonce": os.urandom(4).hex()})
+        self.srun(f"echo '{said}' >exit.json; exit {status}")
+
+    def start(
+        self,
+        *more: str,
+        before: tuple[str, ...] = (),
+        warned: batch.Warned | None = None,
+        restart: int = 0,
+        job: str = "7",
+    ) -> int:
+        """`sbatch train.sbatch BEFORE RECIPE ... MORE` has come to its turn."""
+        env = dict(os.environ) | {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS_PER_NODE": "2"}
+        env |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
+        argv = [
+            *before,
+            RECIPE,
+            "--output-dir",
+            str(self.folder / "runs"),
+            "--set",
+            'name="r"',
+            "--set",
+            "train.micro_batch_size=1",
+            *more,
+        ]
+        return batch.supervise(argv, env, warned or batch.Warned())
+
+    def calls(self) -> list[str]:
+        calls = self.folder / "srun.calls"
+        return calls.read_text().splitlines() if calls.exists() else []
+
+    def requeues(self) -> int:
+        told = self.folder / "scontrol.requeued"
+        return len(told.read_text().splitlines()) if told.exists() else 0
+
+    def save(self, step: int) -> None:
+        (self.run_dir / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "scontrol.job").write_text("JobId=7 JobState=RUNNING Reason=None")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(batch, "LAST_WAIT_S", 0.0)
+    return Site(tmp_path)
+
+
+def test_a_run_that_is_preempted_then_complete(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.ends(75, "preempted: stopped by SIGUSR1 after step 3; the state is saved")
+    assert site.start() == 75
+    assert site.requeues() == 1
+    said = capsys.readouterr().out
+    assert "distft: job 7: 2 nodes (n1 n2)" in said
+    assert "2 x 2 processes by srun" in said
+    assert "(nothing is saved yet)" in said
+    assert "the run ended with code 75: preempted: stopped by SIGUSR1 after step 3" in said
+    assert said.rstrip().endswith("requeued: the same command continues")
+    site.save(3)
+    site.srun("exit 0")
+    assert site.start(restart=1) == 0
+    assert site.requeues() == 1
+    said = capsys.readouterr().out
+    assert "job 7, restart 1:" in said
+    assert "(step 3 is saved)" in said
+    assert [record.get("then") for record in map(json.loads, (site.run_dir / "starts.jsonl").open())] == [
+        *(None, "requeue", None, "end")
+    ]
+
+
+def test_a_fault_of_its_own_ends_the_job_with_its_code(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.ends(5, "numeric: step 3: loss nan", status=1)
+    assert site.start() == 5
+    assert site.requeues() == 0
+    assert "the run ended with code 5: numeric: step 3: loss nan" in capsys.readouterr().out
+
+
+def test_the_verdict_of_an_earlier_start_is_not_taken_for_this_ones(site: Site) -> None:
+    site.ends(75)
+    site.start()
+    site.srun("kill -9 $$")
+    assert site.start(restart=1) == 1
+    assert site.requeues() == 1
+
+
+def test_a_warning_reaches_the_processes(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    program = f"exec {sys.executable} -c " + repr(
+        "import signal,sys,time,json\n"
+        "def stop(*_): open('exit.json','w').write(json.dumps({'code': 75, 'reason': 'asked'})); sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, stop)\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])\n"
+        "time.sleep(60)"
+    ).replace("\\n", "\n")
+    site.srun(program)
+
+    class Soon(batch.Warned):
+        """Warned just after the processes were started."""
+
+        seen = 0
+
+        @property
+        def to_stop(self) -> bool:
+            self.seen += 1
+            return self.seen > 1
+
+        @to_stop.setter
+        def to_stop(self, value: bool) -> None:
+            pass
+
+    assert site.start(warned=Soon()) == 75
+    assert site.requeues() == 1
+    assert "SIGUSR1: the time limit or a preemption is near" in capsys.readouterr().out
+
+
+def test_warned_before_anything_started_nothing_is_started(site: Site) -> None:
+    site.srun("exit 0")
+    warned = batch.Warned()
+    warned.to_stop = True
+    assert site.start(warned=warned) == 75
+    assert site.calls() == []
+    assert site.requeues() == 1
+
+
+def test_a_cancelled_job_is_left_alone(site: Site) -> None:
+    site.ends(75)
+    (site.folder / "scontrol.job").write_text("JobId=7 JobState=COMPLETING Reason=None")
+    assert site.start() == 75
+    assert site.requeues() == 0
+
+
+def test_restarts_without_progress_end(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.ends(75)
+    for restart in range(2):
+        site.start(before=("--max-stalled-restarts", "2"), restart=restart)
+        site.ends(75)
+    assert site.start(before=("--max-stalled-restarts", "2"), restart=2) == 1
+    assert site.requeues() == 2
+    assert "3 starts in a row began at the same checkpoint" in capsys.readouterr().out
+    assert len(site.calls()) == 3
+
+
+def test_lost_nodes_come_back_without_a_verdict_and_are_limited_too(site: Site) -> None:
+    for restart in range(4):
+        site.start(restart=restart)  # there is no srun that works: as if the node died
+        lines = (site.run_dir / "starts.jsonl").read_text().splitlines()
+        (site.run_dir / "starts.jsonl").write_text("".join(f"{line}\n" for line in lines if "began" in line))
+    before = len((site.run_dir / "starts.jsonl").read_text().splitlines())
+    site.srun("exit 0")
+    assert site.start(restart=4) == 1
+    assert site.calls() == [], "not started a fifth time"
+    assert len((site.run_dir / "starts.jsonl").read_text().splitlines()) == before == 4
+
+
+def test_resume_never_is_meant_for_the_first_start(site: Site) -> None:
+    """Repeated, it would throw away what this job has done; in a new job it is meant."""
+    site.run_dir.mkdir(parents=True)
+    site.save(100)  # of an older run
+    site.ends(75)
+    site.start("--resume", "never")
+    assert site.calls()[-1].endswith("--resume never")
+    site.start("--resume", "never")
+    assert site.calls()[-1].endswith("--resume never"), "the first start never came to set the old run aside"
+    (site.run_dir / "checkpoints").rename(site.run_dir / "checkpoints.old-1")
+    site.save(2)
+    (site.run_dir / "manifest.json").write_text('{"slurm_job": "7"}')
+    site.ends(75)
+    site.start("--resume", "never")
+    assert not site.calls()[-1].endswith("--resume never")
+    site.start("--resume", "never", job="8")
+    assert site.calls()[-1].endswith("--resume never")
+
+
+def test_nodes_that_the_batch_does_not_reach_stay_idle(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.srun("exit 0")
+    assert site.start("--set", "train.global_batch_size=2") == 0
+    assert "--nodes=1 --ntasks=2" in site.calls()[0]
+    assert "1 of them stay idle: global_batch_size = 2 splits over 1 x 2 processes" in capsys.readouterr().out
+
+
+def test_a_faulty_recipe_and_an_unwritable_folder_end_it_before_srun(site: Site) -> None:
+    site.srun("exit 0")
+    (site.folder / "runs").write_text("in the way")
+    with pytest.raises(FileSystemError):
+        site.start()
+    env = {"SLURM_JOB_ID": "7"}
+    with pytest.raises(RecipeError):
+        batch.supervise([RECIPE, "--set", "train.max_stps=3"], env, batch.Warned())
+    assert site.calls() == []
+
+
+def test_the_command_starts_without_torch_and_says_what_is_wrong(tmp_path: Path) -> None:
+    code = (
+        "import sys; from distft.cluster import batch; "
+        "sys.argv = ['batch', 'absent.toml']; status = batch.main(); "
+        "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "distft: not started, and not requeued: recipe" in done.stdout
+    assert "absent.toml: 1 problem" in done.stdout
