@@ -10,29 +10,9 @@ from __future__ import annotations
 
 import time
 
+from distft.core.accelerators import peak_flops
 from distft.core.types import Batch, LossTerms, StepReport, TrainState
 from distft.metrics.spec import MetricSpec, RunFacts
-
-PEAK_BF16_TFLOPS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-    "B200": 2250.0,
-}
-"""Dense bf16 peaks from the makers' data sheets, by a part of the product name; the first match counts."""
-
-
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of one accelerator, None for one that is not in the table (and for CPUs)."""
-    return next((tera * 1e12 for part, tera in PEAK_BF16_TFLOPS.items() if part in device_name), None)
 
 
 class ThroughputMetric:

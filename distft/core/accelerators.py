@@ -1,0 +1,117 @@
+"""Accelerators people have: one table for what a plan must know before it runs and what MFU divides by after.
+
+Memory is what the driver reports as usable, not the number on the box; rates are dense (without sparsity); links are
+one direction, per GPU. Sources: the makers' data sheets; memory as `nvidia-smi` shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distft.core.registry import nearest
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """One kind of GPU. Rates in units per second."""
+
+    name: str
+    """What `--gpu` takes: maker's name and memory, in lower case."""
+    product: str
+    """The part of the driver's product name that tells it apart."""
+    memory_gib: float
+    """Usable."""
+    bf16_flops: float
+    """Dense bf16 tensor-core peak."""
+    memory_bytes_per_s: float
+    """Device memory bandwidth."""
+    link_bytes_per_s: float
+    """To another GPU of the same node: NVLink where the board has it, else PCIe."""
+    between_nodes_bytes_per_s: float = 50e9
+    """To a GPU of another node; by default one 400 Gb/s port for each GPU, as cloud nodes of this class have."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Usable memory."""
+        return int(self.memory_gib * GIB)
+
+
+_PCIE3, _PCIE4, _PCIE5 = 12e9, 24e9, 50e9
+"""What all-gathers reach on 16 lanes, of 15.8, 31.5 and 63 GB/s."""
+_ETHERNET = 12.5e9
+"""100 Gb/s a GPU: nodes of cards without NVLink."""
+
+
+def _gpu(name: str, product: str, gib: float, tera: float, hbm: float, link: float, far: float = 50e9) -> Accelerator:
+    return Accelerator(
+        name=name,
+        product=product,
+        memory_gib=gib,
+        bf16_flops=tera * 1e12,
+        memory_bytes_per_s=hbm * 1e9,
+        link_bytes_per_s=link,
+        between_nodes_bytes_per_s=far,
+    )
+
+
+ACCELERATORS = (
+    # name, product, usable GiB, bf16 TFLOP/s, HBM GB/s, link B/s, between nodes B/s
+    _gpu("b300-288gb", "B300", 267.0, 2250.0, 8000.0, 900e9, 100e9),
+    _gpu("b200-180gb", "B200", 178.0, 2250.0, 8000.0, 900e9),
+    _gpu("gh200-96gb", "GH200", 95.0, 989.0, 4000.0, 450e9),
+    _gpu("h200-141gb", "H200", 139.7, 989.0, 4800.0, 450e9),
+    _gpu("h100-nvl-94gb", "H100 NVL", 93.0, 835.0, 3900.0, 300e9),
+    _gpu("h100-pcie-80gb", "H100 PCIe", 79.2, 756.0, 2000.0, _PCIE5),
+    _gpu("h100-80gb", "H100", 79.2, 989.0, 3350.0, 450e9),
+    _gpu("a100-40gb", "A100-SXM4-40GB", 39.4, 312.0, 1555.0, 300e9, 25e9),
+    _gpu("a100-pcie-40gb", "A100-PCIE-40GB", 39.4, 312.0, 1555.0, _PCIE4, _ETHERNET),
+    _gpu("a100-pcie-80gb", "A100 80GB PCIe", 79.2, 312.0, 1935.0, _PCIE4, _ETHERNET),
+    _gpu("a100-80gb", "NVIDIA A100", 79.2, 312.0, 2039.0, 300e9, 25e9),
+    _gpu("l40s-48gb", "L40S", 44.4, 362.0, 864.0, _PCIE4, _ETHERNET),
+    _gpu("l40-48gb", "L40", 44.4, 181.0, 864.0, _PCIE4, _ETHERNET),
+    _gpu("l4-24gb", "L4", 22.0, 121.0, 300.0, _PCIE4, _ETHERNET),
+    _gpu("rtx6000-ada-48gb", "RTX 6000 Ada", 47.4, 364.0, 960.0, _PCIE4, _ETHERNET),
+    _gpu("rtx-pro-6000-96gb", "RTX PRO 6000", 95.0, 504.0, 1792.0, _PCIE5, _ETHERNET),
+    _gpu("a6000-48gb", "RTX A6000", 47.5, 155.0, 768.0, _PCIE4, _ETHERNET),
+    _gpu("a40-48gb", "NVIDIA A40", 44.4, 150.0, 696.0, _PCIE4, _ETHERNET),
+    _gpu("a10g-24gb", "A10G", 22.0, 70.0, 600.0, _PCIE4, _ETHERNET),
+    _gpu("a10-24gb", "NVIDIA A10", 22.0, 125.0, 600.0, _PCIE4, _ETHERNET),
+    _gpu("rtx5090-32gb", "RTX 5090", 31.4, 209.5, 1792.0, _PCIE5, _ETHERNET),
+    _gpu("rtx4090-24gb", "RTX 4090", 23.5, 165.2, 1008.0, _PCIE4, _ETHERNET),
+    _gpu("rtx4080-16gb", "RTX 4080", 15.6, 97.5, 717.0, _PCIE4, _ETHERNET),
+    _gpu("rtx4060ti-16gb", "RTX 4060 Ti", 15.6, 44.0, 288.0, _PCIE4, _ETHERNET),
+    _gpu("rtx3090-24gb", "RTX 3090", 23.5, 71.0, 936.0, _PCIE4, _ETHERNET),
+    _gpu("rtx3080-10gb", "RTX 3080", 9.6, 59.5, 760.0, _PCIE4, _ETHERNET),
+    _gpu("t4-16gb", "Tesla T4", 14.6, 65.0, 320.0, _PCIE3, _ETHERNET),
+)
+"""The first whose `product` is a part of a device's name is that device, so longer names come before shorter ones."""
+
+BY_NAME = {gpu.name: gpu for gpu in ACCELERATORS}
+
+
+def of_device(device_name: str) -> Accelerator | None:
+    """The row of a device by the driver's product name; None for one that is not in the table (and for CPUs)."""
+    return next((gpu for gpu in ACCELERATORS if gpu.product in device_name), None)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its product name; None when the table does not have it."""
+    found = of_device(device_name)
+    return None if found is None else found.bf16_flops
+
+
+def named(text: str) -> Accelerator:
+    """The accelerator that `--gpu` means: a name of the table, or its beginning where that is one GPU's alone.
+
+    Raises:
+        KeyError: carries the nearest name, or an empty string.
+    """
+    word = text.lower().replace(" ", "-").replace("_", "-")
+    if word in BY_NAME:
+        return BY_NAME[word]
+    starts = [gpu for gpu in ACCELERATORS if gpu.name.startswith(f"{word}-")]
+    if len(starts) == 1:
+        return starts[0]
+    raise KeyError(nearest(word, list(BY_NAME)) or next((gpu.name for gpu in starts), ""))
