@@ -6,7 +6,7 @@ every engine as long as it treats elements, or blocks of them, independently.
 
 from distft.core.registry import Registry
 from distft.optim import adafactor, adamw, adamw_8bit, lion, paged, schedules
-from distft.optim.spec import OptimizerSpec, ScheduleSpec
+from distft.optim.spec import OptimizerSpec, ScheduleSpec, StateBytes
 
 OPTIMIZERS: Registry[OptimizerSpec] = Registry("optimizer")
 OPTIMIZERS.add(adamw.SPEC)
@@ -22,4 +22,4 @@ SCHEDULES.add(schedules.LINEAR)
 SCHEDULES.add(schedules.COSINE)
 SCHEDULES.add(schedules.WSD)
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerSpec", "ScheduleSpec"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerSpec", "ScheduleSpec", "StateBytes"]

@@ -6,12 +6,13 @@ Source: Shazeer & Stern, https://arxiv.org/abs/1804.04235
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from distft.core.registry import Params
-from distft.optim.spec import OptimizerSpec, ParamGroups
+from distft.optim.spec import OptimizerSpec, ParamGroups, StateBytes
 
 if TYPE_CHECKING:
     import torch
@@ -39,4 +40,15 @@ def build(params: AdafactorParams, groups: ParamGroups) -> torch.optim.Optimizer
     )
 
 
-SPEC = OptimizerSpec(name="adafactor", params=AdafactorParams, build=build, elementwise=False)
+def _state_bytes(shape: tuple[int, ...]) -> StateBytes:
+    """fp32: one row and one column of every matrix, a whole second moment of a vector."""
+    if len(shape) < 2:
+        return StateBytes(own=4 * prod(shape))
+    *outer, rows, columns = shape
+    return StateBytes(own=4 * prod(outer) * (rows + columns))
+
+
+SPEC = OptimizerSpec(
+    name="adafactor", params=AdafactorParams, build=build, elementwise=False, state_bytes=_state_bytes, update_bytes=4
+)
+"""update_bytes: torch forms the whole second moment of all matrices, rows times columns, before it updates any."""

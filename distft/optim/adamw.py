@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distft.optim.spec import AdamParams, OptimizerSpec, ParamGroups
+from distft.optim.spec import AdamParams, OptimizerSpec, ParamGroups, fp32_moments
 
 if TYPE_CHECKING:
     import torch
@@ -20,4 +20,4 @@ def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps, fused=True)
 
 
-SPEC = OptimizerSpec(name="adamw", params=AdamParams, build=build)
+SPEC = OptimizerSpec(name="adamw", params=AdamParams, build=build, state_bytes=fp32_moments(2))

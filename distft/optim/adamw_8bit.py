@@ -6,12 +6,29 @@ Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, https://a
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
-from distft.optim.spec import AdamParams, OptimizerSpec, ParamGroups
+from distft.optim.spec import AdamParams, OptimizerSpec, ParamGroups, StateBytes
 
 if TYPE_CHECKING:
     import torch
+
+
+SMALLEST_8BIT = 4096
+"""Elements from which on a tensor's moments are 8-bit (bitsandbytes' `min_8bit_size`)."""
+BLOCK = 256
+"""Elements that share an fp32 constant."""
+CODE_BOOK_BYTES = 256 * 4
+"""fp32 values that the codes of one moment stand for; signed for the first, unsigned for the second."""
+
+
+def state_bytes(shape: tuple[int, ...]) -> StateBytes:
+    """Two moments of a byte an element and a constant a block, or of fp32 in a small tensor."""
+    numel = prod(shape)
+    if numel < SMALLEST_8BIT:
+        return StateBytes(own=8 * numel)
+    return StateBytes(own=2 * numel + 2 * 4 * -(-numel // BLOCK), shared=2 * CODE_BOOK_BYTES)
 
 
 def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
@@ -21,4 +38,4 @@ def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
     return AdamW8bit(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps)
 
 
-SPEC = OptimizerSpec(name="adamw_8bit", params=AdamParams, build=build, library="bitsandbytes")
+SPEC = OptimizerSpec(name="adamw_8bit", params=AdamParams, build=build, library="bitsandbytes", state_bytes=state_bytes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from distft.core.registry import Params
-from distft.optim.spec import OptimizerSpec, ParamGroups
+from distft.optim.spec import OptimizerSpec, ParamGroups, fp32_moments
 
 if TYPE_CHECKING:
     import torch
@@ -34,4 +34,4 @@ def build(params: LionParams, groups: ParamGroups) -> torch.optim.Optimizer:
     return Lion32bit(groups, lr=params.learning_rate, betas=params.betas)
 
 
-SPEC = OptimizerSpec(name="lion", params=LionParams, build=build, library="bitsandbytes")
+SPEC = OptimizerSpec(name="lion", params=LionParams, build=build, library="bitsandbytes", state_bytes=fp32_moments(1))

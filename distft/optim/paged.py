@@ -6,9 +6,12 @@ Source: Dettmers et al., QLoRA, section 3 "Paged Optimizers", https://arxiv.org/
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
-from distft.optim.spec import AdamParams, OptimizerSpec, ParamGroups
+from distft.optim import adamw_8bit
+from distft.optim.spec import AdamParams, OptimizerSpec, ParamGroups, StateBytes
 
 if TYPE_CHECKING:
     import torch
@@ -26,5 +29,32 @@ def _build_8bit(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimize
     return PagedAdamW8bit(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps)
 
 
-ADAMW_32BIT = OptimizerSpec(name="paged_adamw_32bit", params=AdamParams, build=_build_32bit, library="bitsandbytes")
-ADAMW_8BIT = OptimizerSpec(name="paged_adamw_8bit", params=AdamParams, build=_build_8bit, library="bitsandbytes")
+SMALLEST_PAGED = 100_000
+"""Elements from which on moments are allocated as managed memory (bitsandbytes' `get_state_buffer`)."""
+
+
+def _state_32bit(shape: tuple[int, ...]) -> StateBytes:
+    moments = 8 * prod(shape)
+    return StateBytes(own=moments, pageable=moments if prod(shape) >= SMALLEST_PAGED else 0)
+
+
+def _state_8bit(shape: tuple[int, ...]) -> StateBytes:
+    """Constants and code books stay in ordinary memory."""
+    plain = adamw_8bit.state_bytes(shape)
+    return replace(plain, pageable=2 * prod(shape) if prod(shape) >= SMALLEST_PAGED else 0)
+
+
+ADAMW_32BIT = OptimizerSpec(
+    name="paged_adamw_32bit",
+    params=AdamParams,
+    build=_build_32bit,
+    library="bitsandbytes",
+    state_bytes=_state_32bit,
+)
+ADAMW_8BIT = OptimizerSpec(
+    name="paged_adamw_8bit",
+    params=AdamParams,
+    build=_build_8bit,
+    library="bitsandbytes",
+    state_bytes=_state_8bit,
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -31,6 +32,23 @@ class AdamParams(Params):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Bytes of state an optimizer keeps for one tensor, without its step counter."""
+
+    own: int
+    """All of it."""
+    pageable: int = 0
+    """The part of `own` that a GPU may keep in managed memory."""
+    shared: int = 0
+    """Code books: once for the whole optimizer, however many tensors use them."""
+
+
+def fp32_moments(count: int) -> Callable[[tuple[int, ...]], StateBytes]:
+    """State of an optimizer that keeps `count` fp32 values for each element."""
+    return lambda shape: StateBytes(own=4 * count * prod(shape))
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSpec:
     """A named update rule."""
 
@@ -44,6 +62,11 @@ class OptimizerSpec:
     apart. False: needs whole matrices, which sharding engines do not have."""
     library: str | None = None
     """Importable name of the package it needs beyond torch."""
+    state_bytes: Callable[[tuple[int, ...]], StateBytes] | None = None
+    """Shape of an fp32 tensor -> what is kept for it. None: a plan steps the optimizer once on small tensors and
+    counts."""
+    update_bytes: int = 0
+    """Made for each trained element while all tensors are updated at once, freed after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
