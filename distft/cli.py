@@ -63,6 +63,33 @@ def check(
     raise typer.Exit(run(argv))
 
 
+@app.command()
+def plan(
+    recipe: Recipe,
+    set_: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME|GiB", help="A GPU, or its usable memory.")] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs in each node.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    methods: Annotated[str, typer.Option(metavar="full,lora,qlora", help="Compare these methods.")] = "",
+    engines: Annotated[str, typer.Option(metavar="ddp,zero3,…", help="Compare these engines.")] = "",
+    max_: Annotated[str | None, typer.Option("--max", metavar="seq|micro|model", help="The largest that fits.")] = None,
+    price: Annotated[float | None, typer.Option(metavar="PER_GPU_HOUR", help="For the cost of the run.")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="The model's config.json.")] = None,
+    explain: Annotated[bool, typer.Option(help="The formula behind every figure.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Does it fit, what to change, how fast. Needs the model's config alone: no GPU, weights, rows or network."""
+    from distft.plan.command import main as run
+
+    argv = [recipe, "--gpus", str(gpus), "--nodes", str(nodes), "--methods", methods, "--engines", engines]
+    given = {"--gpu": gpu, "--max": max_, "--price": price, "--config": config}
+    argv += [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
+    argv += [*(["--explain"] if explain else []), *(["--json"] if json else [])]
+    for override in set_ or []:
+        argv += ["--set", override]
+    raise typer.Exit(run(argv))
+
+
 def launch_command(nproc: int, arguments: list[str]) -> list[str]:
     """The command line that starts `nproc` processes of the main job on this machine."""
     module = ["-m", "distft.train", *arguments]

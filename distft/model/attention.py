@@ -70,7 +70,7 @@ def varlen_attention(
     if query_BHTD.shape[2] != key_BGTD.shape[2]:
         raise ValueError(f"{VARLEN} trains without a key-value cache: pass use_cache=False")
     if query_BHTD.is_cuda and query_BHTD.dtype in _HALF and dropout == 0.0:
-        return _flash(query_BHTD, key_BGTD, value_BGTD, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+        return flash(query_BHTD, key_BGTD, value_BGTD, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     pieces = []
     bounds = cu_seq_lens_q.tolist()
     for start, end in pairwise(bounds):
@@ -93,7 +93,7 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
     return (back >= 0) & (back < window)
 
 
-def _flash(
+def flash(
     query_BHTD: Tensor,
     key_BGTD: Tensor,
     value_BGTD: Tensor,
@@ -102,6 +102,7 @@ def _flash(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
+    """Torch's varlen FlashAttention, [B, T, H, D]; a plan runs it on the meta device too, for what it saves."""
     from torch.nn.attention import varlen
 
     varlen_attn: Any = varlen.varlen_attn

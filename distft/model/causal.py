@@ -25,7 +25,7 @@ class CausalLM(nn.Module):
     def __init__(self, lm: nn.Module, loss: HeadLoss) -> None:
         super().__init__()
         self.lm = lm
-        self._head_takes_labels(loss)
+        self.use_loss(loss)
 
     @property
     def transformer(self) -> Any:
@@ -40,12 +40,12 @@ class CausalLM(nn.Module):
         saved = getattr(head, "modules_to_save", None)
         return saved["default"] if saved is not None else head
 
-    def _head_takes_labels(self, loss: HeadLoss) -> None:
-        """Give the head a forward that, called with labels, returns losses instead of logits."""
+    def use_loss(self, loss: HeadLoss) -> None:
+        """Give the head a forward that, called with labels, returns this loss instead of logits."""
         head = self.head
         if not isinstance(head, nn.Linear):
             raise TypeError(f"the output projection is {type(head).__name__}, not a linear layer")
-        logits = head.forward
+        logits = types.MethodType(type(head).forward, head)
 
         def forward(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
             return logits(hidden) if labels is None else loss(hidden, self.weight, self.bias, labels)

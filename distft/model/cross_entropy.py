@@ -26,6 +26,11 @@ HeadLoss = Callable[[Tensor, Tensor, "Tensor | None", Tensor], Tensor]
 """(hidden_SE, weight_VE, bias_V, labels_S) -> fp32 losses per token [S], or [1] with their sum (fused)."""
 
 
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose fp32 logits fill CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
 def choose(name: str, device: torch.device, *, per_token: bool = False) -> HeadLoss:
     """The loss for a recipe's `cross_entropy`: fused on a GPU with Liger, else chunked.
 
@@ -58,7 +63,7 @@ def chunked_loss(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, la
     Costs one more head matmul (2·S·V·E FLOPs) and saves 12·S·V bytes. torch's linear_cross_entropy keeps gradients
     instead of recomputing, but reduces to a scalar, which preference objectives cannot use.
     """
-    size = max(1, CHUNK_BYTES // (4 * weight_VE.shape[0]))
+    size = chunk_tokens(weight_VE.shape[0])
     if len(labels_S) <= size:
         return full_loss(hidden_SE, weight_VE, bias_V, labels_S)
     chunks = [

@@ -271,10 +271,11 @@ def build(
     device: torch.device,
     per_token: bool = False,
     weights: bool = True,
+    config: Any = None,
 ) -> MetaModel:
     """Everything on the meta device, attached, wrapped, ready to be filled by an engine.
 
-    `weights=False` leaves the source out: for planning without the files.
+    `weights=False` leaves the source out: for planning without the files. `config` replaces the folder's.
 
     Raises:
         RecipeError: weights are missing, pickled, or do not fit the config.
@@ -284,7 +285,7 @@ def build(
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype: torch.dtype = getattr(torch, table.dtype)
-    config = read_config(folder)
+    config = config or read_config(folder)
     attention.register()
     kernel = attention.choose(table.attention, device, dtype)
     # Buffers are real: rotary frequencies are computed in constructors and stored nowhere.
@@ -298,7 +299,7 @@ def build(
     quant = method.quant(params)
     if quant is not None:
         quantize.swap_linears(lm, quant, dtype)
-    blocks = _blocks(lm)
+    blocks = blocks_of(lm)
     module = CausalLM(
         method.attach(lm, params, dtype), cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     )
@@ -310,7 +311,12 @@ class _NoSource:
         raise MachineError("this model was built without weights, for counting only")
 
 
-def _blocks(lm: Any) -> list[nn.Module]:
+def blocks_of(lm: Any) -> list[nn.Module]:
+    """The repeated transformer blocks of a transformers model, in order.
+
+    Raises:
+        MachineError: the architecture does not say which modules they are.
+    """
     kinds = set(lm._no_split_modules or ())
     blocks = [module for module in lm.modules() if type(module).__name__ in kinds]
     if not blocks:

@@ -1,0 +1,111 @@
+"""`python -m distft.plan RECIPE`: memory, fit, changes and speed, before anything is queued."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from distft.core.errors import DONE, DistftError
+from distft.core.log import quiet_libraries
+
+LIMITS = ("seq", "micro", "model")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its options."""
+    made = argparse.ArgumentParser(
+        prog="python -m distft.plan",
+        description="Does it fit, what to change, how fast: from the recipe and the model's config alone.",
+    )
+    made.add_argument("recipe", metavar="RECIPE", help="a TOML recipe")
+    made.add_argument("--gpu", metavar="NAME|GiB", help="a GPU of the catalogue, or its usable memory (h100-80gb)")
+    made.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in each node (1)")
+    made.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (1)")
+    made.add_argument("--methods", default="", metavar="full,lora,qlora", help="compare these instead of the recipe's")
+    made.add_argument("--engines", default="", metavar="ddp,zero3,…", help="compare these instead of the recipe's")
+    made.add_argument("--max", choices=LIMITS, help="the longest sequence, largest micro-batch or model that fits")
+    made.add_argument(
+        "--price", type=float, metavar="PER_GPU_HOUR", help="what a GPU costs an hour, for the run's cost"
+    )
+    made.add_argument("--config", metavar="FILE", help="the model's config.json, where its folder is not here")
+    made.add_argument("--explain", action="store_true", help="the formula behind every figure, with its numbers")
+    made.add_argument("--json", action="store_true", help="print one JSON object instead")
+    made.add_argument("--set", dest="overrides", action="append", default=[], metavar="table.key=value")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code is that of the error, if any. Not fitting is an answer, not an error."""
+    options = parser().parse_args(argv)
+    try:
+        return _run(options)
+    except DistftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _run(options: argparse.Namespace) -> int:
+    from distft.catalog import REGISTRIES
+    from distft.plan.machine import check_names, read_machine
+    from distft.recipe import load_recipe
+
+    # Mistakes of the user are told before anything heavy is imported.
+    machine = read_machine(options.gpu, options.gpus, options.nodes)
+    methods, engines = _names(options.methods), _names(options.engines)
+    check_names("--methods", methods, list(REGISTRIES.method))
+    check_names("--engines", engines, list(REGISTRIES.engine))
+    recipe = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
+    quiet_libraries()
+    from distft.plan import show
+    from distft.plan.planner import Planner
+    from distft.plan.source import config_folder
+
+    with config_folder(recipe, options.config) as folder:
+        planner = Planner(path=options.recipe, overrides=options.overrides, folder=folder, machine=machine)
+        cases, refused = planner.cases(methods, engines)
+        changes = {} if options.max else {id(case): planner.changes(case) for case in cases if not case.fits}
+        limits = [planner.limit(options.max, case) for case in cases] if options.max else []
+    if options.json:
+        print(json.dumps(_json(recipe.name, cases, refused, changes, limits), indent=1))
+        return DONE
+    lines: list[str] = []
+    if len(cases) != 1:
+        lines += [*show.table(cases, refused), ""]
+    for case in cases:
+        if len(cases) == 1:
+            lines += [*show.details(case, price=options.price, explain=options.explain), ""]
+        elif options.explain or id(case) in changes:
+            lines += [f"{case.setup.recipe.method.name} x {case.setup.engine}:"] if not options.explain else []
+            lines += [*show.details(case, price=options.price, explain=True), ""] if options.explain else []
+        if id(case) in changes:
+            lines += [*show.advice(changes[id(case)]), ""]
+    lines += [show.limit(found, case) for found, case in zip(limits, cases, strict=False)]
+    print("\n".join(lines).rstrip())
+    return DONE
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _json(name: str, cases: Any, refused: Any, changes: Any, limits: Any) -> dict[str, Any]:
+    listed = []
+    for number, case in enumerate(cases):
+        row = case.to_json()
+        row["changes"] = [
+            {
+                "what": change.what,
+                "set": list(change.overrides),
+                "gpus": change.machine.world,
+                "peak_bytes": change.case.memory.peak,
+                "slower": change.cost,
+            }
+            for change in changes.get(id(case), ())
+        ]
+        if limits:
+            row["max"] = {"what": limits[number].what, "value": limits[number].value}
+        listed.append(row)
+    return {"recipe": name, "cases": listed, "refused": [vars(one) for one in refused]}

@@ -1,0 +1,244 @@
+"""Every parameter of a run as numbers: the model of a recipe, built on the meta device from its config alone.
+
+A model of 80 equal blocks is built with two and three of them and repeated on paper: building PEFT layers takes
+longer than everything else a plan does. Models whose blocks differ are built whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from distft.model import load, quantize
+from distft.model.adapters import MethodSpec
+from distft.recipe.schema import ModelTable
+
+if TYPE_CHECKING:
+    from distft.model.load import MetaModel
+
+BLOCK_4BIT = 64
+"""Weights that share one constant (bitsandbytes' blocksize)."""
+BLOCK_CONSTANTS = 256
+"""Constants that share one constant, under double quantisation."""
+CODE_4BIT_BYTES = 16 * 4
+"""fp32 values that 4-bit codes stand for; bitsandbytes keeps one copy a layer."""
+CODE_8BIT_BYTES = 256 * 4
+"""The same for 8-bit constants under double quantisation."""
+OFFSET_BYTES = 4
+"""Mean of the constants, subtracted before they are quantised."""
+ROOT = -1
+"""`Param.block` of what is in no block: embedding, last norm, head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Param:
+    """One parameter, by the sizes that engines and optimizers look at."""
+
+    name: str
+    shape: tuple[int, ...]
+    """As the module has it; a 4-bit one as the linear layer means it."""
+    item_bytes: int
+    """Of one stored element."""
+    trained: bool
+    decayed: bool
+    """Has weight decay, so it is in the optimizer's first group."""
+    block: int
+    """Index of its transformer block, or ROOT."""
+    double: bool | None = None
+    """Stored in 4 bits, with (True) or without double quantisation; None: stored as it is."""
+
+    @property
+    def numel(self) -> int:
+        """Elements that the model means."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the tensor that holds it: 4-bit weights are packed two to a byte into one column."""
+        if self.double is None:
+            return self.shape
+        return (-(-((self.numel + 1) // 2) // self.item_bytes), 1)
+
+    @property
+    def stored_numel(self) -> int:
+        """Elements of the tensor that holds it."""
+        return int(torch.Size(self.stored_shape).numel())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the tensor that holds it, whole."""
+        return self.stored_numel * self.item_bytes
+
+    @property
+    def constants_bytes(self) -> int:
+        """What belongs to a 4-bit weight beside its packed values.
+
+        Source: bitsandbytes.functional.quantize_4bit, quantize_blockwise.
+        """
+        if self.double is None:
+            return 0
+        blocks = -(-self.numel // BLOCK_4BIT)
+        if not self.double:
+            return 4 * blocks + CODE_4BIT_BYTES
+        return blocks + 4 * -(-blocks // BLOCK_CONSTANTS) + OFFSET_BYTES + CODE_4BIT_BYTES + CODE_8BIT_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inventory:
+    """A model as one recipe trains it. Equal only to itself: traces are remembered by it."""
+
+    params: tuple[Param, ...]
+    """In the module's order, each tied tensor once."""
+    num_blocks: int
+    samples: tuple[MetaModel, ...]
+    """Models to trace, without quantisation: of two blocks and of three, from which any number follows; or one of all
+    blocks."""
+    depths: tuple[int, ...]
+    """Blocks of each sample."""
+    config: Any
+    """Transformers' config of the whole model."""
+    dtype: torch.dtype
+    atomic: bool
+    """ZeRO-3 gathers whole blocks (see `core.types.Weights.blocks_are_atomic`)."""
+    linears: tuple[tuple[int, bool], ...]
+    """(weights, trained) of each linear layer: what takes part in matrix products."""
+
+    @property
+    def total(self) -> int:
+        """Parameters."""
+        return sum(param.numel for param in self.params)
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained."""
+        return sum(param.numel for param in self.params if param.trained)
+
+    @property
+    def largest_4bit(self) -> int:
+        """Weights of the largest layer that is stored in 4 bits; 0 without any."""
+        return max((param.numel for param in self.params if param.double is not None), default=0)
+
+    def unit_numel(self, block: int, *, trained_only: bool = False) -> int:
+        """Stored elements of one block, or of ROOT."""
+        held = (p for p in self.params if p.block == block and (p.trained or not trained_only))
+        return sum(param.stored_numel for param in held)
+
+
+def read(table: ModelTable, folder: Path, method: MethodSpec, params: Any) -> Inventory:
+    """The model that `table` and `method` describe; `folder` needs only a config.json.
+
+    Raises:
+        RecipeError: the config is not one that transformers knows.
+    """
+    config = load.read_config(folder)
+    num_blocks = config.get_text_config().num_hidden_layers
+    depths = (2, 3) if num_blocks > 3 and _blocks_are_equal(config) else (num_blocks,)
+    # 4-bit layers save for the backward pass what plain frozen ones save, and cannot run on meta.
+    plain = replace(method, quant=lambda _: None)
+    samples = [_build(table, folder, plain, params, _shortened(config, depth)) for depth in depths]
+    deepest = samples[-1]
+    if method.quantized:
+        deepest = _build(table, folder, method, params, _shortened(config, depths[-1]))
+    return Inventory(
+        params=tuple(_repeated(list(_listed(deepest)), num_blocks - depths[-1])),
+        num_blocks=num_blocks,
+        samples=tuple(samples),
+        depths=depths,
+        config=config,
+        dtype=deepest.dtype,
+        atomic=deepest.blocks_are_atomic,
+        linears=tuple(_linears(deepest, num_blocks - depths[-1])),
+    )
+
+
+def resized(inventory: Inventory, num_blocks: int) -> Inventory:
+    """The same architecture with another number of equal blocks.
+
+    Raises:
+        ValueError: its blocks differ, or that is fewer than were built.
+    """
+    built = inventory.depths[-1]
+    if len(inventory.depths) == 1 or num_blocks < built:
+        raise ValueError(f"a model of {inventory.num_blocks} blocks cannot be resized to {num_blocks}")
+    base = [param for param in inventory.params if param.block < built]
+    return replace(
+        inventory,
+        params=tuple(_repeated(base, num_blocks - built)),
+        num_blocks=num_blocks,
+        linears=tuple(_linears(inventory.samples[-1], num_blocks - built)),
+    )
+
+
+def _build(table: ModelTable, folder: Path, method: MethodSpec, params: Any, config: Any) -> MetaModel:
+    # Kernels are chosen where the run is, not where the plan is made: `trace` puts its own in.
+    plain = table.model_copy(update={"attention": "sdpa", "cross_entropy": "full"})
+    cpu = torch.device("cpu")
+    return load.build(plain, folder, method, params, seed=0, device=cpu, weights=False, config=config)
+
+
+def _shortened(config: Any, depth: int) -> Any:
+    """The same model with `depth` blocks; lists with an entry for each block are cut too."""
+    shorter = copy.deepcopy(config)
+    text = shorter.get_text_config()
+    whole = text.num_hidden_layers
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole:
+            setattr(text, key, value[:depth])
+    text.num_hidden_layers = depth
+    return shorter
+
+
+def _blocks_are_equal(config: Any) -> bool:
+    """Whether every block has the same class and parameters; the whole model, on meta, takes milliseconds."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    signatures = {
+        (type(block).__name__, tuple((name, param.shape) for name, param in block.named_parameters()))
+        for block in load.blocks_of(lm)
+    }
+    return len(signatures) == 1
+
+
+def _listed(built: MetaModel) -> Iterator[Param]:
+    of_block = {id(param): index for index, block in enumerate(built.blocks) for param in block.parameters()}
+    four_bit = {id(module.weight): module for module in built.module.modules() if quantize.is_4bit(module)}
+    for name, param in built.module.named_parameters():
+        layer: Any = four_bit.get(id(param))
+        yield Param(
+            name=name,
+            shape=(layer.out_features, layer.in_features) if layer is not None else tuple(param.shape),
+            item_bytes=(param.quant_storage if layer is not None else param.dtype).itemsize,  # type: ignore[attr-defined]
+            trained=param.requires_grad,
+            decayed=param.ndim >= 2,
+            block=of_block.get(id(param), ROOT),
+            double=param.compress_statistics if layer is not None else None,  # type: ignore[attr-defined]
+        )
+
+
+def _linears(built: MetaModel, extra: int) -> Iterator[tuple[int, bool]]:
+    """(weights, trained) of each layer that `stats.flops_per_token` counts, the last block's `extra` more times."""
+    repeated = {id(module) for module in built.blocks[-1].modules()}
+    for module in built.module.modules():
+        if isinstance(module, nn.Linear):
+            layer = (module.in_features * module.out_features, module.weight.requires_grad)
+            yield from (layer,) * (1 + extra if id(module) in repeated else 1)
+
+
+def _repeated(params: list[Param], extra: int) -> Iterator[Param]:
+    """`params` with the last block repeated `extra` more times, in the module's order."""
+    last = max(param.block for param in params)
+    at = [index for index, param in enumerate(params) if param.block == last]
+    yield from params[: at[-1] + 1]
+    for index in range(last + 1, last + 1 + extra):
+        for param in params[at[0] : at[-1] + 1]:
+            yield replace(param, block=index, name=re.sub(rf"\.{last}\.", f".{index}.", param.name, count=1))
+    yield from params[at[-1] + 1 :]

@@ -1,0 +1,310 @@
+"""Memory of one rank, by component and by phase of the run.
+
+State is exact (`distft.plan.state`), activations and logits are those of a traced micro-batch (`distft.plan.trace`),
+gathered layers and buckets follow from how the engines are set up; what is neither, an allowance, says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from distft.core.accelerators import GIB
+from distft.engine.deepspeed import BUCKET_ELEMENTS
+from distft.plan import state as states
+from distft.plan.inventory import ROOT, Inventory
+from distft.plan.setup import LOSSES, Setup
+from distft.plan.state import FP32, State
+from distft.plan.trace import Activations, activations
+
+CONTEXT_BYTES = int(0.6 * GIB)
+"""CUDA context with the kernels of torch and its libraries: 0.5 to 0.7 GiB."""
+NCCL_BYTES = GIB
+"""Buffers of NCCL's channels: 0.5 to 1.5 GiB."""
+FRAGMENTATION = 0.04
+"""Of what is allocated, lost between blocks (3 to 8 %; less with expandable_segments)."""
+HOST_PROCESS_BYTES = 3 * GIB
+"""Host memory of a process that has imported torch, CUDA and transformers: an allowance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One figure with its reason."""
+
+    name: str
+    num_bytes: int
+    formula: str
+    """The formula with its numbers in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phases:
+    """Most bytes on the device while the run loads, takes its first step, a later one, evaluates and saves."""
+
+    load: int
+    first_step: int
+    steady_step: int
+    evaluation: int
+    save: int
+
+    @property
+    def peak(self) -> int:
+        """Of all phases."""
+        return max(vars(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank."""
+
+    state: State
+    activations: Activations
+    gathered: int
+    workspace: int
+    phases: Phases
+    host: int
+    """Host memory of this rank's process."""
+    checkpoint: int
+    """One checkpoint on disk, of all ranks."""
+    final: int
+    """final/ on disk."""
+    parts: tuple[Part, ...]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes on the device in any phase."""
+        return self.phases.peak
+
+
+def of_setup(inventory: Inventory, setup: Setup) -> Memory:
+    """Memory of a rank that holds most."""
+    recipe, world = setup.recipe, setup.machine.world
+    optim_params: Any = recipe.optim.params
+    state = states.of_rank(inventory, setup.engine, recipe.optim.spec, optim_params, world=world, offload=setup.offload)
+    kept = activations(
+        inventory,
+        tokens=setup.tokens,
+        checkpointing=setup.checkpointing,
+        kernel=setup.kernel,
+        loss=LOSSES[setup.loss],
+    )
+    gathered = _gathered(inventory, setup)
+    block = _block_workspace(inventory, setup, kept)
+    fixed = CONTEXT_BYTES + (NCCL_BYTES if world > 1 else 0)
+    phases = _phases(inventory, setup, state, kept, gathered.num_bytes, block.num_bytes, fixed)
+    allocated = phases.peak - fixed
+    slack = Part(
+        name="context, NCCL and fragmentation",
+        num_bytes=fixed + allocated - int(allocated / (1 + FRAGMENTATION)),
+        formula=f"allowance: {CONTEXT_BYTES / GIB:.1f} GiB CUDA"
+        + (f" + {NCCL_BYTES / GIB:.1f} GiB NCCL" if world > 1 else "")
+        + f" + {FRAGMENTATION:.0%} of what is allocated",
+    )
+    checkpoint = _checkpoint(inventory, setup)
+    share = -(-checkpoint // world) if setup.recipe.checkpoint.asynchronous else 0
+    return Memory(
+        state=state,
+        activations=kept,
+        gathered=gathered.num_bytes,
+        workspace=block.num_bytes + slack.num_bytes,
+        phases=phases,
+        host=HOST_PROCESS_BYTES + state.on_host + share,
+        checkpoint=checkpoint,
+        final=sum(param.numel * param.item_bytes for param in inventory.params if param.trained or not _adapter(setup)),
+        parts=(*_state_parts(inventory, setup, state), gathered, *_activation_parts(setup, kept), block, slack),
+    )
+
+
+def _adapter(setup: Setup) -> bool:
+    return setup.recipe.method.spec.adapter
+
+
+# -- phases -----------------------------------------------------------------------------------------------------------
+
+
+def _phases(
+    inventory: Inventory, setup: Setup, state: State, kept: Activations, gathered: int, block: int, fixed: int
+) -> Phases:
+    resident = state.weights + state.quant_constants + state.master
+    during = state.accumulating if setup.micros_per_step > 1 else state.kept_gradients
+    micro = gathered + max(
+        during + kept.saved + max(kept.head, block),  # the last block's backward: everything is still saved
+        max(state.gradients, during) + block,  # the first block's: all gradients are there
+    )
+    update = state.gradients + state.update + _update_workspace(inventory, setup)
+    after = resident + state.optimizer + state.kept_gradients
+    figures = {
+        "load": _load(inventory, setup, state),
+        "first_step": resident + max(micro, update + state.optimizer),
+        "steady_step": resident + state.optimizer + max(micro, update),
+        "evaluation": after + gathered + kept.evaluation,
+        "save": after + _save_workspace(inventory, setup),
+    }
+    return Phases(**{name: fixed + int(value * (1 + FRAGMENTATION)) for name, value in figures.items()})
+
+
+def _load(inventory: Inventory, setup: Setup, state: State) -> int:
+    """While weights are filled, sharded and wrapped, with the masters made at the end."""
+    end = state.weights + state.quant_constants + state.master + state.kept_gradients
+    trained = sum(param.stored_bytes for param in inventory.params if param.trained)
+    largest_4bit = inventory.largest_4bit * inventory.dtype.itemsize
+    match setup.engine:
+        case "zero1" | "zero2":  # the flat copy is made beside the parameters it replaces
+            return max(end, state.weights + state.quant_constants + trained)
+        case "zero3" | "fsdp2":  # a unit is whole until it is sharded
+            units = {param.block for param in inventory.params}
+            whole = max(sum(p.stored_bytes for p in inventory.params if p.block == unit) for unit in units)
+            return max(end, state.weights + state.quant_constants + whole + largest_4bit)
+        case _:
+            return max(end, state.weights + state.quant_constants + largest_4bit)
+
+
+def _update_workspace(inventory: Inventory, setup: Setup) -> int:
+    return setup.recipe.optim.spec.update_bytes * sum(p.numel for p in inventory.params if p.trained)
+
+
+def _save_workspace(inventory: Inventory, setup: Setup) -> int:
+    """8-bit moments become fp32 on the device, all of them, before they are copied to the host."""
+    size = setup.recipe.optim.spec.state_bytes
+    if size is None or size((2**20,)).own >= 2**20 * FP32:
+        return 0
+    local = inventory.trained if setup.engine in ("solo", "ddp") else -(-inventory.trained // setup.machine.world)
+    return 0 if setup.offload != "none" else 2 * FP32 * local
+
+
+def _checkpoint(inventory: Inventory, setup: Setup) -> int:
+    """fp32 masters and moments of every trained element; 8-bit moments as the fp32 they stand for."""
+    size = setup.recipe.optim.spec.state_bytes
+    trained = [param for param in inventory.params if param.trained]
+    masters = sum(FP32 * param.numel for param in trained)
+    if size is None:
+        return 3 * masters
+    moments = 0
+    for param in trained:
+        own = size(param.shape).own
+        moments += own if own >= FP32 * param.numel or setup.recipe.optim.spec.update_bytes else 2 * FP32 * param.numel
+    return masters + moments
+
+
+# -- gathered layers, buckets, temporaries ----------------------------------------------------------------------------
+
+
+def _gathered(inventory: Inventory, setup: Setup) -> Part:
+    """Whole layers that a sharding engine puts together, and communication buckets."""
+    item = inventory.dtype.itemsize
+    name = "gathered layers and buckets"
+    if setup.machine.world == 1 and setup.engine in ("solo", "ddp"):
+        return Part(name=name, num_bytes=0, formula="none: every layer is whole")
+    if setup.engine in ("solo", "ddp"):
+        return Part(name=name, num_bytes=0, formula="none: ddp's buckets are the gradients themselves")
+    blocks = range(inventory.num_blocks)
+    block_bytes = max(sum(p.stored_bytes for p in inventory.params if p.block == block) for block in blocks)
+    trained = max(inventory.unit_numel(block, trained_only=True) for block in blocks)
+    if setup.engine == "fsdp2":
+        root = sum(param.stored_bytes for param in inventory.params if param.block == ROOT)
+        reduced = trained * (item + FP32)
+        return Part(
+            name=name,
+            num_bytes=root + 2 * block_bytes + reduced,
+            formula=f"root {_gib(root)} (whole from forward to backward) + 2 blocks of {_gib(block_bytes)} (one "
+            f"computes, one arrives) + a block's gradients in {item} and in {FP32} bytes {_gib(reduced)}",
+        )
+    largest = max(param.numel for param in inventory.params)
+    bucket = max(largest, min(BUCKET_ELEMENTS, inventory.total))  # as `ZeroEngine.adopt` configures it
+    if setup.engine in ("zero1", "zero2"):
+        return Part(
+            name=name,
+            num_bytes=2 * bucket * item,
+            formula=f"2 reduce buckets (one fills, one is on the wire) x {bucket:,} elements x {item} bytes",
+        )
+    stored = sum(param.stored_numel for param in inventory.params)
+    live = min(stored, max(2 * bucket, 2 * block_bytes // item))
+    gradients = trained if inventory.atomic else max((p.numel for p in inventory.params if p.trained), default=0)
+    return Part(
+        name=name,
+        num_bytes=(live + bucket + gradients) * item,
+        formula=f"({live:,} gathered (max_live_parameters = 2 buckets) + reduce bucket {bucket:,} + gradients of what "
+        f"was gathered last {gradients:,}) elements x {item} bytes",
+    )
+
+
+def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> Part:
+    """What exists for a moment while a block runs."""
+    item = inventory.dtype.itemsize
+    largest = inventory.largest_4bit
+    whole = largest * item + FP32 * -(-largest // 64)
+    text = inventory.config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    accumulator = FP32 * setup.tokens * heads * head_dim
+    fresh = max((param.stored_bytes for param in inventory.params if param.trained), default=0)
+    if (setup.engine == "solo" and setup.micros_per_step == 1) or setup.engine in ("zero3", "fsdp2"):
+        fresh = 0  # becomes the gradient itself, or is counted with what was gathered
+    return Part(
+        name="workspace",
+        num_bytes=kept.block + whole + accumulator + fresh,
+        formula=f"traced temporaries of one block {_gib(kept.block)}"
+        + (f" + one dequantised weight {_gib(whole)}" if largest else "")
+        + f" + flash backward's fp32 query gradients 4 x {setup.tokens:,} tokens x {heads} heads x {head_dim} "
+        f"= {_gib(accumulator)}" + (f" + largest new gradient before it is added {_gib(fresh)}" if fresh else ""),
+    )
+
+
+# -- reasons ----------------------------------------------------------------------------------------------------------
+
+
+def _state_parts(inventory: Inventory, setup: Setup, state: State) -> tuple[Part, ...]:
+    total, trained, world = inventory.total, inventory.trained, setup.machine.world
+    rule = {
+        "zero1": f"whole; optimizer state of 1/{world}",
+        "zero2": f"whole; optimizer state and gradients of 1/{world}",
+        "zero3": f"ceil(numel / {world}) of each tensor",
+        "fsdp2": f"ceil(rows / {world}) of each tensor",
+    }.get(setup.engine, "whole")
+    four_bit = sum(1 for param in inventory.params if param.double is not None)
+    stored = f"{total:,} parameters ({trained:,} trained) in {inventory.dtype.itemsize} bytes"
+    if four_bit:
+        stored += f", {four_bit} layers in 4 bits"
+    constants = "per 64 weights 1 byte, per 16,384 an fp32, and code books" if four_bit else "nothing is quantised"
+    spec = setup.recipe.optim.spec
+    moments = f"{spec.name} over what this rank updates"
+    if setup.offload != "none":
+        moments += f"; {_gib(state.on_host)} in host memory (offload = {setup.offload})"
+    return (
+        Part(name="weights", num_bytes=state.weights, formula=f"{stored}; {setup.engine}: {rule}"),
+        Part(
+            name="quantisation constants", num_bytes=state.quant_constants, formula=f"{constants}; whole on each rank"
+        ),
+        Part(name="gradients", num_bytes=state.gradients, formula="of trained parameters, in the model's type"),
+        Part(
+            name="master weights",
+            num_bytes=state.master,
+            formula="fp32 of what this rank updates" if state.master else "the weights are fp32 themselves",
+        ),
+        Part(name="optimizer state", num_bytes=state.optimizer, formula=moments),
+        Part(
+            name="  of it pageable",
+            num_bytes=state.pageable,
+            formula="moments of tensors of at least 100,000 elements, under a paged optimizer",
+        ),
+    )
+
+
+def _activation_parts(setup: Setup, kept: Activations) -> tuple[Part, ...]:
+    return (
+        Part(
+            name="activations",
+            num_bytes=kept.saved,
+            formula=f"traced on the meta device: {_gib(kept.saved_per_block)} a block for {setup.tokens:,} tokens, "
+            f"checkpointing {setup.checkpointing}",
+        ),
+        Part(
+            name="logits",
+            num_bytes=kept.head,
+            formula=f"traced: beyond the saved activations while head and loss ({setup.loss}) run",
+        ),
+    )
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes / 2**20:.2f} MiB"

@@ -1,0 +1,153 @@
+"""Plans a recipe file under many methods, engines and changes: reads it anew for each, so that its rules apply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distft.catalog import REGISTRIES
+from distft.core.errors import DistftError, MachineError, RecipeError
+from distft.plan import inventory as inventories
+from distft.plan.advice import Change, changes
+from distft.plan.case import Case, plan
+from distft.plan.inventory import Inventory
+from distft.plan.limits import Limit, largest
+from distft.plan.setup import Machine
+from distft.recipe import Recipe, load_recipe
+from distft.recipe.text import toml_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A method and engine that cannot be combined, and why."""
+
+    method: str
+    engine: str
+    reason: str
+
+
+@dataclass(kw_only=True)
+class Planner:
+    """One recipe file, one config, one machine."""
+
+    path: str
+    overrides: Sequence[str]
+    folder: Path
+    """Holds config.json."""
+    machine: Machine
+    _read: dict[str, Inventory] = field(default_factory=dict)
+
+    def recipe(self, extra: Sequence[str] = ()) -> Recipe:
+        """With the user's overrides, then `extra`.
+
+        Raises:
+            RecipeError: every mistake in it.
+        """
+        return load_recipe(self.path, registries=REGISTRIES, overrides=[*self.overrides, *extra])
+
+    def case(self, extra: Sequence[str] = (), machine: Machine | None = None) -> Case:
+        """Planned with further overrides, on this machine or another.
+
+        Raises:
+            RecipeError: the recipe's rules refuse them.
+            MachineError: the engine does.
+        """
+        recipe = self.recipe(extra)
+        return plan(recipe, self.inventory(recipe), machine or self.machine)
+
+    def inventory(self, recipe: Recipe) -> Inventory:
+        """The model as the recipe trains it; read once for each method and type.
+
+        Raises:
+            RecipeError: transformers does not know the config.
+        """
+        key = f"{recipe.method.name} {recipe.method.params!r} {recipe.model.dtype}"
+        if key not in self._read:
+            spec, params = recipe.method.spec, recipe.method.params
+            self._read[key] = inventories.read(recipe.model, self.folder, spec, params)
+        return self._read[key]
+
+    def cases(self, methods: Sequence[str], engines: Sequence[str]) -> tuple[list[Case], list[Refused]]:
+        """Every method under every engine; the recipe's own where a list is empty.
+
+        Raises:
+            RecipeError: with one method and engine, what refuses them.
+            MachineError: the same.
+        """
+        own = self.recipe()
+        planned: list[Case] = []
+        refused: list[Refused] = []
+        pairs = [(method, engine) for method in methods or [own.method.name] for engine in engines or [""]]
+        for method, engine in pairs:
+            extra = [*_method_override(own, method), *_engine_override(own, engine or own.engine.name)]
+            try:
+                planned.append(self.case(extra))
+            except (RecipeError, MachineError) as error:
+                if len(pairs) == 1:
+                    raise
+                refused.append(Refused(method=method, engine=engine or own.engine.name, reason=_one_line(error)))
+        return planned, refused
+
+    def changes(self, case: Case) -> list[Change]:
+        """What would make `case` fit."""
+        recipe = case.setup.recipe
+        own = self.recipe()
+        base = [*_method_override(own, recipe.method.name), *_engine_override(own, case.setup.engine)]
+        return changes(case, lambda extra, machine: self.case([*base, *extra], machine))
+
+    def limit(self, what: str, case: Case) -> Limit:
+        """The largest sequence (`seq`), micro-batch (`micro`) or model (`model`) with which `case` fits.
+
+        What the recipe leaves to `auto` stays as `case` has it, but for the micro-batch under `seq` and `model`: one.
+        """
+        own = self.recipe()
+        base = [*_method_override(own, case.setup.recipe.method.name), *_engine_override(own, case.setup.engine)]
+        base.append(f'train.activation_checkpointing="{case.setup.checkpointing}"')
+        world = self.machine.world
+        match what:
+            case "seq":
+                one = [*base, "train.micro_batch_size=1"]
+                return largest(what, lambda tokens: self.case([*one, f"data.max_length={tokens}"]), step=256)
+            case "micro":
+
+                def of(micro: int) -> Case:
+                    batch = f"train.global_batch_size={world * micro}"
+                    return self.case([*base, f"train.micro_batch_size={micro}", batch])
+
+                return largest(what, of, step=1)
+            case _:
+                recipe = self.recipe([*base, "train.micro_batch_size=1"])
+                model = self.inventory(recipe)
+
+                def deep(blocks: int) -> Case:
+                    return plan(recipe, inventories.resized(model, blocks), self.machine)
+
+                return largest(what, deep, step=model.depths[-1])
+
+
+def _method_override(own: Recipe, method: str) -> list[str]:
+    """`own`'s settings of the method as far as another method has them too."""
+    if method == own.method.name:
+        return []
+    known = REGISTRIES.method[method].params.model_fields
+    kept = {key: value for key, value in _set(own.method.params).items() if key in known}
+    return [f"method={toml_value({'name': method, **kept})}"]
+
+
+def _engine_override(own: Recipe, engine: str) -> list[str]:
+    if engine == own.engine.name:
+        return []
+    known = REGISTRIES.engine[engine].params.model_fields
+    kept = {key: value for key, value in _set(own.engine.params).items() if key in known}
+    return [f"engine={toml_value({'name': engine, **kept})}"]
+
+
+def _set(params: Any) -> dict[str, Any]:
+    return params.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+
+
+def _one_line(error: DistftError) -> str:
+    problems = getattr(error, "problems", ())
+    return "; ".join(problem.message for problem in problems) if problems else str(error).splitlines()[0]

@@ -1,0 +1,76 @@
+"""One way of running a recipe on one machine: every choice made, nothing computed yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from distft.core.accelerators import Accelerator
+from distft.model import cross_entropy
+from distft.model.cross_entropy import HeadLoss
+from distft.plan import kernels
+from distft.recipe import Recipe
+
+LOSSES: dict[str, HeadLoss] = {
+    "fused": kernels.fused_loss,
+    "chunked": cross_entropy.chunked_loss,
+    "full": cross_entropy.full_loss,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """GPUs of one kind in nodes of one size."""
+
+    gpu: Accelerator
+    gpus_per_node: int
+    nodes: int = 1
+
+    @property
+    def world(self) -> int:
+        """Processes: one for each GPU."""
+        return self.gpus_per_node * self.nodes
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """Slowest link that a collective over all GPUs crosses."""
+        return self.gpu.link_bytes_per_s if self.nodes == 1 else self.gpu.between_nodes_bytes_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What memory and speed follow from, together with the model."""
+
+    recipe: Recipe
+    machine: Machine
+    engine: str
+    micro_batch_size: int
+    micros_per_step: int
+    checkpointing: str
+    """off | selective | full."""
+    loss: str
+    """fused | chunked | full."""
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch: packed sequences are taken as full."""
+        return self.micro_batch_size * self.recipe.data.max_length
+
+    @property
+    def offload(self) -> str:
+        """None | optimizer | all."""
+        params: Any = self.recipe.engine.params
+        return getattr(params, "offload", "none")
+
+    @property
+    def kernel(self) -> str:
+        """What attends on a GPU: FlashAttention, whichever package it comes from."""
+        return kernels.FLASH
+
+
+def loss_of(recipe: Recipe, *, liger: bool) -> str:
+    """The head's loss on a GPU (see `distft.model.cross_entropy.choose`); `liger`: the package is there."""
+    wanted = recipe.model.cross_entropy
+    if wanted != "auto":
+        return wanted
+    return "fused" if liger and not recipe.objective.spec.per_token else "chunked"

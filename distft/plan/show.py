@@ -1,0 +1,140 @@
+"""A plan as text: one table of all cases, one case in detail, changes to paste, formulas on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from distft.core.accelerators import GIB
+from distft.plan.advice import Change
+from distft.plan.case import Case
+from distft.plan.limits import Limit
+from distft.plan.memory import Part
+from distft.plan.planner import Refused
+
+_COLUMNS = ("method", "engine", "micro", "ckpt", "weights", "grads", "master", "optim", "gather", "acts", "logits",
+            "peak", "of", "fits", "tok/s/GPU", "MFU")  # fmt: skip
+
+
+def table(cases: Sequence[Case], refused: Sequence[Refused]) -> Iterator[str]:
+    """One line for each case, GiB per GPU."""
+    rows = [_COLUMNS, *map(_row, cases)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    yield "GiB per GPU; peak and speed are predicted, weights to optimizer state are exact"
+    for row in rows:
+        cells = (
+            text.ljust(width) if column < 4 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  " + "  ".join(cells).rstrip()
+    for one in refused:
+        yield f"  {one.method} x {one.engine}: not possible: {one.reason}"
+
+
+def _row(case: Case) -> tuple[str, ...]:
+    state, kept, setup = case.memory.state, case.memory.activations, case.setup
+    sizes = (state.weights + state.quant_constants, state.gradients, state.master, state.optimizer,
+             case.memory.gathered, kept.saved, kept.head, case.memory.peak, setup.machine.gpu.memory_bytes)  # fmt: skip
+    return (
+        setup.recipe.method.name,
+        setup.engine,
+        str(setup.micro_batch_size),
+        setup.checkpointing,
+        *(f"{size / GIB:.1f}" for size in sizes),
+        _fits(case),
+        f"{case.speed.tokens_per_s_per_gpu:,.0f}",
+        f"{case.speed.mfu:.0%}",
+    )
+
+
+def _fits(case: Case) -> str:
+    if not case.fits:
+        return "no"
+    return "paged" if case.paged_bytes else "yes"
+
+
+def details(case: Case, *, price: float | None, explain: bool) -> Iterator[str]:
+    """Memory by component and phase, host and disk, speed."""
+    setup, machine, held, fast = case.setup, case.setup.machine, case.memory, case.speed
+    where = f"{machine.gpus_per_node} x {machine.gpu.name}" + (f" x {machine.nodes} nodes" if machine.nodes > 1 else "")
+    yield f"{setup.recipe.name}: {setup.recipe.method.name}, {setup.engine}, {where}"
+    yield (
+        f"  micro-batch {setup.micro_batch_size} x {setup.recipe.data.max_length:,} tokens, {setup.micros_per_step} "
+        f"per step, checkpointing {setup.checkpointing}, cross-entropy {setup.loss} ({case.chosen})"
+    )
+    yield "\nper GPU, GiB (weights to optimizer state exact, the rest predicted)"
+    for part in held.parts:
+        if part.num_bytes or explain:
+            yield _line(part, explain)
+    yield "\npeak by phase, GiB (predicted)"
+    for name, value in vars(held.phases).items():
+        mark = "  <- the most" if value == held.peak else ""
+        yield f"  {name.replace('_', ' '):<28} {value / GIB:>9.2f}{mark}"
+    yield ""
+    yield _verdict(case)
+    disk = setup.recipe.checkpoint.keep * held.checkpoint + held.final
+    per_node = held.host * machine.gpus_per_node
+    yield (
+        f"host memory {held.host / GIB:.1f} GiB per process, {per_node / GIB:.1f} per node; disk {disk / GIB:.1f} GiB "
+        f"({setup.recipe.checkpoint.keep} checkpoints of {held.checkpoint / GIB:.1f}, final/ {held.final / GIB:.1f})"
+    )
+    yield (
+        f"speed (predicted): {fast.tokens_per_s_per_gpu:,.0f} tokens/s per GPU, {fast.tokens_per_s:,.0f} in all, "
+        f"MFU {fast.mfu:.0%}, {fast.step_s:.2f} s a step, {fast.flops_per_token / 1e9:.2f} GFLOP a token"
+    )
+    yield _length(case, price)
+    if explain:
+        yield "\nspeed, explained"
+        for part in fast.parts:
+            yield f"  {part.name:<40} {part.num_bytes:>18,}  {part.formula}"
+
+
+def _line(part: Part, explain: bool) -> str:
+    text = f"  {part.name:<34} {part.num_bytes / GIB:>9.3f}"
+    return f"{text}  {part.num_bytes:>16,} bytes = {part.formula}" if explain else text
+
+
+def _verdict(case: Case) -> str:
+    peak, usable = case.memory.peak / GIB, case.setup.machine.gpu.memory_gib
+    if not case.fits:
+        return (
+            f"DOES NOT FIT: {peak:.1f} GiB at the peak, {usable:.1f} usable: {-case.spare_bytes / GIB:.1f} GiB too much"
+        )
+    if case.paged_bytes:
+        paged = case.paged_bytes / GIB
+        return f"fits by paging {paged:.1f} GiB of optimizer state to host memory: {peak:.1f} GiB of {usable:.1f}"
+    return f"fits: {peak:.1f} GiB of {usable:.1f} usable, {case.spare_bytes / GIB:.1f} GiB to spare"
+
+
+def _length(case: Case, price: float | None) -> str:
+    fast, world = case.speed, case.setup.machine.world
+    hours = fast.hours_per_billion_tokens if fast.hours is None else fast.hours
+    of = "per billion tokens (how many an epoch has, distft check tells)" if fast.hours is None else "for the run"
+    cost = "" if price is None else f", {hours * world * price:,.2f} at {price:g} per GPU hour"
+    return f"time (predicted): {hours:,.2f} hours {of}{cost}"
+
+
+def advice(changes: Sequence[Change]) -> Iterator[str]:
+    """Numbered, cheapest first."""
+    if not changes:
+        yield "no single change, nor the savers together, make it fit: a smaller model, or more memory"
+        return
+    yield "what makes it fit, cheapest first:"
+    for number, change in enumerate(changes, start=1):
+        yield f"  {number}. {change}"
+
+
+def limit(found: Limit, case: Case) -> str:
+    """One sentence."""
+    gpu = case.setup.machine.gpu
+    if found.case is None:
+        return f"max {found.what}: not even the smallest fits {gpu.name}"
+    peak = found.case.memory.peak / GIB
+    words = {
+        "seq": f"{found.value:,} tokens in a sequence (micro-batch 1)",
+        "micro": f"{found.value:,} sequences of {case.setup.recipe.data.max_length:,} tokens in a micro-batch",
+    }
+    said = words.get(found.what)
+    if said is None:
+        billions = found.case.parameters / 1e9
+        said = f"{billions:.1f} B parameters (this architecture with {found.value} blocks of the same width)"
+    return f"max {found.what}: {said}: {peak:.1f} of {gpu.memory_gib:.1f} GiB, checkpointing {case.setup.checkpointing}"

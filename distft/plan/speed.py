@@ -1,0 +1,174 @@
+"""Predicted speed: FLOPs of a micro-batch, the bytes it moves, the bytes it sends, and the time of the three.
+
+Everything here is a prediction: rates are shares of data-sheet peaks that good code reaches, traffic is that of the
+traced operations, and communication is taken to overlap with arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distft.plan.inventory import Inventory
+from distft.plan.memory import Memory, Part
+from distft.plan.setup import Setup
+
+MATMUL_RATE = 0.78
+"""Share of the bf16 peak that large matrix products reach (an H200: 790 of 989 TFLOP/s measured)."""
+ATTENTION_RATE = 0.55
+"""Share that FlashAttention 2 reaches, forward and backward together."""
+MEMORY_RATE = 0.85
+"""Share of the memory bandwidth that element-wise kernels reach (an H200: 4.3 TB/s measured as copies)."""
+LINK_RATE = 0.7
+"""Share of a link's bandwidth that collectives of large buckets reach."""
+PCIE_BYTES_PER_S = 20e9
+"""Between device and host memory, for offloaded weights and gradients."""
+HOST_UPDATE_BYTES_PER_S = 20e9
+"""State that torch's AdamW reads and writes in host memory, for each process of a node."""
+DEQUANTISED_BYTES = 2.516
+"""Read and written per 4-bit weight each time its layer is dequantised to bf16: 0.516 + 2."""
+READS_PER_WRITE = 1.5
+"""An operation reads a little more than it writes: of two inputs one is as large as the output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Predicted; per GPU where it does not say otherwise."""
+
+    flops_per_token: float
+    """What the method's mathematics needs: matrix products and causal attention over full sequences."""
+    executed_flops_per_token: float
+    """With what activation checkpointing repeats."""
+    micro_s: float
+    step_s: float
+    """One optimizer step."""
+    tokens_per_s: float
+    """Of all GPUs together."""
+    tokens_per_s_per_gpu: float
+    mfu: float
+    hours: float | None
+    """Of the run; None when the recipe gives epochs, whose tokens only the rows tell."""
+    hours_per_billion_tokens: float
+    parts: tuple[Part, ...]
+
+
+def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
+    """Predicted speed of a run that fits."""
+    gpu, world, tokens = setup.machine.gpu, setup.machine.world, setup.tokens
+    length = setup.recipe.data.max_length
+    matmul, again = _matmul_flops(inventory, setup)
+    forward_attention = _attention_flops(inventory, length)
+    attention, attention_again = 3.5 * forward_attention, forward_attention if setup.checkpointing == "full" else 0.0
+    compute_s = tokens * (
+        (matmul + again) / (MATMUL_RATE * gpu.bf16_flops)
+        + (attention + attention_again) / (ATTENTION_RATE * gpu.bf16_flops)
+    )
+    moved = memory.activations.traffic * (1 + READS_PER_WRITE)
+    four_bit = sum(param.numel for param in inventory.params if param.double is not None)
+    passes = 2 if setup.checkpointing == "off" else 3
+    moved += four_bit * DEQUANTISED_BYTES * passes
+    memory_s = moved / (MEMORY_RATE * gpu.memory_bytes_per_s)
+    sent_micro, sent_step = _sent(inventory, setup, memory)
+    link = LINK_RATE * setup.machine.link_bytes_per_s
+    micro_s = max(compute_s + memory_s, sent_micro / link)
+    if setup.offload == "all":  # weights come for forward and backward, gradients go; DeepSpeed overlaps little of it
+        stored = sum(param.stored_bytes for param in inventory.params) / world
+        micro_s += 3 * stored / PCIE_BYTES_PER_S
+    state = memory.state
+    rewritten = 2 * (state.master + state.optimizer) + 2 * state.gradients + 2 * state.weights
+    update_s = rewritten / (MEMORY_RATE * gpu.memory_bytes_per_s) + 2 * state.on_host / HOST_UPDATE_BYTES_PER_S
+    step_s = setup.micros_per_step * micro_s + update_s + max(0.0, sent_step / link - 0.5 * micro_s)
+    per_step = setup.micros_per_step * tokens * world
+    needed = matmul + attention
+    steps = setup.recipe.train.max_steps
+    return Speed(
+        flops_per_token=needed,
+        executed_flops_per_token=needed + again + attention_again,
+        micro_s=micro_s,
+        step_s=step_s,
+        tokens_per_s=per_step / step_s,
+        tokens_per_s_per_gpu=per_step / step_s / world,
+        mfu=needed * per_step / step_s / world / gpu.bf16_flops,
+        hours=None if steps is None else steps * step_s / 3600,
+        hours_per_billion_tokens=1e9 / (per_step / step_s) / 3600,
+        parts=(
+            Part(
+                name="FLOPs per token",
+                num_bytes=round(needed),
+                formula="6 per trained weight in a product, 4 per frozen one: "
+                f"{matmul / 1e9:.2f} G; causal attention 3.5 x 2 x layers x heads x head size x {length:,}: "
+                f"{attention / 1e9:.2f} G; repeated by checkpointing {(again + attention_again) / 1e9:.2f} G",
+            ),
+            Part(
+                name="arithmetic of a micro-batch, us",
+                num_bytes=round(compute_s * 1e6),
+                formula=f"{tokens:,} tokens at {MATMUL_RATE:.0%} (products) and {ATTENTION_RATE:.0%} (attention) of "
+                f"{gpu.bf16_flops / 1e12:.0f} TFLOP/s",
+            ),
+            Part(
+                name="memory traffic of a micro-batch, us",
+                num_bytes=round(memory_s * 1e6),
+                formula=f"{moved / 1e9:.0f} GB ({1 + READS_PER_WRITE:g} x what the traced operations write"
+                + (f" + {passes} x {DEQUANTISED_BYTES} bytes per 4-bit weight" if four_bit else "")
+                + f") at {MEMORY_RATE:.0%} of {gpu.memory_bytes_per_s / 1e9:.0f} GB/s",
+            ),
+            Part(
+                name="sent per micro-batch, bytes",
+                num_bytes=round(sent_micro),
+                formula=f"{setup.engine}: {_SENT.get(setup.engine, 'nothing until the step ends')}; overlapped, at "
+                f"{LINK_RATE:.0%} of {setup.machine.link_bytes_per_s / 1e9:.0f} GB/s",
+            ),
+            Part(
+                name="sent per step, bytes",
+                num_bytes=round(sent_step),
+                formula="gradients reduced and weights gathered once: 2 x bytes x (n - 1) / n"
+                if sent_step
+                else "nothing",
+            ),
+        ),
+    )
+
+
+_SENT = {
+    "zero3": "weights gathered for forward and backward, gradients scattered: 3 x bytes x (n - 1) / n",
+    "fsdp2": "weights gathered for forward and backward, gradients scattered in fp32",
+    "zero2": "gradients reduced to their owners",
+}
+
+
+def _matmul_flops(inventory: Inventory, setup: Setup) -> tuple[float, float]:
+    """(needed, repeated by checkpointing) per token; see `distft.model.stats.flops_per_token`."""
+    needed = sum((6.0 if trained else 4.0) * numel for numel, trained in inventory.linears)
+    blocks = sum(numel for numel, _ in inventory.linears) - _head_weights(inventory)
+    again = {"off": 0.0, "selective": 1.0, "full": 2.0}[setup.checkpointing] * blocks
+    if setup.loss == "chunked":
+        again += 2.0 * _head_weights(inventory)
+    return needed, again
+
+
+def _head_weights(inventory: Inventory) -> int:
+    return inventory.samples[0].module.head.weight.numel()
+
+
+def _attention_flops(inventory: Inventory, length: int) -> float:
+    """Causal forward per token, over sequences of `length`: 2·L·h·d·s."""
+    text = inventory.config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2.0 * inventory.num_blocks * heads * head_dim * length
+
+
+def _sent(inventory: Inventory, setup: Setup, memory: Memory) -> tuple[float, float]:
+    """(bytes a rank sends per micro-batch, per step)."""
+    world = setup.machine.world
+    share = (world - 1) / world
+    stored = sum(param.stored_bytes for param in inventory.params)
+    trained = sum(param.stored_bytes for param in inventory.params if param.trained)
+    match setup.engine:
+        case "zero3":
+            return (2 * stored + trained) * share, 0.0
+        case "fsdp2":
+            return (2 * stored + 4 * inventory.trained) * share, 0.0
+        case "zero2":
+            return trained * share, trained * share
+        case _:
+            return 0.0, 2 * trained * share

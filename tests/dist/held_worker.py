@@ -1,0 +1,78 @@
+"""Adopts one model under many engines, methods and optimizers, takes a step, and notes what each rank holds.
+
+usage: torchrun --nproc-per-node N tests/dist/held_worker.py CASES.json OUT
+CASES: [{"name", "model", "engine", "method", "params", "optim", "dtype", "offload"}]; OUT.RANK gets name -> bytes.
+"""
+
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from tiny import batch, documents
+
+from distft.core.types import TrainState, UpdateRule
+from distft.engine import ENGINES, held, processes
+from distft.model import load
+from distft.model.adapters import METHODS
+from distft.optim import OPTIMIZERS
+from distft.recipe import ModelTable
+
+
+def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
+    """Bytes by component, in the words of `distft plan --json`."""
+    spec, method, optim = ENGINES[case["engine"]], METHODS[case["method"]], OPTIMIZERS[case["optim"]]
+    table = ModelTable(path=case["model"], dtype=case["dtype"], init="random")
+    params = method.params.model_validate_json(json.dumps(case.get("params", {})))
+    built = load.build(table, Path(case["model"]), method, params, seed=0, device=placed.device)
+    rule = UpdateRule(
+        build=lambda groups: optim.build(optim.params(), groups),
+        lr_at=lambda step: 1e-4,
+        weight_decay=0.1,
+        decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
+        max_grad_norm=1.0,
+    )
+    engine = spec.open(spec.params(), placed)
+    try:
+        engine.adopt(built, rule, micros_per_step=1)
+        rows = batch(documents([17, 9], seed=placed.rank))
+        with engine.accumulating(last=True, seed=0):
+            loss = engine.model(**rows.inputs()).sum()
+            engine.backward(loss, divide_by=float(rows.num_supervised * placed.world), samples=())
+        gradients = held.gradients(engine)
+        engine.step(TrainState(), float(rows.num_supervised * placed.world))
+        after = held.count(engine)
+    finally:
+        engine.close()
+    return {
+        "weights_bytes": after.weights,
+        "quant_constants_bytes": after.quant_constants,
+        "gradients_bytes": gradients,
+        "master_bytes": after.master,
+        "optimizer_bytes": after.optimizer,
+        "pageable_bytes": after.pageable,
+    }
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
+    placed = processes.join()
+    # The group outlives the cases: an engine leaves only what it joined itself.
+    placed = type(placed)(**vars(placed) | {"joined": False})
+    results = {}
+    for case in cases:
+        try:
+            results[case["name"]] = measure(case, placed)
+        except Exception as error:
+            results[case["name"]] = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+        gc.collect()
+    Path(f"{out}.{placed.rank}").write_text(json.dumps(results))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

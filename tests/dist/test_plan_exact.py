@@ -1,0 +1,151 @@
+"""The planner's state bytes per rank are those of running processes: every engine, method, optimizer and type.
+
+One launch for each number of processes; every cell is a model adopted, stepped once and counted on its own tensors.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ROOT, run
+from transformers import LlamaConfig, Qwen2Config
+
+from distft.model.adapters import METHODS
+from distft.optim import OPTIMIZERS
+from distft.plan import inventory, state
+from distft.recipe import ModelTable
+
+LLAMA = LlamaConfig(
+    vocab_size=515, hidden_size=96, intermediate_size=200, num_hidden_layers=5, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256,
+)  # fmt: skip
+"""Untied; five blocks, so that the plan repeats one; sizes that three ranks do not divide."""
+QWEN = Qwen2Config(
+    vocab_size=301, hidden_size=72, intermediate_size=130, num_hidden_layers=4, num_attention_heads=6,
+    num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+)  # fmt: skip
+"""Tied embedding, biases in attention, 1-D tensors of odd sizes."""
+ANCHOR = LlamaConfig(
+    vocab_size=1024, hidden_size=256, intermediate_size=600, num_hidden_layers=6, num_attention_heads=4,
+    max_position_embeddings=256,
+)  # fmt: skip
+"""4,865,280 parameters: the model whose bytes were measured before there was a planner."""
+
+RANK_64 = {"r": 64}  # its matrices have more than 4,096 elements: from there on 8-bit moments are 8-bit
+METHOD_PARAMS: dict[str, dict[str, Any]] = {"full": {}, "lora": RANK_64, "qlora": RANK_64}
+SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
+DTYPES = ("float32", "bfloat16")
+
+
+def cell(model: str, engine: str, method: str, optim: str, dtype: str, **params: Any) -> dict[str, Any]:
+    chosen = METHOD_PARAMS[method] | params
+    said = "/".join([model, engine, method, optim, dtype, *map(str, params.values())])
+    return {"name": said, "model": model, "engine": engine, "method": method, "optim": optim, "dtype": dtype,
+            "params": chosen}  # fmt: skip
+
+
+def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [
+        cell(model, engine, method, optim, dtype)
+        for engine in engines
+        for method in METHOD_PARAMS
+        for optim in optims
+        for dtype in DTYPES
+        if OPTIMIZERS[optim].elementwise or engine in ("solo", "ddp")
+    ]
+
+
+ALL = tuple(OPTIMIZERS)
+VARIANTS = [
+    cell("llama", engine, "qlora", "adamw_8bit", "bfloat16", **params)
+    for engine in ("ddp", *SHARDED)
+    for params in ({"quant": {"double": False}}, {"adapter_dtype": "float32"})
+    if not (engine == "fsdp2" and "adapter_dtype" in params)  # one type a block, fsdp2 asks
+]
+CELLS = {
+    1: grid("llama", ("solo",), ALL) + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor")),
+    2: grid("llama", ("ddp", *SHARDED), ALL)
+    + grid("qwen", ("ddp", *SHARDED), ("adamw", "adamw_8bit"))
+    + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
+    + VARIANTS,
+    3: grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit")) + grid("llama", SHARDED, ("adamw_8bit",)),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for name, config in (("llama", LLAMA), ("qwen", QWEN), ("anchor", ANCHOR)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+        config.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module", params=sorted(CELLS), ids=lambda world: f"{world}-ranks")
+def counted(
+    request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, list[dict[str, dict[str, Any]]]]:
+    """(world, what each rank counted, by cell)."""
+    world, folder = request.param, tmp_path_factory.mktemp("held")
+    listed = [one | {"model": str(models[one["model"]])} for one in CELLS[world]]
+    (folder / "cases.json").write_text(json.dumps(listed))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+    torchrun += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(world)]
+    worker = [str(ROOT / "tests/dist/held_worker.py"), str(folder / "cases.json"), str(folder / "held")]
+    path = f"{ROOT}:{ROOT / 'tests/helpers'}"
+    done = run([*torchrun, *worker], PYTHONPATH=path, timeout_s=1200.0)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return world, [json.loads((folder / f"held.{rank}").read_text()) for rank in range(world)]
+
+
+def planned(models: dict[str, Path], one: dict[str, Any], world: int, rank: int, read: dict) -> dict[str, int]:
+    key = (one["model"], one["method"], one["dtype"], json.dumps(one["params"]))
+    if key not in read:
+        method = METHODS[one["method"]]
+        params = method.params.model_validate_json(json.dumps(one["params"]))
+        table = ModelTable(path=str(models[one["model"]]), dtype=one["dtype"], init="random")
+        read[key] = inventory.read(table, models[one["model"]], method, params)
+    optim = OPTIMIZERS[one["optim"]]
+    found = state.of_rank(read[key], one["engine"], optim, optim.params(), world=world, rank=rank)
+    return {
+        "weights_bytes": found.weights,
+        "quant_constants_bytes": found.quant_constants,
+        "gradients_bytes": found.gradients,
+        "master_bytes": found.master,
+        "optimizer_bytes": found.optimizer,
+        "pageable_bytes": found.pageable,
+    }
+
+
+def test_every_cell_on_every_rank(
+    models: dict[str, Path], counted: tuple[int, list[dict[str, dict[str, Any]]]]
+) -> None:
+    world, ranks = counted
+    read: dict = {}
+    wrong = {}
+    for one in CELLS[world]:
+        for rank, held in enumerate(ranks):
+            plan = planned(models, one, world, rank, read)
+            if held[one["name"]] != plan:
+                wrong[one["name"], rank] = {"held": held[one["name"]], "planned": plan}
+    assert not wrong, f"{len(wrong)} of {world * len(CELLS[world])} differ: {list(wrong.items())[:4]}"
+    eight_bit = [name for name in ranks[0] if "8bit" in name]
+    assert all(0 < ranks[0][name]["optimizer_bytes"] for name in eight_bit)
+
+
+ANCHORS = {
+    # weights, constants, master, optimizer, gradients
+    ("fsdp2", "float32"): (9730560, 0, 0, 19461120, 9730560),
+    ("zero3", "float32"): (9730560, 0, 9730560, 19461120, 9730560),
+    ("zero3", "bfloat16"): (4865280, 0, 9730560, 19461120, 4865280),
+}
+
+
+@pytest.mark.parametrize(("engine", "dtype"), ANCHORS)
+def test_bytes_that_were_measured_before(models: dict[str, Path], engine: str, dtype: str) -> None:
+    figures = planned(models, cell("anchor", engine, "full", "adamw", dtype), 2, 0, {})
+    keys = ("weights", "quant_constants", "master", "optimizer", "gradients")
+    assert tuple(figures[f"{key}_bytes"] for key in keys) == ANCHORS[engine, dtype]
