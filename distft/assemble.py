@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
     from distft.guard import Guard
     from distft.metrics import Meters, RunFacts
     from distft.model.load import MetaModel
+    from distft.plan.setup import Machine
     from distft.rehearsal import Worst
     from distft.resume import Checkpoints, Resume
     from distft.run_folder import RunFolder
 
 AUTO_MICRO_TOKENS = 8192
-"""`micro_batch_size = "auto"` fills a micro-batch up to this many tokens: enough rows for full-speed products."""
+"""Without an accelerator, `micro_batch_size = "auto"` fills a micro-batch up to this many tokens."""
 
 PREPARING_SAYS_S = 10.0
 """Seconds between two words on how many rows are prepared."""
@@ -43,6 +45,10 @@ class Layout:
 
     micro_batch_size: int
     micros_per_step: int
+    checkpointing: str | None = None
+    """What activation checkpointing `auto` means here; None: the recipe says, or there is no accelerator."""
+    why: str = ""
+    """Of micro-batch and checkpointing, where they were left to `auto`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +68,50 @@ class Data:
 
 
 def layout(recipe: Recipe, world: int) -> Layout:
-    """The micro-batch: the recipe's, or as many sequences as fill AUTO_MICRO_TOKENS and divide a rank's share.
+    """The recipe's micro-batch, or on accelerators what the planner chooses, which looks at memory and speed.
+
+    Without one: as many sequences as fill AUTO_MICRO_TOKENS and divide a rank's share.
 
     Raises:
         RecipeError: the global batch does not split over `world` processes.
     """
-    own = recipe.train.micro_batch_size
+    own, train = recipe.train.micro_batch_size, recipe.train
+    share = check_world(recipe, world, 1 if own == "auto" else own)
+    if "auto" in (own, train.activation_checkpointing) and (machine := _accelerators(world)) is not None:
+        from distft.demo.files import locate
+        from distft.engine.processes import launcher_wants
+        from distft.model.load import find_folder
+        from distft.plan import auto
+
+        located = locate(recipe)
+        chosen = auto.for_job(located, find_folder(located.model), machine, wants=launcher_wants(os.environ))
+        return Layout(
+            micro_batch_size=chosen.micro_batch_size,
+            micros_per_step=check_world(recipe, world, chosen.micro_batch_size),
+            checkpointing=chosen.checkpointing,
+            why=chosen.reason,
+        )
     if own == "auto":
-        share = check_world(recipe, world, 1)
         limit = max(1, AUTO_MICRO_TOKENS // recipe.data.max_length)
         own = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
     return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own))
+
+
+def _accelerators(world: int) -> Machine | None:
+    """What the run is on, every rank alike; None on CPUs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from distft.core import accelerators
+    from distft.plan.machine import of_size
+    from distft.plan.setup import Machine
+
+    first = torch.cuda.get_device_properties(0)
+    gib = first.total_memory // accelerators.GIB  # whole ones: boards of one kind differ by a few MiB
+    known = accelerators.of_device(first.name) or of_size(gib)
+    per_node = min(world, torch.cuda.device_count())
+    return Machine(gpu=replace(known, memory_gib=gib), gpus_per_node=per_node, nodes=-(-world // per_node))
 
 
 def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
@@ -195,13 +234,7 @@ def model(located: Recipe, placed: Processes, engine: str, cut: Layout, rows: Da
             fix="use the tokenizer that belongs to the model, or a chat_template of tokens it knows",
         )
         raise RecipeError(located.source, [problem])
-    mode, why = savers.choose_checkpointing(
-        located.train.activation_checkpointing,
-        built.module,
-        placed.device,
-        tokens=cut.micro_batch_size * located.data.max_length,
-        shards=placed.world if engine in ("zero3", "fsdp2") else 1,
-    )
+    mode, why = savers.choose_checkpointing(located.train.activation_checkpointing, cut.checkpointing, cut.why)
     say(f"activation checkpointing {mode}: {why}")
     savers.checkpoint_blocks(built.module.transformer, mode)
     if located.train.compile:

@@ -8,8 +8,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from distft.model import stats
-
 Checkpointing = Literal["off", "selective", "full"]
 
 _ATTENTION = frozenset(
@@ -44,29 +42,13 @@ class _KeepHalf:
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def choose_checkpointing(
-    wanted: str, module: Any, device: torch.device, *, tokens: int, shards: int
-) -> tuple[Checkpointing, str]:
-    """(mode, reason) for a recipe's `activation_checkpointing`; `auto` turns it on only when memory asks for it.
-
-    The estimate: 2 bytes a weight and 16 a trained one, over `shards` ranks, plus a block's saved activations in
-    half precision under flash attention, 2·T·(4d + 2q + 2k + 3f), must stay under 85 % of the device.
-    T tokens of a micro-batch, d hidden, q and k projection widths, f feed-forward width.
-    """
+def choose_checkpointing(wanted: str, planned: str | None, why: str) -> tuple[Checkpointing, str]:
+    """(mode, reason) for a recipe's `activation_checkpointing`; `planned` is what the planner chose for `auto`."""
     if wanted != "auto":
         return wanted, "the recipe says so"  # type: ignore[return-value]
-    if device.type == "cpu":
+    if planned is None:
         return "off", "no accelerator whose memory could run out"
-    counts = stats.count(module)
-    config = module.transformer.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    q, k = heads * head_dim, config.num_key_value_heads * head_dim
-    per_block = 2 * tokens * (4 * config.hidden_size + 2 * q + 2 * k + 3 * config.intermediate_size)
-    held = (2 * counts.total + 16 * counts.trainable) / shards + per_block * config.num_hidden_layers
-    room = 0.85 * torch.cuda.get_device_properties(device).total_memory
-    said = f"about {held / 2**30:.0f} GiB without it, {room / 2**30:.0f} to use"
-    return ("off", said) if held < room else ("full", said)
+    return planned, why  # type: ignore[return-value]
 
 
 def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:

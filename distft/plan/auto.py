@@ -6,11 +6,13 @@ The plan and the job ask the same function, so what was planned is what runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from distft.core.accelerators import GIB
+from distft.plan import inventory as inventories
 from distft.plan import memory, speed
 from distft.plan.inventory import Inventory
-from distft.plan.setup import Machine, Setup, loss_of
+from distft.plan.setup import Machine, Setup, has_liger, loss_of, resolve_engine
 from distft.recipe import Recipe, check_world
 
 MICRO_TOKENS = 16_384
@@ -37,18 +39,27 @@ class Choice:
         return self.setup.checkpointing
 
 
-def choose(
-    recipe: Recipe, inventory: Inventory, machine: Machine, *, engine: str, liger: bool, micro: int | None = None
-) -> Choice:
+def for_job(recipe: Recipe, folder: Path, machine: Machine, *, wants: str) -> Choice:
+    """What a job on this machine runs with. `folder` holds config.json; `wants`: the launcher's engine family.
+
+    Raises:
+        RecipeError: the global batch does not split over the machine.
+        MachineError: the engine cannot run there.
+    """
+    inventory = inventories.read(recipe.model, folder, recipe.method.spec, recipe.method.params)
+    engine = resolve_engine(recipe, machine, wants=wants)
+    return choose(recipe, inventory, machine, engine=engine, liger=has_liger())
+
+
+def choose(recipe: Recipe, inventory: Inventory, machine: Machine, *, engine: str, liger: bool) -> Choice:
     """The recipe's own values, and for `auto` the pair that is predicted to be fastest among those that fit.
 
-    `micro` fixes the micro-batch where the recipe does not. When nothing fits, what needs least: one sequence, and
-    full checkpointing.
+    When nothing fits, what needs least: one sequence, and full checkpointing.
 
     Raises:
         RecipeError: the global batch does not split over the machine.
     """
-    micros = _micros(recipe, machine, micro)
+    micros = _micros(recipe, machine)
     modes = _modes(recipe, engine)
     limit = ROOM * machine.gpu.memory_bytes
     setups = [
@@ -79,9 +90,9 @@ def choose(
     )
 
 
-def _micros(recipe: Recipe, machine: Machine, micro: int | None) -> list[int]:
+def _micros(recipe: Recipe, machine: Machine) -> list[int]:
     """Micro-batch sizes to try, largest first."""
-    own = recipe.train.micro_batch_size if micro is None else micro
+    own = recipe.train.micro_batch_size
     if own != "auto":
         check_world(recipe, machine.world, own)
         return [own]

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from distft.engine import ENGINES
-from distft.engine.auto import choose as choose_engine
-from distft.engine.processes import Processes
 from distft.plan import auto, memory, speed
 from distft.plan.inventory import Inventory
 from distft.plan.memory import Memory
-from distft.plan.setup import Machine, Setup
+from distft.plan.setup import Machine, Setup, has_liger, resolve_engine
 from distft.plan.speed import Speed
 from distft.recipe import Recipe
 
@@ -110,8 +104,8 @@ def plan(recipe: Recipe, inventory: Inventory, machine: Machine, *, liger: bool 
         MachineError: the engine cannot do what method, optimizer or offload need.
     """
     engine = resolve_engine(recipe, machine)
-    has_liger = importlib.util.find_spec("liger_kernel") is not None if liger is None else liger
-    chosen = auto.choose(recipe, inventory, machine, engine=engine, liger=has_liger)
+    fused = has_liger() if liger is None else liger
+    chosen = auto.choose(recipe, inventory, machine, engine=engine, liger=fused)
     held = memory.of_setup(inventory, chosen.setup)
     return Case(
         setup=chosen.setup,
@@ -121,29 +115,3 @@ def plan(recipe: Recipe, inventory: Inventory, machine: Machine, *, liger: bool 
         speed=speed.of_setup(inventory, chosen.setup, held),
         chosen=chosen.reason,
     )
-
-
-def resolve_engine(recipe: Recipe, machine: Machine) -> str:
-    """The engine the job would run on this machine.
-
-    Raises:
-        MachineError: it cannot.
-    """
-    there = Processes(
-        rank=0,
-        world=machine.world,
-        local_rank=0,
-        device=torch.device("cuda"),
-        launcher="plan",
-        wants="",
-        joined=False,
-    )
-    name, _ = choose_engine(
-        recipe.engine.name,
-        ENGINES,
-        there,
-        trains_all=not recipe.method.spec.adapter,
-        elementwise=recipe.optim.spec.elementwise,
-        offload=getattr(recipe.engine.params, "offload", "none"),
-    )
-    return name

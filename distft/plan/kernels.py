@@ -13,7 +13,9 @@ FLASH = "distft_plan_flash"
 """torch's varlen FlashAttention, as `distft.model.attention` calls it on a GPU."""
 CPU = "distft_plan_cpu"
 """scaled_dot_product_attention over one document, as `distft.model.attention` calls it on a CPU."""
-ATTENTION = (FLASH, CPU)
+EAGER = "distft_plan_eager"
+"""Plain products, as transformers' own eager attention: probabilities of [T, T] for each head are kept."""
+ATTENTION = (FLASH, CPU, EAGER)
 
 
 def flash_attention(
@@ -50,12 +52,32 @@ def cpu_attention(
     return torch.cat([out_BHTD], dim=2).transpose(1, 2), None
 
 
+def eager_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float = 1.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same. Source: transformers.models.llama.modeling_llama.eager_attention_forward."""
+    groups = query_BHTD.shape[1] // key_BGTD.shape[1]
+    key_BHTD, value_BHTD = (x.repeat_interleave(groups, dim=1) for x in (key_BGTD, value_BGTD))
+    scores_BHTT = query_BHTD @ key_BHTD.transpose(2, 3) * scaling
+    masked_BHTT = scores_BHTT + scores_BHTT.new_zeros(scores_BHTT.shape[-2:])
+    probabilities_BHTT = masked_BHTT.softmax(dim=-1, dtype=torch.float32).to(query_BHTD.dtype)
+    return (probabilities_BHTT @ value_BHTD).transpose(1, 2).contiguous(), None
+
+
 def register() -> None:
-    """Make both known to transformers; again is harmless."""
+    """Make them known to transformers; again is harmless."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(FLASH, flash_attention)
     AttentionInterface.register(CPU, cpu_attention)
+    AttentionInterface.register(EAGER, eager_attention)
 
 
 def fused_loss(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:

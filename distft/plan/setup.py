@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from distft.core.accelerators import Accelerator
+from distft.engine import ENGINES
+from distft.engine.auto import choose as choose_engine
+from distft.engine.processes import Processes
 from distft.model import cross_entropy
 from distft.model.cross_entropy import HeadLoss
 from distft.plan import kernels
@@ -64,8 +70,13 @@ class Setup:
 
     @property
     def kernel(self) -> str:
-        """What attends on a GPU: FlashAttention, whichever package it comes from."""
-        return kernels.FLASH
+        """What attends on a GPU: a kernel that keeps no [T, T] matrix, whichever package it comes from; or eager."""
+        return kernels.EAGER if self.recipe.model.attention == "eager" else kernels.FLASH
+
+
+def has_liger() -> bool:
+    """Whether liger-kernel, and with it the fused loss, is installed here."""
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def loss_of(recipe: Recipe, *, liger: bool) -> str:
@@ -74,3 +85,29 @@ def loss_of(recipe: Recipe, *, liger: bool) -> str:
     if wanted != "auto":
         return wanted
     return "fused" if liger and not recipe.objective.spec.per_token else "chunked"
+
+
+def resolve_engine(recipe: Recipe, machine: Machine, *, wants: str = "") -> str:
+    """The engine the job would run on this machine; `wants`: what its launcher was configured for.
+
+    Raises:
+        MachineError: it cannot.
+    """
+    there = Processes(
+        rank=0,
+        world=machine.world,
+        local_rank=0,
+        device=torch.device("cuda"),
+        launcher="plan",
+        wants=wants,
+        joined=False,
+    )
+    name, _ = choose_engine(
+        recipe.engine.name,
+        ENGINES,
+        there,
+        trains_all=not recipe.method.spec.adapter,
+        elementwise=recipe.optim.spec.elementwise,
+        offload=getattr(recipe.engine.params, "offload", "none"),
+    )
+    return name

@@ -81,15 +81,15 @@ def test_thirty_faults_change_nothing(bench: Bench, forks: Forks) -> None:
     sources = [f'{{path="{bench.folder}/{name}.jsonl", weight=1.0}}' for name in ("train", "second")]
     settings = (*SETTINGS, f"data.train=[{', '.join(sources)}]")
     oracle, run = (Job(bench, name, "zero3", settings) for name in ("soak-oracle", "soak"))
-    assert forks.run(oracle) == [0, 0], forks.stderr()
+    assert forks.run(oracle, limit_s=1200) == [0, 0], forks.stderr()
     per_epoch = int(re.search(r"(\d+) rows, ", forks.stderr())[1])
     told: list[str] = []
     while len(told) < FAULTS:
         fault, plan = next_fault(rng, run.folder)
-        codes = forks.run(run, fault=plan)
+        codes = forks.run(run, fault=plan, limit_s=300)
         told.append(f"{fault} -> {codes}")
         assert codes != [0, 0], "the run is over before the faults are"
-    assert forks.run(run) == [0, 0], forks.stderr()
+    assert forks.run(run, limit_s=1200) == [0, 0], forks.stderr()
     print("\n".join(told))
     assert ended(run.folder) == ended(oracle.folder)
     with_faults, without = rows_by_epoch(run.folder, per_epoch), rows_by_epoch(oracle.folder, per_epoch)

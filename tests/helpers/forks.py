@@ -38,15 +38,19 @@ class Forks:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
             )  # fmt: skip
 
-    def start(self, job: Job, *, fault: str = "") -> None:
+    def start(self, job: Job, *, fault: str = "", limit_s: float = LIMIT_S) -> None:
         """Start it; `codes` waits for its end."""
         assert self._parent.stdin is not None
         self._before = self._output.stat().st_size
-        print(json.dumps({"arguments": job.arguments, "fault": fault}), file=self._parent.stdin, flush=True)
+        print(
+            json.dumps({"arguments": job.arguments, "fault": fault, "limit_s": limit_s}),
+            file=self._parent.stdin,
+            flush=True,
+        )
 
-    def run(self, job: Job, *, fault: str = "") -> list[int]:
+    def run(self, job: Job, *, fault: str = "", limit_s: float = LIMIT_S) -> list[int]:
         """Start it and wait for its end; see `codes`."""
-        self.start(job, fault=fault)
+        self.start(job, fault=fault, limit_s=limit_s)
         return self.codes()
 
     def codes(self) -> list[int]:
@@ -87,7 +91,7 @@ def main() -> None:
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
         ranks = [fork(rank, port, start["arguments"], start["fault"]) for rank in range(WORLD)]
-        print(json.dumps(codes_of(ranks)), flush=True)
+        print(json.dumps(codes_of(ranks, start["limit_s"])), flush=True)
 
 
 def fork(rank: int, port: int, arguments: list[str], fault: str) -> int:
@@ -115,10 +119,10 @@ def become(arguments: list[str]) -> NoReturn:
         leave(code)
 
 
-def codes_of(ranks: list[int]) -> list[int | None]:
+def codes_of(ranks: list[int], limit_s: float) -> list[int | None]:
     """Exit codes, None for a process that had to be killed from here."""
     codes: dict[int, int | None] = {}
-    until = time.monotonic() + LIMIT_S
+    until = time.monotonic() + limit_s
     while len(codes) < len(ranks):
         for pid in set(ranks) - set(codes):
             found, status = os.waitpid(pid, os.WNOHANG)

@@ -1,0 +1,51 @@
+"""The one table of GPUs: found by what the driver calls them, and by what a user types."""
+
+import pytest
+
+from distft.core.accelerators import ACCELERATORS, BY_NAME, named, of_device, peak_flops
+
+
+def test_no_product_is_hidden_behind_a_shorter_name() -> None:
+    for gpu in ACCELERATORS:
+        product = gpu.product if gpu.product.startswith(("NVIDIA", "Tesla")) else f"NVIDIA {gpu.product}"
+        assert of_device(product) is gpu, gpu.name
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA H100 PCIe", "h100-pcie-80gb"),
+        ("NVIDIA GH200 480GB", "gh200-96gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090-24gb"),
+        ("Tesla T4", "t4-16gb"),
+    ],
+)
+def test_devices_by_the_drivers_name(device: str, name: str) -> None:
+    found = of_device(device)
+    assert found is not None
+    assert found.name == name
+
+
+@pytest.mark.parametrize("device", ["cpu", "NVIDIA T400 4GB", "NVIDIA RTX A1000", "NVIDIA RTX A4000"])
+def test_a_small_card_is_not_taken_for_a_large_one(device: str) -> None:
+    assert of_device(device) is None
+    assert peak_flops(device) is None
+
+
+def test_names_are_unique_and_say_no_less_memory_than_is_usable() -> None:
+    assert len(BY_NAME) == len(ACCELERATORS)
+    for gpu in ACCELERATORS:
+        assert 0.85 * int(gpu.name.rsplit("-", 1)[1].removesuffix("gb")) < gpu.memory_gib
+        assert gpu.memory_gib < int(gpu.name.rsplit("-", 1)[1].removesuffix("gb"))
+
+
+def test_what_a_user_types() -> None:
+    assert named("H200").name == "h200-141gb"
+    assert named("RTX4090-24GB").name == "rtx4090-24gb"
+    with pytest.raises(KeyError, match="h100-80gb"):
+        named("h100-80g")
+    with pytest.raises(KeyError):
+        named("abacus")

@@ -1,0 +1,142 @@
+"""Phases, gathered layers, buckets and temporaries follow from how engines work; and 8B and 70B come out as known."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plan_kit import read, recipe_of
+
+from distft.core.accelerators import GIB, named
+from distft.plan.case import Case, plan
+from distft.plan.setup import Machine
+
+ONE = Machine(gpu=named("h100-80gb"), gpus_per_node=1)
+EIGHT = Machine(gpu=named("h100-80gb"), gpus_per_node=8)
+FULL = ("train.micro_batch_size=1", 'train.activation_checkpointing="full"')
+
+
+def case(model: Path, machine: Machine, *overrides: str, liger: bool = False) -> Case:
+    recipe = recipe_of(model, *overrides)
+    return plan(recipe, read(recipe), machine, liger=liger)
+
+
+def zero3(model: Path, machine: Machine, *overrides: str) -> Case:
+    return case(model, machine, 'engine.name="zero3"', *FULL, *overrides)
+
+
+def test_states_of_8b_are_sixteen_bytes_a_parameter(llama8b: Path) -> None:
+    state = zero3(llama8b, EIGHT).memory.state
+    held = state.weights + state.gradients + state.master + state.optimizer
+    assert held == pytest.approx(16 * 8_030_261_248 / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "low", "high"),
+    [
+        # GiB of performance figures known for T = 4096, and what chunked cross-entropy and HF's fp32 norms add
+        (('engine.name="zero3"',), EIGHT, 22.3, 29.0),
+        (('method.name="lora"',), ONE, 17.9, 21.0),
+        (('method.name="qlora"',), ONE, 8.1, 11.5),
+    ],
+)
+def test_8b_needs_what_is_known(
+    llama8b: Path, overrides: tuple[str, ...], machine: Machine, low: float, high: float
+) -> None:
+    assert low < case(llama8b, machine, *FULL, *overrides).memory.peak / GIB < high
+
+
+def test_70b_in_4_bits_fits_one_card_and_in_16_none(llama70b: Path) -> None:
+    small = case(llama70b, ONE, *FULL, 'method.name="qlora"')
+    assert small.fits
+    assert small.memory.state.weights + small.memory.state.quant_constants == pytest.approx(37.2 * GIB, rel=0.01)
+    large = case(llama70b, ONE, *FULL, 'method.name="lora"')
+    assert not large.fits
+    assert large.spare_bytes == large.setup.machine.gpu.memory_bytes - large.memory.peak
+
+
+def test_the_parts_add_up_to_no_more_than_the_peak(llama8b: Path) -> None:
+    """Components of one phase: state, then activations or logits or temporaries, and the allowances."""
+    for one in (zero3(llama8b, EIGHT), case(llama8b, ONE, *FULL, 'method.name="lora"')):
+        state, kept = one.memory.state, one.memory.activations
+        assert state.total + one.memory.gathered + kept.saved < one.memory.peak
+        most = state.total + one.memory.gathered + kept.saved + kept.head + one.memory.workspace
+        assert one.memory.peak <= most
+
+
+def test_the_first_step_has_no_moments_during_its_backward(llama8b: Path) -> None:
+    phases = zero3(llama8b, EIGHT).memory.phases
+    moments = zero3(llama8b, EIGHT).memory.state.optimizer
+    assert phases.steady_step - phases.first_step <= 1.05 * moments
+    assert phases.first_step < phases.steady_step == phases.peak
+    assert phases.evaluation < phases.steady_step
+
+
+def test_sharding_engines_never_hold_the_model_while_loading(llama8b: Path) -> None:
+    whole = 2 * 8_030_261_248
+    for engine in ("zero3", "fsdp2"):
+        held = case(llama8b, EIGHT, f'engine.name="{engine}"', *FULL).memory
+        assert held.phases.load < 0.7 * whole
+    flat = case(llama8b, EIGHT, 'engine.name="zero1"', *FULL).memory
+    assert flat.phases.load > 2 * whole, "zero1 and zero2 lay the weights end to end beside the old ones"
+
+
+def test_accumulation_keeps_gradients_that_a_single_micro_batch_does_not(llama8b: Path) -> None:
+    def steady(batch: int) -> int:  # fp32: no copies for the update, which would be the most
+        fp32 = ('model.dtype="float32"', f"train.global_batch_size={batch}")
+        return case(llama8b, ONE, *FULL, *fp32).memory.phases.steady_step
+
+    assert steady(4) > steady(1)
+
+
+def test_offload_moves_state_to_the_host(llama8b: Path) -> None:
+    here, away = zero3(llama8b, EIGHT), zero3(llama8b, EIGHT, 'engine.offload="optimizer"')
+    assert away.memory.state.optimizer == away.memory.state.master == 0
+    assert away.memory.host - here.memory.host >= here.memory.state.optimizer + here.memory.state.master
+    assert away.memory.state.weights == here.memory.state.weights
+    assert away.speed.tokens_per_s < here.speed.tokens_per_s
+    everything = zero3(llama8b, EIGHT, 'engine.offload="all"')
+    assert everything.memory.state.weights == 0
+    assert everything.memory.peak < away.memory.peak
+
+
+def test_a_dequantised_weight_is_counted_once(llama8b: Path) -> None:
+    lora, qlora = (case(llama8b, ONE, *FULL, f'method.name="{name}"').memory for name in ("lora", "qlora"))
+    assert qlora.workspace - lora.workspace < 4096 * 14336 * 2 * 1.1
+    assert "dequantised" in "".join(part.formula for part in qlora.parts)
+
+
+def test_eager_attention_keeps_square_matrices(llama8b: Path) -> None:
+    plain, eager = (
+        case(llama8b, ONE, "data.max_length=2048", "train.micro_batch_size=1", 'method.name="lora"',
+             'train.activation_checkpointing="off"', f'model.attention="{name}"').memory.activations.saved_per_block
+        for name in ("auto", "eager")
+    )  # fmt: skip
+    assert eager - plain > 2 * 32 * 2048 * 2048 * 2
+
+
+def test_paged_moments_let_a_run_fit_that_otherwise_does_not(llama8b: Path) -> None:
+    """Managed memory moves to the host: the peak may be over the device's size by what is pageable."""
+
+    def on(gib: float, name: str) -> Case:
+        from distft.plan.machine import of_size
+
+        machine = Machine(gpu=of_size(gib), gpus_per_node=1)
+        return case(llama8b, machine, *FULL, "train.global_batch_size=1", f'optim.name="{name}"')
+
+    peak = on(80, "paged_adamw_8bit").memory.peak / GIB
+    tight = on(peak - 5, "paged_adamw_8bit")
+    assert tight.fits
+    assert tight.paged_bytes == pytest.approx(5 * GIB, rel=0.01)
+    assert not on(peak - 5, "adamw_8bit").fits
+
+
+def test_json_has_the_fixed_form(llama8b: Path) -> None:
+    row: dict[str, Any] = zero3(llama8b, EIGHT).to_json()
+    assert {"method", "engine", "world", "gpu", "fits", "per_rank", "host_bytes", "disk_bytes",
+            "tokens_per_s_predicted"} <= set(row)  # fmt: skip
+    assert list(row["per_rank"]) == [
+        "weights_bytes", "quant_constants_bytes", "gradients_bytes", "master_bytes", "optimizer_bytes",
+        "pageable_bytes", "gathered_bytes", "activations_bytes", "logits_bytes", "workspace_bytes", "peak_bytes",
+    ]  # fmt: skip
+    assert all(isinstance(value, int) for value in row["per_rank"].values())
+    assert (row["method"], row["engine"], row["world"], row["gpu"]) == ("full", "zero3", 8, "h100-80gb")

@@ -1,0 +1,69 @@
+"""FLOPs are exact; rates are predictions that must order things rightly and lie near what is published."""
+
+from pathlib import Path
+
+import pytest
+from plan_kit import read, recipe_of
+
+from distft.core.accelerators import named
+from distft.model import stats
+from distft.plan.case import Case, plan
+from distft.plan.setup import Machine
+
+H200 = named("h200-141gb")
+
+
+def case(model: Path, world: int, *overrides: str, liger: bool = True, nodes: int = 1) -> Case:
+    recipe = recipe_of(model, "train.micro_batch_size=1", *overrides)
+    return plan(recipe, read(recipe), Machine(gpu=H200, gpus_per_node=world, nodes=nodes), liger=liger)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_flops_are_those_that_mfu_counts(llama8b: Path, method: str) -> None:
+    recipe = recipe_of(llama8b, f'method.name="{method}"')
+    inventory = read(recipe)
+    planned = case(llama8b, 1, f'method.name="{method}"').speed.flops_per_token
+    linears = sum((6.0 if trained else 4.0) * numel for numel, trained in inventory.linears)
+    assert planned == linears + 4096 * stats.flops_per_squared_length(inventory.config)
+
+
+def test_8b_full_is_six_bytes_a_parameter_and_attention(llama8b: Path) -> None:
+    no_embedding = 8_030_261_248 - 128256 * 4096
+    flops = case(llama8b, 8, 'engine.name="zero3"').speed.flops_per_token
+    assert flops == pytest.approx(6 * no_embedding + 7 * 32 * 4096 * 4096, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "published", "ceiling"),
+    [
+        (('engine.name="zero3"', 'train.activation_checkpointing="full"'), 8, 10_471, 12_379),
+        (('method.name="lora"', 'train.activation_checkpointing="off"'), 1, 12_473, 23_216),
+    ],
+)
+def test_predictions_lie_between_published_rates_and_the_ceiling(
+    llama8b: Path, overrides: tuple[str, ...], world: int, published: float, ceiling: float
+) -> None:
+    rate = case(llama8b, world, *overrides).speed.tokens_per_s_per_gpu
+    assert 0.7 * published < rate < ceiling
+
+
+def test_what_costs_time_is_slower(llama8b: Path) -> None:
+    def rate(*overrides: str, world: int = 8, nodes: int = 1) -> float:
+        return case(llama8b, world, *overrides, nodes=nodes).speed.tokens_per_s_per_gpu
+
+    full, off = 'train.activation_checkpointing="full"', 'train.activation_checkpointing="off"'
+    zero3 = 'engine.name="zero3"'
+    assert rate(zero3, full) < rate(zero3, off)
+    assert rate('method.name="qlora"', off) < rate('method.name="lora"', off)
+    assert rate(zero3, full, 'engine.offload="all"') < 0.8 * rate(zero3, full)
+    assert rate(zero3, full, nodes=8, world=8) <= rate(zero3, full)
+
+
+def test_hours_follow_steps(llama8b: Path) -> None:
+    fast = case(llama8b, 8, 'engine.name="zero3"').speed
+    assert fast.hours == pytest.approx(100 * fast.step_s / 3600)
+    assert fast.tokens_per_s == pytest.approx(64 * 4096 / fast.step_s)
+    assert 0 < fast.mfu < 0.78
+    epochs = case(llama8b, 8, 'engine.name="zero3"', "train.max_steps=", "train.epochs=2").speed
+    assert epochs.hours is None
+    assert epochs.hours_per_billion_tokens == pytest.approx(1e9 / fast.tokens_per_s / 3600)
