@@ -273,8 +273,17 @@ def worst(recipe: Recipe, cut: Layout, rows: Data) -> Worst:
     )
 
 
-def advice(recipe: Recipe) -> str:
-    """What makes a run smaller, cheapest first."""
+def advice(recipe: Recipe, located: Recipe, world: int) -> str:
+    """What makes a run smaller, cheapest first: the planner's word on accelerators, on a CPU what always helps."""
+    machine = _accelerators(world)
+    if machine is not None:
+        from distft.model.load import find_folder
+        from distft.plan.planner import Planner
+
+        given = list(recipe.origin.overrides.values())
+        planner = Planner(path=recipe.source, overrides=given, folder=find_folder(located.model), machine=machine)
+        found = planner.changes(planner.case())[:5]
+        return "\n".join(["what fits, by plan:", *(f"  {change}" for change in found)])
     steps = [
         ("train.micro_batch_size=1", recipe.train.micro_batch_size != 1),
         ('train.activation_checkpointing="full"', recipe.train.activation_checkpointing != "full"),

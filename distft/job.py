@@ -207,7 +207,7 @@ class _Run:
         objective = Objective(spec=self.recipe.objective.spec, params=self.recipe.objective.params)
         worst = assemble.worst(self.recipe, self.cut, self.rows)
         self.say(f"rehearsal: a step of {worst.sequences} x {worst.longest:,} tokens")
-        rehearse(worst, engine, objective, advice=lambda: assemble.advice(self.recipe))
+        rehearse(worst, engine, objective, advice=lambda: assemble.advice(self.recipe, self.located, engine.world))
         self.say("rehearsal: done")
 
     def _train(
