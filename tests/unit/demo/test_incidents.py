@@ -16,7 +16,7 @@ from distft.demo.incidents import COMPONENTS, PROMPT_END, SEVERITIES, SIZES, Inc
 from distft.demo.scoring import parse
 
 Rows = list[dict[str, str]]
-DIGEST = "fe09b43b1507977eb720551072b3fbb7c1dbf5aa79112eeeebcec63c86a2f734"
+DIGEST = "82dc185a8673c5366011167872fcad6b46dd5fe49a03e87f4ddc4e403fe0db9b"
 
 
 @pytest.fixture(scope="module")
