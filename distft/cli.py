@@ -90,6 +90,26 @@ def plan(
     raise typer.Exit(run(argv))
 
 
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For verbs whose module parses the rest, --help included: `distft VERB` and `python -m distft.VERB` are one."""
+
+
+@app.command(context_settings=PASSED_ON)
+def submit(context: typer.Context) -> None:
+    """Put a run into a Slurm queue: writes the batch script, submits it, says where to look."""
+    from distft.submit import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=PASSED_ON)
+def status(context: typer.Context) -> None:
+    """Where a run is, or all runs of a folder: state, step, loss, time left, restarts and why."""
+    from distft.status import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 def launch_command(nproc: int, arguments: list[str]) -> list[str]:
     """The command line that starts `nproc` processes of the main job on this machine."""
     module = ["-m", "distft.train", *arguments]

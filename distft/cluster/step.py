@@ -19,8 +19,9 @@ SECOND_ASKING_S = 20.0
 _SHIELD = 'trap "" USR1; export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"'
 """Until Python has a handler, and in torchrun always, SIGUSR1 would kill; workers set their own handler anyway.
 PET_NODE_RANK is torchrun's --node-rank; nobody else reads it."""
-_ONE_GPU_PER_TASK = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND")
-"""Options of the job that would hide a node's other GPUs from a process: NCCL then cannot use peer memory."""
+_NOT_FOR_THE_STEP = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND", "SLURM_CPUS_PER_GPU")
+"""Options of the job that srun would take over: the first three hide a node's other GPUs from a process (NCCL then
+cannot use peer memory), the last contradicts --cpus-per-task."""
 
 
 def command(launcher: Launcher, given: Allocation, num_nodes: int, train: Sequence[str], port: int) -> list[str]:
@@ -51,7 +52,7 @@ def command(launcher: Launcher, given: Allocation, num_nodes: int, train: Sequen
 
 def environment(env: Mapping[str, str], given: Allocation, port: int) -> dict[str, str]:
     """For the step: where the processes meet, and as many threads in each as it has CPUs."""
-    kept = {key: value for key, value in env.items() if key not in _ONE_GPU_PER_TASK}
+    kept = {key: value for key, value in env.items() if key not in _NOT_FOR_THE_STEP}
     threads = {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(given.cpus_per_process))}
     return kept | threads | {"MASTER_ADDR": given.nodes[0], "MASTER_PORT": str(port)}
 

@@ -6,11 +6,13 @@ faster; `thaw` lets it go on. Each test has a run folder of its own. Every wait 
 
 import hashlib
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from harness import STEPS, Bench, Run, relative
-from slurm import SAVE, Cluster, Job
+from slurm import SAVE, Cluster, Job, Refused
 
 TRAIN = "cluster/train.sbatch"
 SYNC = "checkpoint.asynchronous=false"
@@ -90,8 +92,8 @@ def test_two_nodes_train_as_one_process(cluster: Cluster, bench: Bench, solo: Ru
 
 def test_warned_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, bench: Bench, pair: Run) -> None:
     story = Story(cluster, bench, "time-limit")
-    # Slurm looks at the clock every 30 s: the warning comes within the first minute, well before the two are over.
-    job = story.submit("--nodes=2", "--time=2", "--signal=B:USR1@90", fault="stop:rank=1,point=step,step=3")
+    # Due after 90 s, but Slurm looks at the clock every 30 s and may be a minute early.
+    job = story.submit("--nodes=2", "--time=2", "--signal=B:USR1@30", fault="stop:rank=1,point=step,step=3")
     job.wait_for("SIGUSR1: the time limit or a preemption is near")
     assert job.end(thaw=True)["JobState"] == "COMPLETED", job.output
     assert_same(story.result(), pair)
@@ -230,3 +232,43 @@ def test_taken_down_it_leaves_no_process(cluster: Cluster, tmp_path: Path) -> No
     finally:
         other.down()
     assert other.processes() == []
+
+
+SUBMIT = [sys.executable, "-m", "distft.submit"]
+
+
+def test_scripts_of_distft_submit_are_what_slurm_accepts(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
+    """`sbatch --test-only` says whether a job of this shape could ever start; shellcheck, where it is installed."""
+    (tmp_path / "site.toml").write_text(
+        'partition = "urgent"\ncpus_per_gpu = 2\nsetup = ["umask 027"]\nhf_home = "/tmp/$USER/hf"\n'
+    )
+    for nodes in ("1", "2", "1-2"):
+        script = tmp_path / f"{nodes}.sh"
+        shape = ["--nodes", nodes, "--gpus-per-node", "2", "--time", "1-00:00:00", "--site", f"{tmp_path}/site.toml"]
+        script.write_text(cluster.ask(*SUBMIT, str(bench.recipe), *shape, "--dry-run", "--set", "seed=1"))
+        cluster.ask("sbatch", "--test-only", str(script))
+        if shutil.which("shellcheck"):
+            cluster.ask("shellcheck", str(script))
+    too_many = ["--nodes", "64", "--gpus-per-node", "2", "--dry-run", "--set", "train.global_batch_size=128"]
+    script.write_text(cluster.ask(*SUBMIT, str(bench.recipe), *too_many))
+    with pytest.raises(Refused, match=r"node configuration is not available|node count"):
+        cluster.ask("sbatch", "--test-only", str(script))
+    with pytest.raises(Refused, match="numbers of processes that fit"):
+        cluster.ask(*SUBMIT, str(bench.recipe), "--nodes", "3", "--gpus-per-node", "1", "--dry-run")
+
+
+def test_submitted_and_watched(cluster: Cluster, bench: Bench) -> None:
+    story = Story(cluster, bench, "submitted")
+    shape = ["--nodes", "1", "--gpus-per-node", "2", "--set", 'name="submitted"', "--set", 'engine.name="fsdp2"']
+    said = cluster.ask(*SUBMIT, str(bench.recipe), *shape, DISTFT_FAULT="stop:rank=0,point=step,step=3").splitlines()
+    job = Job(cluster, said[0].removeprefix("job "), story.folder / f"{said[0].replace(' ', '-')}.out")
+    assert said[1] == f"output: {job.log}"
+    job.wait_until(lambda: story.steps_done() == 3, "three steps")
+    watch = [sys.executable, "-m", "distft.status", str(story.folder), "--json"]
+    (running,) = json.loads(cluster.ask(*watch))["runs"]
+    assert (running["state"], running["step"], running["num_steps"]) == ("running", 3, STEPS)
+    assert (running["job"], running["nodes"]) == (job.id, ["node1"])
+    assert job.end(thaw=True)["JobState"] == "COMPLETED", job.output
+    assert "each 2 GPUs" in job.output
+    (complete,) = json.loads(cluster.ask(*watch))["runs"]
+    assert (complete["state"], complete["step"], complete["restarts"]) == ("complete", STEPS, [])

@@ -1,5 +1,6 @@
 """A real Slurm of a few nodes on this machine (tests/cluster/slurm/), and its jobs."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -22,6 +23,10 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 class NoSlurm(Exception):
     """It cannot come up here; says why."""
+
+
+class Refused(Exception):
+    """A command of Slurm failed."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,14 @@ class Cluster:
         return Job(self, done.strip(), self.folder / f"job-{done.strip()}.out")
 
     def ask(self, *command: str, **env: str) -> str:
-        """A Slurm command's output."""
+        """A command's output.
+
+        Raises:
+            Refused: it failed; carries what it said.
+        """
         done = _run(list(command), SLURM_CONF=str(self.folder / "slurm.conf"), **env)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+        if done.returncode:
+            raise Refused(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         return done.stdout
 
     def power_off(self, node: str) -> None:
@@ -105,8 +115,9 @@ class Job:
         self.cluster.ask("scancel", "--signal=USR1", "--batch", self.id)
 
     def thaw(self) -> None:
-        """Let processes go on that a `stop` fault has frozen."""
-        self.cluster.ask("scancel", "--signal=CONT", self.id)
+        """Let processes go on that a `stop` fault has frozen; nothing if the job has ended this moment."""
+        with contextlib.suppress(Refused):
+            self.cluster.ask("scancel", "--signal=CONT", self.id)
 
     def wait_for(self, text: str, times: int = 1) -> None:
         """Until the output holds it so many times."""

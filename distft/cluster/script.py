@@ -1,0 +1,73 @@
+"""The batch script that `distft submit` writes: cluster/train.sbatch with a site's settings and the run's arguments."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distft.cluster.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is asked of the scheduler."""
+
+    name: str
+    nodes: str
+    """A number, or a range "2-8"."""
+    gpus_per_node: int
+    """0: one process on each node, on its CPUs."""
+    time: str | None
+    """As Slurm writes it, "1-12:00:00"; None: the partition's own limit."""
+    partition: str | None
+    """None: the site's."""
+    output_dir: Path
+    """Where the job's output goes; one file over all restarts."""
+
+
+def render(site: Site, wanted: Wanted, train: Sequence[str]) -> str:
+    """A whole batch script; `train` is the recipe and the options of distft.train."""
+    cpus = site.cpus_per_gpu * max(1, wanted.gpus_per_node)
+    partition = wanted.partition or site.partition
+    options = [
+        f"--job-name={wanted.name}",
+        f"--nodes={wanted.nodes}",
+        "--ntasks-per-node=1",  # the step inside decides how many processes share a node
+        f"--cpus-per-task={cpus}",
+        *([f"--gpus-per-node={wanted.gpus_per_node}"] if wanted.gpus_per_node else []),
+        *([f"--time={wanted.time}"] if wanted.time else []),
+        *([f"--partition={partition}"] if partition else []),
+        *([f"--account={site.account}"] if site.account else []),
+        f"--output={wanted.output_dir.absolute()}/job-%j.out",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:USR1@{site.notice_s}",
+        *site.sbatch,
+    ]
+    batch = [
+        *("exec", site.python, "-m", "distft.cluster.batch", "--launcher", site.launcher),
+        *("--max-stalled-restarts", str(site.max_stalled_restarts), *train),
+    ]
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Written by distft submit; cluster/train.sbatch explains what such a job does.",
+        *(f"#SBATCH {option if _plain(option) else shlex.quote(option)}" for option in options),
+        'trap "" USR1',
+    ]
+    if site.setup:
+        lines += ["# shellcheck source=/dev/null", "{", *(f"  {line}" for line in site.setup), "}"]
+    lines += [f"export {key}={_in_double_quotes(value)}" for key, value in site.exports().items()]
+    return "\n".join([*lines, shlex.join(batch)]) + "\n"
+
+
+def _plain(option: str) -> bool:
+    return not any(char in option for char in " \t\"'\\")
+
+
+def _in_double_quotes(value: str) -> str:
+    """Variables are expanded on the node, nothing else is."""
+    for char in ("\\", '"', "`"):
+        value = value.replace(char, f"\\{char}")
+    return f'"{value.replace("$(", chr(92) + "$(")}"'
