@@ -60,8 +60,7 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
     num_nodes = asked.nodes_that_divide(want.recipe, len(given.nodes), given.per_node)
     _say_where(want, given, num_nodes, starts.checkpoint())
     if starts.stalled(given.job) > want.max_stalled:  # lost nodes come back here without a verdict
-        _say(f"job {given.job} {verdict.stall_text(starts.stalled(given.job))}")
-        return verdict.CRASHED
+        return _give_up(given, starts)
     starts.add(
         Start(
             job=given.job,
@@ -100,6 +99,22 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
         )
     )
     return _carry_out(decided, given.job)
+
+
+def _give_up(given: slurm.Allocation, starts: Starts) -> int:
+    why, now = verdict.stall_text(starts.stalled(given.job)), starts.checkpoint()
+    _say(f"job {given.job} {why}")
+    starts.add(
+        End(
+            job=given.job,
+            restart=given.restart,
+            code=verdict.CRASHED,
+            reason=why,
+            checkpoint=now,
+            then=Then.END.value,
+        )
+    )
+    return verdict.CRASHED
 
 
 def _got_on(run_dir: Path, job: str, starts: Starts) -> bool:

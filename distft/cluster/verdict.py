@@ -118,6 +118,6 @@ def record_of(before: str | None, after: str | None) -> dict[str, Any] | None:
 def _own_word(ended: Ended) -> tuple[int, str]:
     if ended.record is not None:
         return ended.record["code"], str(ended.record.get("reason", ""))
-    if ended.asked:  # before Python had begun in all of them: nobody was there to save or to write
-        return PREEMPTED_AND_SAVED, "asked to stop before the run had begun"
+    if ended.asked:  # nothing is lost but time: the last checkpoint is whole, and the count of starts limits this
+        return PREEMPTED_AND_SAVED, "asked to stop, and ended without a word: not begun yet, or too slow to save"
     return CRASHED, f"the processes ended with status {ended.status} and left no reason (killed? out of memory?)"

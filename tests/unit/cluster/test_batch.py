@@ -184,14 +184,19 @@ def test_restarts_without_progress_end(site: Site, capsys: pytest.CaptureFixture
 
 def test_lost_nodes_come_back_without_a_verdict_and_are_limited_too(site: Site) -> None:
     for restart in range(4):
-        site.start(restart=restart)  # there is no srun that works: as if the node died
+        site.srun("exit 1")
+        site.start(restart=restart)
+        (site.folder / "srun.calls").unlink()
         lines = (site.run_dir / "starts.jsonl").read_text().splitlines()
-        (site.run_dir / "starts.jsonl").write_text("".join(f"{line}\n" for line in lines if "began" in line))
-    before = len((site.run_dir / "starts.jsonl").read_text().splitlines())
+        (site.run_dir / "starts.jsonl").write_text(
+            "".join(f"{line}\n" for line in lines if "began" in line)
+        )  # no last word
     site.srun("exit 0")
     assert site.start(restart=4) == 1
     assert site.calls() == [], "not started a fifth time"
-    assert len((site.run_dir / "starts.jsonl").read_text().splitlines()) == before == 4
+    said = [json.loads(line) for line in (site.run_dir / "starts.jsonl").open()]
+    assert ["began" in record for record in said] == [True] * 4 + [False]
+    assert "4 starts in a row" in said[-1]["reason"]
 
 
 def test_resume_never_is_meant_for_the_first_start(site: Site) -> None:
