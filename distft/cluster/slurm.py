@@ -14,6 +14,8 @@ from distft.core.errors import MachineError
 
 PORTS = range(20000, 32000)
 """For the rendezvous: below what Linux hands out to outgoing connections (32768 and up)."""
+ALIVE = ("RUNNING", "SIGNALING", "SUSPENDED", "CONFIGURING", "RESIZING")
+"""States of a job that goes on; SIGNALING is one that is just being sent SIGCONT."""
 ASK_S = 30.0
 """How long the controller may take to answer."""
 
@@ -84,7 +86,7 @@ def phase(job: str) -> Phase:
     """
     said = _scontrol("show", "job", job, "-o")
     fields = dict(pair.split("=", 1) for pair in said.split() if "=" in pair)
-    if fields.get("JobState") == "RUNNING":
+    if fields.get("JobState") in ALIVE:
         return Phase.RUNNING
     return Phase.TIME_LIMIT if fields.get("Reason") == "TimeLimit" else Phase.ENDING
 

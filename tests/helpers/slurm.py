@@ -123,9 +123,9 @@ class Job:
         """Until the output holds it so many times."""
         self._until(lambda: self.output.count(text) >= times, f"{times} x {text!r}")
 
-    def wait_until(self, holds: Callable[[], object], what: str) -> None:
-        """Until a condition holds."""
-        self._until(holds, what)
+    def wait_until(self, holds: Callable[[], object], what: str, *, thaw: bool = False) -> None:
+        """Until a condition holds. `thaw`: keep letting frozen processes go on."""
+        self._until(lambda: (self.thaw() if thaw else None) or holds(), what, every_s=1.0 if thaw else 0.3)
 
     def end(self, *, thaw: bool = False) -> dict[str, str]:
         """Wait until it has ended for good; its fields. `thaw`: keep letting frozen processes go on."""

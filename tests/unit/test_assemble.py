@@ -7,6 +7,7 @@ import pytest
 from distft import assemble
 from distft.catalog import REGISTRIES
 from distft.core.errors import Preempted
+from distft.core.pulse import PULSE
 from distft.core.stop import STOP
 from distft.demo.files import locate
 from distft.recipe import load_recipe
@@ -16,8 +17,9 @@ def prepared(tmp_path: Path, said: list[str]) -> assemble.Data:
     rows = tmp_path / "train.jsonl"
     rows.write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 40)
     (tmp_path / "recipe.toml").write_text(
-        f'name = "r"\n[model]\npath = "demo:tiny-llama"\ninit = "random"\n[data]\nloss_on = "completion"\n'
-        f'packing = false\ncache_dir = "{tmp_path}/cache"\n[[data.train]]\npath = "{rows}"\n[train]\nglobal_batch_size = 2\n'
+        'name = "r"\n[model]\npath = "demo:tiny-llama"\ninit = "random"\n'
+        '[data]\nloss_on = "completion"\npacking = false\n'
+        f'cache_dir = "{tmp_path}/cache"\n[[data.train]]\npath = "{rows}"\n[train]\nglobal_batch_size = 2\n'
     )
     recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES))
     return assemble.data(recipe, assemble.layout(recipe, 1), 0, 1, said.append)
@@ -30,8 +32,9 @@ def test_preparing_says_that_it_has_begun(tmp_path: Path) -> None:
 
 
 def test_a_preempted_process_does_not_prepare_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PULSE.begin()
     monkeypatch.setattr(STOP, "reason", "SIGUSR1")
-    with pytest.raises(Preempted, match="stopped by SIGUSR1 while preparing rows"):
+    with pytest.raises(Preempted, match=r"stopped by SIGUSR1 before training began \(rows\)"):
         prepared(tmp_path, [])
     monkeypatch.setattr(STOP, "reason", "")
     assert prepared(tmp_path, []).steps.num_steps > 0, "and leaves nothing behind that keeps the next start from it"

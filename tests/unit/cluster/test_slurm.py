@@ -67,6 +67,7 @@ def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("said", "phase"),
     [
         ("JobState=RUNNING Reason=None", Phase.RUNNING),
+        ("JobState=SIGNALING Reason=None", Phase.RUNNING),
         ("JobState=COMPLETING Reason=TimeLimit", Phase.TIME_LIMIT),
         ("JobState=COMPLETING Reason=None", Phase.ENDING),
         ("JobState=CANCELLED Reason=None", Phase.ENDING),
