@@ -1,7 +1,8 @@
 """Accelerators people have: one table for what a plan must know before it runs and what MFU divides by after.
 
 Memory is what the driver reports as usable, not the number on the box; rates are dense (without sparsity); links are
-one direction, per GPU. Sources: the makers' data sheets; memory as `nvidia-smi` shows it.
+one direction, per GPU. Cards without bf16 (Turing and older) are left out: nothing here runs well on them. Sources: the
+makers' data sheets; memory as `nvidia-smi` shows it.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Accelerator:
         return int(self.memory_gib * GIB)
 
 
-_PCIE3, _PCIE4, _PCIE5 = 12e9, 24e9, 50e9
-"""What all-gathers reach on 16 lanes, of 15.8, 31.5 and 63 GB/s."""
+_PCIE4, _PCIE5 = 24e9, 50e9
+"""What all-gathers reach on 16 lanes, of 31.5 and 63 GB/s."""
 _ETHERNET = 12.5e9
 """100 Gb/s a GPU: nodes of cards without NVLink."""
 
@@ -84,7 +85,6 @@ ACCELERATORS = (
     _gpu("rtx4060ti-16gb", "RTX 4060 Ti", 15.6, 44.0, 288.0, _PCIE4, _ETHERNET),
     _gpu("rtx3090-24gb", "RTX 3090", 23.5, 71.0, 936.0, _PCIE4, _ETHERNET),
     _gpu("rtx3080-10gb", "RTX 3080", 9.6, 59.5, 760.0, _PCIE4, _ETHERNET),
-    _gpu("t4-16gb", "Tesla T4", 14.6, 65.0, 320.0, _PCIE3, _ETHERNET),
 )
 """The first whose `product` is a part of a device's name is that device, so longer names come before shorter ones."""
 

@@ -1,6 +1,7 @@
 """Configs of real shapes, written here: no file of a real model is needed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ LLAMA_70B = LLAMA_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hi
                         "num_attention_heads": 64}  # fmt: skip
 SMALL = LLAMA_8B | {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 5, "num_attention_heads": 4,
                     "num_key_value_heads": 2, "vocab_size": 515}  # fmt: skip
+
+
+def note_row(*cells: object) -> None:
+    """A line of Markdown in the file that DISTFT_PLAN_TABLE names, if it names one: the tables of docs/results."""
+    if "DISTFT_PLAN_TABLE" in os.environ:
+        with Path(os.environ["DISTFT_PLAN_TABLE"]).open("a", encoding="utf-8") as file:
+            print("|", " | ".join(f"{c:,}" if isinstance(c, int) else str(c) for c in cells), "|", file=file)
 
 
 def write(folder: Path, config: dict[str, Any]) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from plan_kit import LLAMA_8B, SMALL, read, recipe_of, write
+from plan_kit import LLAMA_8B, SMALL, note_row, read, recipe_of, write
 from tiny import batch, build
 
 from distft.model import cross_entropy, savers
@@ -62,7 +62,9 @@ def test_saved_bytes_are_those_of_a_real_forward(
     planned = trace.activations(
         read(recipe), tokens=128, checkpointing=mode, kernel=kernels.CPU, loss=cross_entropy.full_loss
     )
-    assert planned.saved_tensors == really_saved(folder, method, mode, dtype, 128)
+    real = really_saved(folder, method, mode, dtype, 128)
+    note_row(model, method, dtype, mode, "saved", planned.saved_tensors, real)
+    assert planned.saved_tensors == real
 
 
 def flash(recipe: Any, tokens: int, mode: str = "off", loss: Any = cross_entropy.chunked_loss) -> Activations:
@@ -114,3 +116,35 @@ def test_a_trace_leaves_the_model_as_it_was(small: Path) -> None:
     trace._traced(found, 64, "selective", kernels.CPU, cross_entropy.chunked_loss)
     assert trace._traced(found, 64, "full", kernels.FLASH, cross_entropy.full_loss) == first
     assert all(param.grad is None for sample in found.samples for param in sample.module.parameters())
+
+
+@pytest.mark.parametrize("mode", ["off", "selective", "full"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_peaks_are_those_of_a_real_step(small: Path, method: str, mode: str) -> None:
+    """The same bookkeeping around a real forward and backward of all five blocks on the CPU."""
+    tokens = 256
+    built = build(small, method, attention="varlen", cross_entropy="full", params=METHODS[method] | NO_DROPOUT[method])
+    module: Any = built.module
+    savers.checkpoint_blocks(module.transformer, mode)  # type: ignore[arg-type]
+    module.train()
+    rows = batch([torch.randint(3, 200, (tokens,)).tolist()])
+    given = rows.inputs() | {"labels_T": rows.input_ids_T, "num_supervised": tokens}
+    held = [*module.parameters(), *module.buffers(), *(v for v in given.values() if isinstance(v, torch.Tensor))]
+    with trace._Storages({trace._key(tensor) for tensor in held}) as seen, seen.saved():
+        with trace._marked(built.blocks[-1], seen):
+            module(**given).sum().backward()
+        gradients = {seen.serial(param.grad) for param in module.parameters() if param.grad is not None}
+    real = seen.summary(gradients, evaluation={"head": 0, "blocks": 0})
+    overrides = [f"method.{key}={value}" for key, value in (METHODS[method] | NO_DROPOUT[method]).items()]
+    recipe = recipe_of(small, 'model.dtype="float32"', f'method.name="{method}"', *overrides)
+    planned = trace.activations(
+        read(recipe), tokens=tokens, checkpointing=mode, kernel=kernels.CPU, loss=cross_entropy.full_loss
+    )
+    note_row("llama", method, "float32", mode, "peak, head", planned.saved + planned.head, real.head)
+    note_row("llama", method, "float32", mode, "peak, blocks", planned.saved + planned.block, real.block)
+    assert planned.saved == pytest.approx(real.saved, rel=1e-3)
+    assert planned.saved + planned.head == pytest.approx(real.head, rel=0.02)
+    assert planned.saved + planned.block == pytest.approx(real.block, rel=0.02)
+
+
+NO_DROPOUT: dict[str, dict[str, Any]] = {"full": {}, "lora": {"dropout": 0.0}}
