@@ -26,6 +26,8 @@ HOST_UPDATE_BYTES_PER_S = 20e9
 """State that torch's AdamW reads and writes in host memory, for each process of a node."""
 DEQUANTISED_BYTES = 2.516
 """Read and written per 4-bit weight each time its layer is dequantised to bf16: 0.516 + 2."""
+LAUNCH_S = 8e-6
+"""Host time of one operation outside torch.compile: what a tiny model waits for."""
 READS_PER_WRITE = 1.5
 """An operation reads a little more than it writes: of two inputs one is as large as the output."""
 
@@ -69,7 +71,8 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
     memory_s = moved / (MEMORY_RATE * gpu.memory_bytes_per_s)
     sent_micro, sent_step = _sent(inventory, setup, memory)
     link = LINK_RATE * setup.machine.link_bytes_per_s
-    micro_s = max(compute_s + memory_s, sent_micro / link)
+    launch_s = memory.activations.kernels * LAUNCH_S
+    micro_s = max(compute_s + memory_s, sent_micro / link, launch_s)
     if setup.offload == "all":  # weights come for forward and backward, gradients go; DeepSpeed overlaps little of it
         stored = sum(param.stored_bytes for param in inventory.params) / world
         micro_s += 3 * stored / PCIE_BYTES_PER_S
@@ -110,6 +113,11 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
                 formula=f"{moved / 1e9:.0f} GB ({1 + READS_PER_WRITE:g} x what the traced operations write"
                 + (f" + {passes} x {DEQUANTISED_BYTES} bytes per 4-bit weight" if four_bit else "")
                 + f") at {MEMORY_RATE:.0%} of {gpu.memory_bytes_per_s / 1e9:.0f} GB/s",
+            ),
+            Part(
+                name="launches of a micro-batch, us",
+                num_bytes=round(launch_s * 1e6),
+                formula=f"{memory.activations.kernels:,} traced operations x {LAUNCH_S * 1e6:g} us: the least there is",
             ),
             Part(
                 name="sent per micro-batch, bytes",

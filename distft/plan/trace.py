@@ -27,7 +27,7 @@ from distft.model import savers
 from distft.model.causal import CausalLM
 from distft.model.cross_entropy import HeadLoss, chunk_tokens, chunked_loss
 from distft.model.load import MetaModel
-from distft.plan import kernels
+from distft.plan import kernels as stand_ins
 from distft.plan.inventory import Inventory
 
 
@@ -49,6 +49,8 @@ class Activations:
     """Most that exists while the blocks run, in a forward without gradients."""
     traffic: int
     """Written by all operations of forward and backward together."""
+    kernels: int
+    """Operations of forward and backward that make a tensor: about as many kernels are launched."""
     saved_tensors: int
     """What autograd's saved-tensor hooks see, each storage once: `saved` and what the head keeps."""
 
@@ -68,13 +70,15 @@ class _Run:
     evaluation_head: int
     evaluation_block: int
     traffic: int
+    kernels: int
     saved_tensors: int
 
 
 def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss) -> Activations:
     """Figures of a micro-batch of `tokens`.
 
-    `kernel`: what attends, one of `kernels.ATTENTION`. `loss`: what the head runs (`distft.model.cross_entropy`).
+    `kernel`: what attends, one of `distft.plan.kernels.ATTENTION`. `loss`: what the head runs (see
+    `distft.model.cross_entropy`).
 
     Under the chunked loss every size is a constant and a part that grows with the tokens, from the third chunk on;
     a long micro-batch, whose hundreds of chunks take seconds to trace, is read off the line through two short ones.
@@ -112,6 +116,7 @@ def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, 
         evaluation_head=max(run.evaluation_head for run in runs),
         evaluation_block=max(run.evaluation_block for run in runs),
         traffic=whole("traffic"),
+        kernels=whole("kernels"),
         saved_tensors=whole("saved_tensors"),
     )
 
@@ -141,7 +146,7 @@ def _ready(
     module: CausalLM, blocks: list[nn.Module], checkpointing: str, kernel: str, loss: HeadLoss
 ) -> Iterator[None]:
     """The module as the job would set it up, on meta, for one trace."""
-    kernels.register()
+    stand_ins.register()
     transformer = module.transformer
     text = transformer.config.get_text_config()
     before, buffers = text._attn_implementation, [(part, dict(part._buffers)) for part in module.modules()]
@@ -259,7 +264,7 @@ class _Storages(TorchDispatchMode):
 
     def summary(self, gradients: set[int], *, evaluation: dict[str, int]) -> _Run:
         """Peaks by phase, without the storages that end as gradients of parameters."""
-        live = traffic = 0
+        live = traffic = kernels = 0
         most: dict[str, int] = dict.fromkeys(_PHASES, 0)
         saved = 0
         for event in self._events:
@@ -268,6 +273,7 @@ class _Storages(TorchDispatchMode):
             if event.serial in gradients:
                 continue
             live += event.change
+            kernels += event.change > 0
             traffic += max(0, event.change)
             most[event.phase] = max(most[event.phase], live)
         return _Run(
@@ -277,6 +283,7 @@ class _Storages(TorchDispatchMode):
             evaluation_head=evaluation["head"],
             evaluation_block=evaluation["blocks"],
             traffic=traffic,
+            kernels=kernels,
             saved_tensors=sum(self._saved.values()),
         )
 
