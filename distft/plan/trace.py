@@ -84,10 +84,10 @@ def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel
     a long micro-batch, whose hundreds of chunks take seconds to trace, is read off the line through two short ones.
     """
     chunk = chunk_tokens(inventory.samples[0].module.head.weight.shape[0])
-    if loss is not chunked_loss or tokens <= 6 * chunk:
+    if loss is not chunked_loss or tokens <= 4 * chunk:
         return _traced(inventory, tokens, checkpointing, kernel, loss)
-    near, far = (_traced(inventory, count * chunk, checkpointing, kernel, loss) for count in (3, 6))
-    beyond = (tokens - 6 * chunk) / (3 * chunk)
+    near, far = (_traced(inventory, count * chunk, checkpointing, kernel, loss) for count in (3, 4))
+    beyond = (tokens - 4 * chunk) / chunk
     return Activations(
         **{name: round(there + beyond * (there - vars(near)[name])) for name, there in vars(far).items()}
     )
@@ -96,7 +96,14 @@ def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel
 @functools.lru_cache(maxsize=512)
 def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss) -> Activations:
     runs = [
-        _run(sample, tokens=tokens, checkpointing=checkpointing, kernel=kernel, loss=loss)
+        _run(
+            sample,
+            tokens=tokens,
+            checkpointing=checkpointing,
+            kernel=kernel,
+            loss=loss,
+            evaluate=sample is inventory.samples[-1],
+        )
         for sample in inventory.samples
     ]
     first, last = runs[0], runs[-1]
@@ -113,23 +120,25 @@ def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, 
         saved_per_block=last.saved - first.saved if len(runs) > 1 else last.saved // inventory.num_blocks,
         head=max(0, whole("head") - saved),
         block=max(0, whole("block") - saved),
-        evaluation_head=max(run.evaluation_head for run in runs),
-        evaluation_block=max(run.evaluation_block for run in runs),
+        evaluation_head=last.evaluation_head,  # nothing is kept for a backward pass, so depth does not matter
+        evaluation_block=last.evaluation_block,
         traffic=whole("traffic"),
         kernels=whole("kernels"),
         saved_tensors=whole("saved_tensors"),
     )
 
 
-def _run(sample: MetaModel, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss) -> _Run:
+def _run(sample: MetaModel, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, evaluate: bool) -> _Run:
     module = sample.module
     with _ready(module, sample.blocks, checkpointing, kernel, loss):
         ids = torch.zeros(tokens, dtype=torch.long, device="meta")
         bounds = torch.zeros(2, dtype=torch.int32, device="meta")
         batch = (ids, ids, ids, bounds, tokens, tokens)
         own = {_key(tensor) for tensor in [*module.parameters(), *module.buffers(), ids, bounds]}
-        with _Storages(own) as looked, torch.no_grad(), _marked(sample.blocks[-1], looked):
-            module(*batch)
+        looked = _Storages(own)
+        if evaluate:
+            with looked, torch.no_grad(), _marked(sample.blocks[-1], looked):
+                module(*batch)
         with _Storages(own) as seen, seen.saved():
             with _marked(sample.blocks[-1], seen):
                 losses = module(*batch)

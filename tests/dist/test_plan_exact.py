@@ -68,7 +68,7 @@ VARIANTS = [
 CELLS = {
     1: grid("llama", ("solo",), ALL) + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor")),
     2: grid("llama", ("ddp", *SHARDED), ALL)
-    + grid("qwen", ("ddp", *SHARDED), ("adamw", "adamw_8bit"))
+    + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",))
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
     + VARIANTS,
     3: grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit")),
