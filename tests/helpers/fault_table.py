@@ -61,7 +61,7 @@ class FaultTable:
     """Gathers reports, writes the table."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._commit = path, _commit()
         self._rows: defaultdict[int, Row] = defaultdict(Row)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -88,7 +88,7 @@ class FaultTable:
         lines = [
             "# Fault matrix: every row as tests, and what became of them",
             "",
-            f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, commit {_commit()}, {_hardware()}.",
+            f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, commit {self._commit}, {_hardware()}.",
             "",
             f"`pytest {' '.join(config.invocation_params.args)}`: {counts}.",
             "",
@@ -118,8 +118,13 @@ def _by_file(tests: dict[str, str]) -> str:
 
 
 def _commit() -> str:
+    """What is tested; changes that are not committed are said."""
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+        except FileNotFoundError:
+            return ""
 
     changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return f"{git('rev-parse', '--short', 'HEAD') or 'unknown'}{changed}"
