@@ -49,9 +49,12 @@ def test_the_rank_that_holds_the_others_up_is_named(
     assert told["code"] == 6
     assert re.search(rf"rank 1 \({told['host']}, process {pid}\) {blamed}", told["reason"]), told
     stacks = [job.folder / f"ranks/0000{rank}.stacks.txt" for rank in range(2)]
-    assert "in fit" in stacks[0].read_text(), "where the living rank stood"
-    if kind != "stop":  # it lives, so it tells too
+    if kind != "stop":  # it lives, so it tells
         assert "in _fire" in stacks[1].read_text()
+    if (
+        kind != "spin" or "no progress" in told["reason"]
+    ):  # else its end freed the other, perhaps before that one's time
+        assert "in fit" in stacks[0].read_text(), "where the living rank stood"
     assert forks.run(job) == [0, 0], forks.stderr()
     assert job.result() == oracle("zero3")
 
