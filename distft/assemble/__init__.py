@@ -1,0 +1,25 @@
+"""Each part of a run made from its table of the recipe, for `distft.job` to put together in order."""
+
+from distft.assemble.keeping import checkpoints, export, saved_shapes
+from distft.assemble.parts import device_name, meters, model, open_engine, run_facts, update_rule
+from distft.assemble.rows import Data, Say, data
+from distft.assemble.sizes import Layout, advice, layout, worst
+
+__all__ = [
+    "Data",
+    "Layout",
+    "Say",
+    "advice",
+    "checkpoints",
+    "data",
+    "device_name",
+    "export",
+    "layout",
+    "meters",
+    "model",
+    "open_engine",
+    "run_facts",
+    "saved_shapes",
+    "update_rule",
+    "worst",
+]

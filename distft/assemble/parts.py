@@ -1,0 +1,146 @@
+"""Engine, model, optimizer and metrics, each from its table of the recipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from distft.assemble.rows import Data, Say
+from distft.assemble.sizes import Layout
+from distft.catalog import REGISTRIES
+from distft.core.errors import Problem, RecipeError
+from distft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distft.core.types import Engine, TrainState, UpdateRule
+    from distft.data.loader import Steps
+    from distft.engine.processes import Processes
+    from distft.metrics import Meters, RunFacts
+    from distft.model.load import MetaModel
+    from distft.run_folder import RunFolder
+
+
+def open_engine(recipe: Recipe, placed: Processes, say: Say) -> Engine:
+    """The recipe's engine, or the one `auto` chooses.
+
+    Raises:
+        MachineError: it cannot run here, or the launcher was configured for another.
+    """
+    from distft.engine.auto import choose
+
+    params: Any = recipe.engine.params
+    offload = getattr(params, "offload", "none")
+    name, why = choose(
+        recipe.engine.name,
+        REGISTRIES.engine,
+        placed,
+        trains_all=not recipe.method.spec.adapter,
+        elementwise=recipe.optim.spec.elementwise,
+        offload=offload,
+    )
+    spec = REGISTRIES.engine[name]
+    if recipe.engine.name == "auto":
+        params = spec.params(**({"offload": offload} if "offload" in spec.params.model_fields else {}))
+    say(f"engine {name}: {why}")
+    return spec.open(params, placed)
+
+
+def model(located: Recipe, placed: Processes, engine: str, cut: Layout, rows: Data, say: Say) -> MetaModel:
+    """The model without values, adapters attached, memory savers on.
+
+    Raises:
+        RecipeError: weights are missing or unusable, or a token has no row in the embedding.
+    """
+    from distft.model import load, savers, stats
+
+    spec = located.method.spec
+    built = load.build(
+        located.model,
+        load.find_folder(located.model),
+        spec,
+        located.method.params,
+        seed=located.seed,
+        device=placed.device,
+        per_token=located.objective.spec.per_token,
+    )
+    num_embeddings = built.module.transformer.get_input_embeddings().num_embeddings
+    if rows.largest_id >= num_embeddings:
+        problem = Problem(
+            message=f"[model] the tokenizer wrote token {rows.largest_id}, and the embedding has {num_embeddings} rows",
+            line=located.line_of("model.tokenizer") or located.line_of("model.path"),
+            fix="use the tokenizer that belongs to the model, or a chat_template of tokens it knows",
+        )
+        raise RecipeError(located.source, [problem])
+    mode, why = savers.choose_checkpointing(located.train.activation_checkpointing, cut.checkpointing, cut.why)
+    say(f"activation checkpointing {mode}: {why}")
+    savers.checkpoint_blocks(built.module.transformer, mode)
+    if located.train.compile:
+        savers.compile_blocks(built.blocks)
+    counts = stats.count(built.module)
+    say(f"{counts.trainable:,} of {counts.total:,} parameters are trained ({located.method.name})")
+    return built
+
+
+def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
+    """Optimizer, schedule and clipping."""
+    from distft.core.types import UpdateRule
+
+    optim, clip = recipe.optim, recipe.train.max_grad_norm
+    params: Any = optim.params
+    factor = recipe.schedule.spec.build(recipe.schedule.params, num_steps)
+    return UpdateRule(
+        build=lambda groups: optim.spec.build(params, groups),
+        lr_at=lambda step: params.learning_rate * factor(step),
+        weight_decay=getattr(params, "weight_decay", 0.0),
+        decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
+        max_grad_norm=None if clip == "off" else float(clip),
+    )
+
+
+def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFacts:
+    """Counted on whole shapes, so before an engine shards them."""
+    from distft.metrics import RunFacts
+    from distft.model import stats
+
+    return RunFacts(
+        world=placed.world,
+        device_name=device_name(placed),
+        flops_per_token=stats.flops_per_token(built.module),
+        flops_per_squared_length=stats.flops_per_squared_length(built.module.transformer.config),
+        start=state,
+    )
+
+
+def meters(recipe: Recipe, folder: RunFolder, facts: RunFacts, placed: Processes, steps: Steps) -> Meters:
+    """Every registered metric, and on rank 0 the sinks that the recipe asks for."""
+    from distft.metrics import METRICS, Meters
+    from distft.metrics.sinks import console, jsonl
+
+    sinks: list[Any] = []
+    if placed.rank == 0:
+        sinks.append(jsonl.JsonlSink(folder.metrics, start=facts.start.step))
+        if recipe.log.tensorboard:
+            from distft.metrics.sinks.tensorboard import TensorboardSink
+
+            sinks.append(TensorboardSink(folder.tensorboard))
+        if recipe.log.wandb is not None:
+            from distft.metrics.sinks.wandb import WandbSink
+
+            sinks.append(WandbSink(recipe.log.wandb, recipe.name, recipe.resolved()))
+        bar = recipe.log.console == "rich" or (recipe.log.console == "auto" and sys.stderr.isatty())
+        if recipe.log.console != "off":
+            kind = console.BarSink if bar else console.LineSink
+            sinks.append(kind(recipe.name, steps.num_steps, facts.start.step))
+    metrics: list[Any] = [spec.build(facts) for spec in METRICS.values()]
+    if recipe.log.samples:
+        from distft.metrics.sample_log import SampleLog
+
+        metrics.append(SampleLog(folder.path / "samples", placed.rank, placed.world, start=facts.start.step))
+    return Meters(metrics, sinks, epoch_at=steps.epoch_at)
+
+
+def device_name(placed: Processes) -> str:
+    """The accelerator's product name, or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name(placed.device) if placed.device.type == "cuda" else "cpu"

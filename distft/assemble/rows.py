@@ -1,0 +1,107 @@
+"""Prepared rows, cut into the steps of this rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distft.core.pulse import PULSE
+from distft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distft.assemble.sizes import Layout
+    from distft.data.loader import EvalSteps, Steps
+
+
+PREPARING_SAYS_S = 10.0
+"""Seconds between two words on how many rows are prepared."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Prepared rows, cut into this rank's steps."""
+
+    steps: Steps
+    eval_steps: EvalSteps | None
+    fingerprint: dict[str, str]
+    """sha256 of the prepared rows, by split."""
+    largest_id: int
+    """Of all tokens in them."""
+    stop_ids: tuple[int, ...]
+    """What trained rows end with."""
+    longest: int
+    """Tokens in the longest row."""
+
+
+def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
+    """Prepared before any process group exists: however long it takes, no collective times out.
+
+    Raises:
+        DataError: rows that cannot be trained on.
+    """
+    from distft.data.loader import EvalSteps, Steps
+    from distft.data.prepare import cache_folder, prepare
+
+    table = located.data
+    tokenizer, revision = tokenizer_of(located)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(table)}
+    common["progress"] = _Preparing(say)
+    common["waiting"] = lambda: PULSE.at("rows", patient=True)
+    rows = prepare(table, table.train, split="train", **common)
+    micro = cut.micro_batch_size
+    slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world}
+    slice_["pad_to"] = micro * table.max_length if located.train.compile else None
+    plan = located.train
+    steps = Steps(
+        rows,
+        table,
+        seed=located.seed,
+        epochs=plan.epochs,
+        max_steps=plan.max_steps,
+        global_batch_size=plan.global_batch_size,
+        **slice_,
+    )
+    say(
+        f"{rows.num_rows:,} rows, {steps.tokens_per_epoch:,} tokens an epoch "
+        f"({steps.supervised_per_epoch:,} trained), {100 * steps.fill:.1f} % fill, {steps.num_steps:,} steps"
+    )
+    splits = {"train": rows}
+    if table.eval:
+        splits["eval"] = prepare(table, table.eval, split="eval", **common)
+    return Data(
+        steps=steps,
+        eval_steps=EvalSteps(splits["eval"], table, **slice_) if table.eval else None,
+        fingerprint={split: prepared.fingerprint for split, prepared in splits.items()},
+        largest_id=max(prepared.report.largest_id for prepared in splits.values()),
+        stop_ids=rows.report.stop_ids,
+        longest=int(rows.lengths.max()),
+    )
+
+
+class _Preparing:
+    """Says now and then how far it is, and lets a preempted process go: preparing may outlast the grace period."""
+
+    def __init__(self, say: Say) -> None:
+        self._say, self._said_at = say, -math.inf
+
+    def __call__(self, rows: int) -> None:
+        """Called after every few rows.
+
+        Raises:
+            Preempted: this process has been asked to stop.
+        """
+        PULSE.at("rows")
+        if time.monotonic() - self._said_at >= PREPARING_SAYS_S:
+            self._said_at = time.monotonic()
+            self._say(f"preparing rows: {rows:,}")
+
+
+def tokenizer_of(located: Recipe) -> tuple[str, str | None]:
+    """(path, revision) of the tokenizer: the model's unless the recipe names another."""
+    model = located.model
+    return (model.path, model.revision) if model.tokenizer is None else (model.tokenizer, None)

@@ -1,0 +1,110 @@
+"""How large a micro-batch is, what the largest one weighs, and what to do when it is too much."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from distft.assemble.rows import Data
+from distft.recipe import Recipe, check_world
+
+if TYPE_CHECKING:
+    from distft.plan.setup import Machine
+    from distft.rehearsal import Worst
+
+
+AUTO_MICRO_TOKENS = 8192
+"""Without an accelerator, `micro_batch_size = "auto"` fills a micro-batch up to this many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one optimizer step is spread over processes."""
+
+    micro_batch_size: int
+    micros_per_step: int
+    checkpointing: str | None = None
+    """What activation checkpointing `auto` means here; None: the recipe says, or there is no accelerator."""
+    why: str = ""
+    """Of micro-batch and checkpointing, where they were left to `auto`."""
+
+
+def layout(recipe: Recipe, world: int) -> Layout:
+    """The recipe's micro-batch, or on accelerators what the planner chooses, which looks at memory and speed.
+
+    Without one: as many sequences as fill AUTO_MICRO_TOKENS and divide a rank's share.
+
+    Raises:
+        RecipeError: the global batch does not split over `world` processes.
+    """
+    own, train = recipe.train.micro_batch_size, recipe.train
+    share = check_world(recipe, world, 1 if own == "auto" else own)
+    if "auto" in (own, train.activation_checkpointing) and (machine := _accelerators(world)) is not None:
+        from distft.demo.files import locate
+        from distft.engine.processes import launcher_wants
+        from distft.model.load import find_folder
+        from distft.plan import auto
+
+        located = locate(recipe)
+        chosen = auto.for_job(located, find_folder(located.model), machine, wants=launcher_wants(os.environ))
+        return Layout(
+            micro_batch_size=chosen.micro_batch_size,
+            micros_per_step=check_world(recipe, world, chosen.micro_batch_size),
+            checkpointing=chosen.checkpointing,
+            why=chosen.reason,
+        )
+    if own == "auto":
+        limit = max(1, AUTO_MICRO_TOKENS // recipe.data.max_length)
+        own = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
+    return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own))
+
+
+def _accelerators(world: int) -> Machine | None:
+    """What the run is on, every rank alike; None on CPUs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from distft.core import accelerators
+    from distft.plan.machine import of_size
+    from distft.plan.setup import Machine
+
+    first = torch.cuda.get_device_properties(0)
+    gib = first.total_memory // accelerators.GIB  # whole ones: boards of one kind differ by a few MiB
+    known = accelerators.of_device(first.name) or of_size(gib)
+    per_node = min(world, torch.cuda.device_count())
+    return Machine(gpu=replace(known, memory_gib=gib), gpus_per_node=per_node, nodes=-(-world // per_node))
+
+
+def worst(recipe: Recipe, cut: Layout, rows: Data) -> Worst:
+    """The largest micro-batch of the run: packed sequences may be full, rows alone are as long as the longest."""
+    from distft.rehearsal import Worst
+
+    longest = recipe.data.max_length if recipe.data.packing or recipe.train.compile else rows.longest
+    return Worst(
+        sequences=cut.micro_batch_size,
+        longest=longest,
+        micros=cut.micros_per_step,
+        evaluates=rows.eval_steps is not None,
+    )
+
+
+def advice(recipe: Recipe, located: Recipe, world: int) -> str:
+    """What makes a run smaller, cheapest first: the planner's word on accelerators, on a CPU what always helps."""
+    machine = _accelerators(world)
+    if machine is not None:
+        from distft.model.load import find_folder
+        from distft.plan.planner import Planner
+
+        given = list(recipe.origin.overrides.values())
+        planner = Planner(path=recipe.source, overrides=given, folder=find_folder(located.model), machine=machine)
+        found = planner.changes(planner.case())[:5]
+        return "\n".join(["what fits, by plan:", *(f"  {change}" for change in found)])
+    steps = [
+        ("train.micro_batch_size=1", recipe.train.micro_batch_size != 1),
+        ('train.activation_checkpointing="full"', recipe.train.activation_checkpointing != "full"),
+        ('model.cross_entropy="chunked"', recipe.model.cross_entropy == "full"),
+        (f"data.max_length={recipe.data.max_length // 2}", True),
+    ]
+    return "try, in this order: " + "  ".join(f"--set {change}" for change, helps in steps if helps)
