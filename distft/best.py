@@ -20,6 +20,8 @@ class Best:
         self._step = 0
         self._since = 0
         """Evaluations after the best one."""
+        self.seen = 0
+        """Step of the last evaluation that was not broken off."""
 
     @property
     def enough(self) -> bool:
@@ -34,6 +36,7 @@ class Best:
         """
         if figures is None:
             return None
+        self.seen = state.step
         figure = figures[METRIC]
         if (self._figure is None and figure == figure) or (self._figure is not None and figure < self._figure):
             self._figure, self._step, self._since = figure, state.step, 0
@@ -43,8 +46,8 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """What a continued run must know; JSON."""
-        return {"figure": self._figure, "step": self._step, "since": self._since}
+        return {"figure": self._figure, "step": self._step, "since": self._since, "seen": self.seen}
 
     def restore(self, said: dict[str, Any]) -> None:
         """Go on from `state()`."""
-        self._figure, self._step, self._since = said["figure"], said["step"], said["since"]
+        self._figure, self._step, self._since, self.seen = (said[key] for key in ("figure", "step", "since", "seen"))

@@ -245,7 +245,8 @@ class _Run:
         meters = assemble.meters(recipe, self.folder, facts, placed, steps)
         PULSE.training()
         try:
-            if held_out and when.at_start and state.step == 0:
+            broken_off = every.eval(state.step) and best.seen != state.step and not best.enough
+            if held_out and (broken_off if state.step else when.at_start):
                 figures = evaluate(engine, objective, held_out, stop=self._stop)
                 meters.evaluated(state, figures)
                 best.see(state, figures)

@@ -14,7 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.core import host
 from distft.core.errors import FileSystemError, Problem, RecipeError
+from distft.core.pulse import PULSE
 
 if TYPE_CHECKING:
     from distft.core.types import TrainState
@@ -42,6 +44,7 @@ class RunFolder:
         self._earlier = self._exit_text()
         """How an earlier start of this run ended."""
         self._step: int | None = None
+        self._start = host.this_start(PULSE.runs)["start"]
         try:
             path.mkdir(parents=True, exist_ok=True)
             if writes:
@@ -102,8 +105,9 @@ class RunFolder:
         record |= {"step": self._step if state is None else state.step, "time": _now()}
         if state is not None:
             record |= {"state": asdict(state), "recipe_sha256": recipe_sha256}
+        record["start"] = self._start
         with contextlib.suppress(OSError):
-            if self._exit_text() in (None, self._earlier):
+            if not self._is_told():
                 write_atomic(self.path / "exit.json", json.dumps(record, indent=2) + "\n")
                 return True
         return False
@@ -134,6 +138,15 @@ class RunFolder:
             number += 1
         if root.exists():
             root.rename(aside)
+
+    def _is_told(self) -> bool:
+        """Whether another rank of this start has said how it ended, even before this one came to look."""
+        said = self._exit_text()
+        if said is None or said != self._earlier:
+            return said is not None
+        with contextlib.suppress(ValueError, AttributeError):
+            return json.loads(said).get("start") == self._start
+        return False
 
     def _exit_text(self) -> str | None:
         try:

@@ -48,6 +48,7 @@ class Committer:
         self._folders, self._group, self._faults, self._keep = folders, group, faults, keep
         self._best_due: dict[str, Any] | None = None
         """A best.json that could not be written yet."""
+        self._pruning: threading.Thread | None = None
         self.verified: int | None = None
         """The step that was last loaded, hence checked."""
         self.failures_in_a_row = 0
@@ -159,7 +160,15 @@ class Committer:
         if job.thread is None:
             _remove_all(trash)
         elif trash:  # deleting many gigabytes on a network file system must not block training
-            threading.Thread(target=_remove_all, args=(trash,), name="checkpoint-prune", daemon=True).start()
+            self.wait_for_pruning()
+            self._pruning = threading.Thread(target=_remove_all, args=(trash,), name="checkpoint-prune", daemon=True)
+            self._pruning.start()
+
+    def wait_for_pruning(self) -> None:
+        """Return once nothing is being deleted any more: a process that ends cuts its threads short."""
+        if self._pruning is not None:
+            self._pruning.join()
+            self._pruning = None
 
 
 def _remove_all(paths: list[Path]) -> None:

@@ -179,6 +179,7 @@ class CheckpointStore:
             SaveFailed: that one was given up.
         """
         self._settle()
+        self._committer.wait_for_pruning()
         outcome = self._outcomes.pop() if self._outcomes else None
         self._outcomes.clear()
         if isinstance(outcome, SaveFailed):

@@ -22,9 +22,19 @@ def identity() -> dict[str, Any]:
     }
 
 
+def this_start(runs: int) -> dict[str, Any]:
+    """`identity`, its `start` telling apart the `runs` that one process makes after another."""
+    here = identity()
+    return here | {"start": f"{here['start']}.{runs}"}
+
+
 def _start() -> str:
-    """A name for this start of a run, shared by the processes that one launcher started together on this machine."""
-    parent, told = os.getppid(), ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    """A name for this start of a run, shared by the processes that one launcher started together on this machine.
+
+    A process that no launcher started (a shell may start many) is a start of its own.
+    """
+    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    parent, told = os.getppid() if launched else os.getpid(), ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
     parts = [_text_of("/proc/sys/kernel/random/boot_id"), parent, start_of(parent), *map(os.environ.get, told)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 

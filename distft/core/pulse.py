@@ -19,10 +19,13 @@ class Pulse:
     """One per process. Written by the main thread only; readers see whole words, so there is nothing to lock."""
 
     def __init__(self) -> None:
+        self.runs = 0
+        """Runs that this process has begun; equal on all ranks of a program that runs several."""
         self.begin()
 
     def begin(self) -> None:
         """A run begins: nothing has been passed yet, and until `training` a wish to stop is granted on the spot."""
+        self.runs += 1
         self.phase, self.step = "start", 0
         self.count = 0
         """Points passed: the same on every rank at the same place of the loop, so a rank with fewer is behind."""

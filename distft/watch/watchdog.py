@@ -61,7 +61,7 @@ class Watch:
         self._world, self._timeout_s, self._end = world, timeout_s, end
         self._neighbours = [other for other in neighbours if other != rank]
         self._beat_s = min(MAX_BEAT_S, max(0.1, timeout_s / 6))
-        self._record = Record(rank=rank, process=host.identity())
+        self._record = Record(rank=rank, process=host.this_start(PULSE.runs))
         self._parent = os.getppid() if launched else None
         self._main = threading.main_thread().ident
         self._stop = threading.Event()

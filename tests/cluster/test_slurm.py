@@ -90,6 +90,7 @@ def test_two_nodes_train_as_one_process(cluster: Cluster, bench: Bench, solo: Ru
     assert story.ends() == [(0, "end")]
 
 
+@pytest.mark.row(44)
 def test_warned_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, bench: Bench, pair: Run) -> None:
     story = Story(cluster, bench, "time-limit")
     # Due after 90 s, but Slurm looks at the clock every 30 s and may be a minute early.
@@ -104,6 +105,7 @@ def test_warned_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, ben
     assert job.output.count("processes meet at") == len(story.nodes()) >= 2
 
 
+@pytest.mark.row(44)
 def test_preempted_in_the_middle_of_a_save(cluster: Cluster, bench: Bench, pair: Run) -> None:
     """By a real job of a more important partition, which then runs first."""
     story = Story(cluster, bench, "preempted")
@@ -172,6 +174,7 @@ def test_two_nodes_then_one_then_two(cluster: Cluster, bench: Bench, solo: Run) 
     assert relative(run.column("loss"), solo.column("loss")) < 1e-5
 
 
+@pytest.mark.row(44)
 def test_its_own_faults_are_not_requeued(cluster: Cluster, bench: Bench) -> None:
     """The reason is among the last lines of the job's output, and in the job's exit code."""
     broken = Story(cluster, bench, "broken").submit(settings=('optim.name="admaw"', "train.max_stps=3"))
@@ -191,6 +194,7 @@ def test_its_own_faults_are_not_requeued(cluster: Cluster, bench: Bench) -> None
     assert story.ends() == [(5, "end")]
 
 
+@pytest.mark.row(44)
 def test_a_job_that_does_not_get_on_stops(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
     """Warned during data preparation each time, as with a time limit that is too short; enough time then mends it."""
     rows = tmp_path / "many.jsonl"

@@ -21,6 +21,7 @@ def runs(bench: Bench) -> dict[str, Run]:
     return {"whole": whole, "again": again}
 
 
+@pytest.mark.row(46)
 def test_training_ends_when_no_evaluation_is_better_and_the_best_state_is_kept(runs: dict[str, Run]) -> None:
     whole = runs["whole"]
     figures = {record["step"]: record["eval_loss"] for record in whole.evals}
@@ -34,6 +35,7 @@ def test_training_ends_when_no_evaluation_is_better_and_the_best_state_is_kept(r
     assert (whole.folder / "final/model.safetensors").is_file()
 
 
+@pytest.mark.row(46)
 def test_after_a_resume_patience_and_best_go_on(runs: dict[str, Run]) -> None:
     whole, again = runs["whole"], runs["again"]
     assert again.column("loss") == whole.column("loss")

@@ -75,6 +75,7 @@ def close(a: list[float], b: list[float]) -> bool:
     return len(a) == len(b) and max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True)) < 1e-5
 
 
+@pytest.mark.row(22, 23)
 @pytest.mark.parametrize("engine", [engine for engine, _ in LAYOUTS])
 def test_a_step_that_is_not_finite_is_left_out_and_counted(runs: dict, engine: str) -> None:
     run, reference = runs[engine]["nan"], runs["solo"]["nan"]
@@ -110,6 +111,7 @@ def test_a_spike_is_left_out_or_gone_back_from_or_stops_the_run(runs: dict, engi
     assert "spiky.jsonl row" in said
 
 
+@pytest.mark.row(22)
 @pytest.mark.parametrize("engine", [engine for engine, _ in LAYOUTS])
 def test_a_run_with_a_step_left_out_resumes_bit_for_bit(runs: dict, engine: str) -> None:
     """The optimizer's own count of steps is one less than the run's."""

@@ -49,6 +49,3 @@ ROWS = {
     45: "retention when the best is the oldest and the newest is bad",
     46: "early stop and best after a resume",
 }
-
-ELSEWHERE = {44: "tests/cluster", 46: "tests/dist/test_best.py"}
-"""Rows whose tests are still being made, and where: until they are marked, the table says so and nothing fails."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from distft.core.errors import FileSystemError
+from distft.core.pulse import PULSE
 from distft.core.types import TrainState
 from distft.run_folder import RunFolder, write_atomic
 
@@ -62,8 +63,16 @@ def test_how_an_earlier_start_ended_is_forgotten_once_training_starts(tmp_path: 
 
 def test_a_start_that_fails_before_training_replaces_what_an_earlier_one_said(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", writes=True).end(code=3, reason="data: no rows", rank=0)
+    PULSE.begin()  # what every start does
     RunFolder(tmp_path / "run", writes=True).end(code=2, reason="recipe: no such model", rank=0)
     assert ended(tmp_path / "run")["code"] == 2
+
+
+def test_a_rank_that_comes_late_leaves_the_word_of_the_first_to_fail(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "run", writes=True).end(code=3, reason="data: row 7", rank=0)
+    late = RunFolder(tmp_path / "run", writes=False)
+    assert not late.end(code=6, reason="hang: rank 0 is gone", rank=1)
+    assert ended(tmp_path / "run")["reason"] == "data: row 7"
 
 
 def test_a_disk_that_fails_at_the_end_does_not_hide_the_error(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def keep_until(path: Path, start: int) -> None:
     if path.exists():
         before = range(start + 1 if start else 0)
         lines = path.read_text(encoding="utf-8").splitlines()
-        path.write_text("".join(f"{line}\n" for line in lines if _step(line) in before), encoding="utf-8")
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text("".join(f"{line}\n" for line in lines if _step(line) in before), encoding="utf-8")
+        os.replace(aside, path)  # a kill here must not cost the lines before
 
 
 class JsonlSink:

@@ -7,6 +7,7 @@ import pytest
 
 from distft.core import host
 from distft.core.errors import PeerEnded
+from distft.core.pulse import PULSE
 from distft.watch.records import Board, Record
 from distft.watch.watchdog import Watch
 
@@ -18,7 +19,7 @@ def seen(tmp_path: Path) -> Callable[..., BaseException | None]:
     def of(**said) -> BaseException | None:
         board = Board(tmp_path / "ranks", 1)
         board.open()
-        board.write(Record(rank=1, phase="rows", **({"process": host.identity()} | said)))
+        board.write(Record(rank=1, phase="rows", **({"process": host.this_start(PULSE.runs)} | said)))
         board.close()
         watch = Watch(
             tmp_path, rank=0, world=2, neighbours=[1], timeout_s=60, launched=False, end=lambda code, reason: True
