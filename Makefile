@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-dist test-faults test-cluster test-resume test-all test-gpu golden schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-dist test-faults test-cluster test-resume test-all test-gpu golden schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
 	$(BIN)/python -m distft.demo.tour
 
 # The fast part on all cores, then the parts that start processes of their own.
-test: test-unit test-dist test-cluster
+test: test-unit test-plan test-dist test-cluster
 
 setup: $(VENV)/.done
 
@@ -38,6 +38,10 @@ check: setup
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract tests/recipes -n auto -m "not slow and not gpu"
+
+# The planner on real models: each case traces a forward and a backward pass of 8 or 70 billion parameters.
+test-plan: setup
+	$(BIN)/python -m pytest tests/plan -n auto -m "not slow and not gpu"
 
 test-dist: setup
 	$(BIN)/python -m pytest tests/dist tests/faults tests/golden tests/peers -m "not slow and not gpu"

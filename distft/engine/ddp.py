@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +30,7 @@ class DdpEngine(SoloEngine):
         spans = dist.get_world_size(wrapped.process_group)
         if spans != self.world:
             raise MachineError(f"ddp spans {spans} processes, {self.world} were started")
+        _settle_buckets(wrapped)
         return wrapped
 
     def _unwrapped(self) -> nn.Module:
@@ -42,6 +44,22 @@ class DdpEngine(SoloEngine):
         quiet = contextlib.nullcontext() if last else self.model.no_sync()
         with super().accumulating(last=last, seed=seed), quiet:
             yield
+
+
+def _settle_buckets(wrapped: DistributedDataParallel) -> None:
+    """Have the buckets cut as they will stay, before the first step.
+
+    DDP cuts them anew after its first backward pass, in the order gradients arrived. With three ranks or more a sum's
+    rounding depends on where in its bucket a gradient lies, so the first step after a resume would differ in the last
+    bit from the same step of a run that was not interrupted. A backward pass of zeros, which reaches the last layers
+    first as a real one does, has the new cut made at the first forward of either.
+    """
+    params = [param for param in wrapped.module.parameters() if param.requires_grad]
+    wrapped.reducer.prepare_for_forward()
+    wrapped.reducer.prepare_for_backward([])
+    torch.stack([param.sum() * 0.0 for param in params]).float().sum().backward()
+    for param in params:
+        param.grad = None
 
 
 def open_engine(name: str, params: NoParams, placed: Processes) -> DdpEngine:
