@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-plan test-dist test-faults test-cluster test-resume test-all test-gpu golden schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-dist test-faults test-cluster test-resume test-all test-gpu golden schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -42,6 +42,10 @@ test-unit: setup
 # The planner on real models: each case traces a forward and a backward pass of 8 or 70 billion parameters.
 test-plan: setup
 	$(BIN)/python -m pytest tests/plan -n auto -m "not slow and not gpu"
+
+# State bytes of every engine, method, optimizer and type, planned against counted (make test alternates the types).
+test-plan-grid: setup
+	DISTFT_PLAN_GRID=1 $(BIN)/python -m pytest tests/dist/test_plan_exact.py
 
 test-dist: setup
 	$(BIN)/python -m pytest tests/dist tests/faults tests/golden tests/peers -m "not slow and not gpu"

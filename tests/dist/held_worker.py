@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tiny import batch, documents
 
+from distft.core.leave import leave
 from distft.core.types import TrainState, UpdateRule
 from distft.engine import ENGINES, held, processes
 from distft.model import load
@@ -42,7 +43,8 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
             loss = engine.model(**rows.inputs()).sum()
             engine.backward(loss, divide_by=float(rows.num_supervised * placed.world), samples=())
         gradients = held.gradients(engine)
-        engine.step(TrainState(), float(rows.num_supervised * placed.world))
+        report = engine.step(TrainState(), float(rows.num_supervised * placed.world), lambda loss: True)
+        assert report.updated
         after = held.count(engine)
     finally:
         engine.close()
@@ -76,3 +78,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
