@@ -290,6 +290,7 @@ class _Run:
         PULSE.at("save")
         if state.step > 0:
             checkpoints.save_now(state)
+        STOP.granted()
         kept = "the state is saved" if state.step > 0 else "nothing was trained yet, so there is nothing to save"
         reasons = sorted({reason for reason in engine.gather(STOP.reason) if reason})
         raise Preempted(f"stopped by {', '.join(reasons)} after step {state.step}; {kept}")

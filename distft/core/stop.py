@@ -22,6 +22,7 @@ class StopRequest:
         self.reason = ""
         """What asked: a signal's name or the STOP file; empty while nothing did."""
         self._count = 0
+        self._granted = False
         self._file: Path | None = None
 
     def install(self) -> None:
@@ -43,14 +44,18 @@ class StopRequest:
         """Ask from inside this process."""
         self.reason = self.reason or reason
 
+    def granted(self) -> None:
+        """The state is saved and this process on its way out: further signals would cut short what it still tidies up."""
+        self._granted = True
+
     def clear(self) -> None:
         """Forget it, for a process that runs several jobs one after another."""
-        self.reason, self._count = "", 0
+        self.reason, self._count, self._granted = "", 0, False
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         self.reason = self.reason or signal.Signals(number).name
-        if self._count >= PATIENCE:
+        if self._count >= PATIENCE and not self._granted:
             os._exit(128 + number)
 
 
