@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distft.cluster import asked, script
+from distft.cluster.fits import refuse_what_cannot_fit
 from distft.cluster.site import Site, read_site
 from distft.core.errors import DONE, DistftError, MachineError
 from distft.recipe import check_world
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--time", metavar="D-HH:MM:SS", help="limit of one start; the run goes on in the next")
     parser.add_argument("--partition", help="instead of the site's")
     parser.add_argument("--site", type=Path, metavar="FILE", help="TOML file of the cluster; see cluster/sites/")
+    parser.add_argument("--gpu", metavar="NAME|GiB", help="plan for it, instead of the site's")
+    parser.add_argument("--no-plan", action="store_true", help="submit even what the plan says cannot fit")
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="change one key; repeat")
     parser.add_argument("--output-dir", metavar="DIR", help="folder of run folders")
@@ -66,6 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             partition=own.partition,
             output_dir=recipe.run_dir,
         )
+        gpu = own.gpu or site.gpu
+        if gpu and own.gpus_per_node and not own.no_plan:
+            said = refuse_what_cannot_fit(
+                recipe, own.recipe, own.set, gpu=gpu, gpus_per_node=own.gpus_per_node, nodes=own.nodes
+            )
+            print(f"plan: {said}", file=sys.stderr)
         text = script.render(site, wanted, [*train, *more])
         if own.dry_run:
             print(text, end="")

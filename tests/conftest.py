@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-pytest_plugins = ["fault_table"]
+pytest_plugins = ["fault_table", "plan_models"]
 
 TINY = {
     "model_type": "llama",

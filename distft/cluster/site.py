@@ -24,6 +24,8 @@ class Site(Params):
     """Who pays."""
     sbatch: tuple[str, ...] = ()
     """More options of sbatch, each as one word: "--qos=high", "--exclusive"."""
+    gpu: str | None = None
+    """The cluster's GPU as `distft plan` calls it ("h100-80gb", or its GiB): what cannot fit it is not submitted."""
     cpus_per_gpu: int = Field(default=1, ge=1)
     """CPUs to ask for with each GPU: for data loading, and for the operating system's share."""
     notice_s: int = Field(default=300, ge=1)

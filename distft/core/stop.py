@@ -45,7 +45,7 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def granted(self) -> None:
-        """The state is saved and this process on its way out: further signals would cut short what it still tidies up."""
+        """The state is saved and this process on its way out: further signals would only cut its tidying short."""
         self._granted = True
 
     def clear(self) -> None:
