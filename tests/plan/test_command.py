@@ -16,7 +16,7 @@ from plan_kit import recipe_text
 
 from distft.plan.command import main
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
