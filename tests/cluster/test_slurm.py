@@ -207,7 +207,7 @@ def test_a_job_that_does_not_get_on_stops(cluster: Cluster, bench: Bench, tmp_pa
         job.warn()
     ended = job.end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1"), job.output
-    assert job.output.count("stopped by SIGUSR1 while preparing rows") >= 2
+    assert job.output.count("stopped by SIGUSR1 before training began (rows)") >= 2
     assert "not requeued: 2 starts in a row began at the same checkpoint and none wrote a newer one" in job.output
     assert story.ends() == [(75, "requeue"), (75, "end")]
     again = story.submit(engine="solo", settings=settings, before=("--max-stalled-restarts", "1"))
@@ -228,6 +228,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, bench: Bench) -> None
     assert job.fields()["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow  # of the harness, not of the product
 def test_taken_down_it_leaves_no_process(cluster: Cluster, tmp_path: Path) -> None:
     other = Cluster.up(tmp_path / "slurm", nodes=4)
     try:

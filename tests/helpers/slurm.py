@@ -18,6 +18,8 @@ SAVE = "checkpoint.every_steps=2"
 ASK_S = 30.0
 PATIENCE_S = 300.0
 """Nothing here takes this long on a machine of its own; others may be using this one."""
+LAUNCH_FAILED = "launch_failed_requeued_held"
+"""A node that was too busy to start a job in time: Slurm holds the job for an administrator, who here is us."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
@@ -141,6 +143,8 @@ class Job:
     def _until(self, holds: Callable[[], object], what: str, *, every_s: float = 0.3) -> None:
         until = time.monotonic() + PATIENCE_S
         while not holds():
+            if self.fields()["Reason"] == LAUNCH_FAILED:
+                self.cluster.ask("scontrol", "release", self.id)
             over = self.fields()["JobState"] in ENDED and not holds()
             assert not over, f"job {self.id} ended while we waited for {what}; {self.fields()}\n{self.output}"
             assert time.monotonic() < until, f"job {self.id}: waited in vain for {what}; {self.fields()}\n{self.output}"
