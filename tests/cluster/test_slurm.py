@@ -114,6 +114,7 @@ def test_preempted_in_the_middle_of_a_save(cluster: Cluster, bench: Bench, pair:
     job.wait_until((checkpoints / ".tmp-step-00000002").exists, "a save")
     assert not (checkpoints / "step-00000002").exists()
     urgent = cluster.submit("--wrap=true", "--partition=urgent", "--nodes=2", "--cpus-per-task=4")
+    job.wait_until(lambda: job.fields().get("PreemptTime") != "None", "its preemption")  # only then may the save go on
     assert job.end(thaw=True)["JobState"] == "COMPLETED", job.output
     assert urgent.end()["JobState"] == "COMPLETED"
     assert int(job.fields()["Restarts"]) == 1
