@@ -149,7 +149,7 @@ class _Run:
 
         recipe, steps = self.recipe, self.rows.steps
         PULSE.at("model")
-        model = assemble.model(self.located, placed, engine.name, self.cut, self.rows, self.say)
+        model = assemble.model(self.located, placed, self.cut, self.rows, self.say)
         facts = {
             "engine": engine.name,
             "world": placed.world,

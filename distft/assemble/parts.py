@@ -45,7 +45,7 @@ def open_engine(recipe: Recipe, placed: Processes, say: Say) -> Engine:
     return spec.open(params, placed)
 
 
-def model(located: Recipe, placed: Processes, engine: str, cut: Layout, rows: Data, say: Say) -> MetaModel:
+def model(located: Recipe, placed: Processes, cut: Layout, rows: Data, say: Say) -> MetaModel:
     """The model without values, adapters attached, memory savers on.
 
     Raises:

@@ -32,6 +32,11 @@ BUCKET_ELEMENTS = 50_000_000
 """Largest communication bucket: 100 MB in bf16, enough to fill an NVLink or a 400 Gb/s link."""
 
 
+def bucket_elements(total: int, largest: int) -> int:
+    """Elements of a communication bucket, for a model of `total` elements whose largest tensor has `largest`."""
+    return max(largest, min(BUCKET_ELEMENTS, total))
+
+
 class ZeroEngine(BaseEngine):
     """One class for the three stages; they differ in configuration and in where tensors are read back from."""
 
@@ -48,7 +53,7 @@ class ZeroEngine(BaseEngine):
         module = weights.module
         numel = sum(param.numel() for param in module.parameters())
         largest = max(param.numel() for param in module.parameters())
-        config = self._config(weights.dtype, rule, micros_per_step, max(largest, min(BUCKET_ELEMENTS, numel)))
+        config = self._config(weights.dtype, rule, micros_per_step, bucket_elements(numel, largest))
         for unit in [*weights.blocks, module]:
             weights.fill(unit, self.device)
             if self._stage == 3:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distft.core.accelerators import GIB
-from distft.engine.deepspeed import BUCKET_ELEMENTS
+from distft.engine.deepspeed import bucket_elements
 from distft.plan import state as states
 from distft.plan.inventory import ROOT, Inventory
 from distft.plan.setup import LOSSES, Setup
@@ -210,7 +210,7 @@ def _gathered(inventory: Inventory, setup: Setup) -> Part:
             f"computes, one arrives) + a block's gradients in {item} and in {FP32} bytes {_gib(reduced)}",
         )
     largest = max(param.numel for param in inventory.params)
-    bucket = max(largest, min(BUCKET_ELEMENTS, inventory.total))  # as `ZeroEngine.adopt` configures it
+    bucket = bucket_elements(inventory.total, largest)
     if setup.engine in ("zero1", "zero2"):
         return Part(
             name=name,
