@@ -26,15 +26,15 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@touch $@
 
 fmt: setup
-	$(BIN)/ruff format distft tests
-	$(BIN)/ruff check --fix distft tests
+	$(BIN)/ruff format distft tests benchmarks
+	$(BIN)/ruff check --fix distft tests benchmarks
 
 check: setup
-	$(BIN)/ruff format --check distft tests
-	$(BIN)/ruff check distft tests
+	$(BIN)/ruff format --check distft tests benchmarks
+	$(BIN)/ruff check distft tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/codespell distft tests docs recipes launch cluster README.md CHANGELOG.md
+	$(BIN)/codespell distft tests benchmarks docs recipes launch cluster README.md CHANGELOG.md
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract tests/recipes -n auto -m "not slow and not gpu"

@@ -61,7 +61,7 @@ class CausalLM(nn.Module):
         max_seqlen: int,
         num_supervised: int,
     ) -> Tensor:
-        """Loss of every supervised token, in order: fp32 [S] ([1] with their sum under the fused kernel).
+        """Loss of every supervised token, in order: fp32 [S], or [1] with their sum, as the head's loss gives them.
 
         Arguments are `Batch.inputs()`.
 

@@ -13,7 +13,7 @@ from distft.core.accelerators import GIB
 from distft.engine.deepspeed import bucket_elements
 from distft.plan import state as states
 from distft.plan.inventory import ROOT, Inventory
-from distft.plan.setup import LOSSES, Setup
+from distft.plan.setup import Setup
 from distft.plan.state import FP32, State
 from distft.plan.trace import Activations, activations
 
@@ -86,7 +86,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         tokens=setup.tokens,
         checkpointing=setup.checkpointing,
         kernel=setup.kernel,
-        loss=LOSSES[setup.loss],
+        loss=setup.head_loss,
     )
     gathered = _gathered(inventory, setup)
     block = _block_workspace(inventory, setup, kept)
@@ -193,10 +193,16 @@ def _gathered(inventory: Inventory, setup: Setup) -> Part:
     """Whole layers that a sharding engine puts together, and communication buckets."""
     item = inventory.dtype.itemsize
     name = "gathered layers and buckets"
-    if setup.machine.world == 1 and setup.engine in ("solo", "ddp"):
-        return Part(name=name, num_bytes=0, formula="none: every layer is whole")
+    largest_trained = max((param.numel for param in inventory.params if param.trained), default=0)
     if setup.engine in ("solo", "ddp"):
-        return Part(name=name, num_bytes=0, formula="none: ddp's buckets are the gradients themselves")
+        if setup.engine == "solo" and setup.micros_per_step == 1:
+            return Part(name=name, num_bytes=0, formula="none: every layer is whole, and gradients stay where made")
+        return Part(
+            name=name,
+            num_bytes=largest_trained * item,
+            formula=f"the largest gradient, {largest_trained:,} elements x {item} bytes, before it is added to what is "
+            + ("there of earlier micro-batches" if setup.engine == "solo" else "in ddp's buckets"),
+        )
     blocks = range(inventory.num_blocks)
     block_bytes = max(sum(p.stored_bytes for p in inventory.params if p.block == block) for block in blocks)
     trained = max(inventory.unit_numel(block, trained_only=True) for block in blocks)
@@ -219,7 +225,7 @@ def _gathered(inventory: Inventory, setup: Setup) -> Part:
         )
     stored = sum(param.stored_numel for param in inventory.params)
     live = min(stored, max(2 * bucket, 2 * block_bytes // item))
-    gradients = trained if inventory.atomic else max((p.numel for p in inventory.params if p.trained), default=0)
+    gradients = trained if inventory.atomic else largest_trained
     return Part(
         name=name,
         num_bytes=(live + bucket + gradients) * item,

@@ -17,12 +17,6 @@ from distft.model.cross_entropy import HeadLoss
 from distft.plan import kernels
 from distft.recipe import Recipe
 
-LOSSES: dict[str, HeadLoss] = {
-    "fused": kernels.fused_loss,
-    "chunked": cross_entropy.chunked_loss,
-    "full": cross_entropy.full_loss,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -67,6 +61,16 @@ class Setup:
         """None | optimizer | all."""
         params: Any = self.recipe.engine.params
         return getattr(params, "offload", "none")
+
+    @property
+    def head_loss(self) -> HeadLoss:
+        """What runs, or on the meta device stands for it (see `distft.model.cross_entropy.choose`)."""
+        per_token = self.recipe.objective.spec.per_token
+        return {
+            "fused": kernels.fused_loss,
+            "chunked": cross_entropy.chunked_loss if per_token else cross_entropy.chunked_sum,
+            "full": cross_entropy.full_loss,
+        }[self.loss]
 
     @property
     def kernel(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distft.model.cross_entropy import chunked_loss
 from distft.plan.inventory import Inventory
 from distft.plan.memory import Memory, Part
 from distft.plan.setup import Setup
@@ -148,7 +149,7 @@ def _matmul_flops(inventory: Inventory, setup: Setup) -> tuple[float, float]:
     needed = sum((6.0 if trained else 4.0) * numel for numel, trained in inventory.linears)
     blocks = sum(numel for numel, _ in inventory.linears) - _head_weights(inventory)
     again = {"off": 0.0, "selective": 1.0, "full": 2.0}[setup.checkpointing] * blocks
-    if setup.loss == "chunked":
+    if setup.head_loss is chunked_loss:  # `chunked_sum` repeats nothing
         again += 2.0 * _head_weights(inventory)
     return needed, again
 

@@ -67,7 +67,7 @@ def test_saved_bytes_are_those_of_a_real_forward(
     assert planned.saved_tensors == real
 
 
-def flash(recipe: Any, tokens: int, mode: str = "off", loss: Any = cross_entropy.chunked_loss) -> Activations:
+def flash(recipe: Any, tokens: int, mode: str = "off", loss: Any = cross_entropy.chunked_sum) -> Activations:
     return trace.activations(read(recipe), tokens=tokens, checkpointing=mode, kernel=kernels.FLASH, loss=loss)
 
 
@@ -95,16 +95,15 @@ def test_logits_in_chunks_do_not_grow_with_the_tokens(llama8b: Path) -> None:
     assert plain.head > 8 * 4096 * LLAMA_8B["vocab_size"]
 
 
-def test_many_chunks_are_read_off_a_line_through_few(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", [cross_entropy.chunked_loss, cross_entropy.chunked_sum])
+def test_many_chunks_are_read_off_a_line_through_few(tmp_path: Path, loss: Any) -> None:
     """Long micro-batches are not traced chunk by chunk: the line must hit what tracing gives."""
     folder = write(tmp_path / "wide", SMALL | {"vocab_size": 400_000})  # 83 tokens a chunk
     found = read(recipe_of(folder))
     chunk = cross_entropy.chunk_tokens(400_000)
     tokens = 11 * chunk
-    drawn = trace.activations(
-        found, tokens=tokens, checkpointing="off", kernel=kernels.FLASH, loss=cross_entropy.chunked_loss
-    )
-    traced = trace._traced(found, tokens, "off", kernels.FLASH, cross_entropy.chunked_loss)
+    drawn = trace.activations(found, tokens=tokens, checkpointing="off", kernel=kernels.FLASH, loss=loss)
+    traced = trace._traced(found, tokens, "off", kernels.FLASH, loss)
     for name, value in vars(traced).items():
         assert getattr(drawn, name) == pytest.approx(value, rel=0.01), name
 
@@ -113,7 +112,7 @@ def test_a_trace_leaves_the_model_as_it_was(small: Path) -> None:
     found = read(recipe_of(small))
     first = trace._traced(found, 64, "full", kernels.FLASH, cross_entropy.full_loss)
     trace._traced.cache_clear()
-    trace._traced(found, 64, "selective", kernels.CPU, cross_entropy.chunked_loss)
+    trace._traced(found, 64, "selective", kernels.CPU, cross_entropy.chunked_sum)
     assert trace._traced(found, 64, "full", kernels.FLASH, cross_entropy.full_loss) == first
     assert all(param.grad is None for sample in found.samples for param in sample.module.parameters())
 

@@ -27,24 +27,59 @@ def test_chunked_equals_full_for_any_gradient(monkeypatch: pytest.MonkeyPatch) -
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_chunked_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, True)])
+def test_the_sum_has_the_gradients_of_the_plain_loss(
+    monkeypatch: pytest.MonkeyPatch, trained: tuple[bool, bool, bool], dtype: torch.dtype
+) -> None:
+    """Whichever of hidden, weight and bias are trained; the factor behind the loss is one that bf16 would round."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 300 * 8)
+    torch.manual_seed(0)
+    made = [torch.randn(37, 16), torch.randn(300, 16), torch.randn(300)]
+    labels = torch.randint(0, 300, (37,))
+    results = []
+    for loss, kind in ((cross_entropy.full_loss, torch.float64), (cross_entropy.chunked_sum, dtype)):
+        inputs = [x.to(dtype).to(kind).requires_grad_(want) for x, want in zip(made, trained, strict=True)]
+        out = loss(*inputs, labels).sum()
+        (out * (1 / 515)).backward()
+        results.append((out.detach(), *(x.grad for x in inputs)))
+    near = 2e-6 if dtype == torch.float32 else 1e-2
+    for plain, ours, want in zip(*results, [True, *trained], strict=True):
+        assert (ours is not None) == want
+        if want:
+            assert (plain - ours.double()).norm() <= near * plain.norm()
+
+
+def test_the_sum_gives_its_gradients_once_and_none_without_gradients() -> None:
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss = cross_entropy.chunked_sum(hidden, weight, None, torch.arange(5))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        loss.backward()
+    with torch.no_grad():
+        assert not cross_entropy.chunked_sum(hidden, weight, None, torch.arange(5)).requires_grad
+
+
+@pytest.mark.parametrize("loss", [cross_entropy.chunked_loss, cross_entropy.chunked_sum])
+def test_chunked_never_holds_all_logits(loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by what autograd keeps, which is what decides whether a long batch fits."""
     hidden, weight = torch.randn(256, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
     labels = torch.randint(0, 512, (256,))
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 512 * 16)
 
-    def saved_bytes(loss) -> int:
+    def saved_bytes(of) -> int:
         kept = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-            loss(hidden, weight, None, labels)
+            of(hidden, weight, None, labels)
         return sum(t.numel() * t.element_size() for t in kept.values())
 
     assert saved_bytes(cross_entropy.full_loss) > 256 * 512 * 4
-    assert saved_bytes(cross_entropy.chunked_loss) < 0.2 * 256 * 512 * 4
+    assert saved_bytes(loss) < 0.2 * 256 * 512 * 4
 
 
 def test_only_supervised_positions_reach_the_head(tiny_config: Path) -> None:
     model = build(tiny_config)
+    model.module.use_loss(cross_entropy.full_loss)
     seen = []
     model.module.head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
     packed = batch(documents([20, 30]), trained_from=15)
@@ -64,4 +99,5 @@ def test_a_batch_without_labels_gives_zero_with_every_gradient(tiny_config: Path
 def test_fused_says_what_it_needs() -> None:
     with pytest.raises(MachineError, match=r"liger-kernel package and a GPU"):
         cross_entropy.choose("fused", torch.device("cpu"))
-    assert cross_entropy.choose("auto", torch.device("cpu")) is cross_entropy.chunked_loss
+    assert cross_entropy.choose("auto", torch.device("cpu")) is cross_entropy.chunked_sum
+    assert cross_entropy.choose("auto", torch.device("cpu"), per_token=True) is cross_entropy.chunked_loss

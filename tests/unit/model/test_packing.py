@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny import batch, build, documents
 
+from distft.model.cross_entropy import full_loss
+
 LENGTHS = [17, 1, 40, 2, 9]
 
 
@@ -37,6 +39,7 @@ def test_a_packed_document_has_the_logits_it_has_alone(tiny_config: Path, attent
 
 def test_losses_of_documents_do_not_depend_on_their_neighbours(tiny_config: Path) -> None:
     model = build(tiny_config)
+    model.module.use_loss(full_loss)
     rows = documents(LENGTHS)
     with torch.no_grad():
         together = model.module(**batch(rows).inputs())

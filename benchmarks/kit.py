@@ -1,0 +1,191 @@
+"""What the benchmarks share: the facts of where a figure was measured, quantiles, and a run inside this process."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "tokenizers", "trl")
+
+
+def facts() -> dict[str, Any]:
+    """Date, commit, hardware and versions."""
+    commit = _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "hardware": _hardware(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "CPU")
+    return f"{os.cpu_count()} cores of {model}, shared"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    ordered = sorted(values)
+    if len(ordered) == 1:
+        return {"median": ordered[0], "p10": ordered[0], "p90": ordered[0]}
+    cuts = statistics.quantiles(ordered, n=10, method="inclusive")
+    return {"median": statistics.median(ordered), "p10": cuts[0], "p90": cuts[-1]}
+
+
+def finish(result: dict[str, Any], out: str | None) -> None:
+    """Print the result and keep it."""
+    text = json.dumps(result | facts() | {"command": " ".join(["python", *sys.argv])}, indent=1)
+    print(text)
+    if out:
+        Path(out).write_text(text + "\n", encoding="utf-8")
+
+
+WORDS = ("disk", "queue", "login", "payments", "region", "timeout", "cache", "slow", "deploy", "users", "retry")
+
+
+def write_rows(path: Path, count: int, words: tuple[int, int], *, seed: int = 3) -> None:
+    """Rows of text of very different lengths."""
+    rng = random.Random(seed)
+    texts = (" ".join(rng.choice(WORDS) for _ in range(rng.randint(*words))) for _ in range(count))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def write_config(folder: Path, config: dict[str, int]) -> None:
+    """A Llama's config.json."""
+    from transformers import LlamaConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    LlamaConfig(**config, bos_token_id=None, eos_token_id=1, pad_token_id=0).save_pretrained(folder)
+
+
+@dataclass(kw_only=True)
+class Window:
+    """The next few steps of a run: the loop ends with them and is called again for more."""
+
+    steps: Any
+    batches: Iterator[Any]
+    left: int = 0
+
+    def samples_in(self, step: int) -> int:
+        return self.steps.samples_in(step)
+
+    def from_step(self, step: int) -> Iterator[Any]:
+        return itertools.islice(self.batches, self.left)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A recipe's run inside this process, through the parts that `distft.job` uses, driven some steps at a time."""
+
+    recipe_file: Path
+    overrides: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from distft import assemble
+        from distft.best import Best
+        from distft.catalog import REGISTRIES
+        from distft.core.given import Every
+        from distft.core.log import quiet_libraries
+        from distft.demo.files import locate
+        from distft.engine import processes
+        from distft.guard import Guard
+        from distft.objectives.spec import Objective
+        from distft.recipe import load_recipe
+        from distft.run_folder import RunFolder
+
+        quiet_libraries()
+
+        def quiet(line: str) -> None:
+            """Benchmarks print one result."""
+
+        recipe = load_recipe(str(self.recipe_file), registries=REGISTRIES, overrides=self.overrides)
+        located = locate(recipe)
+        _, rank, world, _ = processes.placed_by(os.environ)
+        folder = RunFolder(recipe.run_dir, writes=rank == 0)
+        cut = assemble.layout(recipe, world)
+        self.rows = assemble.data(located, cut, rank, world, quiet)
+        placed = processes.join(timeout_s=120)
+        self.engine = assemble.open_engine(recipe, placed, quiet)
+        self.model = assemble.model(located, placed, cut, self.rows, quiet)
+        guard, best = Guard(recipe.guard, self.engine, say=quiet, note=folder.note), Best(keep=False, patience=None)
+        checkpoints, self.state, _ = assemble.checkpoints(
+            recipe,
+            located,
+            folder,
+            self.engine,
+            self.rows,
+            quiet,
+            judges={"guard": guard, "best": best},
+            resume="auto",
+            allow_changes=False,
+        )
+        folder.start(recipe.to_toml(), {})
+        costs = assemble.run_facts(self.model, placed, self.state)
+        rule = assemble.update_rule(recipe, self.model, self.rows.steps.num_steps)
+        self.engine.adopt(self.model, rule, micros_per_step=cut.micros_per_step)
+        self.objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
+        self._metrics = folder.metrics
+        self._window = Window(steps=self.rows.steps, batches=self.rows.steps.from_step(0))
+        self._around: dict[str, Any] = {
+            "engine": self.engine,
+            "objective": self.objective,
+            "meters": assemble.meters(recipe, folder, costs, placed, self.rows.steps),
+            "checkpoints": checkpoints,
+            "guard": guard,
+            "best": best,
+            "stop": lambda: False,
+            "every": Every(log=lambda step: True, eval=lambda step: False, save=lambda step: False),
+        }
+
+    def go(self, steps: int) -> None:
+        """Train on the next `steps` steps."""
+        from distft.loop import fit
+
+        self._window.left = steps
+        self.state = fit(self.state, self._window, (), **self._around)
+
+    def losses(self) -> list[float]:
+        """Of every step so far."""
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    def close(self) -> None:
+        """Leave the processes."""
+        self._around["meters"].close()
+        self._around["checkpoints"].close()
+        self.engine.close()
