@@ -133,7 +133,7 @@ class Run:
         def quiet(line: str) -> None:
             """Benchmarks print one result."""
 
-        recipe = load_recipe(str(self.recipe_file), registries=REGISTRIES, overrides=self.overrides)
+        self.recipe = recipe = load_recipe(str(self.recipe_file), registries=REGISTRIES, overrides=self.overrides)
         located = locate(recipe)
         _, rank, world, _ = processes.placed_by(os.environ)
         folder = RunFolder(recipe.run_dir, writes=rank == 0)

@@ -25,6 +25,7 @@ from distft.core.types import Piece, StateReader, StepReport, TrainState, Update
 from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
+from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.engine.spec import Zero3Params, Zero12Params
 
@@ -40,11 +41,13 @@ def bucket_elements(total: int, largest: int) -> int:
 class ZeroEngine(BaseEngine):
     """One class for the three stages; they differ in configuration and in where tensors are read back from."""
 
-    def __init__(self, stage: int, offload: str, placed: Processes) -> None:
+    def __init__(self, stage: int, params: Zero12Params | Zero3Params, placed: Processes) -> None:
         super().__init__(placed)
         self.name = f"zero{stage}"
         self._stage = stage
-        self._offload = offload
+        self._offload = params.offload
+        within = params.shard_within if isinstance(params, Zero3Params) else "world"
+        self._second = group_size(within, placed)
         self._deepspeed = _import_deepspeed()
 
     def adopt(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
@@ -54,10 +57,13 @@ class ZeroEngine(BaseEngine):
         numel = sum(param.numel() for param in module.parameters())
         largest = max(param.numel() for param in module.parameters())
         config = self._config(weights.dtype, rule, micros_per_step, bucket_elements(numel, largest))
+        group = self._second_copy_group()
         for unit in [*weights.blocks, module]:
             weights.fill(unit, self.device)
             if self._stage == 3:
-                self._deepspeed.zero.Init(module=unit, config_dict_or_path=config, dtype=weights.dtype)
+                self._deepspeed.zero.Init(
+                    module=unit, config_dict_or_path=config, dtype=weights.dtype, zero_param_parallel_group=group
+                )
         if self._stage == 3 and weights.blocks_are_atomic:
             # A block is gathered whole, before its forward: fewer and larger gathers, and none inside a region that
             # selective activation checkpointing replays.
@@ -77,6 +83,8 @@ class ZeroEngine(BaseEngine):
             "overlap_comm": self.device.type == "cuda",
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            # Else stages 1 and 2 reduce every gradient to all ranks, though each is wanted on one: twice the traffic.
+            "use_multi_rank_bucket_allreduce": False,
         }
         if self._stage == 3:
             zero |= {
@@ -85,6 +93,8 @@ class ZeroEngine(BaseEngine):
                 "stage3_max_live_parameters": 2 * bucket,
                 "stage3_max_reuse_distance": bucket,
             }
+            if self._second < self.world:
+                zero["zero_hpz_partition_size"] = self._second
         pinned = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         if self._offload in ("optimizer", "all"):
             zero["offload_optimizer"] = pinned
@@ -102,6 +112,14 @@ class ZeroEngine(BaseEngine):
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
         }
+
+    def _second_copy_group(self) -> Any:
+        """Ranks that hold a second copy of the weights among them (hpZ); each `zero.Init` would make one of its own."""
+        if self._second == self.world:
+            return None
+        groups = self._deepspeed.utils.groups
+        groups._create_zero_param_parallel_group(self._second)
+        return groups._get_zero_param_intra_parallel_group()
 
     def _check_partitioned(self) -> None:
         found = self._wrapped.zero_optimization_stage()
@@ -164,6 +182,7 @@ class ZeroEngine(BaseEngine):
         params: dict[str, Any] = dict(self._wrapped.module.named_parameters())
         for fragment in held:  # DeepSpeed's own setters reach the master only
             params[fragment.name].ds_tensor.data[: fragment.length].copy_(fragment.of(fragment.flat.detach()))
+        self._optimizer.invalidate_secondary_tensor()  # else hpZ computes with the copies of before
 
     def _flats(self) -> list[Tensor]:
         optimizer = self._optimizer
@@ -223,6 +242,8 @@ class ZeroEngine(BaseEngine):
         """Release DeepSpeed's hooks and buffers, then leave the process group."""
         if self._module is not None:
             self._wrapped.destroy()
+        if self._second < self.world:  # a global of the library, which the next run would find
+            self._deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         if self._placed.joined:  # by DeepSpeed, which else hands its groups to the next run of this Python process
             self._deepspeed.comm.destroy_process_group()
         super().close()
@@ -257,4 +278,4 @@ def _import_deepspeed() -> Any:
 
 def open_engine(name: str, params: Zero12Params | Zero3Params, placed: Processes) -> ZeroEngine:
     """The engine, before it has a model."""
-    return ZeroEngine(int(name.removeprefix("zero")), params.offload, placed)
+    return ZeroEngine(int(name.removeprefix("zero")), params, placed)

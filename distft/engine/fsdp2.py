@@ -1,10 +1,13 @@
 """Parameters, gradients and optimizer state sharded by rows, gathered block by block (torch fully_shard).
 
+Ranks form a grid of `replicas` x `shards`: each tensor is cut among the ranks of a group and repeated over the groups,
+so gathers stay inside a group (a node) and only gradients cross between groups. One group of all is plain sharding.
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distft.core.errors import MachineError
 from distft.core.types import Weights
 from distft.engine.fragments import Fragment
+from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine
 from distft.engine.spec import Fsdp2Params
@@ -34,31 +38,77 @@ class Fsdp2Engine(SoloEngine):
         self._offload: OffloadPolicy = (
             CPUOffloadPolicy(pin_memory=placed.device.type == "cuda") if params.offload == "all" else OffloadPolicy()
         )
+        self._once_a_step = params.gather == "once_a_step"
+        self._shards = group_size(params.shard_within, placed)
+        self._replicas = placed.world // self._shards
+        self._replica, self._shard = divmod(placed.rank, self._shards)
 
     def _wrap(self, weights: Weights) -> nn.Module:
-        mesh = init_device_mesh(self.device.type, (self.world,))
+        if self._replicas == 1:
+            mesh = init_device_mesh(self.device.type, (self.world,))
+        else:
+            names = ("replicas", "shards")
+            mesh = init_device_mesh(self.device.type, (self._replicas, self._shards), mesh_dim_names=names)
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        # None: blocks are given back after their forward, and the root, which the backward needs first, is not.
+        reshard = False if self._once_a_step else None
         for unit in [*weights.blocks, weights.module]:
             weights.fill(unit, self.device)
-            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=self._offload)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=self._offload)
         self._check_sharded(weights.module)
         return weights.module
 
     def _check_sharded(self, module: nn.Module) -> None:
         name, biggest = max(module.named_parameters(), key=lambda item: item[1].numel())
-        if not isinstance(biggest, DTensor) or biggest.to_local().numel() > -(-biggest.shape[0] // self.world) * (
-            biggest.numel() // biggest.shape[0]
-        ):
+        rows, rest = biggest.shape[0], biggest.numel() // biggest.shape[0]
+        if not isinstance(biggest, DTensor) or biggest.to_local().numel() > -(-rows // self._shards) * rest:
             raise MachineError(f"fsdp2 was asked for, but {name} is whole on rank {self.rank}")
 
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
+        """Groups meet only in the last micro-batch.
+
+        Gathered once a step, weights stay whole and gradients unreduced until then.
+        """
+        root: Any = self.model
+        if self._replicas > 1:
+            root.set_requires_all_reduce(last)
+        if self._once_a_step:
+            root.set_requires_gradient_sync(last)
+            root.set_reshard_after_backward(last)
+        with super().accumulating(last=last, seed=seed):
+            yield
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A forward without a backward leaves weights gathered: given back at the end."""
+        with super().evaluating():
+            yield
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
     def _fragments(self, *, whole: bool = False) -> Iterator[Fragment]:
-        """Whole rows: rank r holds the r-th of `world` equal chunks of rows, rounded up."""
+        """Whole rows: rank r of a group holds the r-th of `shards` equal chunks of rows, rounded up.
+
+        Replicas write a slice of their chunk each; `whole`: each reads all of it.
+        """
         shapes = {name: param.shape for name, param in self._unwrapped().named_parameters()}
+        first, parts = (0, 1) if whole else (self._replica, self._replicas)
         for name, flat in self._owned:
             rows, numel = shapes[name][0], shapes[name].numel()
-            start = min(self.rank * -(-rows // self.world), rows) * (numel // rows)
-            layout = f"rows-{self.rank}-of-{self.world}/{name}"
-            yield Fragment(name=name, numel=numel, start=start, length=flat.numel(), flat=flat, offset=0, layout=layout)
+            start = min(self._shard * -(-rows // self._shards), rows) * (numel // rows)
+            offset, end = flat.numel() * first // parts, flat.numel() * (first + 1) // parts
+            yield Fragment(
+                name=name,
+                numel=numel,
+                start=start + offset,
+                length=end - offset,
+                flat=flat,
+                offset=offset,
+                layout=f"rows-{self._shard}-of-{self._shards}/{name}",
+                writes_blocks=self._replica == 0,
+            )
 
     def _whole(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
@@ -67,8 +117,10 @@ class Fsdp2Engine(SoloEngine):
         return super()._whole(tensor)
 
     def _summed(self, values: Tensor) -> list[float]:
+        """(loss sum, squared norm): every rank has rows of its own, but each gradient is there once a replica."""
         dist.all_reduce(values)
-        return values.tolist()
+        loss_sum, *squares = values.tolist()
+        return [loss_sum, *(square / self._replicas for square in squares)]
 
 
 def open_engine(name: str, params: Fsdp2Params, placed: Processes) -> Fsdp2Engine:

@@ -8,6 +8,7 @@ accelerate turns DeepSpeed into DDP when told to use the CPU, DeepSpeed starts o
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,8 @@ class Processes:
     """Engine family the launcher was told to use: "deepspeed", "fsdp" or "" when it left that open."""
     joined: bool
     """This call made the process group, so whoever made the call leaves it; False: the caller's caller owns it."""
+    local_world: int | None = None
+    """Processes of each node, where the launcher says so and all nodes have as many."""
     exported: tuple[str, ...] = ()
     """Environment variables that `join` set and `leave` takes back, so that a second run here starts as the first."""
 
@@ -67,6 +70,17 @@ def neighbours(env: Mapping[str, str], rank: int, world: int, local_rank: int) -
     if "LOCAL_WORLD_SIZE" in env:
         return range(rank - local_rank, rank - local_rank + int(env["LOCAL_WORLD_SIZE"]))
     return range(world) if world <= 64 else ()
+
+
+def per_node(env: Mapping[str, str], world: int) -> int | None:
+    """Processes of each node; None where the environment does not say, or nodes differ."""
+    if "LOCAL_WORLD_SIZE" in env:
+        size = int(env["LOCAL_WORLD_SIZE"])
+    elif equal := re.fullmatch(r"(\d+)(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        size = int(equal[1])
+    else:
+        return 1 if world == 1 else None
+    return size if world % size == 0 else None
 
 
 def launcher_wants(env: Mapping[str, str]) -> str:
@@ -129,6 +143,7 @@ def join(timeout_s: float = 1800.0) -> Processes:
         launcher=launcher,
         wants=launcher_wants(os.environ),
         joined=joined,
+        local_world=per_node(os.environ, world),
         exported=exported,
     )
 

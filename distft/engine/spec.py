@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from distft.core.registry import Params
 
 if TYPE_CHECKING:
     from distft.core.types import Engine
     from distft.engine.processes import Processes
+
+
+ShardWithin = Literal["world", "node"] | Annotated[int, Field(ge=1)]
+"""Which ranks cut tensors among themselves."""
 
 
 class AutoParams(Params):
@@ -32,6 +38,9 @@ class Zero3Params(Params):
 
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in host memory: nothing, the optimizer's state and master weights, or those and the parameters."""
+    shard_within: ShardWithin = "world"
+    """node (or a number of ranks): keep a second copy of the weights cut within it, so that the backward pass gathers
+    inside the node (hpZ); state stays cut over all."""
 
 
 class Fsdp2Params(Params):
@@ -39,6 +48,10 @@ class Fsdp2Params(Params):
 
     offload: Literal["none", "all"] = "none"
     """`all` keeps parameters, gradients and optimizer state in host memory."""
+    shard_within: ShardWithin = "world"
+    """node (or a number of ranks): cut everything within it, repeat it over the nodes (HSDP); only gradients cross."""
+    gather: Literal["each_pass", "once_a_step"] = "each_pass"
+    """once_a_step: weights stay whole and gradients unreduced over all micro-batches of a step: memory for traffic."""
 
 
 @dataclass(frozen=True, kw_only=True)

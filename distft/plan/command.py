@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from distft.catalog import REGISTRIES
     from distft.plan.machine import check_names, read_machine
-    from distft.recipe import load_recipe
+    from distft.recipe import check_world, load_recipe
 
     # Mistakes of the user are told before anything heavy is imported.
     machine = read_machine(options.gpu, options.gpus, options.nodes)
@@ -58,6 +58,9 @@ def _run(options: argparse.Namespace) -> int:
     check_names("--methods", methods, list(REGISTRIES.method))
     check_names("--engines", engines, list(REGISTRIES.engine))
     recipe = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
+    if options.max != "micro":  # which sets a global batch of its own
+        micro = recipe.train.micro_batch_size
+        check_world(recipe, machine.world, 1 if micro == "auto" else micro)
     quiet_libraries()
     from distft.plan import show
     from distft.plan.planner import Planner

@@ -7,7 +7,10 @@ longer than everything else a plan does. Models whose blocks differ are built wh
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,10 +180,28 @@ def resized(inventory: Inventory, num_blocks: int) -> Inventory:
 
 
 def _build(table: ModelTable, folder: Path, method: MethodSpec, params: Any, config: Any) -> MetaModel:
+    if method.adapter:
+        _import_bitsandbytes()
     # Kernels are chosen where the run is, not where the plan is made: `trace` puts its own in.
     plain = table.model_copy(update={"attention": "sdpa", "cross_entropy": "full"})
     cpu = torch.device("cpu")
     return load.build(plain, folder, method, params, seed=0, device=cpu, weights=False, config=config)
+
+
+def _import_bitsandbytes() -> None:
+    """What PEFT imports too, without the compiler.
+
+    bitsandbytes wraps functions in torch.compile, of which a plan runs none, and so imports inductor: 2 s, as long as
+    the rest of a plan takes. To be deleted when a version later than 0.50.2 no longer does.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None or "bitsandbytes" in sys.modules:
+        return
+    compiles = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore
+    try:
+        importlib.import_module("bitsandbytes")
+    finally:
+        torch.compile = compiles
 
 
 def _shortened(config: Any, depth: int) -> Any:

@@ -80,7 +80,9 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     """Memory of a rank that holds most."""
     recipe, world = setup.recipe, setup.machine.world
     optim_params: Any = recipe.optim.params
-    state = states.of_rank(inventory, setup.engine, recipe.optim.spec, optim_params, world=world, offload=setup.offload)
+    state = states.of_rank(
+        inventory, setup.engine, recipe.optim.spec, optim_params, world=setup.shards, offload=setup.offload
+    )
     kept = activations(
         inventory,
         tokens=setup.tokens,
@@ -128,7 +130,9 @@ def _phases(
     resident = state.weights + state.quant_constants + state.master
     during = state.accumulating if setup.micros_per_step > 1 else state.kept_gradients
     micro = gathered + max(
-        during + kept.saved + max(kept.head, block),  # the last block's backward: everything is still saved
+        # The last block's backward: everything is still saved. `chunked_sum` makes the head's gradient in its forward,
+        # which the trace takes for the gradient itself.
+        during + kept.saved + max(kept.head + _fresh_gradient(inventory, setup), block),
         max(state.gradients, during) + block,  # the first block's: all gradients are there
     )
     update = state.gradients + state.update + _update_workspace(inventory, setup)
@@ -168,7 +172,7 @@ def _save_workspace(inventory: Inventory, setup: Setup) -> int:
     size = setup.recipe.optim.spec.state_bytes
     if size is None or size((2**20,)).own >= 2**20 * FP32:
         return 0
-    local = inventory.trained if setup.engine in ("solo", "ddp") else -(-inventory.trained // setup.machine.world)
+    local = inventory.trained if setup.engine in ("solo", "ddp") else -(-inventory.trained // setup.shards)
     return 0 if setup.offload != "none" else 2 * FP32 * local
 
 
@@ -193,22 +197,29 @@ def _gathered(inventory: Inventory, setup: Setup) -> Part:
     """Whole layers that a sharding engine puts together, and communication buckets."""
     item = inventory.dtype.itemsize
     name = "gathered layers and buckets"
-    largest_trained = max((param.numel for param in inventory.params if param.trained), default=0)
+    if setup.machine.world == 1 and setup.engine in ("solo", "ddp"):
+        return Part(name=name, num_bytes=0, formula="none: every layer is whole")
     if setup.engine in ("solo", "ddp"):
-        if setup.engine == "solo" and setup.micros_per_step == 1:
-            return Part(name=name, num_bytes=0, formula="none: every layer is whole, and gradients stay where made")
-        return Part(
-            name=name,
-            num_bytes=largest_trained * item,
-            formula=f"the largest gradient, {largest_trained:,} elements x {item} bytes, before it is added to what is "
-            + ("there of earlier micro-batches" if setup.engine == "solo" else "in ddp's buckets"),
-        )
+        return Part(name=name, num_bytes=0, formula="none: ddp's buckets are the gradients themselves")
     blocks = range(inventory.num_blocks)
     block_bytes = max(sum(p.stored_bytes for p in inventory.params if p.block == block) for block in blocks)
     trained = max(inventory.unit_numel(block, trained_only=True) for block in blocks)
     if setup.engine == "fsdp2":
         root = sum(param.stored_bytes for param in inventory.params if param.block == ROOT)
         reduced = trained * (item + FP32)
+        if setup.gathers_once:
+            stored = sum(param.stored_bytes for param in inventory.params)
+            unreduced = FP32 * inventory.trained if setup.micros_per_step > 1 else 0
+            return Part(
+                name=name,
+                num_bytes=stored + max(unreduced, reduced),
+                formula=f"all weights {_gib(stored)}, gathered once a step"
+                + (
+                    f" + all gradients in fp32 {_gib(unreduced)}, reduced once a step"
+                    if unreduced
+                    else f" + a block's gradients in {item} and in {FP32} bytes {_gib(reduced)}"
+                ),
+            )
         return Part(
             name=name,
             num_bytes=root + 2 * block_bytes + reduced,
@@ -225,12 +236,15 @@ def _gathered(inventory: Inventory, setup: Setup) -> Part:
         )
     stored = sum(param.stored_numel for param in inventory.params)
     live = min(stored, max(2 * bucket, 2 * block_bytes // item))
-    gradients = trained if inventory.atomic else largest_trained
+    gradients = trained if inventory.atomic else max((p.numel for p in inventory.params if p.trained), default=0)
+    second = -(-stored // setup.second_copy_over) if setup.second_copy_over else 0
     return Part(
         name=name,
-        num_bytes=(live + bucket + gradients) * item,
+        num_bytes=(live + bucket + gradients + second) * item,
         formula=f"({live:,} gathered (max_live_parameters = 2 buckets) + reduce bucket {bucket:,} + gradients of what "
-        f"was gathered last {gradients:,}) elements x {item} bytes",
+        f"was gathered last {gradients:,}"
+        + (f" + second copy of the weights over {setup.second_copy_over} ranks {second:,}" if second else "")
+        + f") elements x {item} bytes",
     )
 
 
@@ -243,9 +257,7 @@ def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> P
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     accumulator = FP32 * setup.tokens * heads * head_dim
-    fresh = max((param.stored_bytes for param in inventory.params if param.trained), default=0)
-    if (setup.engine == "solo" and setup.micros_per_step == 1) or setup.engine in ("zero3", "fsdp2"):
-        fresh = 0  # becomes the gradient itself, or is counted with what was gathered
+    fresh = _fresh_gradient(inventory, setup)
     return Part(
         name="workspace",
         num_bytes=kept.block + whole + accumulator + fresh,
@@ -256,11 +268,18 @@ def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> P
     )
 
 
+def _fresh_gradient(inventory: Inventory, setup: Setup) -> int:
+    """The largest gradient, while it exists beside what it is added to."""
+    if (setup.engine == "solo" and setup.micros_per_step == 1) or setup.engine in ("zero3", "fsdp2"):
+        return 0  # becomes the gradient itself, or is counted with what was gathered
+    return max((param.stored_bytes for param in inventory.params if param.trained), default=0)
+
+
 # -- reasons ----------------------------------------------------------------------------------------------------------
 
 
 def _state_parts(inventory: Inventory, setup: Setup, state: State) -> tuple[Part, ...]:
-    total, trained, world = inventory.total, inventory.trained, setup.machine.world
+    total, trained, world = inventory.total, inventory.trained, setup.shards
     rule = {
         "zero1": f"whole; optimizer state of 1/{world}",
         "zero2": f"whole; optimizer state and gradients of 1/{world}",

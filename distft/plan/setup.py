@@ -11,6 +11,7 @@ import torch
 from distft.core.accelerators import Accelerator
 from distft.engine import ENGINES
 from distft.engine.auto import choose as choose_engine
+from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.model import cross_entropy
 from distft.model.cross_entropy import HeadLoss
@@ -63,6 +64,30 @@ class Setup:
         return getattr(params, "offload", "none")
 
     @property
+    def shards(self) -> int:
+        """Ranks that cut one tensor among themselves, under an engine that cuts: all, or those of a group (fsdp2)."""
+        return self._group if self.engine == "fsdp2" else self.machine.world
+
+    @property
+    def second_copy_over(self) -> int:
+        """zero3: ranks that keep a second copy of the weights among them; 0: there is none."""
+        return self._group if self.engine == "zero3" and self._group < self.machine.world else 0
+
+    @property
+    def gathers_once(self) -> bool:
+        """fsdp2: weights stay whole, and gradients unreduced, over the micro-batches of a step."""
+        params: Any = self.recipe.engine.params
+        return self.engine == "fsdp2" and getattr(params, "gather", "") == "once_a_step"
+
+    @property
+    def _group(self) -> int:
+        params: Any = self.recipe.engine.params
+        within: int | str = getattr(params, "shard_within", "world")
+        if isinstance(within, int):
+            return within
+        return self.machine.world if within == "world" else self.machine.gpus_per_node
+
+    @property
     def head_loss(self) -> HeadLoss:
         """What runs, or on the meta device stands for it (see `distft.model.cross_entropy.choose`)."""
         per_token = self.recipe.objective.spec.per_token
@@ -97,6 +122,7 @@ def resolve_engine(recipe: Recipe, machine: Machine, *, wants: str = "") -> str:
     Raises:
         MachineError: it cannot.
     """
+    params: Any = recipe.engine.params
     there = Processes(
         rank=0,
         world=machine.world,
@@ -105,7 +131,9 @@ def resolve_engine(recipe: Recipe, machine: Machine, *, wants: str = "") -> str:
         launcher="plan",
         wants=wants,
         joined=False,
+        local_world=machine.gpus_per_node,
     )
+    group_size(getattr(params, "shard_within", "world"), there)
     name, _ = choose_engine(
         recipe.engine.name,
         ENGINES,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distft.model.cross_entropy import chunked_loss
-from distft.plan.inventory import Inventory
+from distft.plan.inventory import ROOT, Inventory
 from distft.plan.memory import Memory, Part
 from distft.plan.setup import Setup
 
@@ -34,6 +34,22 @@ READS_PER_WRITE = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sent:
+    """Bytes that a rank sends over the slowest link of its collectives, and inside a group of ranks."""
+
+    micro: float = 0.0
+    """In each micro-batch."""
+    micro_inside: float = 0.0
+    step: float = 0.0
+    """Once a step."""
+    step_inside: float = 0.0
+
+    def of_step(self, micros: int) -> float:
+        """All together, in a step of so many micro-batches."""
+        return micros * (self.micro + self.micro_inside) + self.step + self.step_inside
+
+
+@dataclass(frozen=True, kw_only=True)
 class Speed:
     """Predicted; per GPU where it does not say otherwise."""
 
@@ -51,6 +67,7 @@ class Speed:
     hours: float | None
     """Of the run; None when the recipe gives epochs, whose tokens only the rows tell."""
     hours_per_billion_tokens: float
+    sent: Sent
     parts: tuple[Part, ...]
 
 
@@ -70,17 +87,19 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
     passes = 2 if setup.checkpointing == "off" else 3
     moved += four_bit * DEQUANTISED_BYTES * passes
     memory_s = moved / (MEMORY_RATE * gpu.memory_bytes_per_s)
-    sent_micro, sent_step = _sent(inventory, setup, memory)
-    link = LINK_RATE * setup.machine.link_bytes_per_s
+    sends = sent(inventory, setup)
+    link, inside = (LINK_RATE * rate for rate in (setup.machine.link_bytes_per_s, setup.machine.gpu.link_bytes_per_s))
+    micro_sent_s = sends.micro / link + sends.micro_inside / inside
+    step_sent_s = sends.step / link + sends.step_inside / inside
     launch_s = memory.activations.kernels * LAUNCH_S
-    micro_s = max(compute_s + memory_s, sent_micro / link, launch_s)
+    micro_s = max(compute_s + memory_s, micro_sent_s, launch_s)
     if setup.offload == "all":  # weights come for forward and backward, gradients go; DeepSpeed overlaps little of it
         stored = sum(param.stored_bytes for param in inventory.params) / world
         micro_s += 3 * stored / PCIE_BYTES_PER_S
     state = memory.state
     rewritten = 2 * (state.master + state.optimizer) + 2 * state.gradients + 2 * state.weights
     update_s = rewritten / (MEMORY_RATE * gpu.memory_bytes_per_s) + 2 * state.on_host / HOST_UPDATE_BYTES_PER_S
-    step_s = setup.micros_per_step * micro_s + update_s + max(0.0, sent_step / link - 0.5 * micro_s)
+    step_s = setup.micros_per_step * micro_s + update_s + max(0.0, step_sent_s - 0.5 * micro_s)
     per_step = setup.micros_per_step * tokens * world
     needed = matmul + attention
     steps = setup.recipe.train.max_steps
@@ -94,6 +113,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         mfu=needed * per_step / step_s / world / gpu.bf16_flops,
         hours=None if steps is None else steps * step_s / 3600,
         hours_per_billion_tokens=1e9 / (per_step / step_s) / 3600,
+        sent=sends,
         parts=(
             Part(
                 name="FLOPs per token",
@@ -122,24 +142,24 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
             ),
             Part(
                 name="sent per micro-batch, bytes",
-                num_bytes=round(sent_micro),
-                formula=f"{setup.engine}: {_SENT.get(setup.engine, 'nothing until the step ends')}; overlapped, at "
+                num_bytes=round(sends.micro + sends.micro_inside),
+                formula=f"{setup.engine}: {_SENDS.get(setup.engine, 'nothing until the step ends')}; overlapped, at "
                 f"{LINK_RATE:.0%} of {setup.machine.link_bytes_per_s / 1e9:.0f} GB/s",
             ),
             Part(
                 name="sent per step, bytes",
-                num_bytes=round(sent_step),
+                num_bytes=round(sends.step + sends.step_inside),
                 formula="gradients reduced and weights gathered once: 2 x bytes x (n - 1) / n"
-                if sent_step
+                if sends.step + sends.step_inside
                 else "nothing",
             ),
         ),
     )
 
 
-_SENT = {
+_SENDS = {
     "zero3": "weights gathered for forward and backward, gradients scattered: 3 x bytes x (n - 1) / n",
-    "fsdp2": "weights gathered for forward and backward, gradients scattered in fp32",
+    "fsdp2": "blocks gathered for forward and backward, the root once, gradients scattered in fp32",
     "zero2": "gradients reduced to their owners",
 }
 
@@ -166,18 +186,39 @@ def _attention_flops(inventory: Inventory, length: int) -> float:
     return 2.0 * inventory.num_blocks * heads * head_dim * length
 
 
-def _sent(inventory: Inventory, setup: Setup, memory: Memory) -> tuple[float, float]:
-    """(bytes a rank sends per micro-batch, per step)."""
-    world = setup.machine.world
-    share = (world - 1) / world
+def sent(inventory: Inventory, setup: Setup) -> Sent:
+    """What a rank sends; counted against running processes in tests/dist/test_traffic.py.
+
+    `fsdp2` gathers its root (embedding, head, last norm) once for forward and backward, blocks once for each; `zero3`
+    at most that. Both do so in every micro-batch, unless `gather = "once_a_step"`. Groups (`shard_within`) gather over
+    their own link, and what crosses groups are gradients (fsdp2) or gradients and the forward's gathers (zero3).
+    """
+    world, group = setup.machine.world, setup.shards
     stored = sum(param.stored_bytes for param in inventory.params)
+    root = sum(param.stored_bytes for param in inventory.params if param.block == ROOT)
     trained = sum(param.stored_bytes for param in inventory.params if param.trained)
+    reduced = 4 * inventory.trained  # fsdp2 reduces in fp32
+    all_ranks, within = (world - 1) / world, (group - 1) / group
     match setup.engine:
+        case "zero3" if setup.second_copy_over:
+            # second copies of what is trained are stale after a step, those of frozen weights never
+            inside = (2 * stored - trained) * (setup.second_copy_over - 1) / setup.second_copy_over
+            return Sent(micro=2 * trained * all_ranks, micro_inside=inside)
         case "zero3":
-            return (2 * stored + trained) * share, 0.0
+            return Sent(micro=(2 * stored + trained) * all_ranks)
         case "fsdp2":
-            return (2 * stored + 4 * inventory.trained) * share, 0.0
+            gathers = stored if setup.gathers_once else 2 * stored - root
+            replicas = world // group
+            # a shard's gradients are summed over the groups: an all-reduce of 1 / group of them
+            across = 2 * reduced / group * (replicas - 1) / replicas
+            gathered, scattered = gathers * within, reduced * within
+            if group == world:
+                inside = Sent(micro=gathered + scattered) if not setup.gathers_once else Sent(step=gathered + scattered)
+                return inside
+            if setup.gathers_once:
+                return Sent(step=across, step_inside=gathered + scattered)
+            return Sent(step=across, micro_inside=gathered + scattered)
         case "zero2":
-            return trained * share, trained * share
+            return Sent(micro=trained * all_ranks, step=trained * all_ranks)
         case _:
-            return 0.0, 2 * trained * share
+            return Sent(step=2 * trained * all_ranks)

@@ -5,12 +5,12 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from harness import STEPS, Bench, Run
+from harness import SETTINGS, STEPS, Bench, Layout, Run, label
 
 CUT = 3
 METHODS = {
@@ -27,19 +27,16 @@ QUICK = [("zero3", 2), ("fsdp2", 2)]
 SAVED, TARGETS = (LAYOUTS, LAYOUTS) if GRID_FILE else (QUICK, [*QUICK, ("solo", 1)])
 PER_LAUNCH = 48
 """Cases of one launch: libraries keep something of every run, so memory grows with their number."""
-FOUR = [("zero3", 2), ("fsdp2", 4)]
+FOUR: list[Layout] = [("zero3", 2), ("fsdp2", 4), ("fsdp2", 4, "halves"), ("zero3", 4, "halves")]
 BOUNDS = {"full": 1e-5, "full-8bit": 2e-2, "lora": 1e-5, "qlora": 1e-5}
 """Relative difference of losses after the cut, on another layout. 8-bit blocks are cut elsewhere, and rounded anew."""
 
 
-def label(layout: tuple[str, int]) -> str:
-    return f"{layout[0]}x{layout[1]}"
-
-
-def overrides(layout: tuple[str, int], method: str) -> list[str]:
+def overrides(layout: Layout, method: str) -> list[str]:
     # A micro-batch divides every rank's share, and is the same everywhere: dropout is drawn for a micro-batch at once.
     split = ["train.global_batch_size=12", "train.micro_batch_size=1"]
-    return [f'engine.name="{layout[0]}"', *split, 'checkpoint.every_steps="off"', *METHODS[method]]
+    engine = [f'engine.name="{layout[0]}"', *(SETTINGS[name] for name in layout[2:])]
+    return [*engine, *split, 'checkpoint.every_steps="off"', *METHODS[method]]
 
 
 def launched(
@@ -55,7 +52,7 @@ def launched(
 class Grid:
     """Runs each layout once uninterrupted and once stopped after CUT steps, in one launch."""
 
-    def __init__(self, bench: Bench, layouts: list[tuple[str, int]], name: str = "g") -> None:
+    def __init__(self, bench: Bench, layouts: Sequence[Layout], name: str = "g") -> None:
         self.bench, self.layouts, self.name = bench, layouts, name
         self.whole: dict[str, dict[str, Run]] = {}
         for layout in layouts:
@@ -71,10 +68,10 @@ class Grid:
                 assert f"Preempted: stopped by SIGTERM after step {CUT}; the state is saved" in said, (method, said)
             self.whole[label(layout)] = {method: runs[f"whole-{method}"] for method in METHODS}
 
-    def checkpoint(self, layout: tuple[str, int], method: str) -> Path:
+    def checkpoint(self, layout: Layout, method: str) -> Path:
         return self.bench.folder / f"runs/{self.name}-{label(layout)}-cut-{method}/checkpoints/step-{CUT:08d}"
 
-    def resumed(self, layout: tuple[str, int]) -> dict[tuple[str, str], Run]:
+    def resumed(self, layout: Layout) -> dict[tuple[str, str], Run]:
         """Under `layout`, from every layout's checkpoint: (saved under, method) -> run."""
         cases, extra = {}, {}
         for saved in self.layouts:
@@ -143,7 +140,7 @@ def grid_of_four(bench: Bench) -> Grid:
 @pytest.mark.row(16)
 @pytest.mark.parametrize("layout", TARGETS, ids=label)
 def test_continues_from_every_layout(
-    grid: Grid, cells: dict[tuple[str, str, str], float], layout: tuple[str, int], capsys: pytest.CaptureFixture[str]
+    grid: Grid, cells: dict[tuple[str, str, str], float], layout: Layout, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells |= continues(grid, layout, capsys)
 
@@ -152,13 +149,13 @@ def test_continues_from_every_layout(
 @pytest.mark.row(16)
 @pytest.mark.parametrize("layout", [*FOUR, ("solo", 1)], ids=label)
 def test_four_ranks_become_two_or_one_and_two_become_four(
-    grid_of_four: Grid, layout: tuple[str, int], capsys: pytest.CaptureFixture[str]
+    grid_of_four: Grid, layout: Layout, capsys: pytest.CaptureFixture[str]
 ) -> None:
     continues(grid_of_four, layout, capsys)
 
 
 def continues(
-    grid: Grid, layout: tuple[str, int], capsys: pytest.CaptureFixture[str]
+    grid: Grid, layout: Layout, capsys: pytest.CaptureFixture[str]
 ) -> dict[tuple[str, str, str], float]:
     """(saved under, continued under, method) -> largest relative difference of a loss."""
     cells = {}

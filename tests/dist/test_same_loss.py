@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from harness import BATCH, LENGTH, STEPS, Bench, Run, relative
+from harness import BATCH, LENGTH, SETTINGS, STEPS, Bench, Run, label, relative
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,10 +15,13 @@ METHODS = {
     "lora": ['method.name="lora"', "method.r=4", "optim.learning_rate=3e-3"],
     "qlora": ['method.name="qlora"', "method.r=4", "optim.learning_rate=3e-3"],
 }
-LAYOUTS = [("solo", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)]
+LAYOUTS = [
+    *(("solo", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)),
+    *(("fsdp2", 2, "once"), ("fsdp2", 4, "halves"), ("zero3", 4, "halves")),
+]
 
 
-def cases(engine: str, world: int) -> dict[str, list[str]]:
+def cases(engine: str, world: int, *settings: str) -> dict[str, list[str]]:
     """Three methods x packed or not x the smallest and the largest micro-batch."""
     out = {}
     for method, chosen in METHODS.items():
@@ -27,6 +30,7 @@ def cases(engine: str, world: int) -> dict[str, list[str]]:
                 name = f"{method}-{'packed' if packing == 'true' else 'rows'}-micro{micro}"
                 out[name] = [
                     f'engine.name="{engine}"',
+                    *(SETTINGS[name] for name in settings),
                     f"data.packing={packing}",
                     f"train.micro_batch_size={micro}",
                     *chosen,
@@ -39,10 +43,10 @@ def solo(bench: Bench) -> dict[str, Run]:
     return bench.launch(1, cases("solo", 1), tag="solo1")
 
 
-@pytest.fixture(scope="session", params=LAYOUTS, ids=lambda layout: f"{layout[0]}x{layout[1]}")
+@pytest.fixture(scope="session", params=LAYOUTS, ids=label)
 def layout(request: pytest.FixtureRequest, bench: Bench, solo: dict[str, Run]) -> dict[str, Run]:
-    engine, world = request.param
-    return solo if engine == "solo" else bench.launch(world, cases(engine, world), tag=f"{engine}{world}")
+    world = request.param[1]
+    return solo if world == 1 else bench.launch(world, cases(*request.param), tag=label(request.param))
 
 
 def test_loss_and_norm_equal_solo(layout: dict[str, Run], solo: dict[str, Run]) -> None:

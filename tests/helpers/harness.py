@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 BATCH = 8
 LENGTH = 96
+Layout = tuple[str, int] | tuple[str, int, str]
+"""(engine, processes), and a name of SETTINGS."""
+SETTINGS = {"halves": "engine.shard_within=2", "once": 'engine.gather="once_a_step"'}
 
 
 @dataclass(frozen=True)
@@ -282,6 +285,12 @@ def until(happened: Callable[[], object], timeout_s: float = 120.0, said: Callab
     while not happened():
         assert time.monotonic() < end, f"waited {timeout_s:.0f} s in vain\n{said()[-4000:]}"
         time.sleep(0.02)
+
+
+def label(layout: Layout) -> str:
+    """`fsdp2x4-halves`."""
+    engine, world, *settings = layout
+    return "-".join([f"{engine}x{world}", *settings])
 
 
 def torchrun(world: int) -> list[str]:
