@@ -110,6 +110,15 @@ def status(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
+@app.command(context_settings=PASSED_ON)
+def doctor(context: typer.Context) -> None:
+    """Is this machine, or are these machines, ready: versions, GPUs, network, shared folder, disk, clocks."""
+    from distft.core.leave import leave
+    from distft.doctor.command import main as run
+
+    leave(run(context.args))
+
+
 def launch_command(nproc: int, arguments: list[str]) -> list[str]:
     """The command line that starts `nproc` processes of the main job on this machine."""
     module = ["-m", "distft.train", *arguments]

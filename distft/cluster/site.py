@@ -34,6 +34,12 @@ class Site(Params):
     """Restarts in a row that may bring no newer checkpoint."""
     launcher: Literal["srun", "torchrun"] = "srun"
     """One task per process, or one torchrun per node."""
+    doctor: bool = True
+    """The short form of `distft doctor` before each start on several nodes; a node that fails it is excluded."""
+    link_floor_gb_per_s: float | None = Field(default=None, gt=0)
+    """Bus bandwidth between nodes below which the doctor sends a job away: half of what good nodes give."""
+    disk_floor_gb_per_s: float | None = Field(default=None, gt=0)
+    """Write speed of the run folder below which it does."""
     setup: tuple[str, ...] = ()
     """Lines of shell before anything else: "module load cuda/12.8", "source /shared/venv/bin/activate"."""
     python: str = "python3"

@@ -6,6 +6,7 @@
     raise, enospc                 gets an error, or a full disk
     hang, spin                    waits for ever; or does so holding the interpreter's lock, as a stuck C call does
     slow                          sleeps `seconds=0.5`
+    skew                          has a clock that is `seconds=90` ahead there (`now`)
 
 What is left out matches anything; `times=N` limits a fault to its first N matches in a process (1 unless told), and
 `skip=N` lets N of them pass before.
@@ -33,7 +34,7 @@ SIGNALS = {
     "int": signal.SIGINT,
     "stop": signal.SIGSTOP,
 }
-KINDS = (*SIGNALS, "raise", "enospc", "hang", "spin", "slow")
+KINDS = (*SIGNALS, "raise", "enospc", "hang", "spin", "slow", "skew")
 KEYS = ("rank", "step", "times", "skip")
 FOR_EVER_S = 10**6
 
@@ -61,7 +62,7 @@ class Fault:
     times: int = 1
     skip: int = 0
     seconds: float = 0.0
-    """For `slow`."""
+    """For `slow` and `skew`."""
     matched: int = 0
 
     def is_due(self, point: str, rank: int, step: int | None) -> bool:
@@ -91,7 +92,7 @@ class Injector:
         rank = _rank_of_environment() if rank is None else rank
         for fault in self.planned:
             with self.lock:
-                due = fault.is_due(point, rank, step)
+                due = fault.kind != "skew" and fault.is_due(point, rank, step)
             if due:
                 _fire(fault, f"injected at {point} of rank {rank}" + (f", step {step}" if step is not None else ""))
 
@@ -110,6 +111,13 @@ def at(point: str, *, rank: int | None = None, step: int | None = None) -> None:
     text = os.environ.get(VARIABLE)
     if text:
         _injector_of(text).at(point, rank=rank, step=step)
+
+
+def now(point: str, *, rank: int) -> float:
+    """The wall clock's time as this rank has it at that point: the true one, unless DISTFT_FAULT plans a `skew`."""
+    text = os.environ.get(VARIABLE)
+    ahead = [fault for fault in parse(text) if fault.kind == "skew"] if text else []
+    return time.time() + sum(fault.seconds for fault in ahead if fault.is_due(point, rank, None))
 
 
 class FromEnvironment:

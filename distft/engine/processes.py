@@ -91,8 +91,12 @@ def launcher_wants(env: Mapping[str, str]) -> str:
     return ""
 
 
-def join(timeout_s: float = 1800.0) -> Processes:
+def join(timeout_s: float = 1800.0, *, store: Any = None) -> Processes:
     """Find our place, take our device and enter the process group (gloo beside NCCL, so host numbers need no GPU).
+
+    Args:
+        timeout_s: of the rendezvous, and of every collective after it.
+        store: where processes that have met already go on; None: at MASTER_ADDR and MASTER_PORT.
 
     Raises:
         MachineError: more processes on this host than accelerators, or the rendezvous failed.
@@ -129,7 +133,7 @@ def join(timeout_s: float = 1800.0) -> Processes:
                 alone: Any = dist.HashStore()  # type: ignore[reportPrivateImportUsage]  # no port for one process
                 dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
             else:
-                dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         except (dist.DistError, RuntimeError, ValueError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise MachineError(

@@ -1,0 +1,44 @@
+"""A fixed piece of arithmetic on every rank's device: one that is throttled or shared takes longer than the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, names, ok, warn
+
+FACTOR = 1.5
+
+
+def look(here: Here) -> Facts:
+    """Milliseconds of one matrix product, the fastest of some."""
+    import torch
+
+    from distft.watch.straggler import Pace
+
+    device = here.group.placed.device if here.group is not None else _own(torch.cuda.is_available())
+    here.gather(None)  # all at the same time, as in a run
+    timing = Pace().read(0.0, torch.device(device))
+    return {"ms": 1000 * timing.probe_s, "device": str(device)}
+
+
+def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+    """Nobody is much slower than the others."""
+    times = sorted(one.facts["ms"] for one in seen)
+    usual = times[(len(times) - 1) // 2]
+    slow = [one for one in seen if one.facts["ms"] > FACTOR * usual]
+    if slow:
+        listed = names(f"{one.who}, {one.facts['device']}: {one.facts['ms']:.2f} ms" for one in slow)
+        yield warn(
+            f"slower than the others ({usual:.2f} ms for a matrix product): {listed}",
+            "something else runs there (top, nvidia-smi), or it is throttled",
+            (one.host for one in slow),
+        )
+    else:
+        yield ok(f"{usual:.2f} ms for a matrix product" + (f", at most {times[-1]:.2f}" if len(times) > 1 else ""))
+
+
+def _own(has_gpu: bool) -> str:
+    return "cuda:0" if has_gpu else "cpu"
+
+
+CHECK = Check(name="arithmetic", look=look, judge=judge, together=True, short=False)

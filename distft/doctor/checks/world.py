@@ -1,0 +1,51 @@
+"""How many processes there are, and whether a recipe can be run by so many."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from distft.core.errors import RecipeError
+from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, fail, names, odd_ones, ok, warn
+
+
+def look(here: Here) -> Facts:
+    """What the launcher said."""
+    return {"world": here.world, "nodes": int(here.env.get("SLURM_JOB_NUM_NODES", "0"))}
+
+
+def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+    """All hosts have as many, and the global batch splits over them."""
+    hosts = Counter(one.host for one in seen)
+    world, per_host = len(seen), asked.per_host or max(hosts.values())
+    said, others = odd_ones(seen, lambda one: one.facts["world"])
+    if others:
+        yield fail(
+            f"{names(one.who for one in others)} was started for {others[0].facts['world']} processes, others {said}",
+            "give every machine the same --num_processes (accelerate) or --nnodes and --nproc-per-node (torchrun)",
+            (one.host for one in others),
+        )
+    if len(set(hosts.values())) > 1:
+        fewest = min(hosts, key=hosts.__getitem__)
+        yield warn(
+            f"{hosts[fewest]} processes on {fewest}, {max(hosts.values())} on others",
+            "start as many on every host: gradients wait for the slowest",
+        )
+    if seen[0].facts["nodes"] > len(hosts):
+        yield warn(
+            f"the job has {seen[0].facts['nodes']} nodes, the processes are on {len(hosts)}",
+            "srun without --nodes and --ntasks uses one: cluster/train.sbatch says both",
+        )
+    if asked.recipe is not None:
+        from distft.recipe import check_world
+
+        try:
+            check_world(asked.recipe, len(hosts) * per_host if asked.per_host else world)
+        except RecipeError as error:
+            problem = error.problems[0]
+            yield fail(problem.message, problem.fix)
+    one, on = ("process", "host") if world == 1 else ("processes", "host" if len(hosts) == 1 else "hosts")
+    yield ok(f"{world} {one} on {len(hosts)} {on} ({names(hosts)})")
+
+
+CHECK = Check(name="processes", look=look, judge=judge)

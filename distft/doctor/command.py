@@ -1,0 +1,102 @@
+"""`distft doctor`: parses, has every process look, lets rank 0 judge and print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distft.catalog import REGISTRIES
+from distft.cluster.site import Site, read_site
+from distft.core.errors import DistftError, MachineError
+from distft.core.log import quiet_libraries
+from distft.doctor.checks import CHECKS
+from distft.doctor.finding import Asked, Here, Seen, fail, run_judge, run_look
+from distft.doctor.report import Report
+from distft.doctor.together import Together
+from distft.engine.processes import placed_by
+from distft.recipe import Recipe, load_recipe
+
+JOIN_S = 120.0
+"""Hosts of one job start seconds apart; imports from a busy file system take minutes."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command: 0, or 9 when a run would fail here."""
+    own = _parser().parse_args(argv)
+    quiet_libraries()
+    try:
+        asked = _asked(own)
+    except DistftError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(error, file=sys.stderr)
+        return error.exit_code
+    host = socket.gethostname()
+    try:
+        _, rank, world, local_rank = placed_by(os.environ)
+    except MachineError as error:
+        report = Report((host,))
+        report.add("processes", [fail(str(error).partition(";")[0], str(error).partition(";")[2].strip())])
+        print(report.text(as_json=own.json), flush=True)
+        return report.code
+    here = Here(rank=rank, world=world, local_rank=local_rank, env=os.environ, asked=asked, hosts=(host,))
+    if world > 1:
+        return Together(here, as_json=own.json, join_s=own.join_s).examine()
+    report = Report((host,))
+    for check in CHECKS:
+        if check.short or not asked.short:
+            seen = [Seen(rank=0, host=host, facts=run_look(check, here))]
+            report.add(check.name, run_judge(check, seen, asked))
+    print(report.text(as_json=own.json), flush=True)
+    return report.code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distft doctor",
+        description="Whether a run would work here: alone, or under torchrun, accelerate launch or srun.",
+        epilog="Ends with 0, or with 9 when a run would fail. torchrun and accelerate turn 9 into 1.",
+    )
+    parser.add_argument("--recipe", metavar="FILE", help="a recipe: its run folder, and the batch it splits")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change one key; repeat")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="where runs go (default: the recipe's, else .)")
+    parser.add_argument("--shared-folder", type=Path, metavar="DIR", help="one that all hosts see (default: the same)")
+    parser.add_argument("--site", type=Path, metavar="FILE", help="TOML file of the cluster, with its floors")
+    parser.add_argument("--link-floor", type=float, metavar="GB/s", help="fail below this bus bandwidth")
+    parser.add_argument("--disk-floor", type=float, metavar="GB/s", help="fail below this write speed")
+    parser.add_argument("--gib", type=float, help="size of each test of disk and network")
+    parser.add_argument("--short", action="store_true", help="some seconds, as before every job on several nodes")
+    parser.add_argument("--per-host", type=int, metavar="N", help="processes a host will have, if more than now")
+    parser.add_argument("--join-s", type=float, default=JOIN_S, metavar="S", help="how long others may take to come")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser
+
+
+def _asked(own: argparse.Namespace) -> Asked:
+    recipe: Recipe | None = None
+    if own.recipe is not None:
+        folder = [] if own.output_dir is None else [f"output_dir={_toml(str(own.output_dir))}"]
+        recipe = load_recipe(own.recipe, registries=REGISTRIES, overrides=[*own.set, *folder])
+    elif own.set:
+        raise MachineError("--set changes a recipe: give --recipe FILE")
+    site = Site() if own.site is None else read_site(own.site)
+    output = recipe.run_dir if recipe is not None else own.output_dir or Path()
+    return Asked(
+        recipe=recipe,
+        output=output,
+        shared=own.shared_folder or output,
+        short=own.short,
+        gib=own.gib,
+        link_floor_gb_per_s=own.link_floor if own.link_floor is not None else site.link_floor_gb_per_s,
+        disk_floor_gb_per_s=own.disk_floor if own.disk_floor is not None else site.disk_floor_gb_per_s,
+        per_host=own.per_host,
+    )
+
+
+def _toml(text: str) -> str:
+    from distft.recipe.text import toml_value
+
+    return toml_value(text)

@@ -1,0 +1,175 @@
+"""What checks are made of: what they are asked, what they see, what they find."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distft.core.errors import MachineError
+
+if TYPE_CHECKING:
+    from distft.engine.bandwidth import Group
+    from distft.recipe import Recipe
+
+Facts = dict[str, Any]
+"""What one process has seen; JSON."""
+
+
+class Verdict(enum.Enum):
+    """What a finding means for a run."""
+
+    OK = "ok"
+    WARN = "warn"
+    """It would run, and not as it should."""
+    FAIL = "fail"
+    """It would not run, or should not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One row of the table."""
+
+    verdict: Verdict
+    found: str
+    fix: str = ""
+    hosts: tuple[str, ...] = ()
+    """Those to blame, and to be without; empty: it is no single host's fault."""
+
+
+def ok(found: str) -> Finding:
+    """As it should be."""
+    return Finding(verdict=Verdict.OK, found=found)
+
+
+def warn(found: str, fix: str, hosts: Iterable[str] = ()) -> Finding:
+    """Worth knowing."""
+    return Finding(verdict=Verdict.WARN, found=found, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
+
+
+def fail(found: str, fix: str, hosts: Iterable[str] = ()) -> Finding:
+    """In a run's way."""
+    return Finding(verdict=Verdict.FAIL, found=found, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The command line."""
+
+    recipe: Recipe | None = None
+    shared: Path = Path()
+    """A folder that all hosts should see."""
+    output: Path = Path()
+    """Where runs go: its disk is measured."""
+    short: bool = False
+    """Seconds, before every job: one process on each host, little data."""
+    gib: float | None = None
+    """Data in each test of disk and network; None: by the device."""
+    link_floor_gb_per_s: float | None = None
+    disk_floor_gb_per_s: float | None = None
+    per_host: int | None = None
+    """Processes that the run will have on each host, where the doctor has fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Here:
+    """One process, as `look` sees it."""
+
+    rank: int
+    world: int
+    local_rank: int
+    env: Mapping[str, str]
+    asked: Asked
+    hosts: tuple[str, ...]
+    """Of every rank; before the processes have met, of this one alone."""
+    group: Group | None = None
+    """None: alone, or not yet."""
+
+    @property
+    def leaders(self) -> list[int]:
+        """The first rank of every host."""
+        return [rank for rank, host in enumerate(self.hosts) if host not in self.hosts[:rank]]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank of its host."""
+        return self.local_rank == 0 if self.group is None else self.rank in self.leaders
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value."""
+        return [value] if self.group is None else self.group.gather(value)
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's."""
+        return self.gather(value)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One process's facts, as `judge` gets them."""
+
+    rank: int
+    host: str
+    facts: Facts
+
+    @property
+    def who(self) -> str:
+        """`rank 3 (node2)`."""
+        return f"rank {self.rank} ({self.host})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing to look at."""
+
+    name: str
+    look: Callable[[Here], Facts]
+    judge: Callable[[Sequence[Seen], Asked], Iterator[Finding]]
+    together: bool = False
+    """It needs the processes to have met, or takes long."""
+    short: bool = True
+    """A part of the short form."""
+    gate: bool = False
+    """Where it fails, the processes would meet in vain or hang: nothing further is tried."""
+
+
+def run_look(check: Check, here: Here) -> Facts:
+    """Its facts; what stopped it is one too."""
+    try:
+        return check.look(here)
+    except (OSError, RuntimeError, ValueError, MachineError) as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+
+
+def run_judge(check: Check, seen: Sequence[Seen], asked: Asked) -> list[Finding]:
+    """Its findings; a process that could not look is one too."""
+    broken = [one for one in seen if "error" in one.facts]
+    found = [
+        fail(f"{one.who} could not look: {one.facts['error']}", "see the message", [one.host]) for one in broken[:3]
+    ]
+    whole = [one for one in seen if "error" not in one.facts]
+    return found + (list(check.judge(whole, asked)) if whole else [])
+
+
+def by_host(seen: Sequence[Seen]) -> list[Seen]:
+    """The first process of each host."""
+    hosts: dict[str, Seen] = {}
+    for one in seen:
+        hosts.setdefault(one.host, one)
+    return list(hosts.values())
+
+
+def odd_ones(seen: Sequence[Seen], key: Callable[[Seen], Any]) -> tuple[Any, list[Seen]]:
+    """(what most have, those that have something else); of a draw, what the first has is right."""
+    values = [key(one) for one in seen]
+    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+    return usual, [one for one, value in zip(seen, values, strict=True) if value != usual]
+
+
+def names(items: Iterable[object], most: int = 4) -> str:
+    """`node1, node2, node3, node4 and 12 more`."""
+    listed = [str(item) for item in items]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

@@ -1,0 +1,124 @@
+"""What the links between the processes give, measured: collectives over all of them, and one pair at a time.
+
+Bus bandwidth, so that figures of any number of ranks compare with one link's: what each rank sends and receives.
+Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distft.core import faults
+from distft.engine.processes import Processes
+
+PINGS = 8
+ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Bus bandwidth in bytes per second, the best of ROUNDS."""
+
+    all_reduce: float
+    all_gather: float
+
+
+class Group:
+    """The processes, once they have joined."""
+
+    def __init__(self, placed: Processes) -> None:
+        self.placed = placed
+        self._host = dist.new_group(backend="gloo") if placed.device.type == "cuda" else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; pickled over gloo."""
+        everyone: list[Any] = [None] * self.placed.world
+        dist.all_gather_object(everyone, value, group=self._host)
+        return everyone
+
+    def rates(self, num_bytes: int) -> Rates:
+        """All-reduce and all-gather of `num_bytes` on the device."""
+        world = self.placed.world
+        count = max(1, num_bytes // 4 // world) * world
+        whole = torch.zeros(count, device=self.placed.device)
+        part = torch.zeros(count // world, device=self.placed.device)
+        reduce_s = self._best_s(lambda: dist.all_reduce(whole))
+        gather_s = self._best_s(lambda: dist.all_gather_into_tensor(whole, part))
+        share = (world - 1) / world
+        return Rates(all_reduce=2 * share * 4 * count / reduce_s, all_gather=share * 4 * count / gather_s)
+
+    def ring(self, num_bytes: int, ranks: Sequence[int]) -> dict[int, float]:
+        """Bytes per second, each way at once, between this rank and its two neighbours in the ring of `ranks`.
+
+        One pair of neighbours never waits for another: even places first with the next one, then odd ones, so that
+        a slow rank is slow with both its neighbours and nobody else is.
+        """
+        found: dict[int, float] = {}
+        for first, second in pairs(ranks):
+            if self.placed.rank in (first, second):
+                peer = second if self.placed.rank == first else first
+                found[peer] = num_bytes / self._exchange_s(peer, num_bytes)
+        return found
+
+    def clock_ahead_s(self, rank: int, tag: int = 7) -> float | None:
+        """How far `rank`'s clock is ahead of rank 0's, by the quickest of some questions and answers; on rank 0.
+
+        Called by rank 0 and by `rank`; the others are not needed. Right to half the time of that round trip.
+        """
+        best, ahead = float("inf"), 0.0
+        told = torch.zeros(1, dtype=torch.float64)
+        for _ in range(PINGS):
+            if self.placed.rank == rank:
+                dist.recv(told, 0, group=self._host, tag=tag)
+                told[0] = faults.now("clock", rank=rank)
+                dist.send(told, 0, group=self._host, tag=tag)
+            else:
+                asked, began = time.time(), time.monotonic()
+                dist.send(told, rank, group=self._host, tag=tag)
+                dist.recv(told, rank, group=self._host, tag=tag)
+                took = time.monotonic() - began
+                if took < best:
+                    best, ahead = took, told.item() - (asked + took / 2)
+        return ahead if self.placed.rank == 0 else None
+
+    def _exchange_s(self, peer: int, num_bytes: int) -> float:
+        out = torch.zeros(max(1, num_bytes // 4), device=self.placed.device)
+        back = torch.empty_like(out)
+
+        def both() -> None:
+            faults.at("link", rank=self.placed.rank)
+            works = dist.batch_isend_irecv([dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, back, peer)])
+            for work in works:
+                work.wait()
+
+        return self._best_s(both, alone=True)
+
+    def _best_s(self, act: Callable[[], object], *, alone: bool = False) -> float:
+        """Fastest of ROUNDS, after one that makes connections. `alone`: only some ranks are here."""
+        best = float("inf")
+        for number in range(ROUNDS + 1):
+            if not alone:
+                self.gather(None)
+            began = time.perf_counter()
+            act()
+            if self.placed.device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                best = min(best, time.perf_counter() - began)
+        return best
+
+
+def pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """The neighbours of a ring, in an order in which all that can are measured at the same time."""
+    count = len(ranks)
+    if count < 3:
+        return [(ranks[0], ranks[1])] if count == 2 else []
+    ring = [(ranks[at], ranks[(at + 1) % count]) for at in range(count)]
+    odd_one = [ring.pop()] if count % 2 else []
+    return ring[0::2] + ring[1::2] + odd_one
