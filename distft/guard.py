@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import NumericError
 from distft.core.pulse import PULSE
-from distft.watch.straggler import Pace, slow_rank
+from distft.watch.straggler import Pace, slowest
 
 if TYPE_CHECKING:
     from distft.core.types import Engine, StepReport, TrainState
@@ -115,10 +115,23 @@ class Guard:
 
     def _look_for_stragglers(self, factor: float) -> None:
         mine = self._pace.read(PULSE.spent["data"], self._engine.device)
-        named = slow_rank(self._engine.gather(mine), factor)
-        if named is not None:
-            self._say(f"straggler: {named}")
-            self._note("straggler", what=named)
+        worst = slowest(self._engine.gather(mine))
+        host, _, device = worst.who.partition(", ")
+        self._note(
+            "pace",
+            rank=worst.rank,
+            host=host,
+            device=device,
+            what=worst.what,
+            took_ms=round(1000 * worst.took_s, 3),
+            others_ms=round(1000 * worst.others_s, 3),
+            percent=round(worst.percent, 1),
+        )
+        if worst.percent > 100 * (factor - 1):
+            self._say(f"straggler: {worst}")
+            self._note("straggler", what=str(worst))
+        else:
+            self._say(f"pace: slowest is rank {worst.rank} ({worst.who}), {worst.percent:.0f} % behind the median")
 
 
 def _not_finite(report: StepReport) -> str:

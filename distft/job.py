@@ -126,12 +126,13 @@ class _Run:
 
     def to_its_end(self) -> TrainState:
         """Join, train, export, leave."""
-        from distft.engine import processes
+        from distft.engine import flight, processes
 
         PULSE.at("join")
         # Longer than the watch's patience: it ends a hang first, and knows whose it is.
-        placed = processes.join(timeout_s=60 + 2 * self.recipe.guard.hang_timeout_s)
-        self.watch.on(str(placed.device))
+        traces = self.folder.path / "ranks"
+        placed = processes.join(timeout_s=60 + 2 * self.recipe.guard.hang_timeout_s, record_in=traces)
+        self.watch.on(str(placed.device), lambda: flight.write(traces, placed.rank))
         try:
             engine = assemble.open_engine(self.recipe, placed, self.say)
         except BaseException:

@@ -12,9 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import MachineError
+from distft.engine import flight
 
 if TYPE_CHECKING:
     import torch
@@ -91,12 +93,13 @@ def launcher_wants(env: Mapping[str, str]) -> str:
     return ""
 
 
-def join(timeout_s: float = 1800.0, *, store: Any = None) -> Processes:
+def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None = None) -> Processes:
     """Find our place, take our device and enter the process group (gloo beside NCCL, so host numbers need no GPU).
 
     Args:
         timeout_s: of the rendezvous, and of every collective after it.
         store: where processes that have met already go on; None: at MASTER_ADDR and MASTER_PORT.
+        record_in: folder for the last collectives of each rank, should one of them never end (see `flight`).
 
     Raises:
         MachineError: more processes on this host than accelerators, or the rendezvous failed.
@@ -125,6 +128,8 @@ def join(timeout_s: float = 1800.0, *, store: Any = None) -> Processes:
         ours = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local_rank)}
         if launcher == "plain":  # a whole launch, so that `placed_by` reads it back; nobody dials the port
             ours |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        if record_in is not None and world > 1:
+            ours |= flight.variables(record_in, os.environ)
         exported = tuple(key for key in ours if key not in os.environ)
         os.environ.update(ours)
         timeout = timedelta(seconds=timeout_s)

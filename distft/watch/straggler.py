@@ -45,20 +45,61 @@ class Pace:
         return Timing(who=f"{socket.gethostname()}, {device}", data_s=since, probe_s=_probe_s(device))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Slowest:
+    """Who is behind, however little."""
+
+    rank: int
+    who: str
+    """Host and device."""
+    what: str
+    took_s: float
+    others_s: float
+    """The median of the others."""
+
+    @property
+    def percent(self) -> float:
+        """How much longer it took than they did."""
+        return 100 * (self.took_s / max(self.others_s, 1e-9) - 1)
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} ({self.who}) took {1000 * self.took_s:.1f} ms for {self.what}, "
+            f"the others {1000 * self.others_s:.1f} ms"
+        )
+
+
+def slowest(timings: Sequence[Timing]) -> Slowest:
+    """The rank that is furthest behind the median of the others, where and by how much.
+
+    Waiting for data counts only where it is more than noise.
+    """
+    found = [
+        worst
+        for what, least, times in _told(timings)
+        if (worst := _worst(timings, what, times)).took_s - worst.others_s > least or not least
+    ]
+    return max(found, key=lambda worst: worst.percent)
+
+
 def slow_rank(timings: Sequence[Timing], factor: float) -> str | None:
     """The slowest rank, where and by how much; None when no rank is `factor` times slower than the median."""
-    worst: tuple[float, str] | None = None
-    for name, least, times in (
+    worst = slowest(timings)
+    return str(worst) if worst.percent > 100 * (factor - 1) else None
+
+
+def _told(timings: Sequence[Timing]) -> list[tuple[str, float, list[float]]]:
+    """(what, differences that are noise, seconds by rank)."""
+    return [
         ("waiting for its data", LEAST_S, [timing.data_s for timing in timings]),
         ("a fixed piece of arithmetic", 0.0, [timing.probe_s for timing in timings]),
-    ):
-        slowest = max(range(len(times)), key=times.__getitem__)
-        others = statistics.median([seconds for rank, seconds in enumerate(times) if rank != slowest])
-        ratio = times[slowest] / max(others, 1e-9)
-        if ratio > factor and times[slowest] - others > least and (worst is None or ratio > worst[0]):
-            took = f"{1000 * times[slowest]:.1f} ms for {name}, the others {1000 * others:.1f} ms"
-            worst = (ratio, f"rank {slowest} ({timings[slowest].who}) took {took}")
-    return None if worst is None else worst[1]
+    ]
+
+
+def _worst(timings: Sequence[Timing], what: str, times: list[float]) -> Slowest:
+    rank = max(range(len(times)), key=times.__getitem__)
+    others = statistics.median([seconds for other, seconds in enumerate(times) if other != rank])
+    return Slowest(rank=rank, who=timings[rank].who, what=what, took_s=times[rank], others_s=others)
 
 
 def _probe_s(device: torch.device) -> float:

@@ -66,6 +66,7 @@ class Watch:
         self._main = threading.main_thread().ident
         self._stop = threading.Event()
         self._stacks = None
+        self._collectives: Callable[[], None] | None = None
         self._earlier: dict[int, Record] = {}
         """What an earlier start left: a process found dead in it says nothing of this one."""
         self._exit_before = _text(self._exit)
@@ -81,9 +82,9 @@ class Watch:
             self._thread.start()
         return self
 
-    def on(self, device: str) -> None:
-        """The device this rank has taken, for messages."""
-        self._record = replace(self._record, device=device)
+    def on(self, device: str, record: Callable[[], None] | None = None) -> None:
+        """The device this rank has taken, for messages; and who writes its last collectives when it hangs."""
+        self._record, self._collectives = replace(self._record, device=device), record
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
@@ -187,6 +188,9 @@ class Watch:
         if self._stacks is not None:
             faulthandler.dump_traceback(self._stacks, all_threads=True)
             self._stacks.flush()
+        if self._collectives is not None:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._collectives()
 
     def _leave(self, code: int, reason: str) -> None:
         """End this process from beside its main thread, which cannot."""

@@ -1,6 +1,7 @@
 """A run that no longer gets on is ended within the recipe's timeout, and says which rank held it up and where."""
 
 import os
+import pickle
 import re
 import signal
 import time
@@ -55,6 +56,8 @@ def test_the_rank_that_holds_the_others_up_is_named(
         kind != "spin" or "no progress" in told["reason"]
     ):  # else its end freed the other, perhaps before that one's time
         assert "in fit" in stacks[0].read_text(), "where the living rank stood"
+        trace = pickle.loads((job.folder / "ranks/collectives-0").read_bytes())
+        assert trace["entries"], "its last collectives, for torch's own analysis"
     assert forks.run(job) == [0, 0], forks.stderr()
     assert job.result() == oracle("zero3")
 

@@ -83,6 +83,10 @@ def test_a_slow_rank_is_named_and_left_alone(bench: Bench, stops: dict[str, Run]
     for event in events:
         assert event["what"].startswith(f"rank 1 ({host}, cpu) took ")
         assert "waiting for its data" in event["what"]
+    paces = [line for line in events_of(bench.folder / "runs/stops-slow-rank") if line["event"] == "pace"]
+    assert [pace["step"] for pace in paces] == [2, 4, 6], "one for every look"
+    assert {(pace["rank"], pace["host"]) for pace in paces} == {(1, host)}
+    assert all(pace["took_ms"] > pace["others_ms"] for pace in paces)
     assert not [line for line in events_of(bench.folder / "runs/stops-oracle") if line["event"] == "straggler"]
 
 

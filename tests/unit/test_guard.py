@@ -7,7 +7,7 @@ from distft.core.pulse import PULSE
 from distft.core.types import StepReport, TrainState
 from distft.guard import Guard, RollBack
 from distft.recipe.schema import GuardTable, SpikeParams, StragglerParams
-from distft.watch.straggler import Timing, slow_rank
+from distft.watch.straggler import Timing, slow_rank, slowest
 
 NAN = float("nan")
 
@@ -135,6 +135,15 @@ def test_even_ranks_and_noise_are_not_called_slow() -> None:
     assert slow_rank(timings([0.001, 0.01], [0.002, 0.002]), 1.5) is None, "ten times nothing is nothing"
 
 
+def test_the_slowest_is_known_even_when_nobody_is_slow() -> None:
+    worst = slowest(timings([0.5, 0.5, 0.55], [0.002, 0.0021, 0.002]))
+    assert (worst.rank, worst.who, worst.what) == (2, "node2, cuda:0", "waiting for its data")
+    assert worst.percent == pytest.approx(10)
+    quiet = slowest(timings([0.0, 0.001, 0.0], [0.002, 0.002, 0.0022]))
+    assert (quiet.rank, quiet.what) == (2, "a fixed piece of arithmetic"), "ten times nothing is nothing"
+    assert quiet.percent == pytest.approx(10)
+
+
 def test_a_look_every_so_many_steps() -> None:
     class Pair:
         world, device = 2, __import__("torch").device("cpu")
@@ -146,5 +155,8 @@ def test_a_look_every_so_many_steps() -> None:
     run.guard._engine = Pair()
     for _ in range(3):
         run.step(2.0)
-    assert [name for name, _ in run.events] == ["straggler"]
+    assert [name for name, _ in run.events] == ["pace", "straggler"]
+    pace = run.events[0][1]
+    assert (pace["rank"], pace["host"], pace["device"], pace["what"]) == (1, "node9", "cpu", "waiting for its data")
+    assert pace["took_ms"] - pace["others_ms"] == pytest.approx(1000)
     assert "rank 1 (node9, cpu)" in run.said[0]

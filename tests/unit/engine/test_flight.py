@@ -1,0 +1,36 @@
+"""The flight recorder is on unless somebody has set it otherwise, under the names of every torch we run with."""
+
+from pathlib import Path
+
+from distft.engine import flight
+
+
+def test_what_is_set(tmp_path: Path) -> None:
+    found = flight.variables(tmp_path, {})
+    assert found["TORCH_FR_BUFFER_SIZE"] == found["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
+    assert found["TORCH_FR_DUMP_TEMP_FILE"] == found["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{tmp_path}/collectives-"
+    assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+
+
+def test_what_a_person_has_set_counts_more(tmp_path: Path) -> None:
+    found = flight.variables(tmp_path, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_FR_DUMP_TEMP_FILE": "/elsewhere"})
+    assert found == {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+
+
+def test_this_torch_reads_those_names() -> None:
+    """A name that torch no longer reads would turn the recorder off without a word."""
+    import torch
+
+    libraries = (Path(torch.__file__).parent / "lib").glob("libtorch_*.so")
+    text = b"".join(path.read_bytes() for path in libraries if path.stat().st_size)
+    assert any(name.encode() in text for name in flight._FILE)
+    assert any(name.encode() in text for name in flight._SIZE)
+
+
+def test_a_record_is_written_as_torch_reads_it(tmp_path: Path) -> None:
+    from torch.distributed.flight_recorder.components.loader import read_dump
+
+    flight.write(tmp_path, 3)
+    said = read_dump(flight.PREFIX, str(tmp_path / "collectives-3"))
+    assert said["rank"] == 3
+    assert said["entries"] == []
