@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distft.catalog import REGISTRIES
+from distft.cluster.preflight import Floors
 from distft.cluster.step import Launcher
 from distft.core.errors import RecipeError
 from distft.recipe import Recipe, check_world, load_recipe
@@ -22,21 +23,27 @@ class Asked:
     """Arguments for `distft.train`, the recipe's path first."""
     max_stalled: int
     launcher: Launcher
+    doctor: bool
+    """Examine the nodes first, when there are several."""
+    floors: Floors
 
 
 def read(argv: Sequence[str]) -> Asked:
-    """`[--launcher srun|torchrun] [--max-stalled-restarts K] RECIPE [train options]`.
+    """`[--launcher srun|torchrun] [--max-stalled-restarts K] [--no-doctor] RECIPE [train options]`.
 
     Raises:
         RecipeError: the recipe is faulty; said here once, before any process is started.
     """
     parser = argparse.ArgumentParser(
         prog="train.sbatch",
-        usage="sbatch [options] cluster/train.sbatch [--max-stalled-restarts K] RECIPE [train options]",
+        usage="sbatch [options] cluster/train.sbatch [--max-stalled-restarts K] [--no-doctor] RECIPE [train options]",
         allow_abbrev=False,
     )
     parser.add_argument("--launcher", choices=("srun", "torchrun"), default="srun")
     parser.add_argument("--max-stalled-restarts", type=int, default=3, metavar="K")
+    parser.add_argument("--no-doctor", action="store_true")
+    parser.add_argument("--link-floor", type=float, metavar="GB/s")
+    parser.add_argument("--disk-floor", type=float, metavar="GB/s")
     parser.add_argument("train", nargs=argparse.REMAINDER)
     own = parser.parse_args(argv)
     if not own.train or own.train[0].startswith("-"):
@@ -47,6 +54,8 @@ def read(argv: Sequence[str]) -> Asked:
         train=tuple(own.train),
         max_stalled=own.max_stalled_restarts,
         launcher=own.launcher,
+        doctor=not own.no_doctor,
+        floors=Floors(link=own.link_floor, disk=own.disk_floor),
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from distft.cluster import asked, slurm, step, verdict
+from distft.cluster import asked, preflight, slurm, step, verdict
 from distft.cluster.starts import End, Start, Starts
 from distft.cluster.verdict import Ended, Phase, Then, Verdict
 from distft.core.errors import DistftError, MachineError
@@ -70,6 +70,8 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
             checkpoint=starts.checkpoint(),
         )
     )
+    if (end := _examine(want, given, num_nodes, env, starts, warned)) is not None:
+        return end
     before = verdict.read_exit(run_dir)
     train = asked.without_resume(want.train) if _got_on(run_dir, given.job, starts) else want.train
     port = slurm.rendezvous_port(given.job, given.restart)
@@ -115,6 +117,72 @@ def _give_up(given: slurm.Allocation, starts: Starts) -> int:
         )
     )
     return verdict.CRASHED
+
+
+def _examine(
+    want: asked.Asked,
+    given: slurm.Allocation,
+    num_nodes: int,
+    env: Mapping[str, str],
+    starts: Starts,
+    warned: Warned,
+) -> int | None:
+    """Ask the doctor about the nodes; None when the run may start on them, else the job's exit code."""
+    if num_nodes == 1 or not want.doctor or warned.to_stop:
+        return None
+    port = slurm.rendezvous_port(given.job, given.restart + preflight.PORT_OFFSET)
+    found = preflight.examine(
+        preflight.command(given, num_nodes, want.recipe.run_dir, want.floors),
+        step.environment(env, given, port),
+        given.nodes[:num_nodes],
+        lambda: warned.to_stop or warned.ending,
+    )
+    if found is None:
+        return None  # whoever asked decides, as in the midst of a run
+    if found.ready:
+        _say(f"doctor: {num_nodes} nodes are ready")
+        return None
+    for line in found.said:
+        _say(f"doctor: {line}")
+    then = Then.END
+    if _may_go_elsewhere(found, given, num_nodes):
+        then = Then.REQUEUE
+    code = MachineError.exit_code
+    starts.add(
+        End(
+            job=given.job,
+            restart=given.restart,
+            code=code,
+            reason=f"doctor: {found.why}",
+            checkpoint=starts.checkpoint(),
+            then=then.value,
+        )
+    )
+    if then is Then.REQUEUE:
+        _say(f"requeued without {' '.join(found.sick)}: the same command goes on elsewhere")
+        try:
+            slurm.requeue_without(given.job, found.sick)
+            time.sleep(LAST_WAIT_S)
+        except MachineError as error:
+            _say(f"that failed: {error}; sbatch --exclude={','.join(found.sick)} and the same command start it")
+    return code
+
+
+def _may_go_elsewhere(found: preflight.Examined, given: slurm.Allocation, num_nodes: int) -> bool:
+    sick = " ".join(found.sick)
+    if not preflight.can_be_replaced(found.sick, given.nodes[:num_nodes]):
+        _say("not requeued: " + (f"{sick} are too many to be replaced" if sick else "this is no single node's fault"))
+        return False
+    try:
+        without = [*slurm.excluded(given.job), *found.sick]
+        left = slurm.spare_nodes(given, without)
+    except MachineError as error:
+        _say(f"not requeued: {error}")
+        return False
+    if left < len(given.nodes):
+        _say(f"not requeued: without {' '.join(without)} partition {given.partition} has {left} nodes")
+        return False
+    return True
 
 
 def _got_on(run_dir: Path, job: str, starts: Starts) -> bool:

@@ -48,7 +48,11 @@ def render(site: Site, wanted: Wanted, train: Sequence[str]) -> str:
     ]
     batch = [
         *("exec", site.python, "-m", "distft.cluster.batch", "--launcher", site.launcher),
-        *("--max-stalled-restarts", str(site.max_stalled_restarts), *train),
+        *("--max-stalled-restarts", str(site.max_stalled_restarts)),
+        *([] if site.doctor else ["--no-doctor"]),
+        *_given("--link-floor", site.link_floor_gb_per_s),
+        *_given("--disk-floor", site.disk_floor_gb_per_s),
+        *train,
     ]
     lines = [
         "#!/usr/bin/env bash",
@@ -60,6 +64,10 @@ def render(site: Site, wanted: Wanted, train: Sequence[str]) -> str:
         lines += ["# shellcheck source=/dev/null", "{", *(f"  {line}" for line in site.setup), "}"]
     lines += [f"export {key}={_in_double_quotes(value)}" for key, value in site.exports().items()]
     return "\n".join([*lines, shlex.join(batch)]) + "\n"
+
+
+def _given(option: str, value: float | None) -> list[str]:
+    return [] if value is None else [option, f"{value:g}"]
 
 
 def _plain(option: str) -> bool:

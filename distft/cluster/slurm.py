@@ -6,7 +6,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distft.cluster.verdict import Phase
@@ -84,8 +84,7 @@ def phase(job: str) -> Phase:
 
     The distinction matters: `scontrol requeue` would bring a job back to life that a person has just cancelled.
     """
-    said = _scontrol("show", "job", job, "-o")
-    fields = dict(pair.split("=", 1) for pair in said.split() if "=" in pair)
+    fields = _fields(job)
     if fields.get("JobState") in ALIVE:
         return Phase.RUNNING
     return Phase.TIME_LIMIT if fields.get("Reason") == "TimeLimit" else Phase.ENDING
@@ -105,6 +104,36 @@ def requeue(job: str, *, attempts: int = 4, wait_s: float = 10.0) -> None:
             if not left:
                 raise
             time.sleep(wait_s)
+
+
+def excluded(job: str) -> tuple[str, ...]:
+    """The nodes that this job must not get."""
+    listed = _fields(job).get("ExcNodeList", "(null)")
+    return () if listed == "(null)" else host_names(listed)
+
+
+def spare_nodes(given: Allocation, without: Sequence[str]) -> int:
+    """How many nodes of the job's partition could run it, whether free or not, when some are left out.
+
+    Raises:
+        MachineError: sinfo is not there, or fails.
+    """
+    said = _output("sinfo", "--noheader", "--Node", f"--partition={given.partition}", "--format=%N %t")
+    usable = {node for node, state in (line.split()[:2] for line in said.splitlines()) if _works(state)}
+    return len((usable | set(given.nodes)) - set(without))
+
+
+def requeue_without(job: str, nodes: Sequence[str]) -> None:
+    """Put this job back in the queue, and see to it that it does not get these nodes again.
+
+    Only a job that waits may be told so, hence the order; it is not started again while this process lives.
+
+    Raises:
+        MachineError: Slurm refuses.
+    """
+    listed = ",".join(dict.fromkeys([*excluded(job), *nodes]))
+    requeue(job)
+    _scontrol("update", f"JobId={job}", f"ExcNodeList={listed}")
 
 
 def rendezvous_port(job: str, restart: int) -> int:
@@ -127,8 +156,21 @@ def rendezvous_port(job: str, restart: int) -> int:
     raise MachineError(f"no free port for the rendezvous on {socket.gethostname()} near {PORTS[first]}")
 
 
+def _fields(job: str) -> dict[str, str]:
+    said = _scontrol("show", "job", job, "-o")
+    return dict(pair.split("=", 1) for pair in said.split() if "=" in pair)
+
+
+def _works(state: str) -> bool:
+    """Of a node: neither down nor about to be; "*" is one that does not answer, "~" one that is switched off."""
+    return not state.endswith("*") and not state.startswith(("down", "drain", "drng", "fail", "maint", "unk"))
+
+
 def _scontrol(*arguments: str) -> str:
-    command = ["scontrol", *arguments]
+    return _output("scontrol", *arguments)
+
+
+def _output(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -13,8 +13,19 @@ from slurm import SAVE, Cluster, NoSlurm
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes."""
+    yield from brought_up(tmp_path_factory.mktemp("slurm"), 2)
+
+
+@pytest.fixture
+def cluster3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three, for one test."""
+    yield from brought_up(tmp_path_factory.mktemp("slurm3"), 3)
+
+
+def brought_up(folder: Path, nodes: int) -> Iterator[Cluster]:
     try:
-        up = Cluster.up(tmp_path_factory.mktemp("slurm"))
+        up = Cluster.up(folder, nodes)
     except NoSlurm as error:
         if os.environ.get("REQUIRE_SLURM") == "1":
             pytest.fail(f"REQUIRE_SLURM=1, and {error}")

@@ -28,9 +28,10 @@ class Story:
 
     def submit(
         self, *options: str, engine: str = "fsdp2", script: str = TRAIN, settings: tuple[str, ...] = (),
-        before: tuple[str, ...] = (), fault: str = "",
+        before: tuple[str, ...] = (), fault: str = "", doctor: bool = False,
     ) -> Job:  # fmt: skip
-        """`before`: options of the script that come before the recipe."""
+        """`before`: options of the script that come before the recipe. `doctor`: examine the nodes first."""
+        before = before if doctor else ("--no-doctor", *before)
         changes = [f'name="{self.name}"', f'engine.name="{engine}"', SAVE, *settings]
         command = [*before, str(self.bench.recipe), *(word for change in changes for word in ("--set", change))]
         return self.cluster.submit(script, *options, run=command, **({"DISTFT_FAULT": fault} if fault else {}))
@@ -148,6 +149,28 @@ def test_the_node_of_the_batch_script_loses_power(cluster: Cluster, bench: Bench
     assert job.end(thaw=True)["JobState"] == "COMPLETED", job.output
     assert_same(story.result(), pair)
     assert story.ends() == [(0, "end")], "the first start had no time for a last word"
+
+
+def test_a_node_that_fails_the_doctor_is_replaced(cluster3: Cluster, bench: Bench, pair: Run) -> None:
+    """On node2 the run folder is a folder of its own, as where a mount is missing; the job goes on without it."""
+    story = Story(cluster3, bench, "sick-node")
+    story.folder.mkdir(parents=True)
+    cluster3.inside("node2", "mount", "-t", "tmpfs", "tmpfs", str(story.folder))
+    job = story.submit("--nodes=2", doctor=True)
+    assert job.end()["JobState"] == "COMPLETED", job.output
+    assert f"doctor: shared folder: {story.folder} of node2 is not the others' folder" in job.output
+    assert "requeued without node2: the same command goes on elsewhere" in job.output
+    assert "doctor: 2 nodes are ready" in job.output
+    assert job.fields()["ExcNodeList"] == "node2"
+    assert story.nodes() == [["node1", "node2"], ["node1", "node3"]]
+    assert story.ends() == [(9, "requeue"), (0, "end")]
+    assert_same(story.result(), pair)
+    alone = Story(cluster3, bench, "no-other-node")
+    alone.folder.mkdir(parents=True)
+    cluster3.inside("node3", "mount", "-t", "tmpfs", "tmpfs", str(alone.folder))
+    ended = alone.submit("--nodes=3", doctor=True)
+    assert ended.end()["ExitCode"] == "9:0", ended.output
+    assert "not requeued: without node3 partition debug has 2 nodes" in ended.output
 
 
 def test_two_nodes_then_one_then_two(cluster: Cluster, bench: Bench, solo: Run) -> None:

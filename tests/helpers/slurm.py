@@ -92,6 +92,13 @@ class Cluster:
         done = _run([str(SCRIPTS / "node_up.sh"), str(self.folder), node])
         assert done.returncode == 0, done.stderr
 
+    def inside(self, node: str, *command: str) -> None:
+        """Run a command in a node's own mounts."""
+        pid = (self.folder / f"run/{node}.pid").read_text().strip()
+        own = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
+        done = _run(["nsenter", *own, "--mount", f"--target={pid}", *command])
+        assert done.returncode == 0, done.stderr
+
     def set_node(self, node: str, state: str) -> None:
         """DRAIN: no new job may start on it; RESUME: they may again."""
         self.ask("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=test")

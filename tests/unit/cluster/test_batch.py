@@ -18,6 +18,7 @@ SCONTROL = """#!/bin/sh
 case "$1 $2" in
   "show hostnames") echo n1; echo n2 ;;
   "show job") cat "$0.job" ;;
+  "update "*) echo "$@" >>"$0.updated" ;;
   requeue*) echo "$2" >>"$0.requeued" ;;
 esac
 """
@@ -50,11 +51,13 @@ class Site:
         warned: batch.Warned | None = None,
         restart: int = 0,
         job: str = "7",
+        doctor: bool = False,
     ) -> int:
         """`sbatch train.sbatch BEFORE RECIPE ... MORE` has come to its turn."""
         env = dict(os.environ) | {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS_PER_NODE": "2"}
         env |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
         argv = [
+            *([] if doctor else ["--no-doctor"]),
             *before,
             RECIPE,
             "--output-dir",
@@ -66,6 +69,15 @@ class Site:
             *more,
         ]
         return batch.supervise(argv, env, warned or batch.Warned())
+
+    def doctor(self, *reports: dict, status: int = 9) -> None:
+        """What the doctor prints; the run itself, if it comes to that, is complete at once."""
+        (self.folder / "reports").write_text("noise\n" + "".join(json.dumps(report) + "\n" for report in reports))
+        self.srun(f'case "$*" in *distft.doctor*) cat "{self.folder}/reports"; exit {status};; esac')
+
+    def updates(self) -> list[str]:
+        told = self.folder / "scontrol.updated"
+        return told.read_text().splitlines() if told.exists() else []
 
     def calls(self) -> list[str]:
         calls = self.folder / "srun.calls"
@@ -234,6 +246,81 @@ def test_a_faulty_recipe_and_an_unwritable_folder_end_it_before_srun(site: Site)
     with pytest.raises(RecipeError):
         batch.supervise([RECIPE, "--set", "train.max_stps=3"], env, batch.Warned())
     assert site.calls() == []
+
+
+def report(*bad: str, found: str = "sick", world: int = 2, hosts: tuple[str, ...] = ("n1", "n2.site")) -> dict:
+    """As `distft doctor --json` prints it."""
+    row = {"check": "GPUs", "verdict": "fail", "found": found, "fix": "drain it", "hosts": list(bad)}
+    well = {"check": "disk", "verdict": "ok", "found": "fast", "fix": "", "hosts": []}
+    wrong = [row] if bad or found != "sick" else []
+    return {"world": world, "hosts": list(hosts), "bad_hosts": list(bad), "findings": [well, *wrong]}
+
+
+def test_ready_nodes_are_said_and_the_run_starts(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.doctor(report(), status=0)
+    assert site.start(doctor=True, before=("--link-floor", "40")) == 0
+    first, second = site.calls()
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in first
+    assert first.endswith(
+        f"distft.doctor --short --json --output-dir {site.run_dir} --per-host 2 --join-s 120 --link-floor 40"
+    )
+    assert "distft.train" in second
+    assert "distft: doctor: 2 nodes are ready" in capsys.readouterr().out
+
+
+def test_one_node_is_not_examined(site: Site) -> None:
+    site.doctor(report("n1"))
+    assert site.start("--set", "train.global_batch_size=2", doctor=True) == 0
+    assert len(site.calls()) == 1
+
+
+def test_a_sick_node_is_excluded_and_replaced(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own name may carry a domain; nodes that were excluded before stay so."""
+    (site.folder / "sinfo").write_text("#!/bin/sh\nprintf '%s\\n' 'n1 mix' 'n2 alloc' 'n3 idle' 'n4 drain'\n")
+    (site.folder / "sinfo").chmod(0o755)
+    site.doctor(report("n2.site", found="GPU 0 of n2.site: 3 uncorrected memory errors"))
+    assert site.start(doctor=True) == 9
+    assert (site.requeues(), site.updates()) == (1, ["update JobId=7 ExcNodeList=n2"])
+    assert len(site.calls()) == 1, "the run was not started"
+    said = capsys.readouterr().out
+    assert "doctor: GPUs: GPU 0 of n2.site: 3 uncorrected memory errors; fix: drain it" in said
+    assert said.rstrip().endswith("requeued without n2: the same command goes on elsewhere")
+    ends = [json.loads(line) for line in (site.run_dir / "starts.jsonl").open()]
+    assert (ends[-1]["code"], ends[-1]["then"]) == (9, "requeue")
+
+
+@pytest.mark.parametrize(
+    ("reports", "why"),
+    [
+        ([report("n1", "n2")], "n1 n2 are too many to be replaced"),
+        ([report(found="transformers is too old")], "this is no single node's fault"),
+        ([], "n1 n2 are too many to be replaced"),
+        ([report("n2")], "not requeued: without n2 partition  has 1 nodes"),
+        ([report("n2", world=1, hosts=("n2",)), report(found="1 of 2 came", hosts=("n1",))], "partition  has 1 nodes"),
+    ],
+    ids=["both", "neither", "no word", "no other node", "one cannot come"],
+)
+def test_else_the_job_ends_with_the_reason(
+    site: Site, capsys: pytest.CaptureFixture[str], reports: list[dict], why: str
+) -> None:
+    (site.folder / "sinfo").write_text("#!/bin/sh\nprintf '%s\\n' 'n1 mix' 'n2 alloc' 'n3 down*'\n")
+    (site.folder / "sinfo").chmod(0o755)
+    site.doctor(*reports)
+    assert site.start(doctor=True) == 9
+    assert (site.requeues(), site.updates()) == (0, [])
+    assert why in capsys.readouterr().out
+    assert json.loads((site.run_dir / "starts.jsonl").read_text().splitlines()[-1])["then"] == "end"
+
+
+def test_a_node_that_is_not_heard_of(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    (site.folder / "sinfo").write_text(
+        "#!/bin/sh\nprintf '%s\\n' n1 n2 n3\n".replace("n1 n2 n3", "'n1 idle' 'n2 idle' 'n3 idle'")
+    )
+    (site.folder / "sinfo").chmod(0o755)
+    site.doctor(report(found="1 of 2 processes came", hosts=("n1",), world=1), status=143)
+    assert site.start(doctor=True) == 9
+    assert site.updates() == ["update JobId=7 ExcNodeList=n2"]
+    assert "the doctor was not heard of on n2: srun ended with status 143" in capsys.readouterr().out
 
 
 def test_the_command_starts_without_torch_and_says_what_is_wrong(tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def test_it_is_the_script_that_people_can_submit_by_hand(launcher: str) -> None:
     assert ("--launcher torchrun" in by_hand) == ("--launcher torchrun" in written) == (launcher == "torchrun")
 
 
+def test_a_site_says_what_its_doctor_asks_for() -> None:
+    site = Site(link_floor_gb_per_s=40, disk_floor_gb_per_s=0.5, doctor=False)
+    written = render(site, WANTED, ["RECIPE"])
+    assert written.rstrip().endswith("--no-doctor --link-floor 40 --disk-floor 0.5 RECIPE")
+
+
 def test_arguments_and_variables_arrive_as_they_were_written(tmp_path: Path) -> None:
     """Run, with a program in place of Python that shows what it was given."""
     show = tmp_path / "python"

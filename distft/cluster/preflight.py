@@ -1,0 +1,135 @@
+"""Before a start on several nodes: the short form of `distft doctor` on each, and which of them to do without."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distft.cluster.slurm import Allocation
+
+LIMIT_S = 300.0
+"""Imports from a busy file system included; a node that takes longer would keep the run waiting too."""
+JOIN_S = 120.0
+ENDING_S = 10.0
+PORT_OFFSET = 5000
+"""The run's own port must be free when the run comes."""
+_SHIELD = 'trap "" USR1; exec "$@"'
+"""SIGUSR1 is for the batch script, which then ends this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floors:
+    """What the site calls too slow, in GB/s; None: nothing is."""
+
+    link: float | None = None
+    disk: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """What the doctor found."""
+
+    ready: bool
+    """A run would work."""
+    said: tuple[str, ...]
+    """For a person: what is wrong, and the fix."""
+    sick: tuple[str, ...]
+    """Nodes to blame, as Slurm calls them; empty: no node in particular."""
+
+    @property
+    def why(self) -> str:
+        """In one line."""
+        return self.said[0] if self.said else "the doctor said nothing"
+
+
+def command(given: Allocation, num_nodes: int, run_dir: Path, floors: Floors) -> list[str]:
+    """One process on each of the nodes that the run will use."""
+    options = [*("--output-dir", str(run_dir)), *("--per-host", str(given.per_node)), *("--join-s", f"{JOIN_S:.0f}")]
+    for name, value in (("--link-floor", floors.link), ("--disk-floor", floors.disk)):
+        options += [] if value is None else [name, f"{value:g}"]
+    return [
+        "srun",
+        f"--nodes={num_nodes}",
+        f"--ntasks={num_nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={given.cpus_per_node}",
+        *("bash", "-c", _SHIELD, "distft-doctor"),
+        *(sys.executable, "-m", "distft.doctor", "--short", "--json", *options),
+    ]
+
+
+def examine(
+    command: Sequence[str], env: Mapping[str, str], nodes: Sequence[str], asked_to_stop: Callable[[], bool]
+) -> Examined | None:
+    """Run it to its end; None when the job was asked to stop meanwhile."""
+    until = time.monotonic() + LIMIT_S
+    with tempfile.TemporaryFile("w+") as output:
+        step = subprocess.Popen(list(command), env=dict(env), stdout=output)
+        while step.poll() is None and time.monotonic() < until and not asked_to_stop():
+            time.sleep(0.2)
+        status = step.poll()
+        if status is None:
+            _end(step)
+            if asked_to_stop():
+                return None
+        output.seek(0)
+        return read(output.read(), status, nodes)
+
+
+def read(output: str, status: int | None, nodes: Sequence[str]) -> Examined:
+    """What the processes printed: rank 0 a report on all, whoever could not come to it one on itself.
+
+    Args:
+        output: an object a line, other programs' lines between them.
+        status: of srun; None when it had to be ended.
+        nodes: that were examined.
+    """
+    reports = list(_reports(output))
+    wrong = [row for report in reports for row in report["findings"] if row["verdict"] == "fail"]
+    hosts = [host for row in wrong for host in row["hosts"]]
+    said = [f"{row['check']}: {row['found']}; fix: {row['fix']}" for row in wrong]
+    if not any(report["world"] == len(nodes) for report in reports):
+        heard = {host for report in reports for host in report["hosts"]}
+        silent = [node for node in nodes if not any(_is(node, host) for host in heard)]
+        late = f"no answer in {LIMIT_S:.0f} s" if status is None else f"srun ended with status {status}"
+        if silent or not reports:
+            said.append(f"the doctor was not heard of on {', '.join(silent)}: {late}")
+            hosts += silent
+    sick = tuple(node for node in nodes if any(_is(node, host) for host in hosts))
+    return Examined(ready=not said and status == 0, said=tuple(dict.fromkeys(said)), sick=sick)
+
+
+def can_be_replaced(sick: Sequence[str], nodes: Sequence[str]) -> bool:
+    """Whether it is these nodes' fault: what most of them have in common is not, and follows the job to others."""
+    return 0 < len(sick) <= len(nodes) // 2
+
+
+def _reports(output: str) -> Iterator[dict[str, Any]]:
+    for line in output.splitlines():
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(said, dict) and "bad_hosts" in said:
+            yield said
+
+
+def _is(node: str, host: str) -> bool:
+    """Slurm's name of a node, and what the node calls itself, perhaps with its domain."""
+    return node == host or node.partition(".")[0] == host.partition(".")[0]
+
+
+def _end(step: subprocess.Popen[bytes]) -> None:
+    step.terminate()
+    try:
+        step.wait(ENDING_S)
+    except subprocess.TimeoutExpired:
+        step.kill()
+        step.wait()
