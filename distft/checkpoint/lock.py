@@ -3,6 +3,10 @@
 On the same machine a lock is stale when its process is gone (number and start time, so that a reused number does not
 fool us). From elsewhere only the heartbeat can tell: it is stale when the file has not changed for STALE_S of our own
 monotonic time; clocks of two machines are never compared.
+
+A Slurm job that comes back needs less: Slurm has ended its earlier start, or lost the node it was on. There the lock's
+age, by the file system's clock, tells at once whether it has missed beats; where that clock is wrong, too, there is
+still Slurm's word, and whoever has lost its lock finds out at its next beat and writes nothing more.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +34,8 @@ GUARD = ".lock.guard"
 UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 BEAT_S = 10.0
 STALE_S = 60.0
+MISSED_BEATS = 2.5
+"""After so many an earlier start of this very job is gone."""
 
 
 class RunLock:
@@ -48,6 +55,7 @@ class RunLock:
         self.path = folder / LOCK
         self._job = job or os.environ.get("SLURM_JOB_ID")
         self._beat_s, self._stale_s = beat_s, stale_s
+        self._slurm = _slurm_start(os.environ)
         self._token = uuid.uuid4().hex
         self._held_by: int | None = None
         self._stop = threading.Event()
@@ -94,7 +102,7 @@ class RunLock:
 
     def _write_aside(self) -> Path:
         aside = self.path.with_name(f".{LOCK}.{self._token}")
-        owner = host.identity() | {"job": self._job, "started": _now(), "token": self._token}
+        owner = host.identity() | {"job": self._job, "started": _now(), "token": self._token, "slurm": self._slurm}
         aside.write_text(json.dumps(owner, indent=1) + "\n", encoding="utf-8")
         return aside
 
@@ -133,12 +141,26 @@ class RunLock:
 
     def _is_dead(self, holder: bytes) -> bool:
         owner = _owner(holder)
-        return host.is_gone(owner) if host.is_neighbour(owner) else self._stays_silent(holder)
+        if host.is_neighbour(owner):
+            return host.is_gone(owner)
+        if _came_before(owner.get("slurm"), self._slurm):
+            return self._stays_silent(holder, max(0.0, MISSED_BEATS * self._beat_s - self._age_s()))
+        return self._stays_silent(holder, self._stale_s)
 
-    def _stays_silent(self, holder: bytes) -> bool:
-        """Watch the lock for stale_s; False as soon as anything about it changes."""
+    def _age_s(self) -> float:
+        """Seconds since the last beat, by the clock that stamps files; 0 where it cannot be told."""
+        aside = self._write_aside()
+        try:
+            return max(0.0, aside.stat().st_mtime - self.path.stat().st_mtime)
+        except FileNotFoundError:
+            return 0.0
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _stays_silent(self, holder: bytes, for_s: float) -> bool:
+        """Watch the lock for so long; False as soon as anything about it changes."""
         seen = self._signs(holder)
-        until = time.monotonic() + self._stale_s
+        until = time.monotonic() + for_s
         while time.monotonic() < until:
             time.sleep(min(1.0, self._stale_s / 20))
             if self._signs(self._read()) != seen:
@@ -197,6 +219,26 @@ def _owner(holder: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
+
+
+def _slurm_start(env: Mapping[str, str]) -> dict[str, Any] | None:
+    """Which start of which Slurm job this is; None outside of any."""
+    if "SLURM_JOB_ID" not in env:
+        return None
+    restart = env.get("SLURM_RESTART_COUNT", "0")  # unset in the first
+    cluster = env.get("SLURM_CLUSTER_NAME", "")
+    return {"cluster": cluster, "job": env["SLURM_JOB_ID"], "restart": int(restart) if restart.isdecimal() else 0}
+
+
+def _came_before(holder: Any, ours: dict[str, Any] | None) -> bool:
+    """Whether the lock is an earlier start's of the same job."""
+    return (
+        isinstance(holder, dict)
+        and ours is not None
+        and all(holder.get(key) == ours[key] for key in ("cluster", "job"))
+        and isinstance(holder.get("restart"), int)
+        and holder["restart"] < ours["restart"]
+    )
 
 
 def _busy_message(folder: Path, owner: dict[str, Any]) -> str:

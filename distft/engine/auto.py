@@ -33,7 +33,7 @@ def choose(
         _check_launcher(name, placed.wants)
         chosen, reason = name, "the recipe names it"
     elif placed.wants:
-        chosen = {"deepspeed": "zero3", "fsdp": "fsdp2"}[placed.wants]
+        chosen = {"deepspeed": "zero3", "fsdp": "fsdp2"}.get(placed.wants, placed.wants)
         reason = f"accelerate launch was configured for {placed.wants}"
     elif placed.world == 1 and offload == "none":
         chosen, reason = "solo", "one process"
@@ -47,6 +47,11 @@ def choose(
             reason += " (DeepSpeed is not installed)"
     else:
         chosen, reason = "ddp", "only adapters are trained: sharding them saves nothing and costs traffic"
+    if placed.wants_offload and offload == "none":
+        raise MachineError(
+            "accelerate launch was configured with an offload_optimizer_device, and the recipe does not offload: "
+            'set [engine] offload = "optimizer", or take it out of the launch file'
+        )
     spec = engines[chosen]
     if spec.library and importlib.util.find_spec(spec.library) is None:
         raise MachineError(f"engine {chosen} needs {spec.library}, which is not installed: pip install {spec.library}")
@@ -70,11 +75,13 @@ def choose(
 
 
 def _check_launcher(name: str, wants: str) -> None:
+    """A family is enough: which of its stages, a recipe may say against the launch file."""
     family = "deepspeed" if name.startswith("zero") else "fsdp" if name == "fsdp2" else ""
-    if wants and wants != family:
-        flag = {"deepspeed": "--use_deepspeed", "fsdp": "--use_fsdp"}[wants]
+    wanted = "deepspeed" if wants.startswith("zero") else wants
+    if wanted and wanted != family:
+        flag = {"deepspeed": "--use_deepspeed", "fsdp": "--use_fsdp"}[wanted]
         raise MachineError(
             f"accelerate launch was configured with {flag}, but the recipe says [engine] name = {name!r}: "
             f"launch without {flag} (use --multi_gpu), or set the engine to "
-            + ("zero1, zero2 or zero3" if wants == "deepspeed" else "fsdp2")
+            + ("zero1, zero2 or zero3" if wanted == "deepspeed" else "fsdp2")
         )

@@ -33,7 +33,9 @@ class Processes:
     launcher: str
     """accelerate | torchrun | slurm | plain; what the environment says started us."""
     wants: str
-    """Engine family the launcher was told to use: "deepspeed", "fsdp" or "" when it left that open."""
+    """What the launcher was told to use: "zero1" to "zero3", "deepspeed", "fsdp", or "" when it left that open."""
+    wants_offload: bool = False
+    """It was told to keep optimizer state in host memory."""
     joined: bool
     """This call made the process group, so whoever made the call leaves it; False: the caller's caller owns it."""
     local_world: int | None = None
@@ -86,11 +88,22 @@ def per_node(env: Mapping[str, str], world: int) -> int | None:
 
 
 def launcher_wants(env: Mapping[str, str]) -> str:
-    """The engine family that `accelerate launch` was configured for, if any."""
-    for key, family in (("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_FSDP", "fsdp")):
-        if env.get(key, "").lower() in ("true", "1"):
-            return family
-    return ""
+    """The engine, or its family, that `accelerate launch` was configured for, if any."""
+    if _is_set(env, "ACCELERATE_USE_DEEPSPEED"):
+        stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        return f"zero{stage}" if stage in ("1", "2", "3") else "deepspeed"
+    return "fsdp" if _is_set(env, "ACCELERATE_USE_FSDP") else ""
+
+
+def launcher_offloads(env: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` was configured to keep optimizer state in host memory."""
+    return _is_set(env, "ACCELERATE_USE_DEEPSPEED") and (
+        env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") not in ("none", "")
+    )
+
+
+def _is_set(env: Mapping[str, str], key: str) -> bool:
+    return env.get(key, "").lower() in ("true", "1")
 
 
 def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None = None) -> Processes:
@@ -151,6 +164,7 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
         device=device,
         launcher=launcher,
         wants=launcher_wants(os.environ),
+        wants_offload=launcher_offloads(os.environ),
         joined=joined,
         local_world=per_node(os.environ, world),
         exported=exported,

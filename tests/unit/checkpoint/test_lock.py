@@ -97,6 +97,64 @@ def test_another_machine_is_judged_by_its_heartbeat(tmp_path: Path, where: dict[
         assert time.monotonic() - began >= 0.4
 
 
+JOB = {"cluster": "c", "job": "7", "restart": 1}
+
+
+def as_slurm_starts_it(monkeypatch: pytest.MonkeyPatch, *, restart: int, job: str = "7") -> None:
+    for name, value in {"JOB_ID": job, "RESTART_COUNT": str(restart), "CLUSTER_NAME": "c"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+@pytest.mark.row(30)
+def test_an_earlier_start_of_the_same_job_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node was lost minutes ago: no beat for longer than one can be late."""
+    as_slurm_starts_it(monkeypatch, restart=2)
+    path = write(tmp_path, host="elsewhere", slurm=JOB)
+    os.utime(path, (time.time() - 120, time.time() - 120))
+    began = time.monotonic()
+    with RunLock(tmp_path):  # at its usual pace: 60 s for anybody else's
+        assert time.monotonic() - began < 2
+        assert json.loads(path.read_text())["slurm"] == JOB | {"restart": 2}
+    write(tmp_path, host="elsewhere", slurm=JOB)
+    began = time.monotonic()
+    with RunLock(tmp_path, beat_s=0.2):  # killed this moment: its next beats are waited for, and no more
+        assert 0.4 < time.monotonic() - began < 5
+
+
+@pytest.mark.row(30)
+@pytest.mark.parametrize(
+    "holder", [{"job": "8"}, {"cluster": "other"}, {"restart": 2}, {"restart": 3}, {"restart": None}], ids=str
+)
+def test_anybody_elses_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: dict) -> None:
+    as_slurm_starts_it(monkeypatch, restart=2)
+    path = write(tmp_path, host="elsewhere", slurm=JOB | holder)
+    os.utime(path, (1, 1))
+    began = time.monotonic()
+    with RunLock(tmp_path, **QUICK):
+        assert time.monotonic() - began >= 0.4
+
+
+@pytest.mark.row(30)
+def test_an_earlier_start_that_still_beats_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that Slurm cannot reach may still reach the disk."""
+    as_slurm_starts_it(monkeypatch, restart=2)
+    path = write(tmp_path, host="elsewhere", slurm=JOB)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(0.05):
+            os.utime(path)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(BusyError):
+            RunLock(tmp_path, beat_s=0.2).acquire()
+    finally:
+        stop.set()
+        thread.join()
+
+
 @pytest.mark.row(43)
 def test_clocks_are_not_compared(tmp_path: Path) -> None:
     path = write(tmp_path, host="elsewhere")

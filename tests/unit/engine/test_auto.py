@@ -14,10 +14,19 @@ from distft.engine.processes import Processes
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
-def chosen(name: str = "auto", *, world: int = 2, wants: str = "", trains_all: bool = True, **asked: Any):
+def chosen(
+    name: str = "auto",
+    *,
+    world: int = 2,
+    wants: str = "",
+    offloads: bool = False,
+    trains_all: bool = True,
+    **asked: Any,
+):
     placed = Processes(
-        rank=0, world=world, local_rank=0, device=torch.device("cpu"), launcher="torchrun", wants=wants, joined=False
-    )
+        rank=0, world=world, local_rank=0, device=torch.device("cpu"), launcher="torchrun", wants=wants,
+        wants_offload=offloads, joined=False,
+    )  # fmt: skip
     return choose(name, ENGINES, placed, trains_all=trains_all, **({"elementwise": True} | asked))
 
 
@@ -46,6 +55,8 @@ def without(monkeypatch: pytest.MonkeyPatch):
         ({"trains_all": False, "offload": "all"}, "zero3", "offload was asked for"),
         ({"elementwise": False}, "ddp", "the optimizer needs whole matrices"),
         ({"wants": "deepspeed", "trains_all": False}, "zero3", "accelerate launch was configured for deepspeed"),
+        ({"wants": "zero1"}, "zero1", "accelerate launch was configured for zero1"),
+        ({"name": "zero3", "wants": "zero1"}, "zero3", "the recipe names it"),
         ({"wants": "fsdp", "world": 1}, "fsdp2", "accelerate launch was configured for fsdp"),
         ({"name": "ddp", "world": 4}, "ddp", "the recipe names it"),
         ({"name": "solo", "world": 1}, "solo", "the recipe names it"),
@@ -109,3 +120,10 @@ def test_offload_is_done_or_refused_never_dropped(without) -> None:
     without("deepspeed")
     with pytest.raises(MachineError, match=r'engine fsdp2 .*cannot offload = "optimizer".*zero3'):
         chosen(offload="optimizer")
+
+
+@NEEDS_DEEPSPEED
+def test_a_launch_file_that_offloads_under_a_recipe_that_does_not() -> None:
+    with pytest.raises(MachineError, match=r'set \[engine\] offload = "optimizer", or take it out of the launch file'):
+        chosen(wants="zero3", offloads=True)
+    assert chosen(wants="zero3", offloads=True, offload="optimizer")[0] == "zero3"

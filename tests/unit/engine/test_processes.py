@@ -58,6 +58,8 @@ def test_srun_without_a_meeting_place_says_what_to_export(missing: str) -> None:
     [
         ({}, ""),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero2"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ""),
         ({"ACCELERATE_USE_FSDP": "1"}, "fsdp"),
         ({"ACCELERATE_USE_FSDP": "True"}, "fsdp"),
         ({"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "false"}, ""),
