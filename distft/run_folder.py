@@ -172,7 +172,7 @@ def _machine() -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job": host.slurm_job(os.environ),
         "git_commit": _git_commit(),
     }
 

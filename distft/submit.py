@@ -1,4 +1,7 @@
-"""`distft submit RECIPE --nodes N --gpus-per-node G`: into a Slurm queue, once all that can be checked here was."""
+"""`distft submit RECIPE... --nodes N --gpus-per-node G`: into a Slurm queue, once all that can be checked here was.
+
+Several recipes become one array, a job for each; `--chain N` queues N jobs in a row for one run.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from distft.cluster import asked, script
 from distft.cluster.fits import refuse_what_cannot_fit
 from distft.cluster.site import Site, read_site
-from distft.core.errors import DONE, DistftError, MachineError
-from distft.recipe import check_world
+from distft.core.errors import DONE, DistftError, MachineError, Problem, RecipeError
+from distft.recipe import Recipe, check_world
 from distft.run_folder import RunFolder
 
 SUBMIT_S = 60.0
@@ -37,15 +41,43 @@ def submit(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code is that of the error, if any."""
+    parser = _parser()
+    own, more = parser.parse_known_args(argv)
+    if own.chain > 1 and len(own.recipes) > 1:
+        parser.error("--chain goes with one recipe: submit each by itself")
+    try:
+        site = Site() if own.site is None else read_site(own.site)
+        trains = [_train(own, recipe, more) for recipe in own.recipes]
+        recipes = [_checked(own, site, train) for train in trains]
+        wanted = _wanted(own, recipes)
+        if own.dry_run:
+            print(script.render(site, wanted, *trains), end="")
+            if own.chain > 1:
+                print(f"and {own.chain - 1} more, each --dependency=afterany: the one before it", file=sys.stderr)
+            return DONE
+        for recipe in recipes:
+            RunFolder(recipe.run_dir, writes=True)  # sbatch does not make folders for a job's output
+        jobs = [submit(script.render(site, wanted, *trains))]
+        while len(jobs) < own.chain:
+            jobs.append(submit(script.render(site, replace(wanted, after=jobs[-1]), *trains)))
+    except DistftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    _say(recipes, jobs, wanted.output_dir)
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distft submit",
         description="Put a run into a Slurm queue. Options that are not listed here go to distft.train.",
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a TOML recipe")
+    parser.add_argument("recipes", metavar="RECIPE", nargs="+", help="a TOML recipe; several become one array")
     parser.add_argument("--nodes", default="1", metavar="N", help="a number, or a range such as 2-8 (default 1)")
     parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="0: one process a node, on CPUs")
     parser.add_argument("--time", metavar="D-HH:MM:SS", help="limit of one start; the run goes on in the next")
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs in a row, where jobs do not requeue")
     parser.add_argument("--partition", help="instead of the site's")
     parser.add_argument("--site", type=Path, metavar="FILE", help="TOML file of the cluster; see cluster/sites/")
     parser.add_argument("--gpu", metavar="NAME|GiB", help="plan for it, instead of the site's")
@@ -53,41 +85,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="change one key; repeat")
     parser.add_argument("--output-dir", metavar="DIR", help="folder of run folders")
-    own, more = parser.parse_known_args(argv)
-    train = [own.recipe, *(word for change in own.set for word in ("--set", change))]
-    train += ["--output-dir", own.output_dir] if own.output_dir is not None else []
-    try:
-        site = Site() if own.site is None else read_site(own.site)
-        recipe = asked.read([*train, *more]).recipe
-        if own.nodes.isdecimal():  # of a range, a start uses as many as the global batch allows
-            check_world(recipe, int(own.nodes) * max(1, own.gpus_per_node))
-        wanted = script.Wanted(
-            name=recipe.name,
-            nodes=own.nodes,
-            gpus_per_node=own.gpus_per_node,
-            time=own.time,
-            partition=own.partition,
-            output_dir=recipe.run_dir,
+    return parser
+
+
+def _train(own: argparse.Namespace, recipe: str, more: Sequence[str]) -> list[str]:
+    """Arguments of distft.train."""
+    train = [recipe, *(word for change in own.set for word in ("--set", change))]
+    return [*train, *(["--output-dir", own.output_dir] if own.output_dir is not None else []), *more]
+
+
+def _checked(own: argparse.Namespace, site: Site, train: Sequence[str]) -> Recipe:
+    """The recipe, once it is known to be sound, to split over the processes and to fit.
+
+    Raises:
+        RecipeError: it is not, or does not.
+    """
+    recipe = asked.read(train).recipe
+    if own.nodes.isdecimal():  # of a range, a start uses as many as the global batch allows
+        check_world(recipe, int(own.nodes) * max(1, own.gpus_per_node))
+    gpu = own.gpu or site.gpu
+    if gpu and own.gpus_per_node and not own.no_plan:
+        said = refuse_what_cannot_fit(
+            recipe, train[0], own.set, gpu=gpu, gpus_per_node=own.gpus_per_node, nodes=own.nodes
         )
-        gpu = own.gpu or site.gpu
-        if gpu and own.gpus_per_node and not own.no_plan:
-            said = refuse_what_cannot_fit(
-                recipe, own.recipe, own.set, gpu=gpu, gpus_per_node=own.gpus_per_node, nodes=own.nodes
-            )
-            print(f"plan: {said}", file=sys.stderr)
-        text = script.render(site, wanted, [*train, *more])
-        if own.dry_run:
-            print(text, end="")
-            return DONE
-        RunFolder(recipe.run_dir, writes=True)  # sbatch does not make folders for a job's output
-        job = submit(text)
-    except DistftError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    print(f"job {job}")
-    print(f"output: {recipe.run_dir}/job-{job}.out")
-    print(f"state:  distft status {recipe.run_dir}")
-    return DONE
+        print(f"plan: {said}", file=sys.stderr)
+    return recipe
+
+
+def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> script.Wanted:
+    """What to ask of Slurm.
+
+    Raises:
+        RecipeError: two recipes of an array are one run.
+    """
+    folders = [recipe.run_dir for recipe in recipes]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        same = [recipe.source for recipe in recipes if recipe.run_dir == twice]
+        raise RecipeError(" and ".join(same), [Problem(message=f"both write {twice}", fix="give each its own name")])
+    alone = len(recipes) == 1
+    return script.Wanted(
+        name=recipes[0].name if alone else "distft",
+        nodes=own.nodes,
+        gpus_per_node=own.gpus_per_node,
+        time=own.time,
+        partition=own.partition,
+        output_dir=folders[0] if alone else folders[0].parent,
+        chain=own.chain > 1,
+    )
+
+
+def _say(recipes: Sequence[Recipe], jobs: Sequence[str], folder: Path) -> None:
+    for job in jobs:
+        print(f"job {job}")
+    if len(recipes) == 1:
+        for job in jobs:
+            print(f"output: {folder}/{script.output_name(job)}")
+    for number, recipe in enumerate(recipes):
+        if len(recipes) > 1:
+            print(f"output: {folder}/{script.output_name(f'{jobs[0]}_{number}')}  ({recipe.name})")
+    print(f"state:  distft status {folder}")
 
 
 if __name__ == "__main__":

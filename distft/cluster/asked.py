@@ -23,6 +23,10 @@ class Asked:
     """Arguments for `distft.train`, the recipe's path first."""
     max_stalled: int
     launcher: Launcher
+    chain: bool
+    """The queue does not requeue: another job follows this one."""
+    after: str | None
+    """The job before this one."""
     doctor: bool
     """Examine the nodes first, when there are several."""
     floors: Floors
@@ -41,6 +45,8 @@ def read(argv: Sequence[str]) -> Asked:
     )
     parser.add_argument("--launcher", choices=("srun", "torchrun"), default="srun")
     parser.add_argument("--max-stalled-restarts", type=int, default=3, metavar="K")
+    parser.add_argument("--chain", action="store_true")
+    parser.add_argument("--after", metavar="JOB")
     parser.add_argument("--no-doctor", action="store_true")
     parser.add_argument("--link-floor", type=float, metavar="GB/s")
     parser.add_argument("--disk-floor", type=float, metavar="GB/s")
@@ -54,6 +60,8 @@ def read(argv: Sequence[str]) -> Asked:
         train=tuple(own.train),
         max_stalled=own.max_stalled_restarts,
         launcher=own.launcher,
+        chain=own.chain,
+        after=own.after,
         doctor=not own.no_doctor,
         floors=Floors(link=own.link_floor, disk=own.disk_floor),
     )

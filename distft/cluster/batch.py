@@ -59,6 +59,8 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
     starts = Starts(run_dir)
     num_nodes = asked.nodes_that_divide(want.recipe, len(given.nodes), given.per_node)
     _say_where(want, given, num_nodes, starts.checkpoint())
+    if want.after is not None and (over := verdict.follows_from(starts.records(), want.after)) is not None:
+        return _finish(over, given, starts)
     if starts.stalled(given.job) > want.max_stalled:  # lost nodes come back here without a verdict
         return _give_up(given, starts)
     starts.add(
@@ -87,9 +89,14 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
             stop_file=(run_dir / "STOP").exists(),
             phase=_phase(given.job, warned),
             stalled=starts.stalled(given.job),
+            chain=want.chain,
             max_stalled=want.max_stalled,
         )
     )
+    return _finish(decided, given, starts)
+
+
+def _finish(decided: Verdict, given: slurm.Allocation, starts: Starts) -> int:
     starts.add(
         End(
             job=given.job,

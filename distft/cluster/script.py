@@ -25,10 +25,14 @@ class Wanted:
     """None: the site's."""
     output_dir: Path
     """Where the job's output goes; one file over all restarts."""
+    chain: bool = False
+    """One of several jobs in a row, for queues that do not requeue."""
+    after: str | None = None
+    """The job before this one in its chain."""
 
 
-def render(site: Site, wanted: Wanted, train: Sequence[str]) -> str:
-    """A whole batch script; `train` is the recipe and the options of distft.train."""
+def render(site: Site, wanted: Wanted, *trains: Sequence[str]) -> str:
+    """A whole batch script; each of `trains` is a recipe and the options of distft.train, several are an array."""
     cpus = site.cpus_per_gpu * max(1, wanted.gpus_per_node)
     partition = wanted.partition or site.partition
     options = [
@@ -40,9 +44,11 @@ def render(site: Site, wanted: Wanted, train: Sequence[str]) -> str:
         *([f"--time={wanted.time}"] if wanted.time else []),
         *([f"--partition={partition}"] if partition else []),
         *([f"--account={site.account}"] if site.account else []),
-        f"--output={wanted.output_dir.absolute()}/job-%j.out",
+        *([f"--array=0-{len(trains) - 1}"] if len(trains) > 1 else []),
+        f"--output={wanted.output_dir.absolute()}/{output_name('%A_%a' if len(trains) > 1 else '%j')}",
         "--open-mode=append",
-        "--requeue",
+        "--no-requeue" if wanted.chain else "--requeue",
+        *([f"--dependency=afterany:{wanted.after}"] if wanted.after else []),
         f"--signal=B:USR1@{site.notice_s}",
         *site.sbatch,
     ]
@@ -52,7 +58,8 @@ def render(site: Site, wanted: Wanted, train: Sequence[str]) -> str:
         *([] if site.doctor else ["--no-doctor"]),
         *_given("--link-floor", site.link_floor_gb_per_s),
         *_given("--disk-floor", site.disk_floor_gb_per_s),
-        *train,
+        *(["--chain"] if wanted.chain else []),
+        *(["--after", wanted.after] if wanted.after else []),
     ]
     lines = [
         "#!/usr/bin/env bash",
@@ -63,7 +70,17 @@ def render(site: Site, wanted: Wanted, train: Sequence[str]) -> str:
     if site.setup:
         lines += ["# shellcheck source=/dev/null", "{", *(f"  {line}" for line in site.setup), "}"]
     lines += [f"export {key}={_in_double_quotes(value)}" for key, value in site.exports().items()]
-    return "\n".join([*lines, shlex.join(batch)]) + "\n"
+    if len(trains) == 1:
+        lines.append(shlex.join([*batch, *trains[0]]))
+    else:
+        cases = [f"  {number}) set -- {shlex.join(train)} ;;" for number, train in enumerate(trains)]
+        lines += ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac", f'{shlex.join(batch)} "$@"']
+    return "\n".join(lines) + "\n"
+
+
+def output_name(job: str) -> str:
+    """The file of a job's output."""
+    return f"job-{job}.out"
 
 
 def _given(option: str, value: float | None) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from distft.cluster.verdict import Phase
 from distft.core.errors import MachineError
+from distft.core.host import slurm_job
 
 PORTS = range(20000, 32000)
 """For the rendezvous: below what Linux hands out to outgoing connections (32768 and up)."""
@@ -25,6 +26,7 @@ class Allocation:
     """One start of one batch job."""
 
     job: str
+    """As scontrol takes it."""
     restart: int
     """0: the first."""
     nodes: tuple[str, ...]
@@ -50,12 +52,13 @@ def allocation(env: Mapping[str, str], nodes: tuple[str, ...]) -> Allocation:
     Raises:
         MachineError: this is no batch job.
     """
-    if "SLURM_JOB_ID" not in env:
+    job = slurm_job(env)
+    if job is None:
         raise MachineError("this is started by sbatch: sbatch [options] cluster/train.sbatch RECIPE [train options]")
     gpus = int(env.get("SLURM_GPUS_ON_NODE", "0"))
     per_node = gpus or int(env.get("SLURM_NTASKS_PER_NODE", "1"))
     return Allocation(
-        job=env["SLURM_JOB_ID"],
+        job=job,
         restart=int(env.get("SLURM_RESTART_COUNT", "0")),  # unset in the first run
         nodes=nodes,
         per_node=per_node,

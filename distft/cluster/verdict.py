@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Ended:
     phase: Phase
     stalled: int
     """Starts in a row, this one included, that began at the newest checkpoint there is now."""
+    chain: bool = False
+    """Another job is waiting to go on, and this queue does not requeue."""
     max_stalled: int
     """Restarts without progress that are allowed."""
 
@@ -82,10 +85,22 @@ def judge(ended: Ended) -> Verdict:
         return end("not requeued: the run ended by its own fault")
     if ended.stop_file:
         return end("not requeued: the file STOP in the run folder asked for this; remove it and submit again")
+    if ended.chain:
+        return end("the next job of the chain goes on, or the same command submitted again")
     if ended.stalled > ended.max_stalled:
         return end(stall_text(ended.stalled), CRASHED)  # not 75: a site's RequeueExit would start it again
     why = "requeued: the same command continues"
     return Verdict(then=Then.REQUEUE, code=code, reason=reason, exit_code=code, why=why)
+
+
+def follows_from(records: Sequence[dict[str, Any]], before: str) -> Verdict | None:
+    """What a job of a chain does without starting anything, after how the job `before` it ended; None: it goes on."""
+    last = next((one for one in reversed(records) if "ended" in one and one.get("job") == before), None)
+    if last is None or last["code"] == PREEMPTED_AND_SAVED:  # a lost node says no last word
+        return None
+    code = last["code"]
+    why = "the run is complete" if code == DONE else f"not continued: job {before} ended by its own fault"
+    return Verdict(then=Then.END, code=code, reason=str(last.get("reason", "")), exit_code=code, why=why)
 
 
 def stall_text(stalled: int) -> str:

@@ -28,6 +28,16 @@ def this_start(runs: int) -> dict[str, Any]:
     return here | {"start": f"{here['start']}.{runs}"}
 
 
+def slurm_job(env: Mapping[str, str]) -> str | None:
+    """This process's batch job as Slurm's commands take it; None outside of any.
+
+    One of an array's jobs is `ARRAY_TASK`: its SLURM_JOB_ID may be the array's, and then means all of them.
+    """
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")
+
+
 def _start() -> str:
     """A name for this start of a run, shared by the processes that one launcher started together on this machine.
 

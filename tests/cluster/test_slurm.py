@@ -139,7 +139,7 @@ def test_a_node_that_loses_power(cluster: Cluster, bench: Bench, pair: Run) -> N
 
 @pytest.mark.slow
 def test_the_node_of_the_batch_script_loses_power(cluster: Cluster, bench: Bench, pair: Run) -> None:
-    """With it goes the process that holds the run's lock: a minute passes until its heartbeat is missed."""
+    """With it goes the process that holds the run's lock; the next start of the same job need not wait for it."""
     story = Story(cluster, bench, "batch-host")
     job = story.submit("--nodes=2", fault="stop:rank=0,point=step,step=3")
     job.wait_until(lambda: story.steps_done() == 3, "three steps")
@@ -301,3 +301,52 @@ def test_submitted_and_watched(cluster: Cluster, bench: Bench) -> None:
     assert "each 2 GPUs" in job.output
     (complete,) = json.loads(cluster.ask(*watch))["runs"]
     assert (complete["state"], complete["step"], complete["restarts"]) == ("complete", STEPS, [])
+
+
+def test_an_array_of_three_recipes(cluster: Cluster, bench: Bench, solo: Run) -> None:
+    """One of them is warned and requeued: alone, for its job has a number of its own."""
+    names, recipes = ("array-a", "array-b", "array-c"), []
+    for name in names:
+        recipes.append(bench.folder / f"{name}.toml")
+        recipes[-1].write_text(bench.recipe.read_text().replace('name = "bench"', f'name = "{name}"'))
+    stories = [Story(cluster, bench, name) for name in names]
+    shape = ["--nodes", "1", "--gpus-per-node", "0", "--set", 'engine.name="solo"', "--set", SAVE]
+    said = cluster.ask(*SUBMIT, *map(str, recipes), *shape, DISTFT_FAULT="stop:rank=0,point=step,step=3").splitlines()
+    array = said[0].removeprefix("job ")
+    jobs = [Job(cluster, f"{array}_{n}", bench.folder / f"runs/job-{array}_{n}.out") for n in range(3)]
+    assert [f"output: {job.log}  ({name})" for job, name in zip(jobs, names, strict=True)] == said[1:4]
+    for job, story in zip(jobs, stories, strict=True):
+        job.wait_until(lambda story=story: story.steps_done() == 3, "three steps", thaw=False)
+        if story is stories[0]:
+            job.warn()
+            job.wait_for("SIGUSR1: ")
+        assert job.end(thaw=True)["JobState"] == "COMPLETED", job.output
+    for job, story in zip(jobs, stories, strict=True):
+        assert relative(story.result().column("loss"), solo.column("loss")) < 1e-5
+        assert f"job {job.id}" in job.output
+    assert [story.ends() for story in stories] == [[(75, "requeue"), (0, "end")], [(0, "end")], [(0, "end")]]
+
+
+def test_a_chain_of_jobs_where_none_is_requeued(cluster: Cluster, bench: Bench, solo: Run) -> None:
+    story = Story(cluster, bench, "chain")
+    shape = ["--nodes", "1", "--gpus-per-node", "0", "--set", 'name="chain"', "--set", 'engine.name="solo"']
+    shape += ["--set", SAVE, "--chain", "3"]
+    said = cluster.ask(*SUBMIT, str(bench.recipe), *shape, DISTFT_FAULT="stop:rank=0,point=step,step=3").splitlines()
+    jobs = [
+        Job(cluster, line.removeprefix("job "), story.folder / f"{line.replace(' ', '-')}.out") for line in said[:3]
+    ]
+    first, second, third = jobs
+    first.wait_until(lambda: story.steps_done() == 3, "three steps")
+    assert second.fields()["Reason"] == "Dependency"
+    first.warn()
+    first.wait_for("SIGUSR1: ")
+    assert (first.end(thaw=True)["ExitCode"], first.fields()["Restarts"]) == ("75:0", "0"), first.output
+    assert "the next job of the chain goes on" in first.output
+    assert second.end(thaw=True)["JobState"] == "COMPLETED", second.output
+    assert third.end()["JobState"] == "COMPLETED", third.output
+    assert "the run is complete" in third.output
+    assert "processes meet at" not in third.output, "it ended at once"
+    assert relative(story.result().column("loss"), solo.column("loss")) < 1e-5
+    assert [(record["job"], record["then"]) for record in story.records() if "ended" in record] == [
+        (job.id, "end") for job in jobs
+    ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distft.cluster import batch
+from distft.cluster import batch, slurm
 from distft.core.errors import FileSystemError, RecipeError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -246,6 +246,39 @@ def test_a_faulty_recipe_and_an_unwritable_folder_end_it_before_srun(site: Site)
     with pytest.raises(RecipeError):
         batch.supervise([RECIPE, "--set", "train.max_stps=3"], env, batch.Warned())
     assert site.calls() == []
+
+
+def test_a_chain_goes_on_until_the_run_is_complete(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.ends(75)
+    assert site.start(before=("--chain",), job="20") == 75
+    assert site.requeues() == 0, "this queue does not requeue"
+    assert "the next job of the chain goes on" in capsys.readouterr().out
+    site.srun("exit 0")
+    assert site.start(before=("--chain", "--after", "20"), job="21") == 0
+    calls = len(site.calls())
+    for job, before in (("22", "21"), ("23", "22")):
+        assert site.start(before=("--chain", "--after", before), job=job) == 0
+    assert len(site.calls()) == calls, "nothing was started"
+    assert "the run is complete" in capsys.readouterr().out
+
+
+def test_a_chain_ends_with_its_runs_own_fault_and_not_with_a_lost_node(site: Site) -> None:
+    site.ends(75)
+    site.start(before=("--chain",), job="20")
+    lines = (site.run_dir / "starts.jsonl").read_text().splitlines()
+    (site.run_dir / "starts.jsonl").write_text(lines[0] + "\n")  # it said no last word
+    site.ends(5, "numeric: loss nan")
+    assert site.start(before=("--chain", "--after", "20"), job="21") == 5
+    calls = len(site.calls())
+    for job, before in (("22", "21"), ("23", "22")):
+        assert site.start(before=("--chain", "--after", before), job=job) == 5
+    assert len(site.calls()) == calls
+
+
+def test_a_job_of_an_array_is_called_by_both_its_numbers() -> None:
+    env = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2"}
+    assert slurm.allocation(env, ("n1",)).job == "70_2", "job 70 may be all of them"
+    assert slurm.allocation({"SLURM_JOB_ID": "70"}, ("n1",)).job == "70"
 
 
 def report(*bad: str, found: str = "sick", world: int = 2, hosts: tuple[str, ...] = ("n1", "n2.site")) -> dict:

@@ -67,6 +67,69 @@ def test_arguments_and_variables_arrive_as_they_were_written(tmp_path: Path) -> 
     ]
 
 
+def test_several_recipes_are_an_array(tmp_path: Path) -> None:
+    """Each task runs its own; run here with a program in place of Python."""
+    show = tmp_path / "python"
+    show.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    show.chmod(0o755)
+    trains = [["a.toml", "--set", 'name="x y"'], ["b.toml"], ["c.toml"]]
+    script = tmp_path / "script"
+    script.write_text(render(Site(python=str(show)), WANTED, *trains))
+    assert {"--array=0-2", "--output=/runs/r/job-%A_%a.out", "--requeue"} <= options(script.read_text())
+    for number, train in enumerate(trains):
+        env = {"SLURM_ARRAY_TASK_ID": str(number), "PATH": "/bin:/usr/bin"}
+        said = subprocess.run(["bash", script], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert said[-len(train) :] == train
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", script], check=True)
+
+
+def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers its jobs from 100 on and keeps their scripts."""
+    sbatch = folder / "sbatch"
+    sbatch.write_text(
+        f"#!/bin/sh\nn=$(ls {folder}/given.* 2>/dev/null | wc -l)\ncat >{folder}/given.$n\necho $((100+n))\n"
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+
+
+def test_a_chain_is_jobs_that_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch)
+    shape = [RECIPE, "--output-dir", str(tmp_path / "runs"), "--nodes", "2", "--gpus-per-node", "8", "--chain", "3"]
+    assert submit.main(shape) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == ["job 100", "job 101", "job 102"]
+    scripts = [(tmp_path / f"given.{number}").read_text() for number in range(3)]
+    assert all("--no-requeue" in options(script) for script in scripts)
+    assert all(" --chain " in script.splitlines()[-1] for script in scripts)
+    waits = [[o for o in options(script) if o.startswith("--dependency")] for script in scripts]
+    assert waits == [[], ["--dependency=afterany:100"], ["--dependency=afterany:101"]]
+    assert "--after" not in scripts[0]
+    assert "--after 101" in scripts[2]
+
+
+def test_an_array_is_said_and_two_of_one_name_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch)
+    other = str(ROOT / "recipes/llama8b-lora.toml")
+    shape = ["--output-dir", str(tmp_path / "runs"), "--nodes", "2", "--gpus-per-node", "8"]
+    assert submit.main([RECIPE, other, *shape]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "job 100"
+    assert said[1] == f"output: {tmp_path}/runs/job-100_0.out  (llama8b-full)"
+    assert said[2] == f"output: {tmp_path}/runs/job-100_1.out  (llama8b-lora)"
+    assert (tmp_path / "runs/llama8b-lora").is_dir()
+    assert submit.main([RECIPE, RECIPE, *shape]) == 2
+    assert f"both write {tmp_path}/runs/llama8b-full  give each its own name" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        submit.main([RECIPE, other, *shape, "--chain", "2"])
+    assert "--chain goes with one recipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "cluster/sites").glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_sites_load_and_make_sound_scripts(path: Path, tmp_path: Path) -> None:
     site = read_site(path)
