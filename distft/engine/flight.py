@@ -16,14 +16,14 @@ ENTRIES = 2000
 """Some steps' worth; a few MiB of host memory."""
 _SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-"""New name, and the one that torch before 2.9 knows; torch reads either."""
+"""The name that torch 2.11 to 2.13 read, and an older one that they still take, with a warning."""
 _ON_TIMEOUT = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
 
 
 def variables(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
     """What must be in the environment before the process group is made; what is there already counts more."""
     wanted = ((_SIZE, str(ENTRIES)), (_FILE, str(folder.absolute() / PREFIX)), (_ON_TIMEOUT, "1"))
-    return {name: value for names, value in wanted if not any(name in env for name in names) for name in names}
+    return {names[0]: value for names, value in wanted if not any(name in env for name in names)}
 
 
 def write(folder: Path, rank: int) -> None:
@@ -38,4 +38,5 @@ def write(folder: Path, rank: int) -> None:
     read = getattr(door, "_dump_nccl_trace", None) if torch.cuda.is_available() else None
     read = read or getattr(door, "_dump_fr_trace", None)  # of gloo, where there is no NCCL
     if read is not None:
-        (folder / f"{PREFIX}{rank}").write_bytes(read())
+        # With stack traces it takes seconds, in which this process shows no sign of life; the watch has them anyway.
+        (folder / f"{PREFIX}{rank}").write_bytes(read(includeStackTraces=False))

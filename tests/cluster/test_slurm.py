@@ -168,9 +168,10 @@ def test_a_node_that_fails_the_doctor_is_replaced(cluster3: Cluster, bench: Benc
     alone = Story(cluster3, bench, "no-other-node")
     alone.folder.mkdir(parents=True)
     cluster3.inside("node3", "mount", "-t", "tmpfs", "tmpfs", str(alone.folder))
-    ended = alone.submit("--nodes=3", doctor=True)
+    ended = alone.submit("--nodes=2", "--exclude=node1", doctor=True)
     assert ended.end()["ExitCode"] == "9:0", ended.output
-    assert "not requeued: without node3 partition debug has 2 nodes" in ended.output
+    assert "not requeued: without node1 node3 partition debug has 1 nodes" in ended.output
+    assert alone.ends() == [(9, "end")]
 
 
 def test_two_nodes_then_one_then_two(cluster: Cluster, bench: Bench, solo: Run) -> None:
