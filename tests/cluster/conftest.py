@@ -23,6 +23,12 @@ def cluster3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     yield from brought_up(tmp_path_factory.mktemp("slurm3"), 3)
 
 
+@pytest.fixture
+def cluster64(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """64, which only say what they could run; they are up in a second too."""
+    yield from brought_up(tmp_path_factory.mktemp("slurm64"), 64)
+
+
 def brought_up(folder: Path, nodes: int) -> Iterator[Cluster]:
     try:
         up = Cluster.up(folder, nodes)

@@ -287,6 +287,20 @@ def test_scripts_of_distft_submit_are_what_slurm_accepts(cluster: Cluster, bench
         cluster.ask(*SUBMIT, str(bench.recipe), "--nodes", "3", "--gpus-per-node", "1", "--dry-run")
 
 
+def test_scripts_for_one_eight_and_64_nodes(cluster64: Cluster, bench: Bench, tmp_path: Path) -> None:
+    recipes = [str(bench.recipe)]
+    for name in ("b", "c"):
+        recipes.append(str(tmp_path / f"{name}.toml"))
+        Path(recipes[-1]).write_text(bench.recipe.read_text().replace('name = "bench"', f'name = "{name}"'))
+    for nodes, count in ((1, 1), (8, 1), (64, 1), (8, 3)):
+        script = tmp_path / f"{nodes}-{count}.sh"
+        shape = ["--nodes", str(nodes), "--gpus-per-node", "2", "--set", "train.global_batch_size=128", "--dry-run"]
+        script.write_text(cluster64.ask(*SUBMIT, *recipes[:count], *shape, "--time", "1-00:00:00"))
+        cluster64.ask("sbatch", "--test-only", str(script))
+        if shutil.which("shellcheck"):
+            cluster64.ask("shellcheck", str(script))
+
+
 def test_submitted_and_watched(cluster: Cluster, bench: Bench) -> None:
     story = Story(cluster, bench, "submitted")
     shape = ["--nodes", "1", "--gpus-per-node", "2", "--set", 'name="submitted"', "--set", 'engine.name="fsdp2"']
