@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -129,14 +130,19 @@ def spare_nodes(given: Allocation, without: Sequence[str]) -> int:
 def requeue_without(job: str, nodes: Sequence[str]) -> None:
     """Put this job back in the queue, and see to it that it does not get these nodes again.
 
-    Only a job that waits may be told so, hence the order; it is not started again while this process lives.
+    Only a job that waits may be told so, hence the order; it is not started again while this process lives. From the
+    requeue on Slurm sends SIGTERM to whatever runs here, the second command included, and SIGKILL only after KillWait.
 
     Raises:
         MachineError: Slurm refuses.
     """
     listed = ",".join(dict.fromkeys([*excluded(job), *nodes]))
-    requeue(job)
-    _scontrol("update", f"JobId={job}", f"ExcNodeList={listed}")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # the commands inherit it
+    try:
+        requeue(job)
+        _scontrol("update", f"JobId={job}", f"ExcNodeList={listed}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def rendezvous_port(job: str, restart: int) -> int:

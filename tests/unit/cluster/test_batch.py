@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ SCONTROL = """#!/bin/sh
 case "$1 $2" in
   "show hostnames") echo n1; echo n2 ;;
   "show job") cat "$0.job" ;;
-  "update "*) echo "$@" >>"$0.updated" ;;
-  requeue*) echo "$2" >>"$0.requeued" ;;
+  "update "*) test -z "$SIGNALLED" || kill -TERM $$; echo "$@" >>"$0.updated" ;;
+  requeue*) echo "$2" >>"$0.requeued"; test -z "$SIGNALLED" || kill -TERM $PPID $$ ;;
 esac
 """
 
@@ -320,6 +321,24 @@ def test_a_sick_node_is_excluded_and_replaced(site: Site, capsys: pytest.Capture
     assert said.rstrip().endswith("requeued without n2: the same command goes on elsewhere")
     ends = [json.loads(line) for line in (site.run_dir / "starts.jsonl").open()]
     assert (ends[-1]["code"], ends[-1]["then"]) == (9, "requeue")
+
+
+def test_slurms_own_signal_does_not_stop_the_exclusion(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the requeue on it ends whatever runs in the job."""
+    (site.folder / "sinfo").write_text("#!/bin/sh\nprintf '%s\\n' 'n1 mix' 'n2 alloc' 'n3 idle'\n")
+    (site.folder / "sinfo").chmod(0o755)
+    monkeypatch.setenv("SIGNALLED", "1")
+    warned = batch.Warned()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        warned.install()
+        site.doctor(report("n2"))
+        assert site.start(doctor=True, warned=warned) == 9
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert site.updates() == ["update JobId=7 ExcNodeList=n2"]
+    assert warned.ending, "the signal was not lost, only late"
 
 
 @pytest.mark.parametrize(
