@@ -12,11 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from distft.core.errors import MachineError
 from distft.doctor.checks import CHECKS
 from distft.doctor.finding import Check, Facts, Finding, Here, Seen, fail, names, run_judge, run_look
 from distft.doctor.report import Report
+
+if TYPE_CHECKING:
+    from distft.engine.meeting import Meeting
 
 LIMIT_S, SHORT_LIMIT_S = 180.0, 60.0
 """For one check of those that are made together; after that somebody hangs in it."""
@@ -60,11 +64,8 @@ class Together:
         self._report.hosts = tuple(word["hosts"])
         return self._measure(meeting)
 
-    def _decide(self, meeting: object) -> str:
+    def _decide(self, meeting: Meeting) -> str:
         """Rank 0: wait for all, judge what they saw alone, say whether they go on."""
-        from distft.engine.meeting import Meeting
-
-        assert isinstance(meeting, Meeting)
         world = range(self._here.world)
         heard = meeting.hear_all((f"facts/{rank}" for rank in world), self._join_s)
         said = {rank: json.loads(heard[f"facts/{rank}"]) for rank in world if f"facts/{rank}" in heard}
@@ -84,7 +85,7 @@ class Together:
         meeting.say("told", json.dumps(told))
         return json.dumps(told)
 
-    def _measure(self, meeting: object) -> int:
+    def _measure(self, meeting: Meeting) -> int:
         """All: become a group, and make the checks that need one."""
         from distft.engine import processes
         from distft.engine.bandwidth import Group
@@ -93,7 +94,7 @@ class Together:
         self._now = "network"
         with Deadline(self._join_s, self._stuck):
             try:
-                placed = processes.join(10 * limit_s, store=meeting.store)  # pyright: ignore[reportAttributeAccessIssue]
+                placed = processes.join(10 * limit_s, store=meeting.store)
                 group = Group(placed)
                 group.gather(None)
             except (MachineError, RuntimeError) as error:

@@ -34,7 +34,7 @@ class Group:
 
     def __init__(self, placed: Processes) -> None:
         self.placed = placed
-        self._host = dist.new_group(backend="gloo") if placed.device.type == "cuda" else None
+        self._host: Any = dist.new_group(backend="gloo") if placed.device.type == "cuda" else None
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank; pickled over gloo."""

@@ -34,7 +34,7 @@ def write(folder: Path, rank: int) -> None:
     """
     import torch
 
-    door = torch._C._distributed_c10d
+    door = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]
     read = getattr(door, "_dump_nccl_trace", None) if torch.cuda.is_available() else None
     read = read or getattr(door, "_dump_fr_trace", None)  # of gloo, where there is no NCCL
     if read is not None:

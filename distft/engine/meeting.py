@@ -37,7 +37,7 @@ class Meeting:
         address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
         torchruns = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
-            store: Any = dist.TCPStore(
+            store: Any = dist.TCPStore(  # type: ignore[reportPrivateImportUsage]
                 address,
                 port,
                 world,
@@ -50,7 +50,7 @@ class Meeting:
             did = "cannot listen at" if listens else "waited in vain for an answer from"
             raise MachineError(f"rank {rank} {did} {address}:{port}: {str(error).splitlines()[0]}") from None
         attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return cls(dist.PrefixStore(f"distft/{attempt}", store), rank)
+        return cls(dist.PrefixStore(f"distft/{attempt}", store), rank)  # type: ignore[reportPrivateImportUsage]
 
     def arrive(self, who: str) -> None:
         """Say that this rank is here.

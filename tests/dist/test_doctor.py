@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import Rank, can_isolate, examine, other_version
+from hosts import Rank, Wire, can_isolate, can_wire, examine, other_version
 
 pytestmark = [
     pytest.mark.dist,
@@ -149,3 +149,24 @@ def test_a_process_that_dies_on_the_way_does_not_keep_the_others(tmp_path: Path)
     assert told.codes[0] == 9
     assert told.codes[1] not in (0, 9)
     assert "shared folder" in told.findings("fail")
+
+
+@pytest.mark.skipif(not can_wire(), reason="needs root, ip and tc to make two networks")
+def test_a_cable_that_is_slow_and_then_cut(tmp_path: Path) -> None:
+    """Two hosts with networks of their own: a real link of 200 Mbit/s, then one on which nothing passes."""
+    asked = ("--output-dir", str(tmp_path), "--gib", "0.004", "--link-floor", "0.06", "--short")
+    with Wire() as wire:
+        good = examine(wire.ranks(), *asked)
+        assert good.codes == [0, 0], good.out + good.err
+        wire.slow("200mbit")
+        slow = examine(wire.ranks(), *asked)
+        assert slow.codes == [9, 9], slow.out + slow.err
+        found = slow.findings("fail")
+        assert set(found) == {"link"}
+        rate = float(re.search(r"all-gather ([0-9.]+) GB/s", found["link"]["found"])[1])
+        assert 0.005 < rate < 0.03, "200 Mbit/s are 0.025 GB/s"
+        wire.cut()
+        cut = examine(wire.ranks(), *asked, "--join-s", "8")
+        assert cut.codes == [9, 9], cut.out + cut.err
+        assert cut.findings("fail")["processes"]["found"].startswith("1 of 2 processes came: node1 (0); not heard of: rank 1")
+        assert f"rank 1 waited in vain for an answer from {Wire.FIRST}" in cut.out[1]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 from harness import ROOT, environment
 
@@ -25,6 +27,8 @@ class Rank:
     before: str = "true"
     """A line of shell that is run first, in this process's own mounts."""
     absent: bool = False
+    network: tuple[str, ...] = ()
+    """Words in front of its command line that put it into a network of its own."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,14 @@ def examine(ranks: list[Rank], *arguments: str, json_: bool = True, **env: str) 
     command = [sys.executable, "-m", "distft.doctor", *(["--json"] if json_ else []), *arguments]
     running: list[subprocess.Popen[str] | None] = []
     for number, rank in enumerate(ranks):
-        place = {"RANK": number, "WORLD_SIZE": len(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        place = {"RANK": number, "WORLD_SIZE": len(ranks), "MASTER_ADDR": Wire.FIRST if rank.network else "localhost"}
+        place |= {"MASTER_PORT": port}
         place["LOCAL_RANK"] = [r.host for r in ranks[:number]].count(rank.host)
         theirs = {name: str(value) for name, value in place.items()} if len(ranks) > 1 else {}
         script = f"hostname {rank.host} && {rank.before} && exec {shlex.join(command)}"
+        around = environment(**(theirs | env | rank.env))
         started = None if rank.absent else subprocess.Popen(
-            [*_isolated(), "bash", "-c", script], cwd=ROOT, env=environment(**(theirs | env | rank.env)), text=True,
+            [*rank.network, *_isolated(), "bash", "-c", script], cwd=ROOT, env=around, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         running.append(started)
@@ -76,6 +82,61 @@ def examine(ranks: list[Rank], *arguments: str, json_: bool = True, **env: str) 
                 process.kill()
     codes = [None if process is None else process.returncode for process in running]
     return Told(codes, [out for out, _ in said], [err for _, err in said])
+
+
+class Wire:
+    """`with Wire() as wire:` two hosts' networks, and the one cable between them; needs to be root."""
+
+    FIRST, SECOND, CARD = "10.177.0.1", "10.177.0.2", "net0"
+
+    def __enter__(self) -> Wire:
+        self._hosts = [f"distft-{os.getpid()}-{number}" for number in range(2)]
+        for host in self._hosts:
+            self._ip("netns", "add", host)
+            self._ip("-n", host, "link", "set", "lo", "up")
+        first, second = self._hosts
+        self._ip("-n", first, "link", "add", self.CARD, "type", "veth", "peer", "name", self.CARD, "netns", second)
+        for host, address in zip(self._hosts, (self.FIRST, self.SECOND), strict=True):
+            self._ip("-n", host, "address", "add", f"{address}/24", "dev", self.CARD)
+            self._ip("-n", host, "link", "set", self.CARD, "up")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for host in self._hosts:
+            subprocess.run(["ip", "netns", "delete", host], check=False)
+
+    def ranks(self) -> list[Rank]:
+        """A process at each end."""
+        return [
+            Rank(f"node{number}", env={"GLOO_SOCKET_IFNAME": self.CARD}, network=("ip", "netns", "exec", host))
+            for number, host in enumerate(self._hosts, start=1)
+        ]
+
+    def slow(self, rate: str) -> None:
+        """As `tc` says it: "200mbit"; both ways."""
+        for host in self._hosts:
+            shape = ["root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms"]
+            subprocess.run(["tc", "-n", host, "qdisc", "add", "dev", self.CARD, *shape], check=True)
+
+    def cut(self) -> None:
+        """Nothing passes; both ends still think they have a cable."""
+        for host in self._hosts:
+            subprocess.run(["tc", "-n", host, "qdisc", "delete", "dev", self.CARD, "root"], check=False)
+            lost = ["root", "netem", "loss", "100%"]
+            subprocess.run(["tc", "-n", host, "qdisc", "add", "dev", self.CARD, *lost], check=True)
+
+    def _ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+
+def can_wire() -> bool:
+    """Whether we may make networks here, and programs for that are installed."""
+    if os.getuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
+        return False
+    name = f"distft-{os.getpid()}-try"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+    return made
 
 
 def _isolated() -> list[str]:

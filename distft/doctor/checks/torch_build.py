@@ -12,6 +12,7 @@ from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, fail
 def look(here: Here) -> Facts:
     """Imports torch."""
     import torch
+    from torch.cuda import nccl
 
     gpus = torch.cuda.is_available()
     hidden = here.env.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
@@ -19,7 +20,7 @@ def look(here: Here) -> Facts:
         "cuda": torch.version.cuda,
         "gpus": torch.cuda.device_count() if gpus else 0,
         "device": torch.cuda.get_device_name(0) if gpus else "cpu",
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else None,
+        "nccl": ".".join(map(str, nccl.version())) if gpus else None,
         "driver": not hidden and (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") is not None),
     }
 
