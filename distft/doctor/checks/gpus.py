@@ -48,7 +48,8 @@ def read_smi(text: str, own: set[int] = frozenset()) -> tuple[str, list[Facts]]:
             "index": index,
             "name": gpu.findtext("product_name", ""),
             "uuid": gpu.findtext("uuid", ""),
-            "uncorrected": sum(_number(node.text) for node in gpu.iterfind("ecc_errors/volatile/*") if _is_bad(node)),
+            "uncorrected": _number(gpu.findtext("ecc_errors/volatile/double_bit/total"))  # older GPUs
+            + sum(_number(node.text) for node in gpu.iterfind("ecc_errors/volatile/*") if "uncorrectable" in node.tag),
             "remap_pending": "Yes" in (gpu.findtext("remapped_rows/remapped_row_pending") or ""),
             "remap_failed": "Yes" in (gpu.findtext("remapped_rows/remapped_row_failure") or ""),
             "retired_pending": "Yes" in (gpu.findtext("retired_pages/pending_retirement") or ""),
@@ -148,10 +149,6 @@ def _between(leaders: Sequence[Seen]) -> Iterator[Finding]:
             fix = "ask for nodes of one kind (--constraint, or a partition)"
             hosts = [one.host for one in others]
             yield fail(said, fix, hosts) if what == "GPUs" else warn(said, fix, hosts)
-
-
-def _is_bad(node: ET.Element) -> bool:
-    return "uncorrectable" in node.tag or node.tag == "double_bit"
 
 
 def _number(text: str | None) -> int:

@@ -163,6 +163,14 @@ def test_a_sick_gpu(sick: dict, verdict: str, said: str) -> None:
     assert found.hosts == ("node2",)
 
 
+def test_errors_as_older_drivers_count_them() -> None:
+    old = "<double_bit><device_memory>2</device_memory><total>2</total></double_bit>"
+    _, (gpu,) = gpus.read_smi(
+        smi({}).replace("<volatile>", f"<volatile><single_bit><total>9</total></single_bit>{old}")
+    )
+    assert gpu["uncorrected"] == 2
+
+
 def test_gpus_that_are_not_there() -> None:
     one_less = judged(gpus.CHECK, of_smi(smi({}, {}), expected=2), of_smi(smi({}), expected=2), hosts=("a", "b"))
     assert [finding.found for finding in one_less] == [
