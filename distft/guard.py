@@ -82,7 +82,7 @@ class Guard:
         """
         straggler = self._table.straggler
         if state.step % straggler.every_steps == 0 and self._engine.world > 1:
-            self._look_for_stragglers(straggler.factor)
+            self._look_for_stragglers(state.step, straggler.factor)
         if report.updated:
             self._in_a_row = 0
             return
@@ -113,12 +113,13 @@ class Guard:
         self._say(f"step {report.step} is left out: {why} ({report.samples})")
         self._note("left_out", step=report.step, why=why, samples=report.samples)
 
-    def _look_for_stragglers(self, factor: float) -> None:
+    def _look_for_stragglers(self, step: int, factor: float) -> None:
         mine = self._pace.read(PULSE.spent["data"], self._engine.device)
         worst = slowest(self._engine.gather(mine))
         host, _, device = worst.who.partition(", ")
         self._note(
             "pace",
+            step=step,
             rank=worst.rank,
             host=host,
             device=device,
@@ -129,7 +130,7 @@ class Guard:
         )
         if worst.percent > 100 * (factor - 1):
             self._say(f"straggler: {worst}")
-            self._note("straggler", what=str(worst))
+            self._note("straggler", step=step, what=str(worst))
         else:
             self._say(f"pace: slowest is rank {worst.rank} ({worst.who}), {worst.percent:.0f} % behind the median")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from harness import ROOT, environment
+from harness import ROOT, environment, until
 
 LIMIT_S = 170.0
 
@@ -99,6 +99,7 @@ class Wire:
         for host, address in zip(self._hosts, (self.FIRST, self.SECOND), strict=True):
             self._ip("-n", host, "address", "add", f"{address}/24", "dev", self.CARD)
             self._ip("-n", host, "link", "set", self.CARD, "up")
+        until(lambda: all(self._is_up(host) for host in self._hosts), 10)  # the kernel tells with some delay
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -124,6 +125,10 @@ class Wire:
             subprocess.run(["tc", "-n", host, "qdisc", "delete", "dev", self.CARD, "root"], check=False)
             lost = ["root", "netem", "loss", "100%"]
             subprocess.run(["tc", "-n", host, "qdisc", "add", "dev", self.CARD, *lost], check=True)
+
+    def _is_up(self, host: str) -> bool:
+        state = ["ip", "netns", "exec", host, "cat", f"/sys/class/net/{self.CARD}/operstate"]
+        return subprocess.run(state, capture_output=True, text=True, check=True).stdout.strip() == "up"
 
     def _ip(self, *arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True)
