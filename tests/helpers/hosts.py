@@ -120,11 +120,10 @@ class Wire:
             subprocess.run(["tc", "-n", host, "qdisc", "add", "dev", self.CARD, *shape], check=True)
 
     def cut(self) -> None:
-        """Nothing passes; both ends still think they have a cable."""
-        for host in self._hosts:
-            subprocess.run(["tc", "-n", host, "qdisc", "delete", "dev", self.CARD, "root"], check=False)
-            lost = ["root", "netem", "loss", "100%"]
-            subprocess.run(["tc", "-n", host, "qdisc", "add", "dev", self.CARD, *lost], check=True)
+        """Nothing arrives any more, and both ends still think they have a cable: all is sent to a card that is not."""
+        for host, other in zip(self._hosts, (self.SECOND, self.FIRST), strict=True):
+            nobody = ["lladdr", "02:00:00:00:00:99", "nud", "permanent"]
+            self._ip("-n", host, "neighbour", "replace", other, "dev", self.CARD, *nobody)
 
     def _is_up(self, host: str) -> bool:
         state = ["ip", "netns", "exec", host, "cat", f"/sys/class/net/{self.CARD}/operstate"]
