@@ -1,0 +1,63 @@
+"""`regex`: what a pattern finds in the answer is the reference, or the pattern is simply there."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from distft.scores.exact_match import check_pattern
+from distft.scores.spec import Answer, Figure, ReferenceParams, Scorer, ScoreSpec, by_row, references
+
+FIGURE = Figure(name="regex", binary=True)
+
+
+class RegexParams(ReferenceParams):
+    """Python's `re`, searched anywhere in the answer unless the pattern is anchored."""
+
+    pattern: str = Field(min_length=1, examples=["Answer: (\\w+)"])
+    """Regular expression."""
+    group: int | str = 0
+    """Number or name of the group that is compared; 0 = all that the pattern matched."""
+    must: Literal["equal", "match"] = "equal"
+    """equal = the group is the reference; match = the pattern is found, whatever the reference."""
+    take: Literal["first", "last"] = "first"
+    """Which find counts when there are several."""
+    ignore_case: bool = False
+    """For the pattern and for the comparison."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_pattern(self.pattern)
+        compiled = re.compile(self.pattern)
+        known = [*range(compiled.groups + 1), *compiled.groupindex]
+        if self.group not in known:
+            raise ValueError(f"the pattern has no group {self.group!r}; it has {', '.join(map(repr, known))}")
+        if self.must == "match" and self.reference is not None:
+            raise ValueError('reference has no effect with must = "match"')
+        return self
+
+
+def build(params: RegexParams) -> Scorer:
+    """Under "equal" the pattern is applied to the reference too where it is found there, else all of it counts."""
+    pattern = re.compile(params.pattern, re.IGNORECASE if params.ignore_case else 0)
+
+    def found(text: str) -> str | None:
+        finds = list(pattern.finditer(text))
+        return (finds[0 if params.take == "first" else -1].group(params.group) or "") if finds else None
+
+    def plain(text: str) -> str:
+        return text.strip().lower() if params.ignore_case else text.strip()
+
+    def judge(answer: Answer) -> tuple[bool]:
+        said = found(answer.text)
+        if said is None or params.must == "match":
+            return (said is not None,)
+        right = [one if (inside := found(one)) is None else inside for one in references(answer, params.reference)]
+        return (any(plain(said) == plain(one) for one in right),)
+
+    return by_row((FIGURE,), judge)
+
+
+SPEC = ScoreSpec(name="regex", params=RegexParams, figures=lambda _: (FIGURE,), build=build)
