@@ -10,14 +10,16 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from distft.care import CareReport, card, examine, refuse_overlap, summary
 from distft.catalog import REGISTRIES
-from distft.core.errors import DONE, DistftError
+from distft.core.errors import DONE, DistftError, FileSystemError
 from distft.data.loader import EvalSteps, Steps
 from distft.data.prepare import cache_folder, prepare
 from distft.data.render import load_decoder
@@ -25,9 +27,6 @@ from distft.data.report import SourceReport
 from distft.data.store import Prepared
 from distft.demo.files import locate
 from distft.recipe import Recipe, load_recipe
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MARKS = ("⟦", "⟧")
 """Around trained tokens where there is no colour."""
@@ -74,6 +73,8 @@ class CheckReport:
     """Resolved, every default filled in."""
     recipe_toml: str
     splits: tuple[SplitView, ...]
+    care: CareReport
+    """What the rows hold that should be known: repeats, overlap, personal data, balance."""
     tokens_per_epoch: int
     supervised_per_epoch: int
     num_steps: int
@@ -96,7 +97,7 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         cache_dir: of prepared rows; the recipe's, when None.
 
     Raises:
-        DataError: rows that cannot be trained on.
+        DataError: rows that cannot be trained on, or that the recipe's `[data] overlap` refuses.
     """
     folder = cache_dir or cache_folder(recipe.data)
     tokenizer, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
@@ -124,11 +125,14 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         sequences = EvalSteps(held_out, recipe.data, micro_batch_size=1).num_samples
         fill = held_out.report.num_tokens / (sequences * recipe.data.max_length)
         splits.append(_split("eval", held_out, sequences, fill, np.arange(min(samples, held_out.num_rows)), decode))
+    care = examine(recipe.data, cache_dir=folder, progress=_tell)
+    refuse_overlap(care, recipe.data)
     return CheckReport(
         name=recipe.name,
         recipe=recipe.resolved(),
         recipe_toml=recipe.to_toml(),
         splits=tuple(splits),
+        care=care,
         tokens_per_epoch=steps.tokens_per_epoch,
         supervised_per_epoch=steps.supervised_per_epoch,
         num_steps=steps.num_steps,
@@ -188,6 +192,9 @@ def show(report: CheckReport, console: Console) -> None:
     _line(console, report.recipe_toml.rstrip())
     for split in report.splits:
         _show_split(split, console)
+    _line(console, "\n[care]")
+    for line in summary(report.care):
+        _line(console, f"  {line}")
     train = report.splits[0]
     _line(console, "\n[run]")
     for name, value in (
@@ -245,6 +252,14 @@ def _line(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _write_card(path: Path, care: CareReport, recipe: Recipe) -> None:
+    sources = [(split, source.path) for split in ("train", "eval") for source in getattr(recipe.data, split)]
+    try:
+        path.write_text(card(care, name=recipe.name, sources=sources), encoding="utf-8")
+    except OSError as error:
+        raise FileSystemError(f"{path}: the data card cannot be written: {error.strerror}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code is that of the error, if any."""
     parser = argparse.ArgumentParser(prog="python -m distft.check", description="Show what a recipe's data becomes.")
@@ -252,10 +267,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="rows to show of each split (default 2)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="table.key=value")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--card", metavar="FILE", help="write a data card (Markdown) as well")
     options = parser.parse_args(argv)
     try:
-        recipe = locate(load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides))
-        report = run_check(recipe, samples=options.samples)
+        named = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
+        report = run_check(locate(named), samples=options.samples)
+        if options.card:
+            _write_card(Path(options.card), report.care, named)
     except DistftError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -52,12 +52,13 @@ def check(
     recipe: Recipe,
     set_: Overrides = None,
     samples: Annotated[int, typer.Option(help="Rows to show with their trained tokens marked.")] = 2,
+    card: Annotated[str | None, typer.Option(metavar="FILE", help="Write a data card (Markdown) as well.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Resolve the recipe and read the data: counts, lengths, masks. Touches no GPU, loads no weights."""
     from distft.check import main as run
 
-    argv = [recipe, "--samples", str(samples), *(["--json"] if json else [])]
+    argv = [recipe, "--samples", str(samples), *(["--json"] if json else []), *(["--card", card] if card else [])]
     for override in set_ or []:
         argv += ["--set", override]
     raise typer.Exit(run(argv))
@@ -117,6 +118,14 @@ def doctor(context: typer.Context) -> None:
     from distft.doctor.command import main as run
 
     leave(run(context.args))
+
+
+@app.command(context_settings=PASSED_ON)
+def advise(context: typer.Context) -> None:
+    """What to choose: prompt, retrieve or fine-tune, method and settings, each with its reason; writes a recipe."""
+    from distft.advise.command import main as run
+
+    raise typer.Exit(run(context.args))
 
 
 def launch_command(nproc: int, arguments: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ HARMLESS = (
     *("name", "output_dir", "log.", "eval.", "checkpoint.", "guard.", "engine."),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.rehearse"),
     *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
-    *("data.cache_dir", "data.num_workers", "data.train", "data.eval"),
+    *("data.cache_dir", "data.num_workers", "data.train", "data.eval", "data.overlap"),
 )
 """Keys that do not change what is computed, or whose effect is checked by hash (rows, base weights)."""
 ALLOWED = (

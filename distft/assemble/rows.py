@@ -42,8 +42,9 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     """Prepared before any process group exists: however long it takes, no collective times out.
 
     Raises:
-        DataError: rows that cannot be trained on.
+        DataError: rows that cannot be trained on, or that the recipe's `[data] overlap` refuses.
     """
+    from distft.care import examine, refuse_overlap
     from distft.data.loader import EvalSteps, Steps
     from distft.data.prepare import cache_folder, prepare
 
@@ -56,6 +57,9 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     micro = cut.micro_batch_size
     slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world}
     slice_["pad_to"] = micro * table.max_length if located.train.compile else None
+    if table.overlap == "error":
+        care = examine(table, cache_dir=common["cache_dir"], progress=common["progress"], waiting=common["waiting"])
+        refuse_overlap(care, table)
     plan = located.train
     steps = Steps(
         rows,

@@ -40,19 +40,24 @@ def cache_key(
         "settings": table.model_dump(include={"max_length", "loss_on", "long_rows", "bad_rows"}),
         "template": read_template(table.chat_template),
         "tokenizer": {path.name: file_hash(path, memory) for path in tokenizer_files},
-        "sources": [
-            {
-                "table": source.table.model_dump(include={"path", "split", "subset", "max_rows", "columns"}),
-                "format": [spec.name, _code_hash(spec)],
-                "files": [
-                    [file.label, file_hash(file.path, memory) if file.path else hub_dataset(source.table)._fingerprint]
-                    for file in source.files
-                ],
-            }
-            for source, spec in zip(sources, specs, strict=True)
-        ],
+        "sources": sources_key(sources, specs, memory),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sources_key(sources: Sequence[Source], specs: Sequence[FormatSpec], memory: Path) -> list[dict[str, Any]]:
+    """Everything that could change a row as its format reads it: plain values."""
+    return [
+        {
+            "table": source.table.model_dump(include={"path", "split", "subset", "max_rows", "columns"}),
+            "format": [spec.name, _code_hash(spec)],
+            "files": [
+                [file.label, file_hash(file.path, memory) if file.path else hub_dataset(source.table)._fingerprint]
+                for file in source.files
+            ],
+        }
+        for source, spec in zip(sources, specs, strict=True)
+    ]
 
 
 def file_hash(path: Path, memory: Path) -> str:

@@ -102,7 +102,7 @@ def prepare(
         DataError: a source cannot be read, a row is bad (`bad_rows = "error"`), or a source keeps no row at all.
         FileSystemError: `cache_dir` cannot be written.
     """
-    found = _with_distinct_labels([find(source) for source in sources])
+    found = with_distinct_labels([find(source) for source in sources])
     specs = [decide_format(source) for source in found]
     folder = tokenizer_folder(tokenizer, revision)
     tokenizer_files = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
@@ -146,7 +146,7 @@ def _build_once(job: _Job, target: Path) -> bool:
     """
     failure = target.with_suffix(".failed")
     failed_before = _identity(failure)
-    with _held(FileLock(target.with_suffix(".lock")), job.waiting):
+    with held(FileLock(target.with_suffix(".lock")), job.waiting):
         if target.is_dir():
             return False
         if _identity(failure) != failed_before:
@@ -166,7 +166,7 @@ def _build_once(job: _Job, target: Path) -> bool:
 
 
 @contextmanager
-def _held(lock: FileLock, waiting: Callable[[], None]) -> Iterator[None]:
+def held(lock: FileLock, waiting: Callable[[], None]) -> Iterator[None]:
     """The lock, with a word once a second while somebody else has it: that may take hours."""
     while True:
         try:
@@ -344,7 +344,7 @@ def _add_percentiles(writer: Writer, reports: list[SourceReport]) -> None:
 _PERCENTILES = {"p10": 0.10, "p50": 0.50, "p90": 0.90, "p99": 0.99, "max": 1.0}
 
 
-def _with_distinct_labels(sources: list[Source]) -> list[Source]:
+def with_distinct_labels(sources: list[Source]) -> list[Source]:
     """Two files of one name are called by their whole path, or messages would name either."""
     labels = [file.label for source in sources for file in source.files]
     twice = {label for label in labels if labels.count(label) > 1}

@@ -190,6 +190,17 @@ def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[Fault]:
         )
 
 
+def overlap_needs_two_sides(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """Without evaluation rows none of them can be trained on."""
+    if recipe.data.overlap == "error" and not recipe.data.eval:
+        yield Fault(
+            key=("data", "overlap"),
+            message="has no effect without a [[data.eval]] source",
+            fix="add one, or remove the key",
+            also=(("data", "eval"),),
+        )
+
+
 def best_is_measured(recipe: Recipe, _: Registries) -> Iterator[Fault]:
     """The best state is found by evaluations during training."""
     if recipe.data.eval and recipe.eval.every_steps:
@@ -260,6 +271,7 @@ RULES: tuple[Rule, ...] = (
     sources_are_distinct,
     held_out_rows_are_held_out,
     evaluation_has_rows,
+    overlap_needs_two_sides,
     best_is_measured,
     plain_text_is_trained_whole,
     optimizer_fits_engine,

@@ -93,6 +93,8 @@ class DataTable(Params):
     """What happens to a row longer than max_length."""
     bad_rows: Literal["error", "skip"] = "error"
     """What happens to a row that is not of the source's format; skipped rows are counted."""
+    overlap: Literal["report", "error"] = "report"
+    """What happens when evaluation rows (equal, of equal prompt, or nearly equal) are also trained on."""
     shuffle: bool = True
     """Draw a new order every epoch, from the seed alone."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"

@@ -90,6 +90,33 @@ def test_json_says_the_same(recipe: Path, capsys: pytest.CaptureFixture[str]) ->
     assert said["recipe"]["data"]["packing"] is False
 
 
+def test_care_is_told_and_kept(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "card.md"
+    assert main([str(recipe), "--samples", "0", "--card", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"repeats +4 equal, 0 nearly, of 6 training rows", said)
+    assert "train.jsonl row 2 is train.jsonl row 1" in said
+    assert re.search(r"overlap +0 of 2 evaluation rows are also trained on", said)
+    assert "! 6 training rows: below 100" in said
+    assert "# Data card: try" in page.read_text()
+    assert main([str(recipe), "--samples", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["care"]["num_same"] == 4
+    assert main([str(recipe), "--samples", "0", "--card", str(tmp_path / "none" / "card.md")]) == 8
+    assert "the data card cannot be written" in capsys.readouterr().err
+
+
+def test_rows_that_evaluation_shares_are_refused_on_demand(recipe: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "valid.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    changes = ["--samples", "0", "--set", "data.eval.0.format=messages"]
+    assert main([str(recipe), *changes]) == 0
+    assert "1 of 1 evaluation rows are also trained on" in capsys.readouterr().out
+    assert main([str(recipe), *changes, "--set", "data.overlap=error"]) == 3
+    said = capsys.readouterr()
+    assert "1 of 1 evaluation rows are also trained on" in said.err
+    assert "valid.jsonl row 1 is train.jsonl row 1" in said.err
+    assert not said.out
+
+
 @pytest.mark.row(25)
 @pytest.mark.parametrize(
     ("changes", "code", "message"),

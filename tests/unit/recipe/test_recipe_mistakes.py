@@ -160,6 +160,7 @@ ADDED = {
         'path = "./train.jsonl"  is already a source of [[data.train]]  to repeat rows set weight',
     ),
     "evaluation on trained rows": ('[[data.eval]]\npath = "train.jsonl" # <-', "is also trained on, in [[data.train]]"),
+    "overlap with nothing": ('[data]\noverlap = "error" # <-', "has no effect without a [[data.eval]] source"),
     "evaluation without rows": ("[eval]\nevery_steps = 9 # <-", "has no effect without a [[data.eval]] source"),
     "turns in plain text": (
         'format = "text"\n[data]\nloss_on = "completion" # <-',

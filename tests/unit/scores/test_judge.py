@@ -220,7 +220,7 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         ({"url": "ftp://x/v1"}, "url"),
         ({"url": "https://key@host/v1"}, "url"),
         ({"api_key_env": KEY}, "api_key_env"),
-        ({"prompt": "Mark {anser}"}, "prompt names {anser}; known: answer"),
+        ({"prompt": "Mark {reply}"}, "prompt names {reply}; known: answer"),
         ({"prompt": "Mark it"}, "does not show the {answer}"),
         ({"prompt": "{answer"}, "literal brace"),
         ({"pattern": r"\d"}, "exactly one group"),

@@ -139,8 +139,8 @@ class TestJsonSchema:
         path = tmp_path / "s.json"
         path.write_text(json.dumps(self.SCHEMA))
         assert one("json_schema", '{"n": 1}', file=str(path))["conforms"] == 1
-        path.write_text('{"type": "strin"}')
-        with pytest.raises(RecipeError, match="is not a JSON Schema: 'strin'"):
+        path.write_text('{"type": "letters"}')
+        with pytest.raises(RecipeError, match="is not a JSON Schema: 'letters'"):
             scorer("json_schema", file=str(path))
         with pytest.raises(RecipeError, match=r"none\.json  cannot be read: No such file"):
             scorer("json_schema", file=str(tmp_path / "none.json"))

@@ -1,0 +1,1 @@
+"""A few questions, then a recipe: prompt, retrieve or fine-tune; which method and settings; each with its reason."""

@@ -1,0 +1,7 @@
+"""`python -m distft.advise`."""
+
+import sys
+
+from distft.advise.command import main
+
+sys.exit(main())

@@ -1,0 +1,350 @@
+"""What to choose and why: one table, read by the command, by `docs/choosing.md` and by the test that compares the two.
+
+For each thing to decide the first rule that applies gives the value; what was decided before is in `so_far`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+Goal: TypeAlias = Literal["format", "style", "task", "skill", "facts", "domain"]
+GOALS: dict[str, str] = {
+    "format": "answers in a fixed form: JSON, fields, a template",
+    "style": "a tone or a voice",
+    "task": "one task with right answers: extract, classify, call tools, triage",
+    "skill": "something hard it does badly: mathematics, code, long chains of steps",
+    "facts": "facts that it does not know: documents, products, what changed last week",
+    "domain": "a whole field or language, from much plain text",
+}
+SoFar: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the rules look at."""
+
+    goal: Goal
+    rows: int
+    """Training rows."""
+    parameters: float | None = None
+    """Of the model; None: not known here."""
+    world: int = 1
+    """GPUs in all."""
+    longest_chars: int | None = None
+    """Of the longest training row; None: not looked at."""
+    typical_chars: int | None = None
+    """Of the median one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One piece of advice."""
+
+    name: str
+    """As in docs/choosing.md and in the comments of a written recipe."""
+    decides: str
+    says: str
+    why: str
+    source: str
+    when: Callable[[Asked, SoFar], bool]
+    gives: Callable[[Asked, SoFar], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided:
+    """A rule that applied, and what it gave."""
+
+    rule: Rule
+    value: Any
+
+
+HU = "Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685"
+DETTMERS = "Dettmers et al. 2023, QLoRA, https://arxiv.org/abs/2305.14314"
+BIDERMAN = "Biderman et al. 2024, LoRA Learns Less and Forgets Less, https://arxiv.org/abs/2405.09673"
+SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, https://thinkingmachines.ai/blog/lora/"
+LLAMA2 = "Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288"
+REPEATED = "Muennighoff et al. 2023, Scaling Data-Constrained Language Models, https://arxiv.org/abs/2305.16264"
+
+FEW = 50
+BIG = 30e9
+ADAPTERS = ("lora", "qlora")
+_CHARS_PER_TOKEN = 3.0
+"""English has about 4, code and other scripts fewer."""
+_UNSEEN_TOKENS = 300
+"""What a row is taken for that was not looked at."""
+
+
+def _always(asked: Asked, so_far: SoFar) -> bool:
+    return True
+
+
+def _is(value: Any) -> Callable[[Asked, SoFar], Any]:
+    return lambda asked, so_far: value
+
+
+def _adapter(so_far: SoFar) -> bool:
+    return so_far["method"] in ADAPTERS
+
+
+def _below(rows: int) -> Callable[[Asked, SoFar], bool]:
+    return lambda asked, so_far: asked.rows < rows
+
+
+def _rank_below(rows: int) -> Callable[[Asked, SoFar], bool]:
+    return lambda asked, so_far: _adapter(so_far) and asked.rows < rows
+
+
+def _batch(asked: Asked, so_far: SoFar) -> int:
+    """The largest of 8 to 64 that leaves 100 steps, made a multiple of the GPUs."""
+    tokens = _UNSEEN_TOKENS if asked.typical_chars is None else asked.typical_chars / _CHARS_PER_TOKEN
+    sequences = asked.rows * so_far["epochs"] * min(1.0, tokens / so_far["max_length"])  # packed
+    most = 32 if _adapter(so_far) else 64
+    size = max((size for size in (8, 16, 32, 64) if size <= most and sequences >= 100 * size), default=8)
+    return -(-size // asked.world) * asked.world
+
+
+def _length(asked: Asked, so_far: SoFar) -> int:
+    if asked.longest_chars is None:
+        return 2048
+    return next((size for size in (512, 1024, 2048, 4096) if size >= asked.longest_chars / _CHARS_PER_TOKEN), 8192)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        name="facts-are-retrieved",
+        decides="approach",
+        says="Facts, and above all facts that change: retrieve them and put them into the prompt.",
+        why="Retrieval was consistently better than fine-tuning at adding knowledge; what a model does not know it "
+        "learns slowly from fine-tuning, and learns to make things up with it.",
+        source="Ovadia et al. 2023, https://arxiv.org/abs/2312.05934; Gekhman et al. 2024, "
+        "https://arxiv.org/abs/2405.05904; Lewis et al. 2020, https://arxiv.org/abs/2005.11401",
+        when=lambda asked, _: asked.goal == "facts",
+        gives=_is("retrieve"),
+    ),
+    Rule(
+        name="few-rows-are-a-prompt",
+        decides="approach",
+        says=f"Fewer than {FEW} rows: put the best of them into the prompt.",
+        why="Examples in the prompt work at once and cost nothing to change; OpenAI's fine-tuning guide sees clear "
+        "gains from 50 to 100 rows on.",
+        source="Brown et al. 2020, https://arxiv.org/abs/2005.14165; "
+        "https://platform.openai.com/docs/guides/fine-tuning",
+        when=lambda asked, _: asked.rows < FEW,
+        gives=_is("prompt"),
+    ),
+    Rule(
+        name="else-fine-tune",
+        decides="approach",
+        says="Otherwise fine-tune, once the best prompt has been measured on the same held-out rows.",
+        why="Form, tone, tasks and skills are behaviour, and behaviour is what a small set of good rows "
+        "changes; without the prompt's figures nobody can say that the tuning helped.",
+        source="Zhou et al. 2023, LIMA, https://arxiv.org/abs/2305.11206",
+        when=_always,
+        gives=_is("fine-tune"),
+    ),
+    Rule(
+        name="a-domain-wants-all-weights",
+        decides="methods",
+        says="A domain from much text: train all weights; adapters where that does not fit.",
+        why="In continued pretraining on code and mathematics LoRA stayed behind full training, at every rank tried.",
+        source=BIDERMAN,
+        when=lambda asked, _: asked.goal == "domain" and asked.rows >= 10_000,
+        gives=_is(("full", "lora", "qlora")),
+    ),
+    Rule(
+        name="an-adapter-is-enough",
+        decides="methods",
+        says="Everything else: LoRA; QLoRA where the 16-bit base does not fit.",
+        why="On data of instruction-tuning size LoRA reaches what full training reaches, forgets less of what the "
+        "model could do, and leaves megabytes to keep instead of gigabytes.",
+        source=f"{HU}; {SCHULMAN}; {BIDERMAN}",
+        when=_always,
+        gives=_is(("lora", "qlora")),
+    ),
+    Rule(
+        name="four-bits-when-short-of-memory",
+        decides="method",
+        says="QLoRA when LoRA does not fit: 4-bit NF4 with double quantisation.",
+        why="It matched 16-bit fine-tuning in all comparisons, at a quarter of the base's memory; it is slower, so not "
+        "without need.",
+        source=DETTMERS,
+        when=lambda _, so_far: so_far["candidate"] == "qlora",
+        gives=_is("qlora"),
+    ),
+    Rule(
+        name="the-first-that-fits",
+        decides="method",
+        says="Of the methods in order of preference the first that fits the GPUs, as `distft plan` counts it.",
+        why="What does not fit cannot be better.",
+        source="docs/results: planned against measured memory",
+        when=_always,
+        gives=lambda _, so_far: so_far["candidate"],
+    ),
+    Rule(
+        name="all-linear-layers",
+        decides="target_modules",
+        says="Adapters on every linear layer.",
+        why="Attention layers alone fall short of full fine-tuning at any rank; all linear layers match it.",
+        source=f"{DETTMERS}; {SCHULMAN}",
+        when=lambda _, so_far: _adapter(so_far),
+        gives=_is("all-linear"),
+    ),
+    Rule(
+        name="rank-for-a-domain",
+        decides="r",
+        says="Rank 128 for a domain.",
+        why="The higher the rank, the less LoRA stayed behind in continued pretraining.",
+        source=BIDERMAN,
+        when=lambda asked, so_far: _adapter(so_far) and asked.goal == "domain",
+        gives=_is(128),
+    ),
+    Rule(
+        name="rank-for-thousands",
+        decides="r",
+        says="Rank 16 below 10,000 rows.",
+        why="On small sets the rank makes no difference that could be measured; the smallest trains fastest.",
+        source=f"{DETTMERS}; {HU}",
+        when=_rank_below(10_000),
+        gives=_is(16),
+    ),
+    Rule(
+        name="rank-for-ten-thousands",
+        decides="r",
+        says="Rank 32 below 50,000 rows.",
+        why="Adapters fall behind when the data holds more than they can, so capacity grows with the rows.",
+        source=SCHULMAN,
+        when=_rank_below(50_000),
+        gives=_is(32),
+    ),
+    Rule(
+        name="rank-for-more",
+        decides="r",
+        says="Rank 64 from there on.",
+        why="As above.",
+        source=SCHULMAN,
+        when=lambda _, so_far: _adapter(so_far),
+        gives=_is(64),
+    ),
+    Rule(
+        name="alpha-is-twice-the-rank",
+        decides="alpha",
+        says="alpha = 2 r.",
+        why="With alpha / r fixed the best learning rate hardly depends on the rank; 2 did well in comparisons.",
+        source=f"{BIDERMAN}; {SCHULMAN}",
+        when=lambda _, so_far: _adapter(so_far),
+        gives=lambda _, so_far: 2 * so_far["r"],
+    ),
+    Rule(
+        name="rate-of-adapters-on-big-models",
+        decides="learning_rate",
+        says="Adapters on 30 billion parameters and more: 1e-4.",
+        why="What QLoRA used for 33B and 65B.",
+        source=DETTMERS,
+        when=lambda asked, so_far: _adapter(so_far) and (asked.parameters or 0) >= BIG,
+        gives=_is(1e-4),
+    ),
+    Rule(
+        name="rate-of-adapters",
+        decides="learning_rate",
+        says="Adapters: 2e-4.",
+        why="About ten times the rate of full training is best for LoRA; 2e-4 is what QLoRA used for 7B and 13B.",
+        source=f"{SCHULMAN}; {DETTMERS}",
+        when=lambda _, so_far: _adapter(so_far),
+        gives=_is(2e-4),
+    ),
+    Rule(
+        name="rate-of-all-weights",
+        decides="learning_rate",
+        says="All weights: 2e-5.",
+        why="What Llama 2's supervised fine-tuning used, at every size.",
+        source=LLAMA2,
+        when=_always,
+        gives=_is(2e-5),
+    ),
+    Rule(
+        name="epochs-below-a-thousand-rows",
+        decides="epochs",
+        says="4 epochs below 1,000 rows.",
+        why="Up to four passes are worth nearly as much as new rows; beyond, the gain fades and memorising starts.",
+        source=REPEATED,
+        when=_below(1000),
+        gives=_is(4),
+    ),
+    Rule(
+        name="epochs-for-thousands",
+        decides="epochs",
+        says="3 epochs below 10,000 rows.",
+        why="As above; QLoRA and Alpaca trained as long on sets of this order.",
+        source=f"{REPEATED}; {DETTMERS}",
+        when=_below(10_000),
+        gives=_is(3),
+    ),
+    Rule(
+        name="epochs-for-ten-thousands",
+        decides="epochs",
+        says="2 epochs below 50,000 rows.",
+        why="What Llama 2 took for its 27,540 rows.",
+        source=LLAMA2,
+        when=_below(50_000),
+        gives=_is(2),
+    ),
+    Rule(
+        name="one-epoch-of-many",
+        decides="epochs",
+        says="1 epoch from there on.",
+        why="New rows are worth more than seen ones; a second pass is for when evaluation still falls at the end.",
+        source=REPEATED,
+        when=_always,
+        gives=_is(1),
+    ),
+    Rule(
+        name="batches-that-leave-steps",
+        decides="global_batch_size",
+        says="The largest batch that leaves 100 steps: 8 to 32 packed sequences for adapters, to 64 for all weights.",
+        why="Steps are what trains; and LoRA loses more than full training when batches grow.",
+        source=f"{SCHULMAN}; {LLAMA2}",
+        when=_always,
+        gives=_batch,
+    ),
+    Rule(
+        name="paged-moments-beside-four-bits",
+        decides="optimizer",
+        says="QLoRA: 8-bit paged AdamW.",
+        why="Its state moves to host memory when one long batch needs the room.",
+        source=f"{DETTMERS}; Dettmers et al. 2021, https://arxiv.org/abs/2110.02861",
+        when=lambda _, so_far: so_far["method"] == "qlora",
+        gives=_is("paged_adamw_8bit"),
+    ),
+    Rule(
+        name="adamw",
+        decides="optimizer",
+        says="Else AdamW.",
+        why="What the rates above were found with; an adapter's state is small.",
+        source=f"Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101; {HU}",
+        when=_always,
+        gives=_is("adamw"),
+    ),
+    Rule(
+        name="length-of-the-longest-row",
+        decides="max_length",
+        says="Sequences as long as the longest row, 512 to 8,192 tokens; 2,048 when the rows were not looked at.",
+        why="Shorter would drop rows; longer costs memory. Rows are packed, so short ones waste nothing.",
+        source="Krell et al. 2021, packing without cross-contamination, https://arxiv.org/abs/2107.02027",
+        when=_always,
+        gives=_length,
+    ),
+)
+
+
+def decide(asked: Asked, names: tuple[str, ...], so_far: dict[str, Any]) -> list[Decided]:
+    """For each of `names` the first rule that applies, none where none does; `so_far` is filled in."""
+    made = []
+    for name in names:
+        for rule in RULES:
+            if rule.decides == name and rule.when(asked, so_far):
+                made.append(Decided(rule=rule, value=rule.gives(asked, so_far)))
+                so_far[name] = made[-1].value
+                break
+    return made
