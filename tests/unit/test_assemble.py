@@ -6,14 +6,14 @@ import pytest
 
 from distft import assemble
 from distft.catalog import REGISTRIES
-from distft.core.errors import Preempted
+from distft.core.errors import DataError, Preempted
 from distft.core.pulse import PULSE
 from distft.core.stop import STOP
 from distft.demo.files import locate
 from distft.recipe import load_recipe
 
 
-def prepared(tmp_path: Path, said: list[str]) -> assemble.Data:
+def prepared(tmp_path: Path, said: list[str], *overrides: str) -> assemble.Data:
     rows = tmp_path / "train.jsonl"
     rows.write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 40)
     (tmp_path / "recipe.toml").write_text(
@@ -21,7 +21,7 @@ def prepared(tmp_path: Path, said: list[str]) -> assemble.Data:
         '[data]\nloss_on = "completion"\npacking = false\n'
         f'cache_dir = "{tmp_path}/cache"\n[[data.train]]\npath = "{rows}"\n[train]\nglobal_batch_size = 2\n'
     )
-    recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES))
+    recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=overrides))
     return assemble.data(recipe, assemble.layout(recipe, 1), 0, 1, said.append)
 
 
@@ -38,3 +38,11 @@ def test_a_preempted_process_does_not_prepare_to_the_end(tmp_path: Path, monkeyp
         prepared(tmp_path, [])
     monkeypatch.setattr(STOP, "reason", "")
     assert prepared(tmp_path, []).steps.num_steps > 0, "and leaves nothing behind that keeps the next start from it"
+
+
+def test_a_run_ends_where_evaluation_rows_are_trained_on_and_the_recipe_minds(tmp_path: Path) -> None:
+    (tmp_path / "valid.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n')
+    shared = f'data.eval=[{{path="{tmp_path}/valid.jsonl"}}]'
+    assert prepared(tmp_path, [], shared).eval_steps is not None
+    with pytest.raises(DataError, match="1 of 1 evaluation rows are also trained on"):
+        prepared(tmp_path, [], shared, "data.overlap=error")
