@@ -67,7 +67,7 @@ def _repeats(report: CareReport) -> Iterator[str]:
     yield from ("## Repeats and overlap", "")
     yield f"- training rows equal to an earlier one: {report.num_same:,}"
     yield f"- training rows nearly equal to an earlier one: {report.num_near:,}{among}"
-    yield f"- training rows with an earlier row's prompt and another answer: {report.num_conflicting:,}"
+    yield f"- training rows with an earlier row's question and another answer: {report.num_conflicting:,}"
     if "eval" in report.splits:
         kinds = ", ".join(f"{count:,} by {kind}" for kind, count in report.num_shared.items() if count)
         yield f"- evaluation rows that are also trained on: {report.num_overlap:,}" + (f" ({kinds})" if kinds else "")

@@ -141,7 +141,7 @@ def _examine(splits: dict[str, _Split], progress: Callable[[int], None]) -> Care
     near = similar.near_repeats(train.minima_NK())
     is_same = np.zeros(train.num_rows, bool)
     is_same[same.row_P] = True
-    asked_again = similar.repeats(train.joined("prompts")).row_P
+    asked_again = similar.repeats(train.joined("questions")).row_P
     near_only = ~is_same[near.row_P]
     every = [train, *([held_out] if held_out else [])]
     num_shared, shared = _overlap(train, held_out)

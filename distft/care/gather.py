@@ -40,6 +40,8 @@ class Gathered:
     """Hash of each row's text; 0: empty."""
     prompts: list[np.ndarray] = field(default_factory=list)
     """Hash of each row's prompt; 0: it has none."""
+    questions: list[np.ndarray] = field(default_factory=list)
+    """Hash of each row's prompt with its system message and tools; 0: it has no prompt."""
     minima: list[np.ndarray] = field(default_factory=list)
     near_to_eval: list[Pairs] = field(default_factory=list)
     prompt_chars: list[np.ndarray] = field(default_factory=list)
@@ -100,6 +102,7 @@ def gather(
         made.numbers.append(np.array([row.number for row in chunk], np.int64))
         made.texts.append(_hashes([row.text for row in chunk]))
         made.prompts.append(_hashes([row.prompt for row in chunk]))
+        made.questions.append(_hashes([f"{row.system}\n{row.prompt}" if row.prompt else "" for row in chunk]))
         made.prompt_chars.append(np.array([len(row.prompt) for row in chunk], np.int32))
         made.answer_chars.append(np.array([len(row.answer) for row in chunk], np.int32))
         _near(made, chunk, common, against)

@@ -67,7 +67,7 @@ class CareReport:
     num_near: int
     """Further training rows that an earlier row is near to."""
     num_conflicting: int
-    """Training rows whose prompt an earlier row has, with another answer."""
+    """Training rows whose question (prompt, system message, tools) an earlier row has, with another answer."""
     near_searched: int
     """Training rows that near repeats were searched among: all, unless there are very many."""
     repeats: tuple[Repeat, ...]

@@ -19,7 +19,7 @@ def summary(report: CareReport) -> Iterator[str]:
     if report.near_searched < train.num_rows:
         yield f"  (near ones searched among the first {report.near_searched:,})"
     if report.num_conflicting:
-        yield f"{'conflicts':<20} {report.num_conflicting:,} training rows answer an earlier row's prompt otherwise"
+        yield f"{'conflicts':<20} {report.num_conflicting:,} training rows answer an earlier row's question otherwise"
     if held_out := report.splits.get("eval"):
         yield f"{'overlap':<20} {report.num_overlap:,} of {held_out.num_rows:,} evaluation rows are also trained on"
         yield from (f"  {told(one)}" for one in report.shared[:_SHOWN])

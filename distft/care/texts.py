@@ -24,7 +24,8 @@ class RowText:
     answer: str
     """The completion, the last assistant message with its tool calls, or the document."""
     system: str
-    """Looked through for secrets only: one system message over all rows would make all of them alike."""
+    """System message and tool definitions: looked through for secrets, and what makes the same prompt another question;
+    not compared, as one system message over all rows would make all of them alike."""
 
     @property
     def text(self) -> str:
@@ -61,8 +62,9 @@ def row_texts(sources: Sequence[Source], specs: Sequence[FormatSpec], unread: Un
 def _row_text(file: int, number: int, sample: Sample) -> RowText:
     prompt = system = ""
     match sample:
-        case Conversation(messages=messages):
+        case Conversation(messages=messages, tools=tools):
             system = "\n".join(_content(one) for one in messages if one["role"] == "system")
+            system += json.dumps(tools, ensure_ascii=False) if tools else ""
             prompt = "\n".join(_content(one) for one in messages[:-1] if one["role"] != "system")
             answer = _content(messages[-1])
         case PromptCompletion(prompt=prompt, completion=answer):

@@ -38,7 +38,7 @@ def test_a_smaller_card_gets_a_smaller_method(llama8b: Path, capsys: pytest.Capt
     many = ["--goal", "domain", "--rows", "200000"]
     eight = advised(capsys, llama8b, *many, "--gpu", "a100-80gb", "--gpus", "8")
     assert [(one["method"], one["fits"]) for one in eight["fits"]] == [("full", True)]
-    one = advised(capsys, llama8b, *many, "--gpu", "24")
+    one = advised(capsys, llama8b, *many, "--gpu", "16")
     assert [(one["method"], one["fits"]) for one in one["fits"]] == [("full", False), ("lora", False), ("qlora", True)]
     rules = {item["what"]: item["rule"] for item in one["decided"]}
     assert rules["method"] == "four-bits-when-short-of-memory"

@@ -60,6 +60,16 @@ class TestRepeats:
         assert 0.8 <= report.repeats[1].similarity < 1
         assert report.num_conflicting == 1  # row 61 has row 10's prompt
 
+    def test_another_system_message_or_tool_makes_another_question(self, tmp_path: Path) -> None:
+        def chat(system: str, tool: str) -> dict[str, Any]:
+            turns = (("system", system), ("user", "What is the weather?"), ("assistant", text(20)))
+            messages = [{"role": role, "content": content} for role, content in turns]
+            return {"messages": messages, "tools": [{"type": "function", "function": {"name": tool}}]}
+
+        rows = [chat("You are A.", "one"), chat("You are B.", "one"), chat("You are A.", "two")]
+        assert look(tmp_path, rows).num_conflicting == 0
+        assert look(tmp_path, [*rows, chat("You are A.", "two")]).num_conflicting == 1
+
     def test_an_instruction_that_all_share_makes_no_rows_alike(self, tmp_path: Path) -> None:
         told = text(200)
         rows = [pair(f"{told} {text(8)}", text(6)) for _ in range(100)]
