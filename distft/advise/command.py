@@ -68,7 +68,7 @@ def _ask(options: argparse.Namespace) -> None:
         options.model = input("model (folder or hub id): ").strip()
     if options.rows is None and options.data is None:
         said = input("training rows (a number, or a file): ").strip()
-        options.rows, options.data = (int(said), None) if said.isdecimal() else (None, said)
+        options.rows, options.data = (int(said), None) if said.isdecimal() else (None, said or None)
     if options.gpu is None:
         options.gpu = input("GPU (name such as h100-80gb, or GiB; empty: not known): ").strip() or None
         if options.gpu and options.gpus == 1:

@@ -64,8 +64,8 @@ def run_tasks(
         RecipeError: a task that it does not know.
     """
     try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MachineError(f'lm-eval tasks need lm-eval: pip install "distft[lm-eval]" ({error})') from None
     manager: Any = TaskManager()
@@ -97,7 +97,7 @@ def _unknown(task: str, known: list[str]) -> Problem:
 
 def _wrapped(model: Answerer) -> Any:
     """`model` as the library's abstract class, which can be named only once the library is there."""
-    from lm_eval.api.model import LM
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
     class Model(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -141,12 +141,12 @@ def _scored(result: Mapping[str, Any], samples: list[Mapping[str, Any]], better:
             continue
         name = metric if filter_name == "none" else key
         own = sorted((one for one in samples if one["filter"] == filter_name), key=lambda one: one["doc_id"])
-        values = [one.get(metric) for one in own]
-        per_row = all(isinstance(one, int | float) for one in values)  # else: counts that only the total makes sense of
-        binary = per_row and {float(one) for one in values} <= _TWO_VALUES
+        values = [float(one[metric]) for one in own if isinstance(one.get(metric), int | float)]
+        per_row = len(values) == len(own)  # else: counts that only the total makes sense of
+        binary = per_row and set(values) <= _TWO_VALUES
         totals[name] = float(value)
         if per_row:
-            rows[name] = tuple(float(one) for one in values)
+            rows[name] = tuple(values)
         figures.append(Figure(name=name, higher_is_better=better.get(metric, True), binary=binary, per_row=per_row))
     return Scored(figures=tuple(figures), rows=rows, totals={name: _known(value) for name, value in totals.items()})
 

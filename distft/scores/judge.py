@@ -62,7 +62,7 @@ class JudgeParams(ReferenceParams):
     timeout_s: float = Field(default=60.0, gt=0)
     """Of one request."""
     retries: int = Field(default=5, ge=0)
-    """Further tries when it is busy, broken or answers without a mark."""
+    """Further tries when it is busy or broken; an answer without a mark is an answer."""
     concurrency: int = Field(default=8, ge=1, le=256)
     """Requests under way at a time."""
     max_unscored: float = Field(default=0.05, ge=0, le=1)

@@ -65,7 +65,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def stand_in() -> Iterator[Callable[..., StandIn]]:
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StandIn]]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     running: list[StandIn] = []
 
     def start(replies: Callable[[str, int], Any]) -> StandIn:

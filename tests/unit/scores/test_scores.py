@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from score_kit import answer, one, score, scorer
 
 from distft.core.errors import DataError, MachineError, RecipeError
-from distft.scores import SCORES, Scored
+from distft.core.registry import NoParams
+from distft.scores import SCORES, Figure, Scored, ScoreSpec
+from distft.scores.spec import by_row
 
 
 class TestExactMatch:
@@ -327,3 +329,17 @@ def test_scores_are_listed_without_torch_or_their_libraries() -> None:
 
 def test_totals_are_means_over_rows() -> None:
     assert score("exact_match", [("a", "a"), ("b", "c"), ("d", "d"), ("e", "f")]).totals == {"exact_match": 0.5}
+
+
+def test_a_score_from_outside_is_one_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SCORES, "_specs", dict(SCORES._specs))  # what is added here is gone afterwards
+    length = Figure(name="length")
+    SCORES.add(
+        ScoreSpec(
+            name="length",
+            params=NoParams,
+            figures=lambda _: (length,),
+            build=lambda _: by_row((length,), lambda answer: (len(answer.text),)),
+        )
+    )
+    assert one("length", "abc") == {"length": 3.0}
