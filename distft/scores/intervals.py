@@ -68,6 +68,8 @@ def of_mean(
     spread = float(np.sum(off_N**2))
     if spread <= (1e-12 * max(1.0, abs(centre))) ** 2 * len(x_N):
         return Interval(value=centre, low=centre, high=centre, confidence=confidence, num_rows=len(x_N), method="bca")
+    side = math.copysign(1.0, off_N[np.flatnonzero(off_N)[0]])  # the draws of x are those of -x, so swapping the two
+    off_N = side * off_N  # models mirrors their difference exactly
     means = np.sort(_resampled_means(off_N, resamples, np.random.default_rng(seed)))
     below = (np.searchsorted(means, -_EPSILON) + np.searchsorted(means, _EPSILON, side="right")) / (2 * resamples)
     normal = NormalDist()
@@ -77,10 +79,10 @@ def of_mean(
     def bound(tail: float) -> float:
         z = bias + normal.inv_cdf(tail)
         level = normal.cdf(bias + z / (1 - acceleration * z))
-        return centre + float(np.quantile(means, level))
+        return centre + side * float(np.quantile(means, level))
 
     tail = (1 - confidence) / 2
-    low, high = bound(tail), bound(1 - tail)
+    low, high = sorted((bound(tail), bound(1 - tail)))
     return Interval(value=centre, low=low, high=high, confidence=confidence, num_rows=len(x_N), method="bca")
 
 
