@@ -128,6 +128,14 @@ def advise(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
+@app.command(context_settings=PASSED_ON)
+def bench(context: typer.Context) -> None:
+    """Measure methods, engines and sizes of a recipe: speed and peak memory, beside the plan of each."""
+    from distft.bench.command import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 def launch_command(nproc: int, arguments: list[str]) -> list[str]:
     """The command line that starts `nproc` processes of the main job on this machine."""
     module = ["-m", "distft.train", *arguments]

@@ -89,7 +89,7 @@ def _part(name: str, worst: Worst, advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         size = f"{worst.sequences} x {worst.longest:,} tokens"
         raise MachineError(
@@ -97,7 +97,7 @@ def _part(name: str, worst: Worst, advice: Callable[[], str]) -> Iterator[None]:
         ) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """On an accelerator torch has a class for it; on a CPU it is a sentence."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 

@@ -159,16 +159,21 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _machine() -> dict[str, Any]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a run's numbers depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("distft", *PACKAGES):
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
+    return found
+
+
+def _machine() -> dict[str, Any]:
     return {
         "started": _now(),
-        "versions": versions,
+        "versions": versions(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

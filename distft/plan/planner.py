@@ -81,7 +81,7 @@ class Planner:
         refused: list[Refused] = []
         pairs = [(method, engine) for method in methods or [own.method.name] for engine in engines or [""]]
         for method, engine in pairs:
-            extra = [*_method_override(own, method), *_engine_override(own, engine or own.engine.name)]
+            extra = [*method_override(own, method), *engine_override(own, engine or own.engine.name)]
             try:
                 planned.append(self.case(extra))
             except (RecipeError, MachineError) as error:
@@ -94,7 +94,7 @@ class Planner:
         """What would make `case` fit."""
         recipe = case.setup.recipe
         own = self.recipe()
-        base = [*_method_override(own, recipe.method.name), *_engine_override(own, case.setup.engine)]
+        base = [*method_override(own, recipe.method.name), *engine_override(own, case.setup.engine)]
         return changes(case, lambda extra, machine: self.case([*base, *extra], machine))
 
     def limit(self, what: str, case: Case) -> Limit:
@@ -103,7 +103,7 @@ class Planner:
         What the recipe leaves to `auto` stays as `case` has it, but for the micro-batch under `seq` and `model`: one.
         """
         own = self.recipe()
-        base = [*_method_override(own, case.setup.recipe.method.name), *_engine_override(own, case.setup.engine)]
+        base = [*method_override(own, case.setup.recipe.method.name), *engine_override(own, case.setup.engine)]
         base.append(f'train.activation_checkpointing="{case.setup.checkpointing}"')
         world = self.machine.world
         match what:
@@ -127,7 +127,7 @@ class Planner:
                 return largest(what, deep, step=model.depths[-1])
 
 
-def _method_override(own: Recipe, method: str) -> list[str]:
+def method_override(own: Recipe, method: str) -> list[str]:
     """`own`'s settings of the method as far as another method has them too."""
     if method == own.method.name:
         return []
@@ -136,7 +136,8 @@ def _method_override(own: Recipe, method: str) -> list[str]:
     return [f"method={toml_value({'name': method, **kept})}"]
 
 
-def _engine_override(own: Recipe, engine: str) -> list[str]:
+def engine_override(own: Recipe, engine: str) -> list[str]:
+    """`own`'s settings of the engine as far as another engine has them too."""
     if engine == own.engine.name:
         return []
     known = REGISTRIES.engine[engine].params.model_fields

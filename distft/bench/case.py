@@ -1,0 +1,322 @@
+"""`python -m distft.bench.case SPEC.json`: one case in processes of its own, through the job's parts and its loop.
+
+What happens is what `distft.job` does from its rows to its last step; nothing is evaluated, saved or exported. Rank 0
+writes the measurement; a rank that fails writes why. See `distft.bench.launch` for who starts this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distft.bench.memory import die_with_parent, set_limit
+
+if TYPE_CHECKING:
+    from distft.bench.meter import Clock, Count
+    from distft.core.types import Engine
+    from distft.engine.processes import Processes
+    from distft.model.load import MetaModel
+    from distft.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What the processes of a case are told."""
+
+    recipe: str
+    """The resolved recipe's file."""
+    out: str
+    """Where rank 0 writes the measurement; failures go beside it."""
+    rows: str
+    """real | full."""
+    warmup: int
+    steps: int
+    limit_gib: float | None = None
+    """Of each process on a CPU; see `memory.set_limit`."""
+
+    @classmethod
+    def read(cls, path: Path) -> Spec:
+        """From the JSON that `write` left."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    def failure(self, rank: int) -> Path:
+        """Where a rank writes why it failed."""
+        return Path(f"{self.out}.failed.{rank}")
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """Train, and return rank 0's record of it (other ranks return theirs, which nobody reads).
+
+    Raises:
+        DistftError: the recipe cannot run like this here.
+    """
+    from distft import assemble
+    from distft.bench.rows import FullSteps
+    from distft.catalog import REGISTRIES
+    from distft.core.log import quiet_libraries
+    from distft.demo.files import locate
+    from distft.engine import processes
+    from distft.model import load
+    from distft.recipe import load_recipe
+
+    quiet_libraries()
+    _, rank, world, _ = processes.placed_by(os.environ)
+    say = _say if rank == 0 else _say_nothing
+    recipe = load_recipe(spec.recipe, registries=REGISTRIES)
+    located = locate(recipe)
+    cut = assemble.layout(recipe, world)
+    if spec.rows == "real":
+        # Nothing is held out here, and preparing rows that nobody evaluates takes time.
+        rows = assemble.data(_without_eval(located), cut, rank, world, say)
+    else:
+        config = load.read_config(load.find_folder(located.model)).get_text_config()
+        steps = FullSteps(
+            seed=recipe.seed,
+            vocabulary=config.vocab_size,
+            max_length=recipe.data.max_length,
+            num_steps=recipe.train.max_steps or 0,
+            global_batch_size=recipe.train.global_batch_size,
+            micro_batch_size=cut.micro_batch_size,
+            rank=rank,
+            world=world,
+        )
+        rows = assemble.Data(
+            steps=steps,  # type: ignore[arg-type]  # all of `StepSource`, and what the meters ask
+            eval_steps=None,
+            fingerprint={},
+            largest_id=config.vocab_size - 1,
+            stop_ids=(),
+            longest=recipe.data.max_length,
+        )
+    placed = processes.join()
+    engine = assemble.open_engine(recipe, placed, say)
+    try:
+        return _Measurement(spec, recipe, located, cut, rows, placed, engine, say).record()
+    finally:
+        engine.close()
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Everything between opening the engine and leaving it."""
+
+    spec: Spec
+    recipe: Recipe
+    located: Recipe
+    cut: Any
+    rows: Any
+    placed: Processes
+    engine: Engine
+    say: Callable[[str], None]
+
+    def record(self) -> dict[str, Any]:
+        """Adopt, train, count, gather."""
+        from distft import assemble
+        from distft.bench import memory
+        from distft.bench.meter import Clock, Count, GradientBytes
+        from distft.core.types import TrainState
+        from distft.engine import held
+        from distft.model import stats
+
+        recipe, engine, placed = self.recipe, self.engine, self.placed
+        device = memory.Device(placed.device)
+        own = memory.host()["data_bytes"]
+        built = assemble.model(self.located, placed, self.cut, self.rows, self.say)
+        facts = assemble.run_facts(built, placed, TrainState())
+        counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
+        products = sum(
+            layer.in_features * layer.out_features for layer in built.module.modules() if hasattr(layer, "in_features")
+        )
+        rule = assemble.update_rule(recipe, built, self.rows.steps.num_steps)
+        engine.adopt(built, rule, micros_per_step=self.cut.micros_per_step)
+        device.phase("load")
+        graphs = _compiled_graphs if recipe.train.compile else lambda: 0
+        clock = Clock(
+            warmup=self.spec.warmup,
+            steps=self.spec.steps,
+            sync=device.sync,
+            graphs=graphs,
+            edge=lambda: device.phase("first_steps"),
+        )
+        gradients = GradientBytes(lambda: held.gradients(engine))
+        began = time.perf_counter()
+        state = self._fit(TrainState(), clock, facts, gradients)
+        device.phase("steady_step")
+        self.say(f"{len(clock.losses)} steps in {time.perf_counter() - began:.1f} s")
+        after = held.count(engine)
+        mine: dict[str, Any] = {
+            "held": {f"{name}_bytes": value for name, value in vars(after).items()}
+            | {"gradients_bytes": gradients.held},
+            "device": device.read() | {"peaks": device.peaks},
+            "host": memory.host() | {"own_data_bytes": own},
+            "slots": clock.slots,
+            "squares": clock.squares,
+        }
+        if placed.device.type == "cpu":
+            once = Count(1)
+            mine["tensor_growth_bytes"] = memory.cpu_growth(lambda: self._fit(state, once, facts))
+        ranks = engine.gather(mine)
+        return {
+            "ran": ran | {"parameters": counts.total, "trained_parameters": counts.trainable},
+            "speed": self._speed(clock, facts, ranks, products, memory.matmul_rate(placed.device)),
+            "loss": clock.losses,
+            "grad_norm": clock.grad_norms,
+            "left_out": clock.left_out,
+            "ranks": ranks,
+        }
+
+    def _fit(self, state: Any, clock: Clock | Count, facts: Any, *more: Any) -> Any:
+        """The job's loop, with the job's metrics and the clock, until the clock is done."""
+        from distft.bench.meter import Nobody
+        from distft.core.given import Every
+        from distft.loop import fit
+        from distft.metrics import METRICS, Meters
+        from distft.objectives.spec import Objective
+
+        metrics = [spec.build(facts) for spec in METRICS.values()]
+        never = Every(log=lambda step: False, eval=lambda step: False, save=lambda step: False)
+        return fit(
+            state,
+            self.rows.steps,
+            (),
+            engine=self.engine,
+            objective=Objective(spec=self.recipe.objective.spec, params=self.recipe.objective.params),
+            meters=Meters([*metrics, clock, *more], [], epoch_at=self.rows.steps.epoch_at),
+            checkpoints=Nobody(),
+            guard=Nobody(),
+            best=Nobody(),
+            stop=lambda: clock.done,
+            every=never,
+        )
+
+    def _ran(self, built: MetaModel, device_name: str) -> dict[str, Any]:
+        """What was left open in the recipe, as it was decided here."""
+        import torch
+
+        from distft.model import savers
+
+        recipe, device = self.recipe, self.placed.device
+        wanted = recipe.train.activation_checkpointing
+        whole = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        return {
+            "engine": self.engine.name,
+            "world": self.placed.world,
+            "micro_batch_size": self.cut.micro_batch_size,
+            "micros_per_step": self.cut.micros_per_step,
+            "activation_checkpointing": savers.choose_checkpointing(wanted, self.cut.checkpointing, "")[0],
+            "attention": built.module.transformer.config._attn_implementation,
+            "cross_entropy": _head_loss(recipe, device),
+            "device": device_name,
+            "device_bytes": whole,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _speed(
+        self, clock: Clock, facts: Any, ranks: list[dict[str, Any]], products: int, rate: float | None
+    ) -> dict[str, Any]:
+        from distft.bench.meter import spread
+        from distft.core.accelerators import peak_flops
+
+        world, seconds = self.placed.world, clock.block_s
+        slots, squares = (sum(rank[key] for rank in ranks) for key in ("slots", "squares"))
+        needed = clock.tokens * facts.flops_per_token + squares * facts.flops_per_squared_length
+        # 12·L·h·d per token and position of a full (not causal) matrix; ours are 3.5 x 2·L·h·d of the causal half.
+        conventional = 6.0 * products * clock.tokens + squares * facts.flops_per_squared_length * 12 / 7
+        peak = peak_flops(facts.device_name)
+        return {
+            "tokens_per_s": clock.tokens / seconds,
+            "tokens_loss_per_s": clock.tokens_loss / seconds,
+            "slots_per_s": slots / seconds,
+            "block_s": seconds,
+            "step_s": asdict(spread(clock.times_s)),
+            "steps_s": clock.times_s,
+            "warmup_steps": clock.discarded,
+            "settled": clock.settled,
+            "mfu": peak and needed / (seconds * world * peak),
+            "mfu_conventional": peak and conventional / (seconds * world * peak),
+            "mfu_formulas": {
+                "mfu": "products the method needs and causal attention over each document / (s x ranks x bf16 peak)",
+                "mfu_conventional": "(6 N_matmul tokens + 12 L h d sum(len^2)) / (s x ranks x bf16 peak)",
+            },
+            "matmul_flops_per_s": rate,
+            "of_matmul_rate": rate and needed / (seconds * world * rate),
+        }
+
+
+def _without_eval(located: Recipe) -> Recipe:
+    return replace(located, data=located.data.model_copy(update={"eval": ()}))
+
+
+def _head_loss(recipe: Recipe, device: Any) -> str:
+    """Fused | chunked | full, as the model room chooses."""
+    from distft.model import cross_entropy
+
+    chosen = cross_entropy.choose(recipe.model.cross_entropy, device, per_token=recipe.objective.spec.per_token)
+    return chosen.__name__.removesuffix("_loss")
+
+
+def _compiled_graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def _say(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    """Other ranks: things are said once."""
+
+
+def why(error: BaseException) -> dict[str, str]:
+    """{kind: memory | refused | failed, reason} of what ended a case."""
+    from distft.core.errors import DistftError
+    from distft.rehearsal import is_out_of_memory
+
+    problems = getattr(error, "problems", ())
+    said = "; ".join(problem.message for problem in problems) or str(error).strip() or type(error).__name__
+    if is_out_of_memory(error):
+        return {"kind": "memory", "reason": said.splitlines()[0]}
+    kind = "refused" if isinstance(error, DistftError) and error.exit_code in (2, 3, 9) else "failed"
+    return {"kind": kind, "reason": said.splitlines()[0]}
+
+
+def main(argv: list[str]) -> int:
+    """One process of a case."""
+    import traceback
+
+    die_with_parent()
+    spec = Spec.read(Path(argv[0]))
+    rank = int(os.environ.get("RANK", "0"))
+    if spec.limit_gib is not None:
+        set_limit(spec.limit_gib)
+    try:
+        record = measure(spec)
+    except Exception as error:
+        traceback.print_exc()
+        with contextlib.suppress(OSError, MemoryError):
+            spec.failure(rank).write_text(json.dumps(why(error)), encoding="utf-8")
+        return 1
+    if rank == 0:
+        from distft.run_folder import write_atomic
+
+        write_atomic(Path(spec.out), json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    from distft.core.leave import leave
+
+    leave(main(sys.argv[1:]))

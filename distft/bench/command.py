@@ -1,0 +1,166 @@
+"""`python -m distft.bench RECIPE`: measures methods, engines, micro-batches and lengths, each in fresh processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distft.core.errors import DONE, DistftError, Problem, RecipeError
+
+AXES = {"micro": "micro-batch", "length": "length"}
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its options."""
+    made = argparse.ArgumentParser(
+        prog="distft bench",
+        description="Measure throughput and peak memory of a recipe's methods, engines and sizes, beside the plan of "
+        "each. A bench that was stopped goes on where it was: finished cases are kept in DIR/cases.",
+    )
+    made.add_argument("recipe", metavar="RECIPE", help="a TOML recipe")
+    made.add_argument("--methods", default="", metavar="full,lora,qlora", help="instead of the recipe's")
+    made.add_argument("--engines", default="", metavar="solo,zero3,…", help="instead of the recipe's; solo: 1 process")
+    made.add_argument("--micro", default="", metavar="1,2,4", help="micro-batch sizes instead of the recipe's")
+    made.add_argument("--lengths", default="", metavar="512,1024", help="max_length instead of the recipe's")
+    made.add_argument("--nproc", type=int, metavar="N", help="processes of a case; default: one per GPU, on a CPU 1")
+    made.add_argument("--steps", type=int, default=30, metavar="N", help="steps to measure (30; fewer say little)")
+    made.add_argument("--warmup", type=int, default=10, metavar="N", help="steps to discard before (10)")
+    made.add_argument(
+        "--rows", choices=("real", "full"), default="real",
+        help="real: the recipe's rows, what a run will see (default); full: mock rows of full length, the ceiling",
+    )  # fmt: skip
+    made.add_argument("--oom", choices=tuple(AXES), help="find the largest micro-batch or length instead, by bisection")
+    made.add_argument(
+        "--limit-gib", type=float, metavar="GIB",
+        help="on a CPU: private memory that each process may have (RLIMIT_DATA); a GPU's own memory is its limit",
+    )  # fmt: skip
+    made.add_argument("--timeout-s", type=float, default=3600.0, metavar="S", help="for one case (3600)")
+    made.add_argument("--output", type=Path, metavar="DIR", help="default: OUTPUT_DIR/NAME-bench of the recipe")
+    made.add_argument("--json", action="store_true", help="print bench.json instead of the table")
+    made.add_argument("--set", dest="overrides", action="append", default=[], metavar="table.key=value")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. A case that runs out of memory or cannot be is a result; one that fails otherwise is code 1."""
+    options = parser().parse_args(argv)
+    try:
+        return _run(options)
+    except DistftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
+    from distft.bench import facts
+    from distft.catalog import REGISTRIES
+    from distft.recipe import load_recipe
+
+    # Mistakes of the user are told before anything heavy is imported.
+    problems = list(_mistakes(options, facts.gpus()))
+    if problems:
+        raise RecipeError("distft bench", problems)
+    own = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
+    from distft.bench import cases, launch
+    from distft.bench.runner import Runner
+    from distft.core.log import quiet_libraries
+
+    quiet_libraries()
+    wanted = cases.Wanted(
+        recipe=options.recipe,
+        overrides=tuple(options.overrides),
+        methods=tuple(_words(options.methods)),
+        engines=tuple(_words(options.engines)),
+        micros=tuple(map(int, _words(options.micro))),
+        lengths=tuple(map(int, _words(options.lengths))),
+        nproc=options.nproc or max(1, len(facts.gpus())),
+        steps=options.steps,
+        warmup=options.warmup,
+        rows=options.rows,
+        limit_gib=options.limit_gib,
+    )
+    folder = options.output or own.run_dir.with_name(f"{own.name}-bench")
+    runner = Runner(folder, lambda case, at: launch.run_case(case, at, timeout_s=options.timeout_s), _say)
+    name = f"Bench of {own.name}"
+    if options.oom:
+        from distft.bench.boundary import search
+
+        boundary, tried = search(runner, wanted, own, options.oom, _say)
+        return _show(folder, name, tried, boundary, options)
+    listed = cases.grid(wanted)
+    return _show(folder, name, list(zip(listed, runner.all(listed), strict=True)), None, options)
+
+
+def _show(folder: Path, name: str, pairs: Sequence[Any], boundary: Any, options: argparse.Namespace) -> int:
+    from distft.bench import plots, table
+    from distft.bench.judge import judge
+    from distft.bench.planned import Planning
+    from distft.run_folder import write_atomic
+
+    planning = Planning()
+    records = judge([planning.beside(case, record) for case, record in pairs])
+    whole = {"schema": records[0]["schema"], "name": name, "records": records, "boundary": boundary}
+    text = table.markdown(name, records, boundary)
+    stem = folder / ("boundary" if options.oom else "bench")
+    write_atomic(stem.with_suffix(".json"), json.dumps(whole, indent=1) + "\n")
+    write_atomic(stem.with_suffix(".md"), text)
+    print(json.dumps(whole) if options.json else text)
+    if options.oom:
+        pass
+    elif plots.available():
+        for path in plots.draw(records, folder):
+            _say(f"plot: {path}")
+    else:
+        _say(plots.HOW)
+    _say(f"{stem.with_suffix('.json')}, {stem.with_suffix('.md')}")
+    failed = any(record["outcome"] == "failed" for record in records)
+    void = any(not record.get("loss_check", {"equal": True})["equal"] for record in records)
+    return 1 if failed or void else DONE
+
+
+def _mistakes(options: argparse.Namespace, gpus: list[str]) -> Any:
+    from distft.catalog import REGISTRIES
+    from distft.recipe.explain import did_you_mean
+
+    for flag, given, known in (
+        ("--methods", options.methods, list(REGISTRIES.method)),
+        ("--engines", options.engines, list(REGISTRIES.engine)),
+    ):
+        for word in _words(given):
+            if word not in known:
+                allowed = f"allowed: {', '.join(known)}"
+                yield Problem(message=f"{flag} {word}  unknown{did_you_mean(word, known)}", fix=allowed)
+    for flag, given in (("--micro", options.micro), ("--lengths", options.lengths)):
+        for word in _words(given):
+            if not word.isdecimal() or int(word) < 1:
+                yield Problem(message=f"{flag} {word}  must be whole numbers of at least 1, separated by commas")
+    for flag, number, least in (
+        ("--nproc", options.nproc, 1),
+        ("--steps", options.steps, 1),
+        ("--warmup", options.warmup, 1),
+    ):
+        if number is not None and number < least:
+            yield Problem(message=f"{flag} {number}  must be at least {least}")
+    if options.limit_gib is not None and options.limit_gib <= 0:
+        yield Problem(message=f"--limit-gib {options.limit_gib:g}  must be more than 0")
+    if options.limit_gib is not None and gpus:
+        yield Problem(
+            message="--limit-gib  limits the host memory of a run on CPUs, and this machine has a GPU",
+            fix="leave it out: the GPU's own memory is the limit; or hide the GPUs with CUDA_VISIBLE_DEVICES=",
+        )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _say(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)

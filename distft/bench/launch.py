@@ -1,0 +1,115 @@
+"""Fresh processes for one case, and what became of them: no crash of the benchmark, no process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from distft.bench.case import Spec
+from distft.bench.cases import Case
+from distft.bench.memory import die_with_parent
+
+GRACE_S = 15.0
+"""Between asking processes to end and killing them."""
+MEMORY_WORDS = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "std::bad_alloc",
+    "MemoryError",
+    "Cannot allocate memory",
+)
+OWN_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "GROUP_RANK")
+"""Of the environment: what a launcher of this command itself has left."""
+
+
+def run_case(case: Case, folder: Path, *, timeout_s: float) -> dict[str, Any]:
+    """{outcome: measured | memory | refused | failed, reason} and, when measured, rank 0's record.
+
+    Files go to `folder`, under the case's key: recipe, log.
+    """
+    stem = folder / case.key
+    recipe, log = stem.with_name(f"{case.key}.toml"), stem.with_name(f"{case.key}.log")
+    out, told = stem.with_name(f".{case.key}.out"), stem.with_name(f".{case.key}.spec")
+    recipe.write_text(case.text, encoding="utf-8")
+    spec = Spec(
+        recipe=str(recipe), out=str(out), rows=case.rows, warmup=case.warmup, steps=case.steps, limit_gib=case.limit_gib
+    )
+    left = [told, out, *map(spec.failure, range(case.world))]
+    _remove(left)
+    spec.write(told)
+    try:
+        code = start(_command(case.world, told), log, timeout_s=timeout_s)
+        if code == 0 and out.is_file():
+            return {"outcome": "measured", "reason": ""} | json.loads(out.read_text(encoding="utf-8"))
+        return _became(code, [spec.failure(rank) for rank in range(case.world)], log, timeout_s)
+    finally:
+        _remove(left)
+
+
+def start(command: list[str], log: Path, *, timeout_s: float) -> int | None:
+    """Its exit code, -N after signal N, None when it took too long. When this ends, however it ends, so have they."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(OWN_PREFIXES)}
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _end(process)
+
+
+def _command(world: int, told: Path) -> list[str]:
+    module = ["-m", "distft.bench.case", str(told)]
+    if world == 1:
+        return [sys.executable, *module]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
+    return [*torchrun, "localhost:0", "--nproc-per-node", str(world), *module]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask, then kill. A launcher ends its workers when it is asked, and they end with it when it is killed."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + GRACE_S
+        while process.poll() is None and time.monotonic() < until:
+            with contextlib.suppress(KeyboardInterrupt):  # of an impatient user: the ends are worth the wait
+                time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _became(code: int | None, failures: list[Path], log: Path, timeout_s: float) -> dict[str, Any]:
+    if code is None:
+        return {"outcome": "failed", "reason": f"not done after {timeout_s:,.0f} s; see {log.name}"}
+    said = [json.loads(path.read_text(encoding="utf-8")) for path in failures if path.is_file()]
+    for kind in ("memory", "refused"):
+        for one in said:
+            if one["kind"] == kind:
+                return {"outcome": kind, "reason": one["reason"]}
+    text = log.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
+        if any(word in line for word in MEMORY_WORDS):
+            return {"outcome": "memory", "reason": line.strip()}
+    if code == -signal.SIGKILL or "signal 9 (SIGKILL)" in text or "Signal 9 (SIGKILL)" in text:
+        return {"outcome": "memory", "reason": "killed (SIGKILL), as the kernel does when memory runs out"}
+    if said:
+        return {"outcome": "failed", "reason": f"{said[0]['reason']}; see {log.name}"}
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")
+    return {"outcome": "failed", "reason": f"exit code {code}: {last.strip()}; see {log.name}"}
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

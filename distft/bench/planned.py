@@ -1,0 +1,132 @@
+"""The plan of a case as it ran: same engine, processes, micro-batch and savers, beside what was counted there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distft.bench.cases import Case
+from distft.core import accelerators
+from distft.core.accelerators import GIB
+from distft.core.errors import DistftError
+from distft.demo.files import locate
+
+STATE = ("weights", "quant_constants", "gradients", "master", "optimizer", "pageable")
+
+
+class Planning:
+    """Plans cases of one model; what is read for one serves the next."""
+
+    def __init__(self) -> None:
+        self._planners: dict[str, Any] = {}
+
+    def beside(self, case: Case, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with `planned`; with why there is none where the planner cannot plan it.
+
+        A case that ran out of memory is planned as the recipe says, for nobody lived to tell what was chosen.
+        """
+        if record["outcome"] not in ("measured", "memory"):
+            return record
+        try:
+            return record | {"planned": self._plan(case, record)}
+        except DistftError as error:
+            return record | {"planned": None, "not_planned": str(error).splitlines()[0]}
+
+    def _plan(self, case: Case, record: dict[str, Any]) -> dict[str, Any]:
+        from distft.model import load
+        from distft.plan import memory, state
+        from distft.plan.case import plan
+        from distft.plan.machine import of_size
+        from distft.plan.planner import Planner, engine_override
+        from distft.plan.setup import Machine
+        from distft.recipe import parse_recipe
+
+        ran = record.get("ran") or _as_asked(record)
+        own = case.recipe
+        changes = [
+            *engine_override(own, ran["engine"]),
+            f"train.micro_batch_size={ran['micro_batch_size']}",
+            f'train.activation_checkpointing="{ran["activation_checkpointing"]}"',
+            f'model.cross_entropy="{ran["cross_entropy"]}"',
+        ]
+        recipe = parse_recipe(case.text, source=case.key, registries=_registries(), overrides=changes)
+        located = locate(recipe)
+        gib = (ran["device_bytes"] or record["hardware"]["memory_gib"] * GIB / case.world) / GIB
+        known = accelerators.of_device(ran["device"])
+        gpu = replace(known, memory_gib=gib) if known is not None else of_size(gib)
+        machine = Machine(gpu=gpu, gpus_per_node=case.world)
+        folder = str(load.find_folder(located.model))
+        if folder not in self._planners:
+            self._planners[folder] = Planner(path=case.key, overrides=(), folder=Path(folder), machine=machine)
+        inventory = self._planners[folder].inventory(located)
+        found = plan(located, inventory, machine, liger=ran["cross_entropy"] == "fused")
+        fixed = memory.CONTEXT_BYTES + (memory.NCCL_BYTES if case.world > 1 else 0)
+        ranks = [
+            state.of_rank(
+                inventory, ran["engine"], recipe.optim.spec, recipe.optim.params, world=case.world, rank=rank,
+                offload=found.setup.offload,
+            )
+            for rank in range(case.world)
+        ]  # fmt: skip
+        shown = found.to_json()
+        return {
+            "per_rank": shown["per_rank"],
+            "phases": shown["phases"],
+            # What the allocator is asked for: without context, NCCL and the allowance for fragmentation.
+            "tensors": {
+                name: round((value - fixed) / (1 + memory.FRAGMENTATION))
+                for name, value in vars(found.memory.phases).items()
+            },
+            "state_by_rank": [{f"{name}_bytes": getattr(one, name) for name in STATE} for one in ranks],
+            "tokens_per_s_predicted": shown["tokens_per_s_predicted"] if known is not None else None,
+            "mfu_predicted": shown["mfu_predicted"] if known is not None else None,
+        }
+
+
+def _as_asked(record: dict[str, Any]) -> dict[str, Any]:
+    case = record["case"]
+    gpus = record["hardware"]["gpus"]
+    return {
+        "engine": case["engine"],
+        "micro_batch_size": case["micro_batch_size"] if case["micro_batch_size"] != "auto" else 1,
+        "activation_checkpointing": "off",
+        "cross_entropy": "chunked",
+        "device": gpus[0] if gpus else "cpu",
+        "device_bytes": None,
+    }
+
+
+def _registries() -> Any:
+    from distft.catalog import REGISTRIES
+
+    return REGISTRIES
+
+
+def state_bytes(held: dict[str, int]) -> int:
+    """All of one rank's state, at the end of a backward pass."""
+    return sum(held[f"{name}_bytes"] for name in STATE if name != "pageable")
+
+
+def peak_bytes(record: dict[str, Any]) -> int | None:
+    """Most bytes of tensors on the rank that had most.
+
+    On a GPU the allocator's; on a CPU state that is held between steps, and what one more step put on top of it.
+    """
+    ranks = record["ranks"]
+    if ranks[0]["device"]["allocated_bytes"] is not None:
+        return max(rank["device"]["allocated_bytes"] for rank in ranks)
+    return max(
+        state_bytes(rank["held"] | {"gradients_bytes": 0}) + rank["tensor_growth_bytes"]
+        for rank in ranks
+    )  # fmt: skip
+
+
+def planned_peak(record: dict[str, Any]) -> int | None:
+    """What `peak_bytes` is predicted to be: of all phases on a GPU, of a later step on a CPU, where one is measured."""
+    planned = record.get("planned")
+    if not planned:
+        return None
+    if record["outcome"] == "measured" and record["ranks"][0]["device"]["allocated_bytes"] is not None:
+        return max(planned["tensors"].values())
+    return planned["tensors"]["steady_step"]

@@ -1,0 +1,140 @@
+"""Records as pictures: memory by component planned against measured, tokens/s by method, memory against length."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distft.bench.planned import peak_bytes, planned_peak
+from distft.bench.table import MIB, name_of
+
+HOW = 'plots need matplotlib: pip install "distft[bench]"'
+COMPONENTS = {
+    "weights": "#4477AA",
+    "quant_constants": "#66CCEE",
+    "gradients": "#CCBB44",
+    "master": "#AA3377",
+    "optimizer": "#228833",
+    "activations and rest": "#BBBBBB",
+}
+"""Colours that people without some of them can tell apart. Source: Paul Tol, https://personal.sron.nl/~pault/"""
+METHODS = ("#4477AA", "#228833", "#EE6677", "#AA3377", "#CCBB44", "#66CCEE")
+
+
+def available() -> bool:
+    """Whether there is anything to draw with."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write the pictures that `records` have figures for; SVG, text as text."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "distft",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
+    measured = [record for record in records if record["outcome"] == "measured"]
+    drawn = [_memory_by_component(measured), _speed_by_method(measured), _memory_by_length(measured)]
+    names = ("memory-by-component", "tokens-per-s", "memory-by-length")
+    written = []
+    for name, figure in zip(names, drawn, strict=True):
+        if figure is not None:
+            path = folder / f"{name}.svg"
+            figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+            written.append(path)
+    return written
+
+
+def components(record: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(planned, measured) bytes of each component on rank 0; the last is the peak less the others.
+
+    The peak need not be at a moment when gradients are there, so the rest is what exceeds the whole state, if anything.
+    """
+    plan, held = record["planned"]["state_by_rank"][0], record["ranks"][0]["held"]
+    parts = {name: (plan[f"{name}_bytes"], held[f"{name}_bytes"]) for name in COMPONENTS if f"{name}_bytes" in plan}
+    tops = (planned_peak(record) or 0, peak_bytes(record) or 0)
+    rest = tuple(max(0, top - sum(part[side] for part in parts.values())) for side, top in enumerate(tops))
+    return parts | {"activations and rest": (rest[0], rest[1])}
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _label(record: dict[str, Any]) -> str:
+    case = record["case"]
+    return f"{name_of(record)}\nm {record['ran']['micro_batch_size']}, {case['max_length']:,}"
+
+
+def _memory_by_component(records: Sequence[dict[str, Any]]) -> Any:
+    shown = [record for record in records if record.get("planned")]
+    if not shown:
+        return None
+    figure, axes = _figure(7.5, 0.6 + 0.42 * len(shown))
+    for place, record in enumerate(shown):
+        at = {"planned": place - 0.19, "measured": place + 0.19}
+        ends = [0.0, 0.0]
+        for name, pair in components(record).items():
+            for side, (y, opacity) in enumerate(((at["planned"], 0.5), (at["measured"], 1.0))):
+                size = pair[side] / MIB
+                axes.barh(y, size, 0.34, left=ends[side], color=COMPONENTS[name], alpha=opacity, linewidth=0)
+                ends[side] += size
+    for name, colour in COMPONENTS.items():
+        axes.barh(0, 0, color=colour, label=name.replace("_", " "))
+    axes.set_yticks(range(len(shown)), [_label(record).replace("\n", ", ") for record in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel("MiB on rank 0; of each pair the upper, pale bar is planned, the lower one measured")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(COMPONENTS), columnspacing=1, handlelength=1)
+    return figure
+
+
+def _speed_by_method(records: Sequence[dict[str, Any]]) -> Any:
+    shown = [record for record in records if record.get("loss_check", {}).get("equal", True)]
+    if not shown:
+        return None
+    figure, axes = _figure(7.5, 0.6 + 0.27 * len(shown))
+    methods = list(dict.fromkeys(record["case"]["method"] for record in shown))
+    colours = dict(zip(methods, METHODS * len(methods), strict=False))
+    rates = [record["speed"]["tokens_per_s"] for record in shown]
+    axes.barh(range(len(shown)), rates, 0.7, color=[colours[record["case"]["method"]] for record in shown])
+    for place, rate in enumerate(rates):
+        axes.text(rate, place, f" {rate:,.0f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(shown)), [_label(record).replace("\n", ", ") for record in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel("real tokens/s of all processes")
+    return figure
+
+
+def _memory_by_length(records: Sequence[dict[str, Any]]) -> Any:
+    lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        key = (name_of(record), record["ran"]["micro_batch_size"])
+        lines.setdefault(key, []).append(record)
+    lines = {key: found for key, found in lines.items() if len({one["case"]["max_length"] for one in found}) > 1}
+    if not lines:
+        return None
+    figure, axes = _figure(7.5, 4.2)
+    for number, ((name, micro), found) in enumerate(lines.items()):
+        found = sorted(found, key=lambda one: one["case"]["max_length"])
+        x = [one["case"]["max_length"] for one in found]
+        colour = f"C{number % 10}"
+        style = ("o", "s", "^", "D")[number // 10 % 4]
+        axes.plot(x, [peak_bytes(one) / MIB for one in found], style, color=colour, label=f"{name}, m {micro}")  # type: ignore[operator]
+        planned = [(at, plan / MIB) for at, one in zip(x, found, strict=True) if (plan := planned_peak(one))]
+        axes.plot(*zip(*planned, strict=True), "-", color=colour, linewidth=0.8) if planned else None
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens in a sequence")
+    axes.set_ylabel("peak, MiB on the rank that has most\nmarks measured, lines planned")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    return figure

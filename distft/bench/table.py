@@ -1,0 +1,184 @@
+"""Records as Markdown: what they were measured on, one row for each case, the boundary of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from distft.bench.planned import peak_bytes, planned_peak, state_bytes
+from distft.bench.runner import OUTCOMES
+from distft.core.accelerators import GIB
+
+MIB = 2**20
+COLUMNS = ("method", "engine", "micro", "length", "tokens/s", "ratio", "step ms, median [p10, p90]", "peak",
+           "planned", "difference", "state planned", "state measured", "note")  # fmt: skip
+
+
+def markdown(name: str, records: Sequence[dict[str, Any]], boundary: dict[str, Any] | None = None) -> str:
+    """The whole page."""
+    lines = [f"# {name}", "", *_head(records), "", _row(COLUMNS), _row("---" for _ in COLUMNS)]
+    lines += [_row(_cells(record, baseline(record, records))) for record in records]
+    lines += ["", *_legend(records)]
+    if boundary is not None:
+        lines += ["", *_boundary(boundary)]
+    return "\n".join(lines) + "\n"
+
+
+def baseline(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What a record's ratio is to: full fine-tuning otherwise alike, else the first of the same length."""
+    measured = [one for one in records if one["outcome"] == "measured"]
+
+    def alike(one: dict[str, Any], *keys: str) -> bool:
+        return all(one["case"][key] == record["case"][key] for key in keys)
+
+    full = (
+        one
+        for one in measured
+        if one["case"]["method"] == "full" and alike(one, "engine", "world", "micro_batch_size", "max_length", "rows")
+    )
+    return next(full, next((one for one in measured if alike(one, "max_length", "rows")), None))
+
+
+def compact(num_bytes: float | None) -> str:
+    """GiB from one on, MiB below."""
+    if num_bytes is None:
+        return "–"
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
+
+
+def name_of(record: dict[str, Any]) -> str:
+    """A case in a few words, for rows and axes."""
+    case = record["case"]
+    ranks = f" x {case['world']}" if case["world"] > 1 else ""
+    return f"{case['method']} {case['engine']}{ranks}"
+
+
+def _cells(record: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
+    case, ran = record["case"], record.get("ran", {})
+    engine = ran.get("engine", case["engine"])
+    world = case["world"]
+    micro = ran.get("micro_batch_size", case["micro_batch_size"])
+    shown = [case["method"], f"{engine} x {world}" if world > 1 else engine, str(micro), str(case["max_length"])]
+    planned = planned_peak(record)
+    if record["outcome"] != "measured":
+        state = record["planned"]["state_by_rank"][0] if record.get("planned") else None
+        rest = ["–", "–", "–", "–", compact(planned), "–", "–" if state is None else f"{state_bytes(state):,}", "–"]
+        return [*shown, *rest, f"{OUTCOMES[record['outcome']]}: {record['reason']}"]
+    speed, peak = record["speed"], peak_bytes(record)
+    step = speed["step_s"]
+    held = record["ranks"][0]["held"]
+    state = record["planned"]["state_by_rank"][0] if record.get("planned") else None
+    difference = "–" if peak is None or planned is None else f"{100 * (planned - peak) / peak:+.1f} %"
+    ratio = f"{speed['tokens_per_s'] / base['speed']['tokens_per_s']:.2f}" if base and _valid(record) else "–"
+    return [
+        *shown,
+        f"{speed['tokens_per_s']:,.0f}" if _valid(record) else "void",
+        ratio,
+        f"{step['median'] * 1e3:,.1f} [{step['p10'] * 1e3:,.1f}, {step['p90'] * 1e3:,.1f}]",
+        compact(peak),
+        compact(planned),
+        difference,
+        "–" if state is None else f"{state_bytes(state):,}",
+        f"{state_bytes(held):,}",
+        "; ".join(notes(record)),
+    ]
+
+
+def _valid(record: dict[str, Any]) -> bool:
+    return record.get("loss_check", {}).get("equal", True)
+
+
+def notes(record: dict[str, Any]) -> Iterator[str]:
+    """What a reader must know of a measured row."""
+    check = record.get("loss_check")
+    if check and not check["equal"]:
+        left = f", {record['left_out']} updates left out" if record["left_out"] else ""
+        apart = f"by {check['early']:.1e} early, {check['all']:.1e} in all{left}"
+        yield f"VOID: its losses differ from {check['reference']} {apart}"
+    retries = sum(rank["device"]["alloc_retries"] or 0 for rank in record["ranks"])
+    if retries:
+        yield f"{retries} allocation retries: too full to be fast"
+    if not record["speed"]["settled"]:
+        yield "graphs were still being compiled"
+    if record.get("planned"):
+        wrong = [
+            rank
+            for rank, (held, plan) in enumerate(zip(record["ranks"], record["planned"]["state_by_rank"], strict=True))
+            if held["held"] != plan
+        ]
+        if wrong:
+            yield f"state differs from the plan on rank {', '.join(map(str, wrong))}"
+    elif "not_planned" in record:
+        yield f"not planned: {record['not_planned']}"
+    if record["speed"]["mfu"]:
+        yield f"MFU {record['speed']['mfu']:.1%}, {record['speed']['of_matmul_rate']:.1%} of the matmul rate"
+    if record["case"]["limit_gib"]:
+        yield f"under {record['case']['limit_gib']:g} GiB"
+
+
+def _head(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    first = records[0]
+    machine, code, case = first["hardware"], first["code"], first["case"]
+    threads = sorted({record["ran"]["threads"] for record in records if "ran" in record})
+    on = f"{len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else "no GPU"
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version)
+    dates = sorted({record["date"][:10] for record in records})
+    yield (
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {(code['commit'] or 'unknown')[:12]}"
+        f"{' and changes' if code['dirty'] else ''}; {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, {on}; {', '.join(map(str, threads))} thread(s) a process."
+    )
+    yield f"{versions}."
+    kind = {"real": "the recipe's rows", "full": "full-length mock rows"}[case["rows"]]
+    yield (
+        f"{kind[0].upper()}{kind[1:]}; {case['steps']} steps measured after at least {case['warmup']}; "
+        f"{case['global_batch_size']} sequences a step; {case['model'] and case['model']['path']}, "
+        f"{case['model'] and case['model']['dtype']}; {case['optim'] and case['optim']['name']}."
+    )
+
+
+def _legend(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    measured = [record for record in records if record["outcome"] == "measured"]
+    yield "tokens/s: real tokens of all processes. ratio: to full fine-tuning otherwise alike, else to the first row of"
+    yield "its length. state: bytes of weights, constants, gradients, masters and optimizer on rank 0."
+    on_gpu = measured and measured[0]["ranks"][0]["device"]["allocated_bytes"] is not None
+    if on_gpu:
+        yield "peak: the allocator's, of all phases; planned: without context, NCCL and fragmentation."
+    else:
+        yield "peak: tensors on the CPU in one more step, counted by torch's allocator; planned: the same, of a later step,"
+        yield "so without what a GPU adds (context, fragmentation)."
+    if measured:
+        checks = [record["loss_check"] for record in measured if "loss_check" in record]
+        worst = max(checks, key=lambda check: check["early"], default=None)
+        if worst is not None:
+            whole = max(check["all"] for check in checks)
+            yield (
+                f"Losses: cases of one method and length agree within {worst['early']:.1e} in the first 6 steps and "
+                f"{whole:.1e} in all (allowed: {_allowed(checks)})."
+            )
+
+
+def _allowed(checks: Sequence[dict[str, Any]]) -> str:
+    said = {check["why"]: f"{check['tolerance_early']:g} and {check['tolerance_all']:g}" for check in checks}
+    return "; ".join(f"{numbers} for {why}" for why, numbers in said.items())
+
+
+def _boundary(boundary: dict[str, Any]) -> Iterator[str]:
+    yield f"## Boundary of memory: {boundary['axis']}"
+    yield ""
+    yield f"{boundary['case']}. Limit: {boundary['limit']}."
+    yield f"Every try a fresh process, {boundary['steps']} steps or more, full-length rows, two micro-batches a step."
+    yield ""
+    yield _row((boundary["axis"], "outcome", "tensors planned", "tensors measured", "process itself", "planned in all"))
+    yield _row("---" for _ in range(6))
+    for one in boundary["tries"]:
+        planned, own = one["planned_bytes"], one["own_bytes"]
+        total = None if planned is None or own is None else planned + own
+        sizes = (planned, one["peak_bytes"], own, total)
+        yield _row([str(one["value"]), one["outcome"], *map(compact, sizes)])
+    yield ""
+    yield f"**{boundary['found']}**"
+
+
+def _row(cells: Any) -> str:
+    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
