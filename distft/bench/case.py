@@ -11,10 +11,11 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distft.bench.memory import die_with_parent, set_limit
 
@@ -55,8 +56,8 @@ class Spec:
         return Path(f"{self.out}.failed.{rank}")
 
 
-def measure(spec: Spec) -> dict[str, Any]:
-    """Train, and return rank 0's record of it (other ranks return theirs, which nobody reads).
+def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
+    """Train; (rank 0's record of it, equal on the others but for times; the closed engine).
 
     Raises:
         DistftError: the recipe cannot run like this here.
@@ -102,7 +103,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     placed = processes.join()
     engine = assemble.open_engine(recipe, placed, say)
     try:
-        return _Measurement(spec, recipe, located, cut, rows, placed, engine, say).record()
+        return _Measurement(spec, recipe, located, cut, rows, placed, engine, say).record(), engine
     finally:
         engine.close()
 
@@ -135,9 +136,7 @@ class _Measurement:
         built = assemble.model(self.located, placed, self.cut, self.rows, self.say)
         facts = assemble.run_facts(built, placed, TrainState())
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
-        products = sum(
-            layer.in_features * layer.out_features for layer in built.module.modules() if hasattr(layer, "in_features")
-        )
+        products = sum(weights for weights, _ in stats.products(built.module))
         rule = assemble.update_rule(recipe, built, self.rows.steps.num_steps)
         engine.adopt(built, rule, micros_per_step=self.cut.micros_per_step)
         device.phase("load")
@@ -165,6 +164,7 @@ class _Measurement:
         }
         if placed.device.type == "cpu":
             once = Count(1)
+            mine["tensors_bytes"] = memory.cpu_tensors()
             mine["tensor_growth_bytes"] = memory.cpu_growth(lambda: self._fit(state, once, facts))
         ranks = engine.gather(mine)
         return {
@@ -228,7 +228,9 @@ class _Measurement:
         from distft.bench.meter import spread
         from distft.core.accelerators import peak_flops
 
-        world, seconds = self.placed.world, clock.block_s
+        world, steps = self.placed.world, spread(clock.times_s)
+        # A median is what the next step takes; the whole block is what an interruption has made of it.
+        seconds = len(clock.times_s) * steps.median
         slots, squares = (sum(rank[key] for rank in ranks) for key in ("slots", "squares"))
         needed = clock.tokens * facts.flops_per_token + squares * facts.flops_per_squared_length
         # 12·L·h·d per token and position of a full (not causal) matrix; ours are 3.5 x 2·L·h·d of the causal half.
@@ -238,14 +240,16 @@ class _Measurement:
             "tokens_per_s": clock.tokens / seconds,
             "tokens_loss_per_s": clock.tokens_loss / seconds,
             "slots_per_s": slots / seconds,
-            "block_s": seconds,
-            "step_s": asdict(spread(clock.times_s)),
+            "block_tokens_per_s": clock.tokens / clock.block_s,
+            "block_s": clock.block_s,
+            "step_s": asdict(steps),
             "steps_s": clock.times_s,
             "warmup_steps": clock.discarded,
             "settled": clock.settled,
             "mfu": peak and needed / (seconds * world * peak),
             "mfu_conventional": peak and conventional / (seconds * world * peak),
-            "mfu_formulas": {
+            "formulas": {
+                "tokens_per_s": "tokens of the measured steps / (steps x median step)",
                 "mfu": "products the method needs and causal attention over each document / (s x ranks x bf16 peak)",
                 "mfu_conventional": "(6 N_matmul tokens + 12 L h d sum(len^2)) / (s x ranks x bf16 peak)",
             },
@@ -293,9 +297,13 @@ def why(error: BaseException) -> dict[str, str]:
     return {"kind": kind, "reason": said.splitlines()[0]}
 
 
-def main(argv: list[str]) -> int:
-    """One process of a case."""
-    import traceback
+def main(argv: list[str]) -> NoReturn:
+    """One process of a case.
+
+    It ends by `leave` while the engine, or the error whose frames hold it, is still referred to: the destructor of a
+    gloo group whose other ranks have gone may wait for ever (torch 2.13; under ddp in one of eight ends).
+    """
+    from distft.core.leave import leave
 
     die_with_parent()
     spec = Spec.read(Path(argv[0]))
@@ -303,20 +311,18 @@ def main(argv: list[str]) -> int:
     if spec.limit_gib is not None:
         set_limit(spec.limit_gib)
     try:
-        record = measure(spec)
+        record, engine = measure(spec)
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(OSError, MemoryError):
             spec.failure(rank).write_text(json.dumps(why(error)), encoding="utf-8")
-        return 1
-    if rank == 0:
+        leave(1)
+    if engine.rank == 0:
         from distft.run_folder import write_atomic
 
         write_atomic(Path(spec.out), json.dumps(record))
-    return 0
+    leave(0)
 
 
 if __name__ == "__main__":
-    from distft.core.leave import leave
-
-    leave(main(sys.argv[1:]))
+    main(sys.argv[1:])

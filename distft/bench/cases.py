@@ -98,6 +98,7 @@ class Case:
             "method_params": table.get("method"),
             "optim": table.get("optim"),
             "global_batch_size": table.get("train", {}).get("global_batch_size"),
+            "activation_checkpointing": table.get("train", {}).get("activation_checkpointing"),
             "compile": table.get("train", {}).get("compile"),
             "packing": table.get("data", {}).get("packing"),
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import resource
 import signal
 import sys
@@ -96,6 +98,21 @@ class Device:
             return total - free
 
 
+def cpu_tensors() -> int:
+    """Bytes of all tensors on the CPU that Python can reach, each storage once: state, buffers, what libraries keep."""
+    import torch
+
+    gc.collect()
+    sizes: dict[int, int] = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
+            storage = found.untyped_storage()
+            with contextlib.suppress(RuntimeError):  # a wrapper around another tensor (DTensor): it has no bytes itself
+                sizes[storage.data_ptr()] = storage.nbytes()
+    sizes.pop(0, None)
+    return sum(sizes.values())
+
+
 def cpu_growth(work: Callable[[], None]) -> int:
     """Most bytes of tensors on the CPU that existed at one time during `work` beyond those that were there before.
 
@@ -105,7 +122,8 @@ def cpu_growth(work: Callable[[], None]) -> int:
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]  # there once the profile has ended
+    events = [event for event in results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -122,11 +140,11 @@ def matmul_rate(device: Any) -> float | None:
     size, rounds = 8192, 20
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
-        a @ b
+        torch.matmul(a, b)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(rounds):
-        a @ b
+        torch.matmul(a, b)
     end.record()
     end.synchronize()
     return rounds * 2.0 * size**3 / (begin.elapsed_time(end) / 1000)

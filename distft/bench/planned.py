@@ -86,12 +86,12 @@ class Planning:
 
 def _as_asked(record: dict[str, Any]) -> dict[str, Any]:
     case = record["case"]
-    gpus = record["hardware"]["gpus"]
+    gpus, wanted, loss = record["hardware"]["gpus"], case["activation_checkpointing"], case["model"]["cross_entropy"]
     return {
         "engine": case["engine"],
         "micro_batch_size": case["micro_batch_size"] if case["micro_batch_size"] != "auto" else 1,
-        "activation_checkpointing": "off",
-        "cross_entropy": "chunked",
+        "activation_checkpointing": wanted if wanted != "auto" else "full" if gpus else "off",
+        "cross_entropy": loss if loss != "auto" else "chunked",
         "device": gpus[0] if gpus else "cpu",
         "device_bytes": None,
     }
@@ -108,18 +108,15 @@ def state_bytes(held: dict[str, int]) -> int:
     return sum(held[f"{name}_bytes"] for name in STATE if name != "pageable")
 
 
-def peak_bytes(record: dict[str, Any]) -> int | None:
+def peak_bytes(record: dict[str, Any]) -> int:
     """Most bytes of tensors on the rank that had most.
 
-    On a GPU the allocator's; on a CPU state that is held between steps, and what one more step put on top of it.
+    On a GPU the allocator's; on a CPU what exists between two steps, and what one more step put on top of it.
     """
     ranks = record["ranks"]
     if ranks[0]["device"]["allocated_bytes"] is not None:
         return max(rank["device"]["allocated_bytes"] for rank in ranks)
-    return max(
-        state_bytes(rank["held"] | {"gradients_bytes": 0}) + rank["tensor_growth_bytes"]
-        for rank in ranks
-    )  # fmt: skip
+    return max(rank["tensors_bytes"] + rank["tensor_growth_bytes"] for rank in ranks)
 
 
 def planned_peak(record: dict[str, Any]) -> int | None:

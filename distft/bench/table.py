@@ -10,6 +10,8 @@ from distft.bench.runner import OUTCOMES
 from distft.core.accelerators import GIB
 
 MIB = 2**20
+STEADY = 0.9
+"""Of the rate by the median step that the whole block reaches, if nothing interrupts it."""
 COLUMNS = ("method", "engine", "micro", "length", "tokens/s", "ratio", "step ms, median [p10, p90]", "peak",
            "planned", "difference", "state planned", "state measured", "note")  # fmt: skip
 
@@ -68,7 +70,7 @@ def _cells(record: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
     step = speed["step_s"]
     held = record["ranks"][0]["held"]
     state = record["planned"]["state_by_rank"][0] if record.get("planned") else None
-    difference = "–" if peak is None or planned is None else f"{100 * (planned - peak) / peak:+.1f} %"
+    difference = "–" if planned is None else f"{100 * (planned - peak) / peak:+.1f} %"
     ratio = f"{speed['tokens_per_s'] / base['speed']['tokens_per_s']:.2f}" if base and _valid(record) else "–"
     return [
         *shown,
@@ -98,7 +100,10 @@ def notes(record: dict[str, Any]) -> Iterator[str]:
     retries = sum(rank["device"]["alloc_retries"] or 0 for rank in record["ranks"])
     if retries:
         yield f"{retries} allocation retries: too full to be fast"
-    if not record["speed"]["settled"]:
+    speed = record["speed"]
+    if speed["block_tokens_per_s"] < STEADY * speed["tokens_per_s"]:
+        yield f"unsteady: {speed['block_tokens_per_s']:,.0f} tokens/s over the whole block"
+    if not speed["settled"]:
         yield "graphs were still being compiled"
     if record.get("planned"):
         wrong = [
@@ -110,8 +115,8 @@ def notes(record: dict[str, Any]) -> Iterator[str]:
             yield f"state differs from the plan on rank {', '.join(map(str, wrong))}"
     elif "not_planned" in record:
         yield f"not planned: {record['not_planned']}"
-    if record["speed"]["mfu"]:
-        yield f"MFU {record['speed']['mfu']:.1%}, {record['speed']['of_matmul_rate']:.1%} of the matmul rate"
+    if speed["mfu"]:
+        yield f"MFU {speed['mfu']:.1%}, {speed['of_matmul_rate']:.1%} of the matmul rate"
     if record["case"]["limit_gib"]:
         yield f"under {record['case']['limit_gib']:g} GiB"
 
@@ -139,14 +144,16 @@ def _head(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _legend(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     measured = [record for record in records if record["outcome"] == "measured"]
-    yield "tokens/s: real tokens of all processes. ratio: to full fine-tuning otherwise alike, else to the first row of"
-    yield "its length. state: bytes of weights, constants, gradients, masters and optimizer on rank 0."
+    yield "tokens/s: real tokens of all processes, by the median step. ratio: to full fine-tuning otherwise alike, else"
+    yield "to the first row of its length. state: bytes of weights, constants, gradients, masters, optimizer; rank 0."
     on_gpu = measured and measured[0]["ranks"][0]["device"]["allocated_bytes"] is not None
     if on_gpu:
         yield "peak: the allocator's, of all phases; planned: without context, NCCL and fragmentation."
     else:
-        yield "peak: tensors on the CPU in one more step, counted by torch's allocator; planned: the same, of a later step,"
-        yield "so without what a GPU adds (context, fragmentation)."
+        yield "peak: tensors on the CPU in one more step, counted by torch's allocator; planned: the same, of a later"
+        yield "step, so without what a GPU adds (context, fragmentation)."
+    if records[0]["case"]["rows"] == "real":
+        yield "The plan is that of full sequences with every token trained: above what real rows need, never below."
     if measured:
         checks = [record["loss_check"] for record in measured if "loss_check" in record]
         worst = max(checks, key=lambda check: check["early"], default=None)

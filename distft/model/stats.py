@@ -5,6 +5,7 @@ N_mat parameters that take part in a matrix product, L layers, h heads, d head s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +33,14 @@ def flops_per_token(module: nn.Module) -> float:
     6N full, 4N + 6N_adapter with a frozen base. Embedding look-ups cost nothing.
     Source: Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1
     """
-    flops = 0.0
+    return sum((6.0 if trained else 4.0) * weights for weights, trained in products(module))
+
+
+def products(module: nn.Module) -> Iterator[tuple[int, bool]]:
+    """(weights, trained) of each linear layer: what takes part in matrix products, 4-bit ones by what they mean."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            trained = layer.weight.requires_grad
-            flops += (6.0 if trained else 4.0) * layer.in_features * layer.out_features
-    return flops
+            yield layer.in_features * layer.out_features, layer.weight.requires_grad
 
 
 def flops_per_squared_length(config: Any) -> float:
