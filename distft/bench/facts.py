@@ -27,11 +27,14 @@ def hardware() -> dict[str, Any]:
 
 
 def gpus() -> list[str]:
-    """Product names, as the driver's own tool lists them; empty without a driver, or when none is to be seen."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return []
+    """Product names of the GPUs that processes will see, by the driver's own tool; empty without a driver."""
     said = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
-    return [line.strip() for line in said.splitlines() if line.strip()]
+    names = [line.strip() for line in said.splitlines() if line.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return names
+    chosen = [word.strip() for word in visible.split(",") if word.strip()]
+    return [names[int(word)] if word.isdecimal() and int(word) < len(names) else word for word in chosen if names]
 
 
 @functools.cache

@@ -79,3 +79,20 @@ def test_a_refused_combination_is_a_case_that_says_why(tmp_path: Path) -> None:
 def test_a_recipe_that_is_wrong_itself_is_no_case(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="unknown"):
         cases(tmp_path, overrides=("train.micro=1",))
+
+
+def test_only_gpus_that_processes_see_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "_output", lambda command: "NVIDIA H100\nNVIDIA H200\n")
+    for visible, seen in (
+        (None, ["NVIDIA H100", "NVIDIA H200"]),
+        ("1", ["NVIDIA H200"]),
+        ("", []),
+        ("GPU-4f", ["GPU-4f"]),
+    ):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert facts.gpus() == seen
+    monkeypatch.setattr(facts, "_output", lambda command: "")
+    assert facts.gpus() == []
