@@ -20,7 +20,8 @@ COMPONENTS = {
     "activations and rest": "#BBBBBB",
 }
 """Colours that people without some of them can tell apart. Source: Paul Tol, https://personal.sron.nl/~pault/"""
-METHODS = ("#4477AA", "#228833", "#EE6677", "#AA3377", "#CCBB44", "#66CCEE")
+MARKS = ("o", "s", "^", "D", "v")
+COLOURS = ("#4477AA", "#228833", "#EE6677", "#AA3377", "#CCBB44", "#66CCEE")
 
 
 def available() -> bool:
@@ -105,7 +106,7 @@ def _speed_by_method(records: Sequence[dict[str, Any]]) -> Any:
         return None
     figure, axes = _figure(7.5, 0.6 + 0.27 * len(shown))
     methods = list(dict.fromkeys(record["case"]["method"] for record in shown))
-    colours = dict(zip(methods, METHODS * len(methods), strict=False))
+    colours = dict(zip(methods, COLOURS * len(methods), strict=False))
     rates = [record["speed"]["tokens_per_s"] for record in shown]
     axes.barh(range(len(shown)), rates, 0.7, color=[colours[record["case"]["method"]] for record in shown])
     for place, rate in enumerate(rates):
@@ -117,24 +118,35 @@ def _speed_by_method(records: Sequence[dict[str, Any]]) -> Any:
 
 
 def _memory_by_length(records: Sequence[dict[str, Any]]) -> Any:
-    lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    """A panel for each method; a colour for each engine, a mark for each micro-batch."""
+    from matplotlib.figure import Figure
+
+    lines: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for record in records:
-        key = (name_of(record), record["ran"]["micro_batch_size"])
-        lines.setdefault(key, []).append(record)
+        method = record["case"]["method"]
+        engine = name_of(record).removeprefix(f"{method} ")
+        lines.setdefault((method, engine, record["ran"]["micro_batch_size"]), []).append(record)
     lines = {key: found for key, found in lines.items() if len({one["case"]["max_length"] for one in found}) > 1}
     if not lines:
         return None
-    figure, axes = _figure(7.5, 4.2)
-    for number, ((name, micro), found) in enumerate(lines.items()):
+    methods, engines, micros = (list(dict.fromkeys(key[part] for key in lines)) for part in range(3))
+    figure = Figure(figsize=(max(7.5, 3.0 * len(methods)), 3.8), layout="constrained")
+    panels = dict(zip(methods, figure.subplots(1, len(methods), sharey=True, squeeze=False)[0], strict=True))
+    for (method, engine, micro), found in lines.items():
         found = sorted(found, key=lambda one: one["case"]["max_length"])
         x = [one["case"]["max_length"] for one in found]
-        colour = f"C{number % 10}"
-        style = ("o", "s", "^", "D")[number // 10 % 4]
-        axes.plot(x, [peak_bytes(one) / MIB for one in found], style, color=colour, label=f"{name}, m {micro}")  # type: ignore[operator]
+        colour, mark = COLOURS[engines.index(engine) % len(COLOURS)], MARKS[micros.index(micro) % len(MARKS)]
+        axes = panels[method]
+        measured = [peak_bytes(one) / MIB for one in found]
+        axes.plot(x, measured, mark, color=colour, markersize=5, label=f"{engine}, micro-batch {micro}")
         planned = [(at, plan / MIB) for at, one in zip(x, found, strict=True) if (plan := planned_peak(one))]
-        axes.plot(*zip(*planned, strict=True), "-", color=colour, linewidth=0.8) if planned else None
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens in a sequence")
-    axes.set_ylabel("peak, MiB on the rank that has most\nmarks measured, lines planned")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        if planned:
+            axes.plot(*zip(*planned, strict=True), "-", color=colour, linewidth=0.8)
+        axes.set_xticks(x)
+        axes.set_title(method)
+        axes.set_xlabel("tokens in a sequence")
+    first = panels[methods[0]]
+    first.set_ylim(bottom=0)
+    first.set_ylabel("peak, MiB on the rank that has most\nmarks measured, lines planned")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure

@@ -126,7 +126,7 @@ def test_pictures(tmp_path: Path) -> None:
     for word in ("weights", "optimizer", "activations and rest", "lora solo, m 1, 128"):
         assert word in component
     assert "10,000" in speed
-    assert "full solo, m 1" in length
+    assert "solo, micro-batch 1" in length
     parts = plots.components(planned[0])
     assert sum(measured for _, measured in parts.values()) == 40 * 2**20, "the bars end at the measured peak"
 
