@@ -163,6 +163,7 @@ class _Measurement:
             "squares": clock.squares,
         }
         if placed.device.type == "cpu":
+            memory.lift_limit()  # the profiler needs memory of its own
             once = Count(1)
             mine["tensors_bytes"] = memory.cpu_tensors()
             mine["tensor_growth_bytes"] = memory.cpu_growth(lambda: self._fit(state, once, facts))

@@ -1,6 +1,6 @@
 """Whether a case's loss curve is that of the others: a run that learns something else has no speed to speak of.
 
-Cases of one method, length and kind of rows see the same rows in the same order whatever their engine, processes and
+Cases of one method, length, global batch and kind of rows see the same rows in the same order whatever their engine, processes and
 micro-batch, so their losses are equal up to rounding. Rounding grows with every update, so the first steps are held
 to what one step's arithmetic allows, and the whole curve to what is left of that after all of them.
 """
@@ -56,7 +56,7 @@ def _group(record: dict[str, Any]) -> tuple[Any, ...]:
     case = record["case"]
     dropout = (case["method_params"] or {}).get("dropout")
     micro = record["ran"]["micro_batch_size"] if dropout else None
-    return case["method"], case["max_length"], case["rows"], micro
+    return case["method"], case["max_length"], case["rows"], case["global_batch_size"], micro
 
 
 def _check(record: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,14 @@ def set_limit(gib: float) -> None:
     RLIMIT_DATA counts heap and anonymous maps, Python and the libraries' own included; files that are mapped and
     memory shared between processes are not in it. (RLIMIT_AS would count address space that nothing ever touches.)
     """
-    limit = int(gib * GIB)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(gib * GIB), hard))
+
+
+def lift_limit() -> None:
+    """Take `set_limit` back: what follows is ours and not the case's."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def die_with_parent() -> None:

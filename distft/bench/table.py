@@ -178,8 +178,9 @@ def _boundary(boundary: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield _row((boundary["axis"], "outcome", "tensors planned", "tensors measured", "process itself", "planned in all"))
     yield _row("---" for _ in range(6))
+    before = max((one["own_bytes"] or 0 for one in boundary["tries"]), default=0) or None
     for one in boundary["tries"]:
-        planned, own = one["planned_bytes"], one["own_bytes"]
+        planned, own = one["planned_bytes"], one["own_bytes"] or before  # those that failed began like the others
         total = None if planned is None or own is None else planned + own
         sizes = (planned, one["peak_bytes"], own, total)
         yield _row([str(one["value"]), one["outcome"], *map(compact, sizes)])

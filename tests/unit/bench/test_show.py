@@ -66,6 +66,12 @@ def test_the_tolerance_is_that_of_the_arithmetic(
     assert "solo" in checks[0]["reference"], "the reference is the plain engine, wherever it stands in the list"
 
 
+def test_another_global_batch_is_another_curve(tmp_path: Path) -> None:
+    _, small = records(tmp_path, lambda case: {"loss": (1.0,)})
+    _, large = records(tmp_path, lambda case: {"loss": (2.0,)}, overrides=("train.global_batch_size=16",))
+    assert all(record["loss_check"]["equal"] for record in judge([*small, *large]))
+
+
 def test_a_step_left_out_voids_the_row(tmp_path: Path) -> None:
     _, found = records(tmp_path, lambda case: {"left_out": 1})
     assert not judge(found)[0]["loss_check"]["equal"]
