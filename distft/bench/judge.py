@@ -1,8 +1,8 @@
 """Whether a case's loss curve is that of the others: a run that learns something else has no speed to speak of.
 
-Cases of one method, length, global batch and kind of rows see the same rows in the same order whatever their engine, processes and
-micro-batch, so their losses are equal up to rounding. Rounding grows with every update, so the first steps are held
-to what one step's arithmetic allows, and the whole curve to what is left of that after all of them.
+Cases of one method, length, global batch and kind of rows see the same rows in the same order whatever their engine,
+processes and micro-batch, so their losses are equal up to rounding. Rounding grows with every update, so the first
+steps are held to what one step's arithmetic allows, and the whole curve to what is left of that after all of them.
 """
 
 from __future__ import annotations
