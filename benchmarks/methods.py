@@ -5,7 +5,7 @@
 Without a recipe: recipes/tiny-full.toml, from random weights, on this machine's CPU; three methods, three engines, two
 micro-batches, two lengths, full-length mock rows. On GPUs name a recipe; weights are random there too (the config is
 enough), so give `--set model.init='"pretrained"'` for rows and losses that mean something. The table, the records and
-the pictures go to benchmarks/results/DATE-NAME.md, .json and DATE-NAME/.
+the pictures go to benchmarks/results/DATE-NAME.md, .json and DATE-NAME/; of a CPU's times the table keeps ratios only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from distft.bench import table
 from distft.bench.command import main as bench
 from distft.bench.facts import gpus
 
@@ -51,14 +52,14 @@ def keep(folder: Path, name: str, command: list[str]) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     shown = [*command]
     del shown[shown.index("--output") : shown.index("--output") + 2]
-    text = (folder / "bench.md").read_text(encoding="utf-8")
+    whole = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    text = table.markdown(whole["name"], whole["records"], times=bool(gpus()))
     quoted = " ".join(f"'{word}'" if '"' in word else word for word in shown)
     text += f"\n```\npython -m distft.bench {quoted}\n```\n"
-    for path in sorted(folder.glob("*.svg")):
+    for path in sorted(folder.glob("*.svg" if gpus() else "memory-*.svg")):
         shutil.copyfile(path, pictures / path.name)
         text += f"\n![{path.stem}]({name}/{path.name})\n"
     (results / f"{name}.md").write_text(text, encoding="utf-8")
-    whole = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     (results / f"{name}.json").write_text(json.dumps(whole, separators=(",", ":")) + "\n", encoding="utf-8")
     print(f"kept: {results / name}.md", file=sys.stderr)
 

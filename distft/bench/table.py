@@ -16,10 +16,21 @@ COLUMNS = ("method", "engine", "micro", "length", "tokens/s", "ratio", "step ms,
            "planned", "difference", "state planned", "state measured", "note")  # fmt: skip
 
 
-def markdown(name: str, records: Sequence[dict[str, Any]], boundary: dict[str, Any] | None = None) -> str:
-    """The whole page."""
-    lines = [f"# {name}", "", *_head(records), "", _row(COLUMNS), _row("---" for _ in COLUMNS)]
-    lines += [_row(_cells(record, baseline(record, records))) for record in records]
+TIMES = ("tokens/s", "step ms, median [p10, p90]")
+"""Columns that say something of this machine and nothing of another."""
+
+
+def markdown(
+    name: str, records: Sequence[dict[str, Any]], boundary: dict[str, Any] | None = None, *, times: bool = True
+) -> str:
+    """The whole page; without `times`, ratios and bytes alone: what a CPU's figures are good for elsewhere."""
+    shown = [at for at, column in enumerate(COLUMNS) if times or column not in TIMES]
+
+    def row(cells: Sequence[str]) -> str:
+        return _row(cells[at] for at in shown)
+
+    lines = [f"# {name}", "", *_head(records), "", row(COLUMNS), row(["---"] * len(COLUMNS))]
+    lines += [row(_cells(record, baseline(record, records))) for record in records]
     lines += ["", *_legend(records)]
     if boundary is not None:
         lines += ["", *_boundary(boundary)]
@@ -102,7 +113,8 @@ def notes(record: dict[str, Any]) -> Iterator[str]:
         yield f"{retries} allocation retries: too full to be fast"
     speed = record["speed"]
     if speed["block_tokens_per_s"] < STEADY * speed["tokens_per_s"]:
-        yield f"unsteady: {speed['block_tokens_per_s']:,.0f} tokens/s over the whole block"
+        share = speed["block_tokens_per_s"] / speed["tokens_per_s"]
+        yield f"unsteady: interruptions left the whole block {share:.0%} of this rate"
     if not speed["settled"]:
         yield "graphs were still being compiled"
     if record.get("planned"):
@@ -134,17 +146,19 @@ def _head(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         f"{machine['memory_gib']} GiB, {on}; {', '.join(map(str, threads))} thread(s) a process."
     )
     yield f"{versions}."
+    sizes = {record["case"]["global_batch_size"] for record in records} - {None}
+    batches = ", ".join(map(str, sorted(sizes)))
     kind = {"real": "the recipe's rows", "full": "full-length mock rows"}[case["rows"]]
     yield (
         f"{kind[0].upper()}{kind[1:]}; {case['steps']} steps measured after at least {case['warmup']}; "
-        f"{case['global_batch_size']} sequences a step; {case['model'] and case['model']['path']}, "
+        f"{batches} sequences a step; {case['model'] and case['model']['path']}, "
         f"{case['model'] and case['model']['dtype']}; {case['optim'] and case['optim']['name']}."
     )
 
 
 def _legend(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     measured = [record for record in records if record["outcome"] == "measured"]
-    yield "tokens/s: real tokens of all processes, by the median step. ratio: to full fine-tuning otherwise alike, else"
+    yield "Rates: real tokens/s of all processes, by the median step. ratio: to full fine-tuning otherwise alike, else"
     yield "to the first row of its length. state: bytes of weights, constants, gradients, masters, optimizer; rank 0."
     on_gpu = measured and measured[0]["ranks"][0]["device"]["allocated_bytes"] is not None
     if on_gpu:

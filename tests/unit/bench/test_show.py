@@ -120,7 +120,18 @@ def test_planned_stands_beside_measured(tmp_path: Path) -> None:
 def test_an_interrupted_block_is_named(tmp_path: Path) -> None:
     _, found = records(tmp_path)
     found[0]["speed"]["block_tokens_per_s"] = 100.0
-    assert "unsteady: 100 tokens/s over the whole block" in table.markdown("bench", found)
+    text = table.markdown("bench", found)
+    assert "unsteady: interruptions left the whole block 1% of this rate" in text
+
+
+def test_a_table_for_other_machines_has_ratios_and_bytes(tmp_path: Path) -> None:
+    _, found = records(tmp_path)
+    whole, kept = (table.markdown("bench", found, times=times) for times in (True, False))
+    assert "| tokens/s |" in whole
+    assert "10,000" in whole
+    assert "10,000" not in kept
+    assert "100.0 [" not in kept
+    assert rows(kept)[0][4] == "1.00"
 
 
 def test_pictures(tmp_path: Path) -> None:
