@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from distft.bench.judge import EARLY
 from distft.bench.planned import peak_bytes, planned_peak, state_bytes
 from distft.bench.runner import OUTCOMES
 from distft.core.accelerators import GIB
@@ -168,15 +169,17 @@ def _legend(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield "step, so without what a GPU adds (context, fragmentation)."
     if records[0]["case"]["rows"] == "real":
         yield "The plan is that of full sequences with every token trained: above what real rows need, never below."
-    if measured:
-        checks = [record["loss_check"] for record in measured if "loss_check" in record]
-        worst = max(checks, key=lambda check: check["early"], default=None)
-        if worst is not None:
-            whole = max(check["all"] for check in checks)
-            yield (
-                f"Losses: cases of one method and length agree within {worst['early']:.1e} in the first 6 steps and "
-                f"{whole:.1e} in all (allowed: {_allowed(checks)})."
-            )
+    checks = [
+        check for record in measured if (check := record.get("loss_check")) and check["reference"] != record["key"]
+    ]
+    if checks:
+        early, whole = (max(check[key] for check in checks) for key in ("early", "all"))
+        yield (
+            f"Losses: {len(checks)} compared with another case of their method, length and global batch, apart by at "
+            f"most {early:.1e} in the first {EARLY} steps and {whole:.1e} in all (allowed: {_allowed(checks)})."
+        )
+    elif measured:
+        yield "Losses: no two cases here have the same method, length and global batch; none was compared."
 
 
 def _allowed(checks: Sequence[dict[str, Any]]) -> str:

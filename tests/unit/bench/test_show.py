@@ -43,6 +43,8 @@ def test_a_case_that_learns_something_else_is_void(tmp_path: Path) -> None:
     assert shown[1][4:6] == ["void", "–"]
     assert "VOID: its losses differ from" in shown[1][-1]
     assert "VOID" not in shown[0][-1]
+    assert "Losses: 1 compared with another" in table.markdown("bench", [first, second])
+    assert "none was compared" in table.markdown("bench", [first])
 
 
 @pytest.mark.parametrize(
