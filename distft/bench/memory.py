@@ -138,12 +138,15 @@ def cpu_growth(work: Callable[[], None]) -> int:
 
 
 def matmul_rate(device: Any) -> float | None:
-    """bf16 FLOP/s of a large product on this GPU, now; None on a CPU."""
+    """bf16 FLOP/s of a large product on this GPU, now; None on a CPU, and where a full GPU has no room for it."""
     if device.type != "cuda":
         return None
     import torch
 
     size, rounds = 8192, 20
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info(device)[0] < 4 * 2 * size**2:
+        return None
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
         torch.matmul(a, b)

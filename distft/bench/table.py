@@ -129,7 +129,8 @@ def notes(record: dict[str, Any]) -> Iterator[str]:
     elif "not_planned" in record:
         yield f"not planned: {record['not_planned']}"
     if speed["mfu"]:
-        yield f"MFU {speed['mfu']:.1%}, {speed['of_matmul_rate']:.1%} of the matmul rate"
+        rate = speed["of_matmul_rate"]
+        yield f"MFU {speed['mfu']:.1%}" + (f", {rate:.1%} of the matmul rate measured beside it" if rate else "")
     if record["case"]["limit_gib"]:
         yield f"under {record['case']['limit_gib']:g} GiB"
 
