@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distft.core.errors import DONE, DistftError, Problem, RecipeError
+from distft.core.errors import DONE, BusyError, DistftError, Problem, RecipeError
+
+if TYPE_CHECKING:
+    from distft.bench.cases import Wanted
+    from distft.recipe import Recipe
 
 AXES = {"micro": "micro-batch", "length": "length"}
 INTERRUPTED = 130
@@ -69,8 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     if problems:
         raise RecipeError("distft bench", problems)
     own = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
-    from distft.bench import cases, launch
-    from distft.bench.runner import Runner
+    from distft.bench import cases
     from distft.core.log import quiet_libraries
 
     quiet_libraries()
@@ -88,6 +92,31 @@ def _run(options: argparse.Namespace) -> int:
         limit_gib=options.limit_gib,
     )
     folder = options.output or own.run_dir.with_name(f"{own.name}-bench")
+    with _alone(folder):
+        return _measured(options, wanted, own, folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two benches in one folder would run the same cases, and each measure the other.
+
+    Raises:
+        BusyError: there is another.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise BusyError(f"{folder}: another bench is measuring here; wait for it, or give another --output") from None
+
+
+def _measured(options: argparse.Namespace, wanted: Wanted, own: Recipe, folder: Path) -> int:
+    from distft.bench import cases, launch
+    from distft.bench.runner import Runner
+
     runner = Runner(folder, lambda case, at: launch.run_case(case, at, timeout_s=options.timeout_s), _say)
     name = f"Bench of {own.name}"
     if options.oom:

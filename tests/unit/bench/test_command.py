@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from bench_kit import wanted
+from filelock import FileLock
 
 from distft.bench import facts
 from distft.bench.command import main
@@ -42,3 +43,12 @@ def test_mistakes_and_help_import_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     assert "--limit-gib" in done.stdout
     assert "no such file" in done.stderr
+
+
+def test_two_benches_do_not_share_a_folder(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".lock"):
+        assert main([wanted(tmp_path).recipe, "--output", str(out)]) == 7
+    assert "another bench is measuring here" in capsys.readouterr().err
+    assert not (out / "cases").exists()
