@@ -26,7 +26,7 @@ class Tolerance:
     why: str
 
 
-EXACT = Tolerance(early=1e-5, all=1e-2, why="fp32")
+EXACT = Tolerance(early=1e-5, all=1e-4, why="fp32")
 ROUNDED = Tolerance(early=1e-2, all=5e-2, why="bf16 (8 bits of mantissa) or an 8-bit optimizer (blocks differ)")
 
 

@@ -94,6 +94,7 @@ def _memory_by_component(records: Sequence[dict[str, Any]]) -> Any:
     for name, colour in COMPONENTS.items():
         axes.barh(0, 0, color=colour, label=name.replace("_", " "))
     axes.set_yticks(range(len(shown)), [_label(record).replace("\n", ", ") for record in shown])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("MiB on rank 0; of each pair the upper, pale bar is planned, the lower one measured")
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(COMPONENTS), columnspacing=1, handlelength=1)

@@ -137,14 +137,16 @@ def notes(record: dict[str, Any]) -> Iterator[str]:
 
 def _head(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     first = records[0]
-    machine, code, case = first["hardware"], first["code"], first["case"]
+    machine, case = first["hardware"], first["case"]
     threads = sorted({record["ran"]["threads"] for record in records if "ran" in record})
     on = f"{len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else "no GPU"
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version)
+    codes = (record["code"] for record in records)
+    commits = dict.fromkeys((one["commit"] or "unknown")[:12] + " and changes" * bool(one["dirty"]) for one in codes)
     dates = sorted({record["date"][:10] for record in records})
     yield (
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {(code['commit'] or 'unknown')[:12]}"
-        f"{' and changes' if code['dirty'] else ''}; {machine['cpu']}, {machine['cores']} cores, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}; "
+        f"{machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB, {on}; {', '.join(map(str, threads))} thread(s) a process."
     )
     yield f"{versions}."
