@@ -7,10 +7,8 @@ import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,44 +16,28 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "tokenizers", "trl")
 
 
 def facts() -> dict[str, Any]:
     """Date, commit, hardware and versions."""
-    commit = _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else "")
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    from distft.bench.facts import code, hardware
+    from distft.run_folder import versions
+
+    built = code()
+    commit = f"{str(built['commit'])[:9]}{'+changes' if built['dirty'] else ''}"
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "hardware": _hardware(),
-        "python": platform.python_version(),
-        "versions": versions,
+        "hardware": hardware(),
+        "versions": versions() | _version("trl"),
     }
 
 
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def _hardware() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "CPU")
-    return f"{os.cpu_count()} cores of {model}, shared"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _version(library: str) -> dict[str, str]:
+    try:
+        return {library: importlib.metadata.version(library)}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

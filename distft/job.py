@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from distft import assemble
 from distft.catalog import REGISTRIES
 from distft.core.errors import DONE, BusyError, DistftError, Preempted
+from distft.core.leave import keep, promise
 from distft.core.log import quiet_libraries
 from distft.core.pulse import PULSE
 from distft.core.stop import STOP
@@ -138,6 +139,7 @@ class _Run:
         except BaseException:
             processes.leave(placed)
             raise
+        keep(engine)
         try:
             return self._under(engine, placed)
         finally:
@@ -354,6 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     import argparse
 
     STOP.install()
+    promise()
     parser = argparse.ArgumentParser(prog="distft.train", description="Fine-tune as a recipe says.")
     parser.add_argument("recipe", help="TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change one key; repeat")
