@@ -194,9 +194,11 @@ class Renderer:
         eos = self.tokenizer.eos_token_id
         if prompt and prompt[-1] == eos and not sample.prompt.endswith(self.tokenizer.eos_token):
             prompt = prompt[:-1]  # the tokenizer appends it by itself
-        shared = next(
-            (at for at, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids))
-        )
+        shared = len(prompt)
+        if ids[:shared] != prompt:  # seldom; comparing whole is a tenth of the time of comparing one by one
+            shared = next(
+                (at for at, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids))
+            )
         trained_T = np.ones(len(ids), np.bool_)
         if self.loss_on != "all":
             trained_T[:shared] = False
