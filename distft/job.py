@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from distft import assemble
 from distft.catalog import REGISTRIES
-from distft.core.errors import DONE, BusyError, DistftError, Preempted
+from distft.core.errors import DONE, BusyError, DistftError, MachineError, Preempted
 from distft.core.leave import keep, promise
 from distft.core.log import quiet_libraries
 from distft.core.pulse import PULSE
@@ -142,6 +142,8 @@ class _Run:
         keep(engine)
         try:
             return self._under(engine, placed)
+        except (RuntimeError, MemoryError) as error:
+            raise self._too_large(error, engine.world) from error
         finally:
             engine.close()
 
@@ -202,6 +204,17 @@ class _Run:
         assemble.export(self.located, self.folder, engine, model, shapes, self.rows)
         self.say(f"done: {self.folder.final}")
         return state
+
+    def _too_large(self, error: RuntimeError | MemoryError, world: int) -> BaseException:
+        """Memory ran out: where, and what to change; any other error as it is."""
+        from distft.rehearsal import held, is_out_of_memory
+
+        if isinstance(error, DistftError) or not is_out_of_memory(error):
+            return error
+        where = f"the {PULSE.phase} of step {PULSE.step}" if PULSE.step else f"the phase {PULSE.phase}"
+        hint = "" if self.recipe.train.rehearse else "\n[train] rehearse = true finds this out in the first minute"
+        advice = assemble.advice(self.recipe, self.located, world)
+        return MachineError(f"memory ran out in {where}{held()}\n{advice}{hint}")
 
     def _rehearse(self, engine: Engine) -> None:
         from distft.objectives.spec import Objective

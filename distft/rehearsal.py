@@ -93,7 +93,7 @@ def _part(name: str, worst: Worst, advice: Callable[[], str]) -> Iterator[None]:
             raise
         size = f"{worst.sequences} x {worst.longest:,} tokens"
         raise MachineError(
-            f"the rehearsal ran out of memory in the {name} of a full micro-batch ({size}){_held()}\n{advice()}"
+            f"the rehearsal ran out of memory in the {name} of a full micro-batch ({size}){held()}\n{advice()}"
         ) from error
 
 
@@ -102,9 +102,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _held() -> str:
+def held() -> str:
+    """What torch held of the accelerator when memory ran out; empty without one."""
     if not torch.cuda.is_available():
         return ""
-    held, peak = torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30
+    now, peak = torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30
     whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-    return f": {held:.1f} GiB held, {peak:.1f} at the peak, of {whole:.1f}"
+    return f": {now:.1f} GiB held, {peak:.1f} at the peak, of {whole:.1f}"
