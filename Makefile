@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-dist test-faults test-cluster test-resume test-all test-gpu golden schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-dist test-faults test-cluster test-resume test-all test-gpu bench-gpu golden schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -70,6 +70,11 @@ test-all: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu
+
+# Tokens per second of the real configs on one GPU against the goals: CONFIGS is a folder of config.json files.
+CONFIGS ?= .configs
+bench-gpu: setup
+	$(BIN)/python benchmarks/goals.py --configs $(CONFIGS)
 
 # Rewrites the golden losses; the change is explained in CHANGELOG.md.
 golden: setup

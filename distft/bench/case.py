@@ -268,7 +268,9 @@ def _head_loss(recipe: Recipe, device: Any) -> str:
     from distft.model import cross_entropy
 
     chosen = cross_entropy.choose(recipe.model.cross_entropy, device, per_token=recipe.objective.spec.per_token)
-    return chosen.__name__.removesuffix("_loss")
+    if chosen is cross_entropy.full_loss:
+        return "full"
+    return "fused" if chosen is cross_entropy.fused_loss else "chunked"
 
 
 def _compiled_graphs() -> int:

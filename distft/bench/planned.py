@@ -64,11 +64,16 @@ class Planning:
         fixed = memory.CONTEXT_BYTES + (memory.NCCL_BYTES if case.world > 1 else 0)
         ranks = [
             state.of_rank(
-                inventory, ran["engine"], recipe.optim.spec, recipe.optim.params, world=case.world, rank=rank,
+                inventory,
+                ran["engine"],
+                recipe.optim.spec,
+                recipe.optim.params,
+                world=found.setup.shards,
+                rank=rank % found.setup.shards,
                 offload=found.setup.offload,
             )
             for rank in range(case.world)
-        ]  # fmt: skip
+        ]
         shown = found.to_json()
         return {
             "per_rank": shown["per_rank"],
