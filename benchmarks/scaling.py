@@ -36,17 +36,18 @@ BUCKET = 40_000
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options.add_argument("--out")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.worker:
-        work(Path(asked.worker))
+        work(Path(asked.worker), asked.methods)
         return
-    rows = [row for world in asked.worlds for row in launched(world)]
+    rows = [row for world in asked.worlds for row in launched(world, asked.methods)]
     kit.finish({"benchmark": "scaling", "rows": rows}, asked.out)
 
 
-def launched(world: int) -> list[dict[str, Any]]:
+def launched(world: int, methods: list[str]) -> list[dict[str, Any]]:
     """All cases of a world size in one launch."""
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
@@ -54,11 +55,11 @@ def launched(world: int) -> list[dict[str, Any]]:
         start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
         start += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(world)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(kit.ROOT)}
-        subprocess.run([*start, __file__, "--worker", str(folder)], env=env, check=True)
+        subprocess.run([*start, __file__, "--worker", str(folder), "--methods", *methods], env=env, check=True)
         return json.loads((folder / "rows.json").read_text(encoding="utf-8"))
 
 
-def work(folder: Path) -> None:
+def work(folder: Path, methods: list[str]) -> None:
     """One rank of a launch."""
     from distft.core.leave import leave
     from distft.engine import deepspeed, processes
@@ -68,8 +69,8 @@ def work(folder: Path) -> None:
     rows = []
     for engine, *settings in ENGINES[placed.world]:
         for micros in MICROS:
-            for method, extra in METHODS.items():
-                overrides = [f'name="{len(rows)}"', f'engine.name="{engine}"', *settings, *extra]
+            for method in methods:
+                overrides = [f'name="{len(rows)}"', f'engine.name="{engine}"', *settings, *METHODS[method]]
                 overrides.append(f"train.micro_batch_size={8 // placed.world // micros}")
                 about = {"world": placed.world, "engine": " ".join([engine, *settings]), "method": method}
                 run = kit.Run(recipe_file=folder / "recipe.toml", overrides=overrides)

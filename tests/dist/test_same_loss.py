@@ -22,11 +22,11 @@ LAYOUTS = [
 
 
 def cases(engine: str, world: int, *settings: str) -> dict[str, list[str]]:
-    """Three methods x packed or not x the smallest and the largest micro-batch."""
+    """Three methods x packed or not x the smallest and the largest micro-batch; under settings packed and small."""
     out = {}
     for method, chosen in METHODS.items():
-        for packing in ("true", "false"):
-            for micro in sorted({1, BATCH // world}):
+        for packing in ("true",) if settings else ("true", "false"):
+            for micro in sorted({1} if settings else {1, BATCH // world}):
                 name = f"{method}-{'packed' if packing == 'true' else 'rows'}-micro{micro}"
                 out[name] = [
                     f'engine.name="{engine}"',

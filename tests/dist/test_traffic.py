@@ -16,11 +16,15 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    out = tmp_path_factory.mktemp("traffic") / "rows.json"
-    worlds = ["--worlds", "1", "2", "4"]
-    done = run([sys.executable, str(ROOT / "benchmarks" / "scaling.py"), *worlds, "--out", str(out)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text(encoding="utf-8"))["rows"]
+    """LoRA too on two processes; on four, where groups are, full alone."""
+    found = []
+    for worlds, methods in ((["1", "2"], ["full", "lora"]), (["4"], ["full"])):
+        out = tmp_path_factory.mktemp("traffic") / "rows.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--worlds", *worlds]
+        done = run([*command, "--methods", *methods, "--out", str(out)])
+        assert done.returncode == 0, done.stderr[-3000:]
+        found += json.loads(out.read_text(encoding="utf-8"))["rows"]
+    return found
 
 
 def of(rows: list[Row], **wanted: Any) -> list[Row]:
