@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def facts() -> dict[str, Any]:
     """Date, commit, hardware and versions."""
     from distft.bench.facts import code, hardware
-    from distft.run_folder import versions
+    from distft.core.surroundings import versions
 
     built = code()
     commit = f"{str(built['commit'])[:9]}{'+changes' if built['dirty'] else ''}"

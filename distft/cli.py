@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from typing import Annotated
@@ -32,6 +31,7 @@ def train(
     """Fine-tune: starts `accelerate launch -m distft.train` with one process per accelerator."""
     from distft import load_recipe
     from distft.core.errors import RecipeError
+    from distft.launch import launch_command, launch_env, num_accelerators
 
     try:  # once, and before any process is started
         load_recipe(recipe, overrides=set_ or [])
@@ -43,8 +43,8 @@ def train(
         passed += ["--set", override]
     if output_dir is not None:
         passed += ["--output-dir", output_dir]
-    command = launch_command(nproc if nproc is not None else _num_accelerators(), passed)
-    raise typer.Exit(subprocess.run(command, env=_cpu_env(), check=False).returncode)
+    command = launch_command(nproc if nproc is not None else num_accelerators(), passed)
+    raise typer.Exit(subprocess.run(command, env=launch_env(), check=False).returncode)
 
 
 @app.command()
@@ -136,27 +136,28 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
-def launch_command(nproc: int, arguments: list[str]) -> list[str]:
-    """The command line that starts `nproc` processes of the main job on this machine."""
-    module = ["-m", "distft.train", *arguments]
-    if nproc == 1:
-        return [sys.executable, *module]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(nproc)]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [*launcher, *module]
+@app.command(context_settings=PASSED_ON)
+def report(context: typer.Context) -> None:
+    """A run as one HTML page: what it taught, curves, faults, data, cost, the way back. Also of an unfinished run."""
+    from distft.report.command import main as run
+
+    raise typer.Exit(run(context.args))
 
 
-def _num_accelerators() -> int:
-    import torch
+@app.command(context_settings=PASSED_ON)
+def compare(context: typer.Context) -> None:
+    """Several runs side by side on one HTML page: quality, memory, speed, cost, and the settings that differ."""
+    from distft.compare import main as run
 
-    return max(1, torch.cuda.device_count())
+    raise typer.Exit(run(context.args))
 
 
-def _cpu_env() -> dict[str, str]:
-    """Accelerate refuses --multi_gpu without a GPU unless told to use the CPU; our engines do not read this."""
-    import torch
+@app.command(context_settings=PASSED_ON)
+def reproduce(context: typer.Context) -> None:
+    """Run a run again: hashes first, then whether losses and final tensors are equal, or how far off."""
+    from distft.reproduce.command import main as run
 
-    return dict(os.environ) | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
+    raise typer.Exit(run(context.args))
 
 
 def main() -> None:

@@ -150,22 +150,11 @@ class _Run:
     def _under(self, engine: Engine, placed: Processes) -> TrainState:
         from distft.best import Best
         from distft.guard import Guard, RollBack
-        from distft.model import stats
 
         recipe, steps = self.recipe, self.rows.steps
         PULSE.at("model")
         model = assemble.model(self.located, placed, self.cut, self.rows, self.say)
-        facts = {
-            "engine": engine.name,
-            "world": placed.world,
-            "layout": vars(self.cut),
-            "seed": recipe.seed,
-            "parameters": vars(stats.count(model.module)),
-            "data": self.rows.fingerprint,
-            "recipe_sha256": recipe.digest(),
-            "device": assemble.device_name(placed),
-            "num_steps": steps.num_steps,
-        }
+        facts = assemble.manifest(recipe, self.located, model, engine, placed, self.cut, self.rows)
         guard = Guard(recipe.guard, engine, say=self.say, note=self.folder.note)
         best = Best(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop)
         checkpoints, state, reader = assemble.checkpoints(
@@ -180,6 +169,9 @@ class _Run:
             allow_changes=self.allow_changes,
         )
         self.folder.start(recipe.to_toml(), facts)
+        if placed.rank == 0 and (plan := assemble.planned(self.located, placed.world)) is not None:
+            self.folder.write("plan.json", plan)
+        hashing = assemble.remember(self.located, self.folder) if placed.rank == 0 else None
         self.folder.note("started", engine=engine.name, world=placed.world, step=state.step)
         shapes, costs = assemble.saved_shapes(model, recipe), assemble.run_facts(model, placed, state)
         rule = assemble.update_rule(recipe, model, steps.num_steps)
@@ -201,6 +193,8 @@ class _Run:
                 best.restore(loaded.state["best"])
                 self.say(f"step {spike.step}: {spike.why}: back to {loaded.path.name}, to go on without what led here")
         PULSE.at("export")
+        if hashing is not None:
+            hashing.join()
         assemble.export(self.located, self.folder, engine, model, shapes, self.rows)
         self.say(f"done: {self.folder.final}")
         return state

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import socket
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.core import host
+from distft.core import host, surroundings
 from distft.core.errors import FileSystemError, Problem, RecipeError
 from distft.core.pulse import PULSE
 
 if TYPE_CHECKING:
     from distft.core.types import TrainState
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
+DIFF = "uncommitted.diff"
+"""What the code around the run had changed since its commit."""
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -77,7 +75,40 @@ class RunFolder:
             return
         (self.path / "exit.json").unlink(missing_ok=True)  # how an earlier start ended says nothing of this one
         write_atomic(self.path / "recipe.toml", recipe_toml)
-        write_atomic(self.path / "manifest.json", json.dumps(facts | _machine(), indent=2, default=str) + "\n")
+        code = surroundings.checkout(Path.cwd())
+        if code is not None and code.diff:
+            write_atomic(self.path / DIFF, code.diff)
+        else:
+            (self.path / DIFF).unlink(missing_ok=True)
+        here = surroundings.hardware()
+        facts = facts | {
+            "started": _now(),
+            "versions": surroundings.versions(),
+            "host": here["host"],
+            "platform": here["platform"],
+            "cpus": here["cpus"],
+            "hardware": here,
+            "slurm_job": host.slurm_job(os.environ),
+            "git_commit": None if code is None else code.commit,
+            "git": None if code is None else code.to_json(),
+            "environment": surroundings.environment(os.environ),
+            "cwd": str(Path.cwd()),
+        }
+        write_atomic(self.path / "manifest.json", json.dumps(facts, indent=2, default=str) + "\n")
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Keep something beside the manifest; never a reason to stop."""
+        if self._writes:
+            with contextlib.suppress(OSError):
+                write_atomic(self.path / name, json.dumps(content, indent=2, default=str) + "\n")
+
+    def learn(self, facts: dict[str, Any]) -> None:
+        """Add to manifest.json what took time to find out; never a reason to stop."""
+        if not self._writes:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            write_atomic(self.path / "manifest.json", json.dumps(said | facts, indent=2, default=str) + "\n")
 
     def reach(self, step: int) -> None:
         """Remember the last optimizer step that was finished, for exit.json."""
@@ -157,35 +188,3 @@ class RunFolder:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that a run's numbers depend on; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("distft", *PACKAGES):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "started": _now(),
-        "versions": versions(),
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "slurm_job": host.slurm_job(os.environ),
-        "git_commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    """Of the working directory, when it is a checkout."""
-    try:
-        said = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return said.stdout.strip() or None

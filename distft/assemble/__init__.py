@@ -1,9 +1,10 @@
 """Each part of a run made from its table of the recipe, for `distft.job` to put together in order."""
 
 from distft.assemble.keeping import checkpoints, export, saved_shapes
-from distft.assemble.parts import device_name, meters, model, open_engine, run_facts, update_rule
+from distft.assemble.origins import remember
+from distft.assemble.parts import device_name, manifest, meters, model, open_engine, run_facts, update_rule
 from distft.assemble.rows import Data, Say, data
-from distft.assemble.sizes import Layout, advice, layout, worst
+from distft.assemble.sizes import Layout, advice, layout, planned, worst
 
 __all__ = [
     "Data",
@@ -15,9 +16,12 @@ __all__ = [
     "device_name",
     "export",
     "layout",
+    "manifest",
     "meters",
     "model",
     "open_engine",
+    "planned",
+    "remember",
     "run_facts",
     "saved_shapes",
     "update_rule",

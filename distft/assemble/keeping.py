@@ -108,8 +108,9 @@ def export(
 ) -> None:
     """Write final/: what transformers, PEFT and inference servers load."""
     from distft.data.render import save_tokenizer
-    from distft.export import final
+    from distft.export import final, model_card
     from distft.model.load import WRAPPER
+    from distft.run_record import read_run
 
     lm: Any = built.module.lm
     tokenizer, revision = tokenizer_of(located)
@@ -117,6 +118,7 @@ def export(
     def save_beside(target: Path) -> None:
         save_tokenizer(tokenizer, target, chat_template=located.data.chat_template, revision=revision)
         final.save_generation_config(built.module.transformer, target, rows.stop_ids)
+        model_card.write(target, read_run(folder.path))
 
     def save_config_too(target: Path) -> None:
         final.save_config(built.module.transformer, target)

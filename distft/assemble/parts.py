@@ -139,6 +139,38 @@ def meters(recipe: Recipe, folder: RunFolder, facts: RunFacts, placed: Processes
     return Meters(metrics, sinks, epoch_at=steps.epoch_at)
 
 
+def manifest(
+    recipe: Recipe, located: Recipe, built: MetaModel, engine: Engine, placed: Processes, cut: Layout, rows: Data
+) -> dict[str, Any]:
+    """What the run depends on, for manifest.json; collective, and whole on rank 0 alone."""
+    import socket
+
+    from distft.assemble import origins
+    from distft.model import stats
+
+    places = engine.gather((socket.gethostname(), device_name(placed)))
+    here = placed.rank == 0
+    return {
+        "engine": engine.name,
+        "world": placed.world,
+        "nodes": len({name for name, _ in places}),
+        "devices": [{"host": name, "device": device} for name, device in places],
+        "launcher": placed.launcher,
+        "launcher_wants": placed.wants,
+        "command": sys.orig_argv if here else [],
+        "recipe": {"source": recipe.source, "overrides": list(recipe.origin.overrides.values())},
+        "layout": vars(cut),
+        "seed": recipe.seed,
+        "parameters": vars(stats.count(built.module)),
+        "data": rows.fingerprint,
+        "sources": origins.rows(located) if here else {},
+        "recipe_sha256": recipe.digest(),
+        "device": device_name(placed),
+        "num_steps": rows.steps.num_steps,
+        "tokens_per_epoch": rows.steps.tokens_per_epoch,
+    }
+
+
 def device_name(placed: Processes) -> str:
     """The accelerator's product name, or "cpu"."""
     import torch

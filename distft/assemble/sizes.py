@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distft.assemble.rows import Data
 from distft.recipe import Recipe, check_world
@@ -58,6 +58,27 @@ def layout(recipe: Recipe, world: int) -> Layout:
         limit = max(1, AUTO_MICRO_TOKENS // recipe.data.max_length)
         own = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
     return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own))
+
+
+def planned(located: Recipe, world: int) -> dict[str, Any] | None:
+    """One case of `distft plan --json` for this very run, to hold the measured memory against; None on CPUs.
+
+    A plan that cannot be made is not worth a run.
+    """
+    machine = _accelerators(world)
+    if machine is None:
+        return None
+    from distft.core.errors import DistftError
+    from distft.engine.processes import launcher_wants
+    from distft.model.load import find_folder
+    from distft.plan import inventory
+    from distft.plan.case import plan
+
+    try:
+        read = inventory.read(located.model, find_folder(located.model), located.method.spec, located.method.params)
+        return plan(located, read, machine, wants=launcher_wants(os.environ)).to_json()
+    except DistftError as error:
+        return {"why": str(error)}
 
 
 def _accelerators(world: int) -> Machine | None:

@@ -13,10 +13,10 @@ from distft.bench import facts
 from distft.bench.meter import MOST_WARMUP
 from distft.catalog import REGISTRIES
 from distft.core.errors import RecipeError
+from distft.core.surroundings import versions
 from distft.plan.planner import engine_override, method_override
 from distft.recipe import Recipe, check_world, load_recipe, parse_recipe
 from distft.recipe.text import toml_text
-from distft.run_folder import versions
 
 BESIDE_THE_POINT = ("name", "output_dir", "checkpoint", "log", "eval")
 """Top keys of a recipe that change nothing that is measured."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from distft.bench import facts
 from distft.bench.cases import Case
-from distft.run_folder import versions, write_atomic
+from distft.core.surroundings import versions
+from distft.run_folder import write_atomic
 
 SCHEMA = 1
 """Of a record; raised when a field changes its meaning."""

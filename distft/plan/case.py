@@ -94,16 +94,17 @@ class Case:
         }
 
 
-def plan(recipe: Recipe, inventory: Inventory, machine: Machine, *, liger: bool | None = None) -> Case:
+def plan(recipe: Recipe, inventory: Inventory, machine: Machine, *, liger: bool | None = None, wants: str = "") -> Case:
     """The recipe on the machine, with what it leaves to `auto` chosen.
 
-    `liger`: whether the run will have liger-kernel; None: as this machine has it.
+    `liger`: whether the run will have liger-kernel; None: as this machine has it. `wants`: what the launcher was
+    configured for.
 
     Raises:
         RecipeError: the global batch does not split over the machine.
         MachineError: the engine cannot do what method, optimizer or offload need.
     """
-    engine = resolve_engine(recipe, machine)
+    engine = resolve_engine(recipe, machine, wants=wants)
     fused = has_liger() if liger is None else liger
     chosen = auto.choose(recipe, inventory, machine, engine=engine, liger=fused)
     held = memory.of_setup(inventory, chosen.setup)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distft.cli import app, launch_command
+from distft.cli import app
+from distft.launch import launch_command
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]

@@ -1,0 +1,322 @@
+"""final/README.md: the model card, with the metadata the Hugging Face hub reads, from the run folder's own facts.
+
+Written when final/ is, and again whenever there is more to say: after an evaluation, with the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distft.run_record import Result, RunRecord, number
+
+CARD = "README.md"
+YOURS = "<!-- distft writes what is above anew; what is below is yours -->"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_METHODS = {"full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA (a 4-bit base, LoRA adapters)"}
+_FEW_ROWS = 100
+_BOILERPLATE = "# Model Card for Model ID"
+"""The form, not filled in, that PEFT leaves."""
+
+
+def refresh(run: RunRecord) -> Path | None:
+    """Write the card of a run that has a final/; a card that people replaced by their own is left alone."""
+    folder = run.folder / "final"
+    path = folder / CARD
+    if not folder.is_dir():
+        return None
+    with contextlib.suppress(OSError):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else YOURS
+        if YOURS not in text and _BOILERPLATE not in text:
+            return None
+    return write(folder, run)
+
+
+def write(folder: Path, run: RunRecord) -> Path | None:
+    """Write the card into `folder`, keeping what people wrote below the line; None: it cannot be written."""
+    path, below = folder / CARD, "\n"
+    with contextlib.suppress(OSError):
+        below = path.read_text(encoding="utf-8", errors="replace").partition(YOURS)[2] or "\n"
+    with contextlib.suppress(OSError):
+        path.write_text(card(run, folder) + YOURS + below, encoding="utf-8")
+        return path
+    return None
+
+
+def card(run: RunRecord, folder: Path) -> str:
+    """The text; `folder` holds the model and its tokenizer."""
+    parts = (
+        _metadata(run),
+        _what(run),
+        _scores(run),
+        _use(run, folder),
+        _trained(run),
+        _data(run),
+        _limits(run),
+        _again(run),
+    )
+    return "\n".join(line for part in parts for line in part) + "\n"
+
+
+# -- metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata ------------------------------------
+
+
+def _metadata(run: RunRecord) -> Iterator[str]:
+    yield "---"
+    yield f"library_name: {'peft' if run.is_adapter else 'transformers'}"
+    yield "pipeline_tag: text-generation"
+    if _is_hub_id(run):
+        yield f"base_model: {_yaml(run.base)}"
+        yield f"base_model_relation: {'adapter' if run.is_adapter else 'finetune'}"
+    if licence := _licence(run):
+        yield f"license: {_yaml(licence)}"
+    hub = [
+        source["path"] for source in _sources(run, "train") if _HUB_ID.fullmatch(source["path"]) and not _here(source)
+    ]
+    if hub:
+        yield from ("datasets:", *(f"- {_yaml(path)}" for path in dict.fromkeys(hub)))
+    tags = ["distft", run.table("objective").get("name", ""), run.method]
+    yield from ("tags:", *(f"- {_yaml(tag)}" for tag in tags if tag))
+    yield from _index(run)
+    yield from ("---", "")
+
+
+def _index(run: RunRecord) -> Iterator[str]:
+    told = [
+        (one, value) for one in run.results if (value := number((one.after or one.best or {}).get("value"))) is not None
+    ]
+    if not told:
+        return
+    yield from ("model-index:", f"- name: {_yaml(run.name)}", "  results:")
+    for name in dict.fromkeys(one.name for one, _ in told):
+        yield "  - task:"
+        yield "      type: text-generation"
+        yield "    dataset:"
+        yield f"      name: {_yaml(name)}"
+        yield f"      type: {_yaml(name)}"
+        yield "    metrics:"
+        for one, value in told:
+            if one.name == name:
+                yield f"    - type: {_yaml(one.figure)}"
+                yield f"      value: {value:.6g}"
+                yield f"      name: {_yaml(one.title)}"
+
+
+def _is_hub_id(run: RunRecord) -> bool:
+    """A path that has the form of a hub id may be a folder: then the manifest says which."""
+    folder = (run.manifest.get("model") or {}).get("folder", run.base)
+    return bool(_HUB_ID.fullmatch(run.base)) and str(folder) != run.base and not Path(run.base).exists()
+
+
+def _here(source: dict[str, Any]) -> bool:
+    return Path(source["path"]).suffix != "" or Path(source["path"]).exists()
+
+
+def _licence(run: RunRecord) -> str:
+    """The base model's, where its own card names one."""
+    folder = (run.manifest.get("model") or {}).get("folder")
+    if not folder:
+        return ""
+    with contextlib.suppress(OSError):
+        text = (Path(folder) / CARD).read_text(encoding="utf-8", errors="replace")
+        head = text.split("---")[1] if text.startswith("---") else ""
+        if found := re.search(r"^license:\s*[\"']?([\w.+-]+)", head, re.MULTILINE):
+            return found[1]
+    return ""
+
+
+# -- text ---------------------------------------------------------------------------------------------------------
+
+
+def _what(run: RunRecord) -> Iterator[str]:
+    how = _METHODS.get(run.method, run.method) or "Fine-tuning"
+    yield f"# {_plain(run.name)}"
+    yield ""
+    yield f"{how} of `{_code(run.base)}` with distft."
+    yield ""
+
+
+def _scores(run: RunRecord) -> Iterator[str]:
+    before, after = run.held_out_losses
+    if not run.results and after is None:
+        yield from ("## Evaluation", "", "None was made: nothing here says that it is better than its base.", "")
+        return
+    yield from (
+        "## Evaluation",
+        "",
+        "| rows | score | before | after | change | verdict |",
+        "|---|---|---:|---:|---:|---|",
+    )
+    for one in run.results:
+        change = one.change or {}
+        cells = (one.name, one.title, _interval(one, one.before), _interval(one, one.after or one.best),
+                 _interval(one, change.get("difference")), one.verdict)  # fmt: skip
+        yield f"| {' | '.join(map(_plain, cells))} |"
+    if after is not None:
+        change = "" if before is None else f"{after - before:+.4g}"
+        yield f"| held-out rows | loss | {'' if before is None else f'{before:.4g}'} | {after:.4g} | {change} | |"
+    yield ""
+    if run.results:
+        counts = [number((one.before or one.after or {}).get("num_rows")) for one in run.results]
+        rows = sorted({int(count) for count in counts if count is not None})
+        told = ", ".join(map(str, rows))
+        yield f"Before: the base model, on the same rows ({told}). In brackets 95 % intervals over rows."
+        yield ""
+
+
+def _interval(one: Result, told: Any) -> str:
+    value = None if not told else number(told.get("value"))
+    if value is None:
+        return ""
+    low, high = number(told.get("low")), number(told.get("high"))
+    return f"{value:.4g}" if low is None or high is None else f"{value:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def _use(run: RunRecord, folder: Path) -> Iterator[str]:
+    chat = (folder / "chat_template.jinja").is_file()
+    where = f"{run.folder / 'final'}"
+    yield from ("## Use", "", "```python")
+    yield from (_WITH_PEFT if run.is_adapter else _PLAIN).format(folder=json.dumps(where)).splitlines()
+    yield from (_CHAT if chat else _TEXT).format(prompt=json.dumps(_prompt(run))).splitlines()
+    yield from ("```", "")
+    if run.is_adapter:
+        yield f"The adapter needs its base, `{_code(run.base)}`, which adapter_config.json names."
+        yield ""
+
+
+_PLAIN = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = {folder}  # or the hub id that it was uploaded under
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=None)
+"""
+_WITH_PEFT = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = {folder}  # or the hub id that it was uploaded under
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")
+"""
+_TEXT = """\
+inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)
+written = model.generate(**inputs, max_new_tokens=128, do_sample=False)
+print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+_CHAT = """\
+messages = [{{"role": "user", "content": {prompt}}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+written = model.generate(**inputs, max_new_tokens=128, do_sample=False)
+print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+def _prompt(run: RunRecord) -> str:
+    for one in run.results:
+        for label in ("after", "before"):
+            for answer in run.answers(label, one.name).values():
+                return str(answer.get("prompt", "")) or "…"
+    return "…"
+
+
+def _trained(run: RunRecord) -> Iterator[str]:
+    parameters, versions = run.manifest.get("parameters") or {}, run.manifest.get("versions") or {}
+    optim, train, data = run.table("optim"), run.table("train"), run.table("data")
+    method = {key: value for key, value in run.table("method").items() if key != "name"}
+    facts = [
+        ("method", ", ".join([run.method, *(f"{key} {_value(value)}" for key, value in method.items())])),
+        ("trained parameters", f"{parameters['trainable']:,} of {parameters['total']:,}" if parameters else ""),
+        ("objective", run.table("objective").get("name", "")),
+        (
+            "optimizer",
+            ", ".join([str(optim.get("name", "")), *(f"{k} {_value(v)}" for k, v in optim.items() if k != "name")]),
+        ),
+        ("schedule", ", ".join(f"{key} {_value(value)}" for key, value in run.table("schedule").items())),
+        ("steps", str(run.last.get("step", ""))),
+        ("tokens", f"{run.last['tokens']:,}" if "tokens" in run.last else ""),
+        ("sequences per step", str(train.get("global_batch_size", ""))),
+        ("tokens per sequence", f"{data.get('max_length', '')}" + (", packed" if data.get("packing") else "")),
+        ("trained on", str(data.get("loss_on", ""))),
+        ("computed in", str(run.table("model").get("dtype", ""))),
+        ("seed", str(run.recipe.get("seed", ""))),
+        ("engine", f"{run.engine} on {run.world} × {run.manifest.get('device', '')}" if run.engine else ""),
+        ("versions", ", ".join(f"{name} {versions[name]}" for name in _NAMED if versions.get(name))),
+    ]
+    yield from ("## Training", "", "| | |", "|---|---|")
+    yield from (f"| {name} | {_plain(value)} |" for name, value in facts if value)
+    yield ""
+
+
+_NAMED = ("distft", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
+
+
+def _data(run: RunRecord) -> Iterator[str]:
+    yield from ("## Data", "")
+    for split, what in (("train", "Trained on"), ("eval", "Evaluated on")):
+        rows = ((run.care or {}).get("splits") or {}).get(split) or {}
+        count = f"{rows['num_rows']:,} rows of " if rows else ""
+        paths = ", ".join(f"`{_code(source['path'])}`" for source in _sources(run, split))
+        if paths:
+            yield f"- {what} {count}{paths}"
+    yield from (f"- {_plain(note)}" for note in (run.care or {}).get("notes") or ())
+    yield ""
+
+
+def _limits(run: RunRecord) -> Iterator[str]:
+    yield from ("## Limits", "")
+    tested = ", ".join(f"`{_code(name)}`" for name in dict.fromkeys(one.name for one in run.results))
+    yield f"- Measured on {tested} and nothing else." if tested else "- Its answers were not measured on any task."
+    worse = [one for one in run.results if one.verdict == "worse"]
+    if worse:
+        yield f"- Worse than its base: {', '.join(_plain(f'{one.title} on {one.name}') for one in worse)}."
+    lost = max((len(one.regressions) for one in run.results), default=0)
+    if lost:
+        yield f"- Up to {lost:,} evaluated rows are answered worse than before; the run's report lists them."
+    rows = ((run.care or {}).get("splits") or {}).get("train") or {}
+    if rows and rows["num_rows"] < _FEW_ROWS:
+        yield f"- Trained on {rows['num_rows']} rows only."
+    yield "- What its base gets wrong, and may not be used for, holds for it too."
+    if not _licence(run):
+        yield "- The licence of the base model was not known where this was written: look it up before you share this."
+    yield ""
+
+
+def _again(run: RunRecord) -> Iterator[str]:
+    digest = str(run.manifest.get("recipe_sha256", ""))
+    yield from ("## Make it again", "", "```", f"distft reproduce {run.folder}", "```", "")
+    yield (f"Checks the hashes of rows, weights and recipe (sha256 `{digest[:16]}…`), runs it anew and compares every "
+           "step's loss and every final tensor.")  # fmt: skip
+    yield ""
+
+
+def _sources(run: RunRecord, split: str) -> list[dict[str, Any]]:
+    found = run.table("data").get(split) or []
+    return [source for source in found if isinstance(source, dict) and "path" in source]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_value(inner)}" for key, inner in value.items()) + ")"
+    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def _yaml(text: str) -> str:
+    """A JSON string is a YAML one."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _plain(text: str) -> str:
+    """On one line, and no Markdown or HTML of its own."""
+    for char, shown in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("[", "\\["), ("*", "\\*")):
+        text = text.replace(char, shown)
+    return " ".join(text.split())
+
+
+def _code(text: str) -> str:
+    return " ".join(text.replace("`", "'").split())

@@ -1,0 +1,30 @@
+"""How this machine's processes of the main job are started from another command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def launch_command(nproc: int, arguments: list[str]) -> list[str]:
+    """The command line that starts `nproc` processes of the main job on this machine."""
+    module = ["-m", "distft.train", *arguments]
+    if nproc == 1:
+        return [sys.executable, *module]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(nproc)]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return [*launcher, *module]
+
+
+def launch_env() -> dict[str, str]:
+    """Accelerate refuses --multi_gpu without a GPU unless told to use the CPU; our engines do not read this."""
+    import torch
+
+    return dict(os.environ) | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
+
+
+def num_accelerators() -> int:
+    """Processes to start where nobody says how many."""
+    import torch
+
+    return max(1, torch.cuda.device_count())

@@ -1,0 +1,245 @@
+"""Charts as SVG and a little CSS: lines that stretch with the page, text that does not, no script.
+
+A picture has a sentence that says what it shows; the figures behind it stand in a table beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from distft.report.html import Html, h
+from distft.report.words import short
+
+_WIDE, _HIGH = 1000, 400
+MOST_POINTS = 400
+"""A line of more is averaged over neighbours: no screen shows them."""
+_NOISY = 40
+"""Points from which a line is drawn pale, with a running mean over it."""
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line. Told from others by colour and by dashes, or by being dots."""
+
+    name: str
+    points: Points
+    style: int = 1
+    """1 to 6: colour and dashes."""
+    kind: str = "line"
+    """line | noisy (a pale line with its running mean) | dots | level (a horizontal rule)."""
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    says: str,
+    unit: str = "",
+    wide: bool = False,
+    from_zero: bool = False,
+    logarithmic: bool = False,
+) -> Html | None:
+    """A figure; None when no series has a point. `says`: what a reader who cannot see it is told."""
+    drawn = [one for one in series if one.points]
+    if not drawn:
+        return None
+    xs = [x for one in drawn for x, _ in one.points if one.kind != "level"] or [0.0, 1.0]
+    ys = [y for one in drawn for _, y in one.points]
+    x_ticks = [at for at in ticks(min(xs), max(xs), 5) if min(xs) <= at <= max(xs)]
+    spread = decades if logarithmic else ticks
+    y_ticks = spread(min([0.0, *ys] if from_zero else ys), max(ys), 4)
+    frame = _Frame(min(xs), max(xs), y_ticks[0], y_ticks[-1], logarithmic)
+    unit = ", ".join(filter(None, [unit, "logarithmic" if logarithmic else ""]))
+    svg = h(
+        "svg",
+        [h("line", x1=0, x2=_WIDE, y1=frame.y(at), y2=frame.y(at), class_="grid") for at in y_ticks[1:]],
+        h("line", x1=0, x2=_WIDE, y1=_HIGH, y2=_HIGH, class_="axis"),
+        [_drawn(one, frame) for one in drawn],
+        viewBox=f"0 0 {_WIDE} {_HIGH}",
+        preserveAspectRatio="none",
+        aria_hidden="true",
+        focusable="false",
+    )
+    area = h(
+        "div",
+        svg,
+        [h("span", short(at), class_="y", style=f"bottom:{100 - frame.y(at) / _HIGH * 100:.2f}%") for at in y_ticks],
+        [h("span", short(at), class_="x", style=f"left:{frame.x(at) / _WIDE * 100:.2f}%") for at in x_ticks],
+        class_="area",
+    )
+    heading = h("figcaption", h("h3", title, h("span", f" {unit}", class_="soft") if unit else None), _legends(drawn))
+    plot = h("div", area, class_="plot", role="img", aria_label=f"{title}: {says}")
+    return h("figure", heading, plot, class_="wide" if wide else None)
+
+
+def scatter(
+    title: str, dots: Sequence[tuple[str, float, float]], *, says: str, across: str, up: str, wide: bool = False
+) -> Html:
+    """Named dots (name, x, y), each with its name beside it."""
+    xs, ys = [x for _, x, _ in dots], [y for _, _, y in dots]
+    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs) * 1.08, 4), ticks(min(ys), max(ys), 4)
+    frame = _Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
+    svg = h(
+        "svg",
+        [h("line", x1=0, x2=_WIDE, y1=frame.y(at), y2=frame.y(at), class_="grid") for at in y_ticks[1:]],
+        [h("line", x1=frame.x(at), x2=frame.x(at), y1=0, y2=_HIGH, class_="grid") for at in x_ticks[1:]],
+        h("line", x1=0, x2=_WIDE, y1=_HIGH, y2=_HIGH, class_="axis"),
+        viewBox=f"0 0 {_WIDE} {_HIGH}",
+        preserveAspectRatio="none",
+        aria_hidden="true",
+        focusable="false",
+    )
+    marks = [
+        h(
+            "span",
+            sign(number),
+            h("span", name),
+            class_="dot",
+            style=f"left:{frame.x(x) / _WIDE * 100:.2f}%;bottom:{100 - frame.y(y) / _HIGH * 100:.2f}%",
+        )
+        for number, (name, x, y) in enumerate(dots, start=1)
+    ]
+    area = h(
+        "div",
+        svg,
+        [h("span", short(at), class_="y", style=f"bottom:{100 - frame.y(at) / _HIGH * 100:.2f}%") for at in y_ticks],
+        [h("span", short(at), class_="x", style=f"left:{frame.x(at) / _WIDE * 100:.2f}%") for at in x_ticks],
+        marks,
+        class_="area",
+    )
+    heading = h("figcaption", h("h3", title), h("span", f"across: {across}; up: {up}", class_="legend"))
+    plot = h("div", area, class_="plot", role="img", aria_label=f"{title}: {says}")
+    return h("figure", heading, plot, class_="wide" if wide else None)
+
+
+def whisker(low: float, high: float, marks: Sequence[tuple[float, float, float, int]]) -> Html:
+    """Intervals one below another on the scale low to high: (value, low, high, style); style 0 is a base model's."""
+    width, left = 176.0, 6.0
+
+    def at(value: float) -> float:
+        share = 0.5 if high <= low else (value - low) / (high - low)
+        return round(left + min(1.0, max(0.0, share)) * (width - 2 * left), 1)
+
+    rows = []
+    for number, (value, below, above, style) in enumerate(marks):
+        y = 16.0 if len(marks) == 1 else 9.0 + 14.0 * number
+        rows += [
+            h("line", x1=at(below), x2=at(above), y1=y, y2=y, class_=f"c{style}" if style else "c6 dashed"),
+            h("circle", cx=at(value), cy=y, r=4, class_=f"full c{style}" if style else "hollow"),
+        ]
+    rule = h("line", x1=left, x2=width - left, y1=31, y2=31, class_="scale")
+    return h("svg", rule, rows, viewBox=f"0 0 {width:.0f} 32", class_="whisker", aria_hidden="true", focusable="false")
+
+
+def meter(share: float, style: int = 1) -> Html:
+    """A bar of a table's cell, beside the figure that it stands for."""
+    width = f"width:{100 * min(1.0, max(0.0, share)):.1f}%;background:var(--s{style})"
+    return h("span", class_="meter", style=width, aria_hidden="true")
+
+
+def sign(style: int) -> Html:
+    """The shape that goes with a colour."""
+    return h("span", "●■▲◆▼★"[(style - 1) % 6], class_=f"c{(style - 1) % 6 + 1}", aria_hidden="true")
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers, equally far apart, the first at or below `low` and the last at or above `high`."""
+    if high <= low:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad if low else 0.0, high + pad
+    step = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(step * times for times in (1, 2, 2.5, 5, 10) if (high - low) / (step * times) <= most)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(at * step, 12) for at in range(first, last + 1)]
+
+
+def decades(low: float, high: float, most: int) -> list[float]:
+    """1, 2 and 5 of each power of ten from at or below `low` to at or above `high`; tens alone when these are many."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    times = (1, 2, 5) if last - first <= most else (1,)
+    every = [round(10.0**power * by, 12) for power in range(first, last + 1) for by in times]
+    begin = max(at for at, value in enumerate(every) if value <= low * (1 + 1e-9))
+    end = min(at for at, value in enumerate(every) if value >= high * (1 - 1e-9))
+    return every[begin : end + 1]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    low_x: float
+    high_x: float
+    low_y: float
+    high_y: float
+    logarithmic: bool = False
+
+    def x(self, value: float) -> float:
+        return _round(_WIDE * (value - self.low_x) / ((self.high_x - self.low_x) or 1))
+
+    def y(self, value: float) -> float:
+        value, low, high = (math.log(one) if self.logarithmic else one for one in (value, self.low_y, self.high_y))
+        return _round(_HIGH * (1 - (value - low) / ((high - low) or 1)))
+
+
+def _drawn(one: Series, frame: _Frame) -> Iterator[Html]:
+    style = f"c{(one.style - 1) % 6 + 1} d{(one.style - 1) % 6 + 1}"
+    match one.kind:
+        case "level":
+            y = frame.y(one.points[0][1])
+            yield h("line", x1=0, x2=_WIDE, y1=y, y2=y, class_=f"trend {style}")
+        case "dots":
+            yield h(
+                "path", d=" ".join(f"M{frame.x(x)} {frame.y(y)}h0" for x, y in one.points), class_=f"mark c{one.style}"
+            )
+        case "noisy" if len(one.points) > _NOISY:
+            yield h("path", d=_path(thin(one.points), frame), class_=f"raw c{one.style}")
+            yield h("path", d=_path(thin(running_mean(one.points)), frame), class_=f"trend {style}")
+        case _:
+            yield h("path", d=_path(thin(one.points), frame), class_=f"trend {style}")
+
+
+def _path(points: Points, frame: _Frame) -> str:
+    if len(points) == 1:
+        return f"M{frame.x(points[0][0])} {frame.y(points[0][1])}h6"
+    return "M" + "L".join(f"{frame.x(x)} {frame.y(y)}" for x, y in points)
+
+
+def thin(points: Points, most: int = MOST_POINTS) -> Points:
+    """At most `most` points: of each run of neighbours the mean."""
+    if len(points) <= most:
+        return points
+    edges = [round(at * len(points) / most) for at in range(most + 1)]
+    parts = [points[begin:end] for begin, end in pairwise(edges)]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def running_mean(points: Points) -> Points:
+    """Over a fortieth of the line on both sides, less at its ends so that these are not bent."""
+    reach = max(1, len(points) // 40)
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    smooth = []
+    for at, (x, _) in enumerate(points):
+        near = min(reach, at, len(points) - 1 - at)
+        smooth.append((x, (sums[at + near + 1] - sums[at - near]) / (2 * near + 1)))
+    return smooth
+
+
+def _legends(series: Sequence[Series]) -> list[Html]:
+    return [h("span", _swatch(one), one.name, class_="legend") for one in series] if len(series) > 1 else []
+
+
+def _swatch(one: Series) -> Html:
+    number = (one.style - 1) % 6 + 1
+    if one.kind == "dots":
+        inside = h("path", d="M16 7h0", class_=f"mark c{number}")
+    else:
+        inside = h("line", x1=0, x2=32, y1=7, y2=7, class_=f"trend c{number} d{number}")
+    return h("svg", inside, viewBox="0 0 32 14", aria_hidden="true", focusable="false")
+
+
+def _round(value: float) -> float:
+    return round(value, 1)

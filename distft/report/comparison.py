@@ -1,0 +1,311 @@
+"""Several runs side by side: what each of them gives, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distft.report import words
+from distft.report.charts import Series, line_chart, scatter, sign
+from distft.report.html import Child, Html, h, page
+from distft.report.page import footer, skip
+from distft.report.results import picture, verdict
+from distft.report.setup import money
+from distft.report.tables import fold, missing, section, table
+from distft.run_record import Result, RunRecord, number
+
+_IGNORED = ("name", "output_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One run in figures; None: not known."""
+
+    run: str
+    folder: str
+    method: str
+    engine: str
+    world: int | None
+    trained_parameters: int | None
+    steps: int | None
+    tokens: int | None
+    held_out_loss: float | None
+    quality: Mapping[str, float | None]
+    """`set, score` -> the tuned model's value."""
+    peak_memory_gib: float | None
+    tokens_per_s: float | None
+    wall_s: float | None
+    gpu_hours: float | None
+    cost: float | None
+
+
+def line(run: RunRecord, price: float | None) -> Line:
+    """What a run comes to."""
+    hours = run.gpu_hours
+    return Line(
+        run=run.name,
+        folder=str(run.folder),
+        method=run.method,
+        engine=run.engine,
+        world=run.world,
+        trained_parameters=(run.manifest.get("parameters") or {}).get("trainable"),
+        steps=run.last.get("step"),
+        tokens=run.last.get("tokens"),
+        held_out_loss=run.held_out_losses[1],
+        quality={_key(one): number((one.after or one.best or {}).get("value")) for one in run.results},
+        peak_memory_gib=run.peak_gib,
+        tokens_per_s=run.tokens_per_s,
+        wall_s=run.wall_s,
+        gpu_hours=hours,
+        cost=None if price is None or hours is None else hours * price,
+    )
+
+
+def names(runs: Sequence[RunRecord]) -> list[str]:
+    """What the page calls each run: its name, with its folder's parent where two have one name."""
+    known = [run.name for run in runs]
+    return [
+        run.name if known.count(run.name) == 1 else f"{run.folder.resolve().parent.name}/{run.folder.name}"
+        for run in runs
+    ]
+
+
+def comparison_page(runs: Sequence[RunRecord], *, price: float | None = None) -> str:
+    """One HTML document; runs in the order they were named."""
+    called = names(runs)
+    lines = [line(run, price) for run in runs]
+    title = " · ".join(called) if len(called) <= 4 else f"{len(called)} runs"
+    parts = {
+        "glance": ("Side by side", list(_side_by_side(called, lines))),
+        "quality": ("Quality", list(_quality(runs, called))),
+        "against": ("Quality against what it takes", list(_against(runs, called, lines))),
+        "curves": ("Loss", list(_losses(runs, called))),
+        "settings": ("Settings that differ", list(_settings(runs, called))),
+    }
+    header = h(
+        "header",
+        h("p", f"{len(runs)} runs compared", class_="kicker"),
+        h("h1", title),
+        h("p", _lead(runs, called, lines), class_="lead"),
+        class_="top",
+    )
+    nav = h(
+        "nav", h("ul", [h("li", h("a", part[0], href=f"#{at}")) for at, part in parts.items()]), aria_label="Contents"
+    )
+    main = h("main", [section(at, *part) for at, part in parts.items()], id="main")
+    where = ", ".join(str(run.folder) for run in runs)
+    return page(f"{title} – distft compare", skip(), h("div", header, nav, main, footer(where), class_="wrap"))
+
+
+def _lead(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line]) -> str:
+    """Who is first at what; nothing where runs cannot be told apart or are not comparable."""
+    told = []
+    first = _shared(runs)[0] if _shared(runs) else None
+    if first is not None:
+        values = {name: one.quality[_key(first)] for name, one in zip(called, lines, strict=True)}
+        told.append(_best(f"best {first.title} on {first.name}", values, largest=first.higher_is_better))
+    else:
+        told.append(_best("lowest held-out loss", dict(zip(called, (one.held_out_loss for one in lines), strict=True))))
+    told.append(_best("least memory", dict(zip(called, (one.peak_memory_gib for one in lines), strict=True))))
+    speeds = dict(zip(called, (one.tokens_per_s for one in lines), strict=True))
+    told.append(_best("fastest", speeds, largest=True))
+    said = "; ".join(part for part in told if part)
+    return said[:1].upper() + said[1:] + "." if said else ""
+
+
+def _best(what: str, values: Mapping[str, float | None], *, largest: bool = False) -> str:
+    known = {name: value for name, value in values.items() if value is not None}
+    if len(known) < 2 or len(set(known.values())) == 1:
+        return ""
+    return f"{what}: {(max if largest else min)(known, key=known.__getitem__)}"
+
+
+def _side_by_side(called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html]:
+    columns = {
+        "held-out loss": ("held_out_loss", words.figure),
+        "peak memory": ("peak_memory_gib", words.gib),
+        "tokens/s": ("tokens_per_s", words.count),
+        "time": ("wall_s", words.duration),
+        "process hours": ("gpu_hours", words.figure),
+        "cost": ("cost", lambda value: words.NOTHING if value is None else money(value)),
+    }
+    if all(one.cost is None for one in lines):
+        del columns["cost"]
+    rows: list[list[Child]] = []
+    for at, (name, one) in enumerate(zip(called, lines, strict=True), start=1):
+        engine = f"{one.engine} × {one.world}" if one.engine else words.NOTHING
+        cells = [how(getattr(one, column)) for column, how in columns.values()]
+        trained = words.count(one.trained_parameters)
+        rows.append([[sign(at), " ", name], one.method, engine, trained, words.count(one.tokens), *cells])
+    heads = ["run", "method", "engine", "trained parameters", "tokens", *columns]
+    yield table("What each run gave, and what it took", heads, rows, numbers=range(3, len(heads)))
+    if len({one.tokens for one in lines}) > 1:
+        yield h(
+            "p", "The runs saw different numbers of tokens; time, hours and cost are of the whole run.", class_="soft"
+        )
+
+
+def _quality(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
+    every = {_key(one): one for run in reversed(runs) for one in run.results}
+    if not every:
+        yield missing("None of these runs has evaluated answers; ", h("code", "distft eval"), " adds them.")
+        return
+    order = list(dict.fromkeys(_key(one) for run in runs for one in run.results))
+    first = {(every[key].name, every[key].score): key for key in reversed(order)}
+    for key in order:
+        if key in first.values():
+            yield _figure(every[key], [_of(run, key) for run in runs], called)
+    yield h(
+        "p",
+        "In the picture the ring is each run's own base model, which need not be the same one, and the dot the tuned "
+        "model. Intervals that overlap do not separate two runs.",
+        class_="soft",
+    )
+    more = [key for key in order if key not in first.values()]
+    if more:
+        rows = [
+            [f"{every[key].name}: {every[key].title}", *map(_cell, [_of(run, key) for run in runs])] for key in more
+        ]
+        heads = ("figure", *called)
+        yield fold(
+            "Further figures", table("After training, with 95 % intervals", heads, rows, numbers=range(1, len(heads)))
+        )
+
+
+def _figure(kind: Result, found: Sequence[Result | None], called: Sequence[str]) -> Html:
+    bounds = [
+        number(told.get(at))
+        for one in found
+        if one is not None
+        for told in (one.before, one.after or one.best)
+        if told is not None
+        for at in ("low", "value", "high")
+    ]
+    known = [bound for bound in bounds if bound is not None]
+    scale = (0.0, 1.0) if not known or (min(known) >= 0 and max(known) <= 1) else (min(known), max(known))
+    rows: list[list[Child]] = []
+    for at, (name, one) in enumerate(zip(called, found, strict=True), start=1):
+        if one is None:
+            rows.append([[sign(at), " ", name], "", words.NOTHING, words.NOTHING, words.NOTHING])
+            continue
+        cells = (words.interval(one, one.before), words.interval(one, one.after or one.best), verdict(one))
+        rows.append([[sign(at), " ", name], picture(one, (at - 1) % 6 + 1, scale), *cells])
+    less = "" if kind.higher_is_better else ", less is better"
+    heads = ("run", "(picture)", "before", "after, with its 95 % interval", "against its own base")
+    return table(f"{kind.name}: {kind.title}{less}", heads, rows, numbers=(2, 3))
+
+
+def _of(run: RunRecord, key: str) -> Result | None:
+    return next((one for one in run.results if _key(one) == key), None)
+
+
+def _cell(one: Result | None) -> str:
+    return words.NOTHING if one is None else words.interval(one, one.after or one.best)
+
+
+def _tuned(one: Result | None) -> float | None:
+    return None if one is None else number((one.after or one.best or {}).get("value"))
+
+
+def _against(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html]:
+    shared = _shared(runs)
+    if shared:
+        first = shared[0]
+        name, quality = f"{first.title} on {first.name}", [one.quality[_key(first)] for one in lines]
+    else:
+        name, quality = "held-out loss (less is better)", [one.held_out_loss for one in lines]
+    charts = []
+    for title, column, unit in (
+        ("Memory", "peak_memory_gib", "peak GiB, rank 0"),
+        ("Speed", "tokens_per_s", "tokens/s"),
+        ("Time", "gpu_hours", "process hours"),
+    ):
+        dots = [
+            (who, taken, value)
+            for who, one, value in zip(called, lines, quality, strict=True)
+            if value is not None and (taken := getattr(one, column)) is not None
+        ]
+        if len(dots) > 1:
+            says = "; ".join(f"{who}: {words.figure(x)}, {words.figure(y)}" for who, x, y in dots)
+            charts.append(scatter(title, dots, says=says, across=unit, up=name))
+    if charts:
+        yield h("div", charts, class_="charts")
+    else:
+        yield missing("Fewer than two runs have both a quality and what it took.")
+
+
+def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
+    for title, points in (
+        ("Training loss", [run.column("loss") for run in runs]),
+        (
+            "Held-out loss",
+            [
+                [(one["step"], loss) for one in run.evals if (loss := number(one["eval_loss"])) is not None]
+                for run in runs
+            ],
+        ),
+    ):
+        series = [
+            Series(name=name, points=line, style=at)
+            for at, (name, line) in enumerate(zip(called, points, strict=True), 1)
+        ]
+        says = "; ".join(
+            f"{name} from {words.figure(line[0][1])} to {words.figure(line[-1][1])}"
+            for name, line in zip(called, points, strict=True)
+            if line
+        )
+        values = [value for line in points for _, value in line]
+        steep = min(values, default=0) > 0 and max(values) > 20 * min(values)
+        chart = line_chart(title, series, says=says, unit="by step", wide=True, logarithmic=steep)
+        if chart is not None:
+            yield h("div", chart, class_="charts")
+    rows = [
+        [
+            [sign(at), " ", name],
+            *(words.figure(value) for value in (*(run.losses or (None, None)), *run.held_out_losses)),
+        ]
+        for at, (name, run) in enumerate(zip(called, runs, strict=True), start=1)
+    ]
+    heads = ("run", "training, at first", "at the end", "held-out, before", "after")
+    yield table("The ends of the curves", heads, rows, numbers=range(1, 5))
+
+
+def _settings(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
+    differing = settings_that_differ(runs)
+    if not differing:
+        yield h("p", "None, but for names and folders.")
+        return
+    rows = [
+        [h("code", key), *(h("code", value) if value else words.NOTHING for value in found)] for key, found in differing
+    ]
+    yield table("Keys of the recipe that are not the same everywhere", ("key", *called), rows)
+
+
+def settings_that_differ(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """(key, its value in each run as text; "" where it is not set), sorted by table."""
+    flat = [dict(_flat(run.recipe)) for run in runs]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    found = [(key, [one.get(key, "") for one in flat]) for key in keys if key not in _IGNORED]
+    return sorted(((key, values) for key, values in found if len(set(values)) > 1), key=lambda pair: pair[0])
+
+
+def _flat(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{at}.{key}" if at else str(key))
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for place, inner in enumerate(value):
+            yield from _flat(inner, f"{at}.{place}")
+    else:
+        yield at, str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _shared(runs: Sequence[RunRecord]) -> list[Result]:
+    """Figures that every run has, in the first run's order."""
+    keys = [{_key(one) for one in run.results if _tuned(one) is not None} for run in runs]
+    return [one for one in runs[0].results if all(_key(one) in known for known in keys)]
+
+
+def _key(one: Result) -> str:
+    return f"{one.name}, {one.title}"

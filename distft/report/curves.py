@@ -1,0 +1,93 @@
+"""What the run's numbers did over its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distft.report import words
+from distft.report.charts import Series, line_chart
+from distft.report.html import Html, h
+from distft.report.tables import fold, missing, table
+from distft.run_record import RunRecord, number
+
+_TABLE_ROWS = 24
+_STEEP = 20
+"""Largest loss over the smallest from which only a logarithmic axis shows both ends."""
+
+
+def curves(run: RunRecord) -> Iterator[Html]:
+    """The section's content."""
+    if not run.steps:
+        yield missing("metrics.jsonl has no step yet.")
+        return
+    drawn = [chart for chart in _charts(run) if chart is not None]
+    yield h("div", drawn, class_="charts even" if len(drawn) == 5 else "charts")  # one wide, and two by two
+    if run.on_gpu and run.planned_gib is None:
+        why = (run.plan or {}).get("why")
+        yield missing(
+            f"No planned memory to hold the measured one against: {why}."
+            if why
+            else "No planned memory to hold the measured one against: the run folder has no plan.json."
+        )
+    yield fold("The figures behind the curves", _steps(run), _evals(run))
+
+
+def _charts(run: RunRecord) -> Iterator[Html | None]:
+    loss = run.column("loss")
+    held_out = [(record["step"], value) for record in run.evals if (value := number(record["eval_loss"])) is not None]
+    series = [Series(name="training, each step and its running mean", points=loss, kind="noisy")]
+    if held_out:
+        series.append(Series(name="held-out rows", points=held_out, style=2, kind="dots"))
+    says = f"from {words.figure(loss[0][1])} to {words.figure(loss[-1][1])} over {len(loss)} steps" if loss else ""
+    if held_out:
+        says += f"; held-out loss from {words.figure(held_out[0][1])} to {words.figure(held_out[-1][1])}"
+    values = [value for one in series for _, value in one.points]
+    steep = min(values, default=0) > 0 and max(values) > _STEEP * min(values)
+    yield line_chart("Loss", series, says=says, wide=True, logarithmic=steep)
+    yield _one(run, "lr", "Learning rate", from_zero=True)
+    yield _one(run, "grad_norm", "Gradient norm", unit="before clipping", from_zero=True)
+    yield _one(run, "tokens_per_s", "Speed", unit="tokens/s, all processes", from_zero=True)
+    yield _one(run, "mfu", "MFU", unit="of the dense bf16 peak", from_zero=True)
+    yield _memory(run)
+
+
+def _one(run: RunRecord, column: str, title: str, *, unit: str = "", from_zero: bool = False) -> Html | None:
+    points = run.column(column)
+    if not points:
+        return None
+    values = [value for _, value in points]
+    says = f"from {words.figure(values[0])} to {words.figure(values[-1])}, at most {words.figure(max(values))}"
+    kind = "line" if column == "lr" else "noisy"
+    return line_chart(title, [Series(name=title, points=points, kind=kind)], says=says, unit=unit, from_zero=from_zero)
+
+
+def _memory(run: RunRecord) -> Html | None:
+    measured, planned = run.column("memory_gib"), run.planned_gib
+    if not measured:
+        return None
+    what = "allocated on rank 0's GPU" if run.on_gpu else "resident set of rank 0, no GPU"
+    series = [Series(name="measured", points=measured)]
+    says = f"{what}, at most {words.gib(run.peak_gib)}"
+    if planned is not None:
+        series.append(Series(name="planned peak", points=[(0, planned)], style=2, kind="level"))
+        says += f"; planned peak {words.gib(planned)}"
+    return line_chart("Memory", series, says=says, unit=f"GiB, {what}", from_zero=True)
+
+
+def _steps(run: RunRecord) -> Html:
+    columns = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gib")
+    heads = ("step", "loss", "learning rate", "gradient norm", "tokens/s", "MFU", "GiB")
+    last = len(run.steps) - 1
+    chosen = sorted({round(at * last / (_TABLE_ROWS - 1)) for at in range(_TABLE_ROWS)})
+    rows = [
+        [run.steps[at]["step"], *(words.figure(number(run.steps[at].get(name))) for name in columns)] for at in chosen
+    ]
+    caption = f"{len(chosen)} of {words.noun(len(run.steps), 'step')}; all are in metrics.jsonl"
+    return table(caption, heads, rows, numbers=range(len(heads)))
+
+
+def _evals(run: RunRecord) -> Html | None:
+    if not run.evals:
+        return None
+    rows = [[record["step"], words.figure(number(record["eval_loss"]))] for record in run.evals]
+    return table("Loss on held-out rows", ("step", "loss"), rows, numbers=(0, 1))

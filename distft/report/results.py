@@ -1,0 +1,153 @@
+"""Did it help: figures before and after with their intervals, and the rows that got worse side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from distft.report import words
+from distft.report.charts import whisker
+from distft.report.html import Html, h
+from distft.report.tables import missing, table
+from distft.run_record import Result, RunRecord, number
+
+SHOWN = 20
+"""Rows that got worse, of each set."""
+_OPEN = 2
+_VERDICTS = {
+    "better": ("better", "▲ better"),
+    "worse": ("worse", "▼ worse"),
+    "no clear change": ("unclear", "= no clear change"),
+}
+
+
+def results(run: RunRecord) -> Iterator[Html]:
+    """The section's content."""
+    if run.results:
+        yield _scores(run.results)
+        yield h(
+            "p",
+            "Intervals are 95 % and speak of rows drawn like these, not of another training seed. The verdict is "
+            "McNemar's exact test where a row is right or wrong, else whether the paired interval excludes zero. "
+            "In the picture the base model is a ring on a dashed line, the tuned one a dot.",
+            class_="soft",
+        )
+    else:
+        yield missing(
+            "No answers were generated for evaluation rows in this run, so only the loss tells whether it helped. ",
+            h("code", "distft eval"),
+            " adds them.",
+        )
+    yield from _held_out(run)
+    yield from _regressions(run)
+
+
+def verdict(result: Result) -> Html | str:
+    """In colour, and by a shape for those who do not see it."""
+    change = result.change or {}
+    bounds = (change.get("difference") or {}).get("low")
+    if bounds is None and change.get("mcnemar") is None:  # a figure of all rows together: nothing to judge by
+        return words.NOTHING
+    kind, text = _VERDICTS.get(result.verdict, ("unclear", result.verdict or words.NOTHING))
+    return h("span", text, class_=f"verdict {kind}")
+
+
+def _scores(found: Sequence[Result]) -> Html:
+    heads = ("rows", "score", "(picture)", "before", "after", "change", "verdict")
+    body = []
+    for one in found:
+        change = one.change or {}
+        tuned = one.after or one.best
+        body.append(
+            [
+                one.name,
+                [one.title, h("span", "" if one.higher_is_better else " (less is better)", class_="soft")],
+                picture(one),
+                words.interval(one, one.before),
+                [words.interval(one, tuned), h("span", " best" if one.after is None and tuned else "", class_="soft")],
+                words.interval(one, change.get("difference"), signed=True),
+                [verdict(one), _p_value(change)],
+            ]
+        )
+    return table("Scores before and after training, with 95 % intervals", heads, body, numbers=(3, 4, 5))
+
+
+def _p_value(change: Any) -> Html | None:
+    test = change.get("mcnemar")
+    if not test:
+        return None
+    p = number(test.get("p_value"))
+    told = "" if p is None else f", p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+    return h("span", f" {test['gained']} gained, {test['lost']} lost{told}", class_="soft")
+
+
+def picture(one: Result, style: int = 1, scale: tuple[float, float] | None = None) -> Html | None:
+    """Before above after, on a scale from 0 to 1 where both lie in it."""
+    marks = []
+    for told, of in ((one.before, 0), (one.after or one.best, style)):
+        value = None if told is None else number(told.get("value"))
+        if told is None or value is None:
+            continue
+        low, high = number(told.get("low")), number(told.get("high"))
+        marks.append((value, value if low is None else low, value if high is None else high, of))
+    if not marks:
+        return None
+    low, high = min(mark[1] for mark in marks), max(mark[2] for mark in marks)
+    return whisker(*(scale or ((0.0, 1.0) if low >= 0 and high <= 1 else (low, high))), marks)
+
+
+def _held_out(run: RunRecord) -> Iterator[Html]:
+    before, after = run.held_out_losses
+    if before is None and after is None:
+        yield missing("The recipe names no held-out rows ([[data.eval]]), so there is no evaluation loss.")
+        return
+
+    def perplexity(loss: float | None) -> str:
+        return words.NOTHING if loss is None or loss > 50 else words.figure(math.exp(loss))
+
+    best = number(run.best.get("eval_loss"))
+    rows = [["loss", words.figure(before), words.figure(after)], ["perplexity", perplexity(before), perplexity(after)]]
+    heads = ["figure", "before", "after"]
+    if best is not None:
+        heads.append(f"best, step {run.best.get('step')}")
+        rows = [[*rows[0], words.figure(best)], [*rows[1], perplexity(best)]]
+    yield table("Held-out rows: mean loss over the trained tokens, less is better", heads, rows, numbers=(1, 2, 3))
+
+
+def _regressions(run: RunRecord) -> Iterator[Html]:
+    if not run.results:
+        return
+    first = {(one.name, one.score): one for one in reversed(run.results)}  # a score's own list goes by its first figure
+    lost = [one for one in run.results if one is first[one.name, one.score] and one.regressions]
+    yield h("h3", "Rows that got worse")
+    if not lost:
+        yield h("p", "None: no row has a lower score than before.")
+    label = "after" if (run.folder / "eval" / "after").is_dir() else "best"
+    for at, one in enumerate(lost):
+        num = len(one.regressions)
+        more = f", the worst {SHOWN} shown" if num > SHOWN else ""
+        yield h("p", f"{one.name}, {one.title}: {words.noun(num, 'row')}{more}, worst first.")
+        old, new = run.answers("before", one.name), run.answers(label, one.name)
+        for place, row in enumerate(islice(one.regressions, SHOWN)):
+            yield _row(one, row, old.get(row), new.get(row), opened=at == 0 and place < _OPEN)
+
+
+def _row(one: Result, row: str, old: Any, new: Any, *, opened: bool) -> Html:
+    told = [words.of(one, ((said or {}).get("scores") or {}).get(one.figure)) for said in (old, new)]
+    summary = h("summary", h("strong", row), h("span", f"{told[0]} \u2192 {told[1]}", class_="soft nowrap"))
+    if old is None and new is None:
+        return h("details", summary, missing("The answers of this row are not in the run folder."), class_="row")
+    any_ = old or new
+    parts = (
+        ("Prompt", any_.get("prompt"), None),
+        ("Right answer", any_.get("reference"), None),
+        ("Before", (old or {}).get("answer"), "is-before"),
+        ("After", (new or {}).get("answer"), "is-after"),
+    )
+    quotes = [
+        h("div", h("dt", name), h("dd", h("pre", text if text else "(nothing)", tabindex=0)), class_=kind)
+        for name, text, kind in parts
+    ]
+    return h("details", summary, h("dl", quotes, class_="quotes"), class_="row", open=opened)

@@ -1,0 +1,205 @@
+"""`distft reproduce RUN`: hashes first, then the run once more, then the two held against each other.
+
+Exit code 0: equal bit for bit, or, on another layout, within 1e-5. 1: it ran and is not. 3 and 4: other rows, other
+weights; nothing was run. Else the code that the second run ended with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distft.core.errors import DONE, PREEMPTED_AND_SAVED, DistftError, FileSystemError, MachineError
+from distft.run_record import RunRecord, read_run
+
+DIFFERS = 1
+_POLL_S = 0.2
+_EXITS = {"data": 3, "model": 4}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its options."""
+    made = argparse.ArgumentParser(
+        prog="distft reproduce", description="Run a run again, and say whether it comes out the same."
+    )
+    made.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    made.add_argument("--output-dir", type=Path, metavar="D", help="folder of the new run folder (RUN.reproduced-N)")
+    made.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (as many as the run had)")
+    made.add_argument("--steps", type=int, metavar="K", help="only the first K steps, under the whole run's schedule")
+    made.add_argument("--against", type=Path, metavar="RUN", help="compare with this run folder, and start nothing")
+    made.add_argument("--only-check", action="store_true", help="compare hashes and versions, and start nothing")
+    made.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    options = parser().parse_args(argv)
+    try:
+        return _run(options)
+    except DistftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _run(options: argparse.Namespace) -> int:
+    first = read_run(options.run)
+    if not first.recipe_text or not first.manifest:
+        raise FileSystemError(f"{options.run}: no run folder: recipe.toml and manifest.json say what to run again")
+    from distft.catalog import REGISTRIES
+    from distft.core.log import quiet_libraries
+    from distft.demo.files import locate
+    from distft.recipe import load_recipe
+    from distft.reproduce.inputs import differences
+
+    quiet_libraries()
+    recipe = load_recipe(options.run / "recipe.toml", registries=REGISTRIES)
+    found = differences(first.manifest, locate(recipe), _device())
+    said: dict[str, Any] = {"run": str(options.run), "differences": [vars(one) for one in found]}
+    say = _quiet if options.json else print
+    say(f"{first.name}: rows, weights and versions against manifest.json")
+    for one in found:
+        mark = "!" if one.is_fatal else "~" if one.kind == "computes" else " "
+        say(f"  {mark} {one}")
+    if not found:
+        say("  all as they were")
+    fatal = [one for one in found if one.is_fatal]
+    if fatal and options.against is None:
+        say("not the same rows or weights: there is nothing to reproduce")
+        return _told(options, said, _EXITS[fatal[0].kind])
+    if options.only_check:
+        return _told(options, said, DONE)
+    return _held_against(options, first, said, say)
+
+
+def _held_against(options: argparse.Namespace, first: RunRecord, said: dict[str, Any], say: Any) -> int:
+    from distft.reproduce.outcome import compare
+
+    if options.against is not None:
+        folder, code = options.against, DONE
+    else:
+        folder, code = _again(options, first, say)
+    second = read_run(folder)
+    said |= {"again": str(folder), "exit_code": code}
+    if code not in (DONE, PREEMPTED_AND_SAVED if options.steps is not None else DONE):
+        say(f"the second run ended with code {code}: {second.exit.get('reason', 'its own message is above')}")
+        return _told(options, said, code)
+    outcome = compare(first, second, until=options.steps)
+    same = _layout(first) == _layout(second)
+    verdict = "equal" if outcome.equal else "within 1e-5" if outcome.within else "differs"
+    good = outcome.equal or (outcome.within and not same)
+    said |= {"outcome": outcome.to_json(), "same_layout": same, "verdict": verdict, "reproduced": good}
+    say(f"{folder}, {_words(second)}" + ("" if same else f", where the first was {_words(first)}"))
+    for line in outcome.lines():
+        say(f"  {line}")
+    if outcome.equal:
+        say("reproduced: equal bit for bit")
+    elif good:
+        say("reproduced: within 1e-5, which is what another layout allows")
+    else:
+        say(
+            "not reproduced"
+            + (": within 1e-5, but the same layout should give the same bits" if outcome.within else "")
+        )
+    return _told(options, said, DONE if good else DIFFERS)
+
+
+def _again(options: argparse.Namespace, first: RunRecord, say: Any) -> tuple[Path, int]:
+    """Start it, in the folder that the first was started in; (run folder, exit code)."""
+    from distft.launch import launch_command, launch_env
+
+    world, nodes = first.world or 1, int(first.manifest.get("nodes") or 1)
+    nproc = options.nproc or world
+    parent = (options.output_dir or _fresh(options.run)).absolute()
+    arguments = [str((options.run / "recipe.toml").absolute()), "--output-dir", str(parent), "--resume", "never"]
+    for setting in _pinned(first, nproc):
+        arguments += ["--set", setting]
+    if nodes > 1 and options.nproc is None:
+        raise MachineError(
+            f"{options.run} ran on {nodes} nodes, and this command starts processes on one machine only; start there\n"
+            f"  python -m distft.train {' '.join(map(repr, arguments))}\n"
+            f"then distft reproduce {options.run} --against {parent / first.name}; or give --nproc for another layout"
+        )
+    folder = parent / first.name
+    if (folder / "metrics.jsonl").exists():
+        raise FileSystemError(f"{folder}: there is a run already; name another --output-dir, or compare with --against")
+    was_in = Path(str(first.manifest.get("cwd", ".")))
+    say(f"running it again on {nproc} process{'es' if nproc != 1 else ''}, in {folder}")
+    process = subprocess.Popen(
+        launch_command(nproc, arguments),
+        env=launch_env(),
+        cwd=was_in if was_in.is_dir() else None,
+        stdout=sys.stderr,
+    )
+    try:
+        return folder, _ended(process, folder, options.steps)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+def _ended(process: subprocess.Popen[bytes], folder: Path, steps: int | None) -> int:
+    """Wait; once `steps` are made, ask the run to stop: its schedule stays that of the whole run."""
+    asked = False
+    while process.poll() is None:
+        time.sleep(_POLL_S)
+        if steps is not None and not asked and read_run(folder).last.get("step", 0) >= steps:
+            (folder / "STOP").touch()
+            asked = True
+    told = read_run(folder).exit.get("code")  # launchers flatten codes, exit.json does not
+    return told if isinstance(told, int) else process.returncode
+
+
+def _pinned(first: RunRecord, nproc: int) -> list[str]:
+    """What the recipe left to `auto` and the first run chose; on another number of processes it is chosen anew."""
+    settings = []
+    layout = first.manifest.get("layout") or {}
+    if first.table("engine").get("name") == "auto" and not (first.engine == "solo" and nproc > 1):
+        settings.append(f'engine.name="{first.engine}"')
+    if nproc == first.world:
+        if first.table("train").get("micro_batch_size") == "auto" and layout.get("micro_batch_size"):
+            settings.append(f"train.micro_batch_size={layout['micro_batch_size']}")
+        if first.table("train").get("activation_checkpointing") == "auto" and layout.get("checkpointing"):
+            settings.append(f'train.activation_checkpointing="{layout["checkpointing"]}"')
+    return settings
+
+
+def _layout(run: RunRecord) -> tuple[Any, ...]:
+    cut = run.manifest.get("layout") or {}
+    return run.engine, run.world, cut.get("micro_batch_size"), run.manifest.get("device")
+
+
+def _words(run: RunRecord) -> str:
+    return f"{run.engine} × {run.world}"
+
+
+def _fresh(run: Path) -> Path:
+    return next(
+        path
+        for number in itertools.count(1)
+        if not (path := run.absolute().with_name(f"{run.absolute().name}.reproduced-{number}")).exists()
+    )
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+
+
+def _told(options: argparse.Namespace, said: dict[str, Any], code: int) -> int:
+    if options.json:
+        print(json.dumps(said | {"code": code}, default=str))
+    return code
+
+
+def _quiet(line: str) -> None:
+    """With --json nothing else is printed."""

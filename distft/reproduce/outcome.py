@@ -1,0 +1,181 @@
+"""Two runs of one recipe, step by step and tensor by tensor: equal bit for bit, or from where on and how far off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distft.run_record import RunRecord, number
+
+TOLERANCE = 1e-5
+"""Relative, of losses and gradient norms in fp32 on another layout: what `docs/guide.md` promises."""
+COLUMNS = ("loss", "grad_norm", "lr", "eval_loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One figure over the steps that both runs have."""
+
+    name: str
+    num_steps: int
+    equal: bool
+    """Every value, bit for bit."""
+    first_step: int | None
+    """Where they part."""
+    worst: float
+    """Largest relative difference; infinite where one is a number and the other is not."""
+    worst_step: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """final/, compared by name."""
+
+    num_tensors: int
+    num_equal: int
+    only_in_one: tuple[str, ...]
+    worst: float
+    """Largest difference of an element."""
+    worst_relative: float
+    """Largest of: greatest difference in a tensor over its greatest element."""
+    worst_name: str
+
+    @property
+    def equal(self) -> bool:
+        """Bit for bit."""
+        return not self.only_in_one and self.num_equal == self.num_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of the second run, held against the first."""
+
+    columns: tuple[Column, ...]
+    tensors: Tensors | None
+    """None: one of the two has no final/."""
+    missing_steps: int
+    """Steps of the first that the second did not make, where it was to make them."""
+
+    @property
+    def equal(self) -> bool:
+        """All of it, bit for bit."""
+        told = all(column.equal for column in self.columns) and bool(self.columns)
+        return told and not self.missing_steps and (self.tensors is None or self.tensors.equal)
+
+    @property
+    def within(self) -> bool:
+        """Losses and norms within the tolerance."""
+        return bool(self.columns) and not self.missing_steps and all(one.worst <= TOLERANCE for one in self.columns)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"equal": self.equal, "within_1e-5": self.within}
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        for one in self.columns:
+            if one.equal:
+                yield f"{one.name:<10} equal in all {one.num_steps:,} values"
+            else:
+                yield (
+                    f"{one.name:<10} differs from step {one.first_step} on, by at most {one.worst:.2g} of its value "
+                    f"(step {one.worst_step})"
+                )
+        if self.missing_steps:
+            yield f"{'steps':<10} {self.missing_steps:,} were not made"
+        if self.tensors is not None:
+            yield f"{'final/':<10} {self._about(self.tensors)}"
+
+    def _about(self, found: Tensors) -> str:
+        if found.equal:
+            return f"equal in all {found.num_tensors:,} tensors"
+        if found.only_in_one:
+            return f"not the same tensors: {', '.join(found.only_in_one[:5])} in one of the two"
+        return (
+            f"{found.num_tensors - found.num_equal:,} of {found.num_tensors:,} tensors differ, most in "
+            f"{found.worst_name}: {found.worst:.2g}, {found.worst_relative:.2g} of its greatest element"
+        )
+
+
+def compare(first: RunRecord, second: RunRecord, *, until: int | None = None) -> Outcome:
+    """`until`: only steps up to this one, and then not the tensors, which are those of the end."""
+    columns = [_column(name, first, second, until) for name in COLUMNS]
+    wanted = {record["step"] for record in first.steps if until is None or record["step"] <= until}
+    made = {record["step"] for record in second.steps}
+    return Outcome(
+        columns=tuple(column for column in columns if column is not None),
+        tensors=None if until is not None else _tensors(first.folder / "final", second.folder / "final"),
+        missing_steps=len(wanted - made),
+    )
+
+
+def _column(name: str, first: RunRecord, second: RunRecord, until: int | None) -> Column | None:
+    one, other = _values(name, first), _values(name, second)
+    shared = [step for step in one if step in other and (until is None or step <= until)]
+    if not shared:
+        return None
+    unequal = [step for step in shared if one[step] != other[step]]
+    off = {step: _relative(one[step], other[step]) for step in unequal}
+    worst_step = max(off, key=off.__getitem__, default=None)
+    return Column(
+        name=name,
+        num_steps=len(shared),
+        equal=not unequal,
+        first_step=unequal[0] if unequal else None,
+        worst=off[worst_step] if worst_step is not None else 0.0,
+        worst_step=worst_step,
+    )
+
+
+def _values(name: str, run: RunRecord) -> dict[int, Any]:
+    records = run.evals if name == "eval_loss" else run.steps
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+def _relative(one: Any, other: Any) -> float:
+    a, b = number(one), number(other)
+    if a is None or b is None:
+        return float("inf")
+    return abs(a - b) / max(abs(a), abs(b), 1e-30)
+
+
+def _tensors(first: Path, second: Path) -> Tensors | None:
+    from safetensors import safe_open
+
+    where: list[dict[str, Path]] = []
+    for folder in (first, second):
+        here: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                here |= dict.fromkeys(opened.keys(), file)
+        where.append(here)
+    if not where[0] or not where[1]:
+        return None
+    shared = sorted(where[0].keys() & where[1].keys())
+    offs = {name: _off(name, where[0][name], where[1][name]) for name in shared}
+    worst = max(offs, key=lambda name: offs[name][1], default="")
+    return Tensors(
+        num_tensors=len(shared),
+        num_equal=sum(int(equal) for _, _, equal in offs.values()),
+        only_in_one=tuple(sorted(where[0].keys() ^ where[1].keys())),
+        worst=max((off for off, _, _ in offs.values()), default=0.0),
+        worst_relative=offs[worst][1] if worst else 0.0,
+        worst_name=worst,
+    )
+
+
+def _off(name: str, one: Path, other: Path) -> tuple[float, float, bool]:
+    """(largest difference, the same over the largest element, whether all bits are equal); one tensor at a time."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(one, framework="pt") as first, safe_open(other, framework="pt") as second:
+        a, b = first.get_tensor(name), second.get_tensor(name)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf"), float("inf"), False
+    if torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
+        return 0.0, 0.0, True
+    off = float((a.double() - b.double()).abs().max())
+    return off, off / max(float(a.double().abs().max()), 1e-30), False

@@ -1,0 +1,320 @@
+"""What a run folder says of its run, read once: any part may be missing, and a torn line is left out.
+
+The report, the comparison of runs and the model card are all written from this.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "eval/summary.json"
+CARE = "data-card.json"
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One figure of one set of evaluation rows: an element of `sets` in eval/summary.json."""
+
+    name: str
+    score: str
+    figure: str
+    higher_is_better: bool
+    binary: bool
+    before: Mapping[str, Any] | None
+    """`Interval.to_json()` with the step."""
+    after: Mapping[str, Any] | None
+    best: Mapping[str, Any] | None
+    change: Mapping[str, Any] | None
+    """`Change.to_json()`."""
+    regressions: tuple[str, ...]
+    """Ids of rows that got worse, worst first."""
+
+    @property
+    def title(self) -> str:
+        """`exact_match` where the score has one figure of its own name, else `rouge: rougeL`."""
+        return self.score if self.figure == self.score else f"{self.score}: {self.figure}"
+
+    @property
+    def last(self) -> Mapping[str, Any] | None:
+        """The tuned model's, or the base model's where there is no other yet."""
+        return self.after or self.best or self.before
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of the change: better, worse, no clear change; empty where there are not two to compare."""
+        return str((self.change or {}).get("verdict", ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One start of the run, as events.jsonl tells it. Seconds since the epoch."""
+
+    began: float
+    ended: float
+    """When it ended; of a start without a last word, when it was last heard of."""
+    step: int
+    """It started from."""
+    engine: str
+    world: int
+    code: int | None
+    """None: it said no last word (killed, lost, or still running)."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Everything that was found."""
+
+    folder: Path
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_text: str = ""
+    exit: Mapping[str, Any] = field(default_factory=dict)
+    steps: tuple[Mapping[str, Any], ...] = ()
+    evals: tuple[Mapping[str, Any], ...] = ()
+    """Records of metrics.jsonl with `eval_loss`."""
+    events: tuple[Mapping[str, Any], ...] = ()
+    starts: tuple[Mapping[str, Any], ...] = ()
+    results: tuple[Result, ...] = ()
+    held_out: Mapping[str, Any] = field(default_factory=dict)
+    care: Mapping[str, Any] | None = None
+    """`CareReport.to_json()`."""
+    plan: Mapping[str, Any] | None = None
+    """One case of `distft plan --json`."""
+    best: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The run's; its folder's where there is no recipe."""
+        return str(self.recipe.get("name", self.folder.name))
+
+    @property
+    def method(self) -> str:
+        """full, lora, qlora, …; "" unknown."""
+        return str(self.table("method").get("name", ""))
+
+    @property
+    def engine(self) -> str:
+        """The one that ran."""
+        return str(self.manifest.get("engine", ""))
+
+    @property
+    def world(self) -> int | None:
+        """Processes of the last start."""
+        return self.manifest.get("world")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether final/ holds an adapter beside an untouched base."""
+        return (self.folder / "final" / "adapter_config.json").is_file() or self.method in ("lora", "qlora")
+
+    @property
+    def base(self) -> str:
+        """What the recipe calls the model it started from."""
+        return str(self.table("model").get("path", ""))
+
+    @property
+    def is_complete(self) -> bool:
+        """It ended well."""
+        return self.exit.get("code") == 0
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last step's figures."""
+        return self.steps[-1] if self.steps else {}
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """Of the recipe; empty where it is missing."""
+        found = self.recipe.get(name, {})
+        return found if isinstance(found, dict) else {}
+
+    def column(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a figure of the steps, finite values alone."""
+        pairs = [(record["step"], number(record.get(name))) for record in self.steps]
+        return [(step, value) for step, value in pairs if value is not None]
+
+    @property
+    def losses(self) -> tuple[float, float] | None:
+        """Training loss of the first and the last step; a mean of a few at both ends, as single steps are noise."""
+        values = [value for _, value in self.column("loss")]
+        if not values:
+            return None
+        few = max(1, min(10, len(values) // 10))
+        return sum(values[:few]) / few, sum(values[-few:]) / few
+
+    @property
+    def held_out_losses(self) -> tuple[float | None, float | None]:
+        """Evaluation loss before the first step and at the end."""
+        told = [number((self.held_out.get(at) or {}).get("loss")) for at in ("before", "after")]
+        seen = [(record["step"], number(record["eval_loss"])) for record in self.evals]
+        first = told[0] if told[0] is not None else next((loss for step, loss in seen if step == 0), None)
+        last = told[1] if told[1] is not None else next((loss for step, loss in reversed(seen) if step > 0), None)
+        return first, last
+
+    @property
+    def training_s(self) -> float:
+        """Seconds inside optimizer steps."""
+        return math.fsum(value for _, value in self.column("step_s"))
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Every start, oldest first."""
+        return tuple(_spans(self.events, self.exit))
+
+    @property
+    def wall_s(self) -> float | None:
+        """Seconds that processes existed and trained, evaluated or saved, over all starts; None: no start is known."""
+        return math.fsum(span.ended - span.began for span in self.spans) if self.spans else None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """`wall_s` of each start times its processes, in hours: what a price per GPU hour multiplies."""
+        if not self.spans:
+            return None
+        return math.fsum((span.ended - span.began) * span.world for span in self.spans) / 3600
+
+    @property
+    def peak_gib(self) -> float | None:
+        """Rank 0's peak memory."""
+        return max((value for _, value in self.column("memory_gib")), default=None)
+
+    @property
+    def planned_gib(self) -> float | None:
+        """The peak that the plan predicted for a rank."""
+        peak = ((self.plan or {}).get("per_rank") or {}).get("peak_bytes")
+        return None if peak is None else peak / 2**30
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Median over the steps: the first ones warm up, and a save or a neighbour slows some."""
+        values = sorted(value for _, value in self.column("tokens_per_s"))
+        return values[len(values) // 2] if values else None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether memory is a device's and there is a peak to hold speed against."""
+        return self.manifest.get("device", "cpu") != "cpu"
+
+    def answers(self, label: str, name: str) -> dict[str, dict[str, Any]]:
+        """Row id -> its line of eval/LABEL/NAME.jsonl; empty where it is missing."""
+        path = self.folder / "eval" / label / f"{name}.jsonl"
+        return {str(record["id"]): record for record in _lines(path) if "id" in record}
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Whatever of a run is there."""
+    text = _text(folder / "recipe.toml")
+    try:
+        recipe = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        recipe = {}
+    records = [record for record in _lines(folder / "metrics.jsonl") if isinstance(record.get("step"), int)]
+    summary = _json(folder / SUMMARY)
+    care, plan = _json(folder / CARE), _json(folder / PLAN)
+    return RunRecord(
+        folder=folder,
+        manifest=_json(folder / "manifest.json"),
+        recipe=recipe,
+        recipe_text=text,
+        exit=_json(folder / "exit.json"),
+        steps=tuple(record for record in records if "loss" in record),
+        evals=tuple(record for record in records if "eval_loss" in record),
+        events=tuple(_lines(folder / "events.jsonl")),
+        starts=tuple(_lines(folder / "starts.jsonl")),
+        results=tuple(_results(summary)),
+        held_out=summary.get("held_out") or {},
+        care=care or None,
+        plan=plan or None,
+        best=_json(folder / "checkpoints" / "best.json"),
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None: metrics.jsonl writes "nan" and "inf" as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def seconds_of(told: Any) -> float | None:
+    """An ISO time as seconds since the epoch."""
+    try:
+        return datetime.fromisoformat(str(told)).timestamp()
+    except ValueError:
+        return None
+
+
+def _results(summary: Mapping[str, Any]) -> Iterator[Result]:
+    for one in summary.get("sets") or []:
+        if not isinstance(one, dict) or "name" not in one:
+            continue
+        figure = str(one.get("figure", ""))
+        yield Result(
+            name=str(one["name"]),
+            score=str(one.get("score", figure)),
+            figure=figure,
+            higher_is_better=bool(one.get("higher_is_better", True)),
+            binary=bool(one.get("binary", False)),
+            before=one.get("before"),
+            after=one.get("after"),
+            best=one.get("best"),
+            change=one.get("change"),
+            regressions=tuple(map(str, one.get("regressions") or ())),
+        )
+
+
+def _spans(events: tuple[Mapping[str, Any], ...], ended: Mapping[str, Any]) -> Iterator[Span]:
+    timed = [(event, at) for event in events if (at := seconds_of(event.get("time"))) is not None]
+    opened = [place for place, (event, _) in enumerate(timed) if event.get("event") == "started"]
+    for place, following in zip(opened, [*opened[1:], len(timed)], strict=True):
+        event, began = timed[place]
+        own = timed[place:following]
+        last, heard = own[-1]
+        code, reason = (last.get("code"), last.get("reason", "")) if last.get("event") == "ended" else (None, "")
+        if code is None and following == len(timed) and ended:  # it may have been ended by another rank
+            code, reason = ended.get("code"), ended.get("reason", "")
+            heard = max(heard, seconds_of(ended.get("time")) or heard)
+        yield Span(
+            began=began,
+            ended=heard,
+            step=int(event.get("step", 0)),
+            engine=str(event.get("engine", "")),
+            world=int(event.get("world", 1)),
+            code=code,
+            reason=str(reason),
+        )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(_text(path))
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in _text(path).split("\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:  # empty, or being written
+            continue
+        found += [record] if isinstance(record, dict) else []
+    return found
