@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def _results(summary: Mapping[str, Any]) -> Iterator[Result]:
 def _spans(events: tuple[Mapping[str, Any], ...], ended: Mapping[str, Any]) -> Iterator[Span]:
     timed = [(event, at) for event in events if (at := seconds_of(event.get("time"))) is not None]
     opened = [place for place, (event, _) in enumerate(timed) if event.get("event") == "started"]
-    for place, following in zip(opened, [*opened[1:], len(timed)], strict=True):
+    for place, following in pairwise([*opened, len(timed)]):
         event, began = timed[place]
         own = timed[place:following]
         last, heard = own[-1]

@@ -79,7 +79,7 @@ def line_chart(
 def scatter(
     title: str, dots: Sequence[tuple[str, float, float]], *, says: str, across: str, up: str, wide: bool = False
 ) -> Html:
-    """Named dots (name, x, y), each with its name beside it."""
+    """Named dots (name, x, y), each of its own shape and colour."""
     xs, ys = [x for _, x, _ in dots], [y for _, _, y in dots]
     x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs) * 1.08, 4), ticks(min(ys), max(ys), 4)
     frame = _Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
@@ -97,11 +97,10 @@ def scatter(
         h(
             "span",
             sign(number),
-            h("span", name),
             class_="dot",
             style=f"left:{frame.x(x) / _WIDE * 100:.2f}%;bottom:{100 - frame.y(y) / _HIGH * 100:.2f}%",
         )
-        for number, (name, x, y) in enumerate(dots, start=1)
+        for number, (_, x, y) in enumerate(dots, start=1)
     ]
     area = h(
         "div",
@@ -111,7 +110,8 @@ def scatter(
         marks,
         class_="area",
     )
-    heading = h("figcaption", h("h3", title), h("span", f"across: {across}; up: {up}", class_="legend"))
+    names = [h("span", sign(at), name, class_="legend") for at, (name, _, _) in enumerate(dots, start=1)]
+    heading = h("figcaption", h("h3", title), h("span", f"{up}, over {across}", class_="soft"), names)
     plot = h("div", area, class_="plot", role="img", aria_label=f"{title}: {says}")
     return h("figure", heading, plot, class_="wide" if wide else None)
 

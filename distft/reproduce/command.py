@@ -7,6 +7,7 @@ weights; nothing was run. Else the code that the second run ended with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import subprocess
@@ -20,6 +21,7 @@ from distft.core.errors import DONE, PREEMPTED_AND_SAVED, DistftError, FileSyste
 from distft.run_record import RunRecord, read_run
 
 DIFFERS = 1
+LOG = "output.log"
 _POLL_S = 0.2
 _EXITS = {"data": 3, "model": 4}
 
@@ -132,18 +134,22 @@ def _again(options: argparse.Namespace, first: RunRecord, say: Any) -> tuple[Pat
         raise FileSystemError(f"{folder}: there is a run already; name another --output-dir, or compare with --against")
     was_in = Path(str(first.manifest.get("cwd", ".")))
     say(f"running it again on {nproc} process{'es' if nproc != 1 else ''}, in {folder}")
-    process = subprocess.Popen(
-        launch_command(nproc, arguments),
-        env=launch_env(),
-        cwd=was_in if was_in.is_dir() else None,
-        stdout=sys.stderr,
-    )
-    try:
-        return folder, _ended(process, folder, options.steps)
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+    parent.mkdir(parents=True, exist_ok=True)
+    # A launcher reports a run that was asked to stop as a failure, at length: not worth the screen.
+    with (parent / LOG).open("wb") if options.steps is not None else contextlib.nullcontext(sys.stderr) as output:
+        process = subprocess.Popen(
+            launch_command(nproc, arguments),
+            env=launch_env(),
+            cwd=was_in if was_in.is_dir() else None,
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            return folder, _ended(process, folder, options.steps)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def _ended(process: subprocess.Popen[bytes], folder: Path, steps: int | None) -> int:

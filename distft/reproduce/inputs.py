@@ -13,8 +13,22 @@ from distft.recipe import Recipe
 
 DATA, MODEL, COMPUTES, TOLD = "data", "model", "computes", "told"
 """Kinds of difference: other rows; other weights; may change digits; changes none that is known."""
-_IGNORED = ("DISTFT_CACHE", "VIRTUAL_ENV", "CONDA", "SLURM", "LD_LIBRARY", "HF_HOME", "ACCELERATE", "TOKENIZERS")
-"""Variables that say where things are, and those of launchers, which differ by themselves."""
+_IGNORED = (
+    "DISTFT_CACHE",
+    "VIRTUAL_ENV",
+    "CONDA",
+    "SLURM",
+    "LD_LIBRARY",
+    "HF_HOME",
+    "ACCELERATE",
+    "TOKENIZERS",
+    "TORCH_FR",
+    "TORCH_NCCL",
+    "PYTORCH_NVML",
+    "DS_ACCELERATOR",
+    "TRANSFORMERS_NO_ADVISORY",
+)
+"""Variables that say where things are, and those that launchers and we ourselves set for the processes of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
