@@ -194,7 +194,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = {folder}  # or the hub id that it was uploaded under
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=None)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 """
 _WITH_PEFT = """\
 from peft import AutoPeftModelForCausalLM

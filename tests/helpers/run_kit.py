@@ -79,24 +79,25 @@ class Made:
 
     folder: Path
 
-    def write(self, name: str, content: Any) -> "Made":
+    def write(self, name: str, content: Any) -> Made:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         return self
 
-    def lines(self, name: str, records: list[dict[str, Any]]) -> "Made":
+    def lines(self, name: str, records: list[dict[str, Any]]) -> Made:
         return self.write(name, "".join(json.dumps(record) + "\n" for record in records))
 
-    def recipe(self, *, method: str = "lora", base: str = "owner/base", rate: str = "1e-4", steps: int = 40) -> "Made":
+    def recipe(self, *, method: str = "lora", base: str = "owner/base", rate: str = "1e-4", steps: int = 40) -> Made:
         text = RECIPE.format(name=self.folder.name, method=method, base=base, rate=rate, steps=steps)
         return self.write("recipe.toml", text).write("manifest.json", MANIFEST | {"num_steps": steps})
 
-    def metrics(self, steps: int = 40, *, slope: float = 0.02) -> "Made":
+    def metrics(self, steps: int = 40, *, slope: float = 0.02) -> Made:
         records: list[dict[str, Any]] = [{"step": 0, "epoch": 0.0, "eval_loss": 2.5, "eval_tokens": 100.0}]
         for step in range(1, steps + 1):
             records.append(
-                {"step": step, "epoch": step / steps, "samples": 8 * step, "tokens": 1000 * step, "tokens_loss": 400 * step,
+                {"step": step, "epoch": step / steps, "samples": 8 * step,
+                 "tokens": 1000 * step, "tokens_loss": 400 * step,
                  "loss": 2.4 - slope * step, "lr": 1e-4, "grad_norm": 1.5, "step_s": 0.5, "tokens_per_s": 2000.0 + step,
                  "mfu": 0.41, "memory_gib": 20.5}
             )  # fmt: skip
@@ -104,11 +105,11 @@ class Made:
                 records.append({"step": step, "eval_loss": 2.45 - slope * step, "eval_tokens": 100.0})
         return self.lines("metrics.jsonl", records)
 
-    def ended(self, code: int = 0, reason: str = "done", step: int = 40, seconds: float = 60.0) -> "Made":
+    def ended(self, code: int = 0, reason: str = "done", step: int = 40, seconds: float = 60.0) -> Made:
         told = {"code": code, "reason": reason, "step": step, "host": "n1", "rank": 0, "time": at(seconds)}
         return self.write("exit.json", told)
 
-    def events(self, records: list[dict[str, Any]] | None = None) -> "Made":
+    def events(self, records: list[dict[str, Any]] | None = None) -> Made:
         usual = [
             {"time": at(0), "event": "started", "engine": "ddp", "world": 2, "step": 0},
             {"time": at(20), "event": "saved", "step": 20, "bytes": 10, "blocked_s": 0.25, "total_s": 1.0},
@@ -124,7 +125,7 @@ class Made:
         name: str = "valid",
         hostile: str = "",
         score: str = "exact_match",
-    ) -> "Made":
+    ) -> Made:
         """Right and wrong answers, as the contract between evaluation and report has them."""
         figure = Figure(name=score, binary=True)
         scored = {
@@ -146,7 +147,7 @@ class Made:
                "regressions": [ids[found.index] for found in change.regressions]}  # fmt: skip
         return self.write("eval/summary.json", {"sets": [one], "held_out": {}})
 
-    def care(self, *notes: str) -> "Made":
+    def care(self, *notes: str) -> Made:
         lengths = {"p10": 10, "p50": 50, "p90": 90, "max": 120}
         split = {
             "num_rows": 80,
@@ -155,13 +156,15 @@ class Made:
             "answer_chars": lengths,
             "labels": {"yes": 50, "no": 30},
         }
-        told = {"splits": {"train": split, "eval": split | {"labels": {}}}, "num_same": 2, "num_near": 1, "num_conflicting": 0,
+        told = {"splits": {"train": split, "eval": split | {"labels": {}}}, "num_same": 2,
+                "num_near": 1, "num_conflicting": 0,
                 "near_searched": 80, "repeats": [], "num_shared": {"row": 1, "prompt": 0, "near": 0}, "shared": [],
-                "num_found": {"email": 1}, "found": [{"row": "train.jsonl row 3", "kind": "email", "secret": False, "masked": "a…@b"}],
+                "num_found": {"email": 1},
+                "found": [{"row": "train.jsonl row 3", "kind": "email", "secret": False, "masked": "a…@b"}],
                 "notes": list(notes)}  # fmt: skip
         return self.write("data-card.json", told)
 
-    def whole(self) -> "Made":
+    def whole(self) -> Made:
         """Nothing is missing."""
         made = self.recipe().metrics().events().ended().care("80 training rows: few")
         return made.write("plan.json", {"per_rank": {"peak_bytes": 22 * 2**30}}).evaluated(

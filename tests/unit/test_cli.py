@@ -38,6 +38,9 @@ def test_each_verb_has_help_and_is_a_module(verb: str) -> None:
         "status": ("RUN_OR_FOLDER", "--json"),
         "doctor": ("a recipe", "--set"),
         "advise": ("--goal", "--json"),
+        "report": ("RUN", "--price"),
+        "compare": ("RUN", "--json"),
+        "reproduce": ("RUN", "--nproc"),
     }
     expected = own.get(verb, ("TOML recipe", "--set"))
     assert done.returncode == 0

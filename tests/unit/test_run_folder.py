@@ -1,9 +1,11 @@
 """The run folder: what it says of a run, and of how it ended."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -136,7 +138,37 @@ def test_the_manifest_says_what_ran_on_what(tmp_path: Path, monkeypatch: pytest.
     assert said["slurm_job"] == "4711"
     assert said["started"].endswith("+00:00")
     assert said["git_commit"] is None or len(said["git_commit"]) == 40
-    assert sorted(path.name for path in folder.path.iterdir()) == ["manifest.json", "recipe.toml"]
+    assert {path.name for path in folder.path.iterdir()} - {"uncommitted.diff"} == {"manifest.json", "recipe.toml"}
+
+
+def test_what_was_changed_since_the_commit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the repository that the run is started in; gone again with the next start from a clean one."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "train.py").write_text("rate = 1\n")
+
+    def git(*words: str) -> None:
+        told = ["git", "-C", str(project), "-c", "user.name=t", "-c", "user.email=t@t", *words]
+        subprocess.run(told, check=True, capture_output=True)
+
+    git("init", "-q")
+    git("add", "train.py")
+    git("commit", "-qm", "first")
+    (project / "train.py").write_text("rate = 2\n")
+    (project / "new.py").write_text("")
+    monkeypatch.chdir(project)
+    folder = RunFolder(tmp_path / "run", writes=True)
+    folder.start("", FACTS)
+    said = json.loads((tmp_path / "run/manifest.json").read_text())
+    diff = (tmp_path / "run/uncommitted.diff").read_text()
+    assert "+rate = 2" in diff
+    assert said["git"]["commit"] == said["git_commit"]
+    assert (said["git"]["dirty"], said["git"]["untracked"]) == (True, ["new.py"])
+    assert said["git"]["diff_sha256"] == hashlib.sha256(diff.encode()).hexdigest()
+    git("commit", "-qam", "second")
+    RunFolder(tmp_path / "run", writes=True).start("", FACTS)
+    assert not (tmp_path / "run/uncommitted.diff").exists()
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["git"]["dirty"] is False
 
 
 def test_one_rank_writes_it(tmp_path: Path) -> None:

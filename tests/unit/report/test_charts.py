@@ -1,5 +1,6 @@
 """Ticks, thinning and drawing of charts."""
 
+import itertools
 import re
 
 import pytest
@@ -19,7 +20,7 @@ def test_ticks_enclose_what_they_measure(one: float, other: float) -> None:
     room = 1e-6 * max(1e-9, found[-1] - found[0])
     assert found[0] <= low + room
     assert found[-1] >= high - room
-    steps = [after - before for before, after in zip(found, found[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(found)]
     assert max(steps) == pytest.approx(min(steps), rel=1e-3)
 
 

@@ -1,5 +1,6 @@
 """The run page: what it says, that it is well formed and accessible, and that no row can do anything in it."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_cost_is_hours_times_price(whole: Page) -> None:
 def test_data_recipe_environment_and_the_way_back(whole: Page) -> None:
     for told in (
         "80 training rows: few", "email", "a…@b", "evaluation rows that are also trained on 1 (1 by row)",
-        "learning_rate = 1e-4", "uncommitted.diff", "A Processor", "580.1", "model.disable_adapter()", "train.max_steps=40",
+        "learning_rate = 1e-4", "uncommitted.diff", "A Processor", "580.1", "model.disable_adapter()",
+        "train.max_steps=40",
     ):  # fmt: skip
         assert told in whole.words, told
 
@@ -84,7 +86,8 @@ def test_restarts_and_faults(tmp_path: Path) -> None:
     told = page(made(tmp_path).recipe().metrics(15).events(events).ended(5, "numeric: step 15", 15, 150)).words
     for words in (
         "✕ failed", "Why: numeric: step 15", "2 starts", "1 restart, 1 after a start without a last word",
-        "✕ step left out", "loss nan is not finite", "◀ rolled back", "because of step 14", "ended with a failure, code 5",
+        "✕ step left out", "loss nan is not finite", "◀ rolled back", "because of step 14",
+        "ended with a failure, code 5",
     ):  # fmt: skip
         assert words in told, words
 
@@ -200,7 +203,7 @@ def test_landmarks_and_headings(whole: Page) -> None:
         assert len(whole.all(tag)) == 1, tag
     assert whole.all("html")[0]["lang"] == "en"
     levels = [int(tag[1]) for tag, _, _ in whole.elements if re.fullmatch(r"h\d", tag)]
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False)), levels
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), levels
     first = next((tag, one) for tag, one, _ in whole.elements if tag == "a")
     assert first[1] == {"href": "#main", "class": "skip"}
 

@@ -1,0 +1,64 @@
+"""The pages in a real browser: nothing on the console, nothing asked of the network."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from run_kit import made
+
+from distft.compare import main as compare
+from distft.report.command import main as report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt-get install chromium)")
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--force-device-scale-factor=1")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    hostile = "<script>console.log('row')</script><img src='http://127.0.0.1:9/x.png'>" + "x" * 300
+    one = made(folder, "one").whole().evaluated([1, 1, 0], [0, 0, 1], hostile=hostile).folder
+    two = made(folder, "two").whole().folder
+    assert report([str(one), "--no-data"]) == 0
+    assert compare([str(one), str(two), "--out", str(folder / "compare.html")]) == 0
+    return [one / "report.html", folder / "compare.html"]
+
+
+def opened(page: Path, folder: Path, *flags: str) -> tuple[str, dict, bytes]:
+    """(what the browser printed, its log of the network, a picture)."""
+    assert BROWSER is not None
+    shot, log = folder / "shot.png", folder / "net.json"
+    command = [BROWSER, "--headless", *QUIET, *flags, f"--user-data-dir={folder}/profile", "--enable-logging=stderr",
+               f"--log-net-log={log}", f"--screenshot={shot}", page.as_uri()]  # fmt: skip
+    env = os.environ | {"HOME": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
+    assert shot.exists(), done.stderr[-3000:]
+    return done.stderr, json.loads(log.read_text()), shot.read_bytes()
+
+
+def asked(net: dict) -> list[str]:
+    """Addresses that a page asked for; a browser's own questions come from no page."""
+    told = [event.get("params", {}) for event in net["events"]]
+    return [one["url"] for one in told if one.get("initiator", "not an origin") != "not an origin" and "url" in one]
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["report", "compare"])
+def test_it_opens_without_a_word_and_without_a_request(pages: list[Path], number: int, tmp_path: Path) -> None:
+    said, net, picture = opened(pages[number], tmp_path, "--window-size=1280,2000")
+    assert ":CONSOLE" not in said
+    assert asked(net) == []
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(picture) > 30_000, "an empty page is a small picture"
+
+
+def test_a_request_would_have_been_seen(tmp_path: Path) -> None:
+    page = tmp_path / "asks.html"
+    page.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("seen")</script>' + "<p>text</p>" * 40)
+    said, net, _ = opened(page, tmp_path)
+    assert ":CONSOLE" in said
+    assert asked(net) == ["http://127.0.0.1:9/x.png"]
