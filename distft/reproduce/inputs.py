@@ -71,7 +71,10 @@ def differences(manifest: Mapping[str, Any], located: Recipe, device: str) -> li
 def _rows(then: Mapping[str, Any], located: Recipe) -> Iterator[Difference]:
     from distft.assemble import origins
 
-    now = origins.rows(located) if then else {}
+    if not then:
+        yield Difference(kind=TOLD, what="[data]", then="no hash was written", now="not compared")
+        return
+    now = origins.rows(located)
     for split, sources in then.items():
         for at, source in enumerate(sources):
             here = now.get(split, [])
@@ -83,6 +86,7 @@ def _weights(then: Mapping[str, Any], located: Recipe) -> Iterator[Difference]:
     from distft.assemble import origins
 
     if not then.get("files"):
+        yield Difference(kind=TOLD, what="[model]", then="no hash was written", now="not compared")
         return
     now = origins.weights(located)
     yield from _hashes(MODEL, f"[model] {then['path']}", then["files"], now["files"])

@@ -46,3 +46,26 @@ def test_a_run_ends_where_evaluation_rows_are_trained_on_and_the_recipe_minds(tm
     assert prepared(tmp_path, [], shared).eval_steps is not None
     with pytest.raises(DataError, match="1 of 1 evaluation rows are also trained on"):
         prepared(tmp_path, [], shared, "data.overlap=error")
+
+
+def test_a_run_on_gpus_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `distft plan --json` has it; on a CPU there is none to keep."""
+    from distft.assemble import sizes
+    from distft.plan.machine import read_machine
+
+    (tmp_path / "recipe.toml").write_text(
+        'name = "r"\n[model]\npath = "demo:tiny-llama"\ninit = "random"\n'
+        '[data]\nloss_on = "completion"\nmax_length = 64\n'
+        '[[data.train]]\npath = "demo:incidents/train"\n[train]\nglobal_batch_size = 4\n'
+    )
+    recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES))
+    assert assemble.planned(recipe, 2) is None
+    monkeypatch.setattr(sizes, "_accelerators", lambda world: read_machine("80", world, 1))
+    plan = assemble.planned(recipe, 2)
+    assert plan is not None
+    assert (plan["method"], plan["world"], plan["fits"]) == ("full", 2, True)
+    assert plan["per_rank"]["peak_bytes"] > 2**30, "the CUDA context alone is half of that"
+    monkeypatch.setattr(sizes, "_accelerators", lambda world: read_machine("80", 3, 1))
+    refused = assemble.planned(recipe, 3)
+    assert refused is not None
+    assert "global_batch_size" in refused["why"], "4 sequences do not split over 3; that is no reason not to run"

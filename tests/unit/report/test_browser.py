@@ -12,10 +12,12 @@ from run_kit import made
 from distft.compare import main as compare
 from distft.report.command import main as report
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt-get install chromium)")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--force-device-scale-factor=1")  # fmt: skip
+         "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+         "--force-device-scale-factor=1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
