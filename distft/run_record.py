@@ -9,7 +9,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
@@ -169,7 +169,12 @@ class RunRecord:
     @cached_property
     def spans(self) -> tuple[Span, ...]:
         """Every start, oldest first."""
-        return tuple(_spans(self.events, self.exit))
+        found = list(_spans(self.events, self.exit))
+        if found and found[-1].code is None:  # it goes on, or broke off between two events: its steps tell how long
+            last = found.pop()
+            since = [number(record.get("step_s")) or 0.0 for record in self.steps if record["step"] > last.step]
+            found.append(replace(last, ended=max(last.ended, last.began + math.fsum(since))))
+        return tuple(found)
 
     @property
     def wall_s(self) -> float | None:

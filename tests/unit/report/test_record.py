@@ -73,6 +73,11 @@ def test_starts_ends_and_what_died_in_between(tmp_path: Path) -> None:
     assert read_run(folder.folder).gpu_hours == pytest.approx((900 * 8 + 90 * 4) / 3600)
 
 
+def test_a_run_that_goes_on_is_as_old_as_its_steps(tmp_path: Path) -> None:
+    events = [{"time": at(0), "event": "started", "engine": "ddp", "world": 2, "step": 0}]
+    assert read_run(made(tmp_path).metrics(30).events(events).folder).wall_s == 15.0
+
+
 def test_the_manifest_of_a_real_run_reads_back(tmp_path: Path) -> None:
     """Written by the folder itself, with a secret in the environment and a login in a proxy's address."""
     from distft.run_folder import RunFolder
