@@ -224,7 +224,8 @@ def _gathered(inventory: Inventory, setup: Setup) -> Part:
             name=name,
             num_bytes=root + 3 * block_bytes + reduced,
             formula=f"root {_gib(root)} (whole from forward to backward) + 3 x a block {_gib(block_bytes)} (one "
-            f"computes, one arrives, and the buffer out of which it is copied) + a block's gradients in {item} and in {FP32} bytes {_gib(reduced)}",
+            f"computes, one arrives, and the buffer out of which it is copied) + a block's gradients in {item} and in "
+            f"{FP32} bytes {_gib(reduced)}",
         )
     largest = max(param.numel for param in inventory.params)
     bucket = bucket_elements(inventory.total, largest)
