@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distft.core.errors import NumericError
 from distft.core.pulse import PULSE
 from distft.watch.straggler import Pace, slowest
+from distft.watch.tempo import Metronome
 
 if TYPE_CHECKING:
     from distft.core.types import Engine, StepReport, TrainState
@@ -43,7 +44,7 @@ class Guard:
         """Steps to leave out when they come again after a rollback."""
         self._why = ""
         """Why the step that is being made is left out."""
-        self._pace = Pace()
+        self._pace, self._metronome = Pace(), Metronome()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold so that a continued run decides as this one would; JSON."""
@@ -116,6 +117,7 @@ class Guard:
     def _look_for_stragglers(self, step: int, factor: float) -> None:
         mine = self._pace.read(PULSE.spent["data"], self._engine.device)
         worst = slowest(self._engine.gather(mine))
+        tempo = self._metronome.look(PULSE.spent, step)
         host, _, device = worst.who.partition(", ")
         self._note(
             "pace",
@@ -127,12 +129,17 @@ class Guard:
             took_ms=round(1000 * worst.took_s, 3),
             others_ms=round(1000 * worst.others_s, 3),
             percent=round(worst.percent, 1),
+            **({} if tempo is None else {"step_s": round(tempo.step_s, 4), "phase": tempo.phase}),
         )
         if worst.percent > 100 * (factor - 1):
             self._say(f"straggler: {worst}")
             self._note("straggler", step=step, what=str(worst))
         else:
             self._say(f"pace: slowest is rank {worst.rank} ({worst.who}), {worst.percent:.0f} % behind the median")
+        if tempo is not None and tempo.is_slow(factor):
+            alone = "" if worst.percent > 100 * (factor - 1) else "; no rank is behind the others: look at the network"
+            self._say(f"slower: {tempo}{alone}")
+            self._note("slower", step=step, what=f"{tempo}{alone}")
 
 
 def _not_finite(report: StepReport) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from distft.watch.records import Record
+
+SHOWN_HOSTS = 8
+"""More would hide what is said of them."""
 
 
 def blame(before: Mapping[int, Record], after: Mapping[int, Record], world: int) -> str:
@@ -26,12 +29,24 @@ def blame(before: Mapping[int, Record], after: Mapping[int, Record], world: int)
         return "; ".join([*left, *silent, *missing])
     alive = list(after.values())
     stuck = [record for record in alive if not record.waits]
+    wait = not stuck
     if len(stuck) in (0, len(alive)):  # the stacks do not tell: then the rank that has come least far
         least = min(record.passed for record in alive)
         stuck = [record for record in alive if record.passed == least]
+    between = _between(alive)
     if len(stuck) == len(alive):
-        return f"all ranks stand in {_doing(alive[0])}: the network between them, or a collective that never ends"
-    return "; ".join(f"{record.who} is stuck in {_doing(record)}, the others wait for it" for record in stuck)
+        return f"all ranks stand in {_doing(alive[0])}: {between}, or a collective that never ends"
+    named = "; ".join(f"{record.who} is stuck in {_doing(record)}, the others wait for it" for record in stuck)
+    return f"{named}; all of them wait inside collectives, so it may be {between}" if wait else named
+
+
+def _between(records: Iterable[Record]) -> str:
+    """`the network between node1 and node2`; of many hosts the first ones."""
+    hosts = sorted({str(record.process.get("host")) for record in records})
+    if len(hosts) == 1:
+        return "the network between them"
+    shown = [*hosts[:SHOWN_HOSTS], *([f"{len(hosts) - SHOWN_HOSTS} more"] if len(hosts) > SHOWN_HOSTS else [])]
+    return f"the network between {', '.join(shown[:-1])} and {shown[-1]}"
 
 
 def _left(record: Record) -> str:

@@ -1,7 +1,8 @@
-"""Processes of `distft doctor` that live on hosts of their own: names and mounts are theirs, faults are real ones."""
+"""Processes of `distft doctor` or of a run on hosts of their own: names, mounts, networks are theirs, faults real."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -9,11 +10,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from harness import ROOT, environment, until
+from harness import ROOT, Job, Launch, environment, until
 
 LIMIT_S = 170.0
 
@@ -29,6 +31,11 @@ class Rank:
     absent: bool = False
     network: tuple[str, ...] = ()
     """Words in front of its command line that put it into a network of its own."""
+
+    def command(self, *words: str) -> list[str]:
+        """A command line, there."""
+        script = f"hostname {self.host} && {self.before} && exec {shlex.join(words)}"
+        return [*self.network, *_isolated(), "bash", "-c", script]
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,9 @@ def examine(ranks: list[Rank], *arguments: str, json_: bool = True, **env: str) 
         place |= {"MASTER_PORT": port}
         place["LOCAL_RANK"] = [r.host for r in ranks[:number]].count(rank.host)
         theirs = {name: str(value) for name, value in place.items()} if len(ranks) > 1 else {}
-        script = f"hostname {rank.host} && {rank.before} && exec {shlex.join(command)}"
         around = environment(**(theirs | env | rank.env))
         started = None if rank.absent else subprocess.Popen(
-            [*rank.network, *_isolated(), "bash", "-c", script], cwd=ROOT, env=around, text=True,
+            rank.command(*command), cwd=ROOT, env=around, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         running.append(started)
@@ -119,11 +125,50 @@ class Wire:
             shape = ["root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms"]
             subprocess.run(["tc", "-n", host, "qdisc", "add", "dev", self.CARD, *shape], check=True)
 
+    def free(self) -> None:
+        """As fast as it was before `slow`."""
+        for host in self._hosts:
+            subprocess.run(["tc", "-n", host, "qdisc", "delete", "dev", self.CARD, "root"], check=True)
+
     def cut(self) -> None:
         """Nothing arrives any more, and both ends still think they have a cable: all is sent to a card that is not."""
         for host, other in zip(self._hosts, (self.SECOND, self.FIRST), strict=True):
             nobody = ["lladdr", "02:00:00:00:00:99", "nud", "permanent"]
             self._ip("-n", host, "neighbour", "replace", other, "dev", self.CARD, *nobody)
+
+    def heal(self) -> None:
+        """What is sent again arrives, after `cut`."""
+        for host, other in zip(self._hosts, (self.SECOND, self.FIRST), strict=True):
+            self._ip("-n", host, "neighbour", "delete", other, "dev", self.CARD)
+
+    @contextlib.contextmanager
+    def launched(self, job: Job, *, fault: str = "") -> Iterator[list[Launch]]:
+        """The job by one torchrun at each end, one process each, as two nodes without a scheduler start it."""
+        with socket.create_server(("localhost", 0)) as some:
+            port = str(some.getsockname()[1])
+        with contextlib.ExitStack() as stack:
+            yield [
+                stack.enter_context(
+                    Launch(
+                        rank.command(
+                            *(
+                                sys.executable,
+                                "-m",
+                                "torch.distributed.run",
+                                "--nnodes",
+                                "2",
+                                "--node-rank",
+                                str(number),
+                            ),
+                            *("--nproc-per-node", "1", "--master-addr", self.FIRST, "--master-port", port),
+                            *("-m", "distft.train", *job.arguments),
+                        ),
+                        **rank.env,
+                        DISTFT_FAULT=fault,
+                    )
+                )
+                for number, rank in enumerate(self.ranks())
+            ]
 
     def _is_up(self, host: str) -> bool:
         state = ["ip", "netns", "exec", host, "cat", f"/sys/class/net/{self.CARD}/operstate"]

@@ -46,6 +46,16 @@ def test_when_all_stand_at_the_same_place_it_is_the_network() -> None:
     assert "the network between them" in blame(*looks(record(0), record(1)), 2)
 
 
+def test_between_hosts_it_is_their_network_that_is_named() -> None:
+    said = blame(*looks(record(0), record(2), record(4)), 0)
+    assert said.endswith("the network between node0, node1 and node2, or a collective that never ends")
+    many = blame(*looks(*(record(rank) for rank in range(0, 128, 2))), 0)
+    assert ", node15 and 56 more, or" in many, many
+    behind = blame(*looks(record(0), record(2, passed=39)), 0)
+    assert behind.startswith("rank 2 (node1, process 102) is stuck in backward of step 5")
+    assert behind.endswith("all of them wait inside collectives, so it may be the network between node0 and node1")
+
+
 def test_ranks_that_ended_or_never_came() -> None:
     said = blame(*looks(record(0), record(1, ended=3, reason="data: row 4")), 3)
     assert "rank 1 (node0, process 101) has ended with code 3: data: row 4" in said
