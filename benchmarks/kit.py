@@ -146,7 +146,7 @@ class Run:
         self._around: dict[str, Any] = {
             "engine": self.engine,
             "objective": self.objective,
-            "meters": assemble.meters(recipe, folder, costs, placed, self.rows.steps),
+            "meters": assemble.meters(recipe, folder, costs, self.engine, placed, self.rows.steps, quiet),
             "checkpoints": checkpoints,
             "guard": guard,
             "best": best,

@@ -129,6 +129,8 @@ class _Run:
         """Join, train, export, leave."""
         from distft.engine import flight, processes
 
+        PULSE.at("fetch")
+        assemble.fetch(self.located)
         PULSE.at("join")
         # Longer than the watch's patience: it ends a hang first, and knows whose it is.
         traces = self.folder.path / "ranks"
@@ -152,6 +154,7 @@ class _Run:
         from distft.guard import Guard, RollBack
 
         recipe, steps = self.recipe, self.rows.steps
+        assemble.agree(self.rows, engine.gather)
         PULSE.at("model")
         model = assemble.model(self.located, placed, self.cut, self.rows, self.say)
         facts = assemble.manifest(recipe, self.located, model, engine, placed, self.cut, self.rows)
@@ -252,7 +255,7 @@ class _Run:
             ),
             save=_saves(recipe.checkpoint.every_steps),
         )
-        meters = assemble.meters(recipe, self.folder, facts, placed, steps)
+        meters = assemble.meters(recipe, self.folder, facts, engine, placed, steps, self.say)
         PULSE.training()
         try:
             broken_off = every.eval(state.step) and best.seen != state.step and not best.enough

@@ -2,8 +2,8 @@
 
 from distft.assemble.keeping import checkpoints, export, saved_shapes
 from distft.assemble.origins import remember
-from distft.assemble.parts import device_name, manifest, meters, model, open_engine, run_facts, update_rule
-from distft.assemble.rows import Data, Say, data
+from distft.assemble.parts import device_name, fetch, manifest, meters, model, open_engine, run_facts, update_rule
+from distft.assemble.rows import Data, Say, agree, data
 from distft.assemble.sizes import Layout, advice, layout, planned, worst
 
 __all__ = [
@@ -11,10 +11,12 @@ __all__ = [
     "Layout",
     "Say",
     "advice",
+    "agree",
     "checkpoints",
     "data",
     "device_name",
     "export",
+    "fetch",
     "layout",
     "manifest",
     "meters",

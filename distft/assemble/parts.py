@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +112,24 @@ def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFact
     )
 
 
-def meters(recipe: Recipe, folder: RunFolder, facts: RunFacts, placed: Processes, steps: Steps) -> Meters:
+def fetch(located: Recipe) -> None:
+    """Bring the model's files to where this process reads them: before any group exists, for it may take an hour.
+
+    Raises:
+        RecipeError: neither a folder nor a hub id that can be had.
+    """
+    from distft.model import load
+
+    load.find_folder(located.model)
+
+
+def meters(
+    recipe: Recipe, folder: RunFolder, facts: RunFacts, engine: Engine, placed: Processes, steps: Steps, say: Say
+) -> Meters:
     """Every registered metric, and on rank 0 the sinks that the recipe asks for."""
     from distft.metrics import METRICS, Meters
     from distft.metrics.sinks import console, jsonl
+    from distft.metrics.startup import StartUp
 
     sinks: list[Any] = []
     if placed.rank == 0:
@@ -132,6 +147,7 @@ def meters(recipe: Recipe, folder: RunFolder, facts: RunFacts, placed: Processes
             kind = console.BarSink if bar else console.LineSink
             sinks.append(kind(recipe.name, steps.num_steps, facts.start.step))
     metrics: list[Any] = [spec.build(facts) for spec in METRICS.values()]
+    metrics.append(StartUp(placed.rank, engine.gather, say, folder.note, os.environ))
     if recipe.log.samples:
         from distft.metrics.sample_log import SampleLog
 

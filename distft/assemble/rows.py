@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distft.core.errors import DataError
 from distft.core.pulse import PULSE
 from distft.recipe import Recipe
 
@@ -85,6 +87,22 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
         stop_ids=rows.report.stop_ids,
         longest=int(rows.lengths.max()),
     )
+
+
+def agree(rows: Data, gather: Callable[[Any], list[Any]]) -> None:
+    """Collective: all ranks train on the same rows, though each node may have prepared its own.
+
+    Raises:
+        DataError: on all ranks; names the hosts that differ from rank 0's.
+    """
+    found = gather((socket.gethostname(), rows.fingerprint))
+    first, ours = found[0]
+    others = sorted({host for host, theirs in found if theirs != ours})
+    if others:
+        raise DataError(
+            f"the rows on {', '.join(others)} are not those on {first}: the sources, the tokenizer or the libraries "
+            "differ there  use files that all hosts share, or copy them anew"
+        )
 
 
 class _Preparing:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
-from filelock import FileLock
 
 from distft.care import gather as gathering
 from distft.care import similar
@@ -21,8 +20,9 @@ from distft.care.notes import notes
 from distft.care.report import SHOWN, CareReport, Repeat, Shared
 from distft.care.texts import Unread, row_texts
 from distft.core.errors import DataError, FileSystemError
+from distft.core.turns import turn
 from distft.data.fingerprint import sources_key
-from distft.data.prepare import held, with_distinct_labels
+from distft.data.prepare import with_distinct_labels
 from distft.data.samples import FormatSpec
 from distft.data.sources import Source, decide_format, find
 
@@ -62,7 +62,7 @@ def examine(
         folder.mkdir(parents=True, exist_ok=True)
         key = _key(splits, cache_dir / "hashes")
         note = folder / f"{key[:40]}.json"
-        with held(FileLock(note.with_suffix(".lock")), waiting):
+        with turn(note.with_suffix(".lock"), waiting, done=lambda: _read(note) is not None):
             if (known := _read(note)) is None:
                 known = _examine(splits, progress)
                 aside = note.with_suffix(f".{uuid4().hex}.tmp")

@@ -69,7 +69,10 @@ def render(site: Site, wanted: Wanted, *trains: Sequence[str]) -> str:
     ]
     if site.setup:
         lines += ["# shellcheck source=/dev/null", "{", *(f"  {line}" for line in site.setup), "}"]
-    lines += [f"export {key}={_in_double_quotes(value)}" for key, value in site.exports().items()]
+    exports = [f"export {key}={_in_double_quotes(value)}" for key, value in site.exports().items()]
+    if any("$" in line for line in exports):  # "$SLURM_TMPDIR/hf" where nobody sets it is not /hf
+        exports = ["set -u", *exports, "set +u"]
+    lines += exports
     if len(trains) == 1:
         lines.append(shlex.join([*batch, *trains[0]]))
     else:

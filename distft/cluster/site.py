@@ -47,9 +47,10 @@ class Site(Params):
     interface: str | None = None
     """Network interface on which processes find each other (gloo, and NCCL's bootstrap): "ib0"."""
     hf_home: str | None = None
-    """Cache of models from the hub. Shell variables are expanded on the node: "/local/$USER/hf"."""
+    """Cache of models and datasets from the hub; one process for each cache fetches, the others wait. On a node's own
+    disk ("$SLURM_TMPDIR/hf") that is one a node. Variables are expanded on the job's first node, and must be set."""
     distft_cache: str | None = None
-    """Cache of prepared rows; a folder that all nodes see, unless each is to prepare its own."""
+    """Cache of prepared rows, likewise: a folder that all nodes see, unless each is to prepare its own."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment of the processes: NCCL_IB_HCA and the like."""
 

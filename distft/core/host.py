@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,14 @@ def start_of(pid: int) -> int | None:
     if len(fields) < 20:
         return 0
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def age_s(pid: int | None = None) -> float | None:
+    """Seconds since a process (None: this one) was started; None where the system does not say."""
+    ticks = start_of(os.getpid() if pid is None else pid)
+    if not ticks or not hasattr(time, "CLOCK_BOOTTIME"):
+        return None
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _text_of(path: str) -> str:

@@ -1,7 +1,7 @@
 """Where the main thread is: it says so at named points, and others (the watch, a fault on demand) can tell.
 
-Points of a run, in order: `rows` `join` `model` `weights` `restore`; then per step `data` `agree` `forward` `backward`
-`update` `step`, with `eval` and `save` in between; at the end `export`.
+Points of a run, in order: `rows` `fetch` `join` `model` `weights` `restore`; then per step `data` `agree` `forward`
+`backward` `update` `step`, with `eval` and `save` in between; at the end `export`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ class Pulse:
     """One per process. Written by the main thread only; readers see whole words, so there is nothing to lock."""
 
     def __init__(self) -> None:
-        self.runs = 0
+        self.runs = -1  # not one yet: `begin` counts them
         """Runs that this process has begun; equal on all ranks of a program that runs several."""
         self.begin()
 
     def begin(self) -> None:
         """A run begins: nothing has been passed yet, and until `training` a wish to stop is granted on the spot."""
         self.runs += 1
+        self.began = time.monotonic()
         self.phase, self.step = "start", 0
         self.count = 0
         """Points passed: the same on every rank at the same place of the loop, so a rank with fewer is behind."""
-        self.since = time.monotonic()
+        self.since = self.began
         self.patient = False
         """Waiting for something that another process does outside any collective: not a hang, however long."""
         self.spent: defaultdict[str, float] = defaultdict(float)
         """Seconds by phase."""
         self.moved: Callable[[], None] | None = None
         """Called at every point, before anything may happen there."""
+        self.stepped = False
+        """This run has finished a step: what comes now is no start-up any more."""
         self._training = False
 
     def training(self) -> None:

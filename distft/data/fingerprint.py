@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from distft.core.turns import turn
 from distft.data.samples import FormatSpec
 from distft.data.sources import Source, hub_dataset
 from distft.data.templates import read_template
@@ -29,30 +30,40 @@ def cache_key(
     specs: Sequence[FormatSpec],
     tokenizer_files: Sequence[Path],
     memory: Path,
+    waiting: Callable[[], None] = lambda: None,
 ) -> str:
     """sha256 hex over file contents, tokenizer, template, settings and versions.
 
-    `memory` is a folder of known file hashes, so that an unchanged big file is not read at every start.
+    `memory` is a folder of known file hashes, so that an unchanged big file is not read at every start, nor by each of
+    the processes that start together; `waiting` is called while another one reads it.
     """
     parts: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
         "settings": table.model_dump(include={"max_length", "loss_on", "long_rows", "bad_rows"}),
         "template": read_template(table.chat_template),
-        "tokenizer": {path.name: file_hash(path, memory) for path in tokenizer_files},
-        "sources": sources_key(sources, specs, memory),
+        "tokenizer": {path.name: file_hash(path, memory, waiting) for path in tokenizer_files},
+        "sources": sources_key(sources, specs, memory, waiting),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def sources_key(sources: Sequence[Source], specs: Sequence[FormatSpec], memory: Path) -> list[dict[str, Any]]:
+def sources_key(
+    sources: Sequence[Source],
+    specs: Sequence[FormatSpec],
+    memory: Path,
+    waiting: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
     """Everything that could change a row as its format reads it: plain values."""
     return [
         {
             "table": source.table.model_dump(include={"path", "split", "subset", "max_rows", "columns"}),
             "format": [spec.name, _code_hash(spec)],
             "files": [
-                [file.label, file_hash(file.path, memory) if file.path else hub_dataset(source.table)._fingerprint]
+                [
+                    file.label,
+                    file_hash(file.path, memory, waiting) if file.path else hub_dataset(source.table)._fingerprint,
+                ]
                 for file in source.files
             ],
         }
@@ -60,25 +71,36 @@ def sources_key(sources: Sequence[Source], specs: Sequence[FormatSpec], memory: 
     ]
 
 
-def file_hash(path: Path, memory: Path) -> str:
-    """sha256 hex of a file's content; remembered in `memory` while size, mtime and inode stay the same."""
+def file_hash(path: Path, memory: Path, waiting: Callable[[], None] = lambda: None) -> str:
+    """sha256 hex of a file's content; remembered in `memory` while size, mtime and inode stay the same.
+
+    Of several processes that share `memory` one reads the file; the others call `waiting` meanwhile.
+    """
     path = path.resolve()
     found = path.stat()
     state = [found.st_size, found.st_mtime_ns, found.st_ino]
     note = memory / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    if (known := _noted(note, state)) is not None:
+        return known
+    memory.mkdir(parents=True, exist_ok=True)
+    with turn(note.with_suffix(".lock"), waiting, done=lambda: _noted(note, state) is not None):
+        if (known := _noted(note, state)) is not None:
+            return known
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        aside = note.with_suffix(f".{uuid4().hex}.tmp")  # hosts that share the folder share process ids
+        aside.write_text(json.dumps({"path": str(path), "state": state, "sha256": digest}), encoding="utf-8")
+        aside.replace(note)
+        return digest
+
+
+def _noted(note: Path, state: list[int]) -> str | None:
+    """None: not hashed yet, or a torn note, or the file has changed since."""
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-        if known["state"] == state:
-            return known["sha256"]
+        return known["sha256"] if known["state"] == state else None
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not hashed yet, or a torn note: hash again
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    memory.mkdir(parents=True, exist_ok=True)
-    aside = note.with_suffix(f".{uuid4().hex}.tmp")  # hosts that share the folder share process ids
-    aside.write_text(json.dumps({"path": str(path), "state": state, "sha256": digest}), encoding="utf-8")
-    aside.replace(note)
-    return digest
+        return None
 
 
 def _code_hash(spec: FormatSpec) -> str:

@@ -10,22 +10,23 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import re
 import shutil
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from distft.core.errors import DataError, FileSystemError
+from distft.core.turns import turn
 from distft.data.fingerprint import cache_key
 from distft.data.readers import Payload
 from distft.data.render import TOKENIZER_FILES, tokenizer_folder
@@ -49,7 +50,6 @@ tokenizer's own threads keep the cores busy meanwhile."""
 _FEW_CORES = 4
 """With fewer, the tokenizer's threads alone are as fast."""
 _MAX_AUTO_WORKERS = 32
-_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,25 @@ class Task:
 
 
 def cache_folder(table: DataTable) -> Path:
-    """Where prepared rows live: the recipe's `cache_dir`, else `data` in the user's cache folder."""
+    """Where prepared rows live: the recipe's `cache_dir`, else `data` in the user's cache folder.
+
+    A folder on a node's own disk ("$SLURM_TMPDIR/rows", "/tmp/rows") is prepared once on each node.
+
+    Raises:
+        DataError: `cache_dir` names a variable that is not set here.
+    """
     if table.cache_dir is not None:
-        return Path(table.cache_dir).expanduser()
+        return _expanded(table.cache_dir)
     named = os.environ.get("DISTFT_CACHE")
     base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distft"
     return base / "data"
+
+
+def _expanded(text: str) -> Path:
+    path = os.path.expandvars(text)
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
+        raise DataError(f'[data] cache_dir = "{text}": {unset[0]} is not set on {socket.gethostname()}')
+    return Path(path).expanduser()
 
 
 def prepare(
@@ -108,11 +121,11 @@ def prepare(
     tokenizer_files = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        key = cache_key(table, found, specs, tokenizer_files, cache_dir / "hashes")[:40]
+        heard = (progress or (lambda rows: None), waiting or (lambda: None))
+        key = cache_key(table, found, specs, tokenizer_files, cache_dir / "hashes", heard[1])[:40]
         target = cache_dir / key
         if target.is_dir():
             return Prepared(target)
-        heard = (progress or (lambda rows: None), waiting or (lambda: None))
         job = _Job(table, found, specs, str(folder), f"[[data.{split}]]", *heard)
         return Prepared(target, from_cache=not _build_once(job, target))
     except OSError as error:
@@ -146,10 +159,14 @@ def _build_once(job: _Job, target: Path) -> bool:
     """
     failure = target.with_suffix(".failed")
     failed_before = _identity(failure)
-    with held(FileLock(target.with_suffix(".lock")), job.waiting):
+
+    def done() -> bool:
+        return target.is_dir() or _identity(failure) != failed_before
+
+    with turn(target.with_suffix(".lock"), job.waiting, done=done) as ours:
         if target.is_dir():
             return False
-        if _identity(failure) != failed_before:
+        if not ours:
             raise DataError(json.loads(failure.read_text(encoding="utf-8")))
         for stale in target.parent.glob(f".tmp-{target.name}-*"):  # its maker held the lock, so it is dead
             shutil.rmtree(stale, ignore_errors=True)
@@ -163,21 +180,6 @@ def _build_once(job: _Job, target: Path) -> bool:
             shutil.rmtree(aside, ignore_errors=True)
         failure.unlink(missing_ok=True)
         return True
-
-
-@contextmanager
-def held(lock: FileLock, waiting: Callable[[], None]) -> Iterator[None]:
-    """The lock, with a word once a second while somebody else has it: that may take hours."""
-    while True:
-        try:
-            lock.acquire(timeout=_WAIT_S)
-            break
-        except Timeout:
-            waiting()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _build(job: _Job, aside: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from distft.core import hub
 from distft.core.errors import DataError
 from distft.data.samples import Conversation, Message, PromptCompletion, RowError, Sample, Text
 from distft.data.templates import BUILT_IN, read_template
@@ -52,11 +53,9 @@ def tokenizer_folder(path: str, revision: str | None = None) -> Path:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
         wanted = [*TOKENIZER_FILES, "config.json"]
         try:
-            folder = Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+            folder = hub.snapshot(path, revision, wanted)
         except Exception as error:  # the hub library raises many kinds; all mean: no tokenizer
             raise DataError(
                 f"tokenizer {path}: neither a folder here nor a model that the hub gives: "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from distft.core import hub
 from distft.core.errors import DataError
 from distft.core.registry import nearest
 from distft.data.formats import FORMATS
@@ -165,16 +169,32 @@ def hub_dataset(table: SourceTable):
         DataError: the library is missing, or it cannot load the dataset.
     """
     try:
-        import datasets
+        importlib.import_module("datasets")
     except ImportError:
         raise DataError(f"{table.path}: hub datasets need the `datasets` package") from None
     try:
-        return datasets.load_dataset(table.path, table.subset, split=table.split or "train")
+        return _loaded(table.path, table.subset, table.split or "train")
     except Exception as error:  # the library raises many kinds; all mean that there are no rows
         raise DataError(
             f"{table.path}: neither a file or folder here nor a dataset that the hub gives: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from None
+
+
+@functools.cache
+def _loaded(path: str, subset: str | None, split: str):
+    """Downloaded and written to the library's cache by one process for each cache folder; the others then map it."""
+    import datasets
+
+    mine: list[Any] = []
+
+    def load() -> str:
+        mine.append(datasets.load_dataset(path, subset, split=split))
+        return str(mine[0]._fingerprint)
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    hub.once(cache, json.dumps([path, subset, split]), load, good=lambda _: True, lasting=False)
+    return mine[0] if mine else datasets.load_dataset(path, subset, split=split)
 
 
 def _hub_rows(table: SourceTable) -> Iterator[tuple[int, Payload]]:

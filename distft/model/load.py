@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from distft.core import hub
 from distft.core.errors import MachineError, Problem, RecipeError
 from distft.core.pulse import PULSE
 from distft.model import attention, cross_entropy, quantize
@@ -54,14 +55,13 @@ def find_folder(table: ModelTable) -> Path:
             f"the folder has no config.json (it holds: {found or 'nothing'})" if folder.is_dir() else "no such folder"
         )
         raise _mistake(f'[model] path = "{table.path}"  {said}', "a folder with config.json, or a hub id owner/name")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     wanted = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"]
     if table.init == "random":
         wanted.remove("*.safetensors")
     try:
-        return Path(snapshot_download(table.path, revision=table.revision, allow_patterns=wanted))
+        return hub.snapshot(table.path, table.revision, wanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise _mistake(

@@ -211,6 +211,19 @@ def test_of_four_that_start_together_one_works(write: Callable[..., Path], token
 
 
 @pytest.mark.row(29)
+def test_each_node_with_a_cache_of_its_own_prepares_once(
+    write: Callable[..., Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    path = write(pairs(200))
+    started = [(node, start(tokenizer, path, tmp_path / node)) for node in ("node1", "node2") for _ in range(2)]
+    said = [(node, *process.communicate(timeout=120)[0].split()) for node, process in started]
+    assert sorted((node, cached) for node, cached, *_ in said) == [
+        (node, cached) for node in ("node1", "node2") for cached in ("False", "True")
+    ]
+    assert len({found for *_, found, _ in said}) == 1, "the same rows on both"
+
+
+@pytest.mark.row(29)
 def test_killed_midway_leaves_nothing_and_holds_nothing(
     write: Callable[..., Path], tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -276,6 +289,15 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("DISTFT_CACHE", str(tmp_path))
     assert cache_folder(table_of(Path("x"))) == tmp_path / "data"
     assert cache_folder(table_of(Path("x"), cache_dir="rows")) == Path("rows")
+
+
+def test_a_cache_on_the_nodes_own_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
+    table = table_of(tmp_path / "x.jsonl", cache_dir="$SLURM_TMPDIR/rows")
+    assert cache_folder(table) == tmp_path / "rows"
+    monkeypatch.delenv("SLURM_TMPDIR")
+    with pytest.raises(DataError, match=r'cache_dir = "\$SLURM_TMPDIR/rows": \$SLURM_TMPDIR is not set on '):
+        cache_folder(table)
 
 
 def test_progress_is_told(write: Callable[..., Path], tokenizer: Path, tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Files of the hub, fetched by one process for each cache folder: one a node on disks of their own, one in all else.
+
+huggingface_hub locks each file, so that two processes do no harm; but each of 512 asks the hub for the list of files
+and polls those locks. Here the others wait for a note of the first, and ask nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
+
+from distft.core import host
+from distft.core.turns import patiently, turn
+
+T = TypeVar("T")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def snapshot(repo: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    """The folder with a repository's files of these patterns.
+
+    A branch's name is looked up once for each start of a run: by the first process of it that comes here.
+
+    Raises:
+        Exception: whatever huggingface_hub raises: no such repository, no access, no network and not in the cache.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    def fetch() -> str:
+        return snapshot_download(repo, revision=revision, allow_patterns=list(wanted))
+
+    cache = Path(constants.HF_HUB_CACHE)
+    name = json.dumps([repo, revision, sorted(wanted)])
+    pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
+    return Path(once(cache, name, fetch, good=lambda folder: Path(folder).is_dir(), lasting=pinned))
+
+
+def once(cache: Path, name: str, work: Callable[[], str], *, good: Callable[[str], bool], lasting: bool) -> str:
+    """What `work` gives, or gave another process of this start.
+
+    Args:
+        cache: the folder that the work fills; one that may not be written has been filled by somebody else.
+        name: of the work.
+        work: how it is done.
+        good: whether what it gave is still there.
+        lasting: an earlier start's result is as good.
+    """
+    key = hashlib.sha256(name.encode()).hexdigest()[:24]
+    notes = cache / ".distft"
+    note = notes / f"{key}.json"
+
+    def known() -> str | None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads(note.read_text(encoding="utf-8"))
+            if said["name"] == name and (lasting or note.stat().st_mtime >= _started()) and good(said["gave"]):
+                return said["gave"]
+        return None
+
+    try:
+        notes.mkdir(parents=True, exist_ok=True)
+        probe = notes / f"{key}.{uuid4().hex}.tmp"
+        probe.touch()
+    except OSError:
+        return work()
+    try:
+        with turn(notes / f"{key}.lock", patiently, done=lambda: known() is not None) as ours:
+            gave = None if ours else known()
+            if gave is None:
+                patiently()  # what the hub takes its time for is no hang of ours
+                gave = work()
+                probe.write_text(json.dumps({"name": name, "gave": gave}), encoding="utf-8")
+                probe.replace(note)
+            return gave
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _started() -> float:
+    """When this process was started, by the wall clock; what was found out since is as new as what it would find."""
+    age = host.age_s()
+    return time.time() - (0.0 if age is None else age)
