@@ -27,6 +27,10 @@ class Group(Protocol):
         """Collective: every rank's value, by rank, on every rank."""
         ...
 
+    def collect(self, value: Any) -> list[Any]:
+        """Collective: every rank's value, by rank, on rank 0; nothing on the others."""
+        ...
+
     def barrier(self) -> None:
         """Collective: returns once all ranks have called it."""
         ...
@@ -42,6 +46,10 @@ class Alone:
         """The value itself."""
         return [value]
 
+    def collect(self, value: Any) -> list[Any]:
+        """The value itself."""
+        return [value]
+
     def barrier(self) -> None:
         """Nobody to wait for."""
 
@@ -54,10 +62,15 @@ class RankErrors(Exception):
         super().__init__("; ".join(f"rank {rank}: {text}" for rank, text in errors.items()))
 
 
-def together(group: Group, work: Callable[[], T]) -> list[T]:
+def together(group: Group, work: Callable[[], T], *, for_first: bool = False) -> list[T]:
     """Collective: do `work` on every rank and tell all ranks how it went, so that none waits for one that failed.
 
     Errors of the group itself (a peer died) are not caught: nothing can be agreed on any more.
+
+    Args:
+        group: all ranks.
+        work: this rank's.
+        for_first: only rank 0 is given what the others made, which may be large; they get nothing.
 
     Raises:
         RankErrors: `work` raised on some rank.
@@ -66,8 +79,8 @@ def together(group: Group, work: Callable[[], T]) -> list[T]:
         mine = (None, work())
     except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
         mine = (explain(error), None)
-    everyone = group.gather(mine)
+    everyone = group.gather((mine[0], None) if for_first else mine)
     errors = {rank: text for rank, (text, _) in enumerate(everyone) if text is not None}
     if errors:
         raise RankErrors(errors)
-    return [value for _, value in everyone]
+    return group.collect(mine[1]) if for_first else [value for _, value in everyone]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import time
@@ -50,8 +51,6 @@ class Loaded:
     manifest: Manifest
     state: dict[str, Any]
     """What rank 0 handed to the save."""
-    rank_states: list[dict[str, Any]]
-    """What each of the ranks that wrote it handed over, by rank."""
     reader: Reader
     rejected: tuple[str, ...] = ()
     """Newer checkpoints that were found bad, each with its reason."""
@@ -60,6 +59,18 @@ class Loaded:
     def step(self) -> int:
         """Optimizer steps taken."""
         return self.manifest.step
+
+    @property
+    def rank_states(self) -> list[dict[str, Any]]:
+        """What each of the ranks that wrote it handed over, by rank.
+
+        Read when asked for: if each of 512 ranks read the files of all before it trains, those are 262,144.
+
+        Raises:
+            CheckpointError: one has changed since it was checked.
+        """
+        names = [rank_state_name(rank) for rank in range(self.manifest.world)]
+        return [parse_json(read_verified(self.path, self.manifest, name), name) for name in names]
 
 
 def check_shared(root: Path, group: Group) -> None:
@@ -120,7 +131,8 @@ def examine(path: Path, group: Group, *, expected_step: int | None) -> tuple[Loa
     """
     manifest, reasons = _agreed(group, lambda: _manifest(path, expected_step))
     if not reasons and manifest is not None:
-        found = group.gather((faults_of(path, share_of(manifest, group.rank, group.world)), manifest.to_bytes()))
+        read = hashlib.sha256(manifest.to_bytes()).hexdigest()
+        found = group.gather((faults_of(path, share_of(manifest, group.rank, group.world)), read))
         reasons = sorted({reason for faults, _ in found for reason in faults})
         if len({read for _, read in found}) > 1:  # then some file may have been nobody's share
             reasons.append("ranks read different manifests")
@@ -139,12 +151,10 @@ def _manifest(path: Path, expected_step: int | None) -> Manifest:
 
 def _open(path: Path, manifest: Manifest) -> Loaded:
     entries = parse_index(read_verified(path, manifest, INDEX), manifest.file_bytes)
-    names = [rank_state_name(rank) for rank in range(manifest.world)]
     return Loaded(
         path=path,
         manifest=manifest,
         state=parse_json(read_verified(path, manifest, STATE), STATE),
-        rank_states=[parse_json(read_verified(path, manifest, name), name) for name in names],
         reader=Reader(path, entries),
     )
 

@@ -268,6 +268,10 @@ class Engine(Protocol):
         """Collective: every rank's value, in rank order, on every rank; over the host's network."""
         ...
 
+    def collect(self, value: Any) -> list[Any]:
+        """Collective: every rank's value, in rank order, on rank 0; nothing on the others."""
+        ...
+
     def barrier(self) -> None:
         """Barrier over all ranks."""
         ...

@@ -88,6 +88,14 @@ class BaseEngine:
         dist.all_gather_object(everyone, value, group=self._host_group)
         return everyone
 
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value on rank 0, pickled over gloo; nothing on the others."""
+        if self.world == 1:
+            return [value]
+        everyone: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, everyone, group=self._host_group)
+        return everyone or []
+
     @functools.cached_property
     def _host_group(self) -> Any:
         """A gloo group of its own: pickled objects over NCCL would wait for the accelerator."""

@@ -39,6 +39,10 @@ class ThreadGroup:
         self.barrier()
         return found
 
+    def collect(self, value: Any) -> list[Any]:
+        found = self.gather(value)
+        return found if self.rank == 0 else []
+
     def barrier(self) -> None:
         try:
             self.ranks.barrier.wait()
