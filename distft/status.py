@@ -44,7 +44,11 @@ class Status:
     job: str | None
     nodes: list[str]
     restarts: list[str]
-    """Why each earlier start of the last job ended."""
+    """Why each earlier start ended: of the last job, or of the run where no batch job started it."""
+    startup_s: float | None
+    """From the last start of rank 0's process to the end of its first step."""
+    pace: str
+    """What the last look at the ranks found: who is slowest, or what is wrong."""
 
 
 def read_status(folder: Path, *, now: float | None = None) -> Status:
@@ -57,6 +61,7 @@ def read_status(folder: Path, *, now: float | None = None) -> Status:
     num_steps = manifest.get("num_steps")
     state, why = _state(folder, ended, history, time.time() if now is None else now)
     begun = [record for record in history if "began" in record]
+    events = _tail(folder / "events.jsonl")
     return Status(
         run=folder.name,
         folder=str(folder),
@@ -70,7 +75,9 @@ def read_status(folder: Path, *, now: float | None = None) -> Status:
         checkpoint=starts.checkpoint(),
         job=begun[-1].get("job") if begun else manifest.get("slurm_job"),
         nodes=begun[-1].get("nodes", []) if begun else [host for host in [manifest.get("host")] if host],
-        restarts=_restarts(history),
+        restarts=_restarts(history) if begun else _starts_over(events),
+        startup_s=next((event.get("total_s") for event in reversed(events) if event.get("event") == "startup"), None),
+        pace=_pace(events),
     )
 
 
@@ -104,6 +111,35 @@ def _restarts(history: list[dict[str, Any]]) -> list[str]:
             following = ours[at + 1]
             reasons.append(following.get("reason", "") if "ended" in following else "node lost, or killed")
     return reasons
+
+
+def _starts_over(events: list[dict[str, Any]]) -> list[str]:
+    """The same from the run's own events, for starts by hand: why each one ended that another followed."""
+    reasons: list[str] = []
+    why: str | None = None
+    for event in events:
+        if event.get("event") == "started":
+            reasons += [] if why is None else [why]
+            why = "killed, or its machine was lost"
+        elif event.get("event") == "ended":
+            why = str(event.get("reason", ""))
+    return reasons
+
+
+def _pace(events: list[dict[str, Any]]) -> str:
+    """Of the last start."""
+    said = ""
+    for event in events:
+        if event.get("event") == "started":
+            said = ""
+        elif event.get("event") in ("straggler", "slower"):  # noted after the pace of the same step
+            said = f"step {event.get('step')}: {event['event']}: {event.get('what')}"
+        elif event.get("event") == "pace":
+            said = (
+                f"step {event.get('step')}: slowest is rank {event.get('rank')} ({event.get('host')}), "
+                f"{event.get('percent')} % behind the median for {event.get('what')}"
+            )
+    return said
 
 
 def _left(steps: list[dict[str, Any]], num_steps: int | None) -> float | None:
@@ -173,6 +209,10 @@ def lines(status: Status) -> Iterator[str]:
     yield "  ".join(parts)
     if status.why:
         yield f"  {status.why.splitlines()[0]}"
+    if status.state == "running" and status.startup_s is not None:
+        yield f"  first step {_duration(status.startup_s)} after the process's start"
+    if status.state == "running" and status.pace:
+        yield f"  {status.pace}"
     for number, reason in enumerate(status.restarts, start=1):
         yield f"  restart {number}: {reason.splitlines()[0] if reason else 'no reason was left'}"
 

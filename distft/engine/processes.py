@@ -71,8 +71,9 @@ def placed_by(env: Mapping[str, str]) -> tuple[str, int, int, int]:
 
 def neighbours(env: Mapping[str, str], rank: int, world: int, local_rank: int) -> Sequence[int]:
     """Ranks that may run on this machine: the launcher's block of them, or all of a small world."""
-    if "LOCAL_WORLD_SIZE" in env:
-        return range(rank - local_rank, rank - local_rank + int(env["LOCAL_WORLD_SIZE"]))
+    size = int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else per_node(env, world)
+    if size is not None:
+        return range(rank - local_rank, rank - local_rank + size)
     return range(world) if world <= 64 else ()
 
 

@@ -69,3 +69,12 @@ def test_a_run_on_gpus_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.Monkey
     refused = assemble.planned(recipe, 3)
     assert refused is not None
     assert "global_batch_size" in refused["why"], "4 sequences do not split over 3; that is no reason not to run"
+
+
+def test_ranks_with_other_rows_stop_all_ranks_and_are_named(tmp_path: Path) -> None:
+    """Each node may have prepared its own: from a copy of the file that is a day older, say."""
+    rows = prepared(tmp_path, [])
+    ours, other = rows.fingerprint, {"train": "0" * 64}
+    assemble.agree(rows, lambda mine: [("node1", ours), mine, ("node2", ours)])
+    with pytest.raises(DataError, match=r"^the rows on node2, node3 are not those on node1: "):
+        assemble.agree(rows, lambda mine: [("node1", ours), ("node3", other), ("node2", {}), ("node2", other)])

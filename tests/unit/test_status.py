@@ -140,3 +140,30 @@ def test_the_end_of_a_long_file_is_enough(folder: Folder, monkeypatch: pytest.Mo
     monkeypatch.setattr(status, "TAIL_BYTES", 1000)
     assert folder.read() == whole
     assert whole.step == 500
+
+
+def test_what_the_run_itself_has_noted(folder: Folder) -> None:
+    """Started by hand, so there is no file of starts: its own events tell of restarts, start-up and pace."""
+    events: list[dict] = [
+        {"event": "started", "step": 0},
+        {"event": "startup", "step": 1, "total_s": 30.0},
+        {"event": "slower", "step": 50, "what": "a step takes 2.00 s and took 1.00 s"},
+        {"event": "started", "step": 40},
+        {"event": "ended", "code": 6, "reason": "hang: rank 1 (node2, process 7) is gone"},
+        {"event": "started", "step": 40},
+        {"event": "startup", "step": 41, "total_s": 95.2},
+        {"event": "pace", "step": 100, "rank": 3, "host": "node2", "percent": 4.2, "what": "waiting for its data"},
+    ]
+
+    def read() -> status.Status:
+        (folder.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        return folder.beat(1).read()
+
+    found = read()
+    assert found.restarts == ["killed, or its machine was lost", "hang: rank 1 (node2, process 7) is gone"]
+    assert found.startup_s == 95.2
+    told = list(status.lines(found))
+    assert "  first step 1 min 35 s after the process's start" in told
+    assert "  step 100: slowest is rank 3 (node2), 4.2 % behind the median for waiting for its data" in told
+    events.append({"event": "slower", "step": 100, "what": "a step takes 2.00 s and took 1.00 s"})
+    assert read().pace == "step 100: slower: a step takes 2.00 s and took 1.00 s"

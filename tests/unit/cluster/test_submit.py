@@ -67,6 +67,19 @@ def test_arguments_and_variables_arrive_as_they_were_written(tmp_path: Path) -> 
     ]
 
 
+def test_a_folder_of_a_variable_that_nobody_sets_is_not_at_the_root(tmp_path: Path) -> None:
+    show = tmp_path / "python"
+    show.write_text("#!/bin/sh\necho started\n")
+    show.chmod(0o755)
+    script = tmp_path / "script"
+    site = Site(python=str(show), distft_cache="$NOBODY_SETS_THIS/rows", setup=('echo "$NOR_THIS"',))
+    script.write_text(render(site, WANTED, ["RECIPE"]))
+    said = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+    assert said.returncode != 0
+    assert "NOBODY_SETS_THIS: unbound variable" in said.stderr
+    assert "started" not in said.stdout
+
+
 def test_several_recipes_are_an_array(tmp_path: Path) -> None:
     """Each task runs its own; run here with a program in place of Python."""
     show = tmp_path / "python"
