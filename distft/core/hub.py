@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from typing import TypeVar
 from uuid import uuid4
 
@@ -31,12 +32,14 @@ def snapshot(repo: str, revision: str | None, wanted: Sequence[str]) -> Path:
     Raises:
         Exception: whatever huggingface_hub raises: no such repository, no access, no network and not in the cache.
     """
-    from huggingface_hub import constants, snapshot_download
+    import huggingface_hub
+
+    hub: Any = huggingface_hub
 
     def fetch() -> str:
-        return snapshot_download(repo, revision=revision, allow_patterns=list(wanted))
+        return hub.snapshot_download(repo, revision=revision, allow_patterns=list(wanted))
 
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     name = json.dumps([repo, revision, sorted(wanted)])
     pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
     return Path(once(cache, name, fetch, good=lambda folder: Path(folder).is_dir(), lasting=pinned))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ WORD_S = 1.0
 @contextmanager
 def turn(
     lock: Path, waiting: Callable[[], None] = lambda: None, *, done: Callable[[], bool] = lambda: False
-) -> Iterator[bool]:
+) -> Generator[bool]:
     """Wait for the lock or until somebody else has done the work; the lock dies with its holder.
 
     Args:

@@ -192,7 +192,7 @@ def _loaded(path: str, subset: str | None, split: str):
         mine.append(datasets.load_dataset(path, subset, split=split))
         return str(mine[0]._fingerprint)
 
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache = Path(importlib.import_module("datasets.config").HF_DATASETS_CACHE)
     hub.once(cache, json.dumps([path, subset, split]), load, good=lambda _: True, lasting=False)
     return mine[0] if mine else datasets.load_dataset(path, subset, split=split)
 
