@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from distft.core import host
@@ -32,14 +32,14 @@ def snapshot(repo: str, revision: str | None, wanted: Sequence[str]) -> Path:
     Raises:
         Exception: whatever huggingface_hub raises: no such repository, no access, no network and not in the cache.
     """
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    hub: Any = huggingface_hub
+    hub: Any = importlib.import_module("huggingface_hub")
 
     def fetch() -> str:
         return hub.snapshot_download(repo, revision=revision, allow_patterns=list(wanted))
 
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    cache = Path(constants.HF_HUB_CACHE)
     name = json.dumps([repo, revision, sorted(wanted)])
     pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
     return Path(once(cache, name, fetch, good=lambda folder: Path(folder).is_dir(), lasting=pinned))
