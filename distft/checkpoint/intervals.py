@@ -6,13 +6,14 @@ one or more chunks of at most CHUNK_BYTES, each a torch archive at an offset of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distft.checkpoint.manifest import canonical, is_plain_name, parse_json
+from distft.checkpoint.manifest import is_plain_name, parse_json
 from distft.core.errors import CheckpointError
 from distft.core.types import Piece
 
@@ -116,7 +117,10 @@ def check_tiling(name: str, numel: int, chunks: Iterable[Chunk]) -> None:
 
 
 def index_bytes(entries: Mapping[str, TensorEntry]) -> bytes:
-    """`index.json`: everything a reader needs, without a pickle."""
+    """`index.json`: everything a reader needs, without a pickle.
+
+    On one line: only then does Python encode in C, and all ranks wait for the million chunks of 512 of them.
+    """
     tensors = {
         name: {
             "numel": entry.numel,
@@ -125,7 +129,8 @@ def index_bytes(entries: Mapping[str, TensorEntry]) -> bytes:
         }
         for name, entry in entries.items()
     }
-    return canonical({"schema": INDEX_SCHEMA, "tensors": tensors})
+    document = {"schema": INDEX_SCHEMA, "tensors": tensors}
+    return (json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n").encode("ascii")
 
 
 def parse_index(data: bytes, file_bytes: Mapping[str, int]) -> dict[str, TensorEntry]:

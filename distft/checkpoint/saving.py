@@ -14,7 +14,7 @@ from typing import Any
 from distft.checkpoint import durable
 from distft.checkpoint.intervals import INDEX, Piece, TensorEntry, index_bytes, tensor_entries
 from distft.checkpoint.manifest import MANIFEST, FileEntry, Manifest, entry_of
-from distft.checkpoint.shards import DCP_METADATA, Part, write_dcp_metadata, write_pieces
+from distft.checkpoint.shards import DCP_CHUNKS, DCP_METADATA, Part, write_dcp_metadata, write_pieces
 from distft.core.faults import Faults
 
 MARGIN = 1.2
@@ -125,8 +125,10 @@ def merge(written: list[Written]) -> dict[str, TensorEntry]:
 def write_manifest(job: Job, written: list[Written], entries: Mapping[str, TensorEntry]) -> Manifest:
     """Rank 0: index, DCP's metadata and the manifest (P5); after this only the folder's name is missing."""
     durable.write_new(job.folder / INDEX, index_bytes(entries))
-    write_dcp_metadata(job.folder, entries)
-    own = [entry_of(job.folder / INDEX), entry_of(job.folder / DCP_METADATA)]
+    own = [entry_of(job.folder / INDEX)]
+    if sum(len(entry.chunks) for entry in entries.values()) <= DCP_CHUNKS:
+        write_dcp_metadata(job.folder, entries)
+        own.append(entry_of(job.folder / DCP_METADATA))
     files = sorted([*own, *(file for one_rank in written for file in one_rank.files)], key=lambda file: file.path)
     manifest = Manifest(step=job.step, world=job.world, engine=job.engine, hashes=dict(job.hashes), files=tuple(files))
     durable.write_new(job.folder / MANIFEST, manifest.to_bytes())

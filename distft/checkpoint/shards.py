@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.storage import WriteResult
 
 DCP_METADATA = ".metadata"
+DCP_CHUNKS = 200_000
+"""Beyond these a save does without it: a million take a minute to pickle, in which 512 GPUs wait. `write_dcp_metadata`
+makes it at any later time from the entries of `parse_index`."""
 
 Part = tuple[str, int, str, Chunk | None]
 """Name, elements of the whole tensor, dtype, and where the chunk lies (None: an empty piece)."""

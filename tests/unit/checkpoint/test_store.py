@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
-from distft.checkpoint import intervals
+from distft.checkpoint import intervals, saving
 from distft.checkpoint.commit import SaveFailed
 from distft.checkpoint.group import Alone
-from distft.checkpoint.intervals import Piece
+from distft.checkpoint.intervals import Piece, parse_index
+from distft.checkpoint.shards import write_dcp_metadata
 from distft.checkpoint.store import CheckpointStore
 from distft.core.errors import CheckpointError, FileSystemError
 
@@ -117,6 +119,21 @@ def test_reader_refuses_what_is_not_there(kit, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no elements \[1000, 1002\) in a tensor of 1001"):
         reader.read("param/a.weight", 1000, 1002)
     assert reader.read("param/a.weight", 5, 5).numel() == 0
+
+
+def test_too_many_chunks_for_dcps_own_metadata(kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be made afterwards, when nobody waits for it."""
+    kit.filled(tmp_path / "whole", 2)
+    monkeypatch.setattr(saving, "DCP_CHUNKS", 1)
+    kit.filled(tmp_path / "without", 2)
+    whole, without = (next((tmp_path / name).glob("step-*")) for name in ("whole", "without"))
+    assert set(kit.names(whole)) - set(kit.names(without)) == {".metadata"}
+    loaded = kit.newest(tmp_path / "without")
+    index = (without / "index.json").read_bytes()
+    write_dcp_metadata(without, parse_index(index, loaded.manifest.file_bytes))
+    said = [FileSystemReader(path).read_metadata() for path in (without, whole)]
+    assert said[0].state_dict_metadata == said[1].state_dict_metadata
+    assert said[0].storage_data == said[1].storage_data
 
 
 FILES = [
