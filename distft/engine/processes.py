@@ -7,8 +7,10 @@ accelerate turns DeepSpeed into DDP when told to use the CPU, DeepSpeed starts o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +22,9 @@ from distft.engine import flight
 
 if TYPE_CHECKING:
     import torch
+
+FILES, FILES_PER_RANK = 1024, 8
+"""Open files for everything else, and for each rank's connections."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +152,7 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
         exported = tuple(key for key in ours if key not in os.environ)
         os.environ.update(ours)
         timeout = timedelta(seconds=timeout_s)
+        allow_files(world)
         try:
             if launcher == "plain":
                 alone: Any = dist.HashStore()  # type: ignore[reportPrivateImportUsage]  # no port for one process
@@ -170,6 +176,20 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
         local_world=per_node(os.environ, world),
         exported=exported,
     )
+
+
+def allow_files(world: int) -> None:
+    """Raise the soft limit of open files towards what a run of this size opens, as far as the hard one lets us.
+
+    Every gloo group holds a connection to each of its ranks in each process (world + 3 descriptors measured), the store
+    two for each on rank 0: two groups of 512 do not fit the usual 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES + FILES_PER_RANK * world
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def leave(placed: Processes) -> None:
