@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def _use(run: RunRecord, folder: Path) -> Iterator[str]:
     where = f"{run.folder / 'final'}"
     yield from ("## Use", "", "```python")
     yield from (_WITH_PEFT if run.is_adapter else _PLAIN).format(folder=json.dumps(where)).splitlines()
-    yield from (_CHAT if chat else _TEXT).format(prompt=json.dumps(_prompt(run))).splitlines()
+    yield from (_CHAT if chat else _TEXT).format(prompt=json.dumps(_prompt(run), ensure_ascii=False)).splitlines()
     yield from ("```", "")
     if run.is_adapter:
         yield f"The adapter needs its base, `{_code(run.base)}`, which adapter_config.json names."
@@ -227,17 +227,13 @@ def _prompt(run: RunRecord) -> str:
 
 def _trained(run: RunRecord) -> Iterator[str]:
     parameters, versions = run.manifest.get("parameters") or {}, run.manifest.get("versions") or {}
-    optim, train, data = run.table("optim"), run.table("train"), run.table("data")
-    method = {key: value for key, value in run.table("method").items() if key != "name"}
+    train, data = run.table("train"), run.table("data")
     facts = [
-        ("method", ", ".join([run.method, *(f"{key} {_value(value)}" for key, value in method.items())])),
+        ("method", _named(run.table("method"))),
         ("trained parameters", f"{parameters['trainable']:,} of {parameters['total']:,}" if parameters else ""),
         ("objective", run.table("objective").get("name", "")),
-        (
-            "optimizer",
-            ", ".join([str(optim.get("name", "")), *(f"{k} {_value(v)}" for k, v in optim.items() if k != "name")]),
-        ),
-        ("schedule", ", ".join(f"{key} {_value(value)}" for key, value in run.table("schedule").items())),
+        ("optimizer", _named(run.table("optim"))),
+        ("schedule", _named(run.table("schedule"))),
         ("steps", str(run.last.get("step", ""))),
         ("tokens", f"{run.last['tokens']:,}" if "tokens" in run.last else ""),
         ("sequences per step", str(train.get("global_batch_size", ""))),
@@ -298,6 +294,12 @@ def _again(run: RunRecord) -> Iterator[str]:
 def _sources(run: RunRecord, split: str) -> list[dict[str, Any]]:
     found = run.table("data").get(split) or []
     return [source for source in found if isinstance(source, dict) and "path" in source]
+
+
+def _named(table: Mapping[str, Any]) -> str:
+    """A part and its settings: `adamw, learning_rate 0.005`; settings that are empty say nothing."""
+    told = (f"{key} {_value(value)}" for key, value in table.items() if key != "name" and value not in ([], {}))
+    return ", ".join([str(table.get("name", "")), *told]) if table else ""
 
 
 def _value(value: Any) -> str:
