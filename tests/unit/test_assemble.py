@@ -1,5 +1,6 @@
 """Putting a run together: what is said while rows are prepared, and that a wish to stop is heard there."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,27 @@ def test_ranks_with_other_rows_stop_all_ranks_and_are_named(tmp_path: Path) -> N
     assemble.agree(rows, lambda mine: [("node1", ours), mine, ("node2", ours)])
     with pytest.raises(DataError, match=r"^the rows on node2, node3 are not those on node1: "):
         assemble.agree(rows, lambda mine: [("node1", ours), ("node3", other), ("node2", {}), ("node2", other)])
+
+
+def test_files_of_the_hubs_cache_are_taken_at_their_name(tmp_path: Path) -> None:
+    """Its large files are called by their sha256: 140 GB are not read again to learn it."""
+    from distft.assemble import origins
+    from distft.demo.files import locate_path
+
+    source, snapshot, blobs = Path(locate_path("demo:tiny-llama")), tmp_path / "snapshots/c0ffee", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (snapshot / name).write_bytes((source / name).read_bytes())
+    (blobs / ("5a" * 32)).write_bytes(b"not what its name says")
+    (snapshot / "model.safetensors").symlink_to(blobs / ("5a" * 32))
+    (tmp_path / "recipe.toml").write_text(
+        f'name = "r"\n[model]\npath = "{snapshot}"\n[data]\nloss_on = "completion"\ncache_dir = "{tmp_path}/cache"\n'
+        '[[data.train]]\npath = "demo:incidents/train"\n'
+    )
+    recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES))
+    found = origins.weights(recipe)
+    assert found["files"]["model.safetensors"] == "5a" * 32
+    assert found["files"]["config.json"] == hashlib.sha256((snapshot / "config.json").read_bytes()).hexdigest()
+    assert set(found["tokenizer"]) == {"tokenizer.json", "tokenizer_config.json"}
+    assert len(origins.rows(recipe)["train"][0]["files"]["train.jsonl"]) == 64
