@@ -210,10 +210,19 @@ class RunRecord:
         """Whether memory is a device's and there is a peak to hold speed against."""
         return self.manifest.get("device", "cpu") != "cpu"
 
+    def rows_sha256(self, name: str) -> str:
+        """Of the rows that a set of results is about: a name alone may mean others in another run. "" unknown."""
+        return _first_hash(self.folder / "eval", name)
+
     def answers(self, label: str, name: str) -> dict[str, dict[str, Any]]:
         """Row id -> its line of eval/LABEL/NAME.jsonl; empty where it is missing."""
         path = self.folder / "eval" / label / f"{name}.jsonl"
         return {str(record["id"]): record for record in _lines(path) if "id" in record}
+
+
+def _first_hash(folder: Path, name: str) -> str:
+    told = (_json(folder / label / f"{name}.json").get("rows_sha256") for label in ("after", "best", "before"))
+    return next((str(digest) for digest in told if digest), "")
 
 
 def read_run(folder: Path) -> RunRecord:

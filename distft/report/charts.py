@@ -111,7 +111,7 @@ def scatter(
         class_="area",
     )
     names = [h("span", sign(at), name, class_="legend") for at, (name, _, _) in enumerate(dots, start=1)]
-    heading = h("figcaption", h("h3", title), h("span", f"{up}, over {across}", class_="soft"), names)
+    heading = h("figcaption", h("h3", title), h("span", f"{up}, over {across}", class_="over"), names)
     plot = h("div", area, class_="plot", role="img", aria_label=f"{title}: {says}")
     return h("figure", heading, plot, class_="wide" if wide else None)
 

@@ -137,7 +137,7 @@ def _side_by_side(called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html
         engine = f"{one.engine} × {one.world}" if one.engine else words.NOTHING
         cells = [how(getattr(one, column)) for column, how in columns.values()]
         trained = words.count(one.trained_parameters)
-        rows.append([[sign(at), " ", name], one.method, engine, trained, words.count(one.tokens), *cells])
+        rows.append([_called(at, name), one.method, engine, trained, words.count(one.tokens), *cells])
     heads = ["run", "method", "engine", "trained parameters", "tokens", *columns]
     yield table("What each run gave, and what it took", heads, rows, numbers=range(3, len(heads)))
     if len({one.tokens for one in lines}) > 1:
@@ -153,6 +153,15 @@ def _quality(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]
         return
     order = list(dict.fromkeys(_key(one) for run in runs for one in run.results))
     first = {(every[key].name, every[key].score): key for key in reversed(order)}
+    others = sorted({one.name for one in every.values() if not _same(runs, one.name)})
+    if others:
+        named = [[h("code", name), " "] for name in others]
+        yield h(
+            "p",
+            named,
+            "are not the same rows in all of these runs: what is said of them does not compare.",
+            class_="note",
+        )
     for key in order:
         if key in first.values():
             yield _figure(every[key], [_of(run, key) for run in runs], called)
@@ -187,13 +196,17 @@ def _figure(kind: Result, found: Sequence[Result | None], called: Sequence[str])
     rows: list[list[Child]] = []
     for at, (name, one) in enumerate(zip(called, found, strict=True), start=1):
         if one is None:
-            rows.append([[sign(at), " ", name], "", words.NOTHING, words.NOTHING, words.NOTHING])
+            rows.append([_called(at, name), "", words.NOTHING, words.NOTHING, words.NOTHING])
             continue
         cells = (words.interval(one, one.before), words.interval(one, one.after or one.best), verdict(one))
-        rows.append([[sign(at), " ", name], picture(one, (at - 1) % 6 + 1, scale), *cells])
+        rows.append([_called(at, name), picture(one, (at - 1) % 6 + 1, scale), *cells])
     less = "" if kind.higher_is_better else ", less is better"
     heads = ("run", "(picture)", "before", "after, with its 95 % interval", "against its own base")
     return table(f"{kind.name}: {kind.title}{less}", heads, rows, numbers=(2, 3))
+
+
+def _called(at: int, name: str) -> Html:
+    return h("span", sign(at), f" {name}", class_="nowrap")
 
 
 def _of(run: RunRecord, key: str) -> Result | None:
@@ -262,7 +275,7 @@ def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
             yield h("div", chart, class_="charts")
     rows = [
         [
-            [sign(at), " ", name],
+            _called(at, name),
             *(words.figure(value) for value in (*(run.losses or (None, None)), *run.held_out_losses)),
         ]
         for at, (name, run) in enumerate(zip(called, runs, strict=True), start=1)
@@ -302,9 +315,14 @@ def _flat(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _shared(runs: Sequence[RunRecord]) -> list[Result]:
-    """Figures that every run has, in the first run's order."""
+    """Figures that every run has of the same rows, in the first run's order."""
     keys = [{_key(one) for one in run.results if _tuned(one) is not None} for run in runs]
-    return [one for one in runs[0].results if all(_key(one) in known for known in keys)]
+    return [one for one in runs[0].results if _same(runs, one.name) and all(_key(one) in known for known in keys)]
+
+
+def _same(runs: Sequence[RunRecord], name: str) -> bool:
+    """Whether a set of results is about the same rows in every run, as far as is known."""
+    return len({run.rows_sha256(name) for run in runs} - {""}) <= 1
 
 
 def _key(one: Result) -> str:

@@ -52,6 +52,20 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert Page((tmp_path / "c.html").read_text()).texts("h1") == ["monday/run · tuesday/run"]
 
 
+def test_rows_of_one_name_that_are_others_do_not_compare(runs: list[Path], tmp_path: Path) -> None:
+    def told(*hashes: str) -> Page:
+        for run, digest in zip(runs, hashes, strict=False):
+            (run / "eval/after/valid.json").write_text(json.dumps({"rows_sha256": digest}))
+        assert main([*map(str, runs[:2]), "--out", str(tmp_path / "c.html")]) == 0
+        return Page((tmp_path / "c.html").read_text())
+
+    same, other = told("aa", "aa").words, told("aa", "bb").words
+    assert "Best exact_match on valid: large" in same
+    assert "does not compare" not in same
+    assert "valid are not the same rows in all of these runs" in other
+    assert "Lowest held-out loss: large" in other, "what does compare"
+
+
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none")]) == 8
     assert "no run folder" in capsys.readouterr().err
