@@ -37,7 +37,12 @@ class Result:
     change: Mapping[str, Any] | None
     """`Change.to_json()`."""
     regressions: tuple[str, ...]
-    """Ids of rows that got worse, worst first."""
+    """Ids of rows that got worse, worst first; of very many the first ones."""
+
+    @property
+    def num_worse(self) -> int:
+        """Rows that got worse, all of them."""
+        return max(len((self.change or {}).get("regressions") or ()), len(self.regressions))
 
     @property
     def title(self) -> str:
@@ -245,7 +250,7 @@ def read_run(folder: Path) -> RunRecord:
         evals=tuple(record for record in records if "eval_loss" in record),
         events=tuple(_lines(folder / "events.jsonl")),
         starts=tuple(_lines(folder / "starts.jsonl")),
-        results=tuple(_results(summary)),
+        results=_in_order(_results(summary), recipe),
         held_out=summary.get("held_out") or {},
         care=care or None,
         plan=plan or None,
@@ -268,6 +273,14 @@ def seconds_of(told: Any) -> float | None:
         return None
 
 
+def _in_order(results: Iterator[Result], recipe: Mapping[str, Any]) -> tuple[Result, ...]:
+    """The recipe's own sets first, in its order: spot checks that every run has are not what it was made for."""
+    table = recipe.get("eval")
+    asked = (table.get("answers") if isinstance(table, dict) else None) or []
+    names = [one.get("name") for one in asked if isinstance(one, dict)]
+    return tuple(sorted(results, key=lambda one: names.index(one.name) if one.name in names else len(names)))
+
+
 def _results(summary: Mapping[str, Any]) -> Iterator[Result]:
     for one in summary.get("sets") or []:
         if not isinstance(one, dict) or "name" not in one:
@@ -282,7 +295,7 @@ def _results(summary: Mapping[str, Any]) -> Iterator[Result]:
             before=one.get("before"),
             after=one.get("after"),
             best=one.get("best"),
-            change=one.get("change"),
+            change=one.get("change") or one.get("change_best"),
             regressions=tuple(map(str, one.get("regressions") or ())),
         )
 

@@ -271,7 +271,7 @@ def _limits(run: RunRecord) -> Iterator[str]:
     worse = [one for one in run.results if one.verdict == "worse"]
     if worse:
         yield f"- Worse than its base: {', '.join(_plain(f'{one.title} on {one.name}') for one in worse)}."
-    lost = max((len(one.regressions) for one in run.results), default=0)
+    lost = max((one.num_worse for one in run.results), default=0)
     if lost:
         yield f"- Up to {lost:,} evaluated rows are answered worse than before; the run's report lists them."
     rows = ((run.care or {}).get("splits") or {}).get("train") or {}

@@ -67,8 +67,8 @@ def _scores(found: Sequence[Result]) -> Html:
                 picture(one),
                 words.interval(one, one.before),
                 [words.interval(one, tuned), h("span", " best" if one.after is None and tuned else "", class_="soft")],
-                words.interval(one, change.get("difference"), signed=True),
-                [verdict(one), _p_value(change)],
+                [words.interval(one, change.get("difference"), signed=True), _p_value(change)],
+                verdict(one),
             ]
         )
     return table("Scores before and after training, with 95 % intervals", heads, body, numbers=(3, 4, 5))
@@ -80,7 +80,7 @@ def _p_value(change: Any) -> Html | None:
         return None
     p = number(test.get("p_value"))
     told = "" if p is None else f", p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
-    return h("span", f" {test['gained']} gained, {test['lost']} lost{told}", class_="soft")
+    return h("span", f" {test['gained']} gained, {test['lost']} lost{told}", class_="under")
 
 
 def picture(one: Result, style: int = 1, scale: tuple[float, float] | None = None) -> Html | None:
@@ -126,7 +126,7 @@ def _regressions(run: RunRecord) -> Iterator[Html]:
         yield h("p", "None: no row has a lower score than before.")
     label = "after" if (run.folder / "eval" / "after").is_dir() else "best"
     for at, one in enumerate(lost):
-        num = len(one.regressions)
+        num = one.num_worse
         more = f", the worst {SHOWN} shown" if num > SHOWN else ""
         yield h("p", f"{one.name}, {one.title}: {words.noun(num, 'row')}{more}, worst first.")
         old, new = run.answers("before", one.name), run.answers(label, one.name)

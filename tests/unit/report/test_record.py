@@ -73,6 +73,18 @@ def test_starts_ends_and_what_died_in_between(tmp_path: Path) -> None:
     assert read_run(folder.folder).gpu_hours == pytest.approx((900 * 8 + 90 * 4) / 3600)
 
 
+def test_the_recipes_own_rows_come_first(tmp_path: Path) -> None:
+    """Summaries are in the order of names, and spot checks are called anything."""
+    folder = made(tmp_path).recipe().evaluated([1, 0], [1, 1], name="tickets")
+    (one,) = json.loads((folder.folder / "eval/summary.json").read_text())["sets"]
+    many = [one | {"name": name} for name in ("general", "mail", "refusals", "tickets")]
+    folder.write("eval/summary.json", {"sets": many})
+    text = (folder.folder / "recipe.toml").read_text()
+    folder.write("recipe.toml", text + '[[eval.answers]]\nname = "tickets"\n[[eval.answers]]\nname = "mail"\n')
+    names = [result.name for result in read_run(folder.folder).results]
+    assert names == ["tickets", "mail", "general", "refusals"]
+
+
 def test_a_run_that_goes_on_is_as_old_as_its_steps(tmp_path: Path) -> None:
     events = [{"time": at(0), "event": "started", "engine": "ddp", "world": 2, "step": 0}]
     assert read_run(made(tmp_path).metrics(30).events(events).folder).wall_s == 15.0
