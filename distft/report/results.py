@@ -19,7 +19,7 @@ _OPEN = 2
 _VERDICTS = {
     "better": ("better", "▲ better"),
     "worse": ("worse", "▼ worse"),
-    "no clear change": ("unclear", "= no clear change"),
+    "no clear change": ("unclear", "= unclear"),
 }
 
 
@@ -30,7 +30,8 @@ def results(run: RunRecord) -> Iterator[Html]:
         yield h(
             "p",
             "Intervals are 95 % and speak of rows drawn like these, not of another training seed. The verdict is "
-            "McNemar's exact test where a row is right or wrong, else whether the paired interval excludes zero. "
+            "McNemar's exact test where a row is right or wrong, else whether the paired interval excludes zero; unclear is "
+            "what chance alone may do. "
             "In the picture the base model is a ring on a dashed line, the tuned one a dot.",
             class_="soft",
         )
@@ -134,8 +135,13 @@ def _regressions(run: RunRecord) -> Iterator[Html]:
             yield _row(one, row, old.get(row), new.get(row), opened=at == 0 and place < _OPEN)
 
 
+def _mark(one: Result, value: Any) -> str:
+    known = number(value)
+    return words.of(one, value) if not one.binary or known not in (0, 1) else "right" if known else "wrong"
+
+
 def _row(one: Result, row: str, old: Any, new: Any, *, opened: bool) -> Html:
-    told = [words.of(one, ((said or {}).get("scores") or {}).get(one.figure)) for said in (old, new)]
+    told = [_mark(one, ((said or {}).get("scores") or {}).get(one.figure)) for said in (old, new)]
     summary = h("summary", h("strong", row), h("span", f"{told[0]} \u2192 {told[1]}", class_="soft nowrap"))
     if old is None and new is None:
         return h("details", summary, missing("The answers of this row are not in the run folder."), class_="row")

@@ -48,6 +48,7 @@ def test_scores_with_intervals_test_and_regressions(whole: Page) -> None:
     assert "+33.3 points" in whole.words
     assert "3 gained, 1 lost, p = 0.625" in whole.words
     assert "valid, exact_match: 1 row, worst first." in whole.words
+    assert "valid.jsonl row 2 right → wrong" in whole.words
     assert "before answer to valid.jsonl row 2" in whole.words
     assert "after answer to valid.jsonl row 2" in whole.words
     assert "question valid.jsonl row 1" not in whole.words, "that row is as right as before"
