@@ -30,9 +30,8 @@ def results(run: RunRecord) -> Iterator[Html]:
         yield h(
             "p",
             "Intervals are 95 % and speak of rows drawn like these, not of another training seed. The verdict is "
-            "McNemar's exact test where a row is right or wrong, else whether the paired interval excludes zero; unclear is "
-            "what chance alone may do. "
-            "In the picture the base model is a ring on a dashed line, the tuned one a dot.",
+            "McNemar's exact test where a row is right or wrong, else whether the paired interval excludes zero; "
+            "unclear is what chance alone may do. In the picture the base model is a ring on a dashed line, the tuned one a dot.",
             class_="soft",
         )
     else:
@@ -142,7 +141,7 @@ def _mark(one: Result, value: Any) -> str:
 
 def _row(one: Result, row: str, old: Any, new: Any, *, opened: bool) -> Html:
     told = [_mark(one, ((said or {}).get("scores") or {}).get(one.figure)) for said in (old, new)]
-    summary = h("summary", h("strong", row), h("span", f"{told[0]} \u2192 {told[1]}", class_="soft nowrap"))
+    summary = h("summary", h("strong", row), " ", h("span", f"{told[0]} \u2192 {told[1]}", class_="soft nowrap"))
     if old is None and new is None:
         return h("details", summary, missing("The answers of this row are not in the run folder."), class_="row")
     any_ = old or new
