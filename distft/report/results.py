@@ -31,7 +31,8 @@ def results(run: RunRecord) -> Iterator[Html]:
             "p",
             "Intervals are 95 % and speak of rows drawn like these, not of another training seed. The verdict is "
             "McNemar's exact test where a row is right or wrong, else whether the paired interval excludes zero; "
-            "unclear is what chance alone may do. In the picture the base model is a ring on a dashed line, the tuned one a dot.",
+            "unclear is what chance alone may do. In the picture the base model is a ring on a dashed line, the tuned "
+            "one a dot.",
             class_="soft",
         )
     else:
