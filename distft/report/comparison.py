@@ -77,7 +77,7 @@ def comparison_page(runs: Sequence[RunRecord], *, price: float | None = None) ->
     lines = [line(run, price) for run in runs]
     title = " · ".join(called) if len(called) <= 4 else f"{len(called)} runs"
     parts = {
-        "glance": ("Side by side", list(_side_by_side(called, lines))),
+        "glance": ("Side by side", list(_side_by_side(runs, called, lines))),
         "quality": ("Quality", list(_quality(runs, called))),
         "against": ("Quality against what it takes", list(_against(runs, called, lines))),
         "curves": ("Loss", list(_losses(runs, called))),
@@ -105,7 +105,7 @@ def _lead(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line
     if first is not None:
         values = {name: one.quality[_key(first)] for name, one in zip(called, lines, strict=True)}
         told.append(_best(f"best {first.title} on {first.name}", values, largest=first.higher_is_better))
-    else:
+    elif _same_held_out(runs):
         told.append(_best("lowest held-out loss", dict(zip(called, (one.held_out_loss for one in lines), strict=True))))
     told.append(_best("least memory", dict(zip(called, (one.peak_memory_gib for one in lines), strict=True))))
     speeds = dict(zip(called, (one.tokens_per_s for one in lines), strict=True))
@@ -121,7 +121,7 @@ def _best(what: str, values: Mapping[str, float | None], *, largest: bool = Fals
     return f"{what}: {(max if largest else min)(known, key=known.__getitem__)}"
 
 
-def _side_by_side(called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html]:
+def _side_by_side(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html]:
     columns = {
         "held-out loss": ("held_out_loss", words.figure),
         "peak memory": ("peak_memory_gib", words.gib),
@@ -140,6 +140,9 @@ def _side_by_side(called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html
         rows.append([_called(at, name), one.method, engine, trained, words.count(one.tokens), *cells])
     heads = ["run", "method", "engine", "trained parameters", "tokens", *columns]
     yield table("What each run gave, and what it took", heads, rows, numbers=range(3, len(heads)))
+    if not _same_held_out(runs):
+        said = "The runs were evaluated on different rows: their held-out losses do not compare."
+        yield h("p", said, class_="note")
     if len({one.tokens for one in lines}) > 1:
         yield h(
             "p", "The runs saw different numbers of tokens; time, hours and cost are of the whole run.", class_="soft"
@@ -217,6 +220,11 @@ def _cell(one: Result | None) -> str:
     return words.NOTHING if one is None else words.interval(one, one.after or one.best)
 
 
+def _same_held_out(runs: Sequence[RunRecord]) -> bool:
+    """Whether evaluation losses are means over the same tokens, as far as is known."""
+    return len({str((run.manifest.get("data") or {}).get("eval", "")) for run in runs} - {""}) <= 1
+
+
 def _tuned(one: Result | None) -> float | None:
     return None if one is None else number((one.after or one.best or {}).get("value"))
 
@@ -226,6 +234,9 @@ def _against(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[L
     if shared:
         first = shared[0]
         name, quality = f"{first.title} on {first.name}", [one.quality[_key(first)] for one in lines]
+    elif not _same_held_out(runs):
+        yield missing("The runs share no figure on the same rows, so there is nothing to draw.")
+        return
     else:
         name, quality = "held-out loss (less is better)", [one.held_out_loss for one in lines]
     charts = []

@@ -66,6 +66,18 @@ def test_rows_of_one_name_that_are_others_do_not_compare(runs: list[Path], tmp_p
     assert "Lowest held-out loss: large" in other, "what does compare"
 
 
+def test_losses_on_other_rows_do_not_compare(runs: list[Path], tmp_path: Path) -> None:
+    for run, digest in zip(runs, ("aa", "bb"), strict=False):
+        (run / "eval/summary.json").unlink()
+        manifest = json.loads((run / "manifest.json").read_text())
+        (run / "manifest.json").write_text(json.dumps(manifest | {"data": {"eval": digest}}))
+    assert main([*map(str, runs[:2]), "--out", str(tmp_path / "c.html")]) == 0
+    told = Page((tmp_path / "c.html").read_text()).words
+    assert "evaluated on different rows: their held-out losses do not compare" in told
+    assert "owest held-out loss" not in told
+    assert "nothing to draw" in told
+
+
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none")]) == 8
     assert "no run folder" in capsys.readouterr().err
