@@ -115,14 +115,18 @@ def _held_against(options: argparse.Namespace, first: RunRecord, said: dict[str,
 
 def _again(options: argparse.Namespace, first: RunRecord, say: Any) -> tuple[Path, int]:
     """Start it, in the folder that the first was started in; (run folder, exit code)."""
+    from distft.catalog import REGISTRIES
     from distft.launch import launch_command, launch_env
+    from distft.recipe import check_world, load_recipe
 
     world, nodes = first.world or 1, int(first.manifest.get("nodes") or 1)
     nproc = options.nproc or world
     parent = (options.output_dir or _fresh(options.run)).absolute()
     arguments = [str((options.run / "recipe.toml").absolute()), "--output-dir", str(parent), "--resume", "never"]
-    for setting in _pinned(first, nproc):
+    pinned = _pinned(first, nproc)
+    for setting in pinned:
         arguments += ["--set", setting]
+    check_world(load_recipe(arguments[0], registries=REGISTRIES, overrides=pinned), nproc, 1)
     if nodes > 1 and options.nproc is None:
         raise MachineError(
             f"{options.run} ran on {nodes} nodes, and this command starts processes on one machine only; start there\n"
@@ -166,10 +170,15 @@ def _ended(process: subprocess.Popen[bytes], folder: Path, steps: int | None) ->
 
 def _pinned(first: RunRecord, nproc: int) -> list[str]:
     """What the recipe left to `auto` and the first run chose; on another number of processes it is chosen anew."""
+    from distft.catalog import REGISTRIES
+    from distft.recipe.text import toml_value
+
     settings = []
     layout = first.manifest.get("layout") or {}
     if first.table("engine").get("name") == "auto" and not (first.engine == "solo" and nproc > 1):
-        settings.append(f'engine.name="{first.engine}"')
+        known = REGISTRIES.engine[first.engine].params.model_fields
+        kept = {key: value for key, value in first.table("engine").items() if key in known}
+        settings.append(f"engine={toml_value({'name': first.engine, **kept})}")
     if nproc == first.world:
         if first.table("train").get("micro_batch_size") == "auto" and layout.get("micro_batch_size"):
             settings.append(f"train.micro_batch_size={layout['micro_batch_size']}")

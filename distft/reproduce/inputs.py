@@ -102,7 +102,7 @@ def _hashes(kind: str, what: str, then: Mapping[str, str], now: Mapping[str, str
 
 
 def _versions(then: Mapping[str, str | None]) -> Iterator[Difference]:
-    now = surroundings.versions()
+    now = surroundings.versions() | surroundings.built_with()
     for name, before in then.items():
         after = now.get(name)
         if before != after and name in now:
