@@ -149,6 +149,7 @@ class Run:
             "meters": assemble.meters(recipe, folder, costs, self.engine, placed, self.rows.steps, quiet),
             "checkpoints": checkpoints,
             "guard": guard,
+            "look": lambda state: None,
             "best": best,
             "stop": lambda: False,
             "every": Every(log=lambda step: True, eval=lambda step: False, save=lambda step: False),
@@ -159,7 +160,7 @@ class Run:
         from distft.loop import fit
 
         self._window.left = steps
-        self.state = fit(self.state, self._window, (), **self._around)
+        self.state = fit(self.state, self._window, **self._around)
 
     def losses(self) -> list[float]:
         """Of every step so far."""

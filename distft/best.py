@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distft.core.types import TrainState
 
-METRIC = "eval_loss"
-
 
 class Best:
     """Told of every evaluation."""
 
-    def __init__(self, *, keep: bool, patience: int | None) -> None:
-        """`keep`: a best state is to be saved; `patience`: evaluations without a better one before it is enough."""
-        self._keep, self._patience = keep, patience
+    def __init__(
+        self, *, keep: bool, patience: int | None, by: str = "eval_loss", higher_is_better: bool = False
+    ) -> None:
+        """Nothing is seen yet.
+
+        Args:
+            keep: a best state is to be saved.
+            patience: evaluations without a better one before it is enough.
+            by: the figure that decides.
+            higher_is_better: of that figure.
+        """
+        self._keep, self._patience, self._by, self._sign = keep, patience, by, -1.0 if higher_is_better else 1.0
         self._figure: float | None = None
         self._step = 0
         self._since = 0
@@ -29,20 +36,29 @@ class Best:
         return self._patience is not None and self._since >= self._patience
 
     def see(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
-        """Compare an evaluation (None: it was broken off) with the best.
+        """Compare an evaluation (None: it was broken off) with the best; one without the figure that decides is no
+        news.
 
         Returns:
             What best.json is to say, when this state is the best so far and is to be kept. NaN never is.
-        """
+        """  # noqa: D205
         if figures is None:
             return None
         self.seen = state.step
-        figure = figures[METRIC]
-        if (self._figure is None and figure == figure) or (self._figure is not None and figure < self._figure):
+        if self._by not in figures:
+            return None
+        figure = figures[self._by]
+        is_number = figure == figure
+        if is_number and (self._figure is None or self._sign * figure < self._sign * self._figure):
             self._figure, self._step, self._since = figure, state.step, 0
-            return {"step": state.step, METRIC: figure} if self._keep and state.step else None
+            return {"step": state.step, self._by: figure} if self._keep and state.step else None
         self._since += 1
         return None
+
+    @property
+    def step(self) -> int:
+        """Of the best evaluation so far; 0: the base model's, or none yet."""
+        return self._step
 
     def state(self) -> dict[str, Any]:
         """What a continued run must know; JSON."""

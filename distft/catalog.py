@@ -7,6 +7,7 @@ from distft.model.adapters import METHODS
 from distft.objectives import OBJECTIVES
 from distft.optim import OPTIMIZERS, SCHEDULES
 from distft.recipe import Registries
+from distft.scores import SCORES
 
 REGISTRIES = Registries(
     method=METHODS,
@@ -15,5 +16,6 @@ REGISTRIES = Registries(
     schedule=SCHEDULES,
     engine=ENGINES,
     formats=FORMATS,
+    scores=SCORES,
     templates=tuple(BUILT_IN),
 )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import traceback
@@ -28,12 +29,15 @@ from distft.resume import Resume
 from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from distft.answers.exam import Exam
     from distft.best import Best
     from distft.checkpoint.lock import RunLock
     from distft.core.types import Engine
     from distft.engine.processes import Processes
     from distft.guard import Guard
+    from distft.looks import Looks
     from distft.metrics import RunFacts
+    from distft.objectives.spec import Objective
     from distft.resume import Checkpoints
     from distft.watch.watchdog import Watch
 
@@ -94,8 +98,8 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             PULSE.at("rows")
             cut = assemble.layout(recipe, world)
             say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
-            rows = assemble.data(located, cut, rank, world, say)
-            run = _Run(recipe, located, folder, cut, rows, say, resume, allow_changes, watch, lock)
+            rows, asked = assemble.data(located, cut, rank, world, say), assemble.exams(located, say)
+            run = _Run(recipe, located, folder, cut, rows, asked, say, resume, allow_changes, watch, lock)
             state = run.to_its_end()
         except BaseException as found:
             error = watch.cause(found)
@@ -119,6 +123,7 @@ class _Run:
     folder: RunFolder
     cut: assemble.Layout
     rows: assemble.Data
+    asked: list[Exam]
     say: assemble.Say
     resume: Resume
     allow_changes: bool
@@ -150,8 +155,8 @@ class _Run:
             engine.close()
 
     def _under(self, engine: Engine, placed: Processes) -> TrainState:
-        from distft.best import Best
         from distft.guard import Guard, RollBack
+        from distft.objectives.spec import Objective
 
         recipe, steps = self.recipe, self.rows.steps
         assemble.agree(self.rows, engine.gather)
@@ -159,7 +164,7 @@ class _Run:
         model = assemble.model(self.located, placed, self.cut, self.rows, self.say)
         facts = assemble.manifest(recipe, self.located, model, engine, placed, self.cut, self.rows)
         guard = Guard(recipe.guard, engine, say=self.say, note=self.folder.note)
-        best = Best(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop)
+        best = assemble.best(recipe, self.asked)
         checkpoints, state, reader = assemble.checkpoints(
             recipe,
             self.located,
@@ -180,14 +185,19 @@ class _Run:
         rule = assemble.update_rule(recipe, model, steps.num_steps)
         engine.adopt(model, rule, micros_per_step=self.cut.micros_per_step)
         checkpoints.prepare()
+        objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
         if recipe.train.rehearse:
-            self._rehearse(engine)
+            self._rehearse(engine, objective)
+        looks = assemble.looks(
+            self.located, self.folder, engine, model, self.rows, self.asked, objective, stop=self._stop, say=self.say
+        )
         while True:
             PULSE.at("restore")
             if reader is not None:
                 engine.restore(reader, state)
             try:
-                state = self._train(engine, placed, checkpoints, guard, best, replace(costs, start=state))
+                facts_now = replace(costs, start=state)
+                state = self._train(engine, placed, objective, checkpoints, guard, best, looks, facts_now)
                 break
             except RollBack as spike:
                 loaded = checkpoints.go_back(spike.step)
@@ -195,12 +205,42 @@ class _Run:
                 guard.restore(loaded.state["guard"], without=[spike.step - 1, spike.step])
                 best.restore(loaded.state["best"])
                 self.say(f"step {spike.step}: {spike.why}: back to {loaded.path.name}, to go on without what led here")
-        PULSE.at("export")
         if hashing is not None:
             hashing.join()
-        assemble.export(self.located, self.folder, engine, model, shapes, self.rows)
+        export = functools.partial(assemble.export, self.located, self.folder, engine, model, shapes, self.rows)
+        if not recipe.train.load_best:
+            PULSE.at("export")
+            export()
+        self._at_its_best(engine, checkpoints, looks, state)
+        if recipe.train.load_best:
+            PULSE.at("export")
+            export()
         self.say(f"done: {self.folder.final}")
         return state
+
+    def _at_its_best(self, engine: Engine, checkpoints: Checkpoints, looks: Looks, state: TrainState) -> None:
+        """Go to the best state, where one is kept and wanted, and look at it; the engine holds its weights then.
+
+        Raises:
+            Preempted: asked to stop; the last state is saved, and the next start goes on here.
+        """
+        wanted = self.recipe.train.load_best or self.asked
+        best = checkpoints.best() if self.recipe.checkpoint.best and wanted else None
+        if best is None:
+            if self.recipe.train.load_best:
+                self.say("no evaluation during training was better than the base model's: final/ holds the last state")
+            return
+        kept = TrainState(**best.state["train"])
+        if kept.step != state.step:
+            PULSE.at("save")
+            checkpoints.save_now(state)
+            PULSE.at("restore")
+            engine.restore(best.reader, kept)
+        if self.recipe.train.load_best:
+            self.folder.note("load_best", best=kept.step)
+            self.say(f"final/ holds the best state, of step {kept.step}")
+        if self.recipe.eval.at_end and looks.best(kept) is None:
+            self._leave_early(engine, checkpoints, state)
 
     def _too_large(self, error: RuntimeError | MemoryError, world: int) -> BaseException:
         """Memory ran out: where, and what to change; any other error as it is."""
@@ -213,11 +253,9 @@ class _Run:
         advice = assemble.advice(self.recipe, self.located, world)
         return MachineError(f"memory ran out in {where}{held()}\n{advice}{hint}")
 
-    def _rehearse(self, engine: Engine) -> None:
-        from distft.objectives.spec import Objective
+    def _rehearse(self, engine: Engine, objective: Objective) -> None:
         from distft.rehearsal import rehearse
 
-        objective = Objective(spec=self.recipe.objective.spec, params=self.recipe.objective.params)
         worst = assemble.worst(self.recipe, self.cut, self.rows)
         self.say(f"rehearsal: a step of {worst.sequences} x {worst.longest:,} tokens")
         rehearse(worst, engine, objective, advice=lambda: assemble.advice(self.recipe, self.located, engine.world))
@@ -227,9 +265,11 @@ class _Run:
         self,
         engine: Engine,
         placed: Processes,
+        objective: Objective,
         checkpoints: Checkpoints,
         guard: Guard,
         best: Best,
+        looks: Looks,
         facts: RunFacts,
     ) -> TrainState:
         """From a state to the end of the steps, with the evaluations around them.
@@ -238,40 +278,31 @@ class _Run:
             Preempted: asked to stop; the state is saved.
         """
         from distft.core.given import Every
-        from distft.evaluate import evaluate
         from distft.loop import fit
-        from distft.objectives.spec import Objective
 
-        recipe, state = self.recipe, facts.start
-        steps, held_out, when = self.rows.steps, self.rows.eval_steps, recipe.eval
-        objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
+        recipe, state, steps, when = self.recipe, facts.start, self.rows.steps, self.recipe.eval
         every = Every(
             log=lambda step: step % recipe.log.every_steps == 0 or step == steps.num_steps,
-            eval=lambda step: bool(
-                held_out
-                and when.every_steps
-                and step % when.every_steps == 0
-                and not (when.at_end and step == steps.num_steps)
-            ),
+            eval=looks.due,
             save=_saves(recipe.checkpoint.every_steps),
         )
         meters = assemble.meters(recipe, self.folder, facts, engine, placed, steps, self.say)
         PULSE.training()
         try:
-            broken_off = every.eval(state.step) and best.seen != state.step and not best.enough
-            if held_out and (broken_off if state.step else when.at_start):
-                figures = evaluate(engine, objective, held_out, stop=self._stop)
+            broken_off = looks.due(state.step) and best.seen != state.step and not best.enough
+            if broken_off if state.step else when.at_start:
+                figures = looks.during(state) if state.step else looks.before(state)
                 meters.evaluated(state, figures)
                 best.see(state, figures)
             state = fit(
                 state,
                 steps,
-                held_out or (),
                 engine=engine,
                 objective=objective,
                 meters=meters,
                 checkpoints=checkpoints,
                 guard=guard,
+                look=looks.during,
                 best=best,
                 stop=self._stop,
                 every=every,
@@ -281,8 +312,10 @@ class _Run:
                 self.folder.note("enough", step=state.step, best=best.state())
             elif state.step < steps.num_steps:
                 self._leave_early(engine, checkpoints, state)
-            if held_out and when.at_end:
-                figures = evaluate(engine, objective, held_out, stop=lambda: False)
+            if when.at_end:
+                figures = looks.after(state)
+                if figures is None:
+                    self._leave_early(engine, checkpoints, state)
                 meters.evaluated(state, figures)
                 if not best.enough and (keep := best.see(state, figures)):
                     checkpoints.save(state, keep)

@@ -32,6 +32,7 @@ MAX_FAILURES = 2
 HARMLESS = (
     *("name", "output_dir", "log.", "eval.", "checkpoint.", "guard.", "engine."),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.rehearse"),
+    "train.load_best",
     *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
     *("data.cache_dir", "data.num_workers", "data.train", "data.eval", "data.overlap"),
 )
@@ -104,6 +105,15 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for what is in flight."""
         self._guarded(self._store.finish)
+
+    def best(self) -> Loaded | None:
+        """The best state's checkpoint, None when no evaluation during training was the best.
+
+        Raises:
+            CheckpointError: it is not valid.
+        """
+        self._guarded(self._store.finish)
+        return self._store.load_best()
 
     def go_back(self, step: int) -> Loaded:
         """The newest valid checkpoint from before the update that led to `step`; later ones are set aside.

@@ -1,5 +1,6 @@
 """Each part of a run made from its table of the recipe, for `distft.job` to put together in order."""
 
+from distft.assemble.answers import best, exams, looks
 from distft.assemble.keeping import checkpoints, export, saved_shapes
 from distft.assemble.origins import remember
 from distft.assemble.parts import device_name, fetch, manifest, meters, model, open_engine, run_facts, update_rule
@@ -12,12 +13,15 @@ __all__ = [
     "Say",
     "advice",
     "agree",
+    "best",
     "checkpoints",
     "data",
     "device_name",
+    "exams",
     "export",
     "fetch",
     "layout",
+    "looks",
     "manifest",
     "meters",
     "model",

@@ -45,6 +45,7 @@ def checkpoints(
     root = folder.path / "checkpoints"
     if resume == "never" and engine.rank == 0:
         folder.set_aside(root)
+        folder.set_aside(folder.path / "eval")
     engine.barrier()
     hashes = {"recipe": recipe.digest(), "base": base, **rows.fingerprint}
     store = CheckpointStore(root, engine, keep=recipe.checkpoint.keep, engine=engine.name, hashes=hashes)

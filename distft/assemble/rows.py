@@ -53,7 +53,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     table = located.data
     tokenizer, revision = tokenizer_of(located)
     common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(table)}
-    common["progress"] = _Preparing(say)
+    common["progress"] = Preparing(say)
     common["waiting"] = lambda: PULSE.at("rows", patient=True)
     rows = prepare(table, table.train, split="train", **common)
     micro = cut.micro_batch_size
@@ -105,7 +105,7 @@ def agree(rows: Data, gather: Callable[[Any], list[Any]]) -> None:
         )
 
 
-class _Preparing:
+class Preparing:
     """Says now and then how far it is, and lets a preempted process go: preparing may outlast the grace period."""
 
     def __init__(self, say: Say) -> None:

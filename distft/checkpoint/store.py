@@ -20,7 +20,7 @@ from distft.checkpoint.loading import STATE, Loaded, check_shared, load_newest, 
 from distft.checkpoint.manifest import canonical
 from distft.checkpoint.saving import MARGIN, Job, check_space
 from distft.checkpoint.staging import Stage
-from distft.core.errors import FileSystemError
+from distft.core.errors import CheckpointError, FileSystemError
 from distft.core.faults import Faults, FromEnvironment
 
 
@@ -207,6 +207,18 @@ class CheckpointStore:
         loaded = load_path(path, self._group)
         self._remember(loaded if path.parent.resolve() == self.folder.resolve() else None)
         return loaded
+
+    def load_best(self) -> Loaded | None:
+        """The checkpoint that best.json names; collective. None when none was ever the best.
+
+        Raises:
+            CheckpointError: it is not valid, or best.json is not.
+        """
+        try:
+            step = self._folders.best_step()
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: best.json cannot be read: {error}") from None
+        return None if step is None else self.load(self._folders.step(step))
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, unchecked, newest first."""

@@ -206,10 +206,17 @@ class Engine(Protocol):
     rank: int
     world: int
     device: torch.device
+    lockstep: bool
+    """A forward is collective: every rank has to run as many as the others, gradients or not."""
 
     @property
     def model(self) -> nn.Module:
         """The wrapped module to call."""
+        ...
+
+    @property
+    def forward_only(self) -> nn.Module:
+        """What to call where no gradients are wanted: the bare module, unless a forward has to gather weights."""
         ...
 
     def adopt(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:

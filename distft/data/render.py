@@ -183,6 +183,62 @@ class Renderer:
                 rendered.append(self._text(next(plain_ids)))
         return rendered
 
+    def ask(self, sample: Sample) -> tuple[str, list[int]]:
+        """The sample without its last answer, as text and as the tokens that answer would follow in training.
+
+        A raw prompt is tokenised by itself, as at inference: where its last token would merge with the completion's
+        first (`Rendered.diverged`), training saw that one token instead.
+
+        Raises:
+            RowError: it is plain text, which asks nothing, or its prompt is empty or cannot be rendered.
+            DataError: the chat template cannot be used.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        if isinstance(sample, Conversation):
+            self.template.refuse_without_stop()
+            asked = sample.messages[:-1] if sample.messages[-1]["role"] == "assistant" else sample.messages
+            text, _ = self.template.draw(asked, sample.tools, True)
+            ids = backend.encode(_valid(text), add_special_tokens=False).ids
+        elif isinstance(sample, PromptCompletion):
+            text = _valid(sample.prompt)
+            ids = backend.encode(text, add_special_tokens=True).ids
+            ids = self._without_added_eos(ids, text)
+        else:
+            raise RowError("plain text asks nothing: only its loss can be measured")
+        if not ids:
+            raise RowError("the prompt is empty, and this tokenizer starts a text with no token of its own")
+        return text, ids
+
+    def pair(
+        self, context: str, continuation: str, *, as_chat: bool = False
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Both as tokens, tokenised together: what follows the context's own tokens is the continuation.
+
+        White space that ends the context goes over to the continuation, where tokenizers keep it, and an empty
+        context is the token that starts a text: as in lm-eval (`TemplateLM._encode_pair`). `as_chat`: the text has its
+        special tokens already.
+        """
+        bare = context.rstrip()
+        whole = bare + context[len(bare) :] + continuation
+        backend = self.tokenizer.backend_tokenizer
+        ids = self._without_added_eos(backend.encode(whole, add_special_tokens=not as_chat).ids, whole)
+        before = self._without_added_eos(backend.encode(bare, add_special_tokens=not as_chat).ids, bare) if bare else []
+        if not before:
+            start = self.tokenizer.bos_token_id
+            start = self.tokenizer.eos_token_id if start is None else start
+            before, ids = [start], ids if ids[:1] == [start] else [start, *ids]
+        at = min(len(before), len(ids) - 1)
+        return tuple(ids[:at]), tuple(ids[at:])
+
+    def write(self, ids: list[int]) -> str:
+        """Tokens of an answer as text, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _without_added_eos(self, ids: list[int], text: str) -> list[int]:
+        """A tokenizer may append end-of-sequence by itself."""
+        added = bool(ids) and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token)
+        return ids[:-1] if added else ids
+
     def _text(self, ids: list[int]) -> Rendered:
         ids = self._with_eos(ids)
         return Rendered(ids_T=np.array(ids, np.int32), trained_T=np.ones(len(ids), np.bool_))
@@ -190,9 +246,7 @@ class Renderer:
     def _prompt_completion(self, prompt: list[int], joint: list[int], sample: PromptCompletion) -> Rendered:
         """The completion starts where the prompt's tokens and the joint ones part, as in TRL 1.16's SFTTrainer."""
         ids = self._with_eos(joint)
-        eos = self.tokenizer.eos_token_id
-        if prompt and prompt[-1] == eos and not sample.prompt.endswith(self.tokenizer.eos_token):
-            prompt = prompt[:-1]  # the tokenizer appends it by itself
+        prompt = self._without_added_eos(prompt, sample.prompt)
         shared = len(prompt)
         if ids[:shared] != prompt:  # seldom; comparing whole is a tenth of the time of comparing one by one
             shared = next(

@@ -78,9 +78,18 @@ def locate(recipe: Recipe) -> Recipe:
         )
         for split in ("train", "eval")
     }
+    asked = tuple(
+        one if one.path is None else one.model_copy(update={"path": real(one.path, f"eval.answers.{index}.path")})
+        for index, one in enumerate(recipe.eval.answers)
+    )
     if problems:
         raise RecipeError(recipe.source, problems)
-    return replace(recipe, model=model.model_copy(update=located), data=data.model_copy(update=sources))
+    return replace(
+        recipe,
+        model=model.model_copy(update=located),
+        data=data.model_copy(update=sources),
+        eval=recipe.eval.model_copy(update={"answers": asked}),
+    )
 
 
 def locate_path(path: str) -> str:

@@ -22,6 +22,7 @@ class BaseEngine:
     """Common ground; subclasses say how the model is wrapped, how gradients meet, and how a step is taken."""
 
     name = ""
+    lockstep = False
 
     def __init__(self, placed: Processes) -> None:
         self.rank, self.world, self.device = placed.rank, placed.world, placed.device
@@ -35,6 +36,11 @@ class BaseEngine:
         """The wrapped module to call."""
         assert self._module is not None, "adopt() comes first"
         return self._module
+
+    @property
+    def forward_only(self) -> nn.Module:
+        """What to call where no gradients are wanted."""
+        return self.model
 
     @property
     def rule(self) -> UpdateRule:

@@ -44,7 +44,7 @@ class ZeroEngine(BaseEngine):
     def __init__(self, stage: int, params: Zero12Params | Zero3Params, placed: Processes) -> None:
         super().__init__(placed)
         self.name = f"zero{stage}"
-        self._stage = stage
+        self._stage, self.lockstep = stage, stage == 3
         self._offload = params.offload
         within = params.shard_within if isinstance(params, Zero3Params) else "world"
         self._second = group_size(within, placed)
@@ -132,6 +132,11 @@ class ZeroEngine(BaseEngine):
             biggest: Any = max(self._wrapped.module.parameters(), key=lambda param: param.ds_numel)
             if biggest.numel() != 0 or biggest.ds_tensor.numel() > math.ceil(biggest.ds_numel / self.world):
                 raise MachineError(f"zero3 was asked for, but the largest parameter is whole on rank {self.rank}")
+
+    @property
+    def forward_only(self) -> nn.Module:
+        """Stage 3 gathers in the wrapped module; below it every rank has the weights."""
+        return self.model if self._stage == 3 else self._wrapped.module
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:

@@ -32,6 +32,7 @@ class Fsdp2Engine(SoloEngine):
 
     name = "fsdp2"
     sharded = True
+    lockstep = True
 
     def __init__(self, params: Fsdp2Params, placed: Processes) -> None:
         super().__init__(placed)

@@ -40,6 +40,11 @@ class SoloEngine(BaseEngine):
     def _unwrapped(self) -> nn.Module:
         return self.model
 
+    @property
+    def forward_only(self) -> nn.Module:
+        """Wrapping serves gradients here, and weights are whole; fsdp2 alone gathers in the wrapped module."""
+        return self.model if self.sharded else self._unwrapped()
+
     def backward(self, loss_sum: Tensor, *, divide_by: float, samples: tuple[str, ...]) -> None:
         """Gradients are averaged over ranks by ddp and fsdp2: multiply by the world to make that a sum."""
         self._remember(loss_sum, samples)

@@ -54,8 +54,8 @@ class Meters:
                 sink.write(record)
 
     def evaluated(self, state: TrainState, figures: dict[str, float] | None) -> None:
-        """After an evaluation; None when it was broken off."""
-        if figures is None:
+        """After an evaluation; None when it was broken off, empty when nothing was looked at."""
+        if not figures:
             return
         for sink in self._sinks:
             sink.write(self._position(state) | figures)

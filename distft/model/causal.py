@@ -1,6 +1,7 @@
-"""The module that is trained: a transformers causal language model from token ids to per-token losses.
+"""The module that is trained: a transformers causal language model from token ids to per-token losses, or to answers.
 
-T tokens of one micro-batch, S supervised among them, E hidden size, V vocabulary.
+T tokens of one micro-batch, S positions that the head looks at, E hidden size, V vocabulary; when answering B rows,
+L new positions of each, K positions with those in the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
-from distft.model.cross_entropy import HeadLoss
+from distft.model.cross_entropy import HeadLoss, likelihoods
 
 
 class CausalLM(nn.Module):
@@ -47,12 +48,16 @@ class CausalLM(nn.Module):
             raise TypeError(f"the output projection is {type(head).__name__}, not a linear layer")
         logits = types.MethodType(type(head).forward, head)
 
-        def forward(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-            return logits(hidden) if labels is None else loss(hidden, self.weight, self.bias, labels)
+        def forward(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, said: HeadLoss = loss) -> Tensor:
+            return logits(hidden) if labels is None else said(hidden, self.weight, self.bias, labels)
 
         head.forward = types.MethodType(forward, head)
 
-    def forward(
+    def forward(self, *batch: Any, **inputs: Any) -> Tensor:
+        """`losses`, or `answer` when the inputs are rows: one door for both, because engines gather around it."""
+        return self.answer(**inputs) if "input_ids_BL" in inputs else self.losses(*batch, **inputs)
+
+    def losses(
         self,
         input_ids_T: Tensor,
         labels_T: Tensor,
@@ -82,3 +87,27 @@ class CausalLM(nn.Module):
         # The count is known on the host, so finding the positions needs no sync.
         at_S = torch.nonzero_static(labels_T != IGNORE, size=num_supervised).squeeze(1)
         return self.head(hidden_TE[at_S], labels_T[at_S])
+
+    def answer(
+        self,
+        input_ids_BL: Tensor,
+        attention_mask_BK: Tensor | None,
+        position_ids_BL: Tensor,
+        at_S: Tensor,
+        cache: Any = None,
+        labels_S: Tensor | None = None,
+    ) -> Tensor:
+        """fp32 logits [S, V] of what follows positions `at_S` of the flattened [B, L]; call it inside `answering`.
+
+        With `labels_S`: [S, 2], the log-likelihood of each label there and whether it is the likeliest (1 or 0).
+        `cache` holds the positions before these and takes these up.
+        """
+        hidden_BLE = self.transformer.base_model(
+            input_ids=input_ids_BL,
+            attention_mask=attention_mask_BK,
+            position_ids=position_ids_BL,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        hidden_SE = hidden_BLE.flatten(0, 1)[at_S]
+        return self.head(hidden_SE).float() if labels_S is None else self.head(hidden_SE, labels_S, likelihoods)

@@ -74,6 +74,17 @@ def chunked_loss(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, la
     return torch.cat(chunks)  # type: ignore[arg-type]
 
 
+def likelihoods(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:
+    """fp32 [S, 2]: log-likelihood of each label, and whether it is the likeliest token; in chunks, no gradients."""
+    size = chunk_tokens(weight_VE.shape[0])
+    found = []
+    for hidden_CE, labels_C in zip(hidden_SE.split(size), labels_S.split(size), strict=True):
+        logits_CV = F.linear(hidden_CE, weight_VE, bias_V).float()
+        likeliest_C = logits_CV.argmax(1) == labels_C
+        found.append(torch.stack([-F.cross_entropy(logits_CV, labels_C, reduction="none"), likeliest_C.float()], 1))
+    return torch.cat(found)
+
+
 def chunked_sum(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:
     """The sum of `chunked_loss`, [1], with nothing computed twice.
 

@@ -1,9 +1,11 @@
 """One TOML file in, one frozen and fully resolved `Recipe` out, or every mistake in it with its line."""
 
+from distft.recipe.answers import score_params
 from distft.recipe.json_schema import json_schema, schema_text
 from distft.recipe.load import load_recipe, parse_recipe
 from distft.recipe.rules import check_world
 from distft.recipe.schema import (
+    AnswersTable,
     CheckpointTable,
     Choice,
     DataTable,
@@ -18,6 +20,7 @@ from distft.recipe.schema import (
 )
 
 __all__ = [
+    "AnswersTable",
     "CheckpointTable",
     "Choice",
     "DataTable",
@@ -34,4 +37,5 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "schema_text",
+    "score_params",
 ]

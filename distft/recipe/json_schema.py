@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from distft.core.registry import NoParams, Params
+from distft.core.registry import NoParams, Params, Registry
 from distft.recipe.schema import (
     DEFAULT_PARTS,
+    AnswersTable,
     Recipe,
     Registries,
     RunKeys,
@@ -33,13 +34,17 @@ def schema_text(registries: Registries) -> str:
 def json_schema(registries: Registries) -> Schema:
     """A draft 2020-12 schema of a recipe with the parts that are registered now."""
     parts = [spec.params for table in chosen_tables() for spec in registries.part(table).values()]
-    of, defs = _definitions([RunKeys, *fixed_tables().values(), *parts])
-    for table in (SourceTable, TrainSourceTable):
+    scores = [spec.params for spec in registries.scores.values()]
+    of, defs = _definitions([RunKeys, *fixed_tables().values(), *parts, *scores])
+    for table in (SourceTable, TrainSourceTable, AnswersTable):
         defs[table.__name__]["properties"]["format"]["enum"] = list(dict.fromkeys(["auto", *registries.formats]))
     _name_templates(defs["DataTable"]["properties"]["chat_template"], registries.templates)
     tables = {table: {"$ref": f"#/$defs/{of[kind]}"} for table, kind in fixed_tables().items()}
     for table in chosen_tables():
-        tables[table] = _one_of(table, registries, {kind: defs[of[kind]] for kind in parts})
+        tables[table] = _one_of(registries.part(table), DEFAULT_PARTS[table], {kind: defs[of[kind]] for kind in parts})
+    if scores:
+        chosen = _one_of(registries.scores, None, {kind: defs[of[kind]] for kind in scores})
+        defs["AnswersTable"]["properties"]["scores"]["items"] = chosen
     run = defs[of[RunKeys]]
     schema: Schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -60,11 +65,10 @@ def _definitions(kinds: list[type[Params]]) -> tuple[dict[type[Params], str], Sc
     return {kind: names[kind] for kind in kinds}, _without_null(schema["$defs"])
 
 
-def _one_of(table: str, registries: Registries, params: dict[type[Params], Schema]) -> Schema:
+def _one_of(registry: Registry[Any], default: str | None, params: dict[type[Params], Schema]) -> Schema:
     """One closed branch per part, told apart by `name`; the default part's may leave it out."""
-    default = DEFAULT_PARTS[table]
     branches: list[Schema] = []
-    for name, spec in registries.part(table).items():
+    for name, spec in registry.items():
         own = params[spec.params]
         required = [*([] if name == default else ["name"]), *own.get("required", [])]
         about = {} if spec.params is NoParams else {"description": own.get("description", "")}

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params, nearest
+from distft.recipe.answers import SPOT_SETS
 from distft.recipe.explain import did_you_mean, read_table
 from distft.recipe.lines import KeyPath, find_lines
 from distft.recipe.origin import Fault, Origin, shown
@@ -19,7 +20,9 @@ from distft.recipe.overrides import apply_overrides
 from distft.recipe.rules import broken_rules
 from distft.recipe.schema import (
     DEFAULT_PARTS,
+    AnswersTable,
     Choice,
+    EvalTable,
     Recipe,
     Registries,
     RunKeys,
@@ -93,6 +96,7 @@ class _Reader:
 
     def recipe(self, source: str) -> Recipe:
         tables: dict[str, Any] = {table: self.fixed(table, kind) for table, kind in fixed_tables().items()}
+        tables["eval"] = self.scored(tables["eval"])
         parts: dict[str, Any] = {table: self.chosen(table) for table in chosen_tables()}
         run = self.run_keys({*tables, *parts})
         recipe = Recipe(**run.model_dump(), **tables, **parts, source=source, origin=self.origin)
@@ -106,6 +110,25 @@ class _Reader:
 
     def fixed(self, table: str, kind: type[ParamsT]) -> ParamsT:
         return self.read(kind, self.table(table), (table,))
+
+    def scored(self, table: EvalTable) -> EvalTable:
+        """The table with every score's settings checked and filled in."""
+        sets: list[AnswersTable] = []
+        for at, one in enumerate(table.answers):
+            asked = one.scores or SPOT_SETS.get(one.path or "", ())
+            scores = tuple(self.score(dict(raw), at, number) for number, raw in enumerate(asked))
+            sets.append(one.model_copy(update={"scores": scores}))
+        return table.model_copy(update={"answers": tuple(sets)})
+
+    def score(self, raw: dict[str, Any], position: int, number: int) -> dict[str, Any]:
+        registry, at = self.registries.scores, ("eval", "answers", position, "scores", number)
+        name = raw.pop("name", None)
+        if not isinstance(name, str) or name not in registry:
+            message = "a score needs a name" if name is None else f"unknown score{did_you_mean(name, list(registry))}"
+            self.report(Fault(key=(*at, "name"), message=message, fix=f"allowed: {', '.join(registry)}"))
+            return {"name": name, **raw}
+        params = self.read(registry[name].params, raw, at, part=name)
+        return {"name": name, **params.model_dump(mode="json", exclude_none=True)}
 
     def chosen(self, table: str) -> Choice[Any]:
         raw, registry = self.table(table), self.registries.part(table)

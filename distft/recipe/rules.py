@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distft.core.errors import RecipeError
+from distft.recipe.answers import ANSWER_RULES
 from distft.recipe.explain import did_you_mean
 from distft.recipe.origin import Fault
 from distft.recipe.schema import Recipe, Registries, SourceTable
@@ -181,13 +182,17 @@ def held_out_rows_are_held_out(recipe: Recipe, _: Registries) -> Iterator[Fault]
 
 def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[Fault]:
     """When to evaluate means nothing without rows to evaluate on."""
-    for key in recipe.origin.raw.get("eval", ()) if not recipe.data.eval else ():
-        yield Fault(
-            key=("eval", key),
-            message="has no effect without a [[data.eval]] source",
-            fix="add one, or remove the key",
-            also=(("data", "eval"),),
-        )
+    if recipe.data.eval:
+        return
+    helped = {"answers", "best_by", "at_start", "at_end", "early_stop"} if recipe.eval.answers else set[str]()
+    for key in recipe.origin.raw.get("eval", ()):
+        if key not in helped:
+            yield Fault(
+                key=("eval", key),
+                message="has no effect without a [[data.eval]] source",
+                fix="add one, or remove the key",
+                also=(("data", "eval"),),
+            )
 
 
 def overlap_needs_two_sides(recipe: Recipe, _: Registries) -> Iterator[Fault]:
@@ -203,8 +208,8 @@ def overlap_needs_two_sides(recipe: Recipe, _: Registries) -> Iterator[Fault]:
 
 def best_is_measured(recipe: Recipe, _: Registries) -> Iterator[Fault]:
     """The best state is found by evaluations during training."""
-    if recipe.data.eval and recipe.eval.every_steps:
-        return
+    if recipe.eval.best_by != "eval_loss" or (recipe.data.eval and recipe.eval.every_steps):
+        return  # other figures: see `answers.best_by_is_measured`
     for key, wanted in (
         (("checkpoint", "best"), recipe.checkpoint.best),
         (("eval", "early_stop"), recipe.eval.early_stop),
@@ -276,6 +281,7 @@ RULES: tuple[Rule, ...] = (
     plain_text_is_trained_whole,
     optimizer_fits_engine,
     adapters_recompute_outside_gathers,
+    *ANSWER_RULES,
 )
 
 

@@ -10,9 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+def _is_step(record: dict[str, Any]) -> bool:
+    return "loss" in record
+
+
 def _said(record: dict[str, Any]) -> str:
-    if "eval_loss" in record:
-        return f"eval loss {record['eval_loss']:.4f} over {record['eval_tokens']:,.0f} tokens"
+    if not _is_step(record):
+        loss = [f"eval loss {record['eval_loss']:.4f} over {record['eval_tokens']:,.0f} tokens"] * (
+            "eval_loss" in record
+        )
+        return "  ".join([*loss, *(f"{name} {value:.4g}" for name, value in record.items() if "." in name)])
     mfu = "" if record["mfu"] is None else f"  mfu {100 * record['mfu']:.1f} %"
     return (
         f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3g}  lr {record['lr']:.2e}  "
@@ -40,7 +47,7 @@ class BarSink:
 
     def write(self, record: dict[str, Any]) -> None:
         """Steps move the bar."""
-        if "eval_loss" in record:
+        if not _is_step(record):
             self._progress.console.print(f"step {record['step']}  {_said(record)}")
         else:
             self._progress.update(self._task, completed=record["step"], description=_said(record))
@@ -65,7 +72,7 @@ class LineSink:
     def write(self, record: dict[str, Any]) -> None:
         """First, last and evaluation records are always written."""
         step, now = record["step"], time.monotonic()
-        is_step = "eval_loss" not in record
+        is_step = _is_step(record)
         if is_step and self._first is None:
             self._first = (step, now)
         if is_step and step not in (self._start + 1, self._total) and now - self._said_at < self.SECONDS:

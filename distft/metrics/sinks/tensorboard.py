@@ -18,7 +18,7 @@ class TensorboardSink:
 
     def write(self, record: dict[str, Any]) -> None:
         """Position keys but the step are figures too."""
-        group = "eval" if "eval_loss" in record else "train"
+        group = "train" if "loss" in record else "eval"
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(f"{group}/{name}", value, record["step"])

@@ -1,0 +1,174 @@
+"""A set of questions and its scores: asked of a model, what comes back is judged and counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from distft.answers.speaker import Prompt, Speaker, Writing, Written
+from distft.core.errors import DataError, DistftError
+from distft.core.pulse import PULSE
+from distft.core.types import Engine
+from distft.data.questions import Question, rows_hash
+from distft.scores import Answer, Figure, Scored, Scorer, ScoreSpec
+
+Pair: TypeAlias = tuple[Sequence[int], Sequence[int]]
+"""Context and continuation, as tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """A score with its settings."""
+
+    spec: ScoreSpec
+    params: Any
+    scorer: Scorer
+    """Built before anything is asked, so that what cannot work is said at once."""
+    pairs: tuple[tuple[Pair, ...], ...] = field(default=(), repr=False)
+    """Of a score that weighs: for each question, prompt and choice as tokens, a pair for each choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """What is asked, how it is answered, how answers are judged."""
+
+    name: str
+    questions: Sequence[Question]
+    scorings: tuple[Scoring, ...]
+    writing: Writing
+    every_steps: int | None = None
+
+    @cached_property
+    def rows_sha256(self) -> str:
+        """Equal for equal questions."""
+        return rows_hash(self.questions)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What else answers and marks depend on, besides the model; JSON."""
+        how = self.writing
+        written = {
+            "max_new_tokens": how.max_new_tokens,
+            "temperature": how.temperature,
+            "top_p": how.top_p,
+            "stop": list(how.stop),
+            "seed": how.seed,
+        }
+        judged = [
+            {"name": one.spec.name, **one.params.model_dump(mode="json", exclude_none=True)} for one in self.scorings
+        ]
+        return {**(written if self.writes else {}), "scores": judged}
+
+    @property
+    def writes(self) -> bool:
+        """Whether any score looks at text."""
+        return any(one.spec.choices is None for one in self.scorings)
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure it gives, by name."""
+        return {figure.name: figure for one in self.scorings for figure in one.spec.figures(one.params)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """An exam as one model took it. Answers are in the order of the questions."""
+
+    answers: list[Answer]
+    scored: list[tuple[str, Scored]]
+    """(name of the score, what it says)."""
+    seconds: float
+    answer_tokens: int
+    cut_prompts: int
+    """Prompts that lost their start, being longer than the model reads."""
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Figure -> value over all rows."""
+        return {name: value for _, one in self.scored for name, value in one.totals.items()}
+
+
+def take(exam: Exam, speaker: Speaker, engine: Engine) -> Taken | None:
+    """Ask and judge; collective. Judged on rank 0, and every rank gets what it says.
+
+    Returns:
+        None when some rank was asked to stop before the end.
+
+    Raises:
+        DistftError: a row cannot be judged, or a judge cannot be asked; on all ranks.
+    """
+    questions, room = exam.questions, exam.writing.max_new_tokens
+    texts: list[Written] | None = [Written(text="", num_tokens=0, ended=True)] * len(questions)
+    seconds, cut = 0.0, 0
+    if exam.writes:
+        prompts = [Prompt(name=f"{one.id}\n{one.prompt}", ids=speaker.fitted(one.ids, room)) for one in questions]
+        cut = sum(len(prompt.ids) < len(one.ids) for prompt, one in zip(prompts, questions, strict=True))
+        texts = speaker.write(prompts, exam.writing)
+        seconds += speaker.seconds
+    if texts is None:
+        return None
+    answers = [
+        Answer(id=one.id, row=one.row, reference=one.reference, text=said.text, prompt=one.prompt)
+        for one, said in zip(questions, texts, strict=True)
+    ]
+    scored: list[tuple[str, Scored]] = []
+    for scoring in exam.scorings:
+        judged = answers
+        if scoring.spec.choices is not None:
+            weighed = _weighed(exam, scoring, answers, speaker)
+            if weighed is None:
+                return None
+            judged = answers = weighed
+            seconds += speaker.seconds
+        scored.append((scoring.spec.name, _judged(scoring, judged, engine)))
+    tokens = sum(said.num_tokens for said in texts)
+    return Taken(answers=answers, scored=scored, seconds=seconds, answer_tokens=tokens, cut_prompts=cut)
+
+
+def _weighed(exam: Exam, scoring: Scoring, answers: list[Answer], speaker: Speaker) -> list[Answer] | None:
+    """The answers with the log-likelihood of each choice; where nothing was written, the likeliest is the text."""
+    pairs = [(speaker.fitted(asked, len(choice)), choice) for row in scoring.pairs for asked, choice in row]
+    found = speaker.weigh(pairs, batch_size=exam.writing.batch_size)
+    if found is None:
+        return None
+    likelihoods = iter(found)
+    weighed = []
+    for answer in answers:
+        known_choices = choices(scoring, answer)
+        logprobs = tuple(next(likelihoods)[0] for _ in known_choices)
+        likeliest = known_choices[max(range(len(logprobs)), key=logprobs.__getitem__)]
+        weighed.append(replace(answer, logprobs=logprobs, text=answer.text or likeliest))
+    return weighed
+
+
+def choices(scoring: Scoring, answer: Answer) -> tuple[str, ...]:
+    """The texts whose likelihood a score asks for.
+
+    Raises:
+        DataError: the row has none.
+    """
+    return () if scoring.spec.choices is None else scoring.spec.choices(scoring.params, answer)
+
+
+def _judged(scoring: Scoring, answers: list[Answer], engine: Engine) -> Scored:
+    """On rank 0, for a judge may cost money and a function may count its calls; a mistake ends all ranks alike."""
+    PULSE.at("eval", patient=True)
+    said: Scored | DistftError | None = None
+    if engine.rank == 0:
+        try:
+            said = scoring.scorer(answers)
+        except DistftError as error:
+            said = error if isinstance(error, DataError) else DataError(str(error))
+    said = engine.gather(said)[0]
+    PULSE.at("eval")
+    if isinstance(said, DistftError):
+        raise said
+    assert said is not None
+    return said
+
+
+def known(value: float) -> float | None:
+    """None for NaN: JSON has none."""
+    return None if math.isnan(value) else value

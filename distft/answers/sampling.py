@@ -1,0 +1,40 @@
+"""The next token of each row: the likeliest, or drawn with numbers that belong to the row alone.
+
+Shape letters: B rows, V vocabulary, N tokens of an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def draws(names: Sequence[str], num_tokens: int, seed: int, device: torch.device) -> Tensor:
+    """float64 [B, N] in [0, 1): each row's own numbers, whatever batch, rank or world it is answered in."""
+    keys = (hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16] for name in names)
+    rows = [np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big"))).random(num_tokens) for key in keys]
+    return torch.from_numpy(np.stack(rows)).to(device)
+
+
+def next_tokens(logits_BV: Tensor, draw_B: Tensor | None, temperature: float, top_p: float) -> Tensor:
+    """int64 [B]. Without `draw_B` the likeliest, of equals the first; else by inverting the cumulative distribution.
+
+    `top_p`: only the likeliest tokens that together have this probability are drawn from (Holtzman et al. 2019,
+    https://arxiv.org/abs/1904.09751).
+    """
+    if draw_B is None:
+        return logits_BV.argmax(1)
+    p_BV = torch.softmax(logits_BV.double() / temperature, dim=1)
+    order_BV = None
+    if top_p < 1.0:
+        p_BV, order_BV = p_BV.sort(dim=1, descending=True, stable=True)
+        p_BV = torch.where(p_BV.cumsum(1) - p_BV < top_p, p_BV, 0.0)
+    cumulative_BV = p_BV.cumsum(1)
+    wanted_B1 = draw_B[:, None] * cumulative_BV[:, -1:]
+    # The first token whose cumulative probability is above the draw: one of probability zero never is.
+    token_B1 = torch.searchsorted(cumulative_BV, wanted_B1, right=True).clamp(max=logits_BV.shape[1] - 1)
+    return (token_B1 if order_BV is None else order_BV.gather(1, token_B1)).squeeze(1)

@@ -1,0 +1,117 @@
+"""What the model is asked, and who looks when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from distft.assemble.rows import Data, Preparing, Say, tokenizer_of
+from distft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distft.answers.exam import Exam
+    from distft.answers.speaker import Speaker
+    from distft.best import Best
+    from distft.core.types import Engine
+    from distft.data.render import Renderer
+    from distft.looks import Looks
+    from distft.model.load import MetaModel
+    from distft.objectives.spec import Objective
+    from distft.run_folder import RunFolder
+
+
+def exams(located: Recipe, say: Say) -> list[Exam]:
+    """The recipe's sets of questions, read before any process group exists.
+
+    Raises:
+        DataError: rows that cannot be asked. RecipeError, MachineError: a score that cannot work.
+    """
+    if not located.eval.answers:
+        return []
+    from distft.answers import build
+
+    made = build.exams(
+        located.eval.answers, located.data, renderer(located), seed=located.seed, progress=Preparing(say)
+    )
+    for exam in made:
+        figures = ", ".join(exam.figures())
+        say(f"answers {exam.name}: {len(exam.questions):,} rows, {figures}")
+    return made
+
+
+def best(recipe: Recipe, asked: list[Exam]) -> Best:
+    """What knows the best evaluation, by the figure that the recipe names."""
+    from distft.best import Best
+
+    by = recipe.eval.best_by
+    figures = {f"{exam.name}.{name}": figure for exam in asked for name, figure in exam.figures().items()}
+    higher = figures[by].higher_is_better if by in figures else False
+    return Best(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop, by=by, higher_is_better=higher)
+
+
+def renderer(located: Recipe) -> Renderer:
+    """Of the rows that are trained, and so of those that are asked."""
+    from distft.data.render import load_renderer
+
+    tokenizer, revision = tokenizer_of(located)
+    table = located.data
+    return load_renderer(tokenizer, chat_template=table.chat_template, loss_on=table.loss_on, revision=revision)
+
+
+def speaker(
+    located: Recipe, engine: Engine, built: MetaModel, stop_ids: tuple[int, ...], stop: Callable[[], bool]
+) -> Speaker:
+    """The model with its tokenizer; it stops at what trained rows end with, and at what the base stops at."""
+    from distft.answers.speaker import Speaker
+
+    own = renderer(located)
+    ends = getattr(built.module.transformer.generation_config, "eos_token_id", None)
+    more = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
+    known = dict.fromkeys([*stop_ids, *more, own.tokenizer.eos_token_id])
+    return Speaker(engine, built.module, decode=own.write, stop_ids=list(known), stop=stop)
+
+
+def base_key(located: Recipe) -> str:
+    """A name for the weights that training starts from: cheap, by the files' sizes and times, for nothing is hashed."""
+    from distft.answers.record import model_key
+    from distft.model.load import find_folder
+
+    model, params = located.model, located.method.params
+    quant = getattr(params, "quant", None)
+    stored = None if quant is None else quant.model_dump(mode="json")
+    if model.init == "random":
+        return model_key(model.path, "random", located.seed, model.dtype, stored)
+    files = sorted(find_folder(model).glob("*.safetensors"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return model_key(model.path, model.revision, stats, model.dtype, stored)
+
+
+def looks(
+    located: Recipe,
+    folder: RunFolder,
+    engine: Engine,
+    built: MetaModel,
+    rows: Data,
+    asked: list[Exam],
+    objective: Objective,
+    *,
+    stop: Callable[[], bool],
+    say: Say,
+) -> Looks:
+    """Who looks at the model, and when."""
+    from distft.answers.record import Records
+    from distft.looks import Looks, When
+
+    return Looks(
+        engine=engine,
+        objective=objective,
+        held_out=rows.eval_steps or (),
+        held_out_sha256=rows.fingerprint.get("eval", ""),
+        exams=asked,
+        speaker=speaker(located, engine, built, rows.stop_ids, stop),
+        records=Records(folder.path / "eval"),
+        base=base_key(located),
+        when=When(every_steps=located.eval.every_steps, at_end=located.eval.at_end, num_steps=rows.steps.num_steps),
+        stop=stop,
+        say=say,
+    )

@@ -1,0 +1,172 @@
+"""Rows -> what a model is asked: the row without its answer, rendered as training renders it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
+
+from distft.core.errors import DataError
+from distft.data.prepare import with_distinct_labels
+from distft.data.render import Renderer
+from distft.data.samples import Conversation, PromptCompletion, Row, RowError, Sample, columns_of, text_column
+from distft.data.sources import Source, decide_format, find
+
+if TYPE_CHECKING:
+    from distft.recipe.schema import SourceTable
+
+AskAs = Literal["auto", "chat", "text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One row of a set."""
+
+    id: str
+    """`valid.jsonl row 12`."""
+    row: Row
+    """As its file holds it, columns renamed as the recipe says."""
+    prompt: str
+    """What is asked, special tokens of the chat template included."""
+    ids: tuple[int, ...]
+    """The prompt's tokens."""
+    as_chat: bool
+    """Rendered by the chat template: special tokens are in the text."""
+    reference: str
+    """The right answer: the completion, or what the assistant says last; "" where the row has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """For rows that are of no data format: where the question is, and the right answer, if there is one."""
+
+    prompt: str
+    reference: str | None
+    as_chat: bool
+    """The question is what a user says, instead of raw text."""
+
+    def convert(self, row: Row) -> Sample:
+        """The row as a sample with an open end.
+
+        Raises:
+            RowError: a column is missing or holds no text.
+        """
+        asked = text_column(row, self.prompt)
+        if self.reference is not None and self.reference not in row:
+            raise RowError(f'missing "{self.reference}"; the row has {columns_of(row)}')
+        if self.as_chat:
+            return Conversation(messages=[{"role": "user", "content": asked}])
+        return PromptCompletion(prompt=asked, completion="")
+
+    def answer(self, row: Row) -> str:
+        """What the reference column holds; a list of right answers as JSON."""
+        value = "" if self.reference is None else row[self.reference]
+        return value if isinstance(value, str) else json.dumps(value)
+
+
+def questions(
+    sources: Sequence[SourceTable],
+    renderer: Renderer,
+    *,
+    columns: Columns | None,
+    max_rows: int | None,
+    skip_bad: bool,
+    progress: Callable[[int], None],
+) -> list[Question]:
+    """The rows of `sources` in their order, at most `max_rows` in all.
+
+    Args:
+        sources: tables of files.
+        renderer: of the trained model.
+        columns: for rows that are of no data format; None: the sources' formats say.
+        max_rows: besides each source's own.
+        skip_bad: leave out rows that ask nothing, instead of an error.
+        progress: told the number of rows so far.
+
+    Raises:
+        DataError: a source cannot be read, a row is bad, or there is no row.
+    """
+    found = list(islice(_questions(sources, renderer, columns, skip_bad, progress), max_rows))
+    if not found:
+        raise DataError(f"{', '.join(source.path for source in sources)}: no row that asks anything")
+    return found
+
+
+def _questions(
+    sources: Sequence[SourceTable],
+    renderer: Renderer,
+    columns: Columns | None,
+    skip_bad: bool,
+    progress: Callable[[int], None],
+) -> Iterator[Question]:
+    count = 0
+    for source in with_distinct_labels([find(table) for table in sources]):
+        convert = columns.convert if columns is not None else decide_format(source).convert
+        for label, number, payload in islice(_payloads(source), source.table.max_rows):
+            try:
+                row = source.renamed(payload)
+                sample = convert(row)
+                prompt, ids = renderer.ask(sample)
+            except (RowError, DataError) as error:
+                if skip_bad and isinstance(error, RowError):
+                    continue
+                raise DataError(f"{label}:{number}: {error}") from None
+            right = columns.answer(row) if columns is not None else _right(sample)
+            yield Question(
+                id=f"{label} row {number}",
+                row=row,
+                prompt=prompt,
+                ids=tuple(ids),
+                as_chat=isinstance(sample, Conversation),
+                reference=right,
+            )
+            count += 1
+            progress(count)
+
+
+def followed_by(renderer: Renderer, asked: Question, choice: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The question and a choice as tokens, tokenised together; a space joins raw text, as in lm-eval."""
+    joined = choice if asked.as_chat or asked.prompt[-1:].isspace() else f" {choice}"
+    return renderer.pair(asked.prompt, joined, as_chat=asked.as_chat)
+
+
+def _payloads(source: Source) -> Iterator[tuple[str, int, object]]:
+    for file in source.files:
+        for number, payload in source.rows(file):
+            yield file.label, number, payload
+
+
+def _right(sample: Sample) -> str:
+    if isinstance(sample, PromptCompletion):
+        return sample.completion
+    assert isinstance(sample, Conversation), "plain text asks nothing"
+    last = sample.messages[-1]
+    return last["content"] or json.dumps([call["function"] for call in last.get("tool_calls", ())])
+
+
+def trained_as_chat(sources: Sequence[SourceTable]) -> bool:
+    """Whether the first row that is trained is a chat.
+
+    Raises:
+        DataError: the first source cannot be read, or has no good row.
+    """
+    source = find(sources[0])
+    spec = decide_format(source)
+    for _, _, payload in islice(_payloads(source), 20):
+        try:
+            return isinstance(spec.convert(source.renamed(payload)), Conversation)
+        except RowError:
+            continue
+    raise DataError(f"{sources[0].path}: none of its first rows is of the format {spec.name}")
+
+
+def rows_hash(asked: Sequence[Question]) -> str:
+    """sha256 over what is asked and what is right, in order: equal for equal sets."""
+    digest = hashlib.sha256()
+    for one in asked:
+        said = [one.id, one.prompt, list(one.ids), one.reference, one.row]
+        digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

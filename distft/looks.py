@@ -1,0 +1,179 @@
+"""How good is the model now: the loss on held-out rows, and its answers; before, during and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distft.answers.exam import Exam, take
+from distft.answers.record import HELD_OUT, Records, perplexity, step_label
+from distft.answers.speaker import Speaker
+from distft.answers.summary import write_summary
+from distft.core.types import Batch, Engine, TrainState
+from distft.evaluate import evaluate
+from distft.objectives.spec import Objective
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class When:
+    """At which steps the loss is measured during training; a set of answers says its own."""
+
+    every_steps: int | None
+    at_end: bool
+    num_steps: int
+
+    def is_due(self, step: int, every_steps: int | None) -> bool:
+        """Whether it is looked at here; what the end looks at anyway is not looked at twice."""
+        return bool(every_steps and step % every_steps == 0 and not (self.at_end and step == self.num_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """Every method is collective, and gives None when some rank was asked to stop before the end."""
+
+    engine: Engine
+    objective: Objective
+    held_out: Collection[Batch]
+    held_out_sha256: str
+    exams: Sequence[Exam]
+    speaker: Speaker
+    records: Records
+    base: str
+    """Name of the weights that training starts from (`record.model_key`)."""
+    when: When
+    stop: Callable[[], bool]
+    say: Callable[[str], None]
+
+    def due(self, step: int) -> bool:
+        """Whether anything is looked at after this step."""
+        return bool(self.held_out and self.when.is_due(step, self.when.every_steps)) or any(self._due_exams(step))
+
+    def during(self, state: TrainState) -> Figures | None:
+        """What is due at this step."""
+        figures: Figures = {}
+        if self.held_out and self.when.is_due(state.step, self.when.every_steps):
+            found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
+            if found is None:
+                return None
+            figures |= _with_perplexity(found)
+        return self._examine(self._due_exams(state.step), step_label(state.step), state, figures)
+
+    def before(self, state: TrainState) -> Figures | None:
+        """The base model. What an earlier start has kept of the same rows and settings is not made again."""
+        return self._all("before", state, reuse=True)
+
+    def after(self, state: TrainState) -> Figures | None:
+        """The trained model; writes the summary."""
+        figures = self._all("after", state)
+        if figures is not None:
+            self._sum_up(say="after")
+        return figures
+
+    def best(self, state: TrainState) -> Figures | None:
+        """The best state, whose weights the engine holds; writes the summary."""
+        last = self.records.about("after", HELD_OUT) or next(
+            (said for exam in self.exams if (said := self.records.about("after", exam.name))), None
+        )
+        if self._first(last is not None and last.get("step") == state.step):
+            if self.engine.rank == 0:
+                for name in (HELD_OUT, *(exam.name for exam in self.exams)):
+                    self.records.copy(name, old="after", new="best")
+            figures: Figures | None = {}
+        else:
+            figures = self._all("best", state)
+        if figures is not None:
+            self._sum_up(say="best" if figures else None)
+        return figures
+
+    def _all(self, label: str, state: TrainState, *, reuse: bool = False) -> Figures | None:
+        figures: Figures = {}
+        if self.held_out:
+            found = self._loss(label, state, reuse=reuse)
+            if found is None:
+                return None
+            figures |= found
+        return self._examine(self.exams, label, state, figures, reuse=reuse)
+
+    def _loss(self, label: str, state: TrainState, *, reuse: bool) -> Figures | None:
+        facts = {"rows_sha256": self.held_out_sha256, "model": self._model(label), "step": state.step}
+        said = self.records.about(label, HELD_OUT) if reuse and self.engine.rank == 0 else None
+        kept = said is not None and said.get("loss") is not None and all(said.get(k) == v for k, v in facts.items())
+        known = self._first(
+            {"eval_loss": said["loss"], "eval_tokens": float(said["tokens"])} if kept and said else None
+        )
+        if known is not None:
+            return _with_perplexity(known)
+        found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
+        if found is not None and self.engine.rank == 0:
+            self.records.write_held_out(found, label=label, **facts)
+        return None if found is None else _with_perplexity(found)
+
+    def _examine(
+        self, exams: Sequence[Exam], label: str, state: TrainState, figures: Figures, *, reuse: bool = False
+    ) -> Figures | None:
+        for exam in exams:
+            model = self._model(label)
+            kept = (
+                reuse and self.engine.rank == 0 and self.records.holds(exam, label=label, step=state.step, model=model)
+            )
+            totals = self._first(self.records.totals(label, exam.name) if kept else None)
+            if totals is None:
+                taken = take(exam, self.speaker, self.engine)
+                if taken is None:
+                    return None
+                if taken.cut_prompts:
+                    self.say(f"{exam.name}: {taken.cut_prompts} prompts lost their start: too long for the model")
+                if self.engine.rank == 0:
+                    self.records.write(exam, taken, label=label, step=state.step, model=model)
+                totals = taken.totals
+            figures |= {f"{exam.name}.{name}": value for name, value in totals.items()}
+        return figures
+
+    def _due_exams(self, step: int) -> list[Exam]:
+        return [exam for exam in self.exams if self.when.is_due(step, exam.every_steps)]
+
+    def _model(self, label: str) -> str:
+        return self.base if label == "before" else f"{self.base}+trained"
+
+    def _first(self, value: Any) -> Any:
+        """Rank 0's: files are looked at by one, so that all ranks decide alike."""
+        return self.engine.gather(value)[0]
+
+    def _sum_up(self, *, say: str | None) -> None:
+        """Write the summary, and say how the first figure of each score has changed."""
+        if self.engine.rank != 0 or not (self.held_out or self.exams):
+            return
+        firsts: set[tuple[str, str]] = set()
+        for entry in write_summary(self.records)["sets"]:
+            score = (entry["name"], entry["score"])
+            if say is not None and score not in firsts and (line := told(entry, say)) is not None:
+                self.say(line)
+            firsts.add(score)
+
+
+def told(entry: dict[str, Any], label: str = "after") -> str | None:
+    """An entry of the summary as a line, `label` against before; None where one of the two is missing."""
+    change, now = entry["change_best" if label == "best" else "change"], entry[label]
+    if change is None or entry["before"] is None or now is None:
+        return None
+    mcnemar = change["mcnemar"]
+    gap, low, high = (change["difference"][key] for key in ("value", "low", "high"))
+    bounds = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+    test = "" if mcnemar is None else f", McNemar p = {mcnemar['p_value']:.2g}"
+    worse = len(change["regressions"])
+    return (
+        f"{entry['name']}.{entry['figure']}: {_value(entry['before'])} before, {_value(now)} {label}: "
+        f"{change['verdict']} ({'?' if gap is None else f'{gap:+.3f}'}{bounds}{test})"
+        + (f"; {worse} row{'s' if worse > 1 else ''} got worse" if worse else "")
+    )
+
+
+def _value(interval: dict[str, Any]) -> str:
+    return "?" if interval["value"] is None else f"{interval['value']:.3f}"
+
+
+def _with_perplexity(figures: Figures) -> Figures:
+    return {**figures, "eval_perplexity": perplexity(figures["eval_loss"])}

@@ -1,0 +1,50 @@
+"""From training to answering and back: attention that takes masks and a key-value cache, and the cache itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from distft.model.attention import VARLEN
+from distft.model.causal import CausalLM
+
+_TAKES_NO_MASK = (VARLEN, "flash_attention_2")
+
+
+@contextlib.contextmanager
+def answering(module: CausalLM) -> Iterator[None]:
+    """While it lasts the model's attention takes padding masks and a cache, and compiled blocks run uncompiled.
+
+    Every answer has another length: compiled blocks would be compiled anew at each.
+    """
+    config, before = module.transformer.config, module.transformer.config._attn_implementation
+    if before in _TAKES_NO_MASK:
+        config._attn_implementation = "sdpa"
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        config._attn_implementation = before
+
+
+def new_cache(module: CausalLM) -> Any:
+    """An empty key-value cache of the kind that the architecture wants."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=module.transformer.config)
+
+
+def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """What one token of one row takes in the cache, in every layer."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize
+
+
+def longest_text(config: Any) -> int | None:
+    """Positions that the model can read; None when its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
