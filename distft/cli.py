@@ -91,6 +91,34 @@ def plan(
     raise typer.Exit(run(argv))
 
 
+@app.command(name="eval")
+def eval_(
+    target: Annotated[str, typer.Argument(metavar="RECIPE_OR_RUN", help="TOML recipe, or a run's folder.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="base|final|best|STEP|FOLDER", help="Default: final if there is one.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Name of the results.")] = None,
+    set_: Overrides = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of run folders.")] = None,
+    lm_eval: Annotated[str | None, typer.Option(metavar="TASK,…", help="Tasks of lm-eval to run as well.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Rows shown in each task's prompts.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Look at a model: held-out loss, answers and their scores, compared with the base model's."""
+    given = {"--model": model, "--label": label, "--output-dir": output_dir, "--lm-eval": lm_eval, "--limit": limit}
+    given["--num-fewshot"] = num_fewshot
+    passed = [target, *(text for flag, value in given.items() if value is not None for text in (flag, str(value)))]
+    for override in set_ or []:
+        passed += ["--set", override]
+    passed += ["--json"] * json
+    from distft.launch import launch_command, launch_env, num_accelerators
+
+    command = launch_command(nproc if nproc is not None else num_accelerators(), passed, module="distft.eval")
+    raise typer.Exit(subprocess.run(command, env=launch_env(), check=False).returncode)
+
+
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """For verbs whose module parses the rest, --help included: `distft VERB` and `python -m distft.VERB` are one."""
 

@@ -6,14 +6,14 @@ import os
 import sys
 
 
-def launch_command(nproc: int, arguments: list[str]) -> list[str]:
-    """The command line that starts `nproc` processes of the main job on this machine."""
-    module = ["-m", "distft.train", *arguments]
+def launch_command(nproc: int, arguments: list[str], *, module: str = "distft.train") -> list[str]:
+    """The command line that starts `nproc` processes of the main job, or another module, on this machine."""
+    started = ["-m", module, *arguments]
     if nproc == 1:
-        return [sys.executable, *module]
+        return [sys.executable, *started]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(nproc)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [*launcher, *module]
+    return [*launcher, *started]
 
 
 def launch_env() -> dict[str, str]:

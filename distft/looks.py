@@ -65,12 +65,16 @@ class Looks:
         """The base model. What an earlier start has kept of the same rows and settings is not made again."""
         return self._all("before", state, reuse=True)
 
+    def under(self, label: str, state: TrainState) -> Figures | None:
+        """The model as the engine holds it, kept under any label; writes the summary."""
+        figures = self._all(label, state)
+        if figures is not None:
+            self._sum_up(say=label if label in ("after", "best") else None)
+        return figures
+
     def after(self, state: TrainState) -> Figures | None:
         """The trained model; writes the summary."""
-        figures = self._all("after", state)
-        if figures is not None:
-            self._sum_up(say="after")
-        return figures
+        return self.under("after", state)
 
     def best(self, state: TrainState) -> Figures | None:
         """The best state, whose weights the engine holds; writes the summary."""

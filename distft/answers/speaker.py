@@ -212,10 +212,10 @@ class Speaker:
         names: Sequence[int],
         keep: dict[int, tuple[float, bool]],
     ) -> Iterator[None]:
-        rows = [[*context, *continuation] for context, continuation in pairs]
+        rows = [[*context, *continuation][:-1] for context, continuation in pairs]  # nothing follows the last token
         width = max(map(len, rows))
         at_S = [
-            (index + 1) * width - 1 - back
+            (index + 1) * width - back
             for index, (_, continuation) in enumerate(pairs)
             for back in range(len(continuation), 0, -1)
         ]

@@ -1,6 +1,6 @@
 """Each part of a run made from its table of the recipe, for `distft.job` to put together in order."""
 
-from distft.assemble.answers import best, exams, looks
+from distft.assemble.answers import best, exams, looks, renderer
 from distft.assemble.keeping import checkpoints, export, saved_shapes
 from distft.assemble.origins import remember
 from distft.assemble.parts import device_name, fetch, manifest, meters, model, open_engine, run_facts, update_rule
@@ -28,6 +28,7 @@ __all__ = [
     "open_engine",
     "planned",
     "remember",
+    "renderer",
     "run_facts",
     "saved_shapes",
     "update_rule",

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from distft.core.registry import Params
+from distft.recipe.evaluation import AnswersTable
 from distft.recipe.explain import did_you_mean
 from distft.recipe.origin import Fault
-from distft.recipe.schema import AnswersTable, Recipe, Registries
+from distft.recipe.schema import Recipe, Registries
 from distft.recipe.text import toml_value
 
 ParamsT = TypeVar("ParamsT", bound=Params)

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from distft.core.registry import NoParams, Params, Registry
+from distft.recipe.evaluation import AnswersTable
 from distft.recipe.schema import (
     DEFAULT_PARTS,
-    AnswersTable,
     Recipe,
     Registries,
     RunKeys,

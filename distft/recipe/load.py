@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params, nearest
 from distft.recipe.answers import SPOT_SETS
+from distft.recipe.evaluation import AnswersTable, EvalTable
 from distft.recipe.explain import did_you_mean, read_table
 from distft.recipe.lines import KeyPath, find_lines
 from distft.recipe.origin import Fault, Origin, shown
@@ -20,9 +21,7 @@ from distft.recipe.overrides import apply_overrides
 from distft.recipe.rules import broken_rules
 from distft.recipe.schema import (
     DEFAULT_PARTS,
-    AnswersTable,
     Choice,
-    EvalTable,
     Recipe,
     Registries,
     RunKeys,

@@ -1,0 +1,214 @@
+"""Builds the model, asks it, keeps what it said beside the run, and shows what has changed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from distft import assemble
+from distft.core.errors import DONE, Preempted, Problem, RecipeError
+from distft.core.log import quiet_libraries
+from distft.core.pulse import PULSE
+from distft.core.stop import STOP
+from distft.core.types import TrainState
+from distft.eval.subject import Subject, choose, read, run_folder
+from distft.job import exit_code, report_error
+from distft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distft.answers.exam import Exam
+    from distft.core.types import Engine
+    from distft.engine.processes import Processes
+    from distft.looks import Looks
+    from distft.model.load import MetaModel
+
+MICRO_TOKENS = 8192
+"""Of a micro-batch of held-out rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """Tasks of lm-eval to run as well."""
+
+    names: tuple[str, ...] = ()
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+
+def evaluate(subject: Subject, tasks: Tasks) -> dict[str, Any]:
+    """Look at the model in this process, which may be one of many; the figures, equal on all ranks.
+
+    Raises:
+        DistftError: there is nothing to look at, or it cannot be looked at.
+    """
+    from distft.engine import processes
+
+    quiet_libraries()
+    PULSE.begin()
+    _, rank, world, _ = processes.placed_by(os.environ)
+    say = _say if rank == 0 else _say_nothing
+    if not (subject.asked.eval.answers or subject.asked.data.eval or tasks.names):
+        problem = Problem(message="nothing to look at", fix="add [[data.eval]], [[eval.answers]], or --lm-eval TASK")
+        raise RecipeError(subject.asked.source, [problem])
+    asked, built = _cut_for(subject.asked, world), _cut_for(subject.built, world)
+    cut = assemble.layout(asked, world)
+    rows, exams = assemble.data(asked, cut, rank, world, say), assemble.exams(asked, say)
+    placed = processes.join()
+    try:
+        engine = assemble.open_engine(built, placed, say)
+    except BaseException:
+        processes.leave(placed)
+        raise
+    try:
+        model = _held(replace(subject, built=built), engine, placed, cut, rows, say)
+        return _look(subject, engine, model, rows, exams, tasks, say)
+    finally:
+        engine.close()
+
+
+def _cut_for(recipe: Recipe, world: int) -> Recipe:
+    """Without what only training needs: a batch that divides by the ranks, recomputation."""
+    micro = max(1, MICRO_TOKENS // recipe.data.max_length)
+    changed = {"micro_batch_size": micro, "global_batch_size": micro * world, "activation_checkpointing": "off"}
+    return replace(recipe, train=recipe.train.model_copy(update=changed))
+
+
+def _held(
+    subject: Subject, engine: Engine, placed: Processes, cut: assemble.Layout, rows: assemble.Data, say: assemble.Say
+) -> MetaModel:
+    """The model, filled and held by the engine."""
+    recipe = subject.built
+    if subject.adapter is not None:
+        from distft.model.adapters.trained import from_folder
+
+        spec = from_folder(recipe.method.spec, subject.adapter)
+        recipe = replace(recipe, method=replace(recipe.method, spec=spec))
+    model = assemble.model(recipe, placed, cut, rows, say)
+    if subject.checkpoint is None:
+        _freeze(model)
+    engine.adopt(model, assemble.update_rule(recipe, model, 1000), micros_per_step=cut.micros_per_step)
+    if subject.checkpoint is not None:
+        from distft.checkpoint.loading import load_path
+
+        loaded = load_path(subject.checkpoint, engine)
+        engine.restore(loaded.reader, TrainState(**loaded.state["train"]))
+    return model
+
+
+def _freeze(model: MetaModel) -> None:
+    """Leave one small tensor trainable, because engines want one: no masters or moments of the rest are made."""
+    trainable = [param for param in model.module.parameters() if param.requires_grad]
+    for param in trainable:
+        param.requires_grad_(False)
+    min(trainable, key=lambda param: param.numel()).requires_grad_(True)
+
+
+def _look(
+    subject: Subject,
+    engine: Engine,
+    model: MetaModel,
+    rows: assemble.Data,
+    exams: list[Exam],
+    tasks: Tasks,
+    say: assemble.Say,
+) -> dict[str, Any]:
+    from distft.objectives.spec import Objective
+
+    recipe = subject.asked
+    objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
+    folder = run_folder(subject, writes=engine.rank == 0)
+    PULSE.training()  # from here on a stop is agreed on
+    looks = assemble.looks(recipe, folder, engine, model, rows, exams, objective, stop=STOP.asked, say=say)
+    figures = looks.under(subject.label, TrainState(step=subject.step))
+    if figures is None:
+        raise Preempted(f"stopped by {STOP.reason or 'another rank'}; sets that were finished are kept")
+    if tasks.names:
+        figures |= _run_tasks(subject, looks, tasks)
+    summary = folder.path / "eval" / "summary.json"
+    engine.barrier()
+    return {
+        "label": subject.label,
+        "step": subject.step,
+        "folder": str(folder.path / "eval" / subject.label),
+        "figures": figures,
+        "summary": json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+    }
+
+
+def _run_tasks(subject: Subject, looks: Looks, tasks: Tasks) -> dict[str, float]:
+    from distft.answers.summary import write_summary
+    from distft.answers.tasks import kept
+    from distft.answers.texts import Texts
+    from distft.scores.harness import run_tasks
+
+    recipe = subject.asked
+    texts = Texts(looks.speaker, assemble.renderer(recipe), seed=recipe.seed)
+    found = run_tasks(texts, tasks.names, limit=tasks.limit, num_fewshot=tasks.num_fewshot, seed=recipe.seed)
+    figures: dict[str, float] = {}
+    for name, scored in found.items():
+        exam, taken = kept(name, scored)
+        if looks.engine.rank == 0:
+            model = looks.base if subject.label == "before" else f"{looks.base}+trained"
+            looks.records.write(exam, taken, label=subject.label, step=subject.step, model=model)
+        figures |= {f"{exam.name}.{figure}": value for figure, value in scored.totals.items()}
+    if looks.engine.rank == 0:
+        write_summary(looks.records)
+    return figures
+
+
+def show(found: dict[str, Any]) -> Iterator[str]:
+    """What was found, as lines."""
+    from distft.looks import told
+
+    yield f"{found['label']} (step {found['step']}): {found['folder']}"
+    for name, value in found["figures"].items():
+        yield f"  {name:<40} {value:.6g}"
+    for entry in (found["summary"] or {}).get("sets", []):
+        for label in ("after", "best"):
+            if (line := told(entry, label)) is not None:
+                yield line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m distft.eval`: returns the exit code."""
+    parser = argparse.ArgumentParser(prog="distft eval", description="Look at a model: held-out loss and answers.")
+    parser.add_argument("target", metavar="RECIPE_OR_RUN", help="a TOML recipe, or a run's folder")
+    parser.add_argument(
+        "--model", metavar="base|final|best|STEP|FOLDER", help="default: final if there is one, else base"
+    )
+    parser.add_argument("--label", help="name of the results (default: before, after, best, step-N, the folder's name)")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change one key; repeat")
+    parser.add_argument("--output-dir", help="folder of run folders, with a recipe")
+    parser.add_argument("--lm-eval", default="", metavar="TASK,...", help="run these tasks of lm-eval as well")
+    parser.add_argument("--limit", type=int, help="rows of each task")
+    parser.add_argument("--num-fewshot", type=int, help="rows shown in each task's prompts")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(argv)
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    try:
+        recipe, folder = read(given.target, given.set, given.output_dir)
+        subject = choose(recipe, folder, given.model, given.label)
+        names = tuple(name for name in given.lm_eval.split(",") if name)
+        # Libraries print to standard output, which is for the result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = evaluate(subject, Tasks(names=names, limit=given.limit, num_fewshot=given.num_fewshot))
+    except (Exception, KeyboardInterrupt) as error:
+        report_error(error, rank)
+        return exit_code(error)
+    if rank == 0:
+        print(json.dumps(found, indent=1) if given.json else "\n".join(show(found)))
+    return DONE
+
+
+def _say(line: str) -> None:
+    print(f"distft: {line}", file=sys.stderr, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    """Other ranks: things are said once."""

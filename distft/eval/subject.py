@@ -1,0 +1,124 @@
+"""Which model is looked at: what it is called, what its weights are made of, and under which label it is kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distft.catalog import REGISTRIES
+from distft.checkpoint.folders import Folders
+from distft.core.errors import Problem, RecipeError
+from distft.core.registry import NoParams
+from distft.demo.files import locate
+from distft.recipe import Choice, Recipe, load_recipe
+from distft.run_folder import RunFolder
+
+_LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model, and the run folder that its answers go to."""
+
+    asked: Recipe
+    """The recipe whose rows are asked, its paths located."""
+    built: Recipe
+    """The recipe that the model is built by: the same but for [model] and [method]."""
+    folder: Path
+    label: str
+    step: int
+    adapter: Path | None = None
+    """Folder of a trained adapter, in PEFT's form."""
+    checkpoint: Path | None = None
+
+
+def read(target: str, overrides: Sequence[str], output_dir: str | None) -> tuple[Recipe, Path]:
+    """The recipe in a file or a run folder, and the run folder.
+
+    Raises:
+        RecipeError: every mistake in it.
+    """
+    run = Path(target)
+    if (run / "recipe.toml").is_file():
+        return load_recipe(run / "recipe.toml", registries=REGISTRIES, overrides=overrides), run
+    more = [] if output_dir is None else [f"output_dir={json.dumps(output_dir)}"]
+    recipe = load_recipe(target, registries=REGISTRIES, overrides=[*overrides, *more])
+    return recipe, recipe.run_dir
+
+
+def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -> Subject:
+    """What `--model` means: base, final, best, a checkpoint's step, or a folder; final where there is one, else base.
+
+    Raises:
+        RecipeError: there is no such model, or the label is none.
+    """
+    model = model or ("final" if (folder / "final").is_dir() else "base")
+    located = locate(recipe)
+    if label is not None and not _LABEL.fullmatch(label):
+        raise _wrong(f'--label "{label}"  must be a plain folder name', "letters, digits, dots, dashes, underscores")
+    base = Subject(asked=located, built=located, folder=folder, label=label or "before", step=0)
+    if model == "base":
+        return base
+    checkpoints = Folders(folder / "checkpoints")
+    if model == "best" or model.isdecimal():
+        step = _best_step(checkpoints) if model == "best" else int(model)
+        place = checkpoints.step(step)
+        if not place.is_dir():
+            known = ", ".join(map(str, checkpoints.steps())) if checkpoints.root.is_dir() else ""
+            raise _wrong(f"--model {model}  {place}: no such checkpoint", f"steps kept: {known or 'none'}")
+        own = "best" if model == "best" else place.name
+        return replace(base, label=label or own, step=step, checkpoint=place)
+    place = folder / "final" if model == "final" else Path(model)
+    own = "after" if model == "final" else re.sub(r"[^A-Za-z0-9._-]+", "-", place.resolve().name)
+    step = _last_step(folder) if model == "final" else 0
+    trained = replace(base, label=label or own, step=step)
+    if (place / "adapter_config.json").is_file():
+        if not recipe.method.spec.adapter:
+            raise _wrong(f"--model {model}  holds an adapter, and the recipe's method has none", "use its own recipe")
+        return replace(trained, adapter=place)
+    if (place / "config.json").is_file():
+        return replace(trained, built=_whole(located, place))
+    if (place / "MANIFEST.json").is_file():
+        return replace(trained, checkpoint=place)
+    raise _wrong(
+        f"--model {model}  {place}: neither a model, an adapter nor a checkpoint",
+        "allowed: base, final, best, a checkpoint's step, or a folder with config.json or adapter_config.json",
+    )
+
+
+def _whole(located: Recipe, place: Path) -> Recipe:
+    """The recipe on a trained model instead of its base; the tokenizer stays, or other tokens would be asked."""
+    spec = REGISTRIES.method["full"]
+    tokenizer = located.model.tokenizer or located.model.path
+    model = located.model.model_copy(update={"path": str(place), "init": "pretrained", "tokenizer": tokenizer})
+    return replace(located, model=model, method=Choice[Any](name="full", params=NoParams(), spec=spec))
+
+
+def _best_step(checkpoints: Folders) -> int:
+    try:
+        step = checkpoints.best_step()
+    except ValueError:
+        step = None
+    if step is None:
+        raise _wrong(f"--model best  {checkpoints.root}: no best.json", "train with [checkpoint] best = true")
+    return step
+
+
+def _last_step(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "exit.json").read_text(encoding="utf-8"))["state"]["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
+def run_folder(subject: Subject, *, writes: bool) -> RunFolder:
+    """Where the answers go."""
+    return RunFolder(subject.folder, writes=writes)
+
+
+def _wrong(message: str, fix: str) -> RecipeError:
+    return RecipeError("distft eval", [Problem(message=message, fix=fix)])

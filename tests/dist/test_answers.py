@@ -1,0 +1,155 @@
+"""What a model answers does not depend on engine, processes, ranks or batches, and asking it changes no training."""
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import Bench, Run, run, torchrun
+
+from distft.eval.command import Tasks, evaluate
+from distft.eval.subject import choose, read
+
+GREEDY = 'name = "greedy", max_new_tokens = 20, every_steps = 2, stop = ["e", "z"], scores = [{ name = "exact_match" }]'
+DRAWN = 'name = "drawn", max_new_tokens = 20, temperature = 1.0, top_p = 0.9, scores = [{ name = "normalised_match" }]'
+CHOSEN = 'name = "chosen", path = "spot:general", max_rows = 5, scores = [{ name = "multiple_choice" }]'
+SETS = ("greedy", "drawn", "chosen")
+LORA = ['method.name="lora"', "method.r=4", "method.dropout=0.1", "optim.learning_rate=3e-3"]
+QLORA = ['method.name="qlora"', "method.r=4", "optim.learning_rate=3e-3"]
+SHARED = ["train.micro_batch_size=2", "eval.every_steps=3", "checkpoint.every_steps=3"]
+
+
+def asked(batch_size: str) -> list[str]:
+    return [f"eval.answers=[{', '.join(f'{{ {one}, batch_size = {batch_size} }}' for one in (GREEDY, DRAWN, CHOSEN))}]"]
+
+
+def case(engine: str, *more: str, batch_size: str = '"auto"') -> list[str]:
+    return [f'engine.name="{engine}"', *SHARED, *asked(batch_size), *more]
+
+
+@pytest.fixture(scope="module")
+def alone(bench: Bench) -> dict[str, Run]:
+    cases = {
+        "full": case("solo", "checkpoint.best=true", 'eval.best_by="greedy.exact_match"'),
+        "full-one": case("solo", batch_size="1"),
+        "full-silent": ['engine.name="solo"', *SHARED],
+        "lora": case("solo", *LORA),
+        "lora-silent": ['engine.name="solo"', *SHARED, *LORA],
+        "qlora": case("solo", *QLORA),
+    }
+    return _well(bench.launch(1, cases, tag="alone"))
+
+
+@pytest.fixture(scope="module")
+def two(bench: Bench) -> dict[str, Run]:
+    """Two rows at a time of nine: in the last round one rank has nothing to do, and must not be missed."""
+    cases = {f"full-{engine}": case(engine, batch_size="2") for engine in ("ddp", "zero2", "zero3", "fsdp2")}
+    cases |= {f"lora-{engine}": case(engine, *LORA, batch_size="2") for engine in ("zero3", "fsdp2")}
+    cases |= {f"qlora-{engine}": case(engine, *QLORA, batch_size="2") for engine in ("zero3", "fsdp2")}
+    return _well(bench.launch(2, cases, tag="two"))
+
+
+def _well(runs: dict[str, Run]) -> dict[str, Run]:
+    for name, found in runs.items():
+        assert not found.error, f"{name}: {found.error}"
+    return runs
+
+
+def answers(found: Run, label: str, name: str) -> list[dict]:
+    assert found.folder is not None
+    return [json.loads(line) for line in (found.folder / f"eval/{label}/{name}.jsonl").read_text().splitlines()]
+
+
+def texts(found: Run, label: str) -> dict[str, list[tuple[str, str]]]:
+    return {name: [(line["id"], line["answer"]) for line in answers(found, label, name)] for name in SETS}
+
+
+def tokens(found: Run, label: str) -> list[int]:
+    return [json.loads((found.folder / f"eval/{label}/{name}.json").read_text())["answer_tokens"] for name in SETS]
+
+
+def test_two_processes_answer_as_one(alone: dict[str, Run], two: dict[str, Run]) -> None:
+    for name, found in two.items():
+        one = alone[name.split("-")[0]]
+        for label in ("before", "step-00000002", "after"):
+            if label == "step-00000002":
+                assert answers(found, label, "greedy") == answers(one, label, "greedy"), name
+                continue
+            assert texts(found, label) == texts(one, label), (name, label)
+            assert tokens(found, label) == tokens(one, label), (name, label)
+            for mine, theirs in zip(answers(found, label, "chosen"), answers(one, label, "chosen"), strict=True):
+                assert mine["logprobs"] == pytest.approx(theirs["logprobs"], rel=1e-4), (name, label)
+
+
+def test_some_answers_end_early_and_differ(alone: dict[str, Run]) -> None:
+    """Else the test above would prove little."""
+    written, drawn = answers(alone["full"], "before", "greedy"), answers(alone["full"], "before", "drawn")
+    lengths = {len(line["answer"]) for line in written}
+    assert len(lengths) > 3
+    assert not any("e" in line["answer"] or "z" in line["answer"] for line in written), "stop texts are left out"
+    assert len({line["answer"] for line in drawn}) == len(drawn) == 9
+    assert texts(alone["full"], "before") != texts(alone["full"], "after")
+
+
+def test_batches_change_no_answer(alone: dict[str, Run]) -> None:
+    for label in ("before", "after"):
+        assert texts(alone["full"], label) == texts(alone["full-one"], label)
+        assert tokens(alone["full"], label) == tokens(alone["full-one"], label)
+
+
+def test_asking_changes_no_training(alone: dict[str, Run]) -> None:
+    for method in ("full", "lora"):
+        one, silent = alone[method], alone[f"{method}-silent"]
+        for column in ("loss", "grad_norm"):
+            assert one.column(column) == silent.column(column), (method, column)
+        name = "model" if method == "full" else "adapter_model"
+        assert (one.folder / f"final/{name}.safetensors").read_bytes() == (
+            silent.folder / f"final/{name}.safetensors"
+        ).read_bytes()
+
+
+def test_figures_are_in_the_metrics_and_the_summary(alone: dict[str, Run]) -> None:
+    found = alone["full"]
+    lines = [json.loads(line) for line in (found.folder / "metrics.jsonl").read_text().splitlines()]
+    looked = {line["step"]: line for line in lines if "loss" not in line}
+    assert sorted(looked) == [0, 2, 3, 4, 6]
+    assert "greedy.exact_match" in looked[2]
+    assert "eval_loss" not in looked[2], "the loss is measured every three steps"
+    assert "eval_loss" in looked[3]
+    assert {"eval_perplexity", "greedy.exact_match", "drawn.f1", "chosen.acc"} <= set(looked[6])
+    summary = json.loads((found.folder / "eval/summary.json").read_text())
+    assert summary["held_out"]["after"]["loss"] == looked[6]["eval_loss"]
+    shown = {(one["name"], one["figure"]): one for one in summary["sets"]}
+    assert {name for name, _ in shown} == set(SETS)
+    chosen = shown["chosen", "acc"]
+    assert chosen["after"]["value"] == looked[6]["chosen.acc"]
+    assert chosen["change"]["difference"]["value"] == pytest.approx(looked[6]["chosen.acc"] - looked[0]["chosen.acc"])
+    assert (chosen["before"]["step"], chosen["after"]["step"]) == (0, 6)
+
+
+def test_a_run_is_looked_at_again(alone: dict[str, Run]) -> None:
+    """`distft eval` on what a run left: its base, its final folder, a checkpoint."""
+    for name in ("full", "lora"):
+        found = alone[name]
+        for model, label, like in (("base", "base-again", "before"), ("final", "final-again", "after")):
+            _look(found, model, label)
+            assert texts(found, label) == texts(found, like), (name, model)
+        _look(found, "6", "six")
+        assert texts(found, "six") == texts(found, "after"), name
+
+
+def _look(found: Run, model: str, label: str) -> None:
+    assert found.folder is not None
+    recipe, folder = read(str(found.folder), [], None)
+    evaluate(choose(recipe, folder, model, label), Tasks())
+
+
+def test_a_run_is_looked_at_by_two_processes(two: dict[str, Run]) -> None:
+    found = two["full-fsdp2"]
+    command = [*torchrun(2), "-m", "distft.eval", str(found.folder), "--model", "final", "--label", "again", "--json"]
+    done = run([*command, "--set", 'engine={name="zero3"}'])
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = json.loads(done.stdout)
+    assert said["label"] == "again"
+    assert texts(found, "again") == texts(found, "after")
+    assert said["figures"]["chosen.acc"] == json.loads(Path(said["folder"], "chosen.json").read_text())["scores"][0][
+        "scored"]["totals"]["acc"]  # fmt: skip
