@@ -215,11 +215,10 @@ class Renderer:
         """Both as tokens, tokenised together: what follows the context's own tokens is the continuation.
 
         White space that ends the context goes over to the continuation, where tokenizers keep it, and an empty
-        context is the token that starts a text: as in lm-eval (`TemplateLM._encode_pair`). `as_chat`: the text has its
-        special tokens already.
+        context is the token that starts a text: as in lm-eval (`TemplateLM._encode_pair`). `as_chat`: a template has
+        written the context, with its special tokens and the white space that the answer follows.
         """
-        bare = context.rstrip()
-        whole = bare + context[len(bare) :] + continuation
+        bare, whole = context if as_chat else context.rstrip(), context + continuation
         backend = self.tokenizer.backend_tokenizer
         ids = self._without_added_eos(backend.encode(whole, add_special_tokens=not as_chat).ids, whole)
         before = self._without_added_eos(backend.encode(bare, add_special_tokens=not as_chat).ids, bare) if bare else []
