@@ -17,12 +17,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from distft.answers.build import exams
 from distft.care import CareReport, card, examine, refuse_overlap, summary
 from distft.catalog import REGISTRIES
 from distft.core.errors import DONE, DistftError, FileSystemError
 from distft.data.loader import EvalSteps, Steps
 from distft.data.prepare import cache_folder, prepare
-from distft.data.render import load_decoder
+from distft.data.render import load_decoder, load_renderer
 from distft.data.report import SourceReport
 from distft.data.store import Prepared
 from distft.demo.files import locate
@@ -65,6 +66,19 @@ class SplitView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SetView:
+    """What the model will be asked."""
+
+    name: str
+    num_rows: int
+    longest_prompt: int
+    """Tokens."""
+    figures: tuple[str, ...]
+    prompt: str
+    """The first question, as the model will read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckReport:
     """Everything `check` says."""
 
@@ -73,6 +87,7 @@ class CheckReport:
     """Resolved, every default filled in."""
     recipe_toml: str
     splits: tuple[SplitView, ...]
+    answers: tuple[SetView, ...]
     care: CareReport
     """What the rows hold that should be known: repeats, overlap, personal data, balance."""
     tokens_per_epoch: int
@@ -132,6 +147,7 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         recipe=recipe.resolved(),
         recipe_toml=recipe.to_toml(),
         splits=tuple(splits),
+        answers=tuple(_sets(recipe, tokenizer, revision)),
         care=care,
         tokens_per_epoch=steps.tokens_per_epoch,
         supervised_per_epoch=steps.supervised_per_epoch,
@@ -143,6 +159,21 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
 def _tell(rows: int) -> None:
     if rows % _PROGRESS_EVERY < 512 and rows >= _PROGRESS_EVERY and sys.stderr.isatty():
         print(f"\rpreparing: {rows:,} rows", end="", file=sys.stderr, flush=True)
+
+
+def _sets(recipe: Recipe, tokenizer: str, revision: str | None) -> Iterator[SetView]:
+    if not recipe.eval.answers:
+        return
+    table = recipe.data
+    renderer = load_renderer(tokenizer, chat_template=table.chat_template, loss_on=table.loss_on, revision=revision)
+    for exam in exams(recipe.eval.answers, table, renderer, seed=recipe.seed, progress=_tell):
+        yield SetView(
+            name=exam.name,
+            num_rows=len(exam.questions),
+            longest_prompt=max(len(question.ids) for question in exam.questions),
+            figures=tuple(exam.figures()),
+            prompt=exam.questions[0].prompt,
+        )
 
 
 def _split(split: str, rows: Prepared, sequences: int, fill: float, shown: np.ndarray, decode: Any) -> SplitView:
@@ -195,6 +226,9 @@ def show(report: CheckReport, console: Console) -> None:
     _line(console, "\n[care]")
     for line in summary(report.care):
         _line(console, f"  {line}")
+    for asked in report.answers:
+        about = f"{asked.num_rows:,} rows, prompts of up to {asked.longest_prompt:,} tokens, {', '.join(asked.figures)}"
+        _line(console, f"\n[answers] {asked.name}: {about}\n  first: {asked.prompt!r}")
     train = report.splits[0]
     _line(console, "\n[run]")
     for name, value in (

@@ -7,7 +7,7 @@ from typing import Any
 
 from distft.answers import spot
 from distft.answers.exam import Exam, Scoring, choices
-from distft.answers.speaker import Writing
+from distft.answers.words import Writing
 from distft.core.errors import DataError
 from distft.data.questions import Columns, Question, followed_by, questions, trained_as_chat
 from distft.data.render import Renderer

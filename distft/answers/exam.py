@@ -6,14 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from distft.answers.speaker import Prompt, Speaker, Writing, Written
+from distft.answers.words import Prompt, Writing, Written
 from distft.core.errors import DataError, DistftError
 from distft.core.pulse import PULSE
-from distft.core.types import Engine
 from distft.data.questions import Question, rows_hash
 from distft.scores import Answer, Figure, Scored, Scorer, ScoreSpec
+
+if TYPE_CHECKING:
+    from distft.answers.speaker import Speaker
+    from distft.core.types import Engine
 
 Pair: TypeAlias = tuple[Sequence[int], Sequence[int]]
 """Context and continuation, as tokens."""

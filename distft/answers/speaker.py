@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from distft.answers.batches import Limits, cut, padded
 from distft.answers.sampling import draws, next_tokens
+from distft.answers.words import Prompt, Writing, Written
 from distft.core.pulse import PULSE
 from distft.core.types import Engine
 from distft.model import answering as modes
@@ -33,41 +33,6 @@ CACHE_SHARE = 0.4
 HOST_CACHE_BYTES = 1 << 30
 SHRINK_AT = 0.75
 """A batch is made smaller once so few of its rows are unfinished: each time all of its cache is copied."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Writing:
-    """How answers are written."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    """0: always the likeliest token."""
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer, besides the model's own end tokens; left out of it."""
-    seed: int = 0
-    batch_size: int | None = None
-    """Rows at a time on one rank; None: as many as fit. It changes no answer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """What is asked, as tokens."""
-
-    name: str
-    """Seeds its draws: equal names are answered alike."""
-    ids: Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """An answer."""
-
-    text: str
-    num_tokens: int
-    """With the token that ended it."""
-    ended: bool
-    """By itself, not by the limit."""
 
 
 class Speaker:

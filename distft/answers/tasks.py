@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from distft.answers.exam import Exam, Taken
-from distft.answers.speaker import Writing
+from distft.answers.words import Writing
 from distft.data.questions import Question
 from distft.scores import Answer, Scored
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from distft.answers.speaker import Prompt, Speaker, Writing
+from distft.answers.speaker import Speaker
+from distft.answers.words import Prompt, Writing
 from distft.core.errors import Preempted
 from distft.data.render import Renderer
 from distft.data.samples import PromptCompletion

@@ -15,6 +15,11 @@ CHOSEN = 'name = "chosen", path = "spot:general", max_rows = 5, scores = [{ name
 SETS = ("greedy", "drawn", "chosen")
 LORA = ['method.name="lora"', "method.r=4", "method.dropout=0.1", "optim.learning_rate=3e-3"]
 QLORA = ['method.name="qlora"', "method.r=4", "optim.learning_rate=3e-3"]
+STOPS = {
+    # name: (asked in the middle of the answers before the first step and after the last one, what the run says)
+    "stopped-before": ("term:rank=1,point=eval,step=0,skip=4", "stopped by SIGTERM after step 0; nothing was trained"),
+    "stopped-after": ("term:rank=0,point=eval,step=7,skip=4", "stopped by SIGTERM after step 6; the state is saved"),
+}
 SHARED = ["train.micro_batch_size=2", "eval.every_steps=3", "checkpoint.every_steps=3"]
 
 
@@ -45,7 +50,13 @@ def two(bench: Bench) -> dict[str, Run]:
     cases = {f"full-{engine}": case(engine, batch_size="2") for engine in ("ddp", "zero2", "zero3", "fsdp2")}
     cases |= {f"lora-{engine}": case(engine, *LORA, batch_size="2") for engine in ("zero3", "fsdp2")}
     cases |= {f"qlora-{engine}": case(engine, *QLORA, batch_size="2") for engine in ("zero3", "fsdp2")}
-    return _well(bench.launch(2, cases, tag="two"))
+    extra: dict[str, dict[str, str]] = {}
+    for name, (fault, _) in STOPS.items():
+        cases[name] = case("fsdp2")
+        extra[name] = {"fault": fault}
+        cases[f"{name}-again"] = [*case("fsdp2"), f'name="two-{name}"']
+    found = bench.launch(2, cases, tag="two", extra=extra)
+    return _well({name: run for name, run in found.items() if name not in STOPS}) | {name: found[name] for name in STOPS}
 
 
 def _well(runs: dict[str, Run]) -> dict[str, Run]:
@@ -69,7 +80,9 @@ def tokens(found: Run, label: str) -> list[int]:
 
 def test_two_processes_answer_as_one(alone: dict[str, Run], two: dict[str, Run]) -> None:
     for name, found in two.items():
-        one = alone[name.split("-")[0]]
+        if name in STOPS:
+            continue
+        one = alone["full" if "stopped" in name else name.split("-")[0]]
         for label in ("before", "step-00000002", "after"):
             if label == "step-00000002":
                 assert answers(found, label, "greedy") == answers(one, label, "greedy"), name
@@ -78,6 +91,13 @@ def test_two_processes_answer_as_one(alone: dict[str, Run], two: dict[str, Run])
             assert tokens(found, label) == tokens(one, label), (name, label)
             for mine, theirs in zip(answers(found, label, "chosen"), answers(one, label, "chosen"), strict=True):
                 assert mine["logprobs"] == pytest.approx(theirs["logprobs"], rel=1e-4), (name, label)
+
+
+def test_a_stop_among_the_answers_is_granted_and_the_same_command_finishes(two: dict[str, Run]) -> None:
+    for name, (_, said) in STOPS.items():
+        assert said in two[name].error
+        assert len(two[f"{name}-again"].steps) == 6
+        assert two[f"{name}-again"].column("loss") == two["full-fsdp2"].column("loss")
 
 
 def test_some_answers_end_early_and_differ(alone: dict[str, Run]) -> None:

@@ -16,8 +16,8 @@ from distft.answers import spot
 from distft.answers.build import exams
 from distft.answers.exam import Exam, Scoring, Taken, take
 from distft.answers.record import Records, perplexity
-from distft.answers.speaker import Writing, Written
 from distft.answers.summary import summary, write_summary
+from distft.answers.words import Writing, Written
 from distft.best import Best
 from distft.core.errors import DataError
 from distft.core.types import TrainState

@@ -12,7 +12,8 @@ from tiny import CPU, batch, build, documents
 
 from distft.answers.batches import Limits, cut, padded
 from distft.answers.sampling import draws, next_tokens
-from distft.answers.speaker import Prompt, Speaker, Writing
+from distft.answers.speaker import Speaker
+from distft.answers.words import Prompt, Writing
 from distft.core.registry import NoParams
 from distft.core.types import UpdateRule
 from distft.engine.processes import Processes

@@ -49,7 +49,7 @@ MISTAKES = {
     "format without path": (
         HELD_OUT + SET.replace('path = "rows.jsonl"', 'format = "messages" # <-'), "has no effect without path"
     ),
-    "an unknown spot set": ('[[eval.answers]]\nname = "s"\npath = "spot:generl" # <-', 'did you mean "spot:general"?'),
+    "an unknown spot set": ('[[eval.answers]]\nname = "s"\npath = "spot:generl2" # <-', 'did you mean "spot:general"?'),
     "trained rows": (SET.replace('"rows.jsonl"', '"train.jsonl" # <-'), "is also trained on"),
     "an unknown format": (SET + 'format = "message" # <-', 'did you mean "messages"?'),
     "plain text": (SET + 'format = "text" # <-', "is plain text, which asks nothing"),

@@ -1,0 +1,41 @@
+"""What is asked of a speaker, and what it gives back; without torch, so that a recipe's questions can be checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How answers are written."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, besides the model's own end tokens; left out of it."""
+    seed: int = 0
+    batch_size: int | None = None
+    """Rows at a time on one rank; None: as many as fit. It changes no answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is asked, as tokens."""
+
+    name: str
+    """Seeds its draws: equal names are answered alike."""
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """An answer."""
+
+    text: str
+    num_tokens: int
+    """With the token that ended it."""
+    ended: bool
+    """By itself, not by the limit."""
