@@ -83,7 +83,7 @@ class RunFolder:
         here = surroundings.hardware()
         facts = facts | {
             "started": _now(),
-            "versions": surroundings.versions(),
+            "versions": surroundings.versions() | surroundings.built_with(),
             "host": here["host"],
             "platform": here["platform"],
             "cpus": here["cpus"],

@@ -118,7 +118,9 @@ def _look(
     tasks: Tasks,
     say: assemble.Say,
 ) -> dict[str, Any]:
+    from distft.export.model_card import refresh
     from distft.objectives.spec import Objective
+    from distft.run_record import read_run
 
     recipe = subject.asked
     objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
@@ -131,6 +133,8 @@ def _look(
     if tasks.names:
         figures |= _run_tasks(subject, looks, tasks)
     summary = folder.path / "eval" / "summary.json"
+    if engine.rank == 0:
+        refresh(read_run(folder.path))  # the model card of final/, where there is one
     engine.barrier()
     return {
         "label": subject.label,

@@ -169,7 +169,7 @@ def _ended(process: subprocess.Popen[bytes], folder: Path, steps: int | None) ->
 
 
 def _pinned(first: RunRecord, nproc: int) -> list[str]:
-    """What the recipe left to `auto` and the first run chose; on another number of processes it is chosen anew."""
+    """What the recipe left to `auto` and the first run chose, as far as it can be on this number of processes."""
     from distft.catalog import REGISTRIES
     from distft.recipe.text import toml_value
 
@@ -179,11 +179,11 @@ def _pinned(first: RunRecord, nproc: int) -> list[str]:
         known = REGISTRIES.engine[first.engine].params.model_fields
         kept = {key: value for key, value in first.table("engine").items() if key in known}
         settings.append(f"engine={toml_value({'name': first.engine, **kept})}")
-    if nproc == first.world:
-        if first.table("train").get("micro_batch_size") == "auto" and layout.get("micro_batch_size"):
-            settings.append(f"train.micro_batch_size={layout['micro_batch_size']}")
-        if first.table("train").get("activation_checkpointing") == "auto" and layout.get("checkpointing"):
-            settings.append(f'train.activation_checkpointing="{layout["checkpointing"]}"')
+    train, micro = first.table("train"), layout.get("micro_batch_size")
+    if train.get("micro_batch_size") == "auto" and micro and train.get("global_batch_size", 0) % (nproc * micro) == 0:
+        settings.append(f"train.micro_batch_size={micro}")  # dropout's mask is drawn for a micro-batch at once
+    if nproc == first.world and train.get("activation_checkpointing") == "auto" and layout.get("checkpointing"):
+        settings.append(f'train.activation_checkpointing="{layout["checkpointing"]}"')
     return settings
 
 

@@ -183,6 +183,38 @@ def test_against_a_run_that_is_there(real: Made, tmp_path: Path, capsys: pytest.
     assert "which is what another layout allows" in capsys.readouterr().out
 
 
+def test_a_number_of_processes_that_cannot_be(real: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(real.folder), "--nproc", "7"]) == 2
+    assert "global_batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [("ddp", 'engine={ name = "ddp" }'), ("zero3", 'engine={ name = "zero3", offload = "none" }')],
+)
+def test_what_auto_chose_is_pinned(real: Made, engine: str, expected: str) -> None:
+    """With those of its settings that the engine has."""
+    from distft.reproduce.command import _pinned
+
+    text = (real.folder / "recipe.toml").read_text()
+    real.write("recipe.toml", text + '[engine]\nname = "auto"\noffload = "none"\n')
+    manifest = json.loads((real.folder / "manifest.json").read_text())
+    real.write("manifest.json", manifest | {"engine": engine})
+    settings = _pinned(read_run(real.folder), 2)
+    assert settings[0] == expected
+    load_recipe(real.folder / "recipe.toml", registries=REGISTRIES, overrides=settings)
+
+
+@pytest.mark.parametrize(("nproc", "kept"), [(1, True), (2, True), (16, True), (32, False)])
+def test_the_micro_batch_stays_where_it_can(real: Made, nproc: int, kept: bool) -> None:
+    """64 sequences a step, 4 at a time."""
+    from distft.reproduce.command import _pinned
+
+    text = (real.folder / "recipe.toml").read_text()
+    real.write("recipe.toml", text.replace("[train]", '[train]\nglobal_batch_size = 64\nmicro_batch_size = "auto"'))
+    assert ("train.micro_batch_size=4" in _pinned(read_run(real.folder), nproc)) == kept
+
+
 def test_no_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 8
     assert "recipe.toml and manifest.json" in capsys.readouterr().err
