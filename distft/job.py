@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from distft import assemble
 from distft.catalog import REGISTRIES
+from distft.core.ending import exit_code, reason, report_error
 from distft.core.errors import DONE, BusyError, DistftError, MachineError, Preempted
 from distft.core.leave import keep, promise
 from distft.core.log import quiet_libraries
@@ -104,8 +104,8 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
         except BaseException as found:
             error = watch.cause(found)
             if not (lock is not None and lock.lost):  # then the folder belongs to another run
-                folder.end(code=exit_code(error), reason=_reason(error), rank=rank)
-                folder.note("ended", code=exit_code(error), reason=_reason(error))
+                folder.end(code=exit_code(error), reason=reason(error), rank=rank)
+                folder.note("ended", code=exit_code(error), reason=reason(error))
             if error is found:
                 raise
             raise error from found
@@ -352,27 +352,6 @@ def _say(line: str) -> None:
 
 def _say_nothing(line: str) -> None:
     """Other ranks: things are said once, not once per process."""
-
-
-def exit_code(error: BaseException) -> int:
-    """The process's exit code for what ended it."""
-    if isinstance(error, DistftError):
-        return error.exit_code
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
-
-
-def _reason(error: BaseException) -> str:
-    kind = error.kind if isinstance(error, DistftError) else type(error).__name__
-    return f"{kind}: {error}" if str(error) else kind
-
-
-def report_error(error: BaseException, rank: int) -> None:
-    """A user's mistake as text; our own as a traceback. Mistakes in files are the same on every rank: said once."""
-    if not isinstance(error, DistftError):
-        traceback.print_exception(error)
-    elif rank == 0 or error.exit_code not in (2, 3, 8):
-        who = "" if rank == 0 else f"rank {rank}: "
-        print(f"{who}{error}", file=sys.stderr, flush=True)
 
 
 def run(recipe: str, overrides: list[str], output_dir: str | None, resume: Resume, allow_changes: bool) -> int:

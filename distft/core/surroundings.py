@@ -60,11 +60,16 @@ def versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        found["cuda"] = torch.version.cuda
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
     return found
+
+
+def built_with() -> dict[str, str | None]:
+    """Versions of CUDA and NCCL that this torch brings; nothing where torch is not loaded."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    return {"cuda": torch.version.cuda, "nccl": nccl}
 
 
 def hardware() -> dict[str, Any]:

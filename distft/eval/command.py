@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distft import assemble
+from distft.core.ending import exit_code, report_error
 from distft.core.errors import DONE, Preempted, Problem, RecipeError
 from distft.core.log import quiet_libraries
 from distft.core.pulse import PULSE
 from distft.core.stop import STOP
 from distft.core.types import TrainState
 from distft.eval.subject import Subject, choose, read, run_folder
-from distft.job import exit_code, report_error
 from distft.recipe import Recipe
 
 if TYPE_CHECKING:
