@@ -47,8 +47,9 @@ test-plan: setup
 test-plan-grid: setup
 	DISTFT_PLAN_GRID=1 $(BIN)/python -m pytest tests/dist/test_plan_exact.py
 
+# Two files at a time: a launch waits for its imports and for its peers as much as it computes.
 test-dist: setup
-	$(BIN)/python -m pytest tests/dist tests/faults tests/golden tests/peers -m "not slow and not gpu"
+	$(BIN)/python -m pytest tests/dist tests/faults tests/golden tests/peers -m "not slow and not gpu" -n 2 --dist loadfile
 
 # Every row of the fault matrix, the slow ones too (about half an hour), and a table of what became of them.
 FAULT_TABLE ?= docs/results/2026-11-25-fault-matrix.md

@@ -190,8 +190,8 @@ class _Measurement:
         return fit(
             state,
             self.rows.steps,
-            (),
             engine=self.engine,
+            look=lambda state: None,
             objective=Objective(spec=self.recipe.objective.spec, params=self.recipe.objective.params),
             meters=Meters([*metrics, clock, *more], [], epoch_at=self.rows.steps.epoch_at),
             checkpoints=Nobody(),

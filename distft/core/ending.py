@@ -1,4 +1,4 @@
-"""How the end of a command is told: its exit code, its reason in one line, and what is printed."""
+"""How a run's end is told: the exit code of what ended it, its reason in a line, and the message for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """What exit.json says of it."""
+    """Its kind and what it says, as exit.json has it."""
     kind = error.kind if isinstance(error, DistftError) else type(error).__name__
     return f"{kind}: {error}" if str(error) else kind
 

@@ -154,7 +154,8 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / most))
     step = next(step * times for times in (1, 2, 2.5, 5, 10) if (high - low) / (step * times) <= most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(at * step, 12) for at in range(first, last + 1)]
+    places = max(0, 3 - math.floor(math.log10(step)))  # of the step's own digits, however small it is
+    return [round(at * step, places) for at in range(first, last + 1)]
 
 
 def decades(low: float, high: float, most: int) -> list[float]:

@@ -151,6 +151,7 @@ def test_a_process_that_dies_on_the_way_does_not_keep_the_others(tmp_path: Path)
     assert "shared folder" in told.findings("fail")
 
 
+@pytest.mark.slow  # a minute of waiting for a network that is gone
 @pytest.mark.skipif(not can_wire(), reason="needs root, ip and tc to make two networks")
 def test_a_cable_that_is_slow_and_then_cut(tmp_path: Path) -> None:
     """Two hosts with networks of their own: a real link of 200 Mbit/s, then one on which nothing passes."""

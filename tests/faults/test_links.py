@@ -65,6 +65,7 @@ def adds_up(job: Job, events: list[dict], printed: str) -> None:
     assert f"first step {start['total_s']:.1f} s after the process's start: imports " in printed
 
 
+@pytest.mark.slow
 @pytest.mark.row(42)
 def test_a_slow_link_is_seen_and_a_short_cut_is_survived(bench: Bench, oracle: Oracle) -> None:
     job = Job(bench, "slow-link", settings=(LIMIT, STEPS, *LOOKS))
@@ -97,6 +98,7 @@ def test_a_slow_link_is_seen_and_a_short_cut_is_survived(bench: Bench, oracle: O
     assert job.result() == oracle("zero3", STEPS), "nothing was lost and nothing came twice"
 
 
+@pytest.mark.slow
 @pytest.mark.row(41)
 def test_a_link_that_is_cut_for_good_ends_both_sides(bench: Bench, oracle: Oracle) -> None:
     job = Job(bench, "cut-link", "fsdp2", settings=(LIMIT, STEPS))
