@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from distft.answers.words import Prompt, Writing, Written
-from distft.core.errors import DataError, DistftError
+from distft.core.errors import DistftError, PeerEnded
 from distft.core.pulse import PULSE
 from distft.data.questions import Question, rows_hash
 from distft.scores import Answer, Figure, Scored, Scorer, ScoreSpec
@@ -100,7 +100,7 @@ def take(exam: Exam, speaker: Speaker, engine: Engine) -> Taken | None:
         None when some rank was asked to stop before the end.
 
     Raises:
-        DistftError: a row cannot be judged, or a judge cannot be asked; on all ranks.
+        DistftError: a row cannot be judged, or a judge cannot be asked; PeerEnded on the other ranks.
     """
     questions, room = exam.questions, exam.writing.max_new_tokens
     texts: list[Written] | None = [Written(text="", num_tokens=0, ended=True)] * len(questions)
@@ -158,16 +158,19 @@ def choices(scoring: Scoring, answer: Answer) -> tuple[str, ...]:
 def _judged(scoring: Scoring, answers: list[Answer], engine: Engine) -> Scored:
     """On rank 0, for a judge may cost money and a function may count its calls; a mistake ends all ranks alike."""
     PULSE.at("eval", patient=True)
-    said: Scored | DistftError | None = None
+    said: Scored | None = None
+    failed: DistftError | None = None
     if engine.rank == 0:
         try:
             said = scoring.scorer(answers)
         except DistftError as error:
-            said = error if isinstance(error, DataError) else DataError(str(error))
-    said = engine.gather(said)[0]
+            failed = error
+    said, why = engine.gather((said, None if failed is None else (failed.exit_code, str(failed))))[0]
     PULSE.at("eval")
-    if isinstance(said, DistftError):
-        raise said
+    if failed is not None:
+        raise failed
+    if why is not None:
+        raise PeerEnded(*why)
     assert said is not None
     return said
 

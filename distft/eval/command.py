@@ -20,6 +20,7 @@ from distft.core.stop import STOP
 from distft.core.types import TrainState
 from distft.eval.subject import Subject, choose, read, run_folder
 from distft.recipe import Recipe
+from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from distft.answers.exam import Exam
@@ -124,7 +125,7 @@ def _look(
 
     recipe = subject.asked
     objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
-    folder = run_folder(subject, writes=engine.rank == 0)
+    folder = RunFolder(subject.folder, writes=engine.rank == 0)
     PULSE.training()  # from here on a stop is agreed on
     looks = assemble.looks(recipe, folder, engine, model, rows, exams, objective, stop=STOP.asked, say=say)
     figures = looks.under(subject.label, TrainState(step=subject.step))

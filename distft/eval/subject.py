@@ -15,7 +15,6 @@ from distft.core.errors import Problem, RecipeError
 from distft.core.registry import NoParams
 from distft.demo.files import locate
 from distft.recipe import Choice, Recipe, load_recipe
-from distft.run_folder import RunFolder
 
 _LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
@@ -113,11 +112,6 @@ def _last_step(folder: Path) -> int:
         return int(json.loads((folder / "exit.json").read_text(encoding="utf-8"))["state"]["step"])
     except (OSError, ValueError, LookupError, TypeError):
         return 0
-
-
-def run_folder(subject: Subject, *, writes: bool) -> RunFolder:
-    """Where the answers go."""
-    return RunFolder(subject.folder, writes=writes)
 
 
 def _wrong(message: str, fix: str) -> RecipeError:
