@@ -72,7 +72,7 @@ def test_an_adapter_is_put_on_the_recipes_base(tmp_path: Path) -> None:
     ("model", "said"),
     [
         ("30", "no such checkpoint  steps kept: 40, 20"),
-        ("finall", "neither a model, an adapter nor a checkpoint"),
+        ("finish", "neither a model, an adapter nor a checkpoint"),
     ],
 )
 def test_there_is_no_such_model(tmp_path: Path, model: str, said: str) -> None:
