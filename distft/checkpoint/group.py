@@ -31,6 +31,10 @@ class Group(Protocol):
         """Collective: every rank's value, by rank, on rank 0; nothing on the others."""
         ...
 
+    def all_say(self, yes: bool) -> bool:
+        """Collective: whether every rank says yes; cheap enough for each step."""
+        ...
+
     def barrier(self) -> None:
         """Collective: returns once all ranks have called it."""
         ...
@@ -49,6 +53,10 @@ class Alone:
     def collect(self, value: Any) -> list[Any]:
         """The value itself."""
         return [value]
+
+    def all_say(self, yes: bool) -> bool:
+        """What it says itself."""
+        return yes
 
     def barrier(self) -> None:
         """Nobody to wait for."""

@@ -162,7 +162,7 @@ class CheckpointStore:
         Raises:
             SaveFailed: it was given up instead.
         """
-        if self._job is not None and all(self._group.gather(self._job.done.is_set())):
+        if self._job is not None and self._group.all_say(self._job.done.is_set()):
             self._settle()
         outcome = self._outcomes.popleft() if self._outcomes else None
         if isinstance(outcome, SaveFailed):

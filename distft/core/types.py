@@ -279,6 +279,10 @@ class Engine(Protocol):
         """Collective: every rank's value, in rank order, on rank 0; nothing on the others."""
         ...
 
+    def all_say(self, yes: bool) -> bool:
+        """Collective: whether every rank says yes."""
+        ...
+
     def barrier(self) -> None:
         """Barrier over all ranks."""
         ...

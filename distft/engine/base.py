@@ -104,6 +104,10 @@ class BaseEngine:
         dist.gather_object(value, everyone, group=self._host_group)
         return everyone or []
 
+    def all_say(self, yes: bool) -> bool:
+        """Whether every rank says yes: a sum, where gathering objects passes a message per rank, twice."""
+        return self.sum_over_ranks(yes)[0] == self.world
+
     @functools.cached_property
     def _host_group(self) -> Any:
         """A gloo group of its own: pickled objects over NCCL would wait for the accelerator."""

@@ -28,7 +28,10 @@ def rank_of(world, rank, port):
     placed = Processes(
         rank=rank, world=world, local_rank=rank, device=torch.device("cpu"), launcher="torchrun", wants="", joined=True
     )
-    found.append((BaseEngine(placed).sum_over_ranks(rank, 0.1, 1), BaseEngine(placed).collect({"rank": rank})))
+    engine = BaseEngine(placed)
+    assert engine.all_say(True)
+    assert not engine.all_say(rank != world - 1)
+    found.append((engine.sum_over_ranks(rank, 0.1, 1), engine.collect({"rank": rank})))
     dist.barrier()
     return found
 

@@ -43,6 +43,9 @@ class ThreadGroup:
         found = self.gather(value)
         return found if self.rank == 0 else []
 
+    def all_say(self, yes: bool) -> bool:
+        return all(self.gather(yes))
+
     def barrier(self) -> None:
         try:
             self.ranks.barrier.wait()
