@@ -14,14 +14,13 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from distft.core import host
 from distft.core.pulse import PULSE
 from distft.core.turns import patiently, turn
 
-T = TypeVar("T")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -33,14 +32,12 @@ def snapshot(repo: str, revision: str | None, wanted: Sequence[str]) -> Path:
     Raises:
         Exception: whatever huggingface_hub raises: no such repository, no access, no network and not in the cache.
     """
-    from huggingface_hub import constants
-
-    hub: Any = importlib.import_module("huggingface_hub")
+    library: Any = importlib.import_module("huggingface_hub")
 
     def fetch() -> str:
-        return hub.snapshot_download(repo, revision=revision, allow_patterns=list(wanted))
+        return library.snapshot_download(repo, revision=revision, allow_patterns=list(wanted))
 
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = Path(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE)
     name = json.dumps([repo, revision, sorted(wanted)])
     pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
     return Path(once(cache, name, fetch, good=lambda folder: Path(folder).is_dir(), lasting=pinned))

@@ -184,8 +184,7 @@ def hub_dataset(table: SourceTable):
 @functools.cache
 def _loaded(path: str, subset: str | None, split: str):
     """Downloaded and written to the library's cache by one process for each cache folder; the others then map it."""
-    import datasets
-
+    datasets: Any = importlib.import_module("datasets")
     mine: list[Any] = []
 
     def load() -> str:
