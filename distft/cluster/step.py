@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from distft.cluster.slurm import Allocation
+from distft.core import host
 
 Launcher = Literal["srun", "torchrun"]
 
@@ -54,7 +55,9 @@ def environment(env: Mapping[str, str], given: Allocation, port: int) -> dict[st
     """For the step: where the processes meet, and as many threads in each as it has CPUs."""
     kept = {key: value for key, value in env.items() if key not in _NOT_FOR_THE_STEP}
     threads = {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(given.cpus_per_process))}
-    return kept | threads | {"MASTER_ADDR": given.nodes[0], "MASTER_PORT": str(port)}
+    age = host.age_s()
+    began = {} if age is None else {host.JOB_START: f"{time.time() - age:.0f}"}
+    return kept | threads | began | {"MASTER_ADDR": given.nodes[0], "MASTER_PORT": str(port)}
 
 
 class Step:

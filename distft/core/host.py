@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+JOB_START = "DISTFT_JOB_START"
+"""Variable of a batch job's processes: when its script's process was started, by that node's clock (seconds)."""
+
 
 def identity() -> dict[str, Any]:
     """This process, so that another one of the same machine can tell it from a later one with its number."""

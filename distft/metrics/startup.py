@@ -92,11 +92,11 @@ def phases() -> dict[str, float]:
 
 
 def launched_s(env: Mapping[str, str]) -> float | None:
-    """Seconds between the job's start, as Slurm has it, and this process's; None outside of a job.
+    """Seconds from the job's start, as Slurm or else its batch script has it, to this process's; None outside of a job.
 
-    Two machines' clocks: good to what they differ by.
+    Slurm says it from 23.02 on. Two machines' clocks: good to what they differ by.
     """
-    began, age = env.get("SLURM_JOB_START_TIME", ""), host.age_s()
+    began, age = env.get("SLURM_JOB_START_TIME") or env.get(host.JOB_START, ""), host.age_s()
     if not began.isdecimal() or age is None:
         return None
     return max(0.0, time.time() - age - int(began))

@@ -44,6 +44,7 @@ def test_more_processes_than_cpus_are_allowed_where_that_is_so() -> None:
 
 def test_every_process_sees_all_gpus_of_its_node() -> None:
     env = step.environment({"SLURM_GPUS_PER_TASK": "1", "SLURM_JOB_ID": "7"}, TWO, 20000)
+    assert 0 <= time.time() - int(env.pop("DISTFT_JOB_START")) < 3600, "when this process was started"
     assert env == {"SLURM_JOB_ID": "7", "MASTER_ADDR": "n1", "MASTER_PORT": "20000", "OMP_NUM_THREADS": "12"}
     assert step.environment({"OMP_NUM_THREADS": "2"}, TWO, 20000)["OMP_NUM_THREADS"] == "2"
 

@@ -73,4 +73,5 @@ def test_since_the_jobs_start(monkeypatch: pytest.MonkeyPatch) -> None:
     began = {"SLURM_JOB_START_TIME": str(int(time.time()) - 65)}
     assert launched_s(began) == pytest.approx(60, abs=1.5)
     assert launched_s({"SLURM_JOB_START_TIME": str(int(time.time()) + 60)}) == 0, "a clock that is behind"
+    assert launched_s({host.JOB_START: str(int(time.time()) - 35)}) == pytest.approx(30, abs=1.5), "Slurm 22.05"
     assert launched_s({}) is None
