@@ -18,7 +18,7 @@ from distft.core.log import quiet_libraries
 from distft.core.pulse import PULSE
 from distft.core.stop import STOP
 from distft.core.types import TrainState
-from distft.eval.subject import Subject, choose, read, run_folder
+from distft.eval.subject import Subject, choose, read
 from distft.recipe import Recipe
 from distft.run_folder import RunFolder
 
