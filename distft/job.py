@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from distft import assemble
 from distft.catalog import REGISTRIES
 from distft.core.ending import exit_code, reason, report_error
-from distft.core.errors import DONE, BusyError, DistftError, MachineError, Preempted
+from distft.core.errors import DONE, BusyError, MachineError, Preempted
 from distft.core.leave import keep, promise
 from distft.core.log import quiet_libraries
 from distft.core.pulse import PULSE
@@ -150,7 +150,9 @@ class _Run:
         try:
             return self._under(engine, placed)
         except (RuntimeError, MemoryError) as error:
-            raise self._too_large(error, engine.world) from error
+            if (told := self._too_large(error, engine.world)) is None:
+                raise
+            raise told from error
         finally:
             engine.close()
 
@@ -242,12 +244,12 @@ class _Run:
         if self.recipe.eval.at_end and looks.best(kept) is None:
             self._leave_early(engine, checkpoints, state)
 
-    def _too_large(self, error: RuntimeError | MemoryError, world: int) -> BaseException:
-        """Memory ran out: where, and what to change; any other error as it is."""
+    def _too_large(self, error: RuntimeError | MemoryError, world: int) -> MachineError | None:
+        """Memory ran out: where, and what to change; None for any other error."""
         from distft.rehearsal import held, is_out_of_memory
 
-        if isinstance(error, DistftError) or not is_out_of_memory(error):
-            return error
+        if not is_out_of_memory(error):
+            return None
         where = f"the {PULSE.phase} of step {PULSE.step}" if PULSE.step else f"the phase {PULSE.phase}"
         hint = "" if self.recipe.train.rehearse else "\n[train] rehearse = true finds this out in the first minute"
         advice = assemble.advice(self.recipe, self.located, world)
