@@ -59,7 +59,7 @@ test-faults: setup
 # Against a real Slurm of some nodes on this machine; skipped, with the reason, where it is not installed. The tests wait
 # more than they compute, so several run at a time, each process with a Slurm of its own.
 test-cluster: setup
-	$(BIN)/python -m pytest tests/cluster -n 3 -m "not slow"
+	$(BIN)/python -m pytest tests/cluster -n 4 -m "not slow"
 
 # Every engine's checkpoint on 1 to 4 processes under every engine on 1 to 4: the difference of losses per cell.
 test-resume: setup

