@@ -89,8 +89,10 @@ def chunked_sum(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, lab
     """The sum of `chunked_loss`, [1], with nothing computed twice.
 
     Each chunk makes its gradients while its logits exist, and the backward pass only scales them. Keeps as much as
-    the gradients weigh, from the head's forward to its backward.
+    the gradients weigh, from the head's forward to its backward. Tokens of one chunk run as `full_loss`.
     """
+    if len(labels_S) <= chunk_tokens(weight_VE.shape[0]):
+        return full_loss(hidden_SE, weight_VE, bias_V, labels_S)
     # Inside the function gradients are always off: whether they are wanted is known only out here.
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_SE, weight_VE, bias_V)]
     return _ChunkedSum.apply(hidden_SE, weight_VE, bias_V, labels_S, wanted)  # type: ignore[return-value]

@@ -74,8 +74,6 @@ def test_memory_and_speed_savers_keep_the_loss(solo: dict[str, Run]) -> None:
     exact = ["sdpa", "eager", "full-logits", "checkpoint-full", "checkpoint-selective", "compile", "workers", "rehearse"]
     worst = {name: same(solo[name], solo["plain"]) for name in exact}
     worst["lora-checkpoint"] = same(solo["lora-checkpoint"], solo["lora"])
-    # The compiler's fused kernels round elsewhere, and six steps at this rate amplify it: 1.03e-5 seen.
-    assert worst.pop("compile") < 3 * TOLERANCE
     assert max(worst.values()) < TOLERANCE, worst
 
 
