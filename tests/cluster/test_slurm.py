@@ -240,6 +240,20 @@ def test_a_job_that_does_not_get_on_stops(cluster: Cluster, bench: Bench, tmp_pa
     assert len(story.result().steps) == STEPS
 
 
+def test_a_frozen_rank_is_named_with_its_host(cluster: Cluster, bench: Bench) -> None:
+    """SIGSTOP of one task on the second node: the others wait in a collective, and the job's output says for whom."""
+    story = Story(cluster, bench, "frozen")
+    freeze = "stop:rank=3,point=forward,step=3"
+    options = ("--nodes=2", "--ntasks-per-node=2")
+    job = story.submit(*options, fault=freeze, settings=("guard.hang_timeout_s=10",))
+    ended = job.end()
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "6:0"), job.output
+    named = next(line for line in job.output.splitlines() if "shows no sign of life" in line)
+    assert "rank 3 (node2" in named, named
+    assert "shows no sign of life, last seen in forward of step 3" in named, named
+    assert story.ends() == [(6, "end")]
+
+
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, bench: Bench) -> None:
     """SIGTERM lets the run save and say 75; `scontrol requeue` would now bring back what a person has ended."""
     story = Story(cluster, bench, "cancelled")
