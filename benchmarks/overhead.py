@@ -41,6 +41,14 @@ class Size:
     packing: bool = True
 
 
+TWENTY_MILLION = {
+    "vocab_size": 8192,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+}
 SIZES = {
     # 260 thousand parameters: a step is so short that every needless line of Python shows.
     "tiny": Size(
@@ -57,28 +65,14 @@ SIZES = {
         micro=4,
     ),
     "20m": Size(
-        config={
-            "vocab_size": 8192,
-            "hidden_size": 384,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 6,
-        },
+        config=TWENTY_MILLION,
         max_length=512,
         batch=2,
         micro=1,
     ),
     # One document to a micro-batch: the bare loop needs nothing of ours, not even the attention between documents.
     "20m-unpacked": Size(
-        config={
-            "vocab_size": 8192,
-            "hidden_size": 384,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 6,
-        },
+        config=TWENTY_MILLION,
         max_length=512,
         batch=2,
         micro=1,
