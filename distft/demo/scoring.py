@@ -1,4 +1,4 @@
-"""Marks for a generated answer: is it in the fixed format, and is the severity right?"""
+"""Marks for a generated answer: is it in the fixed format, and is what it says right?"""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Score:
     """Exact keys in order, closed vocabularies, nothing before or after."""
     severity_match: bool
     """Conforms, and names the severity of the reference answer."""
+    all_right: bool
+    """Conforms, and every field is the reference's."""
 
 
 def score(row: Mapping[str, str], generated: str, style: Style) -> Score:
@@ -40,6 +42,7 @@ def score(row: Mapping[str, str], generated: str, style: Style) -> Score:
     return Score(
         conforms=answer is not None,
         severity_match=answer is not None and answer["severity"] == reference["severity"],
+        all_right=answer == reference,
     )
 
 

@@ -8,6 +8,7 @@ order of filling starts from the same weights.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -200,9 +201,11 @@ class MetaModel:
         source: Source,
         method: MethodSpec,
         *,
+        tied: Mapping[str, tuple[str, nn.Module]],
         seed: int,
         dtype: torch.dtype,
     ) -> None:
+        """`tied`: module that has no weights of its own -> name and meta copy of the one whose weights it shares."""
         self.module = module
         self.blocks = blocks
         self.dtype = dtype
@@ -210,6 +213,7 @@ class MetaModel:
         self.blocks_are_atomic = not method.adapter
         self._source, self._method, self._seed = source, method, seed
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
+        self._tied = tied
         self._filled: dict[int, tuple[Tensor, nn.Parameter]] = {}
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
@@ -239,7 +243,8 @@ class MetaModel:
             }
         else:
             base = self._method.base_name(f"{name}.x").removesuffix(".x")
-            values = self._source.values(base, module, device)
+            # The copy of a tied head that an adapter trains whole starts as what the head is tied to.
+            values = self._source.values(*self._tied.get(base, (base, module)), device)
         for short, meta in pending.items():
             module._parameters[short] = self._real(module, short, meta, values[short], device)
 
@@ -292,6 +297,7 @@ def build(
     with init_empty_weights(include_buffers=False):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
     lm.tie_weights()
+    tied = _tied_modules(lm)
     if (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
     lm.name_or_path = str(folder) if table.path.startswith((".", "/", "~")) or Path(table.path).exists() else table.path
@@ -303,7 +309,19 @@ def build(
     module = CausalLM(
         method.attach(lm, params, dtype), cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     )
-    return MetaModel(module, blocks, source, method, seed=seed, dtype=dtype)
+    return MetaModel(module, blocks, source, method, tied=tied, seed=seed, dtype=dtype)
+
+
+def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:
+    """As `MetaModel` wants them, while all is still meta."""
+    found: dict[str, tuple[str, nn.Module]] = {}
+    for target, origin in lm.all_tied_weights_keys.items():
+        shared, name = target.rpartition(".")[0], origin.rpartition(".")[0]
+        owner = lm.get_submodule(name)
+        stand_in = copy.copy(owner)
+        stand_in._parameters = dict(owner._parameters)
+        found[shared] = (name, stand_in)
+    return found
 
 
 class _NoSource:

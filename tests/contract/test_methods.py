@@ -1,5 +1,6 @@
 """Every registered method: starts as identity, trains only what it owns, and merges into what it computes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,24 @@ def test_fresh_adapters_depend_on_seed_and_name_only(tiny_config: Path) -> None:
     assert all(torch.equal(named[0][name], named[1][name]) for name in matrices)
     assert not any(torch.equal(named[0][name], named[2][name]) for name in matrices)
     assert not torch.equal(named[0][matrices[0]], named[0][matrices[7]])
+
+
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+def test_a_tied_head_that_is_trained_whole_starts_as_the_embeddings(
+    tiny_config: Path, tmp_path: Path, init: str
+) -> None:
+    """The files of a tied model hold no head to start from."""
+    folder = tmp_path / "tied"
+    folder.mkdir()
+    config = json.loads((tiny_config / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    plain = build(folder)
+    if init == "pretrained":
+        plain.module.transformer.save_pretrained(folder)
+    adapted = build(folder, "lora", params={"r": 4, "modules_to_save": ["lm_head"]}, init=init)
+    assert torch.allclose(losses(adapted), losses(plain), atol=1e-5)
+    head = adapted.module.head.weight
+    embeddings = adapted.module.transformer.get_input_embeddings().weight
+    assert torch.equal(head, embeddings)
+    assert head.requires_grad
+    assert not embeddings.requires_grad

@@ -16,7 +16,7 @@ from distft.demo.incidents import COMPONENTS, PROMPT_END, SEVERITIES, SIZES, Inc
 from distft.demo.scoring import parse
 
 Rows = list[dict[str, str]]
-DIGEST = "82dc185a8673c5366011167872fcad6b46dd5fe49a03e87f4ddc4e403fe0db9b"
+DIGEST = "23ac7fc03c4f7b610f116a028ce9afca51783e84c10c01ea9986dfb9d2a00876"
 
 
 @pytest.fixture(scope="module")

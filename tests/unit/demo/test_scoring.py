@@ -10,9 +10,10 @@ from distft.demo.scoring import Score, score
 LINES = "severity: high\ncomponent: payments\nsummary: refund worker times out\nnext: roll back release 4.12"
 JSON = '{"severity":"high","component":"payments","summary":"refund worker times out","next":"roll back release 4.12"}'
 
-GOOD = Score(conforms=True, severity_match=True)
-WRONG = Score(conforms=True, severity_match=False)
-BROKEN = Score(conforms=False, severity_match=False)
+GOOD = Score(conforms=True, severity_match=True, all_right=True)
+OTHER = Score(conforms=True, severity_match=True, all_right=False)
+WRONG = Score(conforms=True, severity_match=False, all_right=False)
+BROKEN = Score(conforms=False, severity_match=False, all_right=False)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,8 @@ BROKEN = Score(conforms=False, severity_match=False)
     [
         pytest.param("lines", LINES, GOOD, id="good"),
         pytest.param("lines", LINES.replace("high", "low"), WRONG, id="wrong severity"),
-        pytest.param("lines", LINES.replace("payments", "search"), GOOD, id="wrong component keeps the format"),
+        pytest.param("lines", LINES.replace("payments", "search"), OTHER, id="wrong component keeps the format"),
+        pytest.param("lines", LINES.replace("4.12", "4.13"), OTHER, id="wrong release"),
         pytest.param("lines", "", BROKEN, id="empty"),
         pytest.param("lines", LINES.replace("high", "urgent"), BROKEN, id="unknown severity"),
         pytest.param("lines", LINES.replace("high", "High"), BROKEN, id="capital"),
