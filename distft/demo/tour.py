@@ -42,7 +42,9 @@ class Stage:
     min_all_right: float
 
 
-FULL = Stage(recipe="tiny-full", launch="cpu-zero3", style="lines", min_conforms=0.95, min_severity=0.85, min_all_right=0.5)
+FULL = Stage(
+    recipe="tiny-full", launch="cpu-zero3", style="lines", min_conforms=0.95, min_severity=0.85, min_all_right=0.5
+)
 ADAPTERS = (
     Stage(recipe="tiny-lora", launch="cpu-ddp", style="json", min_conforms=0.9, min_severity=0.8, min_all_right=0.4),
     Stage(recipe="tiny-qlora", launch="cpu-ddp", style="json", min_conforms=0.9, min_severity=0.8, min_all_right=0.4),
