@@ -122,7 +122,9 @@ class Tour:
             train_s=train_s,
             sample=written[0],
         )
-        said = f"{exam.conforms:.1%} in {style} format, {exam.severity:.1%} of severities, {exam.all_right:.1%} all right"
+        said = (
+            f"{exam.conforms:.1%} in {style} format, {exam.severity:.1%} of severities, {exam.all_right:.1%} all right"
+        )
         self.console.print(f"{label}: {said}")
         self.exams.append(exam)
         return exam
