@@ -169,10 +169,10 @@ def _sets(recipe: Recipe, tokenizer: str, revision: str | None) -> Iterator[SetV
     for exam in exams(recipe.eval.answers, table, renderer, seed=recipe.seed, progress=_tell):
         yield SetView(
             name=exam.name,
-            num_rows=len(exam.questions),
-            longest_prompt=max(len(question.ids) for question in exam.questions),
+            num_rows=exam.rows,
+            longest_prompt=exam.longest_prompt,
             figures=tuple(exam.figures()),
-            prompt=exam.questions[0].prompt,
+            prompt=exam.first_prompt,
         )
 
 

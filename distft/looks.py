@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.answers.exam import Exam, take
+from distft.answers.exam import Exam
 from distft.answers.record import HELD_OUT, Records, perplexity, step_label
 from distft.answers.speaker import Speaker
 from distft.answers.summary import write_summary
@@ -125,7 +125,7 @@ class Looks:
             )
             totals = self._first(self.records.totals(label, exam.name) if kept else None)
             if totals is None:
-                taken = take(exam, self.speaker, self.engine)
+                taken = exam.take(self.speaker, self.engine)
                 if taken is None:
                     return None
                 if taken.cut_prompts:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from distft.answers import spot
-from distft.answers.exam import Exam, Scoring, choices
+from distft.answers.exam import Exam, RowsExam, Scoring, choices
 from distft.answers.words import Writing
-from distft.core.errors import DataError
+from distft.core.errors import DataError, RecipeError
 from distft.data.questions import Columns, Question, followed_by, questions, trained_as_chat
 from distft.data.render import Renderer
 from distft.recipe import AnswersTable, score_params
-from distft.recipe.answers import SPOT
+from distft.recipe.answers import SPOT, TASK, is_task
 from distft.recipe.schema import DataTable, SourceTable
 from distft.scores import SCORES, Answer
 
@@ -32,10 +32,49 @@ def exams(
         RecipeError: a score's settings cannot work.
         MachineError: a score's library is missing.
     """
-    return [_exam(table, data, renderer, seed, progress) for table in tables]
+    return [_any(table, data, renderer, seed, progress) for table in tables]
 
 
-def _exam(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int, progress: Callable[[int], None]) -> Exam:
+def _any(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int, progress: Callable[[int], None]) -> Exam:
+    return _task(table, data, renderer, seed) if is_task(table) else _exam(table, data, renderer, seed, progress)
+
+
+def _task(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int) -> Exam:
+    from distft.answers.tasks import TaskExam  # imports torch
+    from distft.scores.harness import Tasks
+
+    assert table.path is not None
+    as_chat = _as_chat(table, data)
+    try:
+        tasks = Tasks(
+            table.path.removeprefix(TASK),
+            limit=table.max_rows,
+            num_fewshot=table.num_fewshot,
+            seed=seed,
+            chat=(lambda messages, open_turn: renderer.draw(messages, open_turn=open_turn)) if as_chat else None,
+        )
+    except DataError as error:
+        raise DataError(f'[[eval.answers]] "{table.name}": {error}') from None
+    except RecipeError as error:
+        raise RecipeError(f'[[eval.answers]] "{table.name}"', error.problems) from None
+    return TaskExam(
+        name=table.name,
+        tasks=tasks,
+        renderer=renderer,
+        seed=seed,
+        as_chat=as_chat,
+        batch_size=None if table.batch_size == "auto" else table.batch_size,
+        every_steps=table.every_steps,
+    )
+
+
+def _as_chat(table: AnswersTable, data: DataTable) -> bool:
+    return trained_as_chat(data.train) if table.ask_as == "auto" else table.ask_as == "chat"
+
+
+def _exam(
+    table: AnswersTable, data: DataTable, renderer: Renderer, seed: int, progress: Callable[[int], None]
+) -> RowsExam:
     own = table.source
     if own is not None and own.path.startswith(SPOT):
         own = SourceTable(path=spot.path_of(own.path))
@@ -59,15 +98,14 @@ def _exam(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int, p
         seed=seed,
         batch_size=None if table.batch_size == "auto" else table.batch_size,
     )
-    return Exam(name=table.name, questions=asked, scorings=scorings, writing=writing, every_steps=table.every_steps)
+    return RowsExam(name=table.name, questions=asked, scorings=scorings, writing=writing, every_steps=table.every_steps)
 
 
 def _columns(table: AnswersTable, data: DataTable) -> Columns | None:
     prompt = "prompt" if table.path is not None and table.path.startswith(SPOT) else table.prompt
     if prompt is None:
         return None
-    as_chat = trained_as_chat(data.train) if table.ask_as == "auto" else table.ask_as == "chat"
-    return Columns(prompt=prompt, reference=table.reference, as_chat=as_chat)
+    return Columns(prompt=prompt, reference=table.reference, as_chat=_as_chat(table, data))
 
 
 def _scoring(raw: dict[str, Any], asked: Sequence[Question], renderer: Renderer) -> Scoring:

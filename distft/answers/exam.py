@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from distft.answers.words import Prompt, Writing, Written
 from distft.core.errors import DistftError, PeerEnded
@@ -34,9 +33,63 @@ class Scoring:
     """Of a score that weighs: for each question, prompt and choice as tokens, a pair for each choice."""
 
 
+class Exam(Protocol):
+    """A set of questions, wherever they come from."""
+
+    @property
+    def name(self) -> str:
+        """Of its files, and the first half of its figures' names."""
+        ...
+
+    @property
+    def every_steps(self) -> int | None:
+        """Steps between two times it is taken during training; None: only before and after."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """How many questions there are."""
+        ...
+
+    @property
+    def rows_sha256(self) -> str:
+        """Equal for equal questions."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else answers and marks depend on, besides the model; JSON."""
+        ...
+
+    @property
+    def first_prompt(self) -> str:
+        """The first question, as the model reads it."""
+        ...
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens."""
+        ...
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure it gives, by name."""
+        ...
+
+    def take(self, speaker: Speaker, engine: Engine) -> Taken | None:
+        """Ask and judge; collective, and every rank gets what rank 0's judges say.
+
+        Returns:
+            None when some rank was asked to stop before the end.
+
+        Raises:
+            DistftError: a row cannot be judged, or a judge cannot be asked; PeerEnded on the other ranks.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class Exam:
-    """What is asked, how it is answered, how answers are judged."""
+class RowsExam:
+    """Rows that the recipe names: how they are answered, how answers are judged."""
 
     name: str
     questions: Sequence[Question]
@@ -44,14 +97,19 @@ class Exam:
     writing: Writing
     every_steps: int | None = None
 
-    @cached_property
+    @property
+    def rows(self) -> int:
+        """See `Exam`."""
+        return len(self.questions)
+
+    @property
     def rows_sha256(self) -> str:
-        """Equal for equal questions."""
+        """See `Exam`."""
         return rows_hash(self.questions)
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
-        """What else answers and marks depend on, besides the model; JSON."""
+        """See `Exam`."""
         how = self.writing
         written = {
             "max_new_tokens": how.max_new_tokens,
@@ -66,13 +124,52 @@ class Exam:
         return {**(written if self.writes else {}), "scores": judged}
 
     @property
+    def first_prompt(self) -> str:
+        """See `Exam`."""
+        return self.questions[0].prompt
+
+    @property
+    def longest_prompt(self) -> int:
+        """See `Exam`."""
+        return max(len(one.ids) for one in self.questions)
+
+    @property
     def writes(self) -> bool:
         """Whether any score looks at text."""
         return any(one.spec.choices is None for one in self.scorings)
 
     def figures(self) -> dict[str, Figure]:
-        """Every figure it gives, by name."""
+        """See `Exam`."""
         return {figure.name: figure for one in self.scorings for figure in one.spec.figures(one.params)}
+
+    def take(self, speaker: Speaker, engine: Engine) -> Taken | None:
+        """See `Exam`."""
+        questions, room = self.questions, self.writing.max_new_tokens
+        texts: list[Written] | None = [Written(text="", num_tokens=0, ended=True)] * len(questions)
+        seconds, cut = 0.0, 0
+        if self.writes:
+            prompts = [Prompt(name=f"{one.id}\n{one.prompt}", ids=speaker.fitted(one.ids, room)) for one in questions]
+            cut = sum(len(prompt.ids) < len(one.ids) for prompt, one in zip(prompts, questions, strict=True))
+            texts = speaker.write(prompts, self.writing)
+            seconds += speaker.seconds
+        if texts is None:
+            return None
+        answers = [
+            Answer(id=one.id, row=one.row, reference=one.reference, text=said.text, prompt=one.prompt)
+            for one, said in zip(questions, texts, strict=True)
+        ]
+        scored: list[tuple[str, Scored]] = []
+        for scoring in self.scorings:
+            judged = answers
+            if scoring.spec.choices is not None:
+                weighed = _weighed(self, scoring, answers, speaker)
+                if weighed is None:
+                    return None
+                judged = answers = weighed
+                seconds += speaker.seconds
+            scored.append((scoring.spec.name, _judged(scoring, judged, engine)))
+        tokens = sum(said.num_tokens for said in texts)
+        return Taken(answers=answers, scored=scored, seconds=seconds, answer_tokens=tokens, cut_prompts=cut)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,44 +190,7 @@ class Taken:
         return {name: value for _, one in self.scored for name, value in one.totals.items()}
 
 
-def take(exam: Exam, speaker: Speaker, engine: Engine) -> Taken | None:
-    """Ask and judge; collective. Judged on rank 0, and every rank gets what it says.
-
-    Returns:
-        None when some rank was asked to stop before the end.
-
-    Raises:
-        DistftError: a row cannot be judged, or a judge cannot be asked; PeerEnded on the other ranks.
-    """
-    questions, room = exam.questions, exam.writing.max_new_tokens
-    texts: list[Written] | None = [Written(text="", num_tokens=0, ended=True)] * len(questions)
-    seconds, cut = 0.0, 0
-    if exam.writes:
-        prompts = [Prompt(name=f"{one.id}\n{one.prompt}", ids=speaker.fitted(one.ids, room)) for one in questions]
-        cut = sum(len(prompt.ids) < len(one.ids) for prompt, one in zip(prompts, questions, strict=True))
-        texts = speaker.write(prompts, exam.writing)
-        seconds += speaker.seconds
-    if texts is None:
-        return None
-    answers = [
-        Answer(id=one.id, row=one.row, reference=one.reference, text=said.text, prompt=one.prompt)
-        for one, said in zip(questions, texts, strict=True)
-    ]
-    scored: list[tuple[str, Scored]] = []
-    for scoring in exam.scorings:
-        judged = answers
-        if scoring.spec.choices is not None:
-            weighed = _weighed(exam, scoring, answers, speaker)
-            if weighed is None:
-                return None
-            judged = answers = weighed
-            seconds += speaker.seconds
-        scored.append((scoring.spec.name, _judged(scoring, judged, engine)))
-    tokens = sum(said.num_tokens for said in texts)
-    return Taken(answers=answers, scored=scored, seconds=seconds, answer_tokens=tokens, cut_prompts=cut)
-
-
-def _weighed(exam: Exam, scoring: Scoring, answers: list[Answer], speaker: Speaker) -> list[Answer] | None:
+def _weighed(exam: RowsExam, scoring: Scoring, answers: list[Answer], speaker: Speaker) -> list[Answer] | None:
     """The answers with the log-likelihood of each choice; where nothing was written, the likeliest is the text."""
     pairs = [(speaker.fitted(asked, len(choice)), choice) for row in scoring.pairs for asked, choice in row]
     found = speaker.weigh(pairs, batch_size=exam.writing.batch_size)

@@ -45,7 +45,7 @@ class Records:
             "name": exam.name,
             "label": label,
             "step": step,
-            "rows": len(exam.questions),
+            "rows": exam.rows,
             "rows_sha256": exam.rows_sha256,
             "model": model,
             "seconds": round(taken.seconds, 3),

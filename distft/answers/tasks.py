@@ -1,21 +1,82 @@
-"""What lm-eval says of a task, in the form of a set of answers, to be kept and compared like one."""
+"""A task of lm-eval as a set of questions: asked by the library, kept and compared like every other."""
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from distft.answers.exam import Exam, Taken
-from distft.answers.words import Writing
-from distft.data.questions import Question
-from distft.scores import Answer, Scored
+from distft.answers.exam import Taken
+from distft.answers.texts import Texts
+from distft.core.errors import Preempted
+from distft.scores import Figure
+from distft.scores.harness import Tasks
+
+if TYPE_CHECKING:
+    from distft.answers.speaker import Speaker
+    from distft.core.types import Engine
+    from distft.data.render import Renderer
 
 
-def kept(task: str, scored: Scored) -> tuple[Exam, Taken]:
-    """Rows have numbers only: their text is the library's."""
-    count = max((len(values) for values in scored.rows.values()), default=0)
-    ids = [f"{task} row {number}" for number in range(1, count + 1)]
-    asked = [Question(id=one, row={}, prompt="", ids=(), as_chat=False, reference="") for one in ids]
-    name = f"lm-eval-{re.sub(r'[^A-Za-z0-9_-]+', '-', task)}"
-    exam = Exam(name=name, questions=asked, scorings=(), writing=Writing())
-    answers = [Answer(id=one, row={}, reference="") for one in ids]
-    return exam, Taken(answers=answers, scored=[(task, scored)], seconds=0.0, answer_tokens=0, cut_prompts=0)
+@dataclass(frozen=True, kw_only=True)
+class TaskExam:
+    """See `Exam`."""
+
+    name: str
+    tasks: Tasks
+    renderer: Renderer
+    seed: int
+    as_chat: bool
+    batch_size: int | None = None
+    every_steps: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """See `Exam`."""
+        return self.tasks.rows
+
+    @property
+    def rows_sha256(self) -> str:
+        """Of the requests in full: rows, those shown before them, and what the library makes of both."""
+        return self.tasks.sha256
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Exam`; scores change with the library's version."""
+        return {
+            "task": self.tasks.name,
+            "lm_eval": version("lm-eval"),
+            "seed": self.seed,
+            "ask_as": "chat" if self.as_chat else "text",
+        }
+
+    @property
+    def first_prompt(self) -> str:
+        """See `Exam`."""
+        return self.tasks.prompts[0]
+
+    @property
+    def longest_prompt(self) -> int:
+        """See `Exam`; the answer of a likelihood counts as an answer."""
+        return max(len(self.renderer.tokens(one, as_chat=self.as_chat)) for one in set(self.tasks.prompts) if one)
+
+    def figures(self) -> dict[str, Figure]:
+        """See `Exam`."""
+        return {figure.name: figure for figure in self.tasks.planned}
+
+    def take(self, speaker: Speaker, engine: Engine) -> Taken | None:
+        """See `Exam`. Every rank runs the library; what rank 0's says is what counts."""
+        texts = Texts(speaker, self.renderer, seed=self.seed, as_chat=self.as_chat, batch_size=self.batch_size)
+        try:
+            answers, scored = self.tasks.run(texts)
+        except Preempted:
+            return None
+        (scored, *_) = engine.gather(scored if engine.rank == 0 else None)
+        assert scored is not None
+        return Taken(
+            answers=answers,
+            scored=[(self.tasks.name, scored)],
+            seconds=texts.seconds,
+            answer_tokens=texts.answer_tokens,
+            cut_prompts=texts.cut_prompts,
+        )

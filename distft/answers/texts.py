@@ -9,7 +9,6 @@ from distft.answers.speaker import Speaker
 from distft.answers.words import Prompt, Writing
 from distft.core.errors import Preempted
 from distft.data.render import Renderer
-from distft.data.samples import PromptCompletion
 
 T = TypeVar("T")
 
@@ -17,8 +16,14 @@ T = TypeVar("T")
 class Texts:
     """Collective, as the speaker is: every rank asks the same, and gets every answer."""
 
-    def __init__(self, speaker: Speaker, renderer: Renderer, *, seed: int) -> None:
+    def __init__(
+        self, speaker: Speaker, renderer: Renderer, *, seed: int, as_chat: bool = False, batch_size: int | None = None
+    ) -> None:
+        """`as_chat`: texts come with a chat template's special tokens."""
         self._speaker, self._renderer, self._seed = speaker, renderer, seed
+        self._as_chat, self._batch_size = as_chat, batch_size
+        self.seconds, self.answer_tokens, self.cut_prompts = 0.0, 0, 0
+        """So far."""
 
     def weigh(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation after its context, and whether it is what the model would write.
@@ -26,8 +31,10 @@ class Texts:
         Raises:
             Preempted: asked to stop.
         """
-        tokens = [self._renderer.pair(context, continuation) for context, continuation in pairs]
-        return _all(self._speaker.weigh([(self._speaker.fitted(one, len(two)), two) for one, two in tokens]))
+        # White space goes over to the continuation in chats too, where the library's figures have it.
+        cut = [(bare := one.rstrip(), one[len(bare) :] + two) for one, two in pairs]
+        tokens = [self._renderer.pair(one, two, as_chat=self._as_chat) for one, two in cut]
+        return self._weighed([(self._fitted(one, len(two)), two) for one, two in tokens])
 
     def weigh_whole(self, texts: Sequence[str]) -> list[float]:
         """Log-likelihood of each text, in windows as lm-eval cuts them (`get_rolling_token_windows`).
@@ -36,7 +43,7 @@ class Texts:
             Preempted: asked to stop.
         """
         windows = [self._windows(text) for text in texts]
-        found = iter(_all(self._speaker.weigh([window for own in windows for window in own])))
+        found = iter(self._weighed([window for own in windows for window in own]))
         return [sum(next(found)[0] for _ in own) for own in windows]
 
     def write(
@@ -47,18 +54,37 @@ class Texts:
         Raises:
             Preempted: asked to stop.
         """
-        ids = [self._renderer.ask(PromptCompletion(prompt=prompt, completion=""))[1] for prompt in prompts]
+        ids = [self._renderer.tokens(prompt, as_chat=self._as_chat) for prompt in prompts]
         asked = [
-            Prompt(name=prompt, ids=self._speaker.fitted(one, max_new_tokens))
-            for prompt, one in zip(prompts, ids, strict=True)
+            Prompt(name=prompt, ids=self._fitted(one, max_new_tokens)) for prompt, one in zip(prompts, ids, strict=True)
         ]
-        how = Writing(max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, seed=self._seed)
-        return [written.text for written in _all(self._speaker.write(asked, how))]
+        how = Writing(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop=stop,
+            seed=self._seed,
+            batch_size=self._batch_size,
+        )
+        written = _all(self._speaker.write(asked, how))
+        self.seconds += self._speaker.seconds
+        self.answer_tokens += sum(one.num_tokens for one in written)
+        return [one.text for one in written]
+
+    def _weighed(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+        found = _all(self._speaker.weigh(pairs, batch_size=self._batch_size))
+        self.seconds += self._speaker.seconds
+        return found
+
+    def _fitted(self, ids: Sequence[int], room: int) -> Sequence[int]:
+        kept = self._speaker.fitted(ids, room)
+        self.cut_prompts += len(kept) < len(ids)
+        return kept
 
     def _windows(self, text: str) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """Every token once; a later window sees as much before it as the model reads."""
-        (*before,), (*after,) = self._renderer.pair("", text)
-        ids = [*before[1:], *after]
+        """Every token once; a later window sees as much before it as the model reads. A start token that the tokenizer
+        adds counts as one of the text's, after another: as in lm-eval, whose figures these are."""  # noqa: D205, D209
+        before, _ = self._renderer.pair("", text)
+        ids = self._renderer.tokens(text)
         most = self._speaker.longest or len(ids)
         first = min(most, len(ids))
         windows: list[tuple[Sequence[int], Sequence[int]]] = [(before[:1], ids[:first])]

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from distft.assemble.rows import Data, Preparing, Say, tokenizer_of
+from distft.core.errors import Problem, RecipeError
 from distft.recipe import Recipe
+from distft.recipe.answers import EVAL_LOSS
 
 if TYPE_CHECKING:
     from distft.answers.exam import Exam
@@ -35,16 +37,24 @@ def exams(located: Recipe, say: Say) -> list[Exam]:
     )
     for exam in made:
         figures = ", ".join(exam.figures())
-        say(f"answers {exam.name}: {len(exam.questions):,} rows, {figures}")
+        say(f"answers {exam.name}: {exam.rows:,} rows, {figures}")
     return made
 
 
 def best(recipe: Recipe, asked: list[Exam]) -> Best:
-    """What knows the best evaluation, by the figure that the recipe names."""
+    """What knows the best evaluation, by the figure that the recipe names.
+
+    Raises:
+        RecipeError: no set gives this figure.
+    """
     from distft.best import Best
 
     by = recipe.eval.best_by
     figures = {f"{exam.name}.{name}": figure for exam in asked for name, figure in exam.figures().items()}
+    if by not in figures and by != EVAL_LOSS:  # a task of lm-eval, whose figures nobody knew before
+        key, known = recipe.line_of("eval.best_by"), ", ".join([EVAL_LOSS, *figures])
+        problem = Problem(message=f'[eval] best_by = "{by}"  is measured nowhere', fix=f"allowed: {known}", line=key)
+        raise RecipeError(recipe.source, [problem])
     higher = figures[by].higher_is_better if by in figures else False
     return Best(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop, by=by, higher_is_better=higher)
 

@@ -229,6 +229,26 @@ class Renderer:
         at = min(len(before), len(ids) - 1)
         return tuple(ids[:at]), tuple(ids[at:])
 
+    def tokens(self, text: str, *, as_chat: bool = False) -> list[int]:
+        """A prompt in words, as `ask` would tokenise it; `as_chat`: a template has written it, special tokens too.
+
+        Raises:
+            RowError: it is empty, and no token of its own starts a text.
+        """
+        if not as_chat:
+            return self.ask(PromptCompletion(prompt=text, completion=""))[1]
+        return self.tokenizer.backend_tokenizer.encode(_valid(text), add_special_tokens=False).ids
+
+    def draw(self, messages: Sequence[Message], *, open_turn: bool) -> str:
+        """A chat as the template writes it; `open_turn`: up to where the assistant would answer.
+
+        Raises:
+            RowError: the template refuses it.
+            DataError: the chat template cannot be used.
+        """
+        self.template.refuse_without_stop()
+        return self.template.draw(messages, None, open_turn)[0]
+
     def write(self, ids: list[int]) -> str:
         """Tokens of an answer as text, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import assemble
@@ -19,30 +21,21 @@ from distft.core.pulse import PULSE
 from distft.core.stop import STOP
 from distft.core.types import TrainState
 from distft.eval.subject import Subject, choose, read
-from distft.recipe import Recipe
+from distft.recipe import AnswersTable, Recipe
+from distft.recipe.answers import TASK
 from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from distft.answers.exam import Exam
     from distft.core.types import Engine
     from distft.engine.processes import Processes
-    from distft.looks import Looks
     from distft.model.load import MetaModel
 
 MICRO_TOKENS = 8192
 """Of a micro-batch of held-out rows."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tasks:
-    """Tasks of lm-eval to run as well."""
-
-    names: tuple[str, ...] = ()
-    limit: int | None = None
-    num_fewshot: int | None = None
-
-
-def evaluate(subject: Subject, tasks: Tasks) -> dict[str, Any]:
+def evaluate(subject: Subject) -> dict[str, Any]:
     """Look at the model in this process, which may be one of many; the figures, equal on all ranks.
 
     Raises:
@@ -54,7 +47,7 @@ def evaluate(subject: Subject, tasks: Tasks) -> dict[str, Any]:
     PULSE.begin()
     _, rank, world, _ = processes.placed_by(os.environ)
     say = _say if rank == 0 else _say_nothing
-    if not (subject.asked.eval.answers or subject.asked.data.eval or tasks.names):
+    if not (subject.asked.eval.answers or subject.asked.data.eval):
         problem = Problem(message="nothing to look at", fix="add [[data.eval]], [[eval.answers]], or --lm-eval TASK")
         raise RecipeError(subject.asked.source, [problem])
     asked, built = _cut_for(subject.asked, world), _cut_for(subject.built, world)
@@ -68,7 +61,7 @@ def evaluate(subject: Subject, tasks: Tasks) -> dict[str, Any]:
         raise
     try:
         model = _held(replace(subject, built=built), engine, placed, cut, rows, say)
-        return _look(subject, engine, model, rows, exams, tasks, say)
+        return _look(subject, engine, model, rows, exams, say)
     finally:
         engine.close()
 
@@ -116,7 +109,6 @@ def _look(
     model: MetaModel,
     rows: assemble.Data,
     exams: list[Exam],
-    tasks: Tasks,
     say: assemble.Say,
 ) -> dict[str, Any]:
     from distft.export.model_card import refresh
@@ -131,8 +123,6 @@ def _look(
     figures = looks.under(subject.label, TrainState(step=subject.step))
     if figures is None:
         raise Preempted(f"stopped by {STOP.reason or 'another rank'}; sets that were finished are kept")
-    if tasks.names:
-        figures |= _run_tasks(subject, looks, tasks)
     summary = folder.path / "eval" / "summary.json"
     if engine.rank == 0:
         refresh(read_run(folder.path))  # the model card of final/, where there is one
@@ -146,25 +136,20 @@ def _look(
     }
 
 
-def _run_tasks(subject: Subject, looks: Looks, tasks: Tasks) -> dict[str, float]:
-    from distft.answers.summary import write_summary
-    from distft.answers.tasks import kept
-    from distft.answers.texts import Texts
-    from distft.scores.harness import run_tasks
-
-    recipe = subject.asked
-    texts = Texts(looks.speaker, assemble.renderer(recipe), seed=recipe.seed)
-    found = run_tasks(texts, tasks.names, limit=tasks.limit, num_fewshot=tasks.num_fewshot, seed=recipe.seed)
-    figures: dict[str, float] = {}
-    for name, scored in found.items():
-        exam, taken = kept(name, scored)
-        if looks.engine.rank == 0:
-            model = looks.base if subject.label == "before" else f"{looks.base}+trained"
-            looks.records.write(exam, taken, label=subject.label, step=subject.step, model=model)
-        figures |= {f"{exam.name}.{figure}": value for figure, value in scored.totals.items()}
-    if looks.engine.rank == 0:
-        write_summary(looks.records)
-    return figures
+def _with_tasks(subject: Subject, names: Sequence[str], limit: int | None, num_fewshot: int | None) -> Subject:
+    """Tasks of lm-eval asked as well, as sets of the recipe would be."""
+    more = [
+        AnswersTable(
+            name="lm-eval-" + re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem),
+            path=f"{TASK}{name}",
+            max_rows=limit,
+            num_fewshot=num_fewshot,
+        )
+        for name in names
+    ]
+    table = subject.asked.eval
+    changed = table.model_copy(update={"answers": (*table.answers, *more)})
+    return replace(subject, asked=replace(subject.asked, eval=changed))
 
 
 def show(found: dict[str, Any]) -> Iterator[str]:
@@ -199,10 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe, folder = read(given.target, given.set, given.output_dir)
         subject = choose(recipe, folder, given.model, given.label)
-        names = tuple(name for name in given.lm_eval.split(",") if name)
+        names = [name for name in given.lm_eval.split(",") if name]
+        subject = _with_tasks(subject, names, given.limit, given.num_fewshot)
         # Libraries print to standard output, which is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
-            found = evaluate(subject, Tasks(names=names, limit=given.limit, num_fewshot=given.num_fewshot))
+            found = evaluate(subject)
     except (Exception, KeyboardInterrupt) as error:
         report_error(error, rank)
         return exit_code(error)

@@ -19,6 +19,8 @@ from distft.recipe.text import toml_value
 
 ParamsT = TypeVar("ParamsT", bound=Params)
 SPOT = "spot:"
+TASK = "lm-eval:"
+"""A path that is a task of lm-eval's, or a YAML file as it reads them."""
 SPOT_SETS: dict[str, tuple[dict[str, Any], ...]] = {
     "spot:general": ({"name": "multiple_choice"},),
     "spot:refusals": (
@@ -33,6 +35,7 @@ SPOT_SETS: dict[str, tuple[dict[str, Any], ...]] = {
 EVAL_LOSS = "eval_loss"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
 _OF_WRITING = ("max_new_tokens", "temperature", "top_p", "stop")
+_NOT_OF_TASKS = ("format", "split", "subset", "columns", "prompt", "reference", "scores", *_OF_WRITING)
 
 
 def names_are_plain_and_distinct(recipe: Recipe, _: Registries) -> Iterator[Fault]:
@@ -63,6 +66,8 @@ def answers_have_rows(recipe: Recipe, registries: Registries) -> Iterator[Fault]
             for key in ("format", "split", "subset", "columns"):
                 if _is_set(one, key):
                     yield Fault(key=(*where, key), message="has no effect without path", fix="remove it, or add path")
+        elif one.path == TASK:
+            yield Fault(key=(*where, "path"), message="names no task", fix='for example "lm-eval:gsm8k"')
         elif one.path.startswith(SPOT) and one.path not in SPOT_SETS:
             message = f"is no set of the project's{did_you_mean(one.path, list(SPOT_SETS))}"
             yield Fault(key=(*where, "path"), message=message, fix=f"allowed: {', '.join(SPOT_SETS)}, or rows of yours")
@@ -87,7 +92,13 @@ def questions_are_found_one_way(recipe: Recipe, _: Registries) -> Iterator[Fault
     """A row is of a data format, or its columns are named."""
     for at, one in enumerate(recipe.eval.answers):
         where = ("eval", "answers", at)
-        if one.prompt is None:
+        if one.num_fewshot is not None and not is_task(one):
+            yield Fault(key=(*where, "num_fewshot"), message="has no effect but on tasks of lm-eval", fix="remove it")
+        if is_task(one):
+            for key in _NOT_OF_TASKS:
+                if _is_set(one, key):
+                    yield Fault(key=(*where, key), message=f"has no effect: {one.path} says it itself", fix="remove it")
+        elif one.prompt is None:
             for key, is_set in (
                 ("reference", one.reference is not None),
                 ("ask_as", one.ask_as != "auto" and not _is_spot(one)),
@@ -112,6 +123,8 @@ def answers_are_scored(recipe: Recipe, registries: Registries) -> Iterator[Fault
     """Each score once, no two figures of one name, and settings that the scores make use of."""
     for at, one in enumerate(recipe.eval.answers):
         where = ("eval", "answers", at)
+        if is_task(one):
+            continue
         if not one.scores and not _is_spot(one):
             fix = f'allowed: {", ".join(registries.scores)}  for example: scores = [{{ name = "exact_match" }}]'
             yield Fault(key=(*where, "scores"), message="is required: what makes an answer right?", fix=fix)
@@ -157,6 +170,10 @@ def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[Faul
         f"{one.name}.{name}": at for at, one in enumerate(recipe.eval.answers) for name in figures_of(one, registries)
     }
     also = (("eval", "answers"),)
+    # Which figures a task of lm-eval gives is known when it has been loaded.
+    for at, one in enumerate(recipe.eval.answers):
+        if is_task(one) and by.startswith(f"{one.name}."):
+            owners[by] = at
     if by not in owners:
         known = [EVAL_LOSS, *owners]
         yield Fault(
@@ -207,6 +224,11 @@ def score_params(raw: dict[str, Any], kind: type[ParamsT]) -> ParamsT:
 def _is_set(one: AnswersTable, key: str) -> bool:
     """Whether a key says something: a resolved recipe says every default too."""
     return getattr(one, key) != AnswersTable.model_fields[key].default
+
+
+def is_task(one: AnswersTable) -> bool:
+    """Whether rows, prompts and scores are those of a task of lm-eval."""
+    return one.path is not None and one.path.startswith(TASK)
 
 
 def _is_spot(one: AnswersTable) -> bool:

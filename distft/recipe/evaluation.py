@@ -32,7 +32,7 @@ class AnswersTable(Params):
     name: str = Field(min_length=1, examples=["gsm8k"])
     """What files and figures are called: `NAME.FIGURE`."""
     path: str | None = Field(default=None, min_length=1)
-    """As in [[data.eval]], or spot:general, spot:refusals; the rows of [[data.eval]] unless set."""
+    """As in [[data.eval]], or spot:general, spot:refusals, lm-eval:TASK; the rows of [[data.eval]] unless set."""
     format: str = "auto"
     """Shape of a row; auto looks at the first rows."""
     split: str | None = Field(default=None, min_length=1)
@@ -48,7 +48,9 @@ class AnswersTable(Params):
     reference: str | None = Field(default=None, min_length=1)
     """Column that holds the right answer, beside `prompt`."""
     ask_as: Literal["auto", "chat", "text"] = "auto"
-    """How `prompt` is asked: as what a user says, or as raw text; auto = as the trained rows are."""
+    """How `prompt`, or a task of lm-eval, is asked: as what a user says, or as raw text; auto = as the trained rows."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Of a task of lm-eval: solved rows shown before the question; as the task says unless set."""
     scores: tuple[dict[str, Any], ...] = Field(default=(), examples=[[{"name": "exact_match"}]])
     """How answers are judged: name and settings of each score."""
     max_new_tokens: int = Field(default=256, ge=1)

@@ -6,15 +6,31 @@ it says of the rows comes back as `Scored`, to be compared and shown like every 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib
+import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-from distft.core.errors import MachineError, Problem, RecipeError
-from distft.core.registry import nearest
-from distft.scores.spec import Figure, Scored
+import numpy as np
 
+from distft.core import hub
+from distft.core.errors import DataError, MachineError, Problem, RecipeError
+from distft.core.registry import nearest
+from distft.scores.spec import Answer, Figure, Scored, mean
+
+MAX_NEW_TOKENS = 256
+"""Where a task does not say."""
 _TWO_VALUES = {0.0, 1.0}
+
+Chat = Callable[[list[dict[str, str]], bool], str]
+"""(messages, whether the assistant's turn is opened) -> the text that the model reads."""
 
 
 class Answerer(Protocol):
@@ -38,56 +54,182 @@ class Answerer(Protocol):
         ...
 
 
-MAX_NEW_TOKENS = 256
-"""Where a task does not say."""
+class Tasks:
+    """A task, or a group or tag of them whose rows are taken together: loaded, its rows read, its prompts written."""
 
+    def __init__(
+        self,
+        name: str | dict[str, Any],
+        *,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+        seed: int = 0,
+        chat: Chat | None = None,
+    ) -> None:
+        """Rows come from where the task says, mostly the hub.
 
-def run_tasks(
-    model: Answerer,
-    tasks: Sequence[str | dict[str, Any]],
-    *,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-) -> dict[str, Scored]:
-    """Task -> what the library says of its rows; groups and tags are run as their tasks.
+        Args:
+            name: one that the library knows, a YAML file as it reads them, or a task's content of such a file.
+            limit: rows of each task, the first ones; None: all.
+            num_fewshot: rows shown in the prompt; None: as the task says. A task that says 0 stays at 0.
+            seed: of the draw of rows shown.
+            chat: draws a prompt as a chat; None: raw text.
 
-    Args:
-        model: see `Answerer`.
-        tasks: names the library knows, or task configurations as its YAML files hold them.
-        num_fewshot: rows shown in the prompt; None: as the task says.
-        limit: rows of each task; None: all.
-        seed: of the few-shot rows.
+        Raises:
+            MachineError: lm-eval is not installed.
+            RecipeError: a task that it does not know, or that cannot be run on a text model.
+            DataError: its rows cannot be had.
+        """
+        self.name = _name(name)
+        self._limit, self._seed, self._chat = limit, seed, chat
+        with _seeded(seed):
+            self._loaded = _load(name, self.name)
+            self._tasks: dict[str, Any] = self._loaded["tasks"]
+            for task in self._tasks.values():
+                if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+                    task.set_config(key="num_fewshot", value=num_fewshot)
+                elif task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+            asked = [list(self._requests(task)) for task in self._tasks.values()]
+        self.rows = sum(len({at for at, _ in requests}) for requests in asked)
+        """Of all its tasks."""
+        self.sha256 = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
+        """Of every request that is made of the model, prompts in full."""
+        self.prompts = [args[0] for requests in asked for _, args in requests]
+        """Of every request."""
+        self.planned = self._planned()
+        """Figures it will give, as its configuration says."""
 
-    Raises:
-        MachineError: lm-eval is not installed.
-        RecipeError: a task that it does not know.
-    """
-    try:
+    def run(self, model: Answerer) -> tuple[list[Answer], Scored]:
+        """Each row with its prompt, the right answer and the model's, and what the library says of them."""
         import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+        with _seeded(self._seed):
+            for task in self._tasks.values():
+                task.set_fewshot_seed(seed=self._seed)  # or a second run would show other rows
+            found: Any = lm_eval.evaluate(
+                lm=_wrapped(model, self._drawn),
+                task_dict=self._loaded,
+                limit=self._limit,
+                bootstrap_iters=0,  # intervals are ours
+                log_samples=True,
+                apply_chat_template=self._chat is not None,
+                fewshot_as_multiturn=self._chat is not None,
+            )
+        better: dict[str, bool] = {}
+        parts: list[Scored] = []
+        answers: list[Answer] = []
+        for leaf in self._tasks:
+            better |= found["higher_is_better"].get(leaf, {})
+            samples = found["samples"][leaf]
+            parts.append(_scored(found["results"][leaf], samples, better))
+            answers += _answers(leaf, samples)
+        if len(parts) == 1:
+            return answers, parts[0]
+        group = next(iter(self._loaded["groups"]), "")  # the outermost; a tag is none
+        return answers, _together(parts, found["results"].get(group, {}))
+
+    def _requests(self, task: Any) -> Iterator[tuple[int, Any]]:
+        task.set_fewshot_seed(seed=self._seed)
+        try:
+            task.build_all_requests(
+                limit=self._limit,
+                rank=0,
+                world_size=1,
+                apply_chat_template=self._chat is not None,
+                fewshot_as_multiturn=self._chat is not None,
+                chat_template=self._drawn,
+                tokenizer_name="",
+            )
+        except ValueError as error:
+            raise DataError(f"lm-eval task {self.name}: {error}") from None
+        for one in task.instances:
+            yield one.doc_id, one.args
+
+    def _drawn(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """By the library's names."""
+        assert self._chat is not None
+        return self._chat(chat_history, add_generation_prompt)
+
+    def _planned(self) -> tuple[Figure, ...]:
+        shared: dict[str, Figure] | None = None
+        for task in self._tasks.values():
+            better = task.higher_is_better()
+            own = {
+                name: Figure(name=name, higher_is_better=better.get(metric, True))
+                for metric in task.aggregation()
+                for one in task._filters
+                for name in [_figure(metric, one.name)]
+            }
+            shared = own if shared is None else {name: one for name, one in shared.items() if name in own}
+        if not shared:
+            names = ", ".join(list(self._tasks)[:5])
+            problem = Problem(
+                message=f'task "{self.name}"  is a group whose tasks have no figure in common',
+                fix=f"ask them one by one: {names}, ...",
+            )
+            raise RecipeError("lm-eval", [problem])
+        return tuple(shared.values())
+
+
+def _name(spec: str | dict[str, Any]) -> str:
+    if isinstance(spec, dict):
+        return str(spec["task"])
+    return Path(spec).stem if _is_file(spec) else spec
+
+
+def _is_file(spec: str | dict[str, Any]) -> bool:
+    return isinstance(spec, str) and spec.endswith((".yaml", ".yml"))
+
+
+def _load(spec: str | dict[str, Any], name: str) -> dict[str, Any]:
+    try:
+        importlib.import_module("lm_eval")
+        manager_of = importlib.import_module("lm_eval.tasks").TaskManager
+        drawing: Any = importlib.import_module("lm_eval.api.task")
     except ImportError as error:
         raise MachineError(f'lm-eval tasks need lm-eval: pip install "distft[lm-eval]" ({error})') from None
-    manager: Any = TaskManager()
-    known = list(manager.all_tasks)
-    unknown = [task for task in tasks if isinstance(task, str) and task not in known]
-    if unknown:
-        raise RecipeError("lm-eval", [_unknown(task, known) for task in unknown])
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    found: Any = lm_eval.simple_evaluate(
-        model=_wrapped(model),
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=0,  # intervals are ours
-        log_samples=True,
-        **seeds,
-    )
-    better = found["higher_is_better"]
-    return {
-        name: _scored(found["results"][name], rows, better.get(name, {})) for name, rows in found["samples"].items()
-    }
+    drawing.tqdm = _no_bar  # each rank would draw a bar for each task
+    for logger in ("lm_eval", "lm-eval"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    if isinstance(spec, str) and _is_file(spec):
+        manager, spec = _of_file(manager_of, Path(spec))
+    else:
+        manager = manager_of()
+        if isinstance(spec, str) and spec not in manager.all_tasks:
+            raise RecipeError("lm-eval", [_unknown(spec, list(manager.all_tasks))])
+    found: list[Any] = []
+
+    def load() -> str:
+        found.append(manager.load([spec]))
+        return "read"
+
+    cache = Path(importlib.import_module("datasets.config").HF_DATASETS_CACHE)
+    try:
+        hub.once(cache, f"lm-eval {spec}", load, good=bool, lasting=False)
+        loaded = found[0] if found else manager.load([spec])
+    except Exception as error:  # whatever a task's file or its rows make the library raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise DataError(f"lm-eval task {name}: cannot be loaded: {type(error).__name__}: {reason}") from None
+    for leaf, task in loaded["tasks"].items():
+        for flag, said in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "shows pictures")):
+            if getattr(task, flag, False):
+                raise RecipeError("lm-eval", [Problem(message=f'task "{leaf}"  {said}, which is not done here')])
+    return loaded
+
+
+def _of_file(manager_of: Any, path: Path) -> tuple[Any, str]:
+    """What loads it, and the name to ask it for: a group is known by its own, with the files beside it."""
+    if not path.is_file():
+        raise RecipeError("lm-eval", [Problem(message=f'task "{path}"  no such file')])
+    group = re.search(r"^group\s*:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    if group is not None:
+        return manager_of(include_path=str(path.parent)), group[1].strip("\"'")
+    return manager_of(include_defaults=False), str(path)  # looking through all of its own takes seconds
+
+
+def _no_bar(rows: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return rows
 
 
 def _unknown(task: str, known: list[str]) -> Problem:
@@ -95,11 +237,29 @@ def _unknown(task: str, known: list[str]) -> Problem:
     return Problem(message=f'task "{task}"  is not one of lm-eval\'s', fix=f'did you mean "{meant}"?' if meant else "")
 
 
-def _wrapped(model: Answerer) -> Any:
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Tasks draw from the global generators; training must not notice."""
+    before, numpy_before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpy_before)
+
+
+def _wrapped(model: Answerer, drawn: Callable[..., str]) -> Any:
     """`model` as the library's abstract class, which can be named only once the library is there."""
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
     class Model(LM):
+        tokenizer_name = ""
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return drawn(chat_history, add_generation_prompt)
+
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             return model.weigh([request.args for request in requests])
 
@@ -130,8 +290,12 @@ def _settings(asked: Mapping[str, Any]) -> tuple[tuple[str, ...], int, float]:
     return stop, int(most), float(asked.get("temperature") or 0.0) if sampled else 0.0
 
 
+def _figure(metric: str, filter_name: str) -> str:
+    """`acc`, or `exact_match,strict-match` where a task's filter has a name."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
 def _scored(result: Mapping[str, Any], samples: list[Mapping[str, Any]], better: Mapping[str, bool]) -> Scored:
-    """Figures are called `acc`, or `exact_match,strict-match` where a task's filter has a name."""
     figures: list[Figure] = []
     rows: dict[str, tuple[float, ...]] = {}
     totals: dict[str, float] = {}
@@ -139,17 +303,59 @@ def _scored(result: Mapping[str, Any], samples: list[Mapping[str, Any]], better:
         metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        name = metric if filter_name == "none" else key
+        name = _figure(metric, filter_name)
         own = sorted((one for one in samples if one["filter"] == filter_name), key=lambda one: one["doc_id"])
         values = [float(one[metric]) for one in own if isinstance(one.get(metric), int | float)]
         per_row = len(values) == len(own)  # else: counts that only the total makes sense of
         binary = per_row and set(values) <= _TWO_VALUES
-        totals[name] = float(value)
+        totals[name] = float(value) if math.isfinite(value) else math.nan
         if per_row:
             rows[name] = tuple(values)
         figures.append(Figure(name=name, higher_is_better=better.get(metric, True), binary=binary, per_row=per_row))
-    return Scored(figures=tuple(figures), rows=rows, totals={name: _known(value) for name, value in totals.items()})
+    return Scored(figures=tuple(figures), rows=rows, totals=totals)
 
 
-def _known(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
+def _together(parts: Sequence[Scored], of_group: Mapping[str, Any]) -> Scored:
+    """Rows end to end. The total is the library's own where it has one for the group; where that is another mean than
+    that of the rows, because each task counts alike, the figure has no interval."""  # noqa: D205, D209
+    shared = [one for one in parts[0].figures if all(one.name in part.totals for part in parts)]
+    figures: list[Figure] = []
+    rows: dict[str, tuple[float, ...]] = {}
+    totals: dict[str, float] = {}
+    for one in shared:
+        metric, _, filter_name = one.name.partition(",")
+        said = of_group.get(f"{metric},{filter_name or 'none'}")
+        per_row = all(one.name in part.rows for part in parts)
+        values = tuple(value for part in parts for value in part.rows[one.name]) if per_row else ()
+        if not isinstance(said, int | float):
+            if not per_row:
+                continue
+            said = mean(values)
+        per_row = per_row and math.isclose(said, mean(values), rel_tol=1e-9, abs_tol=1e-12)
+        totals[one.name] = float(said)
+        if per_row:
+            rows[one.name] = values
+        binary = per_row and set(values) <= _TWO_VALUES
+        figures.append(Figure(name=one.name, higher_is_better=one.higher_is_better, binary=binary, per_row=per_row))
+    return Scored(figures=tuple(figures), rows=rows, totals=totals)
+
+
+def _answers(task: str, samples: list[Mapping[str, Any]]) -> list[Answer]:
+    """A row once, whatever filters looked at it."""
+    rows = {one["doc_id"]: one for one in reversed(samples)}
+    return [_answer(task, rows[doc]) for doc in sorted(rows)]
+
+
+def _answer(task: str, row: Mapping[str, Any]) -> Answer:
+    asked, said, target = row["arguments"], row["resps"], row["target"]
+    about: dict[str, Any] = {"id": f"{task} row {row['doc_id'] + 1}", "row": {"task": task, **dict(row["doc"])}}
+    weighed = len(asked[0]) == 2 and isinstance(asked[0][1], str)
+    if not weighed:  # written, or the likelihood of a whole text
+        text = said[0][0] if isinstance(said[0][0], str) else ""
+        return Answer(**about, prompt=asked[0][0], reference=str(target), text=text)
+    # A task that looks at the gain over no context asks everything twice.
+    options = [at for at, one in enumerate(asked) if one[0] or not asked[0][0]]
+    logprobs = tuple(float(said[at][0][0]) for at in options)
+    likeliest = asked[options[max(range(len(logprobs)), key=logprobs.__getitem__)]][1]
+    right = asked[target][1] if isinstance(target, int) and target < len(asked) else str(target)
+    return Answer(**about, prompt=asked[0][0], reference=right.strip(), text=likeliest.strip(), logprobs=logprobs)

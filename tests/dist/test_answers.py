@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from harness import Bench, Run, run, torchrun
+from lm_tasks import need_library, task_files
 
-from distft.eval.command import Tasks, evaluate
+from distft.eval.command import evaluate
 from distft.eval.subject import choose, read
 
 GREEDY = 'name = "greedy", max_new_tokens = 20, every_steps = 2, stop = ["e", "z"], scores = [{ name = "exact_match" }]'
@@ -27,6 +28,15 @@ def asked(batch_size: str) -> list[str]:
     return [f"eval.answers=[{', '.join(f'{{ {one}, batch_size = {batch_size} }}' for one in (GREEDY, DRAWN, CHOSEN))}]"]
 
 
+def tasks(bench: Bench, engine: str) -> list[str]:
+    """Tasks of lm-eval alone, nothing held out."""
+    need_library()
+    files = task_files(bench.folder)
+    sets = ", ".join(f'{{ name = "{name}", path = "lm-eval:{path}", every_steps = 1 }}' for name, path in files.items())
+    best = ["checkpoint.best=true", "checkpoint.every_steps=1", 'eval.best_by="text.bits_per_byte"']
+    return [f'engine.name="{engine}"', f"eval.answers=[{sets}]", "data.eval=[]", "train.max_steps=2", "schedule.warmup_steps=1", *best]
+
+
 def case(engine: str, *more: str, batch_size: str = '"auto"') -> list[str]:
     return [f'engine.name="{engine}"', *SHARED, *asked(batch_size), *more]
 
@@ -40,6 +50,7 @@ def alone(bench: Bench) -> dict[str, Run]:
         "lora": case("solo", *LORA),
         "lora-silent": ['engine.name="solo"', *SHARED, *LORA],
         "qlora": case("solo", *QLORA),
+        "tasks": tasks(bench, "solo"),
     }
     return _well(bench.launch(1, cases, tag="alone"))
 
@@ -50,6 +61,7 @@ def two(bench: Bench) -> dict[str, Run]:
     cases = {f"full-{engine}": case(engine, batch_size="2") for engine in ("ddp", "zero2", "zero3", "fsdp2")}
     cases |= {f"lora-{engine}": case(engine, *LORA, batch_size="2") for engine in ("zero3", "fsdp2")}
     cases |= {f"qlora-{engine}": case(engine, *QLORA, batch_size="2") for engine in ("zero3", "fsdp2")}
+    cases |= {f"tasks-{engine}": tasks(bench, engine) for engine in ("zero3", "fsdp2")}
     extra: dict[str, dict[str, str]] = {}
     for name, (fault, _) in STOPS.items():
         cases[name] = case("fsdp2")
@@ -80,7 +92,7 @@ def tokens(found: Run, label: str) -> list[int]:
 
 def test_two_processes_answer_as_one(alone: dict[str, Run], two: dict[str, Run]) -> None:
     for name, found in two.items():
-        if name in STOPS:
+        if name in STOPS or name.startswith("tasks"):
             continue
         one = alone["full" if "stopped" in name else name.split("-")[0]]
         for label in ("before", "step-00000002", "after"):
@@ -91,6 +103,25 @@ def test_two_processes_answer_as_one(alone: dict[str, Run], two: dict[str, Run])
             assert tokens(found, label) == tokens(one, label), (name, label)
             for mine, theirs in zip(answers(found, label, "chosen"), answers(one, label, "chosen"), strict=True):
                 assert mine["logprobs"] == pytest.approx(theirs["logprobs"], rel=1e-4), (name, label)
+
+
+def test_tasks_of_lm_eval_come_out_the_same(alone: dict[str, Run], two: dict[str, Run]) -> None:
+    for name in ("tasks-zero3", "tasks-fsdp2"):
+        for label in ("before", "step-00000001", "after"):
+            for task in ("write", "choose", "text"):
+                mine, theirs = answers(two[name], label, task), answers(alone["tasks"], label, task)
+                assert [(line["prompt"], line["answer"]) for line in mine] == [
+                    (line["prompt"], line["answer"]) for line in theirs
+                ]
+                assert len(mine) == 6
+        mine, theirs = (json.loads((one.folder / "eval/summary.json").read_text()) for one in (two[name], alone["tasks"]))
+        assert [one["figure"] for one in mine["sets"]] == ["acc", "acc_norm", "bits_per_byte", "exact_match"]
+        for one, other in zip(mine["sets"], theirs["sets"], strict=True):
+            for label in ("before", "after"):
+                assert one[label]["value"] == pytest.approx(other[label]["value"], rel=1e-5), (name, one["figure"])
+        best = [json.loads((one.folder / "checkpoints/best.json").read_text()) for one in (two[name], alone["tasks"])]
+        assert best[0]["step"] == best[1]["step"]
+        assert best[0]["text.bits_per_byte"] == pytest.approx(best[1]["text.bits_per_byte"], rel=1e-5)
 
 
 def test_a_stop_among_the_answers_is_granted_and_the_same_command_finishes(two: dict[str, Run]) -> None:
@@ -160,16 +191,19 @@ def test_a_run_is_looked_at_again(alone: dict[str, Run]) -> None:
 def _look(found: Run, model: str, label: str) -> None:
     assert found.folder is not None
     recipe, folder = read(str(found.folder), [], None)
-    evaluate(choose(recipe, folder, model, label), Tasks())
+    evaluate(choose(recipe, folder, model, label))
 
 
 def test_a_run_is_looked_at_by_two_processes(two: dict[str, Run]) -> None:
     found = two["full-fsdp2"]
     command = [*torchrun(2), "-m", "distft.eval", str(found.folder), "--model", "final", "--label", "again", "--json"]
-    done = run([*command, "--set", 'engine={name="zero3"}'])
+    task = task_files(found.folder)["write"]
+    done = run([*command, "--set", 'engine={name="zero3"}', "--lm-eval", str(task), "--limit", "3"])
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout)
     assert said["label"] == "again"
     assert texts(found, "again") == texts(found, "after")
+    assert len(answers(found, "again", "lm-eval-write")) == 3
+    assert 0 <= said["figures"]["lm-eval-write.exact_match"] <= 1
     assert said["figures"]["chosen.acc"] == json.loads(Path(said["folder"], "chosen.json").read_text())["scores"][0][
         "scored"]["totals"]["acc"]  # fmt: skip

@@ -16,10 +16,10 @@ def _is_step(record: dict[str, Any]) -> bool:
 
 def _said(record: dict[str, Any]) -> str:
     if not _is_step(record):
-        loss = [f"eval loss {record['eval_loss']:.4f} over {record['eval_tokens']:,.0f} tokens"] * (
-            "eval_loss" in record
-        )
-        return "  ".join([*loss, *(f"{name} {value:.4g}" for name, value in record.items() if "." in name)])
+        said = [f"{name} {value:.4g}" for name, value in record.items() if "." in name]
+        if "eval_loss" in record:  # there may be answers alone
+            said.insert(0, f"eval loss {record['eval_loss']:.4f} over {record['eval_tokens']:,.0f} tokens")
+        return "  ".join(said)
     mfu = "" if record["mfu"] is None else f"  mfu {100 * record['mfu']:.1f} %"
     return (
         f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3g}  lr {record['lr']:.2e}  "

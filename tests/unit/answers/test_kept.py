@@ -14,7 +14,7 @@ from data_kit import table_of
 
 from distft.answers import spot
 from distft.answers.build import exams
-from distft.answers.exam import Exam, Scoring, Taken, take
+from distft.answers.exam import RowsExam, Scoring, Taken
 from distft.answers.record import Records, perplexity
 from distft.answers.summary import summary, write_summary
 from distft.answers.words import Writing, Written
@@ -62,18 +62,18 @@ def questions(*references: str) -> list[Question]:
     ]
 
 
-def exam(*references: str, **how: Any) -> Exam:
+def exam(*references: str, **how: Any) -> RowsExam:
     settings = {"name": "set", "questions": questions(*references), "scorings": (scoring("exact_match"),)}
-    return Exam(**(settings | {"writing": Writing(max_new_tokens=8)} | how))
+    return RowsExam(**(settings | {"writing": Writing(max_new_tokens=8)} | how))
 
 
-def taken(one: Exam, *texts: str) -> Taken:
-    found = take(one, Said(list(texts)), ONE)  # type: ignore[arg-type]
+def taken(one: RowsExam, *texts: str) -> Taken:
+    found = one.take(Said(list(texts)), ONE)  # type: ignore[arg-type]
     assert found is not None
     return found
 
 
-def looks(tmp_path: Path, said: Said, *sets: Exam, say: Callable[[str], None] = print, **changed: Any) -> Looks:
+def looks(tmp_path: Path, said: Said, *sets: RowsExam, say: Callable[[str], None] = print, **changed: Any) -> Looks:
     about = {
         "engine": ONE, "objective": None, "held_out": (), "held_out_sha256": "", "exams": sets, "speaker": said,
         "records": Records(tmp_path / "eval"), "base": "base", "stop": lambda: False, "say": say,
@@ -237,7 +237,7 @@ def test_the_spot_sets_are_asked_and_scored(tiny_renderer, tmp_path: Path) -> No
     assert len(refusals.questions) >= 15
     rights = {question.row["choices"].index(question.row["label"]) for question in general.questions}
     assert rights == {0, 1, 2, 3}, "the right choice stands anywhere"
-    found = take(general, Said([]), ONE)  # type: ignore[arg-type]
+    found = general.take(Said([]), ONE)  # type: ignore[arg-type]
     assert found is not None
     assert 0 < found.totals["acc"] < 1
     assert {question.row["refuse"] for question in refusals.questions} == {True, False}

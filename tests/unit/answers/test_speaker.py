@@ -8,38 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU, batch, build, documents
+from speaking import opened, speaker
+from tiny import CPU, batch, documents
 
 from distft.answers.batches import Limits, cut, padded
 from distft.answers.sampling import draws, next_tokens
-from distft.answers.speaker import Speaker
 from distft.answers.words import Prompt, Writing
-from distft.core.registry import NoParams
-from distft.core.types import UpdateRule
-from distft.engine.processes import Processes
-from distft.engine.solo import SoloEngine, open_engine
 from distft.model.answering import cache_bytes_per_token
 
-ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
-RULE = UpdateRule(
-    build=lambda groups: torch.optim.SGD(groups, lr=0.1),
-    lr_at=lambda step: 0.1,
-    weight_decay=0.0,
-    decayed=frozenset(),
-    max_grad_norm=None,
-)
 PROMPTS = documents([9, 30, 4, 17, 1, 22], seed=5)
-
-
-def opened(folder: Path, method: str = "full", **params) -> tuple[SoloEngine, Speaker]:
-    built = build(folder, method, fill=False, params=params)
-    engine = open_engine("solo", NoParams(), ALONE)
-    engine.adopt(built, RULE, micros_per_step=1)
-    return engine, speaker(engine, built.module)
-
-
-def speaker(engine: SoloEngine, module, stop_ids=(7,), stop=lambda: False) -> Speaker:
-    return Speaker(engine, module, decode=lambda ids: " ".join(map(str, ids)), stop_ids=stop_ids, stop=stop)
 
 
 def prompts(rows=PROMPTS) -> list[Prompt]:

@@ -28,6 +28,16 @@ EVALUATED = {"step": 2, "epoch": 0.5, "samples": 16, "tokens": 200, "tokens_loss
              "eval_tokens": 4_321.0}  # fmt: skip
 
 
+@pytest.mark.parametrize("sink", [BarSink, LineSink])
+def test_answers_alone_are_said_without_a_loss(sink: type, capsys: pytest.CaptureFixture[str]) -> None:
+    own = sink("run", 10, 0)
+    own.write({key: value for key, value in EVALUATED.items() if "eval_" not in key} | {"set.acc": 0.25})
+    own.close()
+    said = capsys.readouterr().err
+    assert "set.acc 0.25" in said
+    assert "loss" not in said
+
+
 # -- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,16 @@ MISTAKES = {
         '[checkpoint]\nbest = true\n[eval]\nbest_by = "one.exact_match" # <-\n' + SET,
         'set every_steps in the set "one"',
     ),
+    "a task without a name": ('[[eval.answers]]\nname = "s"\npath = "lm-eval:" # <-', "names no task"),
+    "a task that is scored": (
+        '[[eval.answers]]\nname = "s"\npath = "lm-eval:gsm8k"\nscores = [{ name = "numeric" }] # <-',
+        "has no effect: lm-eval:gsm8k says it itself",
+    ),
+    "shown rows of no task": (SET + "num_fewshot = 2 # <-", "has no effect but on tasks of lm-eval"),
+    "a task's figure only at the end": (
+        '[checkpoint]\nbest = true\n[eval]\nbest_by = "s.acc" # <-\n[[eval.answers]]\nname = "s"\npath = "lm-eval:x"',
+        'set every_steps in the set "s"',
+    ),
     "load_best of nothing": ("[train]\nload_best = true # <-", "set [checkpoint] best = true"),
     "a loss without rows": ("[eval]\nevery_steps = 5 # <-\n" + SET, "has no effect without a [[data.eval]] source"),
 }  # fmt: skip
@@ -102,6 +112,14 @@ def test_settings_are_filled_in_and_a_resolved_recipe_reads_the_same() -> None:
 def test_any_figure_can_decide() -> None:
     recipe = parse(BASE + '[checkpoint]\nbest = true\n[eval]\nbest_by = "one.exact_match"\n' + SET + "every_steps = 5")
     assert recipe.eval.best_by == "one.exact_match"
+
+
+def test_a_task_of_lm_eval_is_a_set() -> None:
+    """Which figures it gives is known when it is loaded."""
+    table = '[[eval.answers]]\nname = "s"\npath = "lm-eval:gsm8k"\nnum_fewshot = 0\nask_as = "chat"\nevery_steps = 5'
+    recipe = parse(BASE + '[checkpoint]\nbest = true\n[eval]\nbest_by = "s.exact_match,strict-match"\n' + table)
+    assert (recipe.eval.answers[0].num_fewshot, recipe.eval.answers[0].scores) == (0, ())
+    assert parse(recipe.to_toml()) == recipe
 
 
 def test_without_answers_the_recipe_says_nothing_of_them() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from distft.core.errors import MachineError, RecipeError
-from distft.scores.harness import run_tasks
+from distft.scores import Scored
+from distft.scores.harness import Tasks
 from distft.scores.paired import compare
 
 EVALUATOR = "lm_eval.evaluator"
@@ -34,6 +35,10 @@ class Knows:
         self.asked.append({"prompts": list(prompts), **settings})
         sums = [sum(map(int, prompt.rpartition("Q: ")[2].split("=")[0].split("+"))) for prompt in prompts]
         return [f"I think {one}\n#### {one if one < self.limit else one + 1}" for one in sums]
+
+
+def run(model: Knows, task: Any, **settings: Any) -> Scored:
+    return Tasks(task, **settings).run(model)[1]
 
 
 @pytest.fixture
@@ -73,7 +78,7 @@ def sums(task) -> dict[str, Any]:
 
 def test_generation_with_filters(task) -> None:
     model = Knows(10)
-    scored = run_tasks(model, [sums(task)])["sums"]
+    scored = run(model, sums(task))
     assert scored.rows == {"exact_match,strict": (1.0,) * 5 + (0.0,) * 5, "exact_match,first": (1.0,) * 10}
     assert scored.totals == {"exact_match,strict": 0.5, "exact_match,first": 1.0}
     assert all(figure.binary and figure.higher_is_better for figure in scored.figures)
@@ -83,7 +88,7 @@ def test_generation_with_filters(task) -> None:
 
 
 def test_two_models_are_compared_like_any_two_scores(task) -> None:
-    before, after = (run_tasks(Knows(limit), [sums(task)])["sums"] for limit in (2, 20))
+    before, after = (run(Knows(limit), sums(task)) for limit in (2, 20))
     change = compare(before, after)[0]
     assert (change.before.value, change.after.value, change.verdict) == (0.1, 1.0, "better")
     assert change.mcnemar is not None
@@ -107,7 +112,7 @@ def test_multiple_choice_and_perplexity(task) -> None:
         doc_to_target="text",
         metric_list=[{"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
     )
-    found = run_tasks(Knows(0), [choose, text], limit=4)
+    found = {one["task"]: run(Knows(0), one, limit=4) for one in (choose, text)}
     assert found["choose"].totals["acc"] == 0.5
     assert found["choose"].rows["acc"] == (1.0, 0.0, 1.0, 0.0)
     (figure,) = found["text"].figures
@@ -118,10 +123,36 @@ def test_multiple_choice_and_perplexity(task) -> None:
 def test_an_unknown_task_is_named() -> None:
     pytest.importorskip(EVALUATOR, reason="lm-eval is not installed")
     with pytest.raises(RecipeError, match='task "gsm8"  is not one of lm-eval\'s  did you mean "gsm'):
-        run_tasks(Knows(0), ["gsm8"])
+        Tasks("gsm8")
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MachineError, match=r"distft\[lm-eval\]"):
-        run_tasks(Knows(0), ["gsm8k"])
+        Tasks("gsm8k")
+
+
+def test_a_groups_rows_are_taken_together(task, tmp_path: Path) -> None:
+    """`acc` counts every row alike, `acc_norm` every task: there the library's total has no interval over rows."""
+    for name, rows in (("one", 6), ("two", 2)):
+        own = task(
+            name,
+            [{"q": "x", "choices": ["yes", "certainly"], "label": at % (3 if name == "one" else 1)} for at in range(2)]
+            * (rows // 2),
+            output_type="multiple_choice",
+            doc_to_text="{{q}}",
+            doc_to_choice="choices",
+            doc_to_target="label",
+        )
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(own))
+    means = [{"metric": "acc", "weight_by_size": True}, {"metric": "acc_norm", "weight_by_size": False}]
+    group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": means}
+    (tmp_path / "both.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in group.items()))
+    tasks = Tasks(str(tmp_path / "both.yaml"))
+    assert (tasks.rows, [figure.name for figure in tasks.planned]) == (8, ["acc", "acc_norm"])
+    answers, scored = tasks.run(Knows(0))
+    assert [one.id for one in answers][5:7] == ["one row 6", "two row 1"]
+    assert scored.rows["acc"] == (1, 0, 1, 0, 1, 0, 1, 1)
+    assert scored.totals == {"acc": 0.625, "acc_norm": 0.25}
+    assert {figure.name: figure.per_row for figure in scored.figures} == {"acc": True, "acc_norm": False}
+    assert (answers[1].reference, answers[1].text, answers[1].row["task"]) == ("certainly", "yes", "one")

@@ -1,0 +1,34 @@
+"""A model of the tiny kind in this process, as a speaker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tiny import CPU, build
+
+from distft.answers.speaker import Speaker
+from distft.core.registry import NoParams
+from distft.core.types import UpdateRule
+from distft.engine.processes import Processes
+from distft.engine.solo import SoloEngine, open_engine
+
+ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
+RULE = UpdateRule(
+    build=lambda groups: torch.optim.SGD(groups, lr=0.1),
+    lr_at=lambda step: 0.1,
+    weight_decay=0.0,
+    decayed=frozenset(),
+    max_grad_norm=None,
+)
+
+
+def opened(folder: Path, method: str = "full", **params) -> tuple[SoloEngine, Speaker]:
+    built = build(folder, method, fill=False, params=params)
+    engine = open_engine("solo", NoParams(), ALONE)
+    engine.adopt(built, RULE, micros_per_step=1)
+    return engine, speaker(engine, built.module)
+
+
+def speaker(engine: SoloEngine, module, stop_ids=(7,), stop=lambda: False) -> Speaker:
+    return Speaker(engine, module, decode=lambda ids: " ".join(map(str, ids)), stop_ids=stop_ids, stop=stop)
