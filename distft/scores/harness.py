@@ -102,12 +102,11 @@ class Tasks:
 
     def run(self, model: Answerer) -> tuple[list[Answer], Scored]:
         """Each row with its prompt, the right answer and the model's, and what the library says of them."""
-        import lm_eval  # pyright: ignore[reportMissingImports]
-
+        library: Any = importlib.import_module("lm_eval")
         with _seeded(self._seed):
             for task in self._tasks.values():
                 task.set_fewshot_seed(seed=self._seed)  # or a second run would show other rows
-            found: Any = lm_eval.evaluate(
+            found: Any = library.evaluate(
                 lm=_wrapped(model, self._drawn),
                 task_dict=self._loaded,
                 limit=self._limit,
@@ -252,9 +251,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _wrapped(model: Answerer, drawn: Callable[..., str]) -> Any:
     """`model` as the library's abstract class, which can be named only once the library is there."""
-    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    base: Any = importlib.import_module("lm_eval.api.model").LM
 
-    class Model(LM):
+    class Model(base):
         tokenizer_name = ""
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
