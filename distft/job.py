@@ -296,19 +296,20 @@ class _Run:
                 figures = looks.during(state) if state.step else looks.before(state)
                 meters.evaluated(state, figures)
                 best.see(state, figures)
-            state = fit(
-                state,
-                steps,
-                engine=engine,
-                objective=objective,
-                meters=meters,
-                checkpoints=checkpoints,
-                guard=guard,
-                look=looks.during,
-                best=best,
-                stop=self._stop,
-                every=every,
-            )
+            if not best.enough:  # a run that was stopped after its last step has nothing left to train
+                state = fit(
+                    state,
+                    steps,
+                    engine=engine,
+                    objective=objective,
+                    meters=meters,
+                    checkpoints=checkpoints,
+                    guard=guard,
+                    look=looks.during,
+                    best=best,
+                    stop=self._stop,
+                    every=every,
+                )
             if best.enough:
                 self.say(f"enough: no better evaluation in {when.early_stop}; training ends at step {state.step}")
                 self.folder.note("enough", step=state.step, best=best.state())

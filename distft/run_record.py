@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -32,10 +32,11 @@ class Result:
     binary: bool
     before: Mapping[str, Any] | None
     """`Interval.to_json()` with the step."""
-    after: Mapping[str, Any] | None
-    best: Mapping[str, Any] | None
+    label: str
+    """`after` or `best`: the answers of the state that final/ holds; the other where they alone were looked at."""
+    tuned: Mapping[str, Any] | None
     change: Mapping[str, Any] | None
-    """`Change.to_json()`."""
+    """`Change.to_json()`, from before to `label`."""
     regressions: tuple[str, ...]
     """Ids of rows that got worse, worst first; of very many the first ones."""
 
@@ -52,7 +53,7 @@ class Result:
     @property
     def last(self) -> Mapping[str, Any] | None:
         """The tuned model's, or the base model's where there is no other yet."""
-        return self.after or self.best or self.before
+        return self.tuned or self.before
 
     @property
     def verdict(self) -> str:
@@ -134,6 +135,11 @@ class RunRecord:
         return self.exit.get("code") == 0
 
     @property
+    def final_label(self) -> str:
+        """Of the answers of the state that final/ holds: `best` where the run went back to its best one."""
+        return _final_label(self.events)
+
+    @property
     def last(self) -> Mapping[str, Any]:
         """The last step's figures."""
         return self.steps[-1] if self.steps else {}
@@ -159,8 +165,8 @@ class RunRecord:
 
     @property
     def held_out_losses(self) -> tuple[float | None, float | None]:
-        """Evaluation loss before the first step and at the end."""
-        told = [number((self.held_out.get(at) or {}).get("loss")) for at in ("before", "after")]
+        """Evaluation loss before the first step, and of the state that final/ holds."""
+        told = [number((self.held_out.get(at) or {}).get("loss")) for at in ("before", self.final_label)]
         seen = [(record["step"], number(record["eval_loss"])) for record in self.evals]
         first = told[0] if told[0] is not None else next((loss for step, loss in seen if step == 0), None)
         last = told[1] if told[1] is not None else next((loss for step, loss in reversed(seen) if step > 0), None)
@@ -239,7 +245,7 @@ def read_run(folder: Path) -> RunRecord:
         recipe = {}
     records = [record for record in _lines(folder / "metrics.jsonl") if isinstance(record.get("step"), int)]
     summary = _json(folder / SUMMARY)
-    care, plan = _json(folder / CARE), _json(folder / PLAN)
+    care, plan, events = _json(folder / CARE), _json(folder / PLAN), tuple(_lines(folder / "events.jsonl"))
     return RunRecord(
         folder=folder,
         manifest=_json(folder / "manifest.json"),
@@ -248,9 +254,9 @@ def read_run(folder: Path) -> RunRecord:
         exit=_json(folder / "exit.json"),
         steps=tuple(record for record in records if "loss" in record),
         evals=tuple(record for record in records if "eval_loss" in record),
-        events=tuple(_lines(folder / "events.jsonl")),
+        events=events,
         starts=tuple(_lines(folder / "starts.jsonl")),
-        results=_in_order(_results(summary), recipe),
+        results=_in_order(_results(summary, _final_label(events)), recipe),
         held_out=summary.get("held_out") or {},
         care=care or None,
         plan=plan or None,
@@ -281,11 +287,17 @@ def _in_order(results: Iterator[Result], recipe: Mapping[str, Any]) -> tuple[Res
     return tuple(sorted(results, key=lambda one: names.index(one.name) if one.name in names else len(names)))
 
 
-def _results(summary: Mapping[str, Any]) -> Iterator[Result]:
+def _final_label(events: Iterable[Mapping[str, Any]]) -> str:
+    return "best" if any(event.get("event") == "load_best" for event in events) else "after"
+
+
+def _results(summary: Mapping[str, Any], final: str) -> Iterator[Result]:
     for one in summary.get("sets") or []:
         if not isinstance(one, dict) or "name" not in one:
             continue
         figure = str(one.get("figure", ""))
+        label = next((at for at in (final, "after", "best") if one.get(at)), final)
+        of_best = "_best" if label == "best" else ""
         yield Result(
             name=str(one["name"]),
             score=str(one.get("score", figure)),
@@ -293,10 +305,10 @@ def _results(summary: Mapping[str, Any]) -> Iterator[Result]:
             higher_is_better=bool(one.get("higher_is_better", True)),
             binary=bool(one.get("binary", False)),
             before=one.get("before"),
-            after=one.get("after"),
-            best=one.get("best"),
-            change=one.get("change") or one.get("change_best"),
-            regressions=tuple(map(str, one.get("regressions") or ())),
+            label=label,
+            tuned=one.get(label),
+            change=one.get(f"change{of_best}"),
+            regressions=tuple(map(str, one.get(f"regressions{of_best}") or ())),
         )
 
 

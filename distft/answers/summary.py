@@ -63,7 +63,6 @@ def _entries(records: Records, name: str) -> Iterator[dict[str, Any]]:
         changes = {label: _changes(of["before"], of[label]) for label in ("after", "best")}
         for figure in Scored.from_json(score["scored"]).figures:
             change, best = changes["after"].get(figure.name), changes["best"].get(figure.name)
-            worse = () if change is None else change.regressions[:SHOWN_REGRESSIONS]
             yield {
                 "name": name,
                 "score": score["score"],
@@ -73,8 +72,14 @@ def _entries(records: Records, name: str) -> Iterator[dict[str, Any]]:
                 **{label: _interval(of[label], figure.name) for label in LABELS},
                 "change": None if change is None else change.to_json(),
                 "change_best": None if best is None else best.to_json(),
-                "regressions": [ids[one.index] for one in worse if one.index < len(ids)],
+                "regressions": _worse(change, ids),
+                "regressions_best": _worse(best, ids),
             }
+
+
+def _worse(change: Change | None, ids: list[str]) -> list[str]:
+    worst = () if change is None else change.regressions[:SHOWN_REGRESSIONS]
+    return [ids[one.index] for one in worst if one.index < len(ids)]
 
 
 def _score(said: dict[str, Any] | None, score: str, rows_sha256: str) -> dict[str, Any] | None:

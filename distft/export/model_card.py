@@ -87,9 +87,7 @@ def _metadata(run: RunRecord) -> Iterator[str]:
 
 
 def _index(run: RunRecord) -> Iterator[str]:
-    told = [
-        (one, value) for one in run.results if (value := number((one.after or one.best or {}).get("value"))) is not None
-    ]
+    told = [(one, value) for one in run.results if (value := number((one.tuned or {}).get("value"))) is not None]
     if not told:
         return
     yield from ("model-index:", f"- name: {_yaml(run.name)}", "  results:")
@@ -143,6 +141,7 @@ def _what(run: RunRecord) -> Iterator[str]:
 
 def _scores(run: RunRecord) -> Iterator[str]:
     before, after = run.held_out_losses
+    state = f", of step {run.best.get('step')}, the best one" if run.final_label == "best" else ""
     if not run.results and after is None:
         yield from ("## Evaluation", "", "None was made: nothing here says that it is better than its base.", "")
         return
@@ -154,7 +153,7 @@ def _scores(run: RunRecord) -> Iterator[str]:
     )
     for one in run.results:
         change = one.change or {}
-        cells = (one.name, one.title, _interval(one, one.before), _interval(one, one.after or one.best),
+        cells = (one.name, one.title, _interval(one, one.before), _interval(one, one.tuned),
                  _interval(one, change.get("difference")), one.verdict)  # fmt: skip
         yield f"| {' | '.join(map(_plain, cells))} |"
     if after is not None:
@@ -162,10 +161,11 @@ def _scores(run: RunRecord) -> Iterator[str]:
         yield f"| held-out rows | loss | {'' if before is None else f'{before:.4g}'} | {after:.4g} | {change} | |"
     yield ""
     if run.results:
-        counts = [number((one.before or one.after or {}).get("num_rows")) for one in run.results]
+        counts = [number((one.before or one.tuned or {}).get("num_rows")) for one in run.results]
         rows = sorted({int(count) for count in counts if count is not None})
         told = ", ".join(map(str, rows))
-        yield f"Before: the base model, on the same rows ({told}). In brackets 95 % intervals over rows."
+        yield f"Before: the base model, on the same rows ({told}); after: the state that is here{state}."
+        yield "In brackets 95 % intervals over rows."
         yield ""
 
 
@@ -219,7 +219,7 @@ print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_
 
 def _prompt(run: RunRecord) -> str:
     for one in run.results:
-        for label in ("after", "before"):
+        for label in (one.label, "before"):
             for answer in run.answers(label, one.name).values():
                 return str(answer.get("prompt", "")) or "…"
     return "…"
@@ -234,7 +234,7 @@ def _trained(run: RunRecord) -> Iterator[str]:
         ("objective", run.table("objective").get("name", "")),
         ("optimizer", _named(run.table("optim"))),
         ("schedule", _named(run.table("schedule"))),
-        ("steps", str(run.last.get("step", ""))),
+        ("steps", _steps(run)),
         ("tokens", f"{run.last['tokens']:,}" if "tokens" in run.last else ""),
         ("sequences per step", str(train.get("global_batch_size", ""))),
         ("tokens per sequence", f"{data.get('max_length', '')}" + (", packed" if data.get("packing") else "")),
@@ -247,6 +247,11 @@ def _trained(run: RunRecord) -> Iterator[str]:
     yield from ("## Training", "", "| | |", "|---|---|")
     yield from (f"| {name} | {_plain(value)} |" for name, value in facts if value)
     yield ""
+
+
+def _steps(run: RunRecord) -> str:
+    last = str(run.last.get("step", ""))
+    return f"{run.best.get('step')} of {last}: the best state" if run.final_label == "best" else last
 
 
 _NAMED = ("distft", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")

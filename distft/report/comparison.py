@@ -53,7 +53,7 @@ def line(run: RunRecord, price: float | None) -> Line:
         steps=run.last.get("step"),
         tokens=run.last.get("tokens"),
         held_out_loss=run.held_out_losses[1],
-        quality={_key(one): number((one.after or one.best or {}).get("value")) for one in run.results},
+        quality={_key(one): number((one.tuned or {}).get("value")) for one in run.results},
         peak_memory_gib=run.peak_gib,
         tokens_per_s=run.tokens_per_s,
         wall_s=run.wall_s,
@@ -190,7 +190,7 @@ def _figure(kind: Result, found: Sequence[Result | None], called: Sequence[str])
         number(told.get(at))
         for one in found
         if one is not None
-        for told in (one.before, one.after or one.best)
+        for told in (one.before, one.tuned)
         if told is not None
         for at in ("low", "value", "high")
     ]
@@ -201,7 +201,7 @@ def _figure(kind: Result, found: Sequence[Result | None], called: Sequence[str])
         if one is None:
             rows.append([_called(at, name), "", words.NOTHING, words.NOTHING, words.NOTHING])
             continue
-        cells = (words.interval(one, one.before), words.interval(one, one.after or one.best), verdict(one))
+        cells = (words.interval(one, one.before), words.interval(one, one.tuned), verdict(one))
         rows.append([_called(at, name), picture(one, (at - 1) % 6 + 1, scale), *cells])
     less = "" if kind.higher_is_better else ", less is better"
     heads = ("run", "(picture)", "before", "after, with its 95 % interval", "against its own base")
@@ -217,7 +217,7 @@ def _of(run: RunRecord, key: str) -> Result | None:
 
 
 def _cell(one: Result | None) -> str:
-    return words.NOTHING if one is None else words.interval(one, one.after or one.best)
+    return words.NOTHING if one is None else words.interval(one, one.tuned)
 
 
 def _same_held_out(runs: Sequence[RunRecord]) -> bool:
@@ -226,7 +226,7 @@ def _same_held_out(runs: Sequence[RunRecord]) -> bool:
 
 
 def _tuned(one: Result | None) -> float | None:
-    return None if one is None else number((one.after or one.best or {}).get("value"))
+    return None if one is None else number((one.tuned or {}).get("value"))
 
 
 def _against(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html]:

@@ -84,9 +84,9 @@ def _lead(run: RunRecord, status: Status) -> str:
         told += f" and {words.count(tokens)} tokens"
     told += "."
     first = run.results[0] if run.results else None
-    if first is not None and first.before and (first.after or first.best):
+    if first is not None and first.before and first.tuned:
         told += f" On {first.name}, {first.title} went from {words.of(first, first.before.get('value'))} to "
-        told += f"{words.of(first, (first.after or first.best or {}).get('value'))}"
+        told += f"{words.of(first, (first.tuned or {}).get('value'))}"
         told += f": {first.verdict}." if first.verdict else "."
     else:
         before, after = run.held_out_losses
@@ -154,7 +154,7 @@ def _facts(run: RunRecord, status: Status, price: float | None) -> Iterator[tupl
         yield (
             f"{one.name}, {one.title}",
             [
-                f"{words.interval(one, one.before)} before, {words.interval(one, one.after or one.best)} after ",
+                f"{words.interval(one, one.before)} before, {words.interval(one, one.tuned)} after ",
                 verdict(one),
             ],
         )

@@ -60,14 +60,16 @@ def _scores(found: Sequence[Result]) -> Html:
     body = []
     for one in found:
         change = one.change or {}
-        tuned = one.after or one.best
         body.append(
             [
                 one.name,
                 [one.title, h("span", "" if one.higher_is_better else " (less is better)", class_="soft")],
                 picture(one),
                 words.interval(one, one.before),
-                [words.interval(one, tuned), h("span", " best" if one.after is None and tuned else "", class_="soft")],
+                [
+                    words.interval(one, one.tuned),
+                    h("span", " best" if one.label == "best" and one.tuned else "", class_="soft"),
+                ],
                 [words.interval(one, change.get("difference"), signed=True), _p_value(change)],
                 verdict(one),
             ]
@@ -87,7 +89,7 @@ def _p_value(change: Any) -> Html | None:
 def picture(one: Result, style: int = 1, scale: tuple[float, float] | None = None) -> Html | None:
     """Before above after, on a scale from 0 to 1 where both lie in it."""
     marks = []
-    for told, of in ((one.before, 0), (one.after or one.best, style)):
+    for told, of in ((one.before, 0), (one.tuned, style)):
         value = None if told is None else number(told.get("value"))
         if told is None or value is None:
             continue
@@ -108,9 +110,10 @@ def _held_out(run: RunRecord) -> Iterator[Html]:
     def perplexity(loss: float | None) -> str:
         return words.NOTHING if loss is None or loss > 50 else words.figure(math.exp(loss))
 
-    best = number(run.best.get("eval_loss"))
+    best = None if run.final_label == "best" else number(run.best.get("eval_loss"))
     rows = [["loss", words.figure(before), words.figure(after)], ["perplexity", perplexity(before), perplexity(after)]]
-    heads = ["figure", "before", "after"]
+    final = "after" if run.final_label == "after" else f"final/ (best, step {run.best.get('step')})"
+    heads = ["figure", "before", final]
     if best is not None:
         heads.append(f"best, step {run.best.get('step')}")
         rows = [[*rows[0], words.figure(best)], [*rows[1], perplexity(best)]]
@@ -125,12 +128,11 @@ def _regressions(run: RunRecord) -> Iterator[Html]:
     yield h("h3", "Rows that got worse")
     if not lost:
         yield h("p", "None: no row has a lower score than before.")
-    label = "after" if (run.folder / "eval" / "after").is_dir() else "best"
     for at, one in enumerate(lost):
         num = one.num_worse
         more = f", the worst {SHOWN} shown" if num > SHOWN else ""
         yield h("p", f"{one.name}, {one.title}: {words.noun(num, 'row')}{more}, worst first.")
-        old, new = run.answers("before", one.name), run.answers(label, one.name)
+        old, new = run.answers("before", one.name), run.answers(one.label, one.name)
         for place, row in enumerate(islice(one.regressions, SHOWN)):
             yield _row(one, row, old.get(row), new.get(row), opened=at == 0 and place < _OPEN)
 

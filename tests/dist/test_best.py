@@ -42,3 +42,61 @@ def test_after_a_resume_patience_and_best_go_on(runs: dict[str, Run]) -> None:
     assert [r["eval_loss"] for r in again.evals] == [r["eval_loss"] for r in whole.evals]
     for name in ("checkpoints/best.json", "final/model.safetensors"):
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+LOADED = [*WHOLE, "train.load_best=true", "schedule.warmup_steps=1", 'eval.answers=[{name="asked", max_new_tokens=8, scores=[{name="exact_match"}]}]']
+CASES = {
+    "fsdp2": [],
+    "zero3": ['engine.name="zero3"'],
+    "lora": ['engine.name="zero3"', 'method.name="lora"', "method.r=4", "optim.learning_rate=0.4"],
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(bench: Bench) -> dict[str, Run]:
+    """For each case `NAME`: a run that goes back to its best state; and `NAME-short`, which ends there."""
+    found = bench.launch(2, {name: [*LOADED, *more] for name, more in CASES.items()}, tag="load-best")
+    short = {}
+    for name, more in CASES.items():
+        assert not found[name].error, found[name].error
+        best = json.loads((found[name].folder / "checkpoints/best.json").read_text())["step"]
+        short[f"{name}-short"] = [*WHOLE, *more, f"train.max_steps={best}", "schedule.warmup_steps=1", "eval.early_stop="]
+    last = found["fsdp2"].steps[-1]["step"]
+    fault = {"stopped": {"fault": f"term:rank=1,point=restore,step={last}"}}
+    stopped = bench.launch(2, {"stopped": LOADED, **short}, tag="load-best", extra=fault)
+    again = bench.launch(2, {"stopped": LOADED}, tag="load-best")["stopped"]
+    return found | stopped | {"again": again}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_final_holds_the_best_state_and_it_is_looked_at(loaded: dict[str, Run], name: str) -> None:
+    run, short = loaded[name], loaded[f"{name}-short"]
+    assert not short.error, short.error
+    best = json.loads((run.folder / "checkpoints/best.json").read_text())
+    last = run.steps[-1]["step"]
+    assert 0 < best["step"] == last - 3
+    tensors = "final/adapter_model.safetensors" if name == "lora" else "final/model.safetensors"
+    assert (run.folder / tensors).read_bytes() == (short.folder / tensors).read_bytes(), "bit for bit"
+    said = {label: json.loads((run.folder / f"eval/{label}/held_out.json").read_text()) for label in ("before", "after", "best")}
+    assert (said["after"]["step"], said["best"]["step"]) == (last, best["step"])
+    assert said["best"]["loss"] == best["eval_loss"] < said["after"]["loss"]
+    assert json.loads((run.folder / "eval/best/asked.json").read_text())["step"] == best["step"]
+    (entry,) = json.loads((run.folder / "eval/summary.json").read_text())["sets"]
+    assert (entry["after"]["step"], entry["best"]["step"]) == (last, best["step"])
+    card = (run.folder / "final/README.md").read_text()
+    assert f"| steps | {best['step']} of {last}: the best state |" in card
+    assert f"| held-out rows | loss | {said['before']['loss']:.4g} | {best['eval_loss']:.4g} |" in card
+
+
+def test_a_stop_on_the_way_back_keeps_the_last_state(loaded: dict[str, Run]) -> None:
+    """The engine holds the best state's weights by then: they must not be saved as the last step's."""
+    whole, stopped, again = loaded["fsdp2"], loaded["stopped"], loaded["again"]
+    last = whole.steps[-1]["step"]
+    assert f"after step {last}; the state is saved" in stopped.error
+    assert not again.error, again.error
+    state = [json.loads((one.folder / f"checkpoints/step-{last:08d}/MANIFEST.json").read_text()) for one in (whole, again)]
+    tensors = [{told["path"]: told["sha256"] for told in one["files"] if "distcp" in told["path"]} for one in state]
+    assert tensors[0] == tensors[1] != {}
+    for name in ("checkpoints/best.json", "final/model.safetensors"):
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    assert not (again.folder / f"checkpoints/step-{last + 1:08d}").exists(), "nothing was trained after enough"
