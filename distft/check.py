@@ -140,7 +140,7 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         sequences = EvalSteps(held_out, recipe.data, micro_batch_size=1).num_samples
         fill = held_out.report.num_tokens / (sequences * recipe.data.max_length)
         splits.append(_split("eval", held_out, sequences, fill, np.arange(min(samples, held_out.num_rows)), decode))
-    care = examine(recipe.data, cache_dir=folder, progress=_tell)
+    care = examine(recipe.data, answers=recipe.eval.answers, cache_dir=folder, progress=_tell)
     refuse_overlap(care, recipe.data)
     return CheckReport(
         name=recipe.name,

@@ -60,7 +60,8 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world}
     slice_["pad_to"] = micro * table.max_length if located.train.compile else None
     if table.overlap == "error":
-        care = examine(table, cache_dir=common["cache_dir"], progress=common["progress"], waiting=common["waiting"])
+        looking = {key: common[key] for key in ("cache_dir", "progress", "waiting")}
+        care = examine(table, answers=located.eval.answers, **looking)
         refuse_overlap(care, table)
     plan = located.train
     steps = Steps(

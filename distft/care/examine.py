@@ -15,6 +15,7 @@ import numpy as np
 
 from distft.care import gather as gathering
 from distft.care import similar
+from distft.care.asked import asked_sources
 from distft.care.gather import Gathered
 from distft.care.notes import notes
 from distft.care.report import SHOWN, CareReport, Repeat, Shared
@@ -25,11 +26,23 @@ from distft.data.fingerprint import sources_key
 from distft.data.prepare import with_distinct_labels
 from distft.data.samples import FormatSpec
 from distft.data.sources import Source, decide_format, find
+from distft.recipe.answers import has_own_rows
 
 if TYPE_CHECKING:
-    from distft.recipe.schema import DataTable, SourceTable
+    from distft.recipe.evaluation import AnswersTable, SourceTable
+    from distft.recipe.schema import DataTable
 
-_CODE = ("texts.py", "gather.py", "shingles.py", "similar.py", "patterns.py", "notes.py", "report.py", "examine.py")
+_CODE = (
+    "asked.py",
+    "texts.py",
+    "gather.py",
+    "shingles.py",
+    "similar.py",
+    "patterns.py",
+    "notes.py",
+    "report.py",
+    "examine.py",
+)
 _SHOWN_OVERLAP = 5
 KINDS: tuple[str, ...] = ("row", "prompt", "near")
 """How an evaluation row can be trained on, worst first."""
@@ -38,6 +51,7 @@ KINDS: tuple[str, ...] = ("row", "prompt", "near")
 def examine(
     table: DataTable,
     *,
+    answers: Sequence[AnswersTable] = (),
     cache_dir: Path,
     progress: Callable[[int], None] = lambda rows: None,
     waiting: Callable[[], None] = lambda: None,
@@ -48,6 +62,7 @@ def examine(
 
     Args:
         table: with real paths (see `distft.demo.locate`).
+        answers: sets of questions; those with files of their own are evaluation rows too.
         cache_dir: where prepared rows live, see `distft.data.prepare.cache_folder`.
         progress: told the number of rows read so far.
         waiting: called once a second while another process works.
@@ -56,7 +71,9 @@ def examine(
         DataError: a source cannot be read.
         FileSystemError: `cache_dir` cannot be written.
     """
-    splits = {"train": _found(table.train)} | ({"eval": _found(table.eval)} if table.eval else {})
+    splits = {"train": _found(table.train)}
+    if table.eval or any(map(has_own_rows, answers)):
+        splits["eval"] = _found(table.eval, asked_sources(answers, table.eval))
     try:
         folder = cache_dir / "care"
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +118,9 @@ def told(one: Shared) -> str:
 _Split = tuple[list[Source], list[FormatSpec]]
 
 
-def _found(tables: Sequence[SourceTable]) -> _Split:
-    sources = with_distinct_labels([find(table) for table in tables])
-    return sources, [decide_format(source) for source in sources]
+def _found(tables: Sequence[SourceTable], more: Sequence[tuple[Source, FormatSpec]] = ()) -> _Split:
+    found = [(source, decide_format(source)) for source in map(find, tables)] + list(more)
+    return with_distinct_labels([source for source, _ in found]), [spec for _, spec in found]
 
 
 def _key(splits: dict[str, _Split], memory: Path) -> str:

@@ -231,6 +231,11 @@ def is_task(one: AnswersTable) -> bool:
     return one.path is not None and one.path.startswith(TASK)
 
 
+def has_own_rows(one: AnswersTable) -> bool:
+    """Whether it asks about rows of the user's that `[[data.eval]]` does not name."""
+    return one.path is not None and not is_task(one) and not _is_spot(one)
+
+
 def _is_spot(one: AnswersTable) -> bool:
     return one.path is not None and one.path.startswith(SPOT)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distft.core.errors import RecipeError
-from distft.recipe.answers import ANSWER_RULES
+from distft.recipe.answers import ANSWER_RULES, has_own_rows
 from distft.recipe.explain import did_you_mean
 from distft.recipe.origin import Fault
 from distft.recipe.schema import Recipe, Registries, SourceTable
@@ -197,7 +197,8 @@ def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[Fault]:
 
 def overlap_needs_two_sides(recipe: Recipe, _: Registries) -> Iterator[Fault]:
     """Without evaluation rows none of them can be trained on."""
-    if recipe.data.overlap == "error" and not recipe.data.eval:
+    asked = any(map(has_own_rows, recipe.eval.answers))
+    if recipe.data.overlap == "error" and not recipe.data.eval and not asked:
         yield Fault(
             key=("data", "overlap"),
             message="has no effect without a [[data.eval]] source",

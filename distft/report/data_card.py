@@ -36,14 +36,16 @@ def with_care(run: RunRecord) -> tuple[RunRecord, str]:
     from distft.data.prepare import cache_folder
     from distft.demo.files import locate
     from distft.recipe import load_recipe
+    from distft.recipe.answers import has_own_rows
 
     try:
         located = locate(load_recipe(run.folder / "recipe.toml", registries=REGISTRIES))
-        found = examine(located.data, cache_dir=cache_folder(located.data))
+        found = examine(located.data, answers=located.eval.answers, cache_dir=cache_folder(located.data))
     except DistftError as error:
         return run, " ".join(str(error).split())
     care = json.loads(json.dumps(found.to_json()))
     sources = [(split, source.path) for split in ("train", "eval") for source in getattr(located.data, split)]
+    sources += [("eval", one.path) for one in located.eval.answers if has_own_rows(one) and one.path]
     _keep(run.folder / CARE, json.dumps(care, ensure_ascii=False, indent=1) + "\n")
     _keep(run.folder / "data-card.md", card(found, name=run.name, sources=sources))
     return replace(run, care=care), ""

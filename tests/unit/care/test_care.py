@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from distft.care import CareReport, card, examine, refuse_overlap, similar, summary
 from distft.care.shingles import WORDS, boilerplate, shingle, signatures, similarity
 from distft.core.errors import DataError
-from distft.recipe import DataTable
+from distft.recipe import AnswersTable, DataTable
 
 DRAW = random.Random(7)
 VOCABULARY = ["".join(DRAW.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(3000)]
@@ -114,6 +114,34 @@ class TestOverlap:
         assert "7 of 100 evaluation rows are also trained on" in str(refused.value)
         assert "eval.jsonl row 1 is train.jsonl row 1\n" in str(refused.value)
         assert "and 2 more" in str(refused.value)
+
+    def test_questions_with_files_of_their_own_are_evaluation_rows(self, tmp_path: Path) -> None:
+        """By columns or by format; a file that is held out anyway, a spot set and a task of lm-eval are not read."""
+        train = [pair() for _ in range(120)]
+        exam = [{"q": text(30), "gold": text(20)} for _ in range(100)]
+        exam[4] = {"q": train[7]["prompt"], "gold": "something else"}
+        exam[6] = {"q": train[9]["prompt"], "gold": train[9]["completion"]}
+        (tmp_path / "exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in exam))
+        path, scores = str(tmp_path / "exam.jsonl"), ({"name": "exact_match"},)
+        look(tmp_path, train, [pair() for _ in range(100)])
+        own = [
+            AnswersTable(name="a", path=path, prompt="q", reference="gold", scores=scores),
+            AnswersTable(name="again", path=str(tmp_path / "eval.jsonl"), scores=scores),
+            AnswersTable(name="spot", path="spot:general"),
+            AnswersTable(name="task", path="lm-eval:gsm8k"),
+        ]
+        found = table(tmp_path, "train", "eval", overlap="error")
+        report = examine(found, answers=own, cache_dir=tmp_path / "cache")
+        assert report.splits["eval"].num_rows == 200
+        assert [(one.kind, one.eval_row, one.train_row) for one in report.shared] == [
+            ("row", "exam.jsonl row 7", "train.jsonl row 10"),
+            ("prompt", "exam.jsonl row 5", "train.jsonl row 8"),
+        ]
+        with pytest.raises(DataError, match="2 of 200 evaluation rows are also trained on"):
+            refuse_overlap(report, found)
+        few = [own[0].model_copy(update={"max_rows": 5})]
+        alone = examine(table(tmp_path, "train"), answers=few, cache_dir=tmp_path / "cache")
+        assert (alone.splits["eval"].num_rows, alone.num_overlap) == (5, 1)
 
     def test_chats_are_compared_without_their_system_message(self, tmp_path: Path) -> None:
         def chat(system: str, asked: str, answered: str) -> dict[str, Any]:
