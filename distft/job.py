@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from distft import assemble
 from distft.catalog import REGISTRIES
 from distft.core.ending import exit_code, reason, report_error
-from distft.core.errors import DONE, BusyError, MachineError, Preempted
+from distft.core.errors import DONE, BusyError, MachineError, PeerEnded, Preempted
 from distft.core.leave import keep, promise
 from distft.core.log import quiet_libraries
 from distft.core.pulse import PULSE
@@ -104,7 +104,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
         except BaseException as found:
             error = watch.cause(found)
             if not (lock is not None and lock.lost):  # then the folder belongs to another run
-                folder.end(code=exit_code(error), reason=reason(error), rank=rank)
+                folder.end(code=exit_code(error), reason=reason(error), rank=rank, follows=isinstance(error, PeerEnded))
                 folder.note("ended", code=exit_code(error), reason=reason(error))
             if error is found:
                 raise
@@ -190,9 +190,8 @@ class _Run:
         objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
         if recipe.train.rehearse:
             self._rehearse(engine, objective)
-        looks = assemble.looks(
-            self.located, self.folder, engine, model, self.rows, self.asked, objective, stop=self._stop, say=self.say
-        )
+        told = {"num_steps": steps.num_steps, "stop": self._stop, "say": self.say}
+        looks = assemble.looks(self.located, self.folder, engine, model, self.rows, self.asked, objective, **told)
         while True:
             PULSE.at("restore")
             if reader is not None:
@@ -246,7 +245,7 @@ class _Run:
 
     def _too_large(self, error: RuntimeError | MemoryError, world: int) -> MachineError | None:
         """Memory ran out: where, and what to change; None for any other error."""
-        from distft.rehearsal import held, is_out_of_memory
+        from distft.core.memory import held, is_out_of_memory
 
         if not is_out_of_memory(error):
             return None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from distft.answers.exam import Exam
 from distft.answers.record import HELD_OUT, Records, perplexity, step_label
 from distft.answers.speaker import Speaker
 from distft.answers.summary import write_summary
+from distft.core.first import by_first
 from distft.core.types import Batch, Engine, TrainState
 from distft.evaluate import evaluate
 from distft.objectives.spec import Objective
 
+T = TypeVar("T")
 Figures = dict[str, float]
 
 
@@ -81,10 +83,8 @@ class Looks:
         last = self.records.about("after", HELD_OUT) or next(
             (said for exam in self.exams if (said := self.records.about("after", exam.name))), None
         )
-        if self._first(last is not None and last.get("step") == state.step):
-            if self.engine.rank == 0:
-                for name in (HELD_OUT, *(exam.name for exam in self.exams)):
-                    self.records.copy(name, old="after", new="best")
+        if self._first(lambda: last is not None and last.get("step") == state.step):
+            self._first(self._copy_after)
             figures: Figures | None = {}
         else:
             figures = self._all("best", state)
@@ -103,35 +103,42 @@ class Looks:
 
     def _loss(self, label: str, state: TrainState, *, reuse: bool) -> Figures | None:
         facts = {"rows_sha256": self.held_out_sha256, "model": self._model(label), "step": state.step}
-        said = self.records.about(label, HELD_OUT) if reuse and self.engine.rank == 0 else None
-        kept = said is not None and said.get("loss") is not None and all(said.get(k) == v for k, v in facts.items())
-        known = self._first(
-            {"eval_loss": said["loss"], "eval_tokens": float(said["tokens"])} if kept and said else None
-        )
-        if known is not None:
-            return _with_perplexity(known)
-        found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
-        if found is not None and self.engine.rank == 0:
-            self.records.write_held_out(found, label=label, **facts)
-        return None if found is None else _with_perplexity(found)
+
+        def kept() -> Figures | None:
+            said = self.records.about(label, HELD_OUT) if reuse else None
+            if said is None or said.get("loss") is None or any(said.get(key) != fact for key, fact in facts.items()):
+                return None
+            return {"eval_loss": said["loss"], "eval_tokens": float(said["tokens"])}
+
+        found = self._first(kept)
+        if found is None:
+            found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
+            if found is None:
+                return None
+            figures = found
+            self._first(lambda: self.records.write_held_out(figures, label=label, **facts))
+        return _with_perplexity(found)
 
     def _examine(
         self, exams: Sequence[Exam], label: str, state: TrainState, figures: Figures, *, reuse: bool = False
     ) -> Figures | None:
+        about: dict[str, Any] = {"label": label, "step": state.step, "model": self._model(label)}
         for exam in exams:
-            model = self._model(label)
-            kept = (
-                reuse and self.engine.rank == 0 and self.records.holds(exam, label=label, step=state.step, model=model)
-            )
-            totals = self._first(self.records.totals(label, exam.name) if kept else None)
+
+            def kept(exam: Exam = exam) -> Figures | None:
+                is_kept = reuse and self.records.holds(exam, **about)
+                return self.records.totals(label, exam.name) if is_kept else None
+
+            totals = self._first(kept)
             if totals is None:
                 taken = exam.take(self.speaker, self.engine)
                 if taken is None:
                     return None
                 if taken.cut_prompts:
                     self.say(f"{exam.name}: {taken.cut_prompts} prompts lost their start: too long for the model")
-                if self.engine.rank == 0:
-                    self.records.write(exam, taken, label=label, step=state.step, model=model)
+                if self.speaker.share < 1:
+                    self.say(f"{exam.name}: memory ran out, so {self.speaker.share:.3g} of a batch is answered at once")
+                self._first(lambda exam=exam, taken=taken: self.records.write(exam, taken, **about))
                 totals = taken.totals
             figures |= {f"{exam.name}.{name}": value for name, value in totals.items()}
         return figures
@@ -142,16 +149,21 @@ class Looks:
     def _model(self, label: str) -> str:
         return self.base if label == "before" else f"{self.base}+trained"
 
-    def _first(self, value: Any) -> Any:
-        """Rank 0's: files are looked at by one, so that all ranks decide alike."""
-        return self.engine.gather(value)[0]
+    def _first(self, work: Callable[[], T]) -> T:
+        """Files are written and looked at by one, so that all ranks decide alike."""
+        return by_first(self.engine, work)
+
+    def _copy_after(self) -> None:
+        for name in (HELD_OUT, *(exam.name for exam in self.exams)):
+            self.records.copy(name, old="after", new="best")
 
     def _sum_up(self, *, say: str | None) -> None:
         """Write the summary, and say how the first figure of each score has changed."""
-        if self.engine.rank != 0 or not (self.held_out or self.exams):
+        if not (self.held_out or self.exams):
             return
+        summary = self._first(lambda: write_summary(self.records))
         firsts: set[tuple[str, str]] = set()
-        for entry in write_summary(self.records)["sets"]:
+        for entry in summary["sets"]:
             score = (entry["name"], entry["score"])
             if say is not None and score not in firsts and (line := told(entry, say)) is not None:
                 self.say(line)

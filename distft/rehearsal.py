@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distft.core.errors import MachineError
+from distft.core.memory import held, is_out_of_memory
 from distft.core.pulse import PULSE
 from distft.core.types import IGNORE, Batch, Engine, TrainState
 
@@ -95,17 +96,3 @@ def _part(name: str, worst: Worst, advice: Callable[[], str]) -> Iterator[None]:
         raise MachineError(
             f"the rehearsal ran out of memory in the {name} of a full micro-batch ({size}){held()}\n{advice()}"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """On an accelerator torch has a class for it; on a CPU it is a sentence."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def held() -> str:
-    """What torch held of the accelerator when memory ran out; empty without one."""
-    if not torch.cuda.is_available():
-        return ""
-    now, peak = torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30
-    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-    return f": {now:.1f} GiB held, {peak:.1f} at the peak, of {whole:.1f}"

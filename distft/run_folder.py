@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import socket
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from distft.core.pulse import PULSE
 if TYPE_CHECKING:
     from distft.core.types import TrainState
 
+FOLLOWS_S = 2.0
+"""For which a rank that ends because of another waits for the other's word."""
 DIFF = "uncommitted.diff"
 """What the code around the run had changed since its commit."""
 
@@ -123,9 +126,18 @@ class RunFolder:
             file.write(json.dumps({"time": _now(), "event": event, **step, **facts}, default=str) + "\n")
 
     def end(
-        self, *, code: int, reason: str, rank: int, state: TrainState | None = None, recipe_sha256: str = ""
+        self,
+        *,
+        code: int,
+        reason: str,
+        rank: int,
+        state: TrainState | None = None,
+        recipe_sha256: str = "",
+        follows: bool = False,
     ) -> bool:
         """Write exit.json; the first rank to fail is the one that knows why, so its word is not overwritten.
+
+        One that only `follows` another gives it a moment to speak first.
 
         Returns:
             Whether this word is the one that counts.
@@ -137,6 +149,9 @@ class RunFolder:
         if state is not None:
             record |= {"state": asdict(state), "recipe_sha256": recipe_sha256}
         record["start"] = self._start
+        until = time.monotonic() + (FOLLOWS_S if follows else 0)
+        while time.monotonic() < until and not self._is_told():
+            time.sleep(0.05)
         with contextlib.suppress(OSError):
             if not self._is_told():
                 write_atomic(self.path / "exit.json", json.dumps(record, indent=2) + "\n")

@@ -87,8 +87,8 @@ class RunRecord:
     recipe_text: str = ""
     exit: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[Mapping[str, Any], ...] = ()
-    evals: tuple[Mapping[str, Any], ...] = ()
-    """Records of metrics.jsonl with `eval_loss`."""
+    looks: tuple[Mapping[str, Any], ...] = ()
+    """Records of metrics.jsonl of evaluations: the loss, figures of answers, or both."""
     events: tuple[Mapping[str, Any], ...] = ()
     starts: tuple[Mapping[str, Any], ...] = ()
     results: tuple[Result, ...] = ()
@@ -135,6 +135,16 @@ class RunRecord:
         return self.exit.get("code") == 0
 
     @property
+    def evals(self) -> tuple[Mapping[str, Any], ...]:
+        """Those of the loss on held-out rows."""
+        return tuple(record for record in self.looks if "eval_loss" in record)
+
+    def looked(self, figure: str) -> list[tuple[int, float]]:
+        """(step, value) of a figure of the evaluations, finite values alone."""
+        pairs = [(record["step"], number(record.get(figure))) for record in self.looks]
+        return [(step, value) for step, value in pairs if value is not None]
+
+    @property
     def final_label(self) -> str:
         """Of the answers of the state that final/ holds: `best` where the run went back to its best one."""
         return _final_label(self.events)
@@ -167,7 +177,7 @@ class RunRecord:
     def held_out_losses(self) -> tuple[float | None, float | None]:
         """Evaluation loss before the first step, and of the state that final/ holds."""
         told = [number((self.held_out.get(at) or {}).get("loss")) for at in ("before", self.final_label)]
-        seen = [(record["step"], number(record["eval_loss"])) for record in self.evals]
+        seen = self.looked("eval_loss")
         first = told[0] if told[0] is not None else next((loss for step, loss in seen if step == 0), None)
         last = told[1] if told[1] is not None else next((loss for step, loss in reversed(seen) if step > 0), None)
         return first, last
@@ -253,7 +263,7 @@ def read_run(folder: Path) -> RunRecord:
         recipe_text=text,
         exit=_json(folder / "exit.json"),
         steps=tuple(record for record in records if "loss" in record),
-        evals=tuple(record for record in records if "eval_loss" in record),
+        looks=tuple(record for record in records if "loss" not in record),
         events=events,
         starts=tuple(_lines(folder / "starts.jsonl")),
         results=_in_order(_results(summary, _final_label(events)), recipe),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from distft.answers.words import Prompt, Writing, Written
-from distft.core.errors import DistftError, PeerEnded
+from distft.core.first import by_first
 from distft.core.pulse import PULSE
 from distft.data.questions import Question, rows_hash
 from distft.scores import Answer, Figure, Scored, Scorer, ScoreSpec
@@ -218,20 +218,8 @@ def choices(scoring: Scoring, answer: Answer) -> tuple[str, ...]:
 def _judged(scoring: Scoring, answers: list[Answer], engine: Engine) -> Scored:
     """On rank 0, for a judge may cost money and a function may count its calls; a mistake ends all ranks alike."""
     PULSE.at("eval", patient=True)
-    said: Scored | None = None
-    failed: DistftError | None = None
-    if engine.rank == 0:
-        try:
-            said = scoring.scorer(answers)
-        except DistftError as error:
-            failed = error
-    said, why = engine.gather((said, None if failed is None else (failed.exit_code, str(failed))))[0]
+    said = by_first(engine, lambda: scoring.scorer(answers))
     PULSE.at("eval")
-    if failed is not None:
-        raise failed
-    if why is not None:
-        raise PeerEnded(*why)
-    assert said is not None
     return said
 
 

@@ -18,6 +18,8 @@ import torch
 from distft.answers.batches import Limits, cut, padded
 from distft.answers.sampling import draws, next_tokens
 from distft.answers.words import Prompt, Writing, Written
+from distft.core.errors import MachineError
+from distft.core.memory import held, is_out_of_memory
 from distft.core.pulse import PULSE
 from distft.core.types import Engine
 from distft.model import answering as modes
@@ -33,6 +35,10 @@ CACHE_SHARE = 0.4
 HOST_CACHE_BYTES = 1 << 30
 SHRINK_AT = 0.75
 """A batch is made smaller once so few of its rows are unfinished: each time all of its cache is copied."""
+
+
+Work = Callable[[list[int], dict[int, Any]], Iterator[None]]
+"""(rows, where their results go): runs one forward each time it is asked to go on."""
 
 
 class Speaker:
@@ -62,6 +68,8 @@ class Speaker:
         """Positions that the model can read; None: not known."""
         self.seconds = 0.0
         """That the last call took, gathering left out."""
+        self.share = 1.0
+        """Of a batch that is answered at once: less after memory ran out."""
 
     def fitted(self, ids: Sequence[int], room: int) -> Sequence[int]:
         """A prompt that leaves `room` tokens for its answer, at least one token long: its start is left out if need
@@ -95,7 +103,7 @@ class Speaker:
         lengths: Sequence[int],
         new_tokens: int,
         rows: int | None,
-        work: Callable[[list[int], dict[int, Any]], Iterator[None]],
+        work: Work,
     ) -> list[Any] | None:
         """Run `work` on this rank's batches and collect every rank's results by index.
 
@@ -107,13 +115,46 @@ class Speaker:
             batches = cut(lengths, new_tokens, self._limits(rows), engine.world)
             for first in range(0, len(batches), engine.world):
                 own = first + engine.rank
-                if not self._together(work(batches[own], mine) if own < len(batches) else None):
+                if not self._together(self._in_parts(batches[own], mine, work) if own < len(batches) else None):
                     return None
         self.seconds = time.monotonic() - began
         found: dict[int, Any] = {}
         for part in engine.gather(mine):
             found |= part
         return [found[index] for index in range(len(lengths))]
+
+    def _in_parts(self, batch: list[int], keep: dict[int, Any], work: Work) -> Iterator[None]:
+        """`work` on a batch: on less of it at a time once memory has run out, which changes no answer."""
+        most = max(1, int(len(batch) * self.share))
+        for at in range(0, len(batch), most):
+            yield from self._in_halves(batch[at : at + most], len(batch), keep, work)
+
+    def _in_halves(self, batch: list[int], of: int, keep: dict[int, Any], work: Work) -> Iterator[None]:
+        """Again in halves when memory runs out.
+
+        Raises:
+            MachineError: one row does not fit; or the forward gathers weights, and ranks would gather past each other.
+        """
+        try:
+            yield from work(batch, keep)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1 or self._engine.lockstep:
+                few = f"set batch_size = {len(batch) // 2} in [[eval.answers]]"
+                fix = few if len(batch) > 1 else "lower max_new_tokens, or ask shorter questions"
+                raise MachineError(
+                    f"memory ran out while {len(batch)} rows were answered at once{held()}  {fix}"
+                ) from error
+        self.share = min(
+            self.share, len(batch) / 2 / of
+        )  # outside of the handler: there the error would still hold what did not fit
+        if self._engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(batch) // 2
+        for part in (batch[:half], batch[half:]):
+            yield from self._in_halves(part, of, keep, work)
 
     def _together(self, work: Iterator[None] | None) -> bool:
         """Go on with this rank's work until no rank has any; False when one wants to stop."""

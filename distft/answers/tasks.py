@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distft.answers.exam import Taken
 from distft.answers.texts import Texts
 from distft.core.errors import Preempted
+from distft.core.first import by_first
 from distft.scores import Figure
 from distft.scores.harness import Tasks
 
@@ -71,8 +72,7 @@ class TaskExam:
             answers, scored = self.tasks.run(texts)
         except Preempted:
             return None
-        (scored, *_) = engine.gather(scored if engine.rank == 0 else None)
-        assert scored is not None
+        scored = by_first(engine, lambda: scored)
         return Taken(
             answers=answers,
             scored=[(self.tasks.name, scored)],

@@ -4,11 +4,12 @@ from distft.assemble.answers import best, exams, looks, renderer
 from distft.assemble.keeping import checkpoints, export, saved_shapes
 from distft.assemble.origins import remember
 from distft.assemble.parts import device_name, fetch, manifest, meters, model, open_engine, run_facts, update_rule
-from distft.assemble.rows import Data, Say, agree, data
+from distft.assemble.rows import Data, HeldOut, Say, agree, data, held_out
 from distft.assemble.sizes import Layout, advice, layout, planned, worst
 
 __all__ = [
     "Data",
+    "HeldOut",
     "Layout",
     "Say",
     "advice",
@@ -20,6 +21,7 @@ __all__ = [
     "exams",
     "export",
     "fetch",
+    "held_out",
     "layout",
     "looks",
     "manifest",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from distft.assemble.rows import Data, Preparing, Say, tokenizer_of
+from distft.assemble.rows import HeldOut, Preparing, Say, tokenizer_of
 from distft.core.errors import Problem, RecipeError
 from distft.recipe import Recipe
 from distft.recipe.answers import EVAL_LOSS
@@ -101,10 +101,11 @@ def looks(
     folder: RunFolder,
     engine: Engine,
     built: MetaModel,
-    rows: Data,
+    rows: HeldOut,
     asked: list[Exam],
     objective: Objective,
     *,
+    num_steps: int,
     stop: Callable[[], bool],
     say: Say,
 ) -> Looks:
@@ -121,7 +122,7 @@ def looks(
         speaker=speaker(located, engine, built, rows.stop_ids, stop),
         records=Records(folder.path / "eval"),
         base=base_key(located),
-        when=When(every_steps=located.eval.every_steps, at_end=located.eval.at_end, num_steps=rows.steps.num_steps),
+        when=When(every_steps=located.eval.every_steps, at_end=located.eval.at_end, num_steps=num_steps),
         stop=stop,
         say=say,
     )

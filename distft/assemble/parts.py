@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from distft.assemble.rows import Data, Say
+from distft.assemble.rows import Data, HeldOut, Say
 from distft.assemble.sizes import Layout
 from distft.catalog import REGISTRIES
 from distft.core.errors import Problem, RecipeError
@@ -46,7 +46,7 @@ def open_engine(recipe: Recipe, placed: Processes, say: Say) -> Engine:
     return spec.open(params, placed)
 
 
-def model(located: Recipe, placed: Processes, cut: Layout, rows: Data, say: Say) -> MetaModel:
+def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: Say) -> MetaModel:
     """The model without values, adapters attached, memory savers on.
 
     Raises:
@@ -162,6 +162,7 @@ def manifest(
     import socket
 
     from distft.assemble import origins
+    from distft.data.questions import trained_as_chat
     from distft.model import stats
 
     places = engine.gather((socket.gethostname(), device_name(placed)))
@@ -179,6 +180,7 @@ def manifest(
         "seed": recipe.seed,
         "parameters": vars(stats.count(built.module)),
         "data": rows.fingerprint,
+        "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": trained_as_chat(located.data.train)} if here else {},
         "sources": origins.rows(located) if here else {},
         "recipe_sha256": recipe.digest(),
         "device": device_name(placed),

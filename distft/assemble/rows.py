@@ -25,10 +25,9 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """Prepared rows, cut into this rank's steps."""
+class HeldOut:
+    """Evaluation rows, and what must be known of the trained ones to ask the model anything."""
 
-    steps: Steps
     eval_steps: EvalSteps | None
     fingerprint: dict[str, str]
     """sha256 of the prepared rows, by split."""
@@ -36,6 +35,13 @@ class Data:
     """Of all tokens in them."""
     stop_ids: tuple[int, ...]
     """What trained rows end with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(HeldOut):
+    """Prepared rows, cut into this rank's steps."""
+
+    steps: Steps
     longest: int
     """Tokens in the longest row."""
 
@@ -48,13 +54,9 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     """
     from distft.care import examine, refuse_overlap
     from distft.data.loader import EvalSteps, Steps
-    from distft.data.prepare import cache_folder, prepare
+    from distft.data.prepare import prepare
 
-    table = located.data
-    tokenizer, revision = tokenizer_of(located)
-    common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(table)}
-    common["progress"] = Preparing(say)
-    common["waiting"] = lambda: PULSE.at("rows", patient=True)
+    table, common = located.data, _common(located, say)
     rows = prepare(table, table.train, split="train", **common)
     micro = cut.micro_batch_size
     slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world}
@@ -88,6 +90,38 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
         stop_ids=rows.report.stop_ids,
         longest=int(rows.lengths.max()),
     )
+
+
+def held_out(located: Recipe, cut: Layout, rank: int, world: int, stop_ids: tuple[int, ...], say: Say) -> HeldOut:
+    """The evaluation rows alone, for a run whose training rows may be gone.
+
+    Raises:
+        DataError: rows that cannot be evaluated.
+    """
+    from distft.data.loader import EvalSteps
+    from distft.data.prepare import prepare
+
+    table = located.data
+    if not table.eval:
+        return HeldOut(eval_steps=None, fingerprint={}, largest_id=max(stop_ids), stop_ids=stop_ids)
+    rows = prepare(table, table.eval, split="eval", **_common(located, say))
+    micro = cut.micro_batch_size
+    return HeldOut(
+        eval_steps=EvalSteps(rows, table, micro_batch_size=micro, rank=rank, world=world),
+        fingerprint={"eval": rows.fingerprint},
+        largest_id=max(rows.report.largest_id, *stop_ids),
+        stop_ids=stop_ids,
+    )
+
+
+def _common(located: Recipe, say: Say) -> dict[str, Any]:
+    from distft.data.prepare import cache_folder
+
+    tokenizer, revision = tokenizer_of(located)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(located.data)}
+    common["progress"] = Preparing(say)
+    common["waiting"] = lambda: PULSE.at("rows", patient=True)
+    return common
 
 
 def agree(rows: Data, gather: Callable[[Any], list[Any]]) -> None:

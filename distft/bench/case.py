@@ -290,7 +290,7 @@ def _say_nothing(line: str) -> None:
 def why(error: BaseException) -> dict[str, str]:
     """{kind: memory | refused | failed, reason} of what ended a case."""
     from distft.core.errors import DistftError
-    from distft.rehearsal import is_out_of_memory
+    from distft.core.memory import is_out_of_memory
 
     problems = getattr(error, "problems", ())
     said = "; ".join(problem.message for problem in problems) or str(error).strip() or type(error).__name__

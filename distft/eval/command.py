@@ -20,7 +20,7 @@ from distft.core.log import quiet_libraries
 from distft.core.pulse import PULSE
 from distft.core.stop import STOP
 from distft.core.types import TrainState
-from distft.eval.subject import Subject, choose, read
+from distft.eval.subject import Subject, choose, read, trained_rows
 from distft.recipe import AnswersTable, Recipe
 from distft.recipe.answers import TASK
 from distft.run_folder import RunFolder
@@ -52,7 +52,13 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         raise RecipeError(subject.asked.source, [problem])
     asked, built = _cut_for(subject.asked, world), _cut_for(subject.built, world)
     cut = assemble.layout(asked, world)
-    rows, exams = assemble.data(asked, cut, rank, world, say), assemble.exams(asked, say)
+    known = trained_rows(subject)
+    if known is None:
+        rows: assemble.HeldOut = assemble.data(asked, cut, rank, world, say)
+    else:
+        rows = assemble.held_out(asked, cut, rank, world, tuple(known["stop_ids"]), say)
+        asked = _asked_as(asked, chats=known["chats"])
+    exams = assemble.exams(asked, say)
     placed = processes.join()
     try:
         engine = assemble.open_engine(built, placed, say)
@@ -66,6 +72,13 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         engine.close()
 
 
+def _asked_as(recipe: Recipe, *, chats: bool) -> Recipe:
+    """`auto` said, so that no trained row has to be looked at."""
+    how = {"ask_as": "chat" if chats else "text"}
+    answers = tuple(one.model_copy(update=how if one.ask_as == "auto" else {}) for one in recipe.eval.answers)
+    return replace(recipe, eval=recipe.eval.model_copy(update={"answers": answers}))
+
+
 def _cut_for(recipe: Recipe, world: int) -> Recipe:
     """Without what only training needs: a batch that divides by the ranks, recomputation."""
     micro = max(1, MICRO_TOKENS // recipe.data.max_length)
@@ -74,7 +87,7 @@ def _cut_for(recipe: Recipe, world: int) -> Recipe:
 
 
 def _held(
-    subject: Subject, engine: Engine, placed: Processes, cut: assemble.Layout, rows: assemble.Data, say: assemble.Say
+    subject: Subject, engine: Engine, placed: Processes, cut: assemble.Layout, rows: assemble.HeldOut, say: assemble.Say
 ) -> MetaModel:
     """The model, filled and held by the engine."""
     recipe = subject.built
@@ -107,7 +120,7 @@ def _look(
     subject: Subject,
     engine: Engine,
     model: MetaModel,
-    rows: assemble.Data,
+    rows: assemble.HeldOut,
     exams: list[Exam],
     say: assemble.Say,
 ) -> dict[str, Any]:
@@ -119,7 +132,7 @@ def _look(
     objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
     folder = RunFolder(subject.folder, writes=engine.rank == 0)
     PULSE.training()  # from here on a stop is agreed on
-    looks = assemble.looks(recipe, folder, engine, model, rows, exams, objective, stop=STOP.asked, say=say)
+    looks = assemble.looks(recipe, folder, engine, model, rows, exams, objective, num_steps=0, stop=STOP.asked, say=say)
     figures = looks.under(subject.label, TrainState(step=subject.step))
     if figures is None:
         raise Preempted(f"stopped by {STOP.reason or 'another rank'}; sets that were finished are kept")

@@ -89,6 +89,18 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
     )
 
 
+def trained_rows(subject: Subject) -> dict[str, Any] | None:
+    """What the run noted of the rows it trained on: `stop_ids`, and whether they are `chats`; None when it did not,
+    or when they are other rows now."""  # noqa: D205, D209
+    try:
+        noted = json.loads((subject.folder / "manifest.json").read_text(encoding="utf-8"))["trained_rows"]
+        then = load_recipe(subject.folder / "recipe.toml", registries=REGISTRIES)
+        same = locate(then).data == subject.asked.data
+        return noted if same and noted["stop_ids"] and isinstance(noted["chats"], bool) else None
+    except (OSError, ValueError, LookupError, TypeError, RecipeError):
+        return None
+
+
 def _whole(located: Recipe, place: Path) -> Recipe:
     """The recipe on a trained model instead of its base; the tokenizer stays, or other tokens would be asked."""
     spec = REGISTRIES.method["full"]

@@ -18,6 +18,7 @@ MOST_POINTS = 400
 """A line of more is averaged over neighbours: no screen shows them."""
 _NOISY = 40
 """Points from which a line is drawn pale, with a running mean over it."""
+STYLES = 6
 Points = Sequence[tuple[float, float]]
 
 
@@ -28,7 +29,7 @@ class Series:
     name: str
     points: Points
     style: int = 1
-    """1 to 6: colour and dashes."""
+    """1 to `STYLES`: colour and dashes."""
     kind: str = "line"
     """line | noisy (a pale line with its running mean) | dots | level (a horizontal rule)."""
 

@@ -264,10 +264,7 @@ def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
         ("Training loss", [run.column("loss") for run in runs]),
         (
             "Held-out loss",
-            [
-                [(one["step"], loss) for one in run.evals if (loss := number(one["eval_loss"])) is not None]
-                for run in runs
-            ],
+            [run.looked("eval_loss") for run in runs],
         ),
     ):
         series = [

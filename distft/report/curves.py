@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distft.report import words
-from distft.report.charts import Series, line_chart
+from distft.report.charts import STYLES, Series, line_chart
 from distft.report.html import Html, h
 from distft.report.tables import fold, missing, table
 from distft.run_record import RunRecord, number
@@ -20,8 +20,9 @@ def curves(run: RunRecord) -> Iterator[Html]:
     if not run.steps:
         yield missing("metrics.jsonl has no step yet.")
         return
-    drawn = [chart for chart in _charts(run) if chart is not None]
-    yield h("div", drawn, class_="charts even" if len(drawn) == 5 else "charts")  # one wide, and two by two
+    wide = [chart for chart in (_loss(run), *_scores(run)) if chart is not None]
+    narrow = [chart for chart in _charts(run) if chart is not None]
+    yield h("div", wide, narrow, class_="charts even" if len(narrow) == 4 else "charts")  # two by two
     if run.on_gpu and run.planned_gib is None:
         why = (run.plan or {}).get("why")
         yield missing(
@@ -32,9 +33,9 @@ def curves(run: RunRecord) -> Iterator[Html]:
     yield fold("The figures behind the curves", _steps(run), _evals(run))
 
 
-def _charts(run: RunRecord) -> Iterator[Html | None]:
+def _loss(run: RunRecord) -> Html | None:
     loss = run.column("loss")
-    held_out = [(record["step"], value) for record in run.evals if (value := number(record["eval_loss"])) is not None]
+    held_out = run.looked("eval_loss")
     series = [Series(name="training, each step and its running mean", points=loss, kind="noisy")]
     if held_out:
         series.append(Series(name="held-out rows", points=held_out, style=2, kind="dots"))
@@ -43,12 +44,32 @@ def _charts(run: RunRecord) -> Iterator[Html | None]:
         says += f"; held-out loss from {words.figure(held_out[0][1])} to {words.figure(held_out[-1][1])}"
     values = [value for one in series for _, value in one.points]
     steep = min(values, default=0) > 0 and max(values) > _STEEP * min(values)
-    yield line_chart("Loss", series, says=says, wide=True, logarithmic=steep)
+    return line_chart("Loss", series, says=says, wide=True, logarithmic=steep)
+
+
+def _charts(run: RunRecord) -> Iterator[Html | None]:
     yield _one(run, "lr", "Learning rate", from_zero=True)
     yield _one(run, "grad_norm", "Gradient norm", unit="before clipping", from_zero=True)
     yield _one(run, "tokens_per_s", "Speed", unit="tokens/s, all processes", from_zero=True)
     yield _one(run, "mfu", "MFU", unit="of the dense bf16 peak", from_zero=True)
     yield _memory(run)
+
+
+def _scores(run: RunRecord) -> Iterator[Html | None]:
+    """The first figure of each set that was asked during training; shares together, others each for itself."""
+    asked = [(figure, points) for figure in _firsts(run) if len(points := run.looked(figure)) > 2]
+    shares = [(figure, points) for figure, points in asked if all(0 <= value <= 1 for _, value in points)]
+    others = [one for one in asked if one not in shares]
+    for together in ([shares[:STYLES]] if shares else []) + [[one] for one in others]:
+        series = [
+            Series(name=figure, points=points, style=style) for style, (figure, points) in enumerate(together, start=1)
+        ]
+        says = "; ".join(
+            f"{figure} from {words.figure(points[0][1])} to {words.figure(points[-1][1])}"
+            for figure, points in together
+        )
+        title = "Scores" if together[0] in shares else together[0][0]
+        yield line_chart(title, series, says=says, wide=True, from_zero=together[0] in shares)
 
 
 def _one(run: RunRecord, column: str, title: str, *, unit: str = "", from_zero: bool = False) -> Html | None:
@@ -87,7 +108,19 @@ def _steps(run: RunRecord) -> Html:
 
 
 def _evals(run: RunRecord) -> Html | None:
-    if not run.evals:
+    figures = [name for name in ("eval_loss", *_firsts(run)) if run.looked(name)]
+    rows = [
+        [record["step"], *(words.figure(number(record.get(name))) for name in figures)]
+        for record in run.looks
+        if any(name in record for name in figures)
+    ]
+    if not rows:
         return None
-    rows = [[record["step"], words.figure(number(record["eval_loss"]))] for record in run.evals]
-    return table("Loss on held-out rows", ("step", "loss"), rows, numbers=(0, 1))
+    heads = ("step", *("held-out loss" if name == "eval_loss" else name for name in figures))
+    return table("Evaluations", heads, rows, numbers=range(len(heads)))
+
+
+def _firsts(run: RunRecord) -> list[str]:
+    """The first figure of each set."""
+    firsts = {one.name: f"{one.name}.{one.figure}" for one in reversed(run.results)}
+    return list(reversed(firsts.values()))

@@ -61,6 +61,9 @@ def two(bench: Bench) -> dict[str, Run]:
     cases = {f"full-{engine}": case(engine, batch_size="2") for engine in ("ddp", "zero2", "zero3", "fsdp2")}
     cases |= {f"lora-{engine}": case(engine, *LORA, batch_size="2") for engine in ("zero3", "fsdp2")}
     cases |= {f"qlora-{engine}": case(engine, *QLORA, batch_size="2") for engine in ("zero3", "fsdp2")}
+    cases["unwritable"] = case("fsdp2")
+    (bench.folder / "runs/two-unwritable").mkdir(parents=True)
+    (bench.folder / "runs/two-unwritable/eval").write_text("a file where the folder should be")
     cases |= {f"tasks-{engine}": tasks(bench, engine) for engine in ("zero3", "fsdp2")}
     extra: dict[str, dict[str, str]] = {}
     for name, (fault, _) in STOPS.items():
@@ -68,7 +71,8 @@ def two(bench: Bench) -> dict[str, Run]:
         extra[name] = {"fault": fault}
         cases[f"{name}-again"] = [*case("fsdp2"), f'name="two-{name}"']
     found = bench.launch(2, cases, tag="two", extra=extra)
-    return _well({name: run for name, run in found.items() if name not in STOPS}) | {name: found[name] for name in STOPS}
+    ended = {name: found[name] for name in (*STOPS, "unwritable")}
+    return _well({name: run for name, run in found.items() if name not in ended}) | ended
 
 
 def _well(runs: dict[str, Run]) -> dict[str, Run]:
@@ -92,7 +96,7 @@ def tokens(found: Run, label: str) -> list[int]:
 
 def test_two_processes_answer_as_one(alone: dict[str, Run], two: dict[str, Run]) -> None:
     for name, found in two.items():
-        if name in STOPS or name.startswith("tasks"):
+        if name in (*STOPS, "unwritable") or name.startswith("tasks"):
             continue
         one = alone["full" if "stopped" in name else name.split("-")[0]]
         for label in ("before", "step-00000002", "after"):
@@ -129,6 +133,14 @@ def test_a_stop_among_the_answers_is_granted_and_the_same_command_finishes(two: 
         assert said in two[name].error
         assert len(two[f"{name}-again"].steps) == 6
         assert two[f"{name}-again"].column("loss") == two["full-fsdp2"].column("loss")
+
+
+def test_answers_that_cannot_be_kept_end_all_ranks(bench: Bench, two: dict[str, Run]) -> None:
+    """At once and with one code: rank 1 does not wait for rank 0 until the watch finds out."""
+    assert "eval/before/held_out.json: cannot be written" in two["unwritable"].error
+    told = json.loads((bench.folder / "runs/two-unwritable/exit.json").read_text())
+    assert (told["code"], told["rank"]) == (8, 0)
+    assert "held_out.json: cannot be written" in told["reason"]
 
 
 def test_some_answers_end_early_and_differ(alone: dict[str, Run]) -> None:
@@ -177,8 +189,20 @@ def test_figures_are_in_the_metrics_and_the_summary(alone: dict[str, Run]) -> No
     assert (chosen["before"]["step"], chosen["after"]["step"]) == (0, 6)
 
 
-def test_a_run_is_looked_at_again(alone: dict[str, Run]) -> None:
-    """`distft eval` on what a run left: its base, its final folder, a checkpoint."""
+def test_a_run_is_looked_at_again(
+    bench: Bench, alone: dict[str, Run], two: dict[str, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`distft eval` on what a run left: its base, its final folder, a checkpoint. The rows it was trained on are gone,
+    and so is what was prepared of them."""  # noqa: D205, D209
+    (bench.folder / "train.jsonl").rename(bench.folder / "gone.jsonl")
+    (bench.folder / "cache").rename(bench.folder / "cache-gone")
+    try:
+        _look_again(alone)
+    finally:
+        (bench.folder / "gone.jsonl").rename(bench.folder / "train.jsonl")
+
+
+def _look_again(alone: dict[str, Run]) -> None:
     for name in ("full", "lora"):
         found = alone[name]
         for model, label, like in (("base", "base-again", "before"), ("final", "final-again", "after")):

@@ -35,7 +35,7 @@ class Said:
     """A speaker that says what the test wants, and counts."""
 
     def __init__(self, texts: list[str]) -> None:
-        self.texts, self.asked, self.seconds, self.longest = texts, 0, 0.5, None
+        self.texts, self.asked, self.seconds, self.longest, self.share = texts, 0, 0.5, None, 1.0
 
     def fitted(self, ids, room):
         return ids

@@ -14,6 +14,8 @@ from tiny import CPU, batch, documents
 from distft.answers.batches import Limits, cut, padded
 from distft.answers.sampling import draws, next_tokens
 from distft.answers.words import Prompt, Writing
+from distft.core.errors import MachineError
+from distft.engine.solo import SoloEngine
 from distft.model.answering import cache_bytes_per_token
 
 PROMPTS = documents([9, 30, 4, 17, 1, 22], seed=5)
@@ -168,3 +170,38 @@ def test_the_cache_is_counted_as_it_is(tiny_config: Path) -> None:
         tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values)
     )
     assert held == 2 * 5 * cache_bytes_per_token(config, torch.float32)
+
+
+class Small:
+    """Stands before an engine whose memory holds a few rows."""
+
+    def __init__(self, engine: SoloEngine, rows: int, *, lockstep: bool = False) -> None:
+        self._engine, self._rows, self.lockstep, self.failed = engine, rows, lockstep, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._engine, name)
+
+    def forward_only(self, **inputs):
+        if inputs["input_ids_BL"].shape[0] > self._rows:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._engine.forward_only(**inputs)
+
+
+def test_where_memory_runs_out_less_is_answered_at_once(tiny_config: Path) -> None:
+    engine, own = opened(tiny_config)
+    rows = PROMPTS * 3
+    whole = own.write(prompts(rows), Writing(max_new_tokens=10))
+    pairs = [(ids[:-1] or [1], ids[-1:]) for ids in rows]
+    weighed = own.weigh(pairs)
+    small = Small(engine, 5)
+    less = speaker(small, engine.model)
+    assert less.write(prompts(rows), Writing(max_new_tokens=10)) == whole
+    assert (less.share, small.failed) == (0.25, 3), "18 and 9 rows do not fit, nor the other 9; 4 and 5 do"
+    assert [value for value, _ in less.weigh(pairs)] == pytest.approx([value for value, _ in weighed], abs=1e-4)
+    assert small.failed == 3, "what was learnt is kept"
+
+    with pytest.raises(MachineError, match=r"memory ran out while 1 rows were answered at once.*max_new_tokens"):
+        speaker(Small(engine, 0), engine.model).write(prompts(), Writing(max_new_tokens=4))
+    with pytest.raises(MachineError, match=r"while 6 rows were answered.*set batch_size = 3 in \[\[eval.answers\]\]"):
+        speaker(Small(engine, 5, lockstep=True), engine.model).write(prompts(), Writing(max_new_tokens=4))
