@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distft.answers.batches import Limits, cut, padded
+from distft.answers.batches import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS, Limits, cut, padded
 from distft.answers.sampling import draws, next_tokens
 from distft.answers.words import Prompt, Writing, Written
 from distft.core.errors import MachineError
@@ -27,11 +27,6 @@ from distft.model.causal import CausalLM
 
 AGREE_EVERY = 8
 """Forwards between two looks at whether all are done, or somebody wants to stop."""
-MAX_ROWS = 128
-PROMPT_TOKENS = 32_768
-"""Of one forward: more fills no accelerator better, and activations grow with them."""
-CACHE_SHARE = 0.4
-"""Of the accelerator's free memory: activations and fragments want room too."""
 HOST_CACHE_BYTES = 1 << 30
 SHRINK_AT = 0.75
 """A batch is made smaller once so few of its rows are unfinished: each time all of its cache is copied."""

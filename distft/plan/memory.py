@@ -12,6 +12,7 @@ from typing import Any
 from distft.core.accelerators import GIB
 from distft.engine.deepspeed import bucket_elements
 from distft.plan import state as states
+from distft.plan.answering import Asking, asking
 from distft.plan.inventory import ROOT, Inventory
 from distft.plan.setup import Setup
 from distft.plan.state import FP32, State
@@ -39,12 +40,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Phases:
-    """Most bytes on the device while the run loads, takes its first step, a later one, evaluates and saves."""
+    """Most bytes on the device while the run loads, takes its first step, a later one, evaluates, asks and saves."""
 
     load: int
     first_step: int
     steady_step: int
     evaluation: int
+    answers: int
+    """0: the recipe asks nothing."""
     save: int
 
     @property
@@ -93,7 +96,9 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     gathered = _gathered(inventory, setup)
     block = _block_workspace(inventory, setup, kept)
     fixed = CONTEXT_BYTES + (NCCL_BYTES if world > 1 else 0)
-    phases = _phases(inventory, setup, state, kept, gathered.num_bytes, block.num_bytes, fixed)
+    model = state.weights + state.quant_constants + state.master + state.optimizer + state.kept_gradients
+    asks = asking(inventory, setup, kept, held=fixed + int((model + gathered.num_bytes) * (1 + FRAGMENTATION)))
+    phases = _phases(inventory, setup, state, kept, asks, gathered.num_bytes, block.num_bytes, fixed)
     allocated = phases.peak - fixed
     slack = Part(
         name="context, NCCL and fragmentation",
@@ -113,7 +118,14 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         host=HOST_PROCESS_BYTES + state.on_host + share,
         checkpoint=checkpoint,
         final=sum(param.numel * param.item_bytes for param in inventory.params if param.trained or not _adapter(setup)),
-        parts=(*_state_parts(inventory, setup, state), gathered, *_activation_parts(setup, kept), block, slack),
+        parts=(
+            *_state_parts(inventory, setup, state),
+            gathered,
+            *_activation_parts(setup, kept),
+            *_asking_part(asks),
+            block,
+            slack,
+        ),
     )
 
 
@@ -125,7 +137,14 @@ def _adapter(setup: Setup) -> bool:
 
 
 def _phases(
-    inventory: Inventory, setup: Setup, state: State, kept: Activations, gathered: int, block: int, fixed: int
+    inventory: Inventory,
+    setup: Setup,
+    state: State,
+    kept: Activations,
+    asks: Asking | None,
+    gathered: int,
+    block: int,
+    fixed: int,
 ) -> Phases:
     resident = state.weights + state.quant_constants + state.master
     during = state.accumulating if setup.micros_per_step > 1 else state.kept_gradients
@@ -142,9 +161,10 @@ def _phases(
         "first_step": resident + max(micro, update + state.optimizer),
         "steady_step": resident + state.optimizer + max(micro, update),
         "evaluation": after + gathered + kept.evaluation,
+        "answers": 0 if asks is None else after + gathered + asks.num_bytes,
         "save": after + _save_workspace(inventory, setup),
     }
-    return Phases(**{name: fixed + int(value * (1 + FRAGMENTATION)) for name, value in figures.items()})
+    return Phases(**{name: fixed + int(value * (1 + FRAGMENTATION)) if value else 0 for name, value in figures.items()})
 
 
 def _load(inventory: Inventory, setup: Setup, state: State) -> int:
@@ -330,6 +350,16 @@ def _activation_parts(setup: Setup, kept: Activations) -> tuple[Part, ...]:
             formula=f"traced: beyond the saved activations while head and loss ({setup.loss}) run",
         ),
     )
+
+
+def _asking_part(asks: Asking | None) -> tuple[Part, ...]:
+    if asks is None:
+        return ()
+    formula = (
+        f"set {asks.name}: {asks.rows} rows at once x ({asks.prompt:,} + {asks.new_tokens:,} new tokens) of keys and "
+        f"values {_gib(asks.cache)} + a forward over the prompts {_gib(asks.forward)}; instead of activations"
+    )
+    return (Part(name="answers (cache and prompts)", num_bytes=asks.num_bytes, formula=formula),)
 
 
 def _gib(num_bytes: float) -> str:

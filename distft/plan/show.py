@@ -67,6 +67,8 @@ def details(case: Case, *, price: float | None, explain: bool) -> Iterator[str]:
             yield _line(part, explain)
     yield "\npeak by phase, GiB (predicted)"
     for name, value in vars(held.phases).items():
+        if not value:
+            continue
         mark = "  <- the most" if value == held.peak else ""
         yield f"  {name.replace('_', ' '):<28} {value / GIB:>9.2f}{mark}"
     yield ""

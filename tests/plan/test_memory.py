@@ -1,5 +1,6 @@
 """Phases, gathered layers, buckets and temporaries follow from how engines work; and 8B and 70B come out as known."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,25 @@ def test_json_has_the_fixed_form(llama8b: Path) -> None:
     ]  # fmt: skip
     assert all(isinstance(value, int) for value in row["per_rank"].values())
     assert (row["method"], row["engine"], row["world"], row["gpu"]) == ("full", "zero3", 8, "h100-80gb")
+
+
+def test_answers_need_a_cache_and_auto_takes_what_fits(llama8b: Path) -> None:
+    """Llama 3.1 8B: 2 x 32 layers x 8 heads x 128 x 2 bytes of keys and values a token."""
+
+    def asking(**settings: object) -> tuple[int, int]:
+        said = {"name": "s", "path": "a.jsonl", "scores": [{"name": "exact_match"}], "max_new_tokens": 512} | settings
+        table = ", ".join(f"{key} = {json.dumps(value).replace(': ', ' = ')}" for key, value in said.items())
+        held = case(llama8b, ONE, 'method.name="qlora"', "data.max_length=2048", f"eval.answers=[{{ {table} }}]").memory
+        part = next(one.num_bytes for one in held.parts if one.name.startswith("answers"))
+        return part, held.phases.answers
+
+    one, two = (asking(batch_size=rows)[0] for rows in (1, 2))
+    cache = 2 * 32 * 8 * 128 * 2 * (2048 + 512)
+    mask = 2 * 2048 * (2048 + 512)
+    assert one > cache
+    assert two == pytest.approx(2 * one + mask, rel=1e-6), "rows of several lengths are padded"
+    assert asking(batch_size=16) == asking(batch_size="auto"), "32,768 tokens of prompts at once"
+    small = case(llama8b, ONE, 'method.name="qlora"', "data.max_length=2048")
+    assert small.memory.phases.answers == 0
+    part, phase = asking()
+    assert small.memory.phases.evaluation < phase < small.memory.phases.evaluation + 1.1 * part
