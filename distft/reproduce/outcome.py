@@ -49,12 +49,31 @@ class Tensors:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Kept answers of both runs: what was written, how likely choices were, and the marks."""
+
+    num_answers: int
+    num_equal: int
+    first: str
+    """Set and row of the first that differs; "" none does."""
+    missing: tuple[str, ...]
+    """Sets that the second has not."""
+
+    @property
+    def equal(self) -> bool:
+        """All of them."""
+        return not self.missing and self.num_equal == self.num_answers
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of the second run, held against the first."""
 
     columns: tuple[Column, ...]
     tensors: Tensors | None
     """None: one of the two has no final/."""
+    answers: Answers | None
+    """None: the first has kept none."""
     missing_steps: int
     """Steps of the first that the second did not make, where it was to make them."""
 
@@ -62,7 +81,8 @@ class Outcome:
     def equal(self) -> bool:
         """All of it, bit for bit."""
         told = all(column.equal for column in self.columns) and bool(self.columns)
-        return told and not self.missing_steps and (self.tensors is None or self.tensors.equal)
+        parts = [part.equal for part in (self.tensors, self.answers) if part is not None]
+        return told and not self.missing_steps and all(parts)
 
     @property
     def within(self) -> bool:
@@ -87,6 +107,8 @@ class Outcome:
             yield f"{'steps':<10} {self.missing_steps:,} were not made"
         if self.tensors is not None:
             yield f"{'final/':<10} {self._about(self.tensors)}"
+        if self.answers is not None:
+            yield f"{'answers':<10} {_about_answers(self.answers)}"
 
     def _about(self, found: Tensors) -> str:
         if found.equal:
@@ -99,6 +121,14 @@ class Outcome:
         )
 
 
+def _about_answers(found: Answers) -> str:
+    if found.missing:
+        return f"not there: {', '.join(found.missing[:5])}"
+    if found.equal:
+        return f"equal in all {found.num_answers:,} rows"
+    return f"{found.num_answers - found.num_equal:,} of {found.num_answers:,} rows differ, first {found.first}"
+
+
 def compare(first: RunRecord, second: RunRecord, *, until: int | None = None) -> Outcome:
     """`until`: only steps up to this one, and then not the tensors, which are those of the end."""
     columns = [_column(name, first, second, until) for name in COLUMNS]
@@ -107,6 +137,7 @@ def compare(first: RunRecord, second: RunRecord, *, until: int | None = None) ->
     return Outcome(
         columns=tuple(column for column in columns if column is not None),
         tensors=None if until is not None else _tensors(first.folder / "final", second.folder / "final"),
+        answers=_answers(first, second, until),
         missing_steps=len(wanted - made),
     )
 
@@ -132,6 +163,33 @@ def _column(name: str, first: RunRecord, second: RunRecord, until: int | None) -
 def _values(name: str, run: RunRecord) -> dict[int, Any]:
     records = run.evals if name == "eval_loss" else run.steps
     return {record["step"]: record[name] for record in records if name in record}
+
+
+def _answers(first: RunRecord, second: RunRecord, until: int | None) -> Answers | None:
+    """Of every set that training asked: not those that somebody asked afterwards under another label."""
+    own = [path for path in sorted((first.folder / "eval").glob("*/*.jsonl")) if _asked_by(path.parent.name, until)]
+    if not own:
+        return None
+    count, equal, differing, missing = 0, 0, "", []
+    for path in own:
+        label, name = path.parent.name, path.stem
+        ours, theirs = first.answers(label, name), second.answers(label, name)
+        if not theirs:
+            missing.append(f"{label}/{name}")
+            continue
+        count += len(ours)
+        for row, line in ours.items():
+            if line == theirs.get(row):
+                equal += 1
+            elif not differing:
+                differing = f"{label}/{name}, {row}"
+    return Answers(num_answers=count, num_equal=equal, first=differing, missing=tuple(missing))
+
+
+def _asked_by(label: str, until: int | None) -> bool:
+    if label.startswith("step-"):
+        return until is None or int(label.removeprefix("step-")) <= until
+    return label == "before" or (until is None and label in ("after", "best"))
 
 
 def _relative(one: Any, other: Any) -> float:

@@ -19,7 +19,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, Path]:
     bench = Bench.make(tmp_path_factory.mktemp("reproduce"))
     command = [sys.executable, "-m", "distft.cli", "train", str(bench.recipe), "--nproc", "2"]
     method = 'method={ name = "lora", r = 4, dropout = 0.1 }'
-    for setting in ("name='first'", method, "optim.weight_decay=0.0"):
+    drawn = "temperature = 1.0, max_new_tokens = 8, every_steps = 2"
+    asked = f'eval.answers=[{{ name = "drawn", {drawn}, scores = [{{ name = "exact_match" }}] }}]'
+    for setting in ("name='first'", method, "optim.weight_decay=0.0", asked):
         command += ["--set", setting]
     done = run(command)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -41,6 +43,7 @@ def test_on_the_same_layout_it_is_equal_bit_for_bit(first: tuple[Bench, Path]) -
         "loss": STEPS, "grad_norm": STEPS, "lr": STEPS, "eval_loss": 2,
     }  # fmt: skip
     assert outcome["tensors"]["num_equal"] == outcome["tensors"]["num_tensors"] > 0
+    assert outcome["answers"] == {"num_answers": 4 * 9, "num_equal": 4 * 9, "first": "", "missing": []}
     again = Path(told["again"])
     assert 'name = "ddp"' in (again / "recipe.toml").read_text()
     assert again.parent.name == "first.reproduced-1"
@@ -55,8 +58,15 @@ def test_a_part_of_it_on_one_process_is_within_the_tolerance(first: tuple[Bench,
     assert code == 0, told
     assert told["same_layout"] is False
     assert told["verdict"] in ("within 1e-5", "equal")
+    assert outcome_answers(told) == 2 * 9, "before, and at step 2"
     (loss,) = [column for column in told["outcome"]["columns"] if column["name"] == "loss"]
     assert (loss["num_steps"], told["outcome"]["tensors"]) == (3, None)
+
+
+def outcome_answers(told: dict) -> int:
+    answers = told["outcome"]["answers"]
+    assert not answers["missing"]
+    return answers["num_answers"]
 
 
 def test_the_run_holds_what_it_depends_on(first: tuple[Bench, Path]) -> None:

@@ -1,6 +1,7 @@
 """The run page: what it says, that it is well formed and accessible, and that no row can do anything in it."""
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -277,3 +278,28 @@ def test_a_long_run_is_a_small_page(tmp_path: Path) -> None:
     folder = made(tmp_path).recipe(steps=20_000).metrics(20_000, slope=1e-5).events().ended(step=20_000)
     page(folder)
     assert (folder.folder / "report.html").stat().st_size < 200_000
+
+
+def test_scores_asked_during_training_are_a_curve(tmp_path: Path) -> None:
+    """Shares together, others for themselves; before and after alone are no curve."""
+    run = made(tmp_path).whole()
+    figures = {"valid.exact_match": (0.1, 0.4, 0.7), "text.bits_per_byte": (2.0, 1.5, 1.1)}
+    records = json.loads("[" + ",".join((run.folder / "metrics.jsonl").read_text().splitlines()) + "]")
+    looked = [one for one in records if "loss" not in one][:3]
+    summary = json.loads((run.folder / "eval/summary.json").read_text())
+    first = summary["sets"][0]
+    summary["sets"] = [
+        first | {"name": name.split(".")[0], "score": name.split(".")[1], "figure": name.split(".")[1]}
+        for name in figures
+    ]
+    run.write("eval/summary.json", summary)
+    for number, record in enumerate(looked):
+        record |= {name: values[number] for name, values in figures.items()}
+    run.lines("metrics.jsonl", records)
+    labels = [one.get("aria-label") or "" for one in page(run).all("div")]
+    assert "Scores: valid.exact_match from 0.100 to 0.700" in labels
+    assert "text.bits_per_byte: text.bits_per_byte from 2.000 to 1.100" in labels
+    for record in looked[1:2]:
+        del record["valid.exact_match"]
+    run.lines("metrics.jsonl", records)
+    assert not any((one.get("aria-label") or "").startswith("Scores:") for one in page(run).all("div"))

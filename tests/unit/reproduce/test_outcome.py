@@ -218,3 +218,21 @@ def test_the_micro_batch_stays_where_it_can(real: Made, nproc: int, kept: bool) 
 def test_no_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 8
     assert "recipe.toml and manifest.json" in capsys.readouterr().err
+
+
+def test_answers_are_held_against_each_other_row_by_row(tmp_path: Path) -> None:
+    runs = [run(tmp_path, name) for name in ("one", "two")]
+    rows = [{"id": f"valid row {at}", "answer": "yes", "scores": {"exact_match": 1.0}} for at in range(4)]
+    for one in runs:
+        for label in ("before", "step-00000010", "after", "somebody"):
+            one.lines(f"eval/{label}/set.jsonl", rows)
+    assert outcome(*runs).answers.num_answers == 12, "what somebody asked afterwards is not the run's"
+    assert outcome(*runs).equal
+    rows[2] = rows[2] | {"answer": "no"}
+    runs[1].lines("eval/step-00000010/set.jsonl", rows)
+    found = outcome(*runs)
+    assert not found.equal
+    assert list(found.lines())[-1] == "answers    1 of 12 rows differ, first step-00000010/set, valid row 2"
+    assert outcome(*runs, until=9).equal
+    (runs[1].folder / "eval/after/set.jsonl").unlink()
+    assert list(outcome(*runs).lines())[-1] == "answers    not there: after/set"
