@@ -105,7 +105,8 @@ def _columns(table: AnswersTable, data: DataTable) -> Columns | None:
     prompt = "prompt" if table.path is not None and table.path.startswith(SPOT) else table.prompt
     if prompt is None:
         return None
-    return Columns(prompt=prompt, reference=table.reference, as_chat=_as_chat(table, data))
+    reference = "label" if table.path == f"{SPOT}general" else table.reference
+    return Columns(prompt=prompt, reference=reference, as_chat=_as_chat(table, data))
 
 
 def _scoring(raw: dict[str, Any], asked: Sequence[Question], renderer: Renderer) -> Scoring:

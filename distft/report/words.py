@@ -75,7 +75,7 @@ def of(result: Result, value: Any) -> str:
 
 
 def interval(result: Result, told: Mapping[str, Any] | None, *, signed: bool = False) -> str:
-    """`88.1 % [81.0, 93.0]`; without bounds where there are none."""
+    """`88.1 % [81.0, 93.0]`, to be broken before its bounds alone; without bounds where there are none."""
     if told is None:
         return NOTHING
     value, low, high = (number(told.get(key)) for key in ("value", "low", "high"))
@@ -89,10 +89,11 @@ def interval(result: Result, told: Mapping[str, Any] | None, *, signed: bool = F
     if low is None or high is None:
         return head
     bounds = [f"{100 * bound:.1f}" if result.binary else figure(bound) for bound in (low, high)]
-    return f"{head} [{', '.join(bound.replace('-', MINUS) for bound in bounds)}]"
+    return f"{head} [{f',{NO_BREAK}'.join(bound.replace('-', MINUS) for bound in bounds)}]"
 
 
 MINUS = "\u2212"
+NO_BREAK = "\u00a0"
 
 
 def noun(number_of: int, one: str, many: str = "") -> str:
