@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from distft.answers.speaker import MAX_ROWS, Speaker
+from distft.answers.batches import MAX_ROWS
+from distft.answers.speaker import Speaker
 from distft.answers.words import Prompt, Writing
 from distft.core.pulse import PULSE
 from distft.core.types import UpdateRule

@@ -1,7 +1,10 @@
-"""The pages in a real browser: nothing on the console, nothing asked of the network."""
+"""The pages in a real browser: nothing on the console, nothing asked of the network, nothing that axe-core finds."""
 
+import html
+import importlib.resources
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -64,3 +67,31 @@ def test_a_request_would_have_been_seen(tmp_path: Path) -> None:
     said, net, _ = opened(page, tmp_path)
     assert ":CONSOLE" in said
     assert asked(net) == ["http://127.0.0.1:9/x.png"]
+
+
+@pytest.mark.parametrize(
+    "flags", [("--window-size=1280,2000",), ("--window-size=390,844", "--blink-settings=preferredColorScheme=0")]
+)
+@pytest.mark.parametrize("number", [0, 1], ids=["report", "compare"])
+def test_axe_finds_nothing(pages: list[Path], number: int, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """The page allows no script, so a copy without that rule carries axe-core and says in its title what it found."""
+    axe = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")
+    script = (importlib.resources.files(axe) / "axe.min.js").read_text(encoding="utf-8")
+    text = pages[number].read_text(encoding="utf-8")
+    text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    assert count == 1
+    told = (
+        "found => { document.title = 'AXE' + JSON.stringify([found.passes.length, found.violations.map(v => v.id)]) }"
+    )
+    copy = tmp_path / "copy.html"
+    copy.write_text(f"{text}<script>{script}</script><script>axe.run(document).then({told})</script>", encoding="utf-8")
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", *QUIET, *flags, f"--user-data-dir={tmp_path}/profile",
+               "--virtual-time-budget=30000", "--dump-dom", copy.as_uri()]  # fmt: skip
+    env = os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
+    said = re.search(r"<title>AXE(.*?)</title>", done.stdout)
+    assert said, done.stderr[-2000:]
+    passes, violations = json.loads(html.unescape(said[1]))
+    assert violations == []
+    assert passes > 15
