@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,12 +24,16 @@ RULE = UpdateRule(
 )
 
 
-def opened(folder: Path, method: str = "full", **params) -> tuple[SoloEngine, Speaker]:
-    built = build(folder, method, fill=False, params=params)
-    engine = open_engine("solo", NoParams(), ALONE)
+def opened(
+    folder: Path, method: str = "full", *, device: torch.device = CPU, dtype: str = "float32", **params
+) -> tuple[SoloEngine, Speaker]:
+    """A model of random weights that a solo engine holds, and its speaker."""
+    built = build(folder, method, fill=False, params=params, device=device, dtype=dtype)
+    engine = open_engine("solo", NoParams(), replace(ALONE, device=device))
     engine.adopt(built, RULE, micros_per_step=1)
     return engine, speaker(engine, built.module)
 
 
 def speaker(engine: SoloEngine, module, stop_ids=(7,), stop=lambda: False) -> Speaker:
+    """Its text is its tokens."""
     return Speaker(engine, module, decode=lambda ids: " ".join(map(str, ids)), stop_ids=stop_ids, stop=stop)
