@@ -5,6 +5,7 @@ Shape letter: T tokens of one sample.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ import numpy as np
 
 from distft.core import hub
 from distft.core.errors import DataError
+from distft.data.boundaries import ByteLengths, byte_lengths
 from distft.data.samples import Conversation, Message, PromptCompletion, RowError, Sample, Text
 from distft.data.templates import BUILT_IN, read_template
 from distft.data.turns import ChatTemplate, LossOn, Span, has_marks
@@ -170,18 +172,42 @@ class Renderer:
                 faults[index] = error
         backend = self.tokenizer.backend_tokenizer
         plain_ids = iter([encoding.ids for encoding in backend.encode_batch_fast(plain, add_special_tokens=True)])
-        encoded_chats = iter(zip(backend.encode_batch(chats, add_special_tokens=False), chats, spans, strict=True))
+        rendered_chats = iter(self._chats(chats, spans))
         rendered: list[Rendered | RowError | DataError] = []
         for index, sample in enumerate(samples):
             if index in faults:
                 rendered.append(faults[index])
             elif isinstance(sample, Conversation):
-                rendered.append(_chat(*next(encoded_chats)))
+                rendered.append(next(rendered_chats))
             elif isinstance(sample, PromptCompletion):
                 rendered.append(self._prompt_completion(next(plain_ids), next(plain_ids), sample))
             else:
                 rendered.append(self._text(next(plain_ids)))
         return rendered
+
+    def _chats(self, texts: Sequence[str], spans: Sequence[list[Span]]) -> list[Rendered]:
+        """Chats as tokens, in order, those in a span trained."""
+        backend, lengths = self.tokenizer.backend_tokenizer, self._byte_lengths
+        told = [lengths is not None and lengths.can_tell(text, own) for text, own in zip(texts, spans, strict=True)]
+        quick = iter(
+            backend.encode_batch_fast(list(itertools.compress(texts, told)), add_special_tokens=False)
+            if lengths is not None
+            else ()
+        )
+        found: list[Rendered | None] = []
+        for text, own, is_told in zip(texts, spans, told, strict=True):
+            ids_T = np.array(next(quick).ids, np.int32) if is_told else None
+            trained_T = None if ids_T is None or lengths is None else lengths.trained(ids_T, text, own)
+            found.append(None if ids_T is None or trained_T is None else Rendered(ids_T=ids_T, trained_T=trained_T))
+        left = [at for at, one in enumerate(found) if one is None]
+        asked = backend.encode_batch([texts[at] for at in left], add_special_tokens=False)
+        for at, encoding in zip(left, asked, strict=True):
+            found[at] = _chat(encoding, texts[at], spans[at])
+        return [one for one in found if one is not None]
+
+    @cached_property
+    def _byte_lengths(self) -> ByteLengths | None:
+        return byte_lengths(self.tokenizer.backend_tokenizer)
 
     def ask(self, sample: Sample) -> tuple[str, list[int]]:
         """The sample without its last answer, as text and as the tokens that answer would follow in training.
