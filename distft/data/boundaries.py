@@ -43,7 +43,8 @@ class ByteLengths:
         the one that holds what follows it. None: the tokens do not add up to the text."""  # noqa: D205, D209
         end_T = self._length_V[ids_T].cumsum()
         ascii_only = text.isascii()
-        if not len(ids_T) or end_T[-1] != (len(text) if ascii_only else len(text.encode())):
+        whole = end_T[-1] if len(end_T) else 0
+        if whole != (len(text) if ascii_only else len(text.encode())):
             self._missed += 1
             return None
         self._told += 1
