@@ -15,7 +15,7 @@ import torch
 
 from distft.checkpoint.manifest import is_plain_name, parse_json
 from distft.core.errors import CheckpointError
-from distft.core.types import Piece
+from distft.core.types import Deferred, Piece
 
 if TYPE_CHECKING:
     pass
@@ -63,7 +63,7 @@ class TensorEntry:
 
 def check_piece(piece: Piece) -> None:
     """Raises PieceError unless the piece lies inside its tensor."""
-    if piece.data.dim() != 1:
+    if not isinstance(piece.data, Deferred) and piece.data.dim() != 1:
         raise PieceError(f"{piece.name}: a piece must be 1-D, not {piece.data.dim()}-D")
     if piece.start < 0 or piece.stop > piece.numel:
         raise PieceError(f"{piece.name}: piece [{piece.start}, {piece.stop}) is outside [0, {piece.numel})")
@@ -72,9 +72,9 @@ def check_piece(piece: Piece) -> None:
 def cut(pieces: Iterable[Piece], *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Piece]:
     """The same intervals in pieces of at most `chunk_bytes` (views, nothing is copied); empty ones are left out."""
     for piece in pieces:
-        length = max(1, chunk_bytes // piece.data.element_size())
-        for begin in range(0, piece.data.numel(), length):
-            yield Piece(piece.name, piece.start + begin, piece.numel, piece.data[begin : begin + length])
+        length = max(1, chunk_bytes // piece.data.dtype.itemsize)
+        for begin in range(0, piece.length, length):
+            yield piece.part(begin, min(begin + length, piece.length))
 
 
 def tensor_entries(parts: Iterable[tuple[str, int, str, Chunk | None]]) -> dict[str, TensorEntry]:

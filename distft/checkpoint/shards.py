@@ -59,7 +59,7 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], *, rank: int, halfway: C
     for piece in pieces:
         check_piece(piece)
     chunks = list(cut(pieces))
-    parts: list[Part] = [(p.name, p.numel, _dtype_name(p.data), None) for p in pieces if p.data.numel() == 0]
+    parts: list[Part] = [(p.name, p.numel, _dtype_name(p), None) for p in pieces if p.length == 0]
     if not chunks:
         halfway()
         return parts
@@ -70,8 +70,8 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], *, rank: int, halfway: C
     results = {(result.index.fqn, result.index.offset): result for result in _results(writer, numbered, planner)}
     for piece in chunks:
         stored = results[piece.name, torch.Size((piece.start,))].storage_data
-        chunk = Chunk(piece.start, piece.data.numel(), stored.relative_path, stored.offset, stored.length)
-        parts.append((piece.name, piece.numel, _dtype_name(piece.data), chunk))
+        chunk = Chunk(piece.start, piece.length, stored.relative_path, stored.offset, stored.length)
+        parts.append((piece.name, piece.numel, _dtype_name(piece), chunk))
     return parts
 
 
@@ -109,8 +109,8 @@ def _results(writer: _Writer, plan: SavePlan, planner: _Planner) -> list[WriteRe
     return writer.write_data(plan, planner).wait()
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype_name(piece: Piece) -> str:
+    return str(piece.data.dtype).removeprefix("torch.")
 
 
 class _Planner(SavePlanner):
@@ -138,11 +138,11 @@ class _Planner(SavePlanner):
             self._halfway()
         index = write_item.index
         assert index.offset is not None
-        return self._chunks[index.fqn, index.offset].data.detach().contiguous()
+        return self._chunks[index.fqn, index.offset].read().contiguous()
 
 
 def _write_item(piece: Piece) -> WriteItem:
-    start, length = torch.Size((piece.start,)), torch.Size((piece.data.numel(),))
+    start, length = torch.Size((piece.start,)), torch.Size((piece.length,))
     return WriteItem(
         index=MetadataIndex(piece.name, start),
         type=WriteItemType.SHARD,

@@ -35,24 +35,25 @@ class Stage:
             PieceError: a piece lies outside its tensor.
         """
         pieces = list(pieces)
-        devices = {piece.data.device for piece in pieces if piece.data.is_cuda}
+        devices = {piece.data.device for piece in pieces if piece.data.device.type == "cuda"}
         if bool(devices) != self._pinned:
             self._blocks, self._pinned = [], bool(devices)
         staged: list[Piece] = []
         block, used = 0, 0
         for piece in pieces:
             check_piece(piece)
-            if piece.data.numel() == 0:
-                staged.append(Piece(piece.name, piece.start, piece.numel, piece.data.detach().cpu()))
-            begin, item_bytes = 0, piece.data.element_size()
-            while begin < piece.data.numel():
+            if piece.length == 0:
+                staged.append(Piece(piece.name, piece.start, piece.numel, piece.read().cpu()))
+            begin, item_bytes = 0, piece.data.dtype.itemsize
+            while begin < piece.length:
                 room = (CHUNK_BYTES - used) // item_bytes
-                left = piece.data.numel() - begin
+                left = piece.length - begin
                 if room < left and room * item_bytes < CHUNK_BYTES // 8:  # better to start a new block than to splinter
                     block, used, room = block + 1, 0, CHUNK_BYTES // item_bytes
                 count = min(left, room)
                 home = self._block(block)[used : used + count * item_bytes].view(piece.data.dtype)
-                home.copy_(piece.data.detach()[begin : begin + count], non_blocking=self._pinned)
+                # What is made here may be given back at once: the stream copies it before anything else writes there.
+                home.copy_(piece.read(begin, begin + count), non_blocking=self._pinned)
                 staged.append(Piece(piece.name, piece.start + begin, piece.numel, home))
                 begin += count
                 used += -(-count * item_bytes // ALIGN_BYTES) * ALIGN_BYTES

@@ -5,6 +5,7 @@ Shape letters: T tokens of one micro-batch, all its documents laid end to end; D
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -115,6 +116,17 @@ class TrainState:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deferred:
+    """Elements that are made when they are read: 8-bit moments as fp32 would take four times their memory at once."""
+
+    length: int
+    dtype: torch.dtype
+    device: torch.device
+    make: Callable[[int, int], Tensor]
+    """(begin, end) -> those elements, 1-D, on the device."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Some consecutive elements of a flattened tensor: what checkpoints are made of, whoever wrote them."""
@@ -125,18 +137,44 @@ class Piece:
     """Index of the first element in the flattened whole tensor."""
     numel: int
     """Elements of the whole tensor."""
-    data: Tensor
-    """1-D, on any device."""
+    data: Tensor | Deferred
+    """1-D, on any device; see `read`."""
+
+    @property
+    def length(self) -> int:
+        """Elements of this piece."""
+        return self.data.length if isinstance(self.data, Deferred) else self.data.numel()
 
     @property
     def stop(self) -> int:
         """One past the last element."""
-        return self.start + self.data.numel()
+        return self.start + self.length
 
     @property
     def num_bytes(self) -> int:
         """Of the data."""
-        return self.data.numel() * self.data.element_size()
+        return self.length * self.data.dtype.itemsize
+
+    def read(self, begin: int = 0, end: int | None = None) -> Tensor:
+        """Some of its elements, counted from its own first one: a view, or made now."""
+        end = self.length if end is None else end
+        if isinstance(self.data, Deferred):
+            return self.data.make(begin, end)
+        return self.data.detach()[begin:end]
+
+    def part(self, begin: int, end: int) -> Piece:
+        """The same elements as a piece of their own; nothing is copied or made."""
+        data = self.data
+        if isinstance(data, Deferred):
+            make = functools.partial(_shifted, data.make, begin)
+            cut: Tensor | Deferred = Deferred(length=end - begin, dtype=data.dtype, device=data.device, make=make)
+        else:
+            cut = data[begin:end]
+        return Piece(self.name, self.start + begin, self.numel, cut)
+
+
+def _shifted(make: Callable[[int, int], Tensor], by: int, begin: int, end: int) -> Tensor:
+    return make(by + begin, by + end)
 
 
 class StateReader(Protocol):

@@ -12,6 +12,7 @@ the values anew, in its own blocks: rounded once more, and within the step of 8 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distft.core.types import Piece, StateReader
+from distft.core.types import Deferred, Piece, StateReader
 
 PARAM = "param"
 _NAMES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
@@ -72,7 +73,7 @@ def pieces(fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer) -> I
             yield _piece(_NAMES.get(key, key), held, _values(state, key, held))
 
 
-def _piece(kind: str, held: Fragment, data: Tensor) -> Piece:
+def _piece(kind: str, held: Fragment, data: Tensor | Deferred) -> Piece:
     return Piece(name=f"{kind}/{held.name}", start=held.start, numel=held.numel, data=data)
 
 
@@ -146,19 +147,26 @@ def _tensors(state: dict[str, Any]) -> list[str]:
     return [key for key, values in state.items() if isinstance(values, Tensor) and key not in _CONSTANTS]
 
 
-def _values(state: dict[str, Any], key: str, held: Fragment) -> Tensor:
-    """This fragment's elements of a state; 8-bit ones as the fp32 they stand for, block by block around it."""
+def _values(state: dict[str, Any], key: str, held: Fragment) -> Tensor | Deferred:
+    """This fragment's elements of a state; 8-bit ones as the fp32 they stand for."""
     codes = state[key]
     if codes.dtype != torch.uint8:
         return held.of(codes.detach())
+    make = functools.partial(_dequantized, state, key, held.offset)
+    return Deferred(length=held.length, dtype=torch.float32, device=codes.device, make=make)
+
+
+def _dequantized(state: dict[str, Any], key: str, offset: int, begin: int, end: int) -> Tensor:
+    """Elements [offset + begin, offset + end) of an 8-bit state, block by block around them."""
     from bitsandbytes import functional
 
-    number = key.removeprefix("state")
-    first, last = held.offset // BLOCK, -(-(held.offset + held.length) // BLOCK)
+    codes, number = state[key], key.removeprefix("state")
+    begin, end = offset + begin, offset + end
+    first, last = begin // BLOCK, -(-end // BLOCK)
     blocks = codes.reshape(-1)[first * BLOCK : last * BLOCK].contiguous()
     constants: Any = {"absmax": state[f"absmax{number}"][first:last].contiguous(), "code": state[f"qmap{number}"]}
     whole = functional.dequantize_blockwise(blocks, blocksize=BLOCK, **constants)
-    return whole[held.offset - first * BLOCK :][: held.length]
+    return whole[begin - first * BLOCK : end - first * BLOCK]
 
 
 def _quantize_into(state: dict[str, Any], key: str, values: Tensor, constants: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from distft.checkpoint.intervals import CHUNK_BYTES
 from distft.core.accelerators import GIB
 from distft.engine.deepspeed import bucket_elements
 from distft.plan import state as states
@@ -188,12 +189,12 @@ def _update_workspace(inventory: Inventory, setup: Setup) -> int:
 
 
 def _save_workspace(inventory: Inventory, setup: Setup) -> int:
-    """8-bit moments become fp32 on the device, all of them, before they are copied to the host."""
+    """8-bit moments become fp32 on the device, a block of the staging area at a time."""
     size = setup.recipe.optim.spec.state_bytes
     if size is None or size((2**20,)).own >= 2**20 * FP32:
         return 0
     local = inventory.trained if setup.engine in ("solo", "ddp") else -(-inventory.trained // setup.shards)
-    return 0 if setup.offload != "none" else 2 * FP32 * local
+    return 0 if setup.offload != "none" else min(FP32 * local, CHUNK_BYTES)
 
 
 def _checkpoint(inventory: Inventory, setup: Setup) -> int:

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from distft.checkpoint.group import Alone
 from distft.checkpoint.intervals import CHUNK_BYTES, Piece
 from distft.checkpoint.staging import Stage
 from distft.checkpoint.store import CheckpointStore
+from distft.core.types import Deferred
+from distft.engine.fragments import Fragment
+from distft.engine.fragments import pieces as fragment_pieces
 
 
 class Gate:
@@ -145,3 +149,47 @@ def test_training_waits_for_the_copy_only(tmp_path: Path) -> None:
         saved = poll_until(store)
         blocked.append(saved.blocked_s)
     assert min(blocked) < 0.5 * sync_s
+
+
+@pytest.mark.parametrize("saves", ["staged", "written"])
+def test_what_is_made_on_reading_is_never_whole(tmp_path: Path, saves: str) -> None:
+    """8-bit moments stand for four times their bytes: a piece is made a block at a time, each element once."""
+    numel, made = 2 * (CHUNK_BYTES // 4) + 1000, []
+
+    def make(begin: int, end: int) -> torch.Tensor:
+        made.append((begin, end))
+        return torch.arange(begin, end, dtype=torch.float32)
+
+    values = Deferred(length=numel, dtype=torch.float32, device=torch.device("cpu"), make=make)
+    piece = Piece("exp_avg/w", 0, numel, values)
+    assert (piece.stop, piece.num_bytes) == (numel, 4 * numel)
+    store = CheckpointStore(tmp_path, Alone())
+    if saves == "staged":
+        store.save_async([piece], {"step": 1}, step=1)
+        store.finish()
+    else:
+        store.save([piece], {"step": 1}, step=1)
+    assert sorted(made)[0][0] == 0
+    assert sum(end - begin for begin, end in made) == numel
+    assert max(end - begin for begin, end in made) * 4 <= CHUNK_BYTES
+    loaded = store.load_newest()
+    assert loaded is not None
+    assert torch.equal(loaded.reader.read("exp_avg/w"), torch.arange(numel, dtype=torch.float32))
+
+
+def test_8bit_moments_are_read_in_any_part(tmp_path: Path) -> None:
+    """Parts that do not begin where quantisation blocks do, and a fragment that lies within a flat tensor."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    flat = torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    codes, about = functional.quantize_blockwise(flat, blocksize=256)
+    whole = functional.dequantize_blockwise(codes, about, blocksize=256)
+    state = {"state1": codes, "absmax1": about.absmax, "qmap1": about.code}
+    held = Fragment(
+        name="w", start=40, numel=9000, length=3000, flat=torch.zeros(5000), offset=700, layout="l", writes_blocks=False
+    )
+    optimizer = SimpleNamespace(state={held.flat: state})
+    moment = next(piece for piece in fragment_pieces([held], optimizer) if piece.name == "exp_avg/w")
+    assert (moment.start, moment.stop) == (40, 3040)
+    assert torch.equal(moment.read(), whole[700:3700])
+    assert torch.equal(moment.read(100, 999), whole[800:1699])
+    assert torch.equal(moment.part(250, 1300).part(1, 600).read(3, 7), whole[700 + 254 : 700 + 258])
