@@ -142,9 +142,8 @@ class Speaker:
                 raise MachineError(
                     f"memory ran out while {len(batch)} rows were answered at once{held()}  {fix}"
                 ) from error
-        self.share = min(
-            self.share, len(batch) / 2 / of
-        )  # outside of the handler: there the error would still hold what did not fit
+        # Outside of the handler: there the error would still hold what did not fit.
+        self.share = min(self.share, len(batch) / 2 / of)
         if self._engine.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(batch) // 2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distft.assemble.rows import Data, HeldOut, Say
 from distft.assemble.sizes import Layout
 from distft.catalog import REGISTRIES
-from distft.core.errors import Problem, RecipeError
+from distft.core.errors import DataError, Problem, RecipeError
 from distft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -162,7 +162,6 @@ def manifest(
     import socket
 
     from distft.assemble import origins
-    from distft.data.questions import trained_as_chat
     from distft.model import stats
 
     places = engine.gather((socket.gethostname(), device_name(placed)))
@@ -180,13 +179,23 @@ def manifest(
         "seed": recipe.seed,
         "parameters": vars(stats.count(built.module)),
         "data": rows.fingerprint,
-        "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": trained_as_chat(located.data.train)} if here else {},
+        "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": _chats(located)} if here else {},
         "sources": origins.rows(located) if here else {},
         "recipe_sha256": recipe.digest(),
         "device": device_name(placed),
         "num_steps": rows.steps.num_steps,
         "tokens_per_epoch": rows.steps.tokens_per_epoch,
     }
+
+
+def _chats(located: Recipe) -> bool | None:
+    """Whether trained rows are chats; None: the first ones, which may all be left out as bad, do not say."""
+    from distft.data.questions import trained_as_chat
+
+    try:
+        return trained_as_chat(located.data.train)
+    except DataError:
+        return None
 
 
 def device_name(placed: Processes) -> str:

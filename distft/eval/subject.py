@@ -15,6 +15,7 @@ from distft.core.errors import Problem, RecipeError
 from distft.core.registry import NoParams
 from distft.demo.files import locate
 from distft.recipe import Choice, Recipe, load_recipe
+from distft.run_record import read_run
 
 _LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
@@ -72,8 +73,10 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
         own = "best" if model == "best" else place.name
         return replace(base, label=label or own, step=step, checkpoint=place)
     place = folder / "final" if model == "final" else Path(model)
-    own = "after" if model == "final" else re.sub(r"[^A-Za-z0-9._-]+", "-", place.resolve().name)
-    step = _last_step(folder) if model == "final" else 0
+    own, step = re.sub(r"[^A-Za-z0-9._-]+", "-", place.resolve().name), 0
+    if model == "final":
+        own = read_run(folder).final_label  # "best": the run went back to its best state
+        step = _best_step(checkpoints) if own == "best" else _last_step(folder)
     trained = replace(base, label=label or own, step=step)
     if (place / "adapter_config.json").is_file():
         if not recipe.method.spec.adapter:

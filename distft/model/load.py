@@ -315,7 +315,7 @@ def build(
 def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:
     """As `MetaModel` wants them, while all is still meta."""
     found: dict[str, tuple[str, nn.Module]] = {}
-    for target, origin in lm.all_tied_weights_keys.items():
+    for target, origin in (getattr(lm, "all_tied_weights_keys", None) or {}).items():
         shared, name = target.rpartition(".")[0], origin.rpartition(".")[0]
         owner = lm.get_submodule(name)
         stand_in = copy.copy(owner)

@@ -58,6 +58,13 @@ def test_what_the_words_mean(tmp_path: Path) -> None:
     assert chosen(own, label="mine").label == "mine"
 
 
+def test_final_is_the_best_state_where_the_run_went_back_to_it(tmp_path: Path) -> None:
+    own = run(tmp_path)
+    (own / "events.jsonl").write_text('{"event": "started", "step": 0}\n{"event": "load_best", "best": 20}\n')
+    subject = chosen(own, "final")
+    assert (subject.label, subject.step) == ("best", 20)
+
+
 def test_an_adapter_is_put_on_the_recipes_base(tmp_path: Path) -> None:
     own = run(tmp_path, '[method]\nname = "lora"')
     subject = chosen(own)
