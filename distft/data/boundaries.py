@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-Span = tuple[int, int]
+from distft.data.turns import Span
+
 _PATIENCE = 16
+"""Texts that may not add up, beyond those that did, before no more are tried."""
 
 
 class ByteLengths:
