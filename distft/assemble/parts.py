@@ -177,6 +177,7 @@ def manifest(
         "recipe": {"source": recipe.source, "overrides": list(recipe.origin.overrides.values())},
         "layout": vars(cut),
         "seed": recipe.seed,
+        "date": located.data.date,
         "parameters": vars(stats.count(built.module)),
         "data": rows.fingerprint,
         "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": _chats(located)} if here else {},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import DataError
@@ -82,6 +85,10 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     splits = {"train": rows}
     if table.eval:
         splits["eval"] = prepare(table, table.eval, split="eval", **common)
+    for split, prepared in splits.items():
+        for source in prepared.report.sources:
+            for line in source.said():
+                say(f"[[data.{split}]] {source.path}: {line}")
     return Data(
         steps=steps,
         eval_steps=EvalSteps(splits["eval"], table, **slice_) if table.eval else None,
@@ -90,6 +97,31 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
         stop_ids=rows.report.stop_ids,
         longest=int(rows.lengths.max()),
     )
+
+
+def dated(located: Recipe, folder: Path, resume: Path | str = "auto") -> Recipe:
+    """The recipe with the date that chat templates are given: its own, else that of the run which is continued, else
+    today's. A run that goes on tomorrow, or on another node, trains on the same rows.
+
+    `folder` is the run's; `resume` a checkpoint of another run, or "never" for a run that starts anew.
+    """  # noqa: D205
+    from distft.data.fingerprint import today
+
+    if located.data.date is not None:
+        return located
+    run = resume.absolute().parents[1] if isinstance(resume, Path) else folder
+    date = (None if resume == "never" else began(run)) or today()
+    return replace(located, data=located.data.model_copy(update={"date": date}))
+
+
+def began(run: Path) -> str | None:
+    """The date that a run's chat templates were given, by its manifest; of older ones the day they were started."""
+    try:
+        noted = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        date = str(noted.get("date") or noted["started"])[:10]
+        return datetime.date.fromisoformat(date).isoformat()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def held_out(located: Recipe, cut: Layout, rank: int, world: int, stop_ids: tuple[int, ...], say: Say) -> HeldOut:
@@ -135,8 +167,8 @@ def agree(rows: Data, gather: Callable[[Any], list[Any]]) -> None:
     others = sorted({host for host, theirs in found if theirs != ours})
     if others:
         raise DataError(
-            f"the rows on {', '.join(others)} are not those on {first}: the sources, the tokenizer or the libraries "
-            "differ there  use files that all hosts share, or copy them anew"
+            f"the rows on {', '.join(others)} are not those on {first}: the sources, the tokenizer, the libraries or "
+            "the date differ there  use files that all hosts share, or copy them anew"
         )
 
 

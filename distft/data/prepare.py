@@ -27,7 +27,7 @@ import numpy as np
 
 from distft.core.errors import DataError, FileSystemError
 from distft.core.turns import turn
-from distft.data.fingerprint import cache_key
+from distft.data.fingerprint import cache_key, today
 from distft.data.readers import Payload
 from distft.data.render import TOKENIZER_FILES, tokenizer_folder
 from distft.data.report import SHOWN_FAULTS, PrepareReport, SourceReport
@@ -115,10 +115,12 @@ def prepare(
         DataError: a source cannot be read, a row is bad (`bad_rows = "error"`), or a source keeps no row at all.
         FileSystemError: `cache_dir` cannot be written.
     """
-    found = with_distinct_labels([find(source) for source in sources])
+    table = table if table.date else table.model_copy(update={"date": today()})  # one day, however long it takes
+    found = with_distinct_labels([find(source, merge_turns=table.merge_turns) for source in sources])
     specs = [decide_format(source) for source in found]
     folder = tokenizer_folder(tokenizer, revision)
-    tokenizer_files = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+    names = (*TOKENIZER_FILES, "config.json")  # whose model_type decides the tokenizer's class
+    tokenizer_files = [path for name in names if (path := folder / name).is_file()]
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         heard = (progress or (lambda rows: None), waiting or (lambda: None))
@@ -183,7 +185,8 @@ def _build_once(job: _Job, target: Path) -> bool:
 
 
 def _build(job: _Job, aside: Path, target: Path) -> None:
-    maker = RowMaker(job.table, job.sources, [spec.convert for spec in job.specs], job.tokenizer)
+    converts, reads = [spec.convert for spec in job.specs], [spec.reads for spec in job.specs]
+    maker = RowMaker(job.table, job.sources, converts, job.tokenizer, reads)
     reports = [
         SourceReport(path=source.table.path, format=spec.name, decided=source.table.format == "auto")
         for source, spec in zip(job.sources, job.specs, strict=True)
@@ -318,6 +321,11 @@ def _count(report: SourceReport, made: Made) -> None:
     report.longest = max(report.longest, made.longest)
     for reason, count in made.dropped.items():
         report.drop(reason, count)
+    report.num_split += made.num_split
+    for kind, note in made.notes.items():
+        report.note(kind, note.num_rows, note.example)
+    for name, count in made.unread.items():
+        report.unread[name] = report.unread.get(name, 0) + count
     report.faults += made.faults[: SHOWN_FAULTS - len(report.faults)]
 
 

@@ -104,7 +104,7 @@ def _questions(
     progress: Callable[[int], None],
 ) -> Iterator[Question]:
     count = 0
-    for source in with_distinct_labels([find(table) for table in sources]):
+    for source in with_distinct_labels([find(table, merge_turns=renderer.merge_turns) for table in sources]):
         convert = columns.convert if columns is not None else decide_format(source).convert
         for label, number, payload in islice(_payloads(source), source.table.max_rows):
             try:

@@ -1,0 +1,115 @@
+"""What a message says, piece by piece, and whether a rendered chat still says it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from distft.data.samples import Message
+
+CONTENT = "content"
+REASONING = "reasoning"
+CALL = "tool call"
+_THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+_MOST_WORDS = 20_000
+"""Of a piece that is looked for word by word."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a message."""
+
+    kind: str
+    text: str
+    """Without white space at its ends, which templates trim."""
+
+
+def thought_and_answer(message: Message) -> tuple[str, str]:
+    """Reasoning and content; reasoning may also stand in the content, before `</think>`."""
+    content, thought = message["content"], message.get("reasoning_content", "")
+    inline = _THOUGHT.fullmatch(content) if "</think>" in content else None
+    if thought or inline is None:
+        return thought.strip(), content
+    return inline[1].strip(), inline[2].lstrip()
+
+
+def says_nothing(message: Message) -> bool:
+    """Whether there is no text but white space, and no tool call."""
+    thought, answer = thought_and_answer(message)
+    return not (thought or answer.strip() or message.get("tool_calls"))
+
+
+def pieces(message: Message) -> list[Piece]:
+    """Everything that a message says, in the order in which templates write it."""
+    if message["role"] != "assistant":
+        return [Piece(CONTENT, message["content"].strip())] if message["content"].strip() else []
+    thought, answer = thought_and_answer(message)
+    said = [Piece(REASONING, thought), Piece(CONTENT, answer.strip())]
+    for call in message.get("tool_calls", ()):
+        said += [
+            Piece(CALL, call["function"]["name"]),
+            *(Piece(CALL, leaf) for leaf in _leaves(call["function"]["arguments"])),
+        ]
+    return [piece for piece in said if piece.text]
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str) and value.strip():
+        yield value.strip()
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a text says what a message says."""
+
+    missing: tuple[Piece, ...]
+    """What it does not say."""
+    end: int
+    """Behind the last piece."""
+
+
+def find(text: str, message: Message, begin: int = 0, end: int | None = None) -> Found:
+    """Look for every piece of a message between two places of a text.
+
+    Reasoning and content each have a place of their own; parts of tool calls may repeat.
+    """
+    end = len(text) if end is None else end
+    missing: list[Piece] = []
+    first, behind, last = end, begin, begin
+    for piece in pieces(message):
+        if piece.kind == CALL:
+            place = _place(text, piece.text, begin, end)
+        else:
+            place = _place(text, piece.text, behind, end) or (
+                _place(text, piece.text, begin, first) if first < end else None
+            )
+            if place is not None:
+                first, behind = min(first, place[0]), max(behind, place[1])
+        if place is None:
+            missing.append(piece)
+        else:
+            last = max(last, place[1])
+    return Found(tuple(missing), last)
+
+
+def _place(text: str, wanted: str, begin: int, end: int) -> tuple[int, int] | None:
+    """As it is, as JSON text (templates may write results so), or with other white space between its words."""
+    for form in dict.fromkeys((wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1])):
+        at = text.find(form, begin, end)
+        if at >= 0:
+            return at, at + len(form)
+    words = wanted.split()
+    if not 1 < len(words) <= _MOST_WORDS:
+        return None
+    found = re.compile(r"\s+".join(map(re.escape, words))).search(text, begin, end)
+    return None if found is None else found.span()
