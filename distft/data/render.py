@@ -59,6 +59,8 @@ class Rendered:
     """What is to be known of the row: kind -> an example."""
     empty: bool = False
     """There is nothing to learn: the answers are empty."""
+    stop_id: int = -1
+    """The trained token that ends the answer; -1: none."""
 
 
 APART = "answers whose first characters merge with the template's header: tokenised apart, as they will be generated"
@@ -312,12 +314,27 @@ class Renderer:
             for at, encoding in zip(told, encoded, strict=True):
                 ids_T = np.array(encoding.ids, np.int32)
                 trained_T = lengths.trained(ids_T, drawn[at].text, drawn[at].spans)
-                found[at] = None if trained_T is None else _rendered(drawn[at], ids_T, trained_T)
+                found[at] = None if trained_T is None else self._rendered(drawn[at], ids_T, trained_T)
             todo = [at for at in todo if found[at] is None]
         asked = backend.encode_batch([drawn[at].text for at in todo], add_special_tokens=False)
         for at, encoding in zip(todo, asked, strict=True):
             found[at] = self._by_offsets(encoding, drawn[at])
         return [one for one in found if one is not None]
+
+    def _rendered(
+        self, drawn: Drawn, ids_T: np.ndarray, trained_T: np.ndarray, notes: Mapping[str, str] | None = None
+    ) -> Rendered:
+        """A chat's row. Its last trained token ends its answer; where all is trained, the template says what does."""
+        last = np.flatnonzero(trained_T)[-1:]
+        whole = self.loss_on == "all"
+        stop = self.tokenizer.convert_tokens_to_ids(self.template.stop) if whole else ids_T[last].sum()
+        return Rendered(
+            ids_T=ids_T,
+            trained_T=trained_T,
+            notes={**drawn.notes, **(notes or {})},
+            empty=drawn.empty,
+            stop_id=int(stop) if len(last) else -1,
+        )
 
     def _by_offsets(self, encoding: Any, drawn: Drawn) -> Rendered:
         """As the tokenizer says which characters a token covers; apart where one covers both header and answer."""
@@ -325,7 +342,7 @@ class Renderer:
             if self._merges(encoding, _token_at(encoding, begin, drawn.text), begin, drawn.text):
                 return self._apart(drawn, merged=True)
         told = _chat(encoding, drawn.text, drawn.spans)
-        return _rendered(drawn, told.ids_T, told.trained_T)
+        return self._rendered(drawn, told.ids_T, told.trained_T)
 
     def _merges(self, encoding: Any, first: int, begin: int, text: str) -> bool:
         """Whether the first token of a span begins before it; offsets may leave out the space that it begins with."""
@@ -354,7 +371,7 @@ class Renderer:
             ids += own
             trained += [any(first <= begin and end <= last for first, last in drawn.spans)] * len(own)
         notes = {APART: ""} if merged else {}
-        return _rendered(drawn, np.array(ids, np.int32), np.array(trained, np.bool_), notes)
+        return self._rendered(drawn, np.array(ids, np.int32), np.array(trained, np.bool_), notes)
 
     def _piece(self, text: str, *, first: bool) -> list[int]:
         """A piece of a text as tokens; behind a line break, or some tokenizers would put a space before it."""
@@ -481,7 +498,9 @@ class Renderer:
 
     def _text(self, ids: list[int], text: str, notes: dict[str, str]) -> Rendered:
         ids = self._with_eos(self._one_start(ids, text), text)
-        return Rendered(ids_T=np.array(ids, np.int32), trained_T=np.ones(len(ids), np.bool_), notes=notes)
+        return Rendered(
+            ids_T=np.array(ids, np.int32), trained_T=np.ones(len(ids), np.bool_), notes=notes, stop_id=ids[-1]
+        )
 
     def _prompt_completion(
         self, prompt: list[int], joint: list[int], sample: PromptCompletion, notes: dict[str, str]
@@ -499,7 +518,8 @@ class Renderer:
         if self.loss_on != "all":
             trained_T[:shared] = False
         diverged = shared < len(prompt)
-        return Rendered(ids_T=np.array(ids, np.int32), trained_T=trained_T, diverged=diverged, notes=notes)
+        ids_T = np.array(ids, np.int32)
+        return Rendered(ids_T=ids_T, trained_T=trained_T, diverged=diverged, notes=notes, stop_id=ids[-1])
 
     def _with_eos(self, ids: list[int], text: str) -> list[int]:
         """End-of-sequence once: added, or not where the text or the tokenizer wrote it already."""
@@ -600,12 +620,6 @@ def _chat(encoding: Any, text: str, spans: list[Span]) -> Rendered:
     for begin, end in spans:
         trained_T[_token_at(encoding, begin, text) : _token_at(encoding, end, text)] = True
     return Rendered(ids_T=np.array(encoding.ids, np.int32), trained_T=trained_T)
-
-
-def _rendered(
-    drawn: Drawn, ids_T: np.ndarray, trained_T: np.ndarray, notes: Mapping[str, str] | None = None
-) -> Rendered:
-    return Rendered(ids_T=ids_T, trained_T=trained_T, notes={**drawn.notes, **(notes or {})}, empty=drawn.empty)
 
 
 def _token_at(encoding: Any, char: int, text: str) -> int:

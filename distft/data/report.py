@@ -106,7 +106,7 @@ class PrepareReport:
     largest_id: int
     """Of all tokens: the embedding must have a row for it."""
     stop_ids: tuple[int, ...]
-    """Trained tokens that at least a tenth of the rows end with: what the model will stop at, most frequent first."""
+    """What at least a tenth of the rows' answers end with, and the model will stop at; most frequent first."""
 
     @property
     def num_rows(self) -> int:

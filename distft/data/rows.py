@@ -148,6 +148,7 @@ def _rows(kept: list[tuple[int, Rendered]], limit: int) -> Rows:
         lengths_N=np.array([len(part) for part in ids], np.int32),
         supervised_N=np.array([int(part[1:].sum()) for part in trained], np.int32),
         rows_N=np.array([number for number, _ in kept], np.int64),
+        stops_N=np.array([one.stop_id if len(one.ids_T) <= limit else -1 for _, one in kept], np.int32),
     )
 
 
@@ -157,4 +158,5 @@ _NO_ROWS = Rows(
     lengths_N=np.zeros(0, np.int32),
     supervised_N=np.zeros(0, np.int32),
     rows_N=np.zeros(0, np.int64),
+    stops_N=np.zeros(0, np.int32),
 )

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from distft.core.errors import DataError
+from distft.data.chat import REASONING as REASONING_KEYS
 from distft.data.control import without_marks
 from distft.data.said import CALL, REASONING, find, says_nothing, thought_and_answer
 from distft.data.samples import Conversation, Message, RowError
@@ -235,14 +236,14 @@ class ChatTemplate:
         said = f"message {index + 1} ({message['role']}): the chat template leaves out its {kind}: {_short(text)}"
         if message["role"] != "assistant":
             return f"{said}  move it into a message that the template renders, or name another chat_template"
-        if kind == CALL or message.get("tool_calls"):
-            return f"{said}  name a chat_template that writes text and tool calls of one turn, or remove one of them"
-        alone = Conversation(messages=chat.messages[: index + 1], tools=chat.tools)
-        try:
-            self._as_last(alone, index)
-        except (RowError, DataError):
-            return f"{said}  name a chat_template that keeps it, or remove it from the row"
-        return f'{said}  loss_on = "assistant" trains each turn as a row of its own, with all that it says'
+        if kind != CALL and not message.get("tool_calls"):
+            try:
+                self._as_last(Conversation(messages=chat.messages[: index + 1], tools=chat.tools), index)
+            except (RowError, DataError):
+                pass
+            else:
+                return f'{said}  loss_on = "assistant" trains each turn as a row of its own, with all that it says'
+        return f"{said}  {self._keep(message, kind)}"
 
     @cached_property
     def _any_token(self) -> re.Pattern[str]:
@@ -270,7 +271,7 @@ class ChatTemplate:
         ends = [token.end() for token in self._any_token.finditer(text, found.end, limit)]
         if ends:
             return begin, self._own(chat, index, text[:limit], ends)
-        if not text[found.end : limit].strip() and self._stops_at_header:
+        if self._stops_at_header:
             next_token = self._any_token.search(text, limit)
             if next_token is not None and not text[limit : next_token.start()].strip():
                 return begin, next_token.end()
@@ -328,7 +329,7 @@ class ChatTemplate:
         if self.marked:
             spans = [self._marked_turns(upto, text, marks, index)]
             if lost := find(text, messages[index], *spans[0]).missing:
-                raise RowError(self._said_lost(chat, index, lost[0].kind, lost[0].text))
+                raise self._left_out(chat, index, lost[0].kind, lost[0].text)
             return Drawn(text=text, spans=spans, notes=self._context(upto, text, {index}))
         before, _ = self.draw(messages[:index], chat.tools, True)
         opener = _OPENER.search(before)
@@ -373,25 +374,29 @@ class ChatTemplate:
         return Drawn(text=text, spans=[(len(before), ends[-1])], notes=notes | self._context(alone, text, {index}))
 
     def _left_out(self, chat: Conversation, index: int, kind: str, text: str) -> RowError | DataError:
-        fields = ("reasoning_content", "thinking", "reasoning")
+        """A trained turn that loses something: the template's fault where it knows no reasoning at all."""
+        message = chat.messages[index]
         if (
             kind == REASONING
-            and "reasoning_content" in chat.messages[index]
-            and not any(f in self.text for f in fields)
+            and "reasoning_content" in message
+            and not any(name in self.text for name in REASONING_KEYS)
         ):
             return DataError(
-                f"{self.label}: does not render reasoning_content, so those turns would be trained without  write the "
-                "reasoning into the content as <think>…</think>, or name a template that has a place for it"
+                f"{self.label}: does not render reasoning_content, so those turns would be trained without  "
+                f"name a template that has a place for it{self._inline()}"
             )
-        return RowError(self._said_lost(chat, index, kind, text))
+        who = f"message {index + 1} ({message['role']})"
+        return RowError(f"{who}: the chat template leaves out its {kind}: {_short(text)}  {self._keep(message, kind)}")
 
-    def _said_lost(self, chat: Conversation, index: int, kind: str, text: str) -> str:
-        if kind == CALL or chat.messages[index].get("tool_calls"):
-            fix = "name a chat_template that writes all that a turn says, or remove it from the row"
-        else:
-            fix = "name a chat_template that keeps it, or remove it from the row"
-        who = chat.messages[index]["role"]
-        return f"message {index + 1} ({who}): the chat template leaves out its {kind}: {_short(text)}  {fix}"
+    def _keep(self, message: Message, kind: str) -> str:
+        """What keeps what a template leaves out."""
+        if kind == CALL or message.get("tool_calls"):
+            return "name a chat_template that writes text and tool calls of one turn, or remove one of them"
+        inline = self._inline() if kind == REASONING and "reasoning_content" in message else ""
+        return f"name a chat_template that keeps it{inline}, or remove it from the row"
+
+    def _inline(self) -> str:
+        return "" if "</think>" in self.text else ", or write it into the content as <think>…</think>"
 
     def _differs(self, index: int) -> str:
         return (
