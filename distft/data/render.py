@@ -87,6 +87,10 @@ def tokenizer_folder(path: str, revision: str | None = None) -> Path:
     return folder
 
 
+_NEAR_CHARS = 256
+"""Before a trained turn, in which most templates write an added token."""
+
+
 def settings_of(table: DataTable) -> dict[str, Any]:
     """What a recipe's [data] says to `load_renderer`."""
     return {
@@ -314,7 +318,8 @@ class Renderer:
             for at, encoding in zip(told, encoded, strict=True):
                 ids_T = np.array(encoding.ids, np.int32)
                 trained_T = lengths.trained(ids_T, drawn[at].text, drawn[at].spans)
-                found[at] = None if trained_T is None else self._rendered(drawn[at], ids_T, trained_T)
+                if trained_T is not None:
+                    found[at] = self._as_asked(self._rendered(drawn[at], ids_T, trained_T), drawn[at])
             todo = [at for at in todo if found[at] is None]
         asked = backend.encode_batch([drawn[at].text for at in todo], add_special_tokens=False)
         for at, encoding in zip(todo, asked, strict=True):
@@ -342,7 +347,35 @@ class Renderer:
             if self._merges(encoding, _token_at(encoding, begin, drawn.text), begin, drawn.text):
                 return self._apart(drawn, merged=True)
         told = _chat(encoding, drawn.text, drawn.spans)
-        return self._rendered(drawn, told.ids_T, told.trained_T)
+        row = self._rendered(drawn, told.ids_T, told.trained_T)
+        return row if self._byte_lengths is None else self._as_asked(row, drawn)
+
+    def _as_asked(self, row: Rendered, drawn: Drawn) -> Rendered:
+        """The row, if the tokens before each trained turn are those of the prompt alone; else tokenised apart.
+
+        Compared from the last added token on: no token reaches over one.
+        """
+        begins_T = np.flatnonzero(np.diff(row.trained_T.astype(np.int8), prepend=0) == 1)
+        if len(begins_T) != len(drawn.spans):
+            return row  # spans that adjoin, or the whole text
+        for first, (begin, _) in zip(begins_T.tolist(), drawn.spans, strict=True):
+            near = max(0, begin - _NEAR_CHARS)
+            ends = [token.end() for token in self.template.any_token.finditer(drawn.text, near, begin)]
+            start = ends[-1] if ends else 0
+            header = self._plain_headers.get(drawn.text[start:begin])
+            if header is None:
+                encoded = self.tokenizer.backend_tokenizer.encode(drawn.text[start:begin], add_special_tokens=False)
+                header = encoded.ids
+                if ends:
+                    self._plain_headers[drawn.text[start:begin]] = header
+            if row.ids_T[max(0, first - len(header)) : first].tolist() != header:
+                return self._apart(drawn, merged=True)
+        return row
+
+    @cached_property
+    def _plain_headers(self) -> dict[str, list[int]]:
+        """What stands between an added token and a trained turn, as tokens: few texts, again and again."""
+        return {}
 
     def _merges(self, encoding: Any, first: int, begin: int, text: str) -> bool:
         """Whether the first token of a span begins before it; offsets may leave out the space that it begins with."""

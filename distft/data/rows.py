@@ -92,9 +92,10 @@ class RowMaker:
                 continue
             fitting = [one for one in many if self._fits(made, one, where)]
             kept += [(number, one) for one in fitting]
-            made.num_split += len(many) - 1
-            for kind, example in {kind: example for one in many for kind, example in one.notes.items()}.items():
-                made.note(kind, f"{where}: {example}" if example else where)
+            if fitting:
+                made.num_split += len(fitting) - 1
+                for kind, example in {kind: said for one in many for kind, said in one.notes.items()}.items():
+                    made.note(kind, f"{where}: {example}" if example else where)
         made.rows = _rows(kept, self.table.max_length)
         return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,3 +113,63 @@ def _place(text: str, wanted: str, begin: int, end: int) -> tuple[int, int] | No
         return None
     found = re.compile(r"\s+".join(map(re.escape, words))).search(text, begin, end)
     return None if found is None else found.span()
+
+
+_WRAPPED = re.compile(r"\s*(<[^<>\s]{1,40}>)?.*?(</[^<>\s]{1,40}>)?\s*", re.DOTALL)
+_STAND_IN = "70930{:06d}81"
+"""Digits: no template changes them, and no other text has them."""
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A chat of the same form, in which every piece is another number: what a template leaves out can be told."""
+
+    messages: list[Message]
+    pieces: dict[str, tuple[int, str]]
+    """Number -> (index of the message, kind)."""
+
+    def lost(self, text: str) -> set[tuple[int, str]]:
+        """Pieces that the rendered text does not have."""
+        return {piece for number, piece in self.pieces.items() if number not in text}
+
+
+def stand_in(messages: Sequence[Message]) -> StandIn:
+    """The same chat with numbers for what is said. Tags around a content stay, as templates look at them."""
+    pieces: dict[str, tuple[int, str]] = {}
+
+    def number(index: int, kind: str) -> str:
+        name = _STAND_IN.format(len(pieces))
+        pieces[name] = (index, kind)
+        return name
+
+    others: list[Message] = []
+    for index, message in enumerate(messages):
+        other: Message = {key: value for key, value in message.items() if key in ("role", "tool_call_id")}
+        thought, answer = thought_and_answer(message) if message["role"] == "assistant" else ("", message["content"])
+        inline = answer is not message["content"]
+        if "reasoning_content" in message:
+            other["reasoning_content"] = number(index, REASONING)
+        if answer.strip():
+            wrapped = _WRAPPED.fullmatch(answer)
+            before, behind = (wrapped[1] or "", wrapped[2] or "") if wrapped else ("", "")
+            answer = f"{before}{number(index, CONTENT)}{behind}"
+        else:
+            answer = ""
+        if inline:
+            opener = "<think>" if message["content"].lstrip().startswith("<think>") else ""
+            answer = f"{opener}\n{number(index, REASONING) if thought else ''}\n</think>\n\n{answer}"
+        other["content"] = answer
+        if "tool_calls" in message:
+            other["tool_calls"] = [
+                {
+                    **{key: value for key, value in call.items() if key == "type"},
+                    "id": "abcdefghi",
+                    "function": {
+                        "name": number(index, CALL),
+                        "arguments": {"a": number(index, CALL)} if call["function"]["arguments"] else {},
+                    },
+                }
+                for call in message["tool_calls"]
+            ]
+        others.append(other)
+    return StandIn(others, pieces)

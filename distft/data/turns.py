@@ -7,6 +7,7 @@ the model sees when it is to write that turn.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 from distft.core.errors import DataError
 from distft.data.chat import REASONING as REASONING_KEYS
 from distft.data.control import without_marks
-from distft.data.said import CALL, REASONING, find, says_nothing, thought_and_answer
+from distft.data.said import CALL, REASONING, Piece, find, pieces, says_nothing, stand_in, thought_and_answer
 from distft.data.samples import Conversation, Message, RowError
 
 LossOn: TypeAlias = Literal["assistant", "completion", "last_turn", "all"]
@@ -32,6 +33,9 @@ _WITH_TOOLS = ': chat_template = "chatml", "llama3" or "plain"'
 _PROBE_ANSWER = "fine, thank you"
 _PROBE: list[Message] = [{"role": "user", "content": "how are you"}, {"role": "assistant", "content": _PROBE_ANSWER}]
 _NEXT: Message = {"role": "user", "content": "and you"}
+
+_MOST_FORMS = 4096
+"""Of chats, whose losses are remembered."""
 
 SPLIT = "chats whose trained turns became rows of their own: the chat template rewrites earlier turns"
 OPENED = "trained turns that close the block of reasoning which the generation prompt opens, and which the row left out"
@@ -84,6 +88,8 @@ class ChatTemplate:
     draw: Draw
     tokens: tuple[str, ...]
     """Added tokens of the tokenizer, as text: a turn ends with one of them."""
+    _losses: dict[str, frozenset[tuple[int, str]]] = field(default_factory=dict, compare=False, repr=False)
+    """What is left out of chats of one form."""
 
     @cached_property
     def stop(self) -> str:
@@ -101,7 +107,7 @@ class ChatTemplate:
         if start < 0:
             raise DataError(f"{self.label}: does not render what the assistant says")
         tail_at = start + len(_PROBE_ANSWER)
-        found = self._any_token.search(text, tail_at)
+        found = self.any_token.search(text, tail_at)
         if found is None and not text[tail_at:].strip() and (header := self._header_after(_PROBE, None, text)):
             return header.strip()
         if found is None:
@@ -185,13 +191,16 @@ class ChatTemplate:
         self, chat: Conversation, text: str, marks: list[Span], wanted: set[int], notes: dict[str, str]
     ) -> Drawn:
         """Every token of the chat but those of turns that are left out."""
-        last = len(chat.messages) - 1
-        if last in wanted and find(text, chat.messages[last]).missing:
+        last, whole = len(chat.messages) - 1, text
+        if last in wanted and self._missing(chat, text, last):
             text = self._as_last(chat, last).text
         elif last in wanted:
             text, _ = self._with_header(chat, text, [(0, len(text))])
+            whole = text
+        rebuilt = text != whole
         for index, message in enumerate(chat.messages):
-            if lost := find(text, message).missing:
+            lost = find(text, message).missing if rebuilt and index == last else self._missing(chat, text, index)
+            if lost:
                 raise RowError(self._lost(chat, index, lost[0].kind, lost[0].text))
         self._context(chat, text, wanted)
         if not wanted:
@@ -224,11 +233,36 @@ class ChatTemplate:
                 )
             if index in trained:
                 continue
-            for lost in find(text, message).missing:
+            for lost in self._missing(chat, text, index):
                 if message["role"] != "assistant":
                     raise RowError(self._lost(chat, index, lost.kind, lost.text))
                 notes.setdefault(CUT.format(lost.kind), f"message {index + 1}: {_short(lost.text)}")
         return notes
+
+    def _missing(self, chat: Conversation, text: str, index: int) -> list[Piece]:
+        """What the message at `index` says and the text of the whole chat does not.
+
+        Short texts are found anywhere: the template is also asked about a chat of the same form that says other things.
+        """
+        message = chat.messages[index]
+        missing = list(find(text, message).missing)
+        kinds = {kind for at, kind in self._loses(chat) if at == index} - {piece.kind for piece in missing}
+        return missing + [piece for piece in pieces(message) if piece.kind in kinds]
+
+    def _loses(self, chat: Conversation) -> frozenset[tuple[int, str]]:
+        """What the template leaves out of a chat of this form: (index of the message, kind of piece)."""
+        other = stand_in(chat.messages)
+        form = json.dumps([other.messages, bool(chat.tools)])
+        if form not in self._losses:
+            if len(self._losses) >= _MOST_FORMS:
+                self._losses.clear()
+            try:
+                text, _ = self.draw(other.messages, chat.tools, False)
+            except RowError:
+                self._losses[form] = frozenset()  # it looks at what is said, so the row itself must do
+            else:
+                self._losses[form] = frozenset(other.lost(text))
+        return self._losses[form]
 
     def _lost(self, chat: Conversation, index: int, kind: str, text: str) -> str:
         """That the template leaves out something, with a remedy that keeps it."""
@@ -246,7 +280,8 @@ class ChatTemplate:
         return f"{said}  {self._keep(message, kind)}"
 
     @cached_property
-    def _any_token(self) -> re.Pattern[str]:
+    def any_token(self) -> re.Pattern[str]:
+        """Finds added tokens of the tokenizer in a text."""
         longest_first = sorted(self.tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -254,7 +289,10 @@ class ChatTemplate:
         """Where the whole chat's text has the turn at `index` just as if it were the last; None: it does not."""
         if self.marked:
             span = self._marked_turns(chat, text, marks, index)
-            return None if find(text, chat.messages[index], *span).missing else span
+            lost = find(text, chat.messages[index], *span).missing or self._missing(chat, text, index)
+            return None if lost else span
+        if self._missing(chat, text, index):
+            return None
         before, _ = self.draw(chat.messages[:index], chat.tools, True)
         through, _ = self.draw(chat.messages[: index + 1], chat.tools, False)
         common = _common(through, text)
@@ -268,11 +306,11 @@ class ChatTemplate:
         found = find(text, chat.messages[index], begin, limit)
         if found.missing:
             return None
-        ends = [token.end() for token in self._any_token.finditer(text, found.end, limit)]
+        ends = [token.end() for token in self.any_token.finditer(text, found.end, limit)]
         if ends:
             return begin, self._own(chat, index, text[:limit], ends)
         if self._stops_at_header:
-            next_token = self._any_token.search(text, limit)
+            next_token = self.any_token.search(text, limit)
             if next_token is not None and not text[limit : next_token.start()].strip():
                 return begin, next_token.end()
             return (begin, limit) if limit == len(text) else None
@@ -295,7 +333,7 @@ class ChatTemplate:
     def _stops_at_header(self) -> bool:
         """Whether nothing but the next turn's header ends an assistant's turn."""
         text, _ = self.draw(_PROBE, None, False)
-        return self._any_token.search(text, text.rfind(_PROBE_ANSWER)) is None
+        return self.any_token.search(text, text.rfind(_PROBE_ANSWER)) is None
 
     def _header_after(self, messages: Sequence[Message], tools: Any, text: str) -> str:
         """What the template writes after these messages up to the token that begins the next one, "" if nothing."""
@@ -304,7 +342,7 @@ class ChatTemplate:
             followed, _ = self.draw([*messages, following], tools, False)
         except RowError:
             return ""
-        token = self._any_token.search(followed, len(text)) if followed.startswith(text) else None
+        token = self.any_token.search(followed, len(text)) if followed.startswith(text) else None
         return followed[len(text) : token.end()] if token and not followed[len(text) : token.start()].strip() else ""
 
     def _with_header(self, chat: Conversation, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
@@ -328,7 +366,7 @@ class ChatTemplate:
         text, marks = self.draw(upto.messages, chat.tools, False)
         if self.marked:
             spans = [self._marked_turns(upto, text, marks, index)]
-            if lost := find(text, messages[index], *spans[0]).missing:
+            if lost := find(text, messages[index], *spans[0]).missing or self._missing(upto, text, index):
                 raise self._left_out(chat, index, lost[0].kind, lost[0].text)
             return Drawn(text=text, spans=spans, notes=self._context(upto, text, {index}))
         before, _ = self.draw(messages[:index], chat.tools, True)
@@ -337,7 +375,7 @@ class ChatTemplate:
             if opener is None or not text.startswith(before[: opener.start()]):
                 raise DataError(self._differs(index))
             return self._closed(upto, index, before, opener)
-        lost = find(text, messages[index], len(before)).missing
+        lost = find(text, messages[index], len(before)).missing or self._missing(upto, text, index)
         if lost and opener is not None and lost[0].kind == REASONING:
             return self._closed(upto, index, before, opener)
         if lost:
@@ -367,7 +405,7 @@ class ChatTemplate:
         if found.missing:
             raise self._left_out(upto, index, found.missing[0].kind, found.missing[0].text)
         closes = text.find(closer, len(before)) + len(closer)
-        ends = [token.end() for token in self._any_token.finditer(text, max(found.end, closes))]
+        ends = [token.end() for token in self.any_token.finditer(text, max(found.end, closes))]
         if not ends:
             raise DataError(f"{self.label}: ends message {index + 1} without a token that would stop the model")
         notes = {} if thought else {OPENED: f"message {index + 1}"}
