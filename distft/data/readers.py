@@ -94,8 +94,8 @@ def _is_one_list(path: Path) -> bool:
         return False
     lines = (line for _, line in _lines(path) if isinstance(line, RowError) or line.strip())
     first, second = next(lines, b""), next(lines, None)
-    if isinstance(first, RowError):
-        return False
+    if isinstance(first, RowError):  # a line that is longer than any row
+        return True
     try:
         whole = isinstance(json.loads(first), list)
     except (json.JSONDecodeError, RecursionError):

@@ -110,10 +110,10 @@ def test_reasoning_has_one_name(key: str) -> None:
 
 
 REFUSED = {
-    "unknown key": (ANSWER | {"contnet": "x"}, r'message 2 has an unknown key "contnet", did you mean "content"\?'),
+    "unknown key": (ANSWER | {"contentt": "x"}, r'message 2 has an unknown key "contentt", did you mean "content"\?'),
     "misspelt weight": (
-        ANSWER | {"wieght": 0},
-        r'"wieght", did you mean "weight"\?  allowed: role, .*ignore = \["wieght"\]',
+        ANSWER | {"weight_": 0},
+        r'"weight_", did you mean "weight"\?  allowed: role, .*ignore = \["weight_"\]',
     ),
     "unknown again": (ANSWER | {"timestamp": 3}, r'unknown key "timestamp"  allowed.*ignore = \["timestamp"\]'),
     "a mask": (ANSWER | {"loss_mask": 0}, 'unknown key "loss_mask"'),
@@ -128,12 +128,12 @@ REFUSED = {
     "two thoughts": (ANSWER | {"reasoning": "a", "thinking": "b"}, "message 2: reasoning and thinking differ"),
     "thoughts as a list": (ANSWER | {"reasoning": ["a"]}, "message 2: reasoning is a list, expected a string"),
     "a call's typo": (
-        ANSWER | {"tool_calls": [{"name": "f", "argumets": {}, "arguments": None}]} | {"content": "x"},
+        ANSWER | {"tool_calls": [{"name": "f", "argumentss": {}, "arguments": None}]} | {"content": "x"},
         None,
     ),
     "a call's typo that says something": (
-        ANSWER | {"tool_calls": [{"name": "f", "argumets": {"a": 1}}]},
-        r'the call of f has an unknown key "argumets", did you mean "arguments"\?',
+        ANSWER | {"tool_calls": [{"name": "f", "argumentss": {"a": 1}}]},
+        r'the call of f has an unknown key "argumentss", did you mean "arguments"\?',
     ),
     "another kind of call": (
         ANSWER | {"tool_calls": [{"type": "custom", "name": "f"}]},
@@ -176,8 +176,8 @@ def test_sharegpt_turns_say_as_much() -> None:
     chat = FORMATS["sharegpt"].convert({"conversations": json.dumps(turns)})
     assert isinstance(chat, Conversation)
     assert chat.messages[1] == ANSWER | {"reasoning_content": "hm", "trained": False}
-    for wrong in ({"valeu": "x"}, {"content": "x"}):
-        with pytest.raises(RowError, match=r'unknown key "valeu"|"role" or "content" beside "from"'):
+    for wrong in ({"valuee": "x"}, {"content": "x"}):
+        with pytest.raises(RowError, match=r'unknown key "valuee"|"role" or "content" beside "from"'):
             FORMATS["sharegpt"].convert({"conversations": [{"from": "human", "value": "go"}, {**turns[1], **wrong}]})
 
 
