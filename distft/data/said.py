@@ -115,7 +115,8 @@ def _place(text: str, wanted: str, begin: int, end: int) -> tuple[int, int] | No
     return None if found is None else found.span()
 
 
-_WRAPPED = re.compile(r"\s*(<[^<>\s]{1,40}>)?.*?(</[^<>\s]{1,40}>)?\s*", re.DOTALL)
+_OPENS = re.compile(r"\s*(<[^<>\s]{1,40}>)")
+_CLOSES = re.compile(r"(</[^<>\s]{1,40}>)\s*\Z")
 _STAND_IN = "70930{:06d}81"
 """Digits: no template changes them, and no other text has them."""
 
@@ -131,6 +132,20 @@ class StandIn:
     def lost(self, text: str) -> set[tuple[int, str]]:
         """Pieces that the rendered text does not have."""
         return {piece for number, piece in self.pieces.items() if number not in text}
+
+
+_PLAIN = {"role", "content", "trained"}
+
+
+def form_of(messages: Sequence[Message]) -> str:
+    """Equal for chats that say the same kinds of things, whatever they say; templates treat those alike."""
+    if all(message.keys() <= _PLAIN and not _has_tags(message["content"]) for message in messages):
+        return " ".join(f"{message['role']}{bool(message['content'].strip())}" for message in messages)
+    return json.dumps(stand_in(messages).messages)
+
+
+def _has_tags(content: str) -> bool:
+    return "</think>" in content or content.lstrip()[:1] == "<" or content.rstrip()[-1:] == ">"
 
 
 def stand_in(messages: Sequence[Message]) -> StandIn:
@@ -150,9 +165,8 @@ def stand_in(messages: Sequence[Message]) -> StandIn:
         if "reasoning_content" in message:
             other["reasoning_content"] = number(index, REASONING)
         if answer.strip():
-            wrapped = _WRAPPED.fullmatch(answer)
-            before, behind = (wrapped[1] or "", wrapped[2] or "") if wrapped else ("", "")
-            answer = f"{before}{number(index, CONTENT)}{behind}"
+            before, behind = _OPENS.match(answer), _CLOSES.search(answer, max(0, len(answer) - 60))
+            answer = f"{before[1] if before else ''}{number(index, CONTENT)}{behind[1] if behind else ''}"
         else:
             answer = ""
         if inline:

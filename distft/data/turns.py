@@ -7,7 +7,6 @@ the model sees when it is to write that turn.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 from distft.core.errors import DataError
 from distft.data.chat import REASONING as REASONING_KEYS
 from distft.data.control import without_marks
-from distft.data.said import CALL, REASONING, Piece, find, pieces, says_nothing, stand_in, thought_and_answer
+from distft.data.said import CALL, REASONING, Piece, find, form_of, pieces, says_nothing, stand_in, thought_and_answer
 from distft.data.samples import Conversation, Message, RowError
 
 LossOn: TypeAlias = Literal["assistant", "completion", "last_turn", "all"]
@@ -90,6 +89,10 @@ class ChatTemplate:
     """Added tokens of the tokenizer, as text: a turn ends with one of them."""
     _losses: dict[str, frozenset[tuple[int, str]]] = field(default_factory=dict, compare=False, repr=False)
     """What is left out of chats of one form."""
+    _latest: dict[str, tuple[Conversation, frozenset[tuple[int, str]]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Of the chat that was asked about last."""
 
     @cached_property
     def stop(self) -> str:
@@ -251,17 +254,21 @@ class ChatTemplate:
 
     def _loses(self, chat: Conversation) -> frozenset[tuple[int, str]]:
         """What the template leaves out of a chat of this form: (index of the message, kind of piece)."""
-        other = stand_in(chat.messages)
-        form = json.dumps([other.messages, bool(chat.tools)])
+        known = self._latest.get("chat")
+        if known is not None and known[0] is chat:
+            return known[1]
+        form = f"{bool(chat.tools)} {form_of(chat.messages)}"
         if form not in self._losses:
             if len(self._losses) >= _MOST_FORMS:
                 self._losses.clear()
+            other = stand_in(chat.messages)
             try:
                 text, _ = self.draw(other.messages, chat.tools, False)
             except RowError:
                 self._losses[form] = frozenset()  # it looks at what is said, so the row itself must do
             else:
                 self._losses[form] = frozenset(other.lost(text))
+        self._latest["chat"] = (chat, self._losses[form])
         return self._losses[form]
 
     def _lost(self, chat: Conversation, index: int, kind: str, text: str) -> str:
