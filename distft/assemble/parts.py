@@ -194,7 +194,7 @@ def _chats(located: Recipe) -> bool | None:
     from distft.data.questions import trained_as_chat
 
     try:
-        return trained_as_chat(located.data.train)
+        return trained_as_chat(located.data.train, merge_turns=located.data.merge_turns)
     except DataError:
         return None
 

@@ -133,8 +133,11 @@ def _message(message: Any, number: int) -> Message:
         raise RowError(f"message {number} has role {json.dumps(role)}{hint}  allowed: {', '.join(ROLES)}")
     _refuse_unknown(message, number)
     calls = _calls(message, number)
-    content, thought = _content(message.get("content"), number, optional=bool(calls))
+    thinks = any(message.get(key) for key in REASONING)
+    content, thought = _content(message.get("content"), number, optional=bool(calls) or thinks)
     thought = _reasoning(message, thought, number)
+    if thought and "</think>" in content:
+        content = _without_inline(content, thought, number)
     normal: Message = {"role": role, "content": content}
     if calls:
         if role != "assistant":
@@ -191,6 +194,14 @@ def _reasoning(message: dict[str, Any], from_parts: str, number: int) -> str:
     if len(texts) > 1:
         raise RowError(f"message {number}: {' and '.join(found) or 'reasoning'} differ; keep one of them")
     return texts.pop() if texts else ""
+
+
+def _without_inline(content: str, thought: str, number: int) -> str:
+    """Content whose reasoning stands in a key of its own as well: without it."""
+    inline, _, answer = content.partition("</think>")
+    if inline.strip().removeprefix("<think>").strip() != thought.strip():
+        raise RowError(f"message {number}: its reasoning and what its content says before </think> differ; keep one")
+    return answer.lstrip()
 
 
 def _calls(message: dict[str, Any], number: int) -> list[Any]:

@@ -148,13 +148,13 @@ def _right(sample: Sample) -> str:
     return last["content"] or json.dumps([call["function"] for call in last.get("tool_calls", ())])
 
 
-def trained_as_chat(sources: Sequence[SourceTable]) -> bool:
+def trained_as_chat(sources: Sequence[SourceTable], *, merge_turns: bool = False) -> bool:
     """Whether the first row that is trained is a chat.
 
     Raises:
         DataError: the first source cannot be read, or has no good row.
     """
-    source = find(sources[0])
+    source = find(sources[0], merge_turns=merge_turns)
     spec = decide_format(source)
     for _, _, payload in islice(_payloads(source), 20):
         try:

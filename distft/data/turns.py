@@ -220,14 +220,20 @@ class ChatTemplate:
             begin = cut[1]
         return Drawn(text=text, spans=[span for span in (*spans, (begin, len(text))) if span[0] < span[1]], notes=notes)
 
-    def _context(self, chat: Conversation, text: str, trained: set[int], upto: int | None = None) -> dict[str, str]:
-        """What earlier turns lose, as notes.
+    def _context(self, chat: Conversation, text: str, trained: set[int], *, rebuilt: bool = False) -> dict[str, str]:
+        """What earlier turns lose, as notes. `rebuilt`: the text is not the template's own of the whole chat.
 
         Raises:
             RowError: something that a user, the system or a tool says is not in the text, or who says it.
         """
         notes: dict[str, str] = {}
-        for index, message in enumerate(chat.messages[:upto]):
+        for tool in chat.tools or ():
+            if tool["function"]["name"] not in text:
+                raise RowError(
+                    f"the chat template leaves out the tool {tool['function']['name']} of this row  name another "
+                    "chat_template, or remove the tools from the row"
+                )
+        for index, message in enumerate(chat.messages):
             who = message.get("name") if message["role"] != "tool" else None
             if who is not None and who not in text:
                 raise RowError(
@@ -236,7 +242,7 @@ class ChatTemplate:
                 )
             if index in trained:
                 continue
-            for lost in self._missing(chat, text, index):
+            for lost in find(text, message).missing if rebuilt else self._missing(chat, text, index):
                 if message["role"] != "assistant":
                     raise RowError(self._lost(chat, index, lost.kind, lost.text))
                 notes.setdefault(CUT.format(lost.kind), f"message {index + 1}: {_short(lost.text)}")
@@ -378,10 +384,12 @@ class ChatTemplate:
             return Drawn(text=text, spans=spans, notes=self._context(upto, text, {index}))
         before, _ = self.draw(messages[:index], chat.tools, True)
         opener = _OPENER.search(before)
-        if not text.startswith(before):
+        rebuilt = not text.startswith(before)
+        if rebuilt:
             if opener is None or not text.startswith(before[: opener.start()]):
-                raise DataError(self._differs(index))
-            return self._closed(upto, index, before, opener)
+                text = self._behind(before, text, messages, chat.tools, index)
+            else:
+                return self._closed(upto, index, before, opener)
         lost = find(text, messages[index], len(before)).missing or self._missing(upto, text, index)
         if lost and opener is not None and lost[0].kind == REASONING:
             return self._closed(upto, index, before, opener)
@@ -390,8 +398,31 @@ class ChatTemplate:
         span = self._ending(upto, index, text, len(before), len(text))
         if span is None:
             raise DataError(f"{self.label}: ends message {index + 1} without a token that would stop the model")
+        notes = self._context(upto, text, {index}, rebuilt=rebuilt)
         text, spans = self._with_header(upto, text, [span])
-        return Drawn(text=text, spans=spans, notes=self._context(upto, text, {index}))
+        return Drawn(text=text, spans=spans, notes=notes)
+
+    def _behind(self, before: str, text: str, messages: Sequence[Message], tools: Any, index: int) -> str:
+        """The turn at `index` behind its generation prompt, where the template writes what comes before it otherwise
+        once an answer follows: Mistral's writes the system message and the tools into the last of the users' messages
+        only while it is the last of all.
+
+        Raises:
+            DataError: where the turn begins in `text` cannot be told by what the two have in common before it.
+        """  # noqa: D205
+        said = pieces(messages[index - 1])[-1:] if index else []
+        other = stand_in(messages[:index])  # short texts may stand in the header too: numbers do not
+        number = next((name for name in reversed(other.pieces) if other.pieces[name][0] == index - 1), "")
+        asked, _ = self.draw(other.messages, tools, True)
+        header = said[0].text + asked[asked.rfind(number) + len(number) :] if said and number in asked else ""
+        if not header or not before.endswith(header):
+            raise DataError(self._differs(index))
+        at = text.rfind(header)
+        while at >= 0 and find(text, messages[index], at + len(header)).missing:
+            at = text.rfind(header, 0, at)
+        if at < 0:
+            raise DataError(self._differs(index))
+        return before + text[at + len(header) :]
 
     def _closed(self, upto: Conversation, index: int, before: str, opener: re.Match[str]) -> Drawn:
         """A turn after a generation prompt that opens a block of reasoning: it goes on with the reasoning and closes

@@ -108,6 +108,20 @@ MISTRAL = """\
 {%- else %}{{- ' ' + m.content + '</s>' }}{%- endif %}
 {%- endfor %}"""
 
+MISTRAL3 = """\
+{{- bos_token }}
+{%- set system = '' %}
+{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content %}{%- set messages = messages[1:] %}
+{%- endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{%- if tools and loop.last %}{{- '[TOOL_CALLS]' + tools | tojson }}{%- endif %}
+{{- '[INST] ' + (system + '\\n\\n' if system and loop.last else '') + m.content + '[/INST]' }}
+{%- else %}{{- ' ' + m.content + '</s>' }}{%- endif %}
+{%- endfor %}"""
+"""The system message and the tools stand in the last of all messages, if that is a user's."""
+
 TEXT_CALLS = """\
 {%- for m in messages %}
 {{- '<|' + m.role + '|>' + m.content }}

@@ -31,7 +31,7 @@ def _message(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict) or "from" not in turn:
         raise RowError(f'turn {number} has no "from"; expected objects with "from" and "value"')
     speaker, value = turn["from"], turn.get("value")
-    if speaker not in ROLE_OF:
+    if not isinstance(speaker, str) or speaker not in ROLE_OF:
         meant = nearest(str(speaker), ROLE_OF)
         hint = f', did you mean "{meant}"?' if meant else ""
         raise RowError(f"turn {number} is from {json.dumps(speaker)}{hint}  allowed: {', '.join(ROLE_OF)}")

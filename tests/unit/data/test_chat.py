@@ -109,6 +109,14 @@ def test_reasoning_has_one_name(key: str) -> None:
     assert said(ANSWER | {key: "", "refusal": None, "annotations": [], "audio": None}) == ANSWER
 
 
+def test_reasoning_said_twice_is_kept_once() -> None:
+    twice = {"role": "assistant", "content": "<think>\nhm\n</think>\n\ndone", "reasoning": "hm"}
+    assert said(twice) == ANSWER | {"reasoning_content": "hm"}
+    with pytest.raises(RowError, match="its reasoning and what its content says before </think> differ; keep one"):
+        said(twice | {"reasoning": "hmm"})
+    assert said({"role": "assistant", "content": None, "reasoning": "hm"})["content"] == "", "it may only think"
+
+
 REFUSED = {
     "unknown key": (ANSWER | {"contentt": "x"}, r'message 2 has an unknown key "contentt", did you mean "content"\?'),
     "misspelt weight": (
@@ -176,6 +184,8 @@ def test_sharegpt_turns_say_as_much() -> None:
     chat = FORMATS["sharegpt"].convert({"conversations": json.dumps(turns)})
     assert isinstance(chat, Conversation)
     assert chat.messages[1] == ANSWER | {"reasoning_content": "hm", "trained": False}
+    with pytest.raises(RowError, match=r'turn 1 is from \["human"\]'):
+        FORMATS["sharegpt"].convert({"conversations": [{"from": ["human"], "value": "go"}]})
     for wrong in ({"valuee": "x"}, {"content": "x"}):
         with pytest.raises(RowError, match=r'unknown key "valuee"|"role" or "content" beside "from"'):
             FORMATS["sharegpt"].convert({"conversations": [{"from": "human", "value": "go"}, {**turns[1], **wrong}]})

@@ -112,6 +112,12 @@ TRAINED = {
     "glm-4": (shapes.GLM4, TWO, ["\n1<|user|>|\n2<|user|>"]),
     "glm-4, call": (shapes.GLM4, CALLING, ['find\n{"city": "Oslo"}<|observation|>|\nIn the north.<|user|>']),
     "mistral": (shapes.MISTRAL, TWO, [" 1</s>| 2</s>"]),
+    "mistral 0.3": (shapes.MISTRAL3, TWO, [" 1</s>| 2</s>"]),
+    "mistral 0.3, system": (
+        shapes.MISTRAL3,
+        [{"role": "system", "content": "Be brief."}, *TWO],
+        [" 1</s>", " 2</s>"],
+    ),
     "llama 3.1": (shapes.LLAMA31, TWO, ["1<|eot_id|>|2<|eot_id|>"]),
 }
 
@@ -187,6 +193,12 @@ LOST = {
         RowError,
         r'message 1 \(system\): the chat template leaves out its content: "Be brief."  move it into',
     ),
+    "a system message, all": (
+        shapes.MISTRAL3,
+        [{"role": "system", "content": "Be brief."}, *TWO],
+        RowError,
+        r'message 1 \(system\): the chat template leaves out its content: "Be brief."  move it into',
+    ),
     "who is speaking": (
         shapes.PHI3,
         [{**user("a"), "name": "ann"}, says("b")],
@@ -199,10 +211,22 @@ LOST = {
 @pytest.mark.parametrize("name", LOST)
 def test_what_is_lost_is_an_error_with_a_remedy(name: str, make: Make, tokenizer: Path) -> None:
     template, messages, kind, message = LOST[name]
-    own = load_renderer(tokenizer, chat_template="chatml") if template == "chatml" else make(template)
+    loss_on = "all" if name.endswith(", all") else "assistant"
+    own = load_renderer(tokenizer, chat_template="chatml") if template == "chatml" else make(template, loss_on=loss_on)
     with pytest.raises(kind, match=message) as raised:
         rows(own, messages)
     assert 'loss_on = "all"' not in str(raised.value)
+
+
+def test_context_that_moves_stays_in_each_row(make: Make) -> None:
+    """Mistral's system message and tools stand before the question that is answered, as at inference."""
+    chat = conversation([{"role": "system", "content": "Be brief."}, *TWO], [{"name": "find"}])
+    made = [shown(make(shapes.MISTRAL3), row) for row in make(shapes.MISTRAL3).render_rows([chat])[0]]
+    tools = '[TOOL_CALLS][{"type": "function", "function": {"name": "find"}}]'
+    assert made == [
+        f"<s>{tools}[INST] Be brief.\n\none?[/INST]⟦ 1</s>⟧",
+        f"<s>[INST] one?[/INST] 1</s>{tools}[INST] Be brief.\n\ntwo?[/INST]⟦ 2</s>⟧",
+    ]
 
 
 def test_context_may_lose_reasoning_and_nothing_else(make: Make) -> None:
