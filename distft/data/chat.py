@@ -50,9 +50,18 @@ def message_list(value: Any, column: str) -> list[Any]:
     """
     if isinstance(value, str) and value.strip():
         value = _parsed(value, column)
+    if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
+        value = _rows(value, column)
     if not isinstance(value, list):
         raise RowError(f'"{column}" is {kind_of(value)}, expected a list of messages')
     return value
+
+
+def _rows(columns: dict[str, list[Any]], column: str) -> list[dict[str, Any]]:
+    """Messages that a table keeps key by key, as `datasets` did with sequences of objects."""
+    if len({len(one) for one in columns.values()}) != 1:
+        raise RowError(f'"{column}" keeps its messages key by key, and not as many of each key')
+    return [dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True)]
 
 
 def _parsed(text: str, column: str) -> Any:

@@ -573,36 +573,44 @@ class _Drawing:
         self._date = None if date is None else datetime.datetime.fromisoformat(date)
 
     def __call__(self, messages: Sequence[Message], tools: Any, open_turn: bool) -> tuple[str, list[Span]]:
-        as_text = any("tool_calls" in message for message in messages) and self._wants_text
-        return self._draw([self._written(message, as_text) for message in messages], tools, open_turn)
+        written = [self._written(message) for message in messages]
+        return self._draw(written, tools, open_turn)
 
-    def _written(self, message: Message, arguments_as_text: bool) -> Message:
+    def _written(self, message: Message) -> Message:
         """A message as templates read it: reasoning under every name they know, arguments as they want them."""
         if message.keys() <= {"role", "content"}:
             return message
         written = {key: value for key, value in message.items() if key != "trained"}
         if "reasoning_content" in message:
             written |= dict.fromkeys(self._thoughts, message["reasoning_content"])
-        if arguments_as_text and "tool_calls" in message:
-            written["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+        if "tool_calls" in message:
+            if self._wants_text:
+                written["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+            if not message["content"] and self._takes_null:
+                written["content"] = None
         return written
 
     @cached_property
     def _wants_text(self) -> bool:
         """Whether arguments must be JSON text: as an object the template refuses them, or prints Python's notation."""
-        call = {"id": "abcdefghi", "type": "function", "function": {"name": "find", "arguments": {"place": "Oslo"}}}
-        asked: Message = {"role": "user", "content": "where"}
-
-        def drawn(call: dict[str, Any]) -> str:
-            try:
-                return self._draw([asked, {"role": "assistant", "content": "", "tool_calls": [call]}], None, False)[0]
-            except RowError:
-                return ""
-
-        as_object = drawn(call)
+        as_object = self._called("", _CALL)
         if "Oslo" in as_object and "{'place'" not in as_object:
             return False
-        return '"place": "Oslo"' in drawn(_with_text_arguments(call))
+        return '"place": "Oslo"' in self._called("", _with_text_arguments(_CALL))
+
+    @cached_property
+    def _takes_null(self) -> bool:
+        """Whether a call without text has no content, as APIs have it: for "" R1's template writes one turn more."""
+        drawn = self._called(None, _with_text_arguments(_CALL) if self._wants_text else _CALL)
+        return "Oslo" in drawn and "None" not in drawn
+
+    def _called(self, content: str | None, call: dict[str, Any]) -> str:
+        """A chat that ends with a call; "" if the template refuses it."""
+        asked: Message = {"role": "user", "content": "where"}
+        try:
+            return self._draw([asked, {"role": "assistant", "content": content, "tool_calls": [call]}], None, False)[0]
+        except RowError:
+            return ""
 
     def _draw(self, messages: list[Message], tools: Any, open_turn: bool) -> tuple[str, list[Span]]:
         import jinja2
@@ -635,6 +643,9 @@ class _Drawing:
         _compile_jinja_template(self.text).environment.globals["strftime_now"] = (
             self._date or datetime.datetime.now()
         ).strftime
+
+
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "find", "arguments": {"place": "Oslo"}}}
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:

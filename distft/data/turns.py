@@ -319,15 +319,13 @@ class ChatTemplate:
         found = find(text, chat.messages[index], begin, limit)
         if found.missing:
             return None
-        ends = [token.end() for token in self.any_token.finditer(text, found.end, limit)]
-        if ends:
-            return begin, self._own(chat, index, text[:limit], ends)
-        if self._stops_at_header:
+        if self._stops_at_header:  # tokens inside the turn, as around a call, end nothing
             next_token = self.any_token.search(text, limit)
             if next_token is not None and not text[limit : next_token.start()].strip():
                 return begin, next_token.end()
             return (begin, limit) if limit == len(text) else None
-        return None
+        ends = [token.end() for token in self.any_token.finditer(text, found.end, limit)]
+        return (begin, self._own(chat, index, text[:limit], ends)) if ends else None
 
     def _own(self, chat: Conversation, index: int, through: str, ends: list[int]) -> int:
         """The last of a turn's tokens that another message would not take away: a template may end the text of a
@@ -362,7 +360,9 @@ class ChatTemplate:
         """The text with the next turn's header token, where that is what stops the model, as part of the last span."""
         if self.marked or not self._stops_at_header:
             return text, spans
-        header = self._header_after(chat.messages, chat.tools, text)
+        calls = [call for message in chat.messages[-1:] for call in message.get("tool_calls", ())]
+        plain = [_PROBE[0], {**_PROBE[1], "tool_calls": calls}] if calls else _PROBE
+        header = self._header_after(plain, None, self.draw(plain, None, False)[0])
         if not header:
             raise DataError(f"{self.label}: the token that ends the last turn cannot be found")
         text = text + header

@@ -49,10 +49,16 @@ R1 = """\
 {%- for m in messages %}
 {%- if m.role == 'user' %}{{- '<|User|>' + m.content }}
 {%- elif m.role == 'system' %}{{- m.content }}
+{%- elif m.role == 'tool' %}{{- '<|observation|>' + m.content + '<|observation|>' }}
 {%- else %}
+{%- for call in m.tool_calls or [] %}
+{{- '<|Assistant|><tool_call>' + call.function.name + call.function.arguments + '</tool_call></s>' }}
+{%- endfor %}
+{%- if m.content is not none %}
 {%- set content = m.content %}
 {%- if '</think>' in content %}{%- set content = content.split('</think>')[-1] %}{%- endif %}
 {{- '<|Assistant|>' + content + '</s>' }}
+{%- endif %}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|Assistant|><think>\\n' }}{%- endif %}"""
@@ -63,6 +69,22 @@ GLM4 = """\
 {%- if m.role == 'tool' %}{{- '<|observation|>\\n' + m.content }}
 {%- elif m.tool_calls %}{{- '<|assistant|>' + m.tool_calls[0].function.name + '\\n' }}
 {{- m.tool_calls[0].function.arguments | tojson }}
+{%- else %}{{- '<|' + m.role + '|>\\n' + m.content }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
+
+GLM46 = """\
+[gMASK]<s>
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}{{- '<|observation|>\\n' + m.content }}
+{%- elif m.role == 'assistant' %}
+{{- '<|assistant|>\\n<think>' + (m.reasoning_content or '' if loop.index0 > ns.last else '') + '</think>' }}
+{%- if m.content %}{{- '\\n' + m.content }}{%- endif %}
+{%- for call in m.tool_calls or [] %}
+{{- '\\n<tool_call>' + call.function.name + '\\n' + call.function.arguments | tojson + '\\n</tool_call>' }}
+{%- endfor %}
 {%- else %}{{- '<|' + m.role + '|>\\n' + m.content }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""

@@ -205,6 +205,14 @@ def test_messages_may_be_json_text() -> None:
             FORMATS["messages"].convert({"messages": wrong})
 
 
+def test_messages_may_be_kept_key_by_key() -> None:
+    """As older versions of `datasets` store a sequence of objects."""
+    by_key = {"role": ["user", "assistant"], "content": ["go", "done"], "name": [None, None]}
+    assert FORMATS["messages"].convert({"messages": by_key}) == conversation([ASKED, ANSWER])
+    with pytest.raises(RowError, match="not as many of each key"):
+        FORMATS["messages"].convert({"messages": by_key | {"content": ["go"]}})
+
+
 def test_a_system_column_is_the_first_message() -> None:
     row = {"messages": [ASKED, ANSWER], "system": "Be."}
     chat = FORMATS["messages"].convert(row)

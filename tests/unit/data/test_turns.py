@@ -111,6 +111,25 @@ TRAINED = {
     "phi-3": (shapes.PHI3, TWO, ["1<|end|>|2<|end|>"]),
     "glm-4": (shapes.GLM4, TWO, ["\n1<|user|>|\n2<|user|>"]),
     "glm-4, call": (shapes.GLM4, CALLING, ['find\n{"city": "Oslo"}<|observation|>|\nIn the north.<|user|>']),
+    "glm-4.6": (shapes.GLM46, TWO, ["\n<think></think>\n1<|user|>|\n<think></think>\n2<|user|>"]),
+    "glm-4.6, reasoning": (
+        shapes.GLM46,
+        THOUGHT,
+        ["\n<think>count</think>\n1<|user|>", "\n<think>count on</think>\n2<|user|>"],
+    ),
+    "glm-4.6, call": (
+        shapes.GLM46,
+        CALLING,
+        [
+            '\n<think></think>\n<tool_call>find\n{"city": "Oslo"}\n</tool_call><|observation|>|'
+            "\n<think></think>\nIn the north.<|user|>"
+        ],
+    ),
+    "r1, call": (
+        shapes.R1,
+        CALLING[:2],
+        ['\n</think>\n\n<tool_call>find{"city": "Oslo"}</tool_call></s>'],
+    ),
     "mistral": (shapes.MISTRAL, TWO, [" 1</s>| 2</s>"]),
     "mistral 0.3": (shapes.MISTRAL3, TWO, [" 1</s>| 2</s>"]),
     "mistral 0.3, system": (
