@@ -184,6 +184,10 @@ class _Window:
         return any(more)
 
 
+_OTHER_MARKS = (";", "\t", "|", ",")
+"""By which tables are separated besides."""
+
+
 def read_tsv(path: Path) -> Iterator[tuple[int, Payload]]:
     """As CSV, separated by tabs."""
     yield from read_csv(path, delimiter="\t")
@@ -203,6 +207,11 @@ def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, Payload
         if len(set(header)) != len(header) or not all(header):
             raise DataError(
                 f"{path.name}:1: the header names a column twice or not at all: {excerpt(','.join(header))}"
+            )
+        if len(header) == 1 and (other := next((mark for mark in _OTHER_MARKS if mark in header[0]), "")):
+            raise DataError(
+                f"{path.name}:1: the header is one column, {excerpt(header[0])!r}, separated by {other!r}?  write the file "
+                "with commas, or with tabs as .tsv"
             )
         line = rows.line_num + 1
         for cells in rows:

@@ -104,7 +104,10 @@ def find(text: str, message: Message, begin: int = 0, end: int | None = None) ->
 
 def _place(text: str, wanted: str, begin: int, end: int) -> tuple[int, int] | None:
     """As it is, as JSON text (templates may write results so), or with other white space between its words."""
-    for form in dict.fromkeys((wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1])):
+    at = text.find(wanted, begin, end)
+    if at >= 0:
+        return at, at + len(wanted)
+    for form in (json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1]):
         at = text.find(form, begin, end)
         if at >= 0:
             return at, at + len(form)

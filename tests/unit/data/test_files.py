@@ -77,6 +77,11 @@ DAMAGED = {
         r"pointer\.jsonl: is a Git LFS pointer, not the file itself  run git lfs pull",
     ),
     "broken.arrow": (b"x" * 64, "broken.arrow: not a readable Arrow file"),
+    "semicolons.csv": (
+        b"prompt;completion\na;b\n",
+        r"semicolons\.csv:1: the header is one column, 'prompt;completion', separated by ';'\?  write the file with",
+    ),
+    "commas.tsv": (b"prompt,completion\na,b\n", r"commas\.tsv:1: the header is one column, .* separated by ','\?"),
     "chats.jsonl": (
         (json.dumps(CHAT) + "\n").encode() * 2,
         r'chats\.jsonl:1: the row is a list of messages, expected an object  write \{"messages": \[\.\.\.\]\}',
