@@ -210,8 +210,8 @@ def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, Payload
             )
         if len(header) == 1 and (other := next((mark for mark in _OTHER_MARKS if mark in header[0]), "")):
             raise DataError(
-                f"{path.name}:1: the header is one column, {excerpt(header[0])!r}, separated by {other!r}?  write the file "
-                "with commas, or with tabs as .tsv"
+                f"{path.name}:1: the header is one column, {excerpt(header[0])!r}, separated by {other!r}?  "
+                "write the file with commas, or with tabs as .tsv"
             )
         line = rows.line_num + 1
         for cells in rows:
