@@ -109,15 +109,19 @@ def dated(located: Recipe, folder: Path, resume: Path | str = "auto") -> Recipe:
 
     if located.data.date is not None:
         return located
-    run = resume.absolute().parents[1] if isinstance(resume, Path) else folder
-    date = (None if resume == "never" else began(run)) or today()
+    if isinstance(resume, Path):
+        places = [resume / "state.json", resume.absolute().parents[1] / "manifest.json"]
+    else:
+        places = [*sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True), folder / "manifest.json"]
+    known = [] if resume == "never" else map(_date_noted, places)
+    date = next(filter(None, known), None) or today()
     return replace(located, data=located.data.model_copy(update={"date": date}))
 
 
-def began(run: Path) -> str | None:
-    """The date that a run's chat templates were given, by its manifest; of older ones the day they were started."""
+def _date_noted(file: Path) -> str | None:
+    """The date that a checkpoint or a manifest names; of older manifests the day on which the run was started."""
     try:
-        noted = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        noted = json.loads(file.read_text(encoding="utf-8"))
         date = str(noted.get("date") or noted["started"])[:10]
         return datetime.date.fromisoformat(date).isoformat()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

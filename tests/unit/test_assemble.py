@@ -85,6 +85,9 @@ def test_a_run_that_goes_on_keeps_its_date(tmp_path: Path, monkeypatch: pytest.M
         assert assemble.dated(recipe, run, "never").data.date == "2026-02-02"
     (run / "manifest.json").write_text("{")
     assert assemble.dated(recipe, run).data.date == "2026-02-02"
+    (checkpoint / "state.json").write_text('{"date": "2026-01-30"}')  # a checkpoint knows it too
+    for resume in ("auto", checkpoint):
+        assert assemble.dated(recipe, run, resume).data.date == "2026-01-30"
     own = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=["data.date='2025-12-24'"])
     assert assemble.dated(own, run).data.date == "2025-12-24"
 
