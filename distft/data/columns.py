@@ -33,7 +33,7 @@ MEANINGFUL: dict[str, str] = {
 """Names under which datasets keep something without which a row means something else, and why."""
 INDEX = ("", "Unnamed: 0", "__index_level_0__")
 """What pandas calls a table's index when it is written as a column: it says nothing."""
-_MISSPELT = 0.8
+_MISSPELT = 0.85
 """Likeness of names from which one is taken for a misspelling of the other."""
 
 
