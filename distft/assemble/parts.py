@@ -63,6 +63,7 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
         seed=located.seed,
         device=placed.device,
         per_token=located.objective.spec.per_token,
+        path=cut.path,
     )
     num_embeddings = built.module.transformer.get_input_embeddings().num_embeddings
     if rows.largest_id >= num_embeddings:
@@ -175,7 +176,7 @@ def manifest(
         "launcher_wants": placed.wants,
         "command": sys.orig_argv if here else [],
         "recipe": {"source": recipe.source, "overrides": list(recipe.origin.overrides.values())},
-        "layout": vars(cut),
+        "layout": cut.to_json(),
         "seed": recipe.seed,
         "parameters": vars(stats.count(built.module)),
         "data": rows.fingerprint,

@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-from distft.model.attention import VARLEN
 from distft.model.causal import CausalLM
-
-_TAKES_NO_MASK = (VARLEN, "flash_attention_2")
 
 
 @contextlib.contextmanager
@@ -20,14 +17,16 @@ def answering(module: CausalLM) -> Iterator[None]:
 
     Every answer has another length: compiled blocks would be compiled anew at each.
     """
-    config, before = module.transformer.config, module.transformer.config._attn_implementation
-    if before in _TAKES_NO_MASK:
-        config._attn_implementation = "sdpa"
+    configs = [module.transformer.config, module.transformer.config.get_text_config(decoder=True)]
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = module.path.generation_attention
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        config._attn_implementation = before
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 def new_cache(module: CausalLM) -> Any:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from distft.core import hub
 from distft.core.errors import MachineError, Problem, RecipeError
 from distft.core.pulse import PULSE
-from distft.model import attention, cross_entropy, quantize
+from distft.model import attention, cross_entropy, head, quantize, router
 from distft.model.adapters import MethodSpec
 from distft.model.causal import CausalLM
+from distft.model.paths import ForwardPath
 from distft.recipe.schema import ModelTable
 
 WRAPPER = "lm."
@@ -277,6 +278,7 @@ def build(
     per_token: bool = False,
     weights: bool = True,
     config: Any = None,
+    path: ForwardPath | None = None,
 ) -> MetaModel:
     """Everything on the meta device, attached, wrapped, ready to be filled by an engine.
 
@@ -292,7 +294,7 @@ def build(
     dtype: torch.dtype = getattr(torch, table.dtype)
     config = config or read_config(folder)
     attention.register()
-    kernel = attention.choose(table.attention, device, dtype)
+    kernel = path.attention if path is not None else attention.choose(table.attention, device, dtype)
     # Buffers are real: rotary frequencies are computed in constructors and stored nowhere.
     with init_empty_weights(include_buffers=False):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
@@ -306,9 +308,11 @@ def build(
     if quant is not None:
         quantize.swap_linears(lm, quant, dtype)
     blocks = blocks_of(lm)
-    module = CausalLM(
-        method.attach(lm, params, dtype), cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
-    )
+    observed, router_loss = head.observe(lm), router.find(lm)
+    path = path or ForwardPath(attention=kernel, head="chunked" if observed is not None else "own")
+    loss = cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
+    attached = method.attach(lm, params, dtype)
+    module = CausalLM(attached, loss, path=path, observed=observed, router=router_loss)
     return MetaModel(module, blocks, source, method, tied=tied, seed=seed, dtype=dtype)
 
 
@@ -327,6 +331,13 @@ def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:
 class _NoSource:
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
         raise MachineError("this model was built without weights, for counting only")
+
+
+def untrained(config: Any, kernel: str) -> Any:
+    """The transformers model of a config, its weights as they come, on the default device."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
 
 
 def blocks_of(lm: Any) -> list[nn.Module]:

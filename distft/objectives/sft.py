@@ -18,7 +18,11 @@ def _weight(params: NoParams, micros: Sequence[Batch]) -> float:
 
 
 def _terms(params: NoParams, model: nn.Module, batch: Batch) -> LossTerms:
-    return LossTerms(loss_sum=model(**batch.inputs()).sum())
+    losses = model(**batch.inputs())
+    if isinstance(losses, tuple):  # a mixture of experts whose router has a loss
+        tokens, router = (part.sum() for part in losses)
+        return LossTerms(loss_sum=tokens + router, values={"router_loss": router.detach()})
+    return LossTerms(loss_sum=losses.sum())
 
 
 SPEC = ObjectiveSpec(name="sft", params=NoParams, weight=_weight, terms=_terms)
