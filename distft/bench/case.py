@@ -81,7 +81,7 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
         # Nothing is held out here, and preparing rows that nobody evaluates takes time.
         rows = assemble.data(_without_eval(located), cut, rank, world, say)
     else:
-        config = load.read_config(load.find_folder(located.model)).get_text_config()
+        config = load.read_config(load.find_folder(located.model)).get_text_config(decoder=True)
         steps = FullSteps(
             seed=recipe.seed,
             vocabulary=config.vocab_size,

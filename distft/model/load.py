@@ -289,7 +289,7 @@ def build(
         MachineError: a kernel that was asked for cannot run here.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     dtype: torch.dtype = getattr(torch, table.dtype)
     config = config or read_config(folder)
@@ -297,7 +297,7 @@ def build(
     kernel = path.attention if path is not None else attention.choose(table.attention, device, dtype)
     # Buffers are real: rotary frequencies are computed in constructors and stored nowhere.
     with init_empty_weights(include_buffers=False):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
+        lm = auto_class(config).from_config(config, dtype=dtype, attn_implementation=kernel)
     lm.tie_weights()
     tied = _tied_modules(lm)
     if (folder / "generation_config.json").is_file():
@@ -333,11 +333,21 @@ class _NoSource:
         raise MachineError("this model was built without weights, for counting only")
 
 
+def auto_class(config: Any) -> Any:
+    """Transformers' auto class for a config: a causal language model, or one that also reads images.
+
+    The latter is trained on text alone; what only images pass through stays as it is.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    mapped = type(config) in AutoModelForCausalLM._model_mapping
+    both = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if both and not mapped else AutoModelForCausalLM
+
+
 def untrained(config: Any, kernel: str) -> Any:
     """The transformers model of a config, its weights as they come, on the default device."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+    return auto_class(config).from_config(config, attn_implementation=kernel)
 
 
 def blocks_of(lm: Any) -> list[nn.Module]:

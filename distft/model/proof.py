@@ -25,6 +25,7 @@ from distft.model.answering import answering, new_cache
 from distft.model.causal import CausalLM
 from distft.model.paths import VARLEN, ForwardPath, Generation, training_paths
 from distft.model.shrink import PROBE_LENGTHS, VOCABULARY, distinct_depth, small_copies
+from distft.model.towers import text_parameters
 from distft.model.verdict import Attempt, Verdict
 
 LOSS_RTOL = 1e-5
@@ -58,7 +59,7 @@ def prove(
 
     Args:
         config: of the model; its small copy is what runs.
-        build: (config, attention) -> that model of transformers, uninitialised weights allowed, on the default device.
+        build: (config, attention) -> that model of transformers, on the default device.
         attentions: names in transformers' attention registry, the fastest first.
         device: where the run computes.
         dtype: what the run computes in; 16 bits are compared as well on a GPU, whose kernels are others then.
@@ -79,7 +80,7 @@ def _prove(
     max_length: int,
 ) -> Verdict:
     name = (config.architectures or [type(config).__name__.removesuffix("Config")])[0]
-    reference, reason = None, "no small copy of its config is a valid model"
+    reference, reason = None, ""
     try:
         copies = list(_copies(config, build, max_length))
     except Exception as error:  # any: a config whose own model cannot be built here
@@ -119,18 +120,31 @@ def _prove(
 
 
 def _copies(config: Any, build: Callable[[Any, str], Any], max_length: int) -> Iterator[Any]:
+    """Yield small copies that are valid models.
+
+    Raises:
+        RuntimeError: there is none; says why.
+    """
     from distft.model.load import blocks_of
 
+    why, found = "", False
     with torch.device("meta"):
-        whole = build(copy.deepcopy(config), "eager")
-        depth = distinct_depth(blocks_of(whole))
+        depth = distinct_depth(blocks_of(build(copy.deepcopy(config), "eager")))
         for small in small_copies(config, depth=depth, max_length=max_length):
             try:
-                numel = sum(param.numel() for param in build(copy.deepcopy(small), "eager").parameters())
-            except Exception:  # any: not a valid model; the next copy changes less
+                lm = build(copy.deepcopy(small), "eager")
+                reached = text_parameters(lm)
+                numel = sum(param.numel() for param in lm.parameters() if id(param) in reached)
+            except Exception as error:  # any: not a valid model; the next copy changes less
+                why = f"{type(error).__name__}: {_first_line(error)}"
                 continue
-            if numel <= MOST_PARAMETERS:
-                yield small
+            if numel > MOST_PARAMETERS:
+                why = why or f"its smallest copy has {numel:,} parameters"
+                continue
+            found = True
+            yield small
+    if not found:
+        raise RuntimeError(f"no small copy of its config is a valid model: {why}")
 
 
 def _difference(compare: Callable[[], None]) -> str:
@@ -152,17 +166,13 @@ class _Reference:
 
     def __init__(self, config: Any, build: Callable[[Any, str], Any], device: torch.device) -> None:
         self._config, self._build, self._device = config, build, device
-        self.lm = self._fresh("eager").float().to(device)
-        draw_weights(self.lm)
-        self._state = {name: value.clone() for name, value in self.lm.state_dict().items()}
+        self._values: dict[str, Tensor] = {}
+        self.lm = self._fresh("eager")
         generator = torch.Generator().manual_seed(1)
         top = min(VOCABULARY - 8, self.lm.get_input_embeddings().weight.shape[0])
         self.probes = [torch.randint(3, top, (length,), generator=generator).to(device) for length in PROBE_LENGTHS]
         self.losses: list[float] = []
         self.logits: list[Tensor] = []
-        self.lm.eval()
-        for param in self.lm.parameters():
-            param.requires_grad_(True)
         count = sum(len(ids) - 1 for ids in self.probes)
         for ids in self.probes:
             # A copy for each: some models remember the longest text that they have seen.
@@ -177,7 +187,7 @@ class _Reference:
             for mine, theirs in zip(self.lm.parameters(), lm.parameters(), strict=True):
                 if theirs.grad is not None:
                     mine.grad = theirs.grad if mine.grad is None else mine.grad + theirs.grad
-        self.gradients = {name: param.grad for name, param in self.lm.named_parameters()}
+        self.gradients = {name: param.grad for name, param in self.lm.named_parameters() if not param.is_meta}
 
     @functools.cached_property
     def _noise(self) -> float:
@@ -187,8 +197,30 @@ class _Reference:
             logits = copy.deepcopy(self.lm)(input_ids=ids[None], use_cache=False).logits[0].float()
         return float((logits - right[: len(ids)]).abs().max() / right.abs().max())
 
-    def _fresh(self, kernel: str) -> Any:
-        return self._build(copy.deepcopy(self._config), kernel)
+    def _fresh(self, kernel: str, dtype: torch.dtype = torch.float32) -> Any:
+        """The model with the reference's weights; what no text passes through has none."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            lm = self._build(copy.deepcopy(self._config), kernel)
+        lm.tie_weights()
+        reached = text_parameters(lm)
+        if not self._values:
+            self._values = {n: value.to(self._device) for n, value in drawn_weights(lm, reached)}
+        made: dict[int, nn.Parameter] = {}
+        for name, module in lm.named_modules():
+            for short, meta in list(module._parameters.items()):
+                if meta is None or id(meta) not in reached:
+                    continue
+                if id(meta) not in made:
+                    made[id(meta)] = nn.Parameter(
+                        self._values[f"{name}.{short}".removeprefix(".")].to(dtype, copy=True)
+                    )
+                module._parameters[short] = made[id(meta)]
+            for short, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[short] = buffer.to(self._device)
+        return lm.eval()
 
     def sees_the_future(self) -> float | None:
         """Return how much the last token changes the logits before it, None when it does not."""
@@ -200,8 +232,7 @@ class _Reference:
         return gap if gap > LOGITS_RTOL else None
 
     def _wrapped(self, path: ForwardPath, dtype: torch.dtype = torch.float32) -> CausalLM:
-        lm = self._fresh(path.attention).to(dtype).to(self._device)
-        lm.load_state_dict(self._state)
+        lm = self._fresh(path.attention, dtype)
         observed = head.observe(lm)
         if path.head == "chunked" and observed is None:
             raise NotEqualError("its forward does more between the last hidden state and the logits than is known here")
@@ -210,10 +241,7 @@ class _Reference:
         else:
             loss = cross_entropy.choose("auto", self._device)
         module = CausalLM(lm, loss, path=path, observed=observed, router=router.find(lm))
-        module.eval()
-        for param in module.parameters():
-            param.requires_grad_(True)
-        return module
+        return module.eval()
 
     def hold_training(self, path: ForwardPath, half: torch.dtype | None) -> None:
         """Compare losses and gradients of a path with the reference's.
@@ -236,7 +264,7 @@ class _Reference:
             expected = self.losses
         for documents, right in zip(batches, expected, strict=True):
             losses = module(**probe_batch(documents))
-            loss_sum = sum(part.sum() for part in losses) if isinstance(losses, tuple) else losses.sum()
+            loss_sum = losses[0].sum() + losses[1].sum() if isinstance(losses, tuple) else losses.sum()
             _hold("loss", float(loss_sum), right, rtol)
             (loss_sum / count).backward()
         if gradient_rtol is not None:
@@ -346,26 +374,28 @@ def probe_batch(documents: Sequence[Tensor]) -> dict[str, Any]:
     }
 
 
-def draw_weights(lm: nn.Module) -> None:
-    """Draw every parameter wide enough that caps, scales, sinks and gates change results by more than rounding.
+def drawn_weights(lm: nn.Module, only: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield fp32 values for the parameters of `lm`, wide enough that caps, scales, sinks and gates change results.
 
-    Matrices keep the size of what passes through them; vectors move away from the ones and zeros they start as.
+    Matrices keep the size of what passes through them; vectors, whatever they mean, are around one half.
+
+    Args:
+        lm: the model; its own values are not looked at.
+        only: ids of parameters; all when None.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def normal(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
-
     embeddings = {id(module.weight) for module in lm.modules() if isinstance(module, nn.Embedding)}
-    with torch.no_grad():
-        for param in lm.parameters():
-            if id(param) in embeddings:
-                param.copy_(normal(param))
-            elif param.dim() >= 2:
+    for name, param in lm.named_parameters():
+        if only is not None and id(param) not in only:
+            continue
+        value = torch.randn(param.shape, generator=generator)
+        if id(param) not in embeddings:
+            if param.dim() >= 2:
                 fan_in = param.numel() // param.shape[0] if param.dim() == 2 else max(param.shape[-2:])
-                param.copy_(normal(param) * 1.5 * fan_in**-0.5)
+                value *= 1.5 * fan_in**-0.5
             else:
-                param.add_(normal(param) * 0.3)
+                value = 0.5 + 0.3 * value
+        yield name, value
 
 
 def attentions(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:

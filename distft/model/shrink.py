@@ -68,6 +68,7 @@ def small_copies(config: Any, *, depth: int, max_length: int) -> Iterator[Any]:
         small = copy.deepcopy(config)
         text = small.get_text_config(decoder=True)
         _shorten(text, depth)
+        _shorten_towers(small, text)
         _limit_sight(text, max_length)
         if level.widths and _get(text, "hidden_size", 0) > SMALL_HIDDEN:
             _narrow(text)
@@ -129,8 +130,24 @@ def _shorten(text: Any, depth: int) -> None:
     if isinstance(shared, int) and shared > 0:
         text.num_kv_shared_layers = max(1, depth // 3)
     text.num_hidden_layers = min(whole, depth)
+    if getattr(text, "is_heterogeneous", False):  # what single layers override
+        overrides = text._heterogeneity_spec.per_layer_overrides
+        for layer in [index for index in overrides if index >= depth]:
+            del overrides[layer]
     for name in ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"):
         _set(text, name, 0)
+
+
+def _shorten_towers(config: Any, text: Any) -> None:
+    """Leave one block to whatever reads images or sound beside the text: no text passes through it."""
+    for part in vars(config).values():
+        if part is text or not hasattr(part, "to_json_string"):
+            continue
+        for name in ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "num_global_layers"):
+            _set(part, name, 1)
+        for name, value in list(vars(part).items()):
+            if name.endswith(("_indexes", "_indices", "_layers")) and isinstance(value, list):
+                setattr(part, name, [0])
 
 
 def _limit_sight(text: Any, max_length: int) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from distft.model.attention_shape import attention_shapes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
@@ -48,6 +50,4 @@ def flops_per_squared_length(config: Any) -> float:
 
     Source: Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691, section 4.1
     """
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 3.5 * 2.0 * config.num_hidden_layers * heads * head_dim
+    return 3.5 * 2.0 * sum(shape.width for shape in attention_shapes(config))

@@ -141,7 +141,7 @@ def read(table: ModelTable, folder: Path, method: MethodSpec, params: Any) -> In
         RecipeError: the config is not one that transformers knows.
     """
     config = load.read_config(folder)
-    num_blocks = config.get_text_config().num_hidden_layers
+    num_blocks = config.get_text_config(decoder=True).num_hidden_layers
     depths = (2, 3) if num_blocks > 3 and _blocks_are_equal(config) else (num_blocks,)
     # 4-bit layers save for the backward pass what plain frozen ones save, and cannot run on meta.
     plain = replace(method, quant=lambda _: None)
@@ -207,7 +207,7 @@ def _import_bitsandbytes() -> None:
 def _shortened(config: Any, depth: int) -> Any:
     """The same model with `depth` blocks; lists with an entry for each block are cut too."""
     shorter = copy.deepcopy(config)
-    text = shorter.get_text_config()
+    text = shorter.get_text_config(decoder=True)
     whole = text.num_hidden_layers
     for key, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == whole:
