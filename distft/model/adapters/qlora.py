@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from distft.model.adapters import lora
 from distft.model.adapters.lora import LoraParams
 from distft.model.adapters.spec import MethodSpec
-from distft.model.quantize import QuantParams
+from distft.model.quant_params import QuantParams
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from distft.model.quantize import QuantParams
+    from distft.model.quant_params import QuantParams
 
 
 def _none(params: Any) -> None:
