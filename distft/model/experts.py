@@ -58,22 +58,16 @@ def compute_with(module: Any, short: str, change: Change) -> None:
     module.__dict__["changes"].setdefault(short, []).append(change)
 
 
-def active_share(config: Any, module: nn.Module) -> float:
-    """The share of an expert module's weights that one token is multiplied with.
+_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k", "experts_per_token",
+    "num_selected_experts", "router_topk", "top_k_experts",
+)  # fmt: skip
+"""What configs call the number of experts that a token is sent to."""
 
-    Raises:
-        ValueError: the config does not say how many experts a token goes to.
-    """
+
+def active_share(config: Any, module: nn.Module) -> float:
+    """The share of an expert module's weights that one token is multiplied with; 1 where the config does not say."""
     text = config.get_text_config()
-    per_token = next(
-        (
-            value
-            for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
-            if isinstance(value := getattr(text, key, None), int) and value > 0
-        ),
-        None,
-    )
-    if per_token is None:
-        raise ValueError(f"{type(config).__name__} does not say how many experts a token goes to")
-    [count] = {module._parameters[short].shape[0] for short in expert_tensors(module)}  # type: ignore[union-attr]
-    return min(1.0, per_token / count)
+    told = [value for key in _PER_TOKEN if isinstance(value := getattr(text, key, None), int) and value > 0]
+    count = max(param.shape[0] for short in expert_tensors(module) if (param := module._parameters[short]) is not None)
+    return min(1.0, told[0] / count) if told else 1.0

@@ -21,6 +21,7 @@ from distft.core.pulse import PULSE
 from distft.model import attention, cross_entropy, quantize
 from distft.model.adapters import MethodSpec
 from distft.model.causal import CausalLM
+from distft.model.layout import FileLayout
 from distft.model.tensor_files import mistake
 from distft.model.weights import NoSource, RandomSource, SafetensorsSource, Source, meta_params, seed_of
 from distft.recipe.schema import ModelTable
@@ -109,6 +110,7 @@ class MetaModel:
         method: MethodSpec,
         *,
         tied: Mapping[str, tuple[str, nn.Module]],
+        layout: FileLayout,
         seed: int,
         dtype: torch.dtype,
     ) -> None:
@@ -116,6 +118,7 @@ class MetaModel:
         self.module = module
         self.blocks = blocks
         self.dtype = dtype
+        self.layout = layout
         # Behind a frozen embedding the first block's input has no gradient to wait for, nor have DoRA's norms.
         self.blocks_are_atomic = not method.adapter
         self._source, self._method, self._seed = source, method, seed
@@ -123,6 +126,10 @@ class MetaModel:
         self._tied = tied
         self._filled: dict[int, tuple[Tensor, nn.Parameter]] = {}
         self._buffers_read: set[int] = set()
+        lm = module.transformer
+        kept = {*(lm._keep_in_fp32_modules or ()), *(getattr(lm, "_keep_in_fp32_modules_strict", None) or ())}
+        self._in_fp32 = frozenset(kept)
+        """Parts of names of buffers that transformers keeps in fp32 whatever the model's dtype."""
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
         """Give every parameter below `unit` that is still meta its value on `device`; tied tensors stay tied."""
@@ -132,15 +139,25 @@ class MetaModel:
                 self._fill_one(module, device)
             self._fill_buffers(module, device)
 
+    def saved_buffers(self) -> list[tuple[str, Tensor]]:
+        """Buffers that belong to the weights, by their whole names."""
+        return [
+            (f"{name}.{short}" if name else short, buffer)
+            for name, module in self.module.named_modules()
+            for short, buffer in module._buffers.items()
+            if buffer is not None and short not in module._non_persistent_buffers_set
+        ]
+
     def _fill_buffers(self, module: nn.Module, device: torch.device) -> None:
         """Constructors made them; those that belong to the weights are read once."""
         for short, buffer in module._buffers.items():
             if buffer is None:
                 continue
             if short not in module._non_persistent_buffers_set and id(module) not in self._buffers_read:
-                name = self._names[id(module)]
-                stored = self._source.buffer(self._method.base_name(f"{name}.{short}" if name else short), device)
-                buffer = buffer if stored is None else stored.to(device, buffer.dtype, copy=True)
+                name = self._method.base_name(f"{self._names[id(module)]}.{short}".removeprefix("."))
+                stored = self._source.buffer(name, device)
+                kept = torch.float32 if any(part in name for part in self._in_fp32) else buffer.dtype
+                buffer = (buffer if stored is None else stored).to(device, kept, copy=True)
             module._buffers[short] = buffer.to(device)
         self._buffers_read.add(id(module))
 
@@ -217,7 +234,7 @@ def build(
     with init_empty_weights(include_buffers=False):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
     lm.tie_weights()
-    tied = _tied_modules(lm)
+    tied, layout = _tied_modules(lm), FileLayout(lm)
     if (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
     lm.name_or_path = str(folder) if table.path.startswith((".", "/", "~")) or Path(table.path).exists() else table.path
@@ -229,7 +246,7 @@ def build(
     module = CausalLM(
         method.attach(lm, params, dtype), cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     )
-    return MetaModel(module, blocks, source, method, tied=tied, seed=seed, dtype=dtype)
+    return MetaModel(module, blocks, source, method, tied=tied, layout=layout, seed=seed, dtype=dtype)
 
 
 def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:

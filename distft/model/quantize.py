@@ -5,7 +5,7 @@ Source: Dettmers et al., QLoRA, https://arxiv.org/abs/2305.14314
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,17 +108,24 @@ def _refuse_rest(lm: Any, dtype: torch.dtype) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expert4bit:
-    """How one expert tensor is stored."""
+class In4bit:
+    """How one parameter is stored."""
 
     type: Literal["nf4", "fp4"]
     double: bool
     storage: torch.dtype
+    shape: tuple[int, ...]
+    """Of the values."""
 
 
 def _mark_expert(module: Any, short: str, params: QuantParams, dtype: torch.dtype) -> None:
     """The parameter stays as it is while it is meta; what is filled is packed, and the forward dequantises it."""
-    stored = Expert4bit(type=params.type, double=params.double, storage=_resolved(params.storage_dtype, dtype))
+    stored = In4bit(
+        type=params.type,
+        double=params.double,
+        storage=_resolved(params.storage_dtype, dtype),
+        shape=tuple(module._parameters[short].shape),
+    )
     module.__dict__.setdefault("four_bit", {})[short] = stored
     module._parameters[short].requires_grad_(False)
 
@@ -144,6 +151,23 @@ def is_4bit(module: nn.Module) -> bool:
 def is_4bit_expert(module: nn.Module, short: str) -> bool:
     """Whether this parameter holds experts that are stored in 4 bits."""
     return short in module.__dict__.get("four_bit", {})
+
+
+def stored_in_4bit(module: Any) -> Iterator[tuple[nn.Parameter, In4bit]]:
+    """A module's own parameters that are stored in 4 bits, and how."""
+    if is_4bit(module):
+        weight = module.weight
+        yield (
+            weight,
+            In4bit(
+                type=weight.quant_type,
+                double=weight.compress_statistics,
+                storage=weight.quant_storage,
+                shape=(module.out_features, module.in_features),
+            ),
+        )
+    for short, how in module.__dict__.get("four_bit", {}).items():
+        yield module._parameters[short], how
 
 
 def plain_class(module: Any) -> type[nn.Module]:
@@ -183,7 +207,7 @@ def quantized_expert(module: Any, short: str, whole: Tensor) -> nn.Parameter:
     """The packed parameter that holds `whole` [experts, rows, columns], and its constants, kept on the module."""
     from bitsandbytes import functional
 
-    stored: Expert4bit = module.__dict__["four_bit"][short]
+    stored: In4bit = module.__dict__["four_bit"][short]
     packed, state = functional.quantize_4bit(
         whole, compress_statistics=stored.double, quant_type=stored.type, quant_storage=stored.storage
     )

@@ -67,7 +67,7 @@ class SafetensorsSource:
 
         self._folder = folder
         self._weights = StoredWeights(folder, dtype)
-        self._model = _Shapes(lm)
+        self._model = Shapes(lm)
         transforms = get_model_conversion_mapping(lm)
         self._recipes: dict[str, _Recipe] = {}
         self._made_with: dict[str, str] = {}
@@ -238,7 +238,7 @@ class SafetensorsSource:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-class _Shapes:
+class Shapes:
     """What transformers' conversions ask of the model, kept from before adapters changed its names."""
 
     def __init__(self, lm: Any) -> None:
@@ -246,6 +246,7 @@ class _Shapes:
         self.tensors: Mapping[str, Tensor] = dict(lm.state_dict())
 
     def get_parameter(self, name: str) -> Tensor:
+        """A parameter by its name."""
         return self.tensors[name]
 
 

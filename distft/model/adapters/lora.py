@@ -163,6 +163,8 @@ def _compute_in_experts(wrapped: nn.Module) -> None:
             module.forward = types.MethodType(passed_on, module)
             for part in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
                 part.forward = types.MethodType(weight, part)
+                if module.num_experts > 1:
+                    part.__dict__["beside_experts"] = inner  # not a submodule
 
 
 def adapted_layers(model: nn.Module) -> tuple[int, int]:
@@ -213,6 +215,7 @@ SPEC = MethodSpec(
     owns=owns,
     fresh=fresh,
     base_name=base_name,
+    adapted=adapted_layers,
     adapter=True,
     library="peft",
 )

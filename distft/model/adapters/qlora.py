@@ -48,6 +48,7 @@ SPEC = MethodSpec(
     owns=lora.owns,
     fresh=lora.fresh,
     base_name=lora.base_name,
+    adapted=lora.adapted_layers,
     quant=_quant,
     quantized=True,
     adapter=True,
