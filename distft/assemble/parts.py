@@ -52,7 +52,7 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
     Raises:
         RecipeError: weights are missing or unusable, or a token has no row in the embedding.
     """
-    from distft.model import load, savers, stats
+    from distft.model import load, quantize, savers, stats
 
     spec = located.method.spec
     built = load.build(
@@ -80,6 +80,14 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
         savers.compile_blocks(built.blocks)
     counts = stats.count(built.module)
     say(f"{counts.trainable:,} of {counts.total:,} parameters are trained ({located.method.name})")
+    active = stats.active(built.module)
+    if active < counts.total:
+        say(f"a token meets {active:,} of them, with the experts that it is sent to")
+    if spec.adapted is not None:
+        layers, tensors = spec.adapted(built.module)
+        say(f"adapters on {layers} layers" + (f" and {tensors} expert tensors" if tensors else ""))
+    if spec.quantized:
+        say(str(quantize.count(built.module)))
     return built
 
 
