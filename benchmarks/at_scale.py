@@ -316,7 +316,7 @@ def weights(asked: argparse.Namespace) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
 
-    from distft.model.load import SafetensorsSource
+    from distft.model.tensor_files import TensorFiles
 
     with tempfile.TemporaryDirectory(dir=kit.ROOT) as text:  # on a disk: /tmp may be memory
         folder = Path(text)
@@ -327,9 +327,9 @@ def weights(asked: argparse.Namespace) -> dict[str, Any]:
 
         def work(rank: int, world: int, port: int) -> dict[str, int]:
             before = _io() | _status()
-            source, total = SafetensorsSource(folder), 0.0
+            source, total = TensorFiles(folder), 0.0
             for name in sorted(source.names):
-                total += float(source._read(name).sum())  # touches every page; nothing is kept
+                total += float(source.read(name).sum())  # touches every page; nothing is kept
             after = _io() | _status()
             return {key: after[key] - before[key] for key in after}
 

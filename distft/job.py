@@ -97,7 +97,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
         STOP.watch(folder.path / "STOP")
         try:
             PULSE.at("rows")
-            cut = assemble.layout(recipe, world)
+            cut = assemble.layout(recipe, world, say)
             say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
             rows, asked = assemble.data(located, cut, rank, world, say), assemble.exams(located, say)
             run = _Run(recipe, located, folder, cut, rows, asked, say, resume, allow_changes, watch, lock)

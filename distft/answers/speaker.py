@@ -173,7 +173,7 @@ class Speaker:
         device, longest = self._engine.device, how.max_new_tokens
         draw_BN = draws([one.name for one in prompts], longest, how.seed, device) if how.temperature else None
         read = padded([prompt.ids for prompt in prompts], device, room=longest)
-        cache = modes.new_cache(self._module)
+        cache = None if self._module.path.generation == "uncached" else modes.new_cache(self._module)
         ids_BL, positions_BL, mask_BK, width = read.ids_BL, read.positions_BL, read.mask_BL, read.ids_BL.shape[1]
         rows = [_Row(name) for name in names]
         for number in range(longest):
@@ -197,14 +197,19 @@ class Speaker:
             yield
             if not alive:
                 return
-            if len(alive) <= SHRINK_AT * len(rows):
+            if cache is not None and len(alive) <= SHRINK_AT * len(rows):
                 kept_B = torch.tensor(alive, device=device)
                 cache.batch_select_indices(kept_B)
                 rows = [rows[index] for index in alive]
                 token_B, positions_BL = token_B[kept_B], positions_BL[kept_B]
                 mask_BK = None if mask_BK is None else mask_BK[kept_B]
                 draw_BN = None if draw_BN is None else draw_BN[kept_B]
-            ids_BL, positions_BL = token_B[:, None], positions_BL[:, -1:] + 1
+            positions_B1 = positions_BL[:, -1:] + 1
+            if cache is None:  # everything is read again: one row, see `ForwardPath.generation`
+                ids_BL = torch.cat([ids_BL, token_B[:, None]], dim=1)
+                positions_BL = torch.cat([positions_BL, positions_B1], dim=1)
+            else:
+                ids_BL, positions_BL = token_B[:, None], positions_B1
 
     def _weighed(
         self,
@@ -253,6 +258,8 @@ class Speaker:
     def _limits(self, rows: int | None) -> Limits:
         """The same on every rank, or they would cut other batches: the least that any of them has free."""
         engine, config = self._engine, self._module.transformer.config
+        if self._module.path.generation != "batched":
+            return Limits(rows=1, prompt_tokens=PROMPT_TOKENS, cache_tokens=PROMPT_TOKENS)
         free = float(HOST_CACHE_BYTES)
         if engine.device.type == "cuda":
             unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -97,11 +97,11 @@ def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int,
     """Names, whole shapes and types of what final/ will hold; asked for before an engine shards anything."""
     from distft.model.load import WRAPPER
 
-    return {
-        name.removeprefix(WRAPPER): (tuple(param.shape), param.dtype)
-        for name, param in built.module.named_parameters()
-        if param.requires_grad or not recipe.method.spec.adapter
-    }
+    adapter = recipe.method.spec.adapter
+    named = [(name, param) for name, param in built.module.named_parameters() if param.requires_grad or not adapter]
+    if not adapter:
+        named += built.saved_buffers()
+    return {name.removeprefix(WRAPPER): (tuple(tensor.shape), tensor.dtype) for name, tensor in named}
 
 
 def export(
@@ -135,4 +135,4 @@ def export(
             save_rest=save_beside,
         )
     else:
-        final.write_model(folder.final, engine, shapes, prefix=WRAPPER, save_rest=save_config_too)
+        final.write_model(folder.final, engine, shapes, prefix=WRAPPER, layout=built.layout, save_rest=save_config_too)

@@ -52,7 +52,7 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
     Raises:
         RecipeError: weights are missing or unusable, or a token has no row in the embedding.
     """
-    from distft.model import load, savers, stats
+    from distft.model import load, quantize, savers, stats
 
     spec = located.method.spec
     built = load.build(
@@ -63,6 +63,7 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
         seed=located.seed,
         device=placed.device,
         per_token=located.objective.spec.per_token,
+        path=cut.path,
     )
     num_embeddings = built.module.transformer.get_input_embeddings().num_embeddings
     if rows.largest_id >= num_embeddings:
@@ -79,6 +80,14 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
         savers.compile_blocks(built.blocks)
     counts = stats.count(built.module)
     say(f"{counts.trainable:,} of {counts.total:,} parameters are trained ({located.method.name})")
+    active = stats.active(built.module)
+    if active < counts.total:
+        say(f"a token meets {active:,} of them, with the experts that it is sent to")
+    if spec.adapted is not None:
+        layers, tensors = spec.adapted(built.module)
+        say(f"adapters on {layers} layers" + (f" and {tensors} expert tensors" if tensors else ""))
+    if spec.quantized:
+        say(str(quantize.count(built.module)))
     return built
 
 
@@ -175,7 +184,7 @@ def manifest(
         "launcher_wants": placed.wants,
         "command": sys.orig_argv if here else [],
         "recipe": {"source": recipe.source, "overrides": list(recipe.origin.overrides.values())},
-        "layout": vars(cut),
+        "layout": cut.to_json(),
         "seed": recipe.seed,
         "date": located.data.date,
         "parameters": vars(stats.count(built.module)),

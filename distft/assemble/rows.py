@@ -62,7 +62,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     table, common = located.data, _common(located, say)
     rows = prepare(table, table.train, split="train", **common)
     micro = cut.micro_batch_size
-    slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world}
+    slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world, "single_documents": cut.single}
     slice_["pad_to"] = micro * table.max_length if located.train.compile else None
     if table.overlap == "error":
         looking = {key: common[key] for key in ("cache_dir", "progress", "waiting")}
@@ -143,7 +143,7 @@ def held_out(located: Recipe, cut: Layout, rank: int, world: int, stop_ids: tupl
     rows = prepare(table, table.eval, split="eval", **_common(located, say))
     micro = cut.micro_batch_size
     return HeldOut(
-        eval_steps=EvalSteps(rows, table, micro_batch_size=micro, rank=rank, world=world),
+        eval_steps=EvalSteps(rows, table, micro_batch_size=micro, rank=rank, world=world, single_documents=cut.single),
         fingerprint={"eval": rows.fingerprint},
         largest_id=max(rows.report.largest_id, *stop_ids),
         stop_ids=stop_ids,

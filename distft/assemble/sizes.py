@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from distft.assemble.rows import Data
+from distft.assemble.rows import Data, Say
+from distft.core.errors import Problem, RecipeError
+from distft.core.pulse import PULSE
+from distft.model.paths import ForwardPath
 from distft.recipe import Recipe, check_world
 
 if TYPE_CHECKING:
@@ -28,36 +31,82 @@ class Layout:
     """What activation checkpointing `auto` means here; None: the recipe says, or there is no accelerator."""
     why: str = ""
     """Of micro-batch and checkpointing, where they were left to `auto`."""
+    path: ForwardPath = field(default_factory=ForwardPath)
+    """How the model's numbers are computed (see `distft.model.proof`)."""
+
+    @property
+    def single(self) -> bool:
+        """Each document is a forward of its own."""
+        return self.path.documents == "single"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
 
 
-def layout(recipe: Recipe, world: int) -> Layout:
-    """The recipe's micro-batch, or on accelerators what the planner chooses, which looks at memory and speed.
+def forward_path(located: Recipe, say: Say) -> ForwardPath:
+    """The fastest path that was proven to give transformers' numbers for this model, here.
+
+    Raises:
+        RecipeError: there is none, or it does not go with the recipe.
+    """
+    import torch
+
+    from distft.model.load import find_folder
+    from distft.model.proving import path_of, verdict_on
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    model, line = located.model, located.line_of("model.path")
+    verdict = verdict_on(
+        model,
+        find_folder(model),
+        max_length=located.data.max_length,
+        device=device,
+        waiting=lambda: PULSE.at("rows", patient=True),
+    )
+    path = path_of(verdict, source=located.source, line=line, attention=model.attention)
+    say(verdict.describe())
+    if path.documents == "single" and located.train.compile:
+        problem = Problem(
+            message="[train] compile = true: this model trains on one document per forward, each of another length",
+            line=located.line_of("train.compile"),
+            fix="compile = false",
+        )
+        raise RecipeError(located.source, [problem])
+    return path
+
+
+def layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
+    """How the model computes, and the recipe's micro-batch, or on accelerators what the planner chooses.
 
     Without one: as many sequences as fill AUTO_MICRO_TOKENS and divide a rank's share.
 
     Raises:
-        RecipeError: the global batch does not split over `world` processes.
+        RecipeError: the global batch does not split over `world` processes; no path gives the model's numbers.
     """
+    from distft.demo.files import locate
+
     own, train = recipe.train.micro_batch_size, recipe.train
     share = check_world(recipe, world, 1 if own == "auto" else own)
+    located = locate(recipe)
+    path = forward_path(located, say)
     if "auto" in (own, train.activation_checkpointing) and (machine := _accelerators(world)) is not None:
-        from distft.demo.files import locate
         from distft.engine.processes import launcher_wants
         from distft.model.load import find_folder
         from distft.plan import auto
 
-        located = locate(recipe)
         chosen = auto.for_job(located, find_folder(located.model), machine, wants=launcher_wants(os.environ))
         return Layout(
             micro_batch_size=chosen.micro_batch_size,
             micros_per_step=check_world(recipe, world, chosen.micro_batch_size),
             checkpointing=chosen.checkpointing,
             why=chosen.reason,
+            path=path,
         )
     if own == "auto":
         limit = max(1, AUTO_MICRO_TOKENS // recipe.data.max_length)
         own = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
-    return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own))
+    return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own), path=path)
 
 
 def planned(located: Recipe, world: int) -> dict[str, Any] | None:
@@ -104,8 +153,8 @@ def worst(recipe: Recipe, cut: Layout, rows: Data) -> Worst:
 
     longest = recipe.data.max_length if recipe.data.packing or recipe.train.compile else rows.longest
     return Worst(
-        sequences=cut.micro_batch_size,
-        longest=longest,
+        sequences=1 if cut.single else cut.micro_batch_size,
+        longest=rows.longest if cut.single else longest,
         micros=cut.micros_per_step,
         evaluates=rows.eval_steps is not None,
     )

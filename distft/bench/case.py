@@ -76,19 +76,19 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
     say = _say if rank == 0 else _say_nothing
     recipe = load_recipe(spec.recipe, registries=REGISTRIES)
     located = locate(recipe)
-    cut = assemble.layout(recipe, world)
+    cut = assemble.layout(recipe, world, say)
     if spec.rows == "real":
         # Nothing is held out here, and preparing rows that nobody evaluates takes time.
         rows = assemble.data(_without_eval(located), cut, rank, world, say)
     else:
-        config = load.read_config(load.find_folder(located.model)).get_text_config()
+        config = load.read_config(load.find_folder(located.model)).get_text_config(decoder=True)
         steps = FullSteps(
             seed=recipe.seed,
             vocabulary=config.vocab_size,
             max_length=recipe.data.max_length,
             num_steps=recipe.train.max_steps or 0,
             global_batch_size=recipe.train.global_batch_size,
-            micro_batch_size=cut.micro_batch_size,
+            micro_batch_size=1 if cut.single else cut.micro_batch_size,
             rank=rank,
             world=world,
         )

@@ -38,6 +38,7 @@ class Steps:
         rank: int = 0,
         world: int = 1,
         pad_to: int | None = None,
+        single_documents: bool = False,
         prefetch: int = 2,
     ) -> None:
         """Cut the stream into steps and keep this rank's part of each.
@@ -53,6 +54,7 @@ class Steps:
             rank: which slice of each global batch.
             world: number of ranks.
             pad_to: tokens of every micro-batch, see `build_batch`.
+            single_documents: each document is a micro-batch of its own; steps hold the same rows as without.
             prefetch: steps built ahead by a thread; 0 builds each when it is asked for.
 
         Raises:
@@ -69,6 +71,7 @@ class Steps:
         self._slice = global_batch_size // world
         self._rank = rank
         self._pad_to = pad_to
+        self._world, self._single = world, single_documents
         self._prefetch = prefetch
         self.num_samples = self._sequences_of_run(epochs, max_steps)
         """Sequences of the whole run, on all ranks: what `TrainState.samples` counts up to."""
@@ -130,15 +133,35 @@ class Steps:
     def _step(self, step: int) -> list[Batch]:
         from distft.data.batch import build_batch
 
+        if self._single:
+            return self._single_step(step)
         begin = step * self.global_batch_size + self._rank * self._slice
         micros = []
         for at in range(begin, begin + self._slice, self._micro):
-            real = range(at, min(at + self._micro, self.num_samples))  # behind the end of the run: empty
-            rows = [row for position in real for row in self.order.sequence(position)]
+            rows = self._rows(at, self._micro)
             micros.append(
                 build_batch(self._prepared, rows, position=at, pad_to=self._pad_to, max_length=self._max_length)
             )
         return micros
+
+    def _rows(self, begin: int, count: int) -> list[int]:
+        """The documents of some sequences of the stream; none behind the end of the run."""
+        real = range(begin, min(begin + count, self.num_samples))
+        return [int(row) for position in real for row in self.order.sequence(position)]
+
+    def _single_step(self, step: int) -> list[Batch]:
+        """One micro-batch a document; ranks with fewer documents end with empty ones, for all must run as many."""
+        from distft.data.batch import build_batch
+
+        begin = step * self.global_batch_size
+        by_rank = [self._rows(begin + rank * self._slice, self._slice) for rank in range(self._world)]
+        mine: list[list[int]] = [[row] for row in by_rank[self._rank]]
+        mine += [[]] * (max(map(len, by_rank)) - len(mine))
+        first = (begin + self._rank * self._slice) * self._max_length  # a sequence has at most as many documents
+        return [
+            build_batch(self._prepared, rows, position=first + number, max_length=self._max_length)
+            for number, rows in enumerate(mine)
+        ]
 
 
 class EvalSteps(Sequence["Batch"]):
@@ -153,8 +176,11 @@ class EvalSteps(Sequence["Batch"]):
         rank: int = 0,
         world: int = 1,
         pad_to: int | None = None,
+        single_documents: bool = False,
     ) -> None:
         """Arguments as for `Steps`."""
+        if single_documents:
+            micro_batch_size = 1
         rows = np.arange(prepared.num_rows)
         order = SampleOrder(
             prepared.lengths,
@@ -162,7 +188,7 @@ class EvalSteps(Sequence["Batch"]):
             [len(rows)],
             seed=0,
             shuffle=False,
-            packing=table.packing,
+            packing=table.packing and not single_documents,
             max_length=table.max_length,
         )
         self._prepared = prepared

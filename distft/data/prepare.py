@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from distft.core.cache import cache_root
 from distft.core.errors import DataError, FileSystemError
 from distft.core.turns import turn
 from distft.data.fingerprint import cache_key, today
@@ -73,9 +74,7 @@ def cache_folder(table: DataTable) -> Path:
     """
     if table.cache_dir is not None:
         return _expanded(table.cache_dir)
-    named = os.environ.get("DISTFT_CACHE")
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distft"
-    return base / "data"
+    return cache_root() / "data"
 
 
 def _expanded(text: str) -> Path:

@@ -92,8 +92,8 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
 
 def _constants(module: nn.Module) -> Iterator[Tensor]:
     for part in module.modules():
-        state = getattr(part, "quant_state", None)
-        for holder in (state, getattr(state, "state2", None)):
+        states = [getattr(part, "quant_state", None), *part.__dict__.get("quant_states", {}).values()]
+        for holder in (one for state in states for one in (state, getattr(state, "state2", None))):
             yield from (value for value in vars(holder).values() if isinstance(value, Tensor)) if holder else ()
 
 

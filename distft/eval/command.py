@@ -51,7 +51,7 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         problem = Problem(message="nothing to look at", fix="add [[data.eval]], [[eval.answers]], or --lm-eval TASK")
         raise RecipeError(subject.asked.source, [problem])
     asked, built = _cut_for(subject.asked, world), _cut_for(subject.built, world)
-    cut = assemble.layout(asked, world)
+    cut = assemble.layout(built, world, say)
     known = trained_rows(subject)
     if known is None:
         rows: assemble.HeldOut = assemble.data(asked, cut, rank, world, say)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distft.core.errors import DistftError
 from distft.core.types import Engine
+from distft.model.layout import FileLayout
 
 MAX_FILE_BYTES = 4 * 2**30
 """Weights are split into files of at most this size, so no more than one file's worth is ever held."""
@@ -25,28 +26,37 @@ Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def write_model(
-    folder: Path, engine: Engine, shapes: Shapes, *, prefix: str, save_rest: Callable[[Path], None]
+    folder: Path,
+    engine: Engine,
+    shapes: Shapes,
+    *,
+    prefix: str,
+    layout: FileLayout,
+    save_rest: Callable[[Path], None],
 ) -> None:
-    """Every tensor of the model, gathered one by one to rank 0.
+    """Every tensor of the model, gathered to rank 0 a file at a time and written in the hub's layout.
 
     `prefix` is what engines put before the names; `save_rest` writes config and tokenizer (rank 0 only).
     """
-    plan = _split(shapes)
+    plan = _split(shapes, layout)
     aside = folder.with_name(f".tmp-{folder.name}")
     _start(engine, aside)
-    total = 0
-    for index, names in enumerate(plan):
-        tensors = _gather(engine, names, prefix)
+    total, where = 0, {}
+    for index, groups in enumerate(plan):
+        gathered = _gather(engine, [name for group in groups for name in group], prefix)
         if engine.rank == 0:
-            for name, tensor in tensors.items():
-                _require(name, tensor, shapes[name][0])
-                total += tensor.numel() * tensor.element_size()
+            tensors: dict[str, Tensor] = {}
+            for group in groups:
+                for name in group:
+                    _require(name, gathered[name], shapes[name][0])
+                tensors |= layout.stored({name: gathered.pop(name) for name in group})
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             path = aside / _file_name(index, len(plan))
             save_file(tensors, path, metadata={"format": "pt"})
             path.chmod(0o644)  # safetensors makes it private; other people's servers read it
+            where |= dict.fromkeys(tensors, path.name)
     if engine.rank == 0:
         if len(plan) > 1:
-            where = {name: _file_name(index, len(plan)) for index, names in enumerate(plan) for name in names}
             index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True)
             (aside / "model.safetensors.index.json").write_text(index_text + "\n", encoding="utf-8")
         save_rest(aside)
@@ -81,15 +91,16 @@ def write_adapter(
     _finish(engine, aside, folder)
 
 
-def _split(shapes: Shapes) -> list[list[str]]:
-    files: list[list[str]] = [[]]
+def _split(shapes: Shapes, layout: FileLayout) -> list[list[tuple[str, ...]]]:
+    """The groups of parameters that go into each file; a group is saved together."""
+    files: list[list[tuple[str, ...]]] = [[]]
     held = 0
-    for name, (shape, dtype) in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
+    for group in layout.groups(shapes):
+        size = sum(torch.Size(shapes[name][0]).numel() * shapes[name][1].itemsize for name in group)
         if held and held + size > MAX_FILE_BYTES:
             files.append([])
             held = 0
-        files[-1].append(name)
+        files[-1].append(group)
         held += size
     return files
 

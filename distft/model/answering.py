@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-from distft.model.attention import VARLEN
+from distft.model.attention_shape import attention_shapes
 from distft.model.causal import CausalLM
-
-_TAKES_NO_MASK = (VARLEN, "flash_attention_2")
 
 
 @contextlib.contextmanager
@@ -20,14 +18,16 @@ def answering(module: CausalLM) -> Iterator[None]:
 
     Every answer has another length: compiled blocks would be compiled anew at each.
     """
-    config, before = module.transformer.config, module.transformer.config._attn_implementation
-    if before in _TAKES_NO_MASK:
-        config._attn_implementation = "sdpa"
+    configs = [module.transformer.config, module.transformer.config.get_text_config(decoder=True)]
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = module.path.generation_attention
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        config._attn_implementation = before
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 def new_cache(module: CausalLM) -> Any:
@@ -39,12 +39,9 @@ def new_cache(module: CausalLM) -> Any:
 
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """What one token of one row takes in the cache, in every layer."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize
+    return sum(2 * shape.kv_heads * shape.head_dim for shape in attention_shapes(config)) * dtype.itemsize
 
 
 def longest_text(config: Any) -> int | None:
     """Positions that the model can read; None when its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.core.errors import MachineError
-
-VARLEN = "distft_varlen"
-"""Name in transformers' attention registry; unknown to its mask factory, which therefore builds no mask."""
+from distft.model.paths import SINGLE, VARLEN
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -43,6 +41,23 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return {"auto": VARLEN, "varlen": VARLEN, "sdpa": "sdpa", "eager": "eager"}[name]
 
 
+_BESIDE = frozenset(
+    {
+        "cu_seq_lens_k",  # equal to cu_seq_lens_q without a cache
+        "max_length_k",
+        "position_ids",  # rotary embeddings have been applied by now
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_router_logits",
+        "output_hidden_states",
+        "logits_to_keep",
+        "is_causal",  # True or None; False is refused below
+    }
+)
+"""Arguments that models pass along and that change no number here. Any other is refused, not ignored."""
+
+
 def varlen_attention(
     module: nn.Module,
     query_BHTD: Tensor,
@@ -55,26 +70,53 @@ def varlen_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **beside: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface; returns ([B, T, H, D], None).
 
+    Args:
+        module: the attention layer; not looked at.
+        query_BHTD: queries.
+        key_BGTD: keys.
+        value_BGTD: values; their head size may differ from the keys'.
+        attention_mask: must be None.
+        scaling: of the scores; 1 / sqrt(D) when None.
+        dropout: on the probabilities.
+        cu_seq_lens_q: where documents begin, and T.
+        max_length_q: tokens in the longest document.
+        sliding_window: a position sees itself and this many less one before it.
+        softcap: scores become softcap · tanh(score / softcap) (Gemma 2).
+        s_aux: [H], a learned score of a sink that takes probability and gives no value (gpt-oss).
+        beside: what models pass along; see `_BESIDE`.
+
     Raises:
         ValueError: a mask or several rows were passed. Documents are told apart by `cu_seq_lens_q` alone; with a
-            mask they would silently attend to each other.
+            mask they would silently attend to each other. Or the layer says something that is not done here.
     """
+    unknown = sorted(key for key, value in beside.items() if key not in _BESIDE and value is not None)
+    if unknown or beside.get("is_causal") is False:
+        raise ValueError(f"{VARLEN} does not know {', '.join(unknown) or 'attention that is not causal'}")
     if attention_mask is not None or query_BHTD.shape[0] != 1 or cu_seq_lens_q is None:
         raise ValueError(
             f"{VARLEN} wants one row of documents laid end to end with cu_seq_lens_q and no attention_mask"
         )
     if query_BHTD.shape[2] != key_BGTD.shape[2]:
         raise ValueError(f"{VARLEN} trains without a key-value cache: pass use_cache=False")
+    plain = softcap is None and s_aux is None
+    if query_BHTD.is_cuda and not plain:
+        # Document by document this would hold scores of [H, L, L]; transformers' FlexAttention does it in blocks.
+        raise ValueError(f"{VARLEN} has neither caps nor sinks on a GPU")
     if query_BHTD.is_cuda and query_BHTD.dtype in _HALF and dropout == 0.0:
         return flash(query_BHTD, key_BGTD, value_BGTD, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     pieces = []
     bounds = cu_seq_lens_q.tolist()
     for start, end in pairwise(bounds):
         q, k, v = (x[:, :, start:end] for x in (query_BHTD, key_BGTD, value_BGTD))
+        if not plain:
+            pieces.append(_capped(q, k, v, scaling, dropout, sliding_window, softcap, s_aux))
+            continue
         mask = _window_mask(end - start, sliding_window, q.device)
         pieces.append(
             F.scaled_dot_product_attention(
@@ -82,6 +124,59 @@ def varlen_attention(
             )
         )
     return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def single_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    attention_mask: Tensor | None,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """`varlen_attention` of one document.
+
+    Raises:
+        ValueError: as there; or borders of documents are given.
+    """
+    if given.pop("cu_seq_lens_q", None) is not None:
+        raise ValueError(f"{SINGLE} takes one document")
+    length = query_BHTD.shape[2]
+    bounds = torch.tensor([0, length], dtype=torch.int32, device=query_BHTD.device)
+    given |= {"cu_seq_lens_q": bounds, "max_length_q": length}
+    return varlen_attention(module, query_BHTD, key_BGTD, value_BGTD, attention_mask, **given)
+
+
+def _capped(
+    query_BHLD: Tensor,
+    key_BGLD: Tensor,
+    value_BGLD: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sink_H: Tensor | None,
+) -> Tensor:
+    """Return [B, H, L, D] of one document with capped scores and a sink; holds its scores.
+
+    Sources: https://arxiv.org/abs/2408.00118, section 2 (caps); https://arxiv.org/abs/2309.17453 (sinks)
+    """
+    length, heads = query_BHLD.shape[2], query_BHLD.shape[1]
+    groups = heads // key_BGLD.shape[1]
+    key_BHLD, value_BHLD = (x.repeat_interleave(groups, dim=1) for x in (key_BGLD, value_BGLD))
+    scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHLL = query_BHLD @ key_BHLD.transpose(2, 3) * scale
+    if softcap is not None:
+        scores_BHLL = softcap * torch.tanh(scores_BHLL / softcap)
+    visible_LL = _window_mask(length, window, scores_BHLL.device)
+    if visible_LL is None:
+        visible_LL = torch.ones(length, length, dtype=torch.bool, device=scores_BHLL.device).tril()
+    scores_BHLL = scores_BHLL.float().masked_fill(~visible_LL, float("-inf"))
+    if sink_H is not None:
+        sink_BHL1 = sink_H.float().reshape(1, -1, 1, 1).expand(scores_BHLL.shape[0], -1, length, 1)
+        scores_BHLL = torch.cat([scores_BHLL, sink_BHL1], dim=-1)
+    probabilities_BHLL = scores_BHLL.softmax(-1)[..., :length].to(value_BHLD.dtype)
+    return F.dropout(probabilities_BHLL, dropout) @ value_BHLD
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -120,7 +215,8 @@ def flash(
 
 
 def register() -> None:
-    """Make `VARLEN` known to transformers; again is harmless."""
+    """Make `VARLEN` and `SINGLE` known to transformers; again is harmless."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionInterface.register(SINGLE, single_attention)

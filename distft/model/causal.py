@@ -6,14 +6,20 @@ L new positions of each, K positions with those in the cache.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import types
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
-from distft.model.cross_entropy import HeadLoss, likelihoods
+from distft.model.cross_entropy import HeadLoss, judged, likelihoods
+from distft.model.head import Observation
+from distft.model.paths import ForwardPath
+from distft.model.router import RouterLoss
 
 
 class CausalLM(nn.Module):
@@ -23,9 +29,31 @@ class CausalLM(nn.Module):
     module's forward, and its weight may be touched only inside the head's own.
     """
 
-    def __init__(self, lm: nn.Module, loss: HeadLoss) -> None:
+    def __init__(
+        self,
+        lm: nn.Module,
+        loss: HeadLoss,
+        *,
+        path: ForwardPath | None = None,
+        observed: Observation | None = None,
+        router: RouterLoss | None = None,
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            lm: a transformers model, or one inside an adapter's wrapper.
+            loss: what the head runs where the path says `chunked`.
+            path: how numbers are computed; the fast path when None.
+            observed: the model's trunk and its rule for logits; a `chunked` head needs it.
+            router: the loss of a mixture of experts' router, where the config asks for one.
+        """
         super().__init__()
         self.lm = lm
+        self.path = path or ForwardPath()
+        self.observed = observed
+        self.router = router
+        if self.path.head == "chunked" and observed is None:
+            raise ValueError("a chunked head needs to know what the model does before its logits")
         self.use_loss(loss)
 
     @property
@@ -35,25 +63,38 @@ class CausalLM(nn.Module):
         return base() if base is not None else self.lm
 
     @property
-    def head(self) -> nn.Linear:
+    def trunk(self) -> Any:
+        """What gives the last hidden states."""
+        assert self.observed is not None
+        return self.transformer.get_submodule(self.observed.trunk)
+
+    @property
+    def head(self) -> Any:
         """The trained output projection (a copy of it under adapters' `modules_to_save`)."""
         head = self.transformer.get_output_embeddings()
         saved = getattr(head, "modules_to_save", None)
         return saved["default"] if saved is not None else head
 
     def use_loss(self, loss: HeadLoss) -> None:
-        """Give the head a forward that, called with labels, returns this loss instead of logits."""
+        """Give the head a forward that, called with labels, returns this loss instead of logits.
+
+        Under the path `own` the head is the model's own affair, and nothing changes.
+        """
+        if self.path.head == "own":
+            return
         head = self.head
         if not isinstance(head, nn.Linear):
             raise TypeError(f"the output projection is {type(head).__name__}, not a linear layer")
-        logits = types.MethodType(type(head).forward, head)
+        assert self.observed is not None
+        rule = self.observed.rule
+        product = types.MethodType(type(head).forward, head)
 
         def forward(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, said: HeadLoss = loss) -> Tensor:
-            return logits(hidden) if labels is None else said(hidden, self.weight, self.bias, labels)
+            return product(hidden) if labels is None else said(hidden, self.weight, self.bias, labels, rule)
 
         head.forward = types.MethodType(forward, head)
 
-    def forward(self, *batch: Any, **inputs: Any) -> Tensor:
+    def forward(self, *batch: Any, **inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """`losses`, or `answer` when the inputs are rows: one door for both, because engines gather around it."""
         return self.answer(**inputs) if "input_ids_BL" in inputs else self.losses(*batch, **inputs)
 
@@ -65,28 +106,40 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         num_supervised: int,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Loss of every supervised token, in order: fp32 [S], or [1] with their sum, as the head's loss gives them.
 
         Arguments are `Batch.inputs()`.
 
         A micro-batch that supervises nothing returns a zero that depends on every parameter, because ranks must
-        run the same collectives.
+        run the same collectives. With a router loss: (losses, router loss [1]), to be added.
         """
-        hidden_TE = self.transformer.base_model(
-            input_ids=input_ids_T[None],
-            position_ids=position_ids_T[None],
-            use_cache=False,
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=max_seqlen,
-            max_length_k=max_seqlen,
-        ).last_hidden_state[0]
-        if num_supervised == 0:
-            return self.head(hidden_TE[:1], labels_T[:1].clamp(min=0)) * 0.0
+        inputs: dict[str, Any] = {"position_ids": position_ids_T[None]}
+        if self.path.documents == "packed":
+            inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+            inputs |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
+        elif len(cu_seqlens) != 2:
+            raise ValueError("this model trains on one document per forward")
+        if self.router is not None:
+            inputs["output_router_logits"] = True
+        self._forget_longer_documents()
         # The count is known on the host, so finding the positions needs no sync.
         at_S = torch.nonzero_static(labels_T != IGNORE, size=num_supervised).squeeze(1)
-        return self.head(hidden_TE[at_S], labels_T[at_S])
+        nothing = num_supervised == 0
+        if nothing:
+            at_S = torch.zeros(1, dtype=torch.long, device=labels_T.device)
+        labels_S = labels_T[at_S].clamp(min=0) if nothing else labels_T[at_S]
+        if self.path.head == "own":
+            output = self._own(input_ids_T[None], inputs, at_S)
+            losses = F.cross_entropy(output.logits[0].float(), labels_S, reduction="none")
+        else:
+            output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
+            losses = self.head(output.last_hidden_state[0][at_S], labels_S)
+        if nothing:
+            losses = losses * 0.0
+        if self.router is None:
+            return losses
+        return losses, self.router(output.router_logits, labels_T, cu_seqlens)
 
     def answer(
         self,
@@ -102,12 +155,71 @@ class CausalLM(nn.Module):
         With `labels_S`: [S, 2], the log-likelihood of each label there and whether it is the likeliest (1 or 0).
         `cache` holds the positions before these and takes these up.
         """
-        hidden_BLE = self.transformer.base_model(
-            input_ids=input_ids_BL,
-            attention_mask=attention_mask_BK,
-            position_ids=position_ids_BL,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-        hidden_SE = hidden_BLE.flatten(0, 1)[at_S]
-        return self.head(hidden_SE).float() if labels_S is None else self.head(hidden_SE, labels_S, likelihoods)
+        inputs: dict[str, Any] = {"attention_mask": attention_mask_BK, "position_ids": position_ids_BL}
+        if cache is not None:
+            inputs |= {_cache_argument(self.trunk if self.path.head == "chunked" else self.transformer): cache}
+        if cache is None or cache.get_seq_length() == 0:
+            self._forget_longer_documents()
+        if self.path.head == "own":
+            length = input_ids_BL.shape[1]
+            columns_C, column_S = (at_S % length).unique(return_inverse=True)
+            output = self._own(input_ids_BL, inputs, columns_C, use_cache=cache is not None)
+            logits_SV = output.logits[at_S // length, column_S].float()
+            return logits_SV if labels_S is None else judged(logits_SV, labels_S)
+        given = _taken(self.trunk, inputs)
+        output = self.trunk(input_ids=input_ids_BL, use_cache=cache is not None, **given)
+        hidden_SE = output.last_hidden_state.flatten(0, 1)[at_S]
+        if labels_S is not None:
+            return self.head(hidden_SE, labels_S, likelihoods)
+        assert self.observed is not None
+        rule = self.observed.rule
+        return rule.finish(self.head(hidden_SE * rule.hidden_scale if rule.hidden_scale != 1.0 else hidden_SE).float())
+
+    def _own(self, input_ids_BL: Tensor, inputs: dict[str, Any], at_S: Tensor, *, use_cache: bool = False) -> Any:
+        """The model's own forward, with the logits of positions `at_S` [S] of every row: [B, S, V]."""
+        lm = self.transformer
+        takes = _parameters(type(lm))
+        if "logits_to_keep" in takes:
+            return lm(input_ids=input_ids_BL, use_cache=use_cache, logits_to_keep=at_S, **_taken(lm, inputs))
+        output = lm(input_ids=input_ids_BL, use_cache=use_cache, **_taken(lm, inputs))
+        output.logits = output.logits[:, at_S]
+        return output
+
+    def _forget_longer_documents(self) -> None:
+        """Dynamic NTK keeps the frequencies of the longest text so far; every forward here starts from none.
+
+        Source: transformers.modeling_rope_utils.dynamic_rope_update
+        """
+        for rope in self._dynamic_ropes:
+            if rope.max_seq_len_cached > rope.original_max_seq_len:
+                rope.max_seq_len_cached = rope.original_max_seq_len
+                rope.register_buffer("inv_freq", rope.original_inv_freq.to(rope.inv_freq.device), persistent=False)
+
+    @functools.cached_property
+    def _dynamic_ropes(self) -> list[Any]:
+        return [module for module in self.modules() if getattr(module, "rope_type", None) == "dynamic"]
+
+
+@functools.cache
+def _parameters(kind: type) -> dict[str, Any]:
+    return dict(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+
+
+def _taken(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that the module's forward names, and, where it passes keywords on, the others.
+
+    What a model does without (positions, borders of documents) it is not given; whether it is right without them is
+    what `distft.model.proof` finds out.
+    """
+    names = _parameters(type(module))
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name in names or (open_ended and name not in ("position_ids", "attention_mask") and value is not None)
+    }
+
+
+def _cache_argument(module: Any) -> str:
+    """Return the name by which the module's forward takes a cache."""
+    return "cache_params" if "cache_params" in _parameters(type(module)) else "past_key_values"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,46 @@ from distft.core.errors import MachineError
 CHUNK_BYTES = 128 * 2**20
 """Largest fp32 logits block that exists at once."""
 
-HeadLoss = Callable[[Tensor, Tensor, "Tensor | None", Tensor], Tensor]
-"""(hidden_SE, weight_VE, bias_V, labels_S) -> fp32 losses per token [S], or [1] with their sum."""
+
+@dataclass(frozen=True, kw_only=True)
+class LogitRule:
+    """What a model does between its last hidden state and its logits, beside the product with the head's weight.
+
+    logits = soft_cap(scale · (hidden_scale · hidden @ weightᵀ + bias)), soft_cap(x) = cap · tanh(x / cap).
+    """
+
+    hidden_scale: float = 1.0
+    scale: float = 1.0
+    cap: float | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits are the head's product as it is."""
+        return self == PLAIN
+
+    def logits(self, hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None) -> Tensor:
+        """Return fp32 logits [S, V]; scale and cap are applied in fp32 whatever the weights are stored in."""
+        if self.hidden_scale != 1.0:
+            hidden_SE = hidden_SE * self.hidden_scale
+        return self.finish(F.linear(hidden_SE, weight_VE, bias_V).float())
+
+    def finish(self, product_SV: Tensor) -> Tensor:
+        """Return the logits of the head's fp32 product."""
+        if self.scale != 1.0:
+            product_SV = product_SV * self.scale
+        return product_SV if self.cap is None else self.cap * torch.tanh(product_SV / self.cap)
+
+    def slope_(self, grad_SV: Tensor, logits_SV: Tensor) -> Tensor:
+        """Turn a gradient of the logits into one of the head's product, in place: · scale · (1 - (logits / cap)²)."""
+        if self.cap is not None:
+            grad_SV *= 1 - (logits_SV / self.cap).square_()
+        return grad_SV.mul_(self.scale) if self.scale != 1.0 else grad_SV
+
+
+PLAIN = LogitRule()
+
+HeadLoss = Callable[[Tensor, Tensor, "Tensor | None", Tensor, LogitRule], Tensor]
+"""(hidden_SE, weight_VE, bias_V, labels_S, rule) -> fp32 losses per token [S], or [1] with their sum."""
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -54,48 +93,62 @@ def choose(name: str, device: torch.device, *, per_token: bool = False) -> HeadL
     return chunked_loss if per_token else chunked_sum
 
 
-def full_loss(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:
+def full_loss(
+    hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
+) -> Tensor:
     """All logits at once: the plain reference."""
-    return F.cross_entropy(F.linear(hidden_SE, weight_VE, bias_V).float(), labels_S, reduction="none")
+    return F.cross_entropy(rule.logits(hidden_SE, weight_VE, bias_V), labels_S, reduction="none")
 
 
-def chunked_loss(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:
+def chunked_loss(
+    hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
+) -> Tensor:
     """Chunks of at most CHUNK_BYTES of logits, recomputed in the backward pass.
 
     Costs one more head matmul (2·S·V·E FLOPs) and saves 12·S·V bytes.
     """
     size = chunk_tokens(weight_VE.shape[0])
     if len(labels_S) <= size:
-        return full_loss(hidden_SE, weight_VE, bias_V, labels_S)
+        return full_loss(hidden_SE, weight_VE, bias_V, labels_S, rule)
     chunks = [
-        checkpoint(full_loss, hidden_CE, weight_VE, bias_V, labels_C, use_reentrant=False)
+        checkpoint(full_loss, hidden_CE, weight_VE, bias_V, labels_C, rule, use_reentrant=False)
         for hidden_CE, labels_C in zip(hidden_SE.split(size), labels_S.split(size), strict=True)
     ]
     return torch.cat(chunks)  # type: ignore[arg-type]
 
 
-def likelihoods(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:
+def likelihoods(
+    hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
+) -> Tensor:
     """fp32 [S, 2]: log-likelihood of each label, and whether it is the likeliest token; in chunks, no gradients."""
     size = chunk_tokens(weight_VE.shape[0])
     found = []
     for hidden_CE, labels_C in zip(hidden_SE.split(size), labels_S.split(size), strict=True):
-        logits_CV = F.linear(hidden_CE, weight_VE, bias_V).float()
-        likeliest_C = logits_CV.argmax(1) == labels_C
-        found.append(torch.stack([-F.cross_entropy(logits_CV, labels_C, reduction="none"), likeliest_C.float()], 1))
+        found.append(judged(rule.logits(hidden_CE, weight_VE, bias_V), labels_C))
     return torch.cat(found)
 
 
-def chunked_sum(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:
+def judged(logits_SV: Tensor, labels_S: Tensor) -> Tensor:
+    """fp32 [S, 2]: log-likelihood of each label under its logits, and whether it is the likeliest token."""
+    likeliest_S = logits_SV.argmax(1) == labels_S
+    return torch.stack([-F.cross_entropy(logits_SV, labels_S, reduction="none"), likeliest_S.float()], 1)
+
+
+def chunked_sum(
+    hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
+) -> Tensor:
     """The sum of `chunked_loss`, [1], with nothing computed twice.
 
     Each chunk makes its gradients while its logits exist, and the backward pass only scales them. Keeps as much as
     the gradients weigh, from the head's forward to its backward. Tokens of one chunk run as `full_loss`.
     """
     if len(labels_S) <= chunk_tokens(weight_VE.shape[0]):
-        return full_loss(hidden_SE, weight_VE, bias_V, labels_S)
+        return full_loss(hidden_SE, weight_VE, bias_V, labels_S, rule)
+    if rule.hidden_scale != 1.0:
+        hidden_SE = hidden_SE * rule.hidden_scale
     # Inside the function gradients are always off: whether they are wanted is known only out here.
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_SE, weight_VE, bias_V)]
-    return _ChunkedSum.apply(hidden_SE, weight_VE, bias_V, labels_S, wanted)  # type: ignore[return-value]
+    return _ChunkedSum.apply(hidden_SE, weight_VE, bias_V, labels_S, rule, wanted)  # type: ignore[return-value]
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -103,7 +156,13 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, wanted: list[bool]
+        ctx: Any,
+        hidden_SE: Tensor,
+        weight_VE: Tensor,
+        bias_V: Tensor | None,
+        labels_S: Tensor,
+        rule: LogitRule,
+        wanted: list[bool],
     ) -> Tensor:
         size = chunk_tokens(weight_VE.shape[0])
         total = torch.zeros(1, dtype=torch.float32, device=hidden_SE.device)
@@ -113,14 +172,16 @@ class _ChunkedSum(torch.autograd.Function):
         ]
         for start in range(0, len(labels_S), size):
             hidden_CE, labels_C1 = hidden_SE[start : start + size], labels_S[start : start + size, None]
-            logp_CV = F.linear(hidden_CE, weight_VE, bias_V).float()
+            logits_CV = rule.finish(F.linear(hidden_CE, weight_VE, bias_V).float())
+            # The cap's derivative needs the logits again; without one they are overwritten.
+            logp_CV = logits_CV if rule.cap is None else logits_CV.clone()
             logp_CV -= logp_CV.logsumexp(1, keepdim=True)
             total -= logp_CV.gather(1, labels_C1).sum()
             if not any(wanted):
                 continue
             # d loss / d logits = softmax - one-hot
             grad_CV = logp_CV.exp_().scatter_add_(1, labels_C1, logp_CV.new_full((), -1.0).expand_as(labels_C1))
-            grad_CV = grad_CV.to(weight_VE.dtype)
+            grad_CV = rule.slope_(grad_CV, logits_CV).to(weight_VE.dtype)
             if grads[0] is not None:
                 torch.mm(grad_CV, weight_VE, out=grads[0][start : start + size])
             if grads[1] is not None:
@@ -136,7 +197,7 @@ class _ChunkedSum(torch.autograd.Function):
         if ctx.used:
             raise RuntimeError("chunked_sum has given its gradients away: run the forward again")
         ctx.used = True
-        return *(None if grad is None else _scale_(grad, grad_1) for grad in ctx.saved_tensors), None, None
+        return *(None if grad is None else _scale_(grad, grad_1) for grad in ctx.saved_tensors), None, None, None
 
 
 def _scale_(grad: Tensor, by_1: Tensor) -> Tensor:
@@ -149,8 +210,20 @@ def _scale_(grad: Tensor, by_1: Tensor) -> Tensor:
     return grad
 
 
-def fused_loss(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:
-    """Liger's fused linear cross-entropy, which makes gradients in the forward and so gives only their sum: [1]."""
+def fused_loss(
+    hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
+) -> Tensor:
+    """Liger's fused linear cross-entropy, which makes gradients in the forward and so gives only their sum: [1].
+
+    It has a cap and no scale: scales go into the hidden states, and where a bias forbids that the chunked sum runs.
+    """
+    if rule.scale != 1.0 and bias_V is not None:
+        return chunked_sum(hidden_SE, weight_VE, bias_V, labels_S, rule)
+    factor = rule.hidden_scale * rule.scale
+    if factor != 1.0:
+        hidden_SE = hidden_SE * factor
     functional: Any = importlib.import_module("liger_kernel.transformers.functional")
-    loss = functional.liger_fused_linear_cross_entropy(hidden_SE, weight_VE, labels_S, bias=bias_V, reduction="sum")
+    loss = functional.liger_fused_linear_cross_entropy(
+        hidden_SE, weight_VE, labels_S, bias=bias_V, reduction="sum", softcap=rule.cap
+    )
     return loss.reshape(1)

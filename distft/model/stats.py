@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from distft.model import experts
+from distft.model.attention_shape import attention_shapes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
@@ -37,10 +40,47 @@ def flops_per_token(module: nn.Module) -> float:
 
 
 def products(module: nn.Module) -> Iterator[tuple[int, bool]]:
-    """(weights, trained) of each linear layer: what takes part in matrix products, 4-bit ones by what they mean."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            yield layer.in_features * layer.out_features, layer.weight.requires_grad
+    """(weights, trained) of each matrix: what takes part in matrix products, 4-bit ones by what they mean.
+
+    Of experts in fused form, and of the adapters on them, the share that one token is sent to.
+    """
+    for part in module.modules():
+        yield from of_module(part, module)
+
+
+def of_module(part: nn.Module, model: nn.Module) -> Iterator[tuple[int, bool]]:
+    """What `products` gives for one module of `model`, a causal language model or a wrapper of one."""
+    from transformers.pytorch_utils import Conv1D
+
+    config = getattr(getattr(model, "transformer", model), "config", None)
+    if isinstance(part, nn.Linear):
+        beside = part.__dict__.get("beside_experts")  # an adapter's matrix, with rows for each expert
+        share = 1.0 if beside is None else experts.active_share(config, beside)
+        yield round(share * part.in_features * part.out_features), part.weight.requires_grad
+    elif isinstance(part, Conv1D):
+        yield part.weight.numel(), part.weight.requires_grad
+    else:
+        tensors = experts.expert_tensors(part)
+        share = experts.active_share(config, part) if tensors else 1.0
+        for short in tensors:
+            param = part._parameters[short]
+            assert param is not None
+            yield round(share * param.numel()), param.requires_grad
+        router = part._parameters.get("weight")
+        if router is not None and router.ndim == 2 and hasattr(part, "top_k"):
+            yield router.numel(), router.requires_grad
+
+
+def active(module: nn.Module) -> int:
+    """Parameters that one token meets: all but those of experts that it is not sent to."""
+    idle = 0
+    config = getattr(getattr(module, "transformer", module), "config", None)
+    for part in module.modules():
+        tensors = experts.expert_tensors(part)
+        if tensors:
+            share = experts.active_share(config, part)
+            idle += sum(round((1 - share) * part._parameters[short].numel()) for short in tensors)  # type: ignore[union-attr]
+    return count(module).total - idle
 
 
 def flops_per_squared_length(config: Any) -> float:
@@ -48,6 +88,4 @@ def flops_per_squared_length(config: Any) -> float:
 
     Source: Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691, section 4.1
     """
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 3.5 * 2.0 * config.num_hidden_layers * heads * head_dim
+    return 3.5 * 2.0 * sum(shape.width for shape in attention_shapes(config))

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from distft.model import load, quantize
+from distft.model import load, quantize, stats
 from distft.model.adapters import MethodSpec
 from distft.recipe.schema import ModelTable
 
@@ -141,7 +140,7 @@ def read(table: ModelTable, folder: Path, method: MethodSpec, params: Any) -> In
         RecipeError: the config is not one that transformers knows.
     """
     config = load.read_config(folder)
-    num_blocks = config.get_text_config().num_hidden_layers
+    num_blocks = config.get_text_config(decoder=True).num_hidden_layers
     depths = (2, 3) if num_blocks > 3 and _blocks_are_equal(config) else (num_blocks,)
     # 4-bit layers save for the backward pass what plain frozen ones save, and cannot run on meta.
     plain = replace(method, quant=lambda _: None)
@@ -207,7 +206,7 @@ def _import_bitsandbytes() -> None:
 def _shortened(config: Any, depth: int) -> Any:
     """The same model with `depth` blocks; lists with an entry for each block are cut too."""
     shorter = copy.deepcopy(config)
-    text = shorter.get_text_config()
+    text = shorter.get_text_config(decoder=True)
     whole = text.num_hidden_layers
     for key, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == whole:
@@ -231,26 +230,25 @@ def _blocks_are_equal(config: Any) -> bool:
 
 def _listed(built: MetaModel) -> Iterator[Param]:
     of_block = {id(param): index for index, block in enumerate(built.blocks) for param in block.parameters()}
-    four_bit = {id(module.weight): module for module in built.module.modules() if quantize.is_4bit(module)}
+    stored = {id(param): how for module in built.module.modules() for param, how in quantize.stored_in_4bit(module)}
     for name, param in built.module.named_parameters():
-        layer: Any = four_bit.get(id(param))
+        how = stored.get(id(param))
         yield Param(
             name=name,
-            shape=(layer.out_features, layer.in_features) if layer is not None else tuple(param.shape),
-            item_bytes=(param.quant_storage if layer is not None else param.dtype).itemsize,  # type: ignore[attr-defined]
+            shape=tuple(param.shape) if how is None else how.shape,
+            item_bytes=(param.dtype if how is None else how.storage).itemsize,
             trained=param.requires_grad,
             decayed=param.ndim >= 2,
             block=of_block.get(id(param), ROOT),
-            double=param.compress_statistics if layer is not None else None,  # type: ignore[attr-defined]
+            double=None if how is None else how.double,
         )
 
 
 def _linears(built: MetaModel, extra: int) -> Iterator[tuple[int, bool]]:
-    """(weights, trained) of each layer that `stats.flops_per_token` counts, the last block's `extra` more times."""
+    """(weights, trained) of each matrix that `stats.flops_per_token` counts, the last block's `extra` more times."""
     repeated = {id(module) for module in built.blocks[-1].modules()}
     for module in built.module.modules():
-        if isinstance(module, nn.Linear):
-            layer = (module.in_features * module.out_features, module.weight.requires_grad)
+        for layer in stats.of_module(module, built.module):
             yield from (layer,) * (1 + extra if id(module) in repeated else 1)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distft.model import attention
+from distft.model.cross_entropy import PLAIN, LogitRule
 
 FLASH = "distft_plan_flash"
 """torch's varlen FlashAttention, as `distft.model.attention` calls it on a GPU."""
@@ -80,7 +81,9 @@ def register() -> None:
     AttentionInterface.register(EAGER, eager_attention)
 
 
-def fused_loss(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:
+def fused_loss(
+    hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
+) -> Tensor:
     """Liger's fused linear cross-entropy by its allocations; its kernels need a GPU even for shapes: [1]."""
     return _Fused.apply(hidden_SE, weight_VE).reshape(1)
 

@@ -12,6 +12,7 @@ from typing import Any
 from distft.checkpoint.intervals import CHUNK_BYTES
 from distft.core.accelerators import GIB
 from distft.engine.deepspeed import bucket_elements
+from distft.model.attention_shape import largest_attention
 from distft.plan import state as states
 from distft.plan.answering import Asking, asking
 from distft.plan.inventory import ROOT, Inventory
@@ -275,9 +276,8 @@ def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> P
     item = inventory.dtype.itemsize
     largest = inventory.largest_4bit
     whole = largest * item + FP32 * -(-largest // 64)
-    text = inventory.config.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    shape = largest_attention(inventory.config)
+    heads, head_dim = shape.heads, shape.head_dim
     accumulator = FP32 * setup.tokens * heads * head_dim
     fresh = _fresh_gradient(inventory, setup)
     return Part(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distft.model.attention_shape import attention_shapes
 from distft.model.cross_entropy import chunked_loss
 from distft.plan.inventory import ROOT, Inventory
 from distft.plan.memory import Memory, Part
@@ -180,10 +181,7 @@ def _head_weights(inventory: Inventory) -> int:
 
 def _attention_flops(inventory: Inventory, length: int) -> float:
     """Causal forward per token, over sequences of `length`: 2·L·h·d·s."""
-    text = inventory.config.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2.0 * inventory.num_blocks * heads * head_dim * length
+    return 2.0 * sum(shape.width for shape in attention_shapes(inventory.config)) * length
 
 
 def sent(inventory: Inventory, setup: Setup) -> Sent:

@@ -157,7 +157,7 @@ def _ready(
     """The module as the job would set it up, on meta, for one trace."""
     stand_ins.register()
     transformer = module.transformer
-    text = transformer.config.get_text_config()
+    text = transformer.config.get_text_config(decoder=True)
     before, buffers = text._attn_implementation, [(part, dict(part._buffers)) for part in module.modules()]
     text._attn_implementation = kernel
     for part, held in buffers:

@@ -7,14 +7,20 @@ https://arxiv.org/abs/2402.09353 (DoRA)
 from __future__ import annotations
 
 import math
+import re
+import types
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params
 from distft.model.adapters.spec import MethodSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor, nn
 
@@ -48,25 +54,148 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    targets = params.target_modules
+    targets, tensors = params.target_modules, _expert_targets(lm, params)
+    if not isinstance(targets, str):
+        targets = [name for name in targets if not any(_matches(tensor, name) for tensor in tensors)]
     config = LoraConfig(
         r=params.r,
         lora_alpha=params.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=params.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets,
+        target_parameters=sorted(tensors) or None,
+        exclude_modules=_not_adapted(lm) if targets == "all-linear" else None,
         use_rslora=params.rslora,
         use_dora=params.dora,
         modules_to_save=list(params.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
     lm.requires_grad_(False)
-    wrapped = get_peft_model(lm, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    _refuse_on_experts(lm, params, tensors)
+    with warnings.catch_warnings():
+        # PEFT doubles the rank where it knows that two matrices were fused, and then does not find its own pattern.
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        try:
+            wrapped = get_peft_model(lm, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        except ValueError as error:
+            fix = "give target_modules that PEFT can adapt in this architecture"
+            raise RecipeError("recipe", [Problem(message=f"[method] {error}", fix=fix)]) from error
     wanted = dtype if params.adapter_dtype == "auto" else getattr(torch, params.adapter_dtype)
     for name, param in wrapped.named_parameters():
         if param.requires_grad:
             param.data = torch.empty_like(param, device="meta", dtype=wanted)
         assert param.requires_grad == owns(name) or ".modules_to_save." in name
+    _compute_in_experts(wrapped)
     return wrapped
+
+
+def _not_adapted(lm: Any) -> list[str] | None:
+    """Names of linear layers that `all-linear` leaves out.
+
+    What no text passes through; routers and other layers of a model's own class, whose forward is no plain product;
+    and what fused state-space kernels read past the layer's forward, which is why PEFT refuses it.
+    """
+    from torch import nn
+
+    from distft.model.towers import other_modules
+
+    left_out = set(other_modules(lm))
+    for name, module in lm.named_modules():
+        own = isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.")
+        fused = lm.config.model_type in _STATE_SPACE and name.rpartition(".")[2] == "out_proj"
+        if own or fused:
+            left_out.add(name)
+    return sorted(left_out) or None
+
+
+_STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Source: peft.tuners.tuners_utils._check_lora_target_modules_mamba"""
+
+
+def _expert_targets(lm: Any, params: LoraParams) -> set[str]:
+    """Names that PEFT matches against the ends of whole names, of the expert tensors that get an adapter.
+
+    All of them by default; else those that a name in `target_modules` ends in, such as "experts.down_proj".
+    """
+    from distft.model import experts
+
+    found = {".".join([*name.rsplit(".", 2)[-2:], short]) for name, _, short in experts.all_expert_tensors(lm)}
+    if params.target_modules == "all-linear":
+        return found
+    return {tensor for tensor in found if any(_matches(tensor, name) for name in params.target_modules)}
+
+
+def _matches(tensor: str, name: str) -> bool:
+    return tensor == name or tensor.endswith(f".{name}") or name.endswith(f".{tensor}")
+
+
+def _refuse_on_experts(lm: Any, params: LoraParams, tensors: set[str]) -> None:
+    """PEFT has neither dropout nor DoRA for parameters that hold several experts.
+
+    Raises:
+        RecipeError: the recipe asks for one of them.
+    """
+    wanted = "dropout" if params.dropout else "dora" if params.dora else None
+    if wanted is None or not tensors:
+        return
+    problem = Problem(
+        message=f"[method] {wanted}: {type(lm).__name__} holds its experts as tensors ({', '.join(sorted(tensors))}), "
+        f"whose adapters have no {wanted}",
+        fix=f'leave {wanted} out, or give target_modules without experts, such as ["q_proj", "v_proj"]',
+    )
+    raise RecipeError("recipe", [problem])
+
+
+def _compute_in_experts(wrapped: nn.Module) -> None:
+    """PEFT's wrappers of expert tensors hold the adapters and take part in names; what they compute is done here.
+
+    PEFT turns the wrapped parameter into a parametrization and back in every forward, which engines that gather
+    parameters around forwards lose sight of. Here the expert module computes with `W + scale * A B`, the sum that PEFT
+    computes, and each adapter matrix is read inside a forward of its own module, where engines look for it.
+    """
+    import torch
+    from peft.tuners.lora.layer import ParamWrapper
+
+    from distft.model import experts
+
+    def passed_on(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base_layer(x, *args, **kwargs)
+
+    def weight(self: Any) -> Tensor:
+        return self.weight.clone()  # the module's own is given back to its engine at the end of this call
+
+    def adapted(wrapper: Any) -> Callable[[Tensor], Tensor]:
+        lora_a, lora_b, scale = wrapper.lora_A[ADAPTER], wrapper.lora_B[ADAPTER], wrapper.scaling[ADAPTER]
+        count, swapped = wrapper.num_experts, wrapper._did_swap_in_out_features
+
+        def added(base: Tensor) -> Tensor:
+            if wrapper.disable_adapters:
+                return base
+            a, b = lora_a(), lora_b()
+            if count == 1:  # a plain matrix, such as a router's
+                return base + (scale * (b @ a)).to(base.dtype)
+            a = a.reshape(count, -1, a.shape[-1])  # [experts, rank, in]
+            b = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)  # [experts, out, rank]
+            left, right = (b, a) if swapped else (a.transpose(-2, -1), b.transpose(-2, -1))
+            return torch.baddbmm(base, left.to(base.dtype), right.to(base.dtype), alpha=scale)
+
+        return added
+
+    for module in list(wrapped.modules()):
+        if isinstance(module, ParamWrapper):
+            inner: Any = module.get_base_layer()
+            experts.compute_with(inner, module.parameter_name, adapted(module))
+            module.forward = types.MethodType(passed_on, module)
+            for part in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
+                part.forward = types.MethodType(weight, part)
+                if module.num_experts > 1:
+                    part.__dict__["beside_experts"] = inner  # not a submodule
+
+
+def adapted_layers(model: nn.Module) -> tuple[int, int]:
+    """(layers, expert tensors) that have an adapter."""
+    counts = [getattr(module, "num_experts", 1) for module in model.modules() if hasattr(module, "lora_A")]
+    tensors = sum(count > 1 for count in counts)
+    return len(counts) - tensors, tensors
 
 
 def owns(name: str) -> bool:
@@ -99,7 +228,7 @@ def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator)
 
 def base_name(name: str) -> str:
     """Strips PEFT's wrapper, the `base_layer` it hides a weight behind, and the copies of modules_to_save."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
     return name.replace(".original_module.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
 
 
@@ -110,6 +239,7 @@ SPEC = MethodSpec(
     owns=owns,
     fresh=fresh,
     base_name=base_name,
+    adapted=adapted_layers,
     adapter=True,
     library="peft",
 )

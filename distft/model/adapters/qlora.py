@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from distft.model.adapters import lora
 from distft.model.adapters.lora import LoraParams
 from distft.model.adapters.spec import MethodSpec
-from distft.model.quantize import QuantParams
+from distft.model.quant_params import QuantParams
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ SPEC = MethodSpec(
     owns=lora.owns,
     fresh=lora.fresh,
     base_name=lora.base_name,
+    adapted=lora.adapted_layers,
     quant=_quant,
     quantized=True,
     adapter=True,

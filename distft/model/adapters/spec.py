@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from distft.model.quantize import QuantParams
+    from distft.model.quant_params import QuantParams
 
 
 def _none(params: Any) -> None:
@@ -38,6 +38,8 @@ class MethodSpec:
     """How the base is quantised, None when it is not."""
     quantized: bool = False
     """The base is stored in 4 bits."""
+    adapted: Callable[[nn.Module], tuple[int, int]] | None = None
+    """Attached model -> (layers, expert tensors) that have an adapter."""
     adapter: bool = False
     """final/ holds an adapter folder instead of a whole model."""
     library: str | None = None

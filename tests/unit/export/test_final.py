@@ -54,8 +54,8 @@ def opened(folder: Path, method: str = "full", **how) -> tuple[SoloEngine, MetaM
     return engine, model, shapes
 
 
-def written(folder: Path, engine: SoloEngine, shapes: dict, save_rest: Callable[[Path], None]) -> None:
-    final.write_model(folder, engine, shapes, prefix=WRAPPER, save_rest=save_rest)
+def written(folder: Path, engine: SoloEngine, model: MetaModel, shapes: dict, rest: Callable[[Path], None]) -> None:
+    final.write_model(folder, engine, shapes, prefix=WRAPPER, layout=model.layout, save_rest=rest)
 
 
 def same_as_source(folder: Path, source: Path) -> None:
@@ -69,7 +69,7 @@ def same_as_source(folder: Path, source: Path) -> None:
 
 def test_one_file_loads_equal_to_its_source(source: Path, tmp_path: Path) -> None:
     engine, model, shapes = opened(source)
-    written(tmp_path / "final", engine, shapes, lambda folder: final.save_config(model.module.transformer, folder))
+    written(tmp_path / "final", engine, model, shapes, lambda folder: final.save_config(model.module.transformer, folder))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final"]
     assert sorted(path.name for path in (tmp_path / "final").iterdir()) == ["config.json", "model.safetensors"]
     same_as_source(tmp_path / "final", source)
@@ -81,7 +81,7 @@ def test_one_file_loads_equal_to_its_source(source: Path, tmp_path: Path) -> Non
 def test_several_files_and_their_index(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(final, "MAX_FILE_BYTES", 100_000)
     engine, model, shapes = opened(source)
-    written(tmp_path / "final", engine, shapes, lambda folder: final.save_config(model.module.transformer, folder))
+    written(tmp_path / "final", engine, model, shapes, lambda folder: final.save_config(model.module.transformer, folder))
     files = sorted((tmp_path / "final").glob("*.safetensors"))
     assert len(files) > 2
     assert [path.name for path in files] == [
@@ -102,30 +102,30 @@ def test_several_files_and_their_index(source: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.row(36)
 def test_a_gathered_tensor_of_the_wrong_shape_is_not_saved(source: Path, tmp_path: Path) -> None:
-    engine, _, shapes = opened(source)
+    engine, model, shapes = opened(source)
     shapes["model.norm.weight"] = ((65,), torch.float32)
     said = r"model\.norm\.weight was gathered as \(64,\) instead of \(65,\); nothing is saved"
     with pytest.raises(DistftError, match=said):
-        written(tmp_path / "final", engine, shapes, lambda folder: None)
+        written(tmp_path / "final", engine, model, shapes, lambda folder: None)
     assert not (tmp_path / "final").exists()
 
 
 def test_what_fails_half_way_leaves_the_older_folder_as_it_was(source: Path, tmp_path: Path) -> None:
-    engine, _, shapes = opened(source)
+    engine, model, shapes = opened(source)
 
     def disk_full(folder: Path) -> None:
         assert (folder / "model.safetensors").is_file(), "the weights were already written, aside"
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        written(tmp_path / "final", engine, shapes, disk_full)
+        written(tmp_path / "final", engine, model, shapes, disk_full)
     assert not (tmp_path / "final").exists()
     (tmp_path / "final").mkdir()
     (tmp_path / "final/older.txt").write_text("kept")
     with pytest.raises(OSError, match="No space left"):
-        written(tmp_path / "final", engine, shapes, disk_full)
+        written(tmp_path / "final", engine, model, shapes, disk_full)
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["older.txt"]
-    written(tmp_path / "final", engine, shapes, lambda folder: None)
+    written(tmp_path / "final", engine, model, shapes, lambda folder: None)
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["model.safetensors"], "replaced, not mixed"
     assert [path.name for path in tmp_path.iterdir()] == ["final"], "what a failed attempt left aside is gone"
 

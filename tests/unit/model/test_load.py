@@ -169,7 +169,7 @@ def test_weights_of_another_model(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"the weights lack 9 tensors that the config asks for, first model.layers.3"):
         build(folder, init="pretrained")
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
-    with pytest.raises(MachineError, match=r"gate_proj.weight has shape \(96, 64\) in the weights and \(128, 64\)"):
+    with pytest.raises(RecipeError, match=r"safetensors: .*_proj.weight has shape .* config.json asks for \("):
         build(folder, init="pretrained")
 
 
@@ -177,9 +177,17 @@ def test_weights_of_another_model(saved: Path, tmp_path: Path) -> None:
 def test_remote_code_is_not_run(saved: Path, tmp_path: Path) -> None:
     folder = copied(saved, tmp_path / "remote")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Config"}}))
+    remote = config | {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (folder / "config.json").write_text(json.dumps(remote | {"model_type": "evil"}))
     with pytest.raises(RecipeError, match="the model brings its own code, which is not run"):
         build(folder, init="pretrained")
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
+    with pytest.raises(RecipeError, match="transformers does not know model_type 'evil'"):
+        build(folder, init="pretrained")
+    (folder / "config.json").write_text(json.dumps(remote))
+    native = build(folder, init="pretrained").module.transformer
+    assert type(native).__module__.startswith("transformers."), "a model_type that transformers knows needs no code"
+    assert not hasattr(native.config, "auto_map"), "final/ does not name code that it does not hold"
 
 
 def test_flash_says_what_it_needs(tiny_config: Path) -> None:

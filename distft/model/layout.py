@@ -1,0 +1,66 @@
+"""The layout that a model's files have on the hub: names and pieces that differ from its parameters in memory.
+
+Transformers holds the experts of a block in one parameter, the files of Qwen3-MoE or Mixtral hold each expert's
+matrices, and so do converters and servers that read them. What is saved is taken apart by transformers' own rules,
+reversed, a group of parameters at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from distft.model.weights import Shapes
+
+
+class FileLayout:
+    """Transformers' rules for saving one architecture."""
+
+    def __init__(self, lm: Any) -> None:
+        """`lm`: before an engine or an adapter changed its classes and names.
+
+        Prefixes that the base's files lacked are written, as transformers does for a model that it made itself; tensors
+        are taken apart whether or not the base's files were.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+
+        forward = [
+            one for one in get_model_conversion_mapping(lm, add_legacy=False) if not isinstance(one, PrefixChange)
+        ]
+        backward = [one.reverse_transform() for one in reversed(forward)]
+        self._renamings = [one for one in backward if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in backward if isinstance(one, WeightConverter)]
+        self._by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
+        self._model = Shapes(lm)
+
+    def groups(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        """`names` of parameters, those together that are saved as one tensor."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            target, pattern = self._target(name)
+            found.setdefault(name if pattern is None else f"{pattern} {target}", []).append(name)
+        return [tuple(group) for group in found.values()]
+
+    def stored(self, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the files that hold one group of parameters."""
+        from transformers.core_model_loading import apply_renamings
+
+        names = list(group)
+        target, pattern = self._target(names[0])
+        if pattern is None:
+            return {apply_renamings(name, self._renamings): tensor for name, tensor in group.items()}
+        converter: Any = copy.deepcopy(self._by_pattern[pattern])
+        for name in names:
+            converter.add_tensor(target, name, self._target(name)[1], group[name])
+        made = converter.convert(target, model=self._model, config=self._model.config)
+        whole = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {apply_renamings(name, self._renamings): tensor.contiguous() for name, tensor in whole.items()}
+
+    def _target(self, name: str) -> tuple[str, str | None]:
+        from transformers.core_model_loading import apply_converters
+
+        return apply_converters(name, self._converters)

@@ -1,0 +1,313 @@
+"""Where base weights come from: files, by transformers' own rules for names, or the model's own initialisation.
+
+Names in files differ from the names of a model in memory: prefixes that are there or not, tensors renamed, experts
+stored one by one that are one parameter each. Transformers knows the rules (`conversion_mapping.py`); here they are
+applied to the names first, and to the values one parameter at a time, when an engine asks for it. No process holds
+more than it asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distft.core.errors import MachineError
+from distft.model import quantize
+from distft.model.stored import FLOATS, StoredWeights
+from distft.model.tensor_files import mistake
+
+_SAID = 6
+"""Names that a message lists."""
+
+
+class Source(Protocol):
+    """Where base weights come from."""
+
+    def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """The direct parameters of the base module called `name`, by their short names."""
+        ...
+
+    def buffer(self, name: str, device: torch.device) -> Tensor | None:
+        """A buffer that belongs to the weights, by its whole name; None where the constructor's value stands."""
+        ...
+
+
+@dataclass(kw_only=True)
+class _Recipe:
+    """How one parameter, or several that come from the same tensors, is made of what is stored."""
+
+    converter: Any
+    """Transformers' WeightConverter without tensors; None: the stored tensor is the parameter."""
+    stored: list[tuple[str, str]] = field(default_factory=list)
+    """(stored tensor, the converter's pattern that it matched), in the order in which they are stacked."""
+
+
+class SafetensorsSource:
+    """Weights from the *.safetensors files of a folder, converted one parameter at a time."""
+
+    def __init__(self, folder: Path, lm: Any, dtype: torch.dtype) -> None:
+        """Decides for every parameter where it comes from; reads headers only.
+
+        `lm`: transformers' model on the meta device, before adapters and quantisation change its names. `dtype`: of
+        weights that are dequantised. Leaves the renamings that were used on `lm`, as transformers' own loader does.
+
+        Raises:
+            RecipeError: files are damaged or stored in a way that is not understood, tensors are missing, have other
+                shapes or are not wanted, or tied ones differ.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self._folder = folder
+        self._weights = StoredWeights(folder, dtype)
+        self._model = Shapes(lm)
+        transforms = get_model_conversion_mapping(lm)
+        self._recipes: dict[str, _Recipe] = {}
+        self._made_with: dict[str, str] = {}
+        self._alias: dict[str, str] = {}
+        self._latest: tuple[str, dict[str, Tensor]] = ("", {})
+        unwanted = self._assign(lm, transforms)
+        self._tie(lm)
+        self._check_complete()
+        self._check_unwanted(lm, unwanted)
+        self._check_shapes()
+        lm._weight_conversions = [transform for transform in transforms if transform.was_used()]
+
+    def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Read and converted, one module at a time.
+
+        Raises:
+            RecipeError: a value is not finite, or not what the config says.
+        """
+        return {short: self._value(f"{name}.{short}" if name else short, device) for short, _ in meta_params(module)}
+
+    def buffer(self, name: str, device: torch.device) -> Tensor | None:
+        """Buffers that the files hold, such as the routing bias of DeepSeek-V3."""
+        return self._value(name, device) if name in self._model.tensors else None
+
+    def _assign(self, lm: Any, transforms: list[Any]) -> set[str]:
+        """Which parameter each stored tensor belongs to; returns the (renamed) names that no parameter has.
+
+        The same steps as transformers' `convert_and_load_state_dict_in_model`.
+        """
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix, known = lm.base_model_prefix, self._model.tensors
+        unwanted: set[str] = set()
+        for stored in sorted(self._weights.names, key=dot_natural_key):
+            target, pattern = rename_source_key(stored, renamings, converters, prefix, known)  # type: ignore[arg-type]
+            if target not in known and stored in known:
+                target, pattern = rename_source_key(stored, [], [], prefix, known)  # type: ignore[arg-type]
+            if target not in known:
+                unwanted.add(target)
+                continue
+            converter = None if pattern is None else by_pattern[pattern]
+            recipe = self._recipes.setdefault(target, _Recipe(converter=converter))
+            recipe.stored.append((stored, pattern or ""))
+            if converter is None:
+                self._made_with[target] = target
+            else:
+                first, *rest = converter.target_patterns
+                for also in (first, *rest):
+                    self._made_with[target.replace(first, also)] = target
+        return unwanted
+
+    def _tie(self, lm: Any) -> None:
+        """Tied tensors of which the files hold one, or both alike, are that one."""
+        for target, origin in (getattr(lm, "all_tied_weights_keys", None) or {}).items():
+            has_target, has_origin = target in self._made_with, origin in self._made_with
+            if has_target and has_origin:
+                if not torch.equal(self._made(target), self._made(origin)):
+                    raise mistake(
+                        f"{self._folder}: config.json ties {target} to {origin}, and the files hold both, which differ",
+                        "set tie_word_embeddings to false in config.json, or remove the one that is not meant",
+                    )
+            elif has_target:
+                self._alias[origin] = target
+            elif has_origin:
+                self._alias[target] = origin
+
+    def _check_complete(self) -> None:
+        missing = sorted(self._model.tensors.keys() - self._made_with.keys() - self._alias.keys())
+        if missing:
+            what = "tensors" if len(missing) > 1 else "tensor"
+            raise mistake(
+                f"{self._folder}: the weights lack {len(missing)} {what} that the config asks for, first {missing[0]}",
+                "the files and config.json belong to different models",
+            )
+
+    def _check_unwanted(self, lm: Any, unwanted: set[str]) -> None:
+        """Refuses tensors that the model has no place for, but those that transformers leaves out by rule."""
+        rules = [*(lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+        buffers = {name for name, _ in lm.named_buffers()}
+        prefix = f"{lm.base_model_prefix}."
+        left = sorted(
+            name
+            for name in unwanted
+            if not any(re.search(rule, name) for rule in rules) and not {name, prefix + name} & buffers
+        )
+        if left:
+            listed = ", ".join(left[:_SAID]) + (f" and {len(left) - _SAID} more" if len(left) > _SAID else "")
+            raise mistake(
+                f"{self._folder}: {type(lm).__name__} has no place for {len(left)} tensors of the files: {listed}",
+                "the files and config.json belong to different models, or the model is stored in a way that "
+                "transformers does not know",
+            )
+
+    def _check_shapes(self) -> None:
+        for name, recipe in self._recipes.items():
+            if recipe.converter is not None:
+                continue
+            stored, _ = recipe.stored[-1]
+            entry, wanted = self._weights.entry(stored), self._model.tensors[name]
+            if entry is None:  # known when it is dequantised
+                continue
+            if entry.shape != tuple(wanted.shape):
+                raise mistake(
+                    f"{entry.file}: {stored} has shape {entry.shape}, and config.json asks for {tuple(wanted.shape)}",
+                    "the files and config.json belong to different models",
+                )
+            if wanted.is_floating_point() and entry.dtype not in FLOATS:
+                raise mistake(
+                    f"{entry.file}: {stored} is stored as {entry.dtype}, and config.json has no quantization_config",
+                    "add the quantization_config that the files belong to, or fetch 16-bit weights",
+                )
+
+    def _value(self, name: str, device: torch.device) -> Tensor:
+        value, wanted = self._made(name), self._model.tensors[name]
+        if value.shape != wanted.shape:
+            raise mistake(
+                f"{self._origin(name)}: {name} has shape {tuple(value.shape)} in the weights "
+                f"and {tuple(wanted.shape)} in the config",
+                "the files and config.json belong to different models",
+            )
+        value = value.to(device)
+        if value.is_floating_point() and value.numel():
+            low, high = torch.aminmax(value)  # NaN is the least and the greatest
+            if not (torch.isfinite(low) & torch.isfinite(high)):
+                kind = "NaN" if torch.isnan(low) else "infinite values"
+                raise mistake(
+                    f"{self._origin(name)}: {name} holds {kind}",
+                    "the base is damaged: fetch it again, or train from another",
+                )
+        return value
+
+    def _origin(self, name: str) -> Path:
+        stored, _ = self._recipes[self._made_with[self._alias.get(name, name)]].stored[0]
+        return self._weights.file(stored)
+
+    def _made(self, name: str) -> Tensor:
+        """The value of a parameter.
+
+        Of those that come from the same tensors the others are kept until something else is asked for: they are
+        neighbours in a block.
+        """
+        name = self._alias.get(name, name)
+        first = self._made_with[name]
+        recipe = self._recipes[first]
+        if recipe.converter is None:
+            return self._weights.read(recipe.stored[-1][0])
+        if self._latest[0] != first or name not in self._latest[1]:
+            self._latest = ("", {})
+            self._latest = (first, self._converted(first, recipe))
+        return self._latest[1].pop(name)
+
+    def _converted(self, first: str, recipe: _Recipe) -> dict[str, Tensor]:
+        converter = copy.deepcopy(recipe.converter)
+        for stored, pattern in recipe.stored:
+            converter.add_tensor(first, stored, pattern, lambda stored=stored: self._weights.read(stored))
+        try:
+            made = converter.convert(first, model=self._model, config=self._model.config)
+        except (ValueError, RuntimeError, KeyError, IndexError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise mistake(
+                f"{self._weights.file(recipe.stored[0][0])}: {first} cannot be made of "
+                f"{recipe.stored[0][0]} and {len(recipe.stored) - 1} more: {reason}",
+                "the files and config.json belong to different models",
+            ) from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+class Shapes:
+    """What transformers' conversions ask of the model, kept from before adapters changed its names."""
+
+    def __init__(self, lm: Any) -> None:
+        self.config = lm.config
+        self.tensors: Mapping[str, Tensor] = dict(lm.state_dict())
+
+    def get_parameter(self, name: str) -> Tensor:
+        """A parameter by its name."""
+        return self.tensors[name]
+
+
+class RandomSource:
+    """The architecture's own initialisation, one module at a time, seeded by its name."""
+
+    def __init__(self, lm: Any, seed: int, dtype: torch.dtype) -> None:
+        self._init: Callable[[nn.Module], None] = lm._init_weights
+        self._seed, self._dtype = seed, dtype
+
+    def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Runs transformers' rule for this module on a stand-in that holds real tensors."""
+        kind: Any = quantize.plain_class(module)
+        stand_in: Any = kind.__new__(kind)
+        stand_in.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_modules")})
+        stand_in._modules = {}
+        stand_in._parameters = {
+            short: nn.Parameter(
+                torch.empty(quantize.whole_shape(module, short, meta), dtype=self._dtype, device=device)
+            )
+            for short, meta in meta_params(module)
+        }
+        stand_in._parameters |= {short: None for short in module._parameters if short not in stand_in._parameters}
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            torch.manual_seed(seed_of(self._seed, name))
+            self._init(stand_in)
+        return {short: param.detach() for short, param in stand_in._parameters.items() if param is not None}
+
+    def buffer(self, name: str, device: torch.device) -> Tensor | None:
+        """What constructors put there stands."""
+        return None
+
+
+class NoSource:
+    """For models that are counted and never filled."""
+
+    def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Refuses.
+
+        Raises:
+            MachineError: always.
+        """
+        raise MachineError("this model was built without weights, for counting only")
+
+    def buffer(self, name: str, device: torch.device) -> Tensor | None:
+        """Refuses.
+
+        Raises:
+            MachineError: always.
+        """
+        raise MachineError("this model was built without weights, for counting only")
+
+
+def meta_params(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The direct parameters of a module that have no values yet."""
+    for short, param in module._parameters.items():
+        if param is not None and param.is_meta:
+            yield short, param
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of what is called `name`, for any order of asking."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")

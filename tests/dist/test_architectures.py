@@ -1,0 +1,92 @@
+"""The first step's loss of the main job is transformers' own, for models whose arithmetic differs from Llama's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import TEXTS, documents, loss_of, model_folder
+
+THIRTY = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma4_text", "granite", "gpt_oss",
+    "cohere2", "phi3", "olmo2", "glm4", "gpt2", "gpt_neox", "gptj", "falcon", "stablelm", "nemotron",
+    "bloom", "mpt", "opt", "lfm2", "qwen3_next", "falcon_h1", "mamba", "jamba", "qwen3_moe", "mixtral",
+    "deepseek_v3", "llama4_text", "modernbert-decoder",
+)
+RTOL = 1e-5
+
+
+@pytest.mark.parametrize("kind", THIRTY)
+def test_first_loss_and_final_folder_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    """Packed and not, full and LoRA: the step's loss is the base's, the last evaluation's is that of final/."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder(kind, tmp_path / "base")
+    for name in ("rows", "same"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    rows = documents(folder)
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+
+    right = loss_of(base(), rows)
+    for method, packing in (("full", True), ("full", False), ("lora", True)):
+        run = train_once(tmp_path, method=method, packing=packing)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        first = next(line["loss"] for line in lines if "loss" in line)
+        assert first == pytest.approx(right, rel=RTOL), (method, packing)
+        last = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+        assert abs(last - right) > 1e-4 * right, "the step changed nothing"
+        if method == "full":
+            lm = AutoModelForCausalLM.from_pretrained(
+                run / "final", attn_implementation="eager", dtype=torch.float32
+            )
+        else:
+            lm = PeftModel.from_pretrained(base(), run / "final")
+        assert loss_of(lm, rows) == pytest.approx(last, rel=RTOL), (method, packing)
+
+
+def train_once(tmp_path: Path, *, method: str, packing: bool, model: str = "", **more: str) -> Path:
+    """Run the main job for one step in this process; the run folder."""
+    from distft import load_recipe, train
+
+    name = f"{method}-{'packed' if packing else 'rows'}"
+    recipe = tmp_path / f"{name}.toml"
+    recipe.write_text(f"""
+name = "{name}"
+output_dir = "{tmp_path}/runs"
+[model]
+path = "{tmp_path}/base"
+dtype = "float32"
+{model}
+[method]
+name = "{method}"
+[data]
+packing = {str(packing).lower()}
+max_length = 256
+cache_dir = "{tmp_path}/cache"
+[[data.train]]
+path = "{tmp_path}/rows.jsonl"
+format = "text"
+[[data.eval]]
+path = "{tmp_path}/same.jsonl"
+format = "text"
+[optim]
+name = "adamw"
+learning_rate = 1e-2
+[train]
+max_steps = 1
+global_batch_size = {2 if packing else len(TEXTS)}
+[eval]
+at_start = false
+[engine]
+name = "solo"
+[log]
+tensorboard = false
+console = "off"
+""")
+    return train(load_recipe(recipe), resume="never").folder

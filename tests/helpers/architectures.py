@@ -1,0 +1,101 @@
+"""Small models of any architecture that transformers has, as folders with weights and a tokenizer, and their losses by
+plain transformers: what tests of arithmetic share."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoTokenizer
+
+from distft.model.load import blocks_of, untrained
+from distft.model.proof import drawn_weights
+from distft.model.shrink import distinct_depth, small_copies
+
+_LETTERS = " .,abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+TEXTS = [
+    "One day a girl found a needle.",
+    "Once upon a time there was a little car. It was red.",
+    "A fish swam near the shore. He saw a crab.",
+    "No.",
+    "They went home and had tea with a bear.",
+    "Rain fell on the red roof all night. Rain fell on it all day.",
+    "The end.",
+    "The tree had leaves. The leaves were green.",
+]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 4, "moe_topk": [2] * 32},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "codegen": {"n_embd": 64, "n_head": 4, "rotary_dim": 8, "n_layer": 2},
+    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "expand": 2},
+    "zamba2": {"hidden_size": 64, "num_mem_blocks": 1},
+    "qwen4_exp": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+"""What a config of each kind must say where its defaults make no valid model."""
+
+
+def small_config(kind: str, *, max_length: int = 256, **settings: Any) -> Any:
+    """Return the config of a small model of this kind that transformers can run."""
+    config = CONFIG_MAPPING[kind](**{**SETTINGS.get(kind, {}), **settings})
+    text = config.get_text_config(decoder=True)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, float) and ("drop" in name):  # drawn anew in every forward: nothing to compare with
+            setattr(text, name, 0.0)
+    with torch.device("meta"):
+        depth = distinct_depth(blocks_of(untrained(copy.deepcopy(config), "eager")))
+    for small in small_copies(config, depth=depth, max_length=max_length):
+        try:
+            with torch.device("meta"):
+                lm = untrained(copy.deepcopy(small), "eager")
+        except Exception:
+            continue
+        if sum(param.numel() for param in lm.parameters()) < 20_000_000:
+            return small
+    raise AssertionError(f"{kind}: no small model")
+
+
+def model_folder(kind: str, folder: Path, *, max_length: int = 256, **settings: Any) -> Path:
+    """Write a model of this kind with wide random weights and a tokenizer of letters."""
+    config = small_config(kind, max_length=max_length, **settings)
+    torch.manual_seed(0)
+    lm = untrained(config, "eager").float()
+    with torch.no_grad():
+        for name, value in drawn_weights(lm):
+            lm.get_parameter(name).copy_(value)
+    lm.save_pretrained(folder)
+    tokenizer = Tokenizer(
+        models.WordLevel({token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *_LETTERS])}, "<pad>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def documents(folder: Path) -> list[Tensor]:
+    """Return TEXTS as a run trains on them: tokens and the end of the sequence."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [torch.tensor([*tokenizer(text, add_special_tokens=False).input_ids, 2]) for text in TEXTS]
+
+
+def loss_of(lm: Any, rows: list[Tensor]) -> float:
+    """Return transformers' own loss, each document alone in a fresh copy, mean over all predicted tokens."""
+    total = count = 0.0
+    for ids in rows:
+        with torch.no_grad():
+            loss = copy.deepcopy(lm).eval()(input_ids=ids[None], labels=ids[None], use_cache=False).loss
+        total += loss.double().item() * (len(ids) - 1)
+        count += len(ids) - 1
+    return total / count
