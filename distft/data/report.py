@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from distft.data.turns import SPLIT
+
 TOO_LONG = "too long"
 UNTRAINED = "no trained token"
 TRUNCATED_AWAY = "no trained token left after truncation"
@@ -78,12 +80,11 @@ class SourceReport:
         """What became of the rows, beyond their numbers: one line each."""
         if self.num_dropped:
             yield f"dropped: {self.reasons()}; longest row {self.longest:,} tokens"
-        if self.num_split:
-            yield f"{self.num_split:,} rows more than were read: turns as rows of their own"
         if self.num_diverged:
             yield f"{self.num_diverged:,} rows: the prompt's last token merges with the completion"
         for kind, note in self.notes.items():
-            yield f"{note.num_rows:,} rows: {kind}; first {note.example}"
+            more = f" ({self.num_split:,} rows more than were read)" if kind == SPLIT else ""
+            yield f"{note.num_rows:,} rows: {kind}{more}; first {note.example}"
         if self.unread:
             yield "columns not read: " + ", ".join(f'"{name}" ({count:,})' for name, count in self.unread.items())
 

@@ -356,3 +356,20 @@ def test_a_template_that_cannot_be_told_names_no_setting_that_loses(make: Make) 
     with pytest.raises(DataError, match=r"renders messages up to 2 differently when others follow") as raised:
         rows(make(upper), [user("a"), says("b"), user("c"), says("d")])
     assert "loss_on" not in str(raised.value)
+
+
+def test_a_split_is_reported_with_its_rows(tmp_path: Path) -> None:
+    """As `check` and the run's log say it."""
+    from data_kit import table_of
+
+    from distft.data.prepare import prepare
+
+    folder = shapes.save_tokenizer(tmp_path / "t", shapes.QWEN3)
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in (TWO[:2], TWO, [*TWO, *TWO])))
+    table = table_of(path, chat_template="auto")
+    made = prepare(table, table.train, tokenizer=str(folder), cache_dir=tmp_path / "cache")
+    source = made.report.sources[0]
+    assert (source.num_read, source.num_kept, source.num_split) == (3, 7, 4)
+    assert [made.sample_id(row) for row in range(3)] == [f"train.jsonl row {row}" for row in (1, 2, 2)]
+    assert list(source.said()) == [f"2 rows: {turns.SPLIT} (4 rows more than were read); first train.jsonl:2: 2 rows"]
