@@ -116,6 +116,7 @@ def prepare(
     """
     table = table if table.date else table.model_copy(update={"date": today()})  # one day, however long it takes
     found = with_distinct_labels([find(source, merge_turns=table.merge_turns) for source in sources])
+    _refuse_twice(found, table.eval if split == "train" else (), split)
     specs = [decide_format(source) for source in found]
     folder = tokenizer_folder(tokenizer, revision)
     names = (*TOKENIZER_FILES, "config.json")  # whose model_type decides the tokenizer's class
@@ -134,6 +135,32 @@ def prepare(
             f"{cache_dir}: prepared rows cannot be written: {error.strerror or error}  "
             "set [data] cache_dir to a folder that can be, with room"
         ) from None
+
+
+def _refuse_twice(found: Sequence[Source], held_out: Sequence[SourceTable], split: str) -> None:
+    """Globs and folders may name a file that another source names too.
+
+    Raises:
+        DataError: a file is read twice, or is trained on and held out.
+    """
+    seen: dict[Path, str] = {}
+    for source in found:
+        for file in source.files:
+            if file.path is None:
+                continue
+            before = seen.setdefault(file.path.resolve(), source.table.path)
+            if before is not source.table.path:
+                raise DataError(
+                    f"[[data.{split}]] {source.table.path}: {file.path} is also a file of {before}  remove one of the "
+                    "two, or set weight to repeat rows"
+                )
+    for source in map(find, held_out):
+        for file in source.files:
+            if file.path is not None and (trained := seen.get(file.path.resolve())) is not None:
+                raise DataError(
+                    f"[[data.eval]] {source.table.path}: {file.path} is also trained on, by [[data.train]] {trained}  "
+                    "evaluate on rows that are not trained"
+                )
 
 
 @dataclass(frozen=True)

@@ -484,8 +484,12 @@ class Renderer:
         """
         bare, whole = context if as_chat else context.rstrip(), context + continuation
         backend = self.tokenizer.backend_tokenizer
-        ids = self._without_added_eos(backend.encode(whole, add_special_tokens=not as_chat).ids, whole)
-        before = self._without_added_eos(backend.encode(bare, add_special_tokens=not as_chat).ids, bare) if bare else []
+
+        def encoded(text: str) -> list[int]:
+            ids = backend.encode(text, add_special_tokens=not as_chat).ids
+            return self._without_added_eos(self._one_start(ids, text), text)
+
+        ids, before = encoded(whole), encoded(bare) if bare else []
         if not before:
             start = self.tokenizer.bos_token_id
             start = self.tokenizer.eos_token_id if start is None else start

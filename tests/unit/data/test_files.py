@@ -16,9 +16,11 @@ import pytest
 from data_kit import table_of
 
 from distft.core.errors import DataError, RecipeError
+from distft.data.prepare import prepare
 from distft.data.sources import find
 from distft.data.store import Prepared
 from distft.recipe import load_recipe
+from distft.recipe.schema import SourceTable
 
 Prepare = Callable[..., Prepared]
 ROWS = [{"text": f"The weather {number}"} for number in range(3)]
@@ -245,6 +247,29 @@ def test_globs(tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatc
     ):
         with pytest.raises(DataError, match=message):
             rows_of(path)
+
+
+def test_a_file_is_read_once_and_not_held_out_too(tmp_path: Path, tokenizer: Path) -> None:
+    """Globs and folders overlap more easily than names."""
+    lay(tmp_path / "set", {"a.jsonl": 0, "valid.jsonl": 1})
+
+    def made(*train: str, held_out: tuple[str, ...] = ()) -> Prepared:
+        table = table_of(*({"path": str(tmp_path / path)} for path in train))
+        sources = tuple(SourceTable(path=str(tmp_path / path)) for path in held_out)
+        table = table.model_copy(update={"eval": sources})
+        return prepare(table, table.train, tokenizer=str(tokenizer), cache_dir=tmp_path / "cache")
+
+    with pytest.raises(
+        DataError, match=r"a\.jsonl is also a file of .*set/\*\.jsonl  remove one of the two, or set weight"
+    ):
+        made("set/*.jsonl", "set/a.jsonl")
+    with pytest.raises(
+        DataError, match=r"\[\[data\.eval\]\] .*valid\.jsonl is also trained on, by \[\[data\.train\]\] .*set/\*"
+    ):
+        made("set/*.jsonl", held_out=("set/valid.jsonl",))
+    with pytest.raises(DataError, match=r"is also trained on, by \[\[data\.train\]\] .*set/a"):
+        made("set/a.jsonl", held_out=("set/*.jsonl",))
+    assert made("set/a.jsonl", held_out=("set/valid.jsonl",)).num_rows == 1
 
 
 def test_split_and_subset_have_an_effect_or_are_refused(tmp_path: Path) -> None:
