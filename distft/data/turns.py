@@ -254,9 +254,11 @@ class ChatTemplate:
         Short texts are found anywhere: the template is also asked about a chat of the same form that says other things.
         """
         message = chat.messages[index]
-        missing = list(find(text, message).missing)
-        kinds = {kind for at, kind in self._loses(chat) if at == index} - {piece.kind for piece in missing}
-        return missing + [piece for piece in pieces(message) if piece.kind in kinds]
+        missing = find(text, message).missing
+        kinds = {kind for at, kind in self._loses(chat) if at == index}
+        unseen = kinds - {piece.kind for piece in missing}
+        lost = [piece for piece in pieces(message) if piece.kind in unseen]
+        return lost + sorted(missing, key=lambda piece: piece.kind not in kinds)
 
     def _loses(self, chat: Conversation) -> frozenset[tuple[int, str]]:
         """What the template leaves out of a chat of this form: (index of the message, kind of piece)."""
@@ -379,7 +381,7 @@ class ChatTemplate:
         text, marks = self.draw(upto.messages, chat.tools, False)
         if self.marked:
             spans = [self._marked_turns(upto, text, marks, index)]
-            if lost := find(text, messages[index], *spans[0]).missing or self._missing(upto, text, index):
+            if lost := self._missing(upto, text, index) or find(text, messages[index], *spans[0]).missing:
                 raise self._left_out(chat, index, lost[0].kind, lost[0].text)
             return Drawn(text=text, spans=spans, notes=self._context(upto, text, {index}))
         before, _ = self.draw(messages[:index], chat.tools, True)
@@ -390,7 +392,7 @@ class ChatTemplate:
                 text = self._behind(before, text, messages, chat.tools, index)
             else:
                 return self._closed(upto, index, before, opener)
-        lost = find(text, messages[index], len(before)).missing or self._missing(upto, text, index)
+        lost = self._missing(upto, text, index) or find(text, messages[index], len(before)).missing
         if lost and opener is not None and lost[0].kind == REASONING:
             return self._closed(upto, index, before, opener)
         if lost:
