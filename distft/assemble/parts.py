@@ -118,6 +118,7 @@ def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFact
         flops_per_token=stats.flops_per_token(built.module),
         flops_per_squared_length=stats.flops_per_squared_length(built.module.transformer.config),
         start=state,
+        router_loss=built.module.router is not None,
     )
 
 
@@ -156,6 +157,10 @@ def meters(
             kind = console.BarSink if bar else console.LineSink
             sinks.append(kind(recipe.name, steps.num_steps, facts.start.step))
     metrics: list[Any] = [spec.build(facts) for spec in METRICS.values()]
+    if facts.router_loss:
+        from distft.metrics.router import RouterMetric
+
+        metrics.append(RouterMetric(engine.sum_over_ranks))
     metrics.append(StartUp(placed.rank, engine.gather, say, folder.note, os.environ))
     if recipe.log.samples:
         from distft.metrics.sample_log import SampleLog

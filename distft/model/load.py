@@ -181,7 +181,15 @@ class MetaModel:
         else:
             base = self._method.base_name(f"{name}.x").removesuffix(".x")
             # The copy of a tied head that an adapter trains whole starts as what the head is tied to.
-            values = self._source.values(*self._tied.get(base, (base, module)), device)
+            values = {}
+            rest = module
+            if base in self._tied:
+                origin, shares = self._tied[base]
+                values = self._source.values(origin, shares, device)
+                rest = copy.copy(module)  # what is its own beside the shared weight, such as a bias
+                rest._parameters = {short: meta for short, meta in pending.items() if short not in values}
+            if any(param is not None for param in rest._parameters.values()):
+                values |= self._source.values(base, rest, device)
         for short, meta in pending.items():
             module._parameters[short] = self._real(module, short, meta, values[short], device)
 
