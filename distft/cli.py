@@ -36,10 +36,11 @@ def train(
     """Fine-tune: becomes `accelerate launch -m distft.train` with one process per accelerator."""
     from distft import load_recipe
     from distft.core.errors import RecipeError
+    from distft.fits import refuse_missing_folder
     from distft.launch import become, launch_command, launch_env, num_accelerators
 
     try:  # once, and before any process is started
-        load_recipe(recipe, overrides=set_ or [])
+        refuse_missing_folder(load_recipe(recipe, overrides=set_ or []))
     except RecipeError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from None

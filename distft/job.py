@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from distft import assemble
+from distft import assemble, fits
 from distft.catalog import REGISTRIES
 from distft.core.ending import exit_code, reason, report_error
 from distft.core.errors import DONE, BusyError, MachineError, PeerEnded, Preempted
@@ -96,6 +96,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
         STOP.watch(folder.path / "STOP")
         try:
             PULSE.at("rows")
+            fits.refuse_misfits(located)
             cut = assemble.layout(recipe, world)
             say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
             rows, asked = assemble.data(located, cut, rank, world, say), assemble.exams(located, say)

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from distft import fits
 from distft.assemble.rows import Data, HeldOut, Say
 from distft.assemble.sizes import Layout
 from distft.catalog import REGISTRIES
@@ -55,15 +56,16 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
     from distft.model import load, savers, stats
 
     spec = located.method.spec
-    built = load.build(
-        located.model,
-        load.find_folder(located.model),
-        spec,
-        located.method.params,
-        seed=located.seed,
-        device=placed.device,
-        per_token=located.objective.spec.per_token,
-    )
+    with fits.placed(located):
+        built = load.build(
+            located.model,
+            load.find_folder(located.model),
+            spec,
+            located.method.params,
+            seed=located.seed,
+            device=placed.device,
+            per_token=located.objective.spec.per_token,
+        )
     num_embeddings = built.module.transformer.get_input_embeddings().num_embeddings
     if rows.largest_id >= num_embeddings:
         problem = Problem(

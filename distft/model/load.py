@@ -300,7 +300,9 @@ def build(
     tied = _tied_modules(lm)
     if (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
-    lm.name_or_path = str(folder) if table.path.startswith((".", "/", "~")) or Path(table.path).exists() else table.path
+    # What an adapter says of its base must lead there from any folder.
+    is_folder = table.path.startswith((".", "/", "~")) or Path(table.path).exists()
+    lm.name_or_path = str(folder.absolute()) if is_folder else table.path
     source = _source(table, folder, lm, seed, dtype) if weights else _NoSource()
     quant = method.quant(params)
     if quant is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from distft.core.registry import Params
+from distft.model.adapters import targets
 from distft.model.adapters.spec import MethodSpec
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ class LoraParams(Params):
     """The update is scaled by alpha / r (alpha / sqrt(r) with rslora)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter: every linear layer but the head, or name endings such as "q_proj"."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter: every linear layer but the head, name endings such as ["q_proj"], embeddings and the
+    head among them, or a regular expression that fits whole names."""
     rslora: bool = False
     """Scale by alpha / sqrt(r): higher ranks keep learning."""
     dora: bool = False
@@ -48,15 +50,15 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    targets = params.target_modules
+    named = params.target_modules
     config = LoraConfig(
         r=params.r,
         lora_alpha=params.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=params.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=named if isinstance(named, str) else list(named),
         use_rslora=params.rslora,
         use_dora=params.dora,
-        modules_to_save=list(params.modules_to_save) or None,
+        modules_to_save=targets.exact(lm, params.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
     lm.requires_grad_(False)
