@@ -86,7 +86,7 @@ def refuse_long_rows(located: Recipe, longest: int, split: str) -> None:
         return
     fault = Fault(
         key=("data", "max_length"),
-        message=f"lets [[data.{split}]] rows of up to {longest:,} tokens through, and the model has {limit:,} positions",
+        message=f"lets [[data.{split}]] rows of {longest:,} tokens through, and the model has {limit:,} positions",
         fix=f"set [data] max_length = {limit}; a model that is to learn longer texts says so itself, in its "
         "config.json: max_position_embeddings, or rope scaling",
     )

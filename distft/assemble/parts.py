@@ -66,7 +66,7 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
             device=placed.device,
             per_token=located.objective.spec.per_token,
         )
-    num_embeddings = built.module.transformer.get_input_embeddings().num_embeddings
+    num_embeddings = built.module.transformer.get_input_embeddings().weight.shape[0]
     if rows.largest_id >= num_embeddings:
         problem = Problem(
             message=f"[model] the tokenizer wrote token {rows.largest_id}, and the embedding has {num_embeddings} rows",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
-from distft.model.cross_entropy import HeadLoss, likelihoods
+from distft.model.cross_entropy import HeadLoss, by_logits, likelihoods
 
 
 class CausalLM(nn.Module):
@@ -44,12 +44,18 @@ class CausalLM(nn.Module):
     def use_loss(self, loss: HeadLoss) -> None:
         """Give the head a forward that, called with labels, returns this loss instead of logits."""
         head = self.head
-        if not isinstance(head, nn.Linear):
-            raise TypeError(f"the output projection is {type(head).__name__}, not a linear layer")
+        projection: Any = getattr(head, "base_layer", head)  # below an adapter
+        if not isinstance(projection, nn.Linear):
+            raise TypeError(f"the output projection is {type(projection).__name__}, not a linear layer")
         logits = types.MethodType(type(head).forward, head)
+        adapted, vocabulary = projection is not head, projection.out_features
 
         def forward(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, said: HeadLoss = loss) -> Tensor:
-            return logits(hidden) if labels is None else said(hidden, self.weight, self.bias, labels)
+            if labels is None:
+                return logits(hidden)
+            if adapted:  # its logits are no product of `hidden` with one weight
+                return by_logits(said, logits, vocabulary, hidden, labels)
+            return said(hidden, self.weight, self.bias, labels)
 
         head.forward = types.MethodType(forward, head)
 

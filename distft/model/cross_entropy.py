@@ -85,6 +85,30 @@ def likelihoods(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, lab
     return torch.cat(found)
 
 
+def by_logits(
+    said: HeadLoss, logits: Callable[[Tensor], Tensor], vocabulary: int, hidden_SE: Tensor, labels_S: Tensor
+) -> Tensor:
+    """What `said` gives, for a head that only tells logits: `likelihoods`, else the loss of every token.
+
+    In chunks as `chunked_loss`, and recomputed in the backward pass like those: so a head under an adapter needs no more
+    memory, and no fused kernel.
+    """
+
+    def losses(hidden_CE: Tensor, labels_C: Tensor) -> Tensor:
+        return F.cross_entropy(logits(hidden_CE).float(), labels_C, reduction="none")
+
+    def likely(hidden_CE: Tensor, labels_C: Tensor) -> Tensor:
+        logits_CV = logits(hidden_CE).float()
+        likeliest_C = logits_CV.argmax(1) == labels_C
+        return torch.stack([-F.cross_entropy(logits_CV, labels_C, reduction="none"), likeliest_C.float()], 1)
+
+    size, one = chunk_tokens(vocabulary), likely if said is likelihoods else losses
+    chunks = list(zip(hidden_SE.split(size), labels_S.split(size), strict=True))
+    if len(chunks) == 1 or one is likely:
+        return torch.cat([one(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks])  # type: ignore[arg-type]
+
+
 def chunked_sum(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:
     """The sum of `chunked_loss`, [1], with nothing computed twice.
 
