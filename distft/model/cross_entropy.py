@@ -90,8 +90,7 @@ def by_logits(
 ) -> Tensor:
     """What `said` gives, for a head that only tells logits: `likelihoods`, else the loss of every token.
 
-    In chunks as `chunked_loss`, and recomputed in the backward pass like those: so a head under an adapter needs no more
-    memory, and no fused kernel.
+    In chunks as `chunked_loss`, and recomputed in the backward pass like those: a head under an adapter needs no more.
     """
 
     def losses(hidden_CE: Tensor, labels_C: Tensor) -> Tensor:
