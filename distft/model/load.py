@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -302,7 +303,7 @@ def build(
         lm.generation_config = GenerationConfig.from_pretrained(folder)
     # What an adapter says of its base must lead there from any folder.
     is_folder = table.path.startswith((".", "/", "~")) or Path(table.path).exists()
-    lm.name_or_path = str(folder.absolute()) if is_folder else table.path
+    lm.name_or_path = os.path.abspath(folder) if is_folder else table.path
     source = _source(table, folder, lm, seed, dtype) if weights else _NoSource()
     quant = method.quant(params)
     if quant is not None:
