@@ -33,8 +33,9 @@ def main(mark: str, codes: str) -> None:
     while launched.ranks(mark, launcher=0) and time.monotonic() < until:
         time.sleep(_POLL_S)
     launched.kill(mark)
-    with contextlib.suppress(OSError):
-        Path(codes).unlink()
+    if codes != os.devnull:
+        with contextlib.suppress(OSError):
+            Path(codes).unlink()
 
 
 if __name__ == "__main__":

@@ -76,10 +76,8 @@ def run(
         meanwhile: called several times a second.
     """
     mark = uuid.uuid4().hex
-    handle, name = tempfile.mkstemp(prefix="distft-codes-")
-    os.close(handle)
-    codes = Path(name)
-    held = {launched.MARK: mark, launched.CODES: name}
+    codes = _file_of_codes()
+    held = {launched.MARK: mark, launched.CODES: str(codes)}
     with _taken_over() as signals, _keeper(mark, codes) as done:
         try:
             if signals.sent:  # before anything was started
@@ -93,7 +91,18 @@ def run(
         finally:
             launched.kill(mark)  # also what a rank has left behind
             done()
-            codes.unlink(missing_ok=True)
+            if codes != Path(os.devnull):
+                codes.unlink(missing_ok=True)
+
+
+def _file_of_codes() -> Path:
+    """An empty file; where none can be made (a full disk) nobody tells a code, and the launcher's is taken."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="distft-codes-")
+    except OSError:
+        return Path(os.devnull)
+    os.close(handle)
+    return Path(name)
 
 
 def _quietly(command: Sequence[str]) -> list[str]:

@@ -5,10 +5,12 @@ it is killed.
 """
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from distft.core import launched
+from distft.core import launched, supervise
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHER = """
@@ -242,3 +244,22 @@ def test_no_file_is_left(start: Start, tmp_path: Path, monkeypatch: pytest.Monke
     one.process.kill()
     one.ended()
     assert not list((tmp_path / "own").iterdir())
+
+
+def test_without_room_for_a_file_the_commands_own_code_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> tuple[int, str]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    ended = supervise.run([sys.executable, "-c", "raise SystemExit(4)"], env=os.environ, launcher=False)
+    assert (ended.code, ended.asked) == (4, [])
+    assert Path(os.devnull).exists()
+
+
+def test_what_a_rank_has_left_behind_ends_with_the_command() -> None:
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid)"
+    with tempfile.TemporaryFile("w+") as output:
+        supervise.run([sys.executable, "-c", code], env=os.environ, launcher=False, output=output)
+        output.seek(0)
+        pid = int(output.read())
+    until(lambda: not Path(f"/proc/{pid}").exists() or launched.is_dead(Path(f"/proc/{pid}")))

@@ -27,6 +27,22 @@ def test_chunked_equals_full_for_any_gradient(monkeypatch: pytest.MonkeyPatch) -
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_a_head_that_only_tells_logits_has_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(37, 16), torch.randn(300, 16), torch.randint(0, 300, (37,))
+
+    def by_logits(hidden, weight, bias, labels):
+        return cross_entropy.by_logits(cross_entropy.chunked_sum, lambda x: x @ weight.T, 300, hidden, labels)
+
+    whole = losses_and_gradients(cross_entropy.full_loss, hidden, weight, labels)
+    likely = cross_entropy.likelihoods(hidden, weight, None, labels)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 300 * 8)
+    for a, b in zip(whole, losses_and_gradients(by_logits, hidden, weight, labels), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    told = cross_entropy.by_logits(cross_entropy.likelihoods, lambda x: x @ weight.T, 300, hidden, labels)
+    assert torch.allclose(told, likely, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, True)])
 def test_the_sum_has_the_gradients_of_the_plain_loss(
