@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
-from distft.model.cross_entropy import HeadLoss, by_logits, likelihoods
+from distft.model.cross_entropy import HeadLoss, likelihoods, with_adapter
 
 
 class CausalLM(nn.Module):
@@ -44,18 +44,13 @@ class CausalLM(nn.Module):
     def use_loss(self, loss: HeadLoss) -> None:
         """Give the head a forward that, called with labels, returns this loss instead of logits."""
         head = self.head
-        projection: Any = getattr(head, "base_layer", head)  # below an adapter
-        if not isinstance(projection, nn.Linear):
-            raise TypeError(f"the output projection is {type(projection).__name__}, not a linear layer")
+        if not isinstance(head, nn.Linear):
+            _use_loss_with_adapter(head, loss)
+            return
         logits = types.MethodType(type(head).forward, head)
-        adapted, vocabulary = projection is not head, projection.out_features
 
         def forward(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, said: HeadLoss = loss) -> Tensor:
-            if labels is None:
-                return logits(hidden)
-            if adapted:  # its logits are no product of `hidden` with one weight
-                return by_logits(said, logits, vocabulary, hidden, labels)
-            return said(hidden, self.weight, self.bias, labels)
+            return logits(hidden) if labels is None else said(hidden, self.weight, self.bias, labels)
 
         head.forward = types.MethodType(forward, head)
 
@@ -117,3 +112,35 @@ class CausalLM(nn.Module):
         ).last_hidden_state
         hidden_SE = hidden_BLE.flatten(0, 1)[at_S]
         return self.head(hidden_SE).float() if labels_S is None else self.head(hidden_SE, labels_S, likelihoods)
+
+
+def _use_loss_with_adapter(head: Any, loss: HeadLoss) -> None:
+    """The same for a head under PEFT's LoRA.
+
+    Each of its parts is called once, however many chunks the loss has: engines that gather parameters around a part's
+    forward run a collective for every call, and ranks have different numbers of chunks. So the loss runs inside the
+    forward of the base layer, which runs inside that of `lora_B`: there both weights may be touched.
+    """
+    base = getattr(head, "base_layer", head)
+    if not isinstance(base, nn.Linear) or list(getattr(head, "lora_A", ())) != ["default"] or head.use_dora["default"]:
+        raise TypeError(f"the output projection is {type(head).__name__}, neither a linear layer nor one under LoRA")
+    down, up, dropout = head.lora_A["default"], head.lora_B["default"], head.lora_dropout["default"]
+    own, own_base, own_up = (types.MethodType(type(part).forward, part) for part in (head, base, up))
+
+    def base_forward(self: nn.Linear, hidden: Tensor, inner: Any = None, up_VR: Any = None, *labelled: Any) -> Tensor:
+        if inner is None:
+            return own_base(hidden)
+        labels, said = labelled
+        return with_adapter(said, hidden, inner, self.weight, self.bias, up_VR, labels)
+
+    def up_forward(self: nn.Linear, inner: Tensor, hidden: Any = None, *labelled: Any) -> Tensor:
+        return own_up(inner) if hidden is None else base(hidden, inner, self.weight, *labelled)
+
+    def forward(self: Any, hidden: Tensor, labels: Tensor | None = None, said: HeadLoss = loss) -> Tensor:
+        if labels is None:
+            return own(hidden)
+        inner = down(dropout(hidden.to(down.weight.dtype))) * self.scaling["default"]
+        return up(inner, hidden, labels, said)
+
+    for part, its in ((base, base_forward), (up, up_forward), (head, forward)):
+        part.forward = types.MethodType(its, part)

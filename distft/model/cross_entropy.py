@@ -85,27 +85,41 @@ def likelihoods(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, lab
     return torch.cat(found)
 
 
-def by_logits(
-    said: HeadLoss, logits: Callable[[Tensor], Tensor], vocabulary: int, hidden_SE: Tensor, labels_S: Tensor
+def with_adapter(
+    said: HeadLoss,
+    hidden_SE: Tensor,
+    inner_SR: Tensor,
+    weight_VE: Tensor,
+    bias_V: Tensor | None,
+    up_VR: Tensor,
+    labels_S: Tensor,
 ) -> Tensor:
-    """What `said` gives, for a head that only tells logits: `likelihoods`, else the loss of every token.
+    """What `said` gives, where the logits are those of hidden @ weight.T + inner @ up.T: `likelihoods`, else losses.
 
-    In chunks as `chunked_loss`, and recomputed in the backward pass like those: a head under an adapter needs no more.
+    R is the adapter's rank. In chunks as `chunked_loss`, and recomputed in the backward pass like those.
     """
 
-    def losses(hidden_CE: Tensor, labels_C: Tensor) -> Tensor:
-        return F.cross_entropy(logits(hidden_CE).float(), labels_C, reduction="none")
+    def logits(hidden_CE: Tensor, inner_CR: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor) -> Tensor:
+        return (F.linear(hidden_CE, weight, bias) + F.linear(inner_CR, up)).float()
 
-    def likely(hidden_CE: Tensor, labels_C: Tensor) -> Tensor:
-        logits_CV = logits(hidden_CE).float()
-        likeliest_C = logits_CV.argmax(1) == labels_C
-        return torch.stack([-F.cross_entropy(logits_CV, labels_C, reduction="none"), likeliest_C.float()], 1)
+    def losses(
+        hidden: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, labels: Tensor
+    ) -> Tensor:
+        return F.cross_entropy(logits(hidden, inner, weight, bias, up), labels, reduction="none")
 
-    size, one = chunk_tokens(vocabulary), likely if said is likelihoods else losses
-    chunks = list(zip(hidden_SE.split(size), labels_S.split(size), strict=True))
-    if len(chunks) == 1 or one is likely:
-        return torch.cat([one(*chunk) for chunk in chunks])
-    return torch.cat([checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks])  # type: ignore[arg-type]
+    def likely(
+        hidden: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, labels: Tensor
+    ) -> Tensor:
+        logits_CV = logits(hidden, inner, weight, bias, up)
+        likeliest_C = logits_CV.argmax(1) == labels
+        return torch.stack([-F.cross_entropy(logits_CV, labels, reduction="none"), likeliest_C.float()], 1)
+
+    size, one = chunk_tokens(weight_VE.shape[0]), likely if said is likelihoods else losses
+    rows = list(zip(hidden_SE.split(size), inner_SR.split(size), labels_S.split(size), strict=True))
+    told = [(hidden, inner, weight_VE, bias_V, up_VR, labels) for hidden, inner, labels in rows]
+    if len(told) == 1 or one is likely:
+        return torch.cat([one(*chunk) for chunk in told])
+    return torch.cat([checkpoint(one, *chunk, use_reentrant=False) for chunk in told])  # type: ignore[arg-type]
 
 
 def chunked_sum(hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor) -> Tensor:

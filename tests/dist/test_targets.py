@@ -22,7 +22,6 @@ pytestmark = pytest.mark.dist
 METHODS = {
     "embeddings": '{name="lora", r=4, target_modules=["embed_tokens", "v_proj"]}',
     "head": '{name="lora", r=4, target_modules=["lm_head", "v_proj"]}',
-    "head-dora": '{name="lora", r=4, dora=true, target_modules=["lm_head"]}',
     "both": '{name="lora", r=4, target_modules=["embed_tokens", "lm_head"], modules_to_save=["norm"]}',
     "expression": '{name="lora", r=4, target_modules="model.layers.1.*(q|up)_proj"}',
 }
@@ -59,7 +58,7 @@ def alone(bench: Bench) -> dict[str, Run]:
 @pytest.fixture(scope="module")
 def pairs(bench: Bench) -> dict[str, Run]:
     told = {name: case for engine in ENGINES for name, case in cases(bench, engine).items()}
-    return bench.launch(2, told, tag="two")
+    return bench.launch(2, told, tag="two", worker="chunks_worker.py")
 
 
 WHOLE = [*METHODS, *(f"tied-{name}" for name in TIED)]

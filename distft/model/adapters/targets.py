@@ -63,7 +63,7 @@ class _Names:
 
     def __init__(self, lm: Any, in_4bit: bool) -> None:
         self.modules: dict[str, Any] = {name: module for name, module in lm.named_modules() if name}
-        head = lm.get_output_embeddings()
+        self._head = head = lm.get_output_embeddings()
         self.in_4bit = {
             name for name, module in self.modules.items() if in_4bit and _is_linear(module) and module is not head
         }
@@ -80,6 +80,10 @@ class _Names:
         """The modules that a regular expression means: it has to fit the whole name, as for PEFT."""
         compiled = re.compile(pattern)
         return [module for module in self.modules if compiled.fullmatch(module)]
+
+    def is_head(self, name: str) -> bool:
+        """Whether this module makes the logits."""
+        return self.modules[name] is self._head
 
     def has_adapter(self, name: str) -> bool:
         """Whether this module is of a kind that gets a low-rank product."""
@@ -178,10 +182,10 @@ def _of_kinds(names: _Names, key: Any, said: str, meant: list[str], *, dora: boo
         message = f"{said} means {without}, a {names.what(without)}: only linear layers and embeddings take an adapter"
         yield Fault(key=key, message=message, fix=fix)
         return
-    embedding = next((module for module in meant if not _is_linear(names.modules[module])), None)
-    if dora and embedding is not None:
+    without_dora = [module for module in meant if not _is_linear(names.modules[module]) or names.is_head(module)]
+    if dora and without_dora:
         yield Fault(
-            key=key, message=f"{said} means {embedding}, an embedding, which takes no DoRA",
+            key=key, message=f"{said} means {without_dora[0]}: embeddings and the head take no DoRA",
             fix="leave it out, or dora = false", also=(("method", "dora"),),
         )  # fmt: skip
 

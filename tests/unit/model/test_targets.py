@@ -133,7 +133,13 @@ WRONG = {
     "DoRA on an embedding": (
         {"target_modules": ("q_proj", "embed_tokens"), "dora": True},
         ("target_modules", 1),
-        "an embedding, which takes no DoRA",
+        "means model.embed_tokens: embeddings and the head take no DoRA",
+        "dora = false",
+    ),
+    "DoRA on the head": (
+        {"target_modules": ".*(q_proj|lm_head)", "dora": True},
+        ("target_modules",),
+        "means lm_head: embeddings and the head take no DoRA",
         "dora = false",
     ),
 }
