@@ -6,11 +6,16 @@ Found before rows are prepared where only the config is asked, before any proces
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from distft.core.errors import Problem, RecipeError
+from distft.data.prepare import cache_folder
 from distft.demo.files import locate_path
 from distft.model import skeleton
 from distft.model.adapters import targets
@@ -56,11 +61,7 @@ def refuse_misfits(located: Recipe, folder: Path | None = None) -> None:
     params: Any = located.method.params
     if not targets.are_named(params):
         return
-    from distft.model import load
-
-    with placed(located):
-        lm = skeleton.build(load.read_config(folder))
-    _refuse(located, targets.faults(lm, params))
+    _refuse(located, targets.faults(_listing(located, folder), params))
 
 
 def refuse_long_rows(located: Recipe, longest: int, split: str) -> None:
@@ -91,6 +92,25 @@ def refuse_long_rows(located: Recipe, longest: int, split: str) -> None:
         "config.json: max_position_embeddings, or rope scaling",
     )
     _refuse(located, [fault])
+
+
+def _listing(located: Recipe, folder: Path) -> targets.Listing:
+    """The model's modules; kept by config, versions and code, because to build them imports torch for seconds."""
+    parts = [(folder / "config.json").read_bytes(), version("transformers").encode()]
+    parts += [Path(found).read_bytes() for module in (skeleton, targets) if (found := module.__file__)]
+    kept = cache_folder(located.data) / "modules" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return targets.Listing.from_json(json.loads(kept.read_text(encoding="utf-8")))
+    from distft.model import load
+
+    with placed(located):
+        listed = targets.listing(skeleton.build(load.read_config(folder)))
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+        aside.write_text(json.dumps(listed.to_json()), encoding="utf-8")
+        aside.replace(kept)
+    return listed
 
 
 def _missing(path: str, key: str) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,14 +86,14 @@ def says(main: Main, path: str, capsys: pytest.CaptureFixture[str], *parts: str)
 def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     path = recipe(tmp_path)
     text = Path(path).read_text()
-    Path(path).write_text(text.replace(f'"{tmp_path}/model"', f'"{tmp_path}/modle"'))
+    Path(path).write_text(text.replace(f'"{tmp_path}/model"', f'"{tmp_path}/my-model"'))
     says(VERBS[verb], path, capsys, "[model] path", "line 4", "config.json" if verb == "plan" else "no such folder")
 
 
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("modle", "did you mean {folder}/model?"),
+        ("my-model", "did you mean {folder}/model?"),
         ("models/llama/8b", "{folder} is there, models in it is not"),
         ("recipe.toml", "is a file, not a folder"),
         ("empty", "the folder has no config.json (it holds: nothing)"),
@@ -135,6 +137,24 @@ def test_a_name_that_matches_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     path = recipe(tmp_path, more='[method]\nname = "lora"\ntarget_modules = [\n  "q_proj",\n  "v_prj",\n]')
     says(VERBS[verb], path, capsys, '"v_prj" is no module of the model', "line 20", 'did you mean "v_proj"')
     assert not (tmp_path / "runs/run/manifest.json").exists(), "nothing was started"
+
+
+def test_a_second_look_builds_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would import torch, which takes longer than the whole check."""
+    path = recipe(tmp_path, more='[train]\nglobal_batch_size = 8\n[method]\nname = "lora"\ntarget_modules = ["q_proj"]')
+    assert check.main([path]) == 0
+    code = "import sys; from distft.check import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; "
+    command = [sys.executable, "-c", code + "raise SystemExit(code)", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    wrong = Path(path).read_text().replace("q_proj", "q_prj")
+    Path(path).write_text(wrong)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert 'did you mean "q_proj"' in done.stderr
+    config = tmp_path / "model/config.json"  # another model, under the same path
+    config.write_text(json.dumps({"model_type": "gpt2", "vocab_size": 1024, "n_embd": 64, "n_head": 4, "n_layer": 1}))
+    assert check.main([path]) == 2
 
 
 # -- positions -------------------------------------------------------------------------------------------------------

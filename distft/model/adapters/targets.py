@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from distft.recipe.origin import Fault
 
@@ -35,6 +36,60 @@ def name_blocks(params: Any) -> bool:
     return any(any(char.isdigit() for char in name) for name in [*names, *getattr(params, "modules_to_save", ())])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """A module of a model, as far as a method may name it."""
+
+    name: str
+    kind: str
+    """Its class."""
+    adapts: Literal["linear", "embedding", ""]
+    """What kind of low-rank product it can have; "": none."""
+    own: bool
+    """It has parameters itself."""
+    trains: bool
+    """It has parameters, or a module in it does."""
+    head: bool
+    """It makes the logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Everything in a model that can be named; plain values, so that it can be kept."""
+
+    modules: tuple[Module, ...]
+    experts: tuple[str, ...]
+    """Names of weights of all experts in one tensor: PEFT and transformers know them by these."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> Listing:
+        """What `to_json` gave."""
+        return cls(modules=tuple(Module(**one) for one in said["modules"]), experts=tuple(said["experts"]))
+
+
+def listing(lm: Any) -> Listing:
+    """The modules of a transformers model, which may be without values."""
+    head = lm.get_output_embeddings()
+    modules = tuple(
+        Module(
+            name=name,
+            kind=type(module).__name__,
+            adapts=_adapts(module),
+            own=any(True for _ in module.parameters(recurse=False)),
+            trains=any(True for _ in module.parameters()),
+            head=module is head,
+        )
+        for name, module in lm.named_modules()
+        if name
+    )
+    experts = dict.fromkeys(name.rpartition(".")[2] for name, param in lm.named_parameters() if param.ndim == 3)
+    return Listing(modules=modules, experts=tuple(experts))
+
+
 def exact(lm: nn.Module, names: Sequence[str]) -> list[str]:
     """`modules_to_save` as PEFT must be told them so that it takes these modules and no others.
 
@@ -49,11 +104,11 @@ def exact(lm: nn.Module, names: Sequence[str]) -> list[str]:
     return told
 
 
-def faults(lm: nn.Module, params: Any) -> list[Fault]:
+def faults(listed: Listing, params: Any) -> list[Fault]:
     """What is wrong with the names of an adapter method for this model, before anything is attached to it."""
     if not hasattr(params, "target_modules"):
         return []
-    names = _Names(lm, bool(getattr(params, "quant", None)))
+    names = _Names(listed, bool(getattr(params, "quant", None)))
     found = [*_of_targets(names, params), *_of_saved(names, params)]
     return found or list(_of_both(names, params))
 
@@ -61,16 +116,14 @@ def faults(lm: nn.Module, params: Any) -> list[Fault]:
 class _Names:
     """A model's modules by name, and what an adapter can do with each."""
 
-    def __init__(self, lm: Any, in_4bit: bool) -> None:
-        self.modules: dict[str, Any] = {name: module for name, module in lm.named_modules() if name}
-        self._head = head = lm.get_output_embeddings()
+    def __init__(self, listed: Listing, in_4bit: bool) -> None:
+        self.modules = {module.name: module for module in listed.modules}
         self.in_4bit = {
-            name for name, module in self.modules.items() if in_4bit and _is_linear(module) and module is not head
+            module.name for module in listed.modules if in_4bit and module.adapts == "linear" and not module.head
         }
-        # Experts in one tensor: PEFT and transformers know them by their parameters, and by names of older layouts.
-        self.experts = {name.rpartition(".")[2] for name, param in lm.named_parameters() if param.ndim == 3}
-        if self.experts:
-            self.experts |= {"experts", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+        # Also by names of older layouts, with a module for each expert.
+        older = {"experts", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+        self.experts = {*listed.experts, *older} if listed.experts else set[str]()
 
     def matched(self, name: str) -> list[str]:
         """The modules that a name of a list means."""
@@ -83,20 +136,17 @@ class _Names:
 
     def is_head(self, name: str) -> bool:
         """Whether this module makes the logits."""
-        return self.modules[name] is self._head
+        return self.modules[name].head
 
     def has_adapter(self, name: str) -> bool:
         """Whether this module is of a kind that gets a low-rank product."""
-        from torch import nn
-
-        module = self.modules[name]
-        return _is_linear(module) or isinstance(module, nn.Embedding)
+        return bool(self.modules[name].adapts)
 
     def nearest(self, name: str, *, adapted: bool) -> str:
         """What `name` was probably meant to be; else a few names that there are."""
         known: dict[str, None] = {}
         for module in self.modules:
-            if self.has_adapter(module) or (not adapted and self._trains(module)):
+            if self.has_adapter(module) or (not adapted and self.modules[module].own):
                 parts = [part for part in module.split(".") if not part.isdigit()]
                 known |= dict.fromkeys([parts[-1], ".".join(parts[-2:])])
         by_lower = {word.lower(): word for word in reversed(known)}
@@ -115,13 +165,6 @@ class _Names:
         """Short names of what could be named instead of a module that holds others."""
         inside = [module for module in self.modules if module.startswith(f"{name}.") and self.has_adapter(module)]
         return list(dict.fromkeys(module.rpartition(".")[2] for module in inside))
-
-    def _trains(self, name: str) -> bool:
-        return any(True for _ in self.modules[name].parameters(recurse=False))
-
-    def what(self, name: str) -> str:
-        """A module's kind."""
-        return type(self.modules[name]).__name__
 
 
 def _of_targets(names: _Names, params: Any) -> Iterator[Fault]:
@@ -177,12 +220,13 @@ def _of_kinds(names: _Names, key: Any, said: str, meant: list[str], *, dora: boo
     if without is not None:
         inside = names.below(without)
         fix = f"name the layers in it: {', '.join(inside[:8])}" if inside else "leave it out"
-        if not inside and any(True for _ in names.modules[without].parameters()):
+        if not inside and names.modules[without].trains:
             fix = "leave it out, or train it whole: modules_to_save"
-        message = f"{said} means {without}, a {names.what(without)}: only linear layers and embeddings take an adapter"
+        kind = names.modules[without].kind
+        message = f"{said} means {without}, a {kind}: only linear layers and embeddings take an adapter"
         yield Fault(key=key, message=message, fix=fix)
         return
-    without_dora = [module for module in meant if not _is_linear(names.modules[module]) or names.is_head(module)]
+    without_dora = [module for module in meant if names.modules[module].adapts == "embedding" or names.is_head(module)]
     if dora and without_dora:
         yield Fault(
             key=key, message=f"{said} means {without_dora[0]}: embeddings and the head take no DoRA",
@@ -197,9 +241,9 @@ def _of_saved(names: _Names, params: Any) -> Iterator[Fault]:
             fix = names.nearest(name, adapted=False)
             yield Fault(key=key, message=f'"{name}" is no module of the model', fix=fix)
             continue
-        empty = next((one for one in meant if not any(True for _ in names.modules[one].parameters())), None)
+        empty = next((one for one in meant if not names.modules[one].trains), None)
         if empty is not None:
-            message = f'"{name}" means {empty}, a {names.what(empty)}, which has nothing to train'
+            message = f'"{name}" means {empty}, a {names.modules[empty].kind}, which has nothing to train'
             yield Fault(key=key, message=message, fix="leave it out")
             continue
         packed = next((one for one in names.in_4bit if any(one == m or one.startswith(f"{m}.") for m in meant)), None)
@@ -237,12 +281,14 @@ def _ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _is_linear(module: Any) -> bool:
-    """Also GPT-2's transposed one, and one that is stored in 4 bits."""
+def _adapts(module: Any) -> Literal["linear", "embedding", ""]:
+    """Linear is also GPT-2's transposed layer."""
     from torch import nn
 
     kind = type(module)
-    return isinstance(module, nn.Linear) or (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils")
+    if isinstance(module, nn.Linear) or (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils"):
+        return "linear"
+    return "embedding" if isinstance(module, nn.Embedding) else ""
 
 
 def _either(words: list[str]) -> str:

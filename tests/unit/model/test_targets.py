@@ -1,5 +1,6 @@
 """Names of modules in a recipe: each must match something that can be trained, else the nearest names are said."""
 
+import json
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
 
 def said(config: Any, **settings: Any) -> list[tuple[Any, str, str]]:
     """(what follows `method` in the key, message, fix) of every fault."""
-    found = targets.faults(skeleton.build(config), LoraParams(**settings))
+    found = targets.faults(targets.listing(skeleton.build(config)), LoraParams(**settings))
     return [(fault.key[1:], fault.message, fault.fix) for fault in found]
 
 
@@ -184,7 +185,7 @@ def test_transposed_layers_are_layers() -> None:
 
 
 def test_what_is_stored_in_4_bits_cannot_be_trained_whole() -> None:
-    lm = skeleton.build(LLAMA)
+    lm = targets.listing(skeleton.build(LLAMA))
     (fault,) = targets.faults(lm, QloraParams(modules_to_save=("norm", "lm_head", "mlp")))
     assert fault.key == ("method", "modules_to_save", 2)
     assert "stored in 4 bits" in fault.message
@@ -200,6 +201,11 @@ def test_a_saved_name_means_no_longer_names_with_its_end() -> None:
     wrapped = lora.attach(skeleton.build(LLAMA), LoraParams(modules_to_save=("norm",)), float32)
     whole = [name for name, param in wrapped.named_parameters() if param.requires_grad and "lora_" not in name]
     assert whole == ["base_model.model.model.norm.modules_to_save.default.weight"]
+
+
+def test_a_listing_can_be_kept() -> None:
+    listed = targets.listing(skeleton.build(GPT2))
+    assert targets.Listing.from_json(json.loads(json.dumps(listed.to_json()))) == listed
 
 
 @pytest.mark.parametrize(
