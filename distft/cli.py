@@ -31,7 +31,7 @@ def train(
     output_dir: Annotated[str | None, typer.Option(help="Folder of run folders.")] = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|DIR", help="Where to continue.")] = "auto",
     allow_changes: Annotated[bool, typer.Option(help="Continue under a changed learning rate or length.")] = False,
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; default: one per GPU.")] = None,
 ) -> None:
     """Fine-tune: becomes `accelerate launch -m distft.train` with one process per accelerator."""
     from distft import load_recipe
@@ -109,7 +109,7 @@ def eval_(
     lm_eval: Annotated[str | None, typer.Option(metavar="TASK,…", help="Tasks of lm-eval to run as well.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Rows shown in each task's prompts.")] = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; default: one per GPU.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Look at a model: held-out loss, answers and their scores, compared with the base model's."""

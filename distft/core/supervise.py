@@ -28,6 +28,8 @@ from distft.core.errors import PREEMPTED_AND_SAVED
 from distft.core.stop import PATIENCE, SIGNALS, STOPPING, hold
 
 _POLL_S = 0.1
+SAME_WISH_S = 0.05
+"""A signal that comes again within this time is not sent by an impatient person."""
 _PR_SET_PDEATHSIG = 1
 _NOT_PASSED_ON = (
     *(signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGWINCH),
@@ -117,10 +119,14 @@ class _Signals:
 
     def __init__(self) -> None:
         self.sent: list[int] = []
+        self._last = (0, 0.0)
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
-        self.sent.append(number)
+        """The handler. `timeout` signals the process and then its group: one wish to stop, not the second of three."""
+        before, now = self._last, time.monotonic()
+        self._last = number, now
+        if not (number in STOPPING and number == before[0] and now - before[1] < SAME_WISH_S):
+            self.sent.append(number)
 
 
 @contextlib.contextmanager

@@ -160,6 +160,14 @@ def test_the_third_wish_is_granted_at_once(start: Start) -> None:
     assert one.ended(5) == 128 + signal.SIGTERM
 
 
+def test_timeout_asks_once(start: Start) -> None:
+    """It signals the process and its group, so the process twice at once; more would end a rank that saves."""
+    one = start(before=["timeout", "2"])
+    one.wait_for(*READY)
+    assert one.ended() == 124, "timeout's own code"
+    assert one.saved() == ["SIGTERM 1"] * 2
+
+
 def test_killed_it_leaves_ranks_that_save_and_end(start: Start) -> None:
     one = start()
     one.wait_for(*READY)
