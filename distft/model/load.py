@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,9 @@ def build(
     tied, layout = _tied_modules(lm), FileLayout(lm)
     if (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
-    lm.name_or_path = str(folder) if table.path.startswith((".", "/", "~")) or Path(table.path).exists() else table.path
+    # What an adapter says of its base must lead there from any folder.
+    is_folder = table.path.startswith((".", "/", "~")) or Path(table.path).exists()
+    lm.name_or_path = os.path.abspath(folder) if is_folder else table.path
     source = _source(table, folder, lm, seed, dtype) if weights else NoSource()
     quant = method.quant(params)
     if quant is not None:

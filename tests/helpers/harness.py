@@ -123,6 +123,7 @@ console = "off"
         tag: str,
         extra: dict[str, dict[str, str]] | None = None,
         timeout_s: float = 600.0,
+        worker: str = "worker.py",
     ) -> dict[str, "Run"]:
         """Every case (name -> overrides) in one launch of `world` processes; `extra`: see worker.py.
 
@@ -136,7 +137,7 @@ console = "off"
             for name, overrides in cases.items()
         ]
         plan.write_text(json.dumps({"cases": listed, "results": str(results)}))
-        done = run([*torchrun(world), str(ROOT / "tests/dist/worker.py"), str(plan)], timeout_s=timeout_s)
+        done = run([*torchrun(world), str(ROOT / "tests/dist" / worker), str(plan)], timeout_s=timeout_s)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
         return {name: Run.read(said, done.stderr) for name, said in json.loads(results.read_text()).items()}
 
