@@ -142,7 +142,7 @@ def with_adapter(
     bias_V: Tensor | None,
     up_VR: Tensor,
     labels_S: Tensor,
-    rule: LogitRule,
+    rule: LogitRule = PLAIN,
 ) -> Tensor:
     """What `loss` gives, where the head's product is hidden @ weight.T + inner @ up.T: `likelihoods`, else losses.
 

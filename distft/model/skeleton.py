@@ -44,10 +44,11 @@ def find_config(table: ModelTable) -> Path:
 def build(config: Any) -> Any:
     """The transformers model without values, to be asked for its modules."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from distft.model import load
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return load.untrained(config, "eager")
 
 
 def has_positions(folder: Path, longest: int) -> bool:

@@ -120,9 +120,13 @@ def _expert_targets(lm: Any, params: LoraParams) -> set[str]:
     """
     from distft.model import experts
 
-    found = {".".join([*name.rsplit(".", 2)[-2:], short]) for name, _, short in experts.all_expert_tensors(lm)}
+    whole = {f"{name}.{short}" for name, _, short in experts.all_expert_tensors(lm)}
+    found = {".".join(name.rsplit(".", 3)[-3:]) for name in whole}
     if params.target_modules == "all-linear":
         return found
+    if isinstance(params.target_modules, str):  # a regular expression, which fits whole names
+        fits = {name for name in whole if re.fullmatch(params.target_modules, name)}
+        return {tensor for tensor in found if any(name.endswith(tensor) for name in fits)}
     return {tensor for tensor in found if any(_matches(tensor, name) for name in params.target_modules)}
 
 

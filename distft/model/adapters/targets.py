@@ -24,16 +24,21 @@ _MANY = 3
 """Names that a message lists."""
 
 
+def _saved(params: Any) -> tuple[str, ...]:
+    """Modules trained whole; none where a method has no such key."""
+    return getattr(params, "modules_to_save", ())
+
+
 def are_named(params: Any) -> bool:
     """Whether a method's settings name any module, so that there is something to look for in the model."""
-    return getattr(params, "target_modules", ALL_LINEAR) != ALL_LINEAR or bool(getattr(params, "modules_to_save", ()))
+    return getattr(params, "target_modules", ALL_LINEAR) != ALL_LINEAR or bool(_saved(params))
 
 
 def name_blocks(params: Any) -> bool:
     """Whether blocks may differ in what is trained: a name or pattern that says which block it means."""
     targets = getattr(params, "target_modules", ALL_LINEAR)
     names = [targets] if isinstance(targets, str) else list(targets)
-    return any(any(char.isdigit() for char in name) for name in [*names, *getattr(params, "modules_to_save", ())])
+    return any(any(char.isdigit() for char in name) for name in [*names, *_saved(params)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +240,7 @@ def _of_kinds(names: _Names, key: Any, said: str, meant: list[str], *, dora: boo
 
 
 def _of_saved(names: _Names, params: Any) -> Iterator[Fault]:
-    for at, name in enumerate(params.modules_to_save):
+    for at, name in enumerate(_saved(params)):
         key, meant = (*_SAVED, at), names.matched(name)
         if not meant:
             fix = names.nearest(name, adapted=False)
@@ -256,7 +261,7 @@ def _of_saved(names: _Names, params: Any) -> Iterator[Fault]:
 
 def _of_both(names: _Names, params: Any) -> Iterator[Fault]:
     """A module is trained whole, or gets an adapter; PEFT would leave the adapter out."""
-    whole = [module for name in params.modules_to_save for module in names.matched(name)]
+    whole = [module for name in _saved(params) for module in names.matched(name)]
     for inner in whole:
         outer = next((module for module in whole if inner.startswith(f"{module}.")), None)
         if outer is not None:
