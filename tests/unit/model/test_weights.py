@@ -132,6 +132,16 @@ def test_tensors_that_transformers_leaves_out_by_rule(saved: Callable[..., Path]
     same(loaded(altered(saved("gpt2"), tmp_path / "masks", lambda t: t.update(masks))), plain(saved("gpt2")))
 
 
+def test_a_routing_bias_stays_in_fp32_beside_bf16_weights(saved: Callable[..., Path]) -> None:
+    right = AutoModelForCausalLM.from_pretrained(saved("deepseek_v3"), dtype=torch.bfloat16)
+    ours = build(saved("deepseek_v3"), init="pretrained", attention="eager", dtype="bfloat16").module.transformer
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    theirs = dict(right.named_buffers())[name]
+    assert theirs.dtype == torch.float32
+    assert theirs.any()
+    assert torch.equal(dict(ours.named_buffers())[name], theirs)
+
+
 def test_tied_tensors(saved: Callable[..., Path], tmp_path: Path) -> None:
     source = saved("llama", tie_word_embeddings=True)
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -354,6 +364,9 @@ def test_values_that_cannot_be_meant(saved: Callable[..., Path], tmp_path: Path)
         folder = altered(saved("llama"), tmp_path / name, with_one(value))
         with pytest.raises(RecipeError, match=f"{name}/model.safetensors: {at} holds {said}"):
             loaded(folder)
+    large = altered(saved("llama"), tmp_path / "large", with_one(3.4e38))
+    with pytest.raises(RecipeError, match=f"{at} holds infinite values .*bfloat16"):
+        loaded(large, dtype="bfloat16")
     extra = {f"model.layers.{block}.mlp.fourth_proj.weight": torch.ones(2) for block in range(8)}
     folder = altered(saved("llama"), tmp_path / "extra", lambda tensors: tensors.update(extra))
     with pytest.raises(
