@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ class MetaModel:
         self._source, self._method, self._seed = source, method, seed
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
         self._tied = tied
-        self._filled: dict[int, tuple[Tensor, nn.Parameter]] = {}
+        # Weak: fsdp2 puts its shard in a parameter's place, and the whole one must not live on here.
+        self._filled: dict[int, tuple[Tensor, weakref.ref[nn.Parameter]]] = {}
         self._buffers_read: set[int] = set()
         lm = module.transformer
         kept = {*(lm._keep_in_fp32_modules or ()), *(getattr(lm, "_keep_in_fp32_modules_strict", None) or ())}
@@ -169,7 +171,7 @@ class MetaModel:
         pending = {}
         for short, meta in list(meta_params(module)):
             if id(meta) in self._filled:
-                module._parameters[short] = self._filled[id(meta)][1]
+                module._parameters[short] = self._shared(f"{name}.{short}", meta)
             else:
                 pending[short] = meta
         if not pending:
@@ -194,6 +196,15 @@ class MetaModel:
         for short, meta in pending.items():
             module._parameters[short] = self._real(module, short, meta, values[short], device)
 
+    def _shared(self, name: str, meta: Tensor) -> nn.Parameter:
+        """The parameter that was filled under another name."""
+        real = self._filled[id(meta)][1]()
+        if real is None:
+            raise MachineError(
+                f"{name} is tied to a parameter of another block, which this engine has sharded: use another engine"
+            )
+        return real
+
     def _real(self, module: nn.Module, short: str, meta: Tensor, value: Tensor, device: torch.device) -> nn.Parameter:
         if short == "weight" and quantize.is_4bit(module):
             real = quantize.quantized(module, value.to(device, self.dtype))
@@ -207,7 +218,7 @@ class MetaModel:
                 )
             # A copy, so that no parameter is a view of a mapped file or of another parameter.
             real = nn.Parameter(value.to(device, meta.dtype, copy=True), requires_grad=meta.requires_grad)
-        self._filled[id(meta)] = (meta, real)  # keeps `meta` alive: its id must not be reused
+        self._filled[id(meta)] = (meta, weakref.ref(real))  # keeps `meta` alive: its id must not be reused
         return real
 
     def _generator(self, name: str) -> torch.Generator:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distft.model import load, quantize, stats
+from distft.model import experts, load, quantize, stats
 from distft.model.adapters import MethodSpec, targets
 from distft.recipe.schema import ModelTable
 
@@ -148,6 +148,10 @@ def read(table: ModelTable, folder: Path, method: MethodSpec, params: Any) -> In
     samples = [_build(table, folder, plain, params, _shortened(config, depth)) for depth in depths]
     deepest = samples[-1]
     if method.quantized:
+        for sample in samples:
+            for _, module, short in experts.all_expert_tensors(sample.module):
+                # Experts in 4 bits compute with a copy in the model's dtype, which the backward pass needs too.
+                experts.compute_with(module, short, torch.clone, first=True)
         deepest = _build(table, folder, method, params, _shortened(config, depths[-1]))
     return Inventory(
         params=tuple(_repeated(list(_listed(deepest)), num_blocks - depths[-1])),

@@ -106,7 +106,9 @@ console = "off"
         mark = tokenizer("§")["input_ids"]
         used = {i for line in lines for i in tokenizer(line)["input_ids"]}
         alone = next(i for i in mark if i not in used)
-        lm.get_input_embeddings().weight.data[alone] = float("nan")
+        # A base must be finite: this word's vector is zero, which norms without an epsilon divide by.
+        lm.get_input_embeddings().weight.data[alone] = 0.0
+        lm.config.rms_norm_eps = 0.0
         lm.save_pretrained(model)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((self.folder / "model" / name).read_bytes())
