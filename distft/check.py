@@ -24,7 +24,7 @@ from distft.catalog import REGISTRIES
 from distft.core.errors import DONE, DistftError, FileSystemError
 from distft.data.loader import EvalSteps, Steps
 from distft.data.prepare import cache_folder, prepare
-from distft.data.render import load_decoder, load_renderer
+from distft.data.render import load_decoder, load_renderer, settings_of
 from distft.data.report import SourceReport
 from distft.data.store import Prepared
 from distft.demo.files import locate
@@ -175,7 +175,7 @@ def _sets(recipe: Recipe, tokenizer: str, revision: str | None) -> Iterator[SetV
     if not recipe.eval.answers:
         return
     table = recipe.data
-    renderer = load_renderer(tokenizer, chat_template=table.chat_template, loss_on=table.loss_on, revision=revision)
+    renderer = load_renderer(tokenizer, revision=revision, **settings_of(table))
     for exam in exams(recipe.eval.answers, table, renderer, seed=recipe.seed, progress=_tell):
         yield SetView(
             name=exam.name,
@@ -266,10 +266,8 @@ def _show_split(split: SplitView, console: Console) -> None:
             f"  {name:<32} {form:<24} {source.num_read:>10,} {source.num_kept:>10,} "
             f"{source.num_dropped:>8,} {source.num_truncated:>8,} {source.num_tokens:>14,}",
         )
-        if source.num_dropped:
-            _line(console, f"    dropped: {source.reasons()}; longest row {source.longest:,} tokens")
-        if source.num_diverged:
-            _line(console, f"    {source.num_diverged:,} rows: the prompt's last token merges with the completion")
+        for line in source.said():
+            _line(console, f"    {line}")
         for fault in source.faults:
             _line(console, f"    {fault}")
     most = max(count for *_, count in split.lengths)

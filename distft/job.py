@@ -75,6 +75,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
     if resume == "auto" and (done := folder.finished(recipe.digest())) is not None:
         say(f"run {recipe.name} is already complete: {folder.final}")
         return Result(folder=folder.path, final=folder.final, state=done)
+    located = assemble.dated(located, folder.path, resume)
     lock = RunLock(folder.path) if rank == 0 else None
 
     def end(code: int, reason: str) -> bool:

@@ -35,6 +35,7 @@ HARMLESS = (
     "train.load_best",
     *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
     *("data.cache_dir", "data.num_workers", "data.train", "data.eval", "data.overlap"),
+    *("data.special_tokens_in_content", "data.merge_turns", "data.date"),
 )
 """Keys that do not change what is computed, or whose effect is checked by hash (rows, base weights)."""
 ALLOWED = (

@@ -69,7 +69,9 @@ def _task(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int) -
 
 
 def _as_chat(table: AnswersTable, data: DataTable) -> bool:
-    return trained_as_chat(data.train) if table.ask_as == "auto" else table.ask_as == "chat"
+    if table.ask_as != "auto":
+        return table.ask_as == "chat"
+    return trained_as_chat(data.train, merge_turns=data.merge_turns)
 
 
 def _exam(

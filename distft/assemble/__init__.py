@@ -4,7 +4,7 @@ from distft.assemble.answers import best, exams, looks, renderer
 from distft.assemble.keeping import checkpoints, export, saved_shapes
 from distft.assemble.origins import remember
 from distft.assemble.parts import device_name, fetch, manifest, meters, model, open_engine, run_facts, update_rule
-from distft.assemble.rows import Data, HeldOut, Say, agree, data, held_out
+from distft.assemble.rows import Data, HeldOut, Say, agree, data, dated, held_out
 from distft.assemble.sizes import Layout, advice, layout, planned, worst
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "best",
     "checkpoints",
     "data",
+    "dated",
     "device_name",
     "exams",
     "export",

@@ -61,11 +61,10 @@ def best(recipe: Recipe, asked: list[Exam]) -> Best:
 
 def renderer(located: Recipe) -> Renderer:
     """Of the rows that are trained, and so of those that are asked."""
-    from distft.data.render import load_renderer
+    from distft.data.render import load_renderer, settings_of
 
     tokenizer, revision = tokenizer_of(located)
-    table = located.data
-    return load_renderer(tokenizer, chat_template=table.chat_template, loss_on=table.loss_on, revision=revision)
+    return load_renderer(tokenizer, revision=revision, **settings_of(located.data))
 
 
 def speaker(

@@ -41,7 +41,7 @@ def checkpoints(
     from distft.resume import Checkpoints, about, check_fits
 
     base = _base_hash(located, engine) if located.method.spec.adapter else ""
-    says = about(recipe, rows.fingerprint, base, rows.steps.num_steps)
+    says = about(recipe, rows.fingerprint, base, rows.steps.num_steps) | {"date": located.data.date}
     root = folder.path / "checkpoints"
     if resume == "never" and engine.rank == 0:
         folder.set_aside(root)

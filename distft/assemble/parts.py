@@ -193,6 +193,7 @@ def manifest(
         "recipe": {"source": recipe.source, "overrides": list(recipe.origin.overrides.values())},
         "layout": cut.to_json(),
         "seed": recipe.seed,
+        "date": located.data.date,
         "parameters": vars(stats.count(built.module)),
         "data": rows.fingerprint,
         "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": _chats(located)} if here else {},
@@ -209,7 +210,7 @@ def _chats(located: Recipe) -> bool | None:
     from distft.data.questions import trained_as_chat
 
     try:
-        return trained_as_chat(located.data.train)
+        return trained_as_chat(located.data.train, merge_turns=located.data.merge_turns)
     except DataError:
         return None
 

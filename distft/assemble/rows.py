@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import fits
@@ -88,6 +91,10 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     if table.eval:
         splits["eval"] = prepare(table, table.eval, split="eval", **common)
         fits.refuse_long_rows(located, int(splits["eval"].lengths.max()), "eval")
+    for split, prepared in splits.items():
+        for source in prepared.report.sources:
+            for line in source.said():
+                say(f"[[data.{split}]] {source.path}: {line}")
     return Data(
         steps=steps,
         eval_steps=EvalSteps(splits["eval"], table, **slice_) if table.eval else None,
@@ -96,6 +103,35 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
         stop_ids=rows.report.stop_ids,
         longest=longest,
     )
+
+
+def dated(located: Recipe, folder: Path, resume: Path | str = "auto") -> Recipe:
+    """The recipe with the date that chat templates are given: its own, else that of the run which is continued, else
+    today's. A run that goes on tomorrow, or on another node, trains on the same rows.
+
+    `folder` is the run's; `resume` a checkpoint of another run, or "never" for a run that starts anew.
+    """  # noqa: D205
+    from distft.data.fingerprint import today
+
+    if located.data.date is not None:
+        return located
+    if isinstance(resume, Path):
+        places = [resume / "state.json", resume.absolute().parents[1] / "manifest.json"]
+    else:
+        places = [*sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True), folder / "manifest.json"]
+    known = [] if resume == "never" else map(_date_noted, places)
+    date = next(filter(None, known), None) or today()
+    return replace(located, data=located.data.model_copy(update={"date": date}))
+
+
+def _date_noted(file: Path) -> str | None:
+    """The date that a checkpoint or a manifest names; of older manifests the day on which the run was started."""
+    try:
+        noted = json.loads(file.read_text(encoding="utf-8"))
+        date = str(noted.get("date") or noted["started"])[:10]
+        return datetime.date.fromisoformat(date).isoformat()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def held_out(located: Recipe, cut: Layout, rank: int, world: int, stop_ids: tuple[int, ...], say: Say) -> HeldOut:
@@ -142,8 +178,8 @@ def agree(rows: Data, gather: Callable[[Any], list[Any]]) -> None:
     others = sorted({host for host, theirs in found if theirs != ours})
     if others:
         raise DataError(
-            f"the rows on {', '.join(others)} are not those on {first}: the sources, the tokenizer or the libraries "
-            "differ there  use files that all hosts share, or copy them anew"
+            f"the rows on {', '.join(others)} are not those on {first}: the sources, the tokenizer, the libraries or "
+            "the date differ there  use files that all hosts share, or copy them anew"
         )
 
 

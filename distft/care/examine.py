@@ -71,9 +71,10 @@ def examine(
         DataError: a source cannot be read.
         FileSystemError: `cache_dir` cannot be written.
     """
-    splits = {"train": _found(table.train)}
+    merge = table.merge_turns
+    splits = {"train": _found(table.train, merge)}
     if table.eval or any(map(has_own_rows, answers)):
-        splits["eval"] = _found(table.eval, asked_sources(answers, table.eval))
+        splits["eval"] = _found(table.eval, merge, asked_sources(answers, table.eval))
     try:
         folder = cache_dir / "care"
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +119,9 @@ def told(one: Shared) -> str:
 _Split = tuple[list[Source], list[FormatSpec]]
 
 
-def _found(tables: Sequence[SourceTable], more: Sequence[tuple[Source, FormatSpec]] = ()) -> _Split:
-    found = [(source, decide_format(source)) for source in map(find, tables)] + list(more)
+def _found(tables: Sequence[SourceTable], merge: bool, more: Sequence[tuple[Source, FormatSpec]] = ()) -> _Split:
+    sources = [find(table, merge_turns=merge) for table in tables]
+    found = [(source, decide_format(source)) for source in sources] + list(more)
     return with_distinct_labels([source for source, _ in found]), [spec for _, spec in found]
 
 

@@ -42,7 +42,8 @@ class ByteLengths:
 
     def trained(self, ids_T: np.ndarray, text: str, spans: Sequence[Span]) -> np.ndarray | None:
         """Bool for each token: whether it lies in a span of characters, from the token that holds its first one up to
-        the one that holds what follows it. None: the tokens do not add up to the text."""  # noqa: D205, D209
+        the one that holds what follows it. None: the tokens do not add up to the text, or one covers both the first
+        character of a span and what stands before it."""  # noqa: D205, D209
         end_T = self._length_V[ids_T].cumsum()
         ascii_only = text.isascii()
         whole = end_T[-1] if len(end_T) else 0
@@ -54,6 +55,8 @@ class ByteLengths:
         for span in spans:
             first, behind = (at if ascii_only else len(text[:at].encode()) for at in span)
             begin, end = np.searchsorted(end_T, (first, behind), side="right")
+            if first and first < whole and end_T[begin - 1] != first:
+                return None
             trained_T[begin:end] = True
         return trained_T
 

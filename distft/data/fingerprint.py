@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from distft.data.templates import read_template
 if TYPE_CHECKING:
     from distft.recipe.schema import DataTable
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raise it when the stored arrays, or what rendering makes of a row, change."""
 
 
@@ -40,12 +41,32 @@ def cache_key(
     parts: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
-        "settings": table.model_dump(include={"max_length", "loss_on", "long_rows", "bad_rows"}),
+        "settings": table.model_dump(include=_SETTINGS),
+        "date": _date(table, tokenizer_files),
         "template": read_template(table.chat_template),
         "tokenizer": {path.name: file_hash(path, memory, waiting) for path in tokenizer_files},
         "sources": sources_key(sources, specs, memory, waiting),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+_SETTINGS = {"max_length", "loss_on", "long_rows", "bad_rows", "special_tokens_in_content"}
+
+
+def _date(table: DataTable, tokenizer_files: Sequence[Path]) -> str | None:
+    """What a chat template that writes the date is given; None where none does."""
+    own = read_template(table.chat_template)
+    texts = [own.encode()] if own is not None else [path.read_bytes() for path in tokenizer_files if _may_hold(path)]
+    return (table.date or today()) if any(b"strftime_now" in text for text in texts) else None
+
+
+def _may_hold(path: Path) -> bool:
+    return path.name.startswith("chat_template") or path.name == "tokenizer_config.json"
+
+
+def today() -> str:
+    """YYYY-MM-DD here."""
+    return datetime.date.today().isoformat()
 
 
 def sources_key(
@@ -57,7 +78,8 @@ def sources_key(
     """Everything that could change a row as its format reads it: plain values."""
     return [
         {
-            "table": source.table.model_dump(include={"path", "split", "subset", "max_rows", "columns"}),
+            "table": source.table.model_dump(include={"path", "split", "subset", "max_rows", "columns", "ignore"}),
+            "merge_turns": source.merge_turns,
             "format": [spec.name, _code_hash(spec)],
             "files": [
                 [

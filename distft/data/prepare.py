@@ -28,7 +28,7 @@ import numpy as np
 from distft.core.cache import cache_root
 from distft.core.errors import DataError, FileSystemError
 from distft.core.turns import turn
-from distft.data.fingerprint import cache_key
+from distft.data.fingerprint import cache_key, today
 from distft.data.readers import Payload
 from distft.data.render import TOKENIZER_FILES, tokenizer_folder
 from distft.data.report import SHOWN_FAULTS, PrepareReport, SourceReport
@@ -114,10 +114,13 @@ def prepare(
         DataError: a source cannot be read, a row is bad (`bad_rows = "error"`), or a source keeps no row at all.
         FileSystemError: `cache_dir` cannot be written.
     """
-    found = with_distinct_labels([find(source) for source in sources])
+    table = table if table.date else table.model_copy(update={"date": today()})  # one day, however long it takes
+    found = with_distinct_labels([find(source, merge_turns=table.merge_turns) for source in sources])
+    _refuse_twice(found, table.eval if split == "train" else (), split)
     specs = [decide_format(source) for source in found]
     folder = tokenizer_folder(tokenizer, revision)
-    tokenizer_files = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+    names = (*TOKENIZER_FILES, "config.json")  # whose model_type decides the tokenizer's class
+    tokenizer_files = [path for name in names if (path := folder / name).is_file()]
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         heard = (progress or (lambda rows: None), waiting or (lambda: None))
@@ -132,6 +135,32 @@ def prepare(
             f"{cache_dir}: prepared rows cannot be written: {error.strerror or error}  "
             "set [data] cache_dir to a folder that can be, with room"
         ) from None
+
+
+def _refuse_twice(found: Sequence[Source], held_out: Sequence[SourceTable], split: str) -> None:
+    """Globs and folders may name a file that another source names too.
+
+    Raises:
+        DataError: a file is read twice, or is trained on and held out.
+    """
+    seen: dict[Path, str] = {}
+    for source in found:
+        for file in source.files:
+            if file.path is None:
+                continue
+            before = seen.setdefault(file.path.resolve(), source.table.path)
+            if before is not source.table.path:
+                raise DataError(
+                    f"[[data.{split}]] {source.table.path}: {file.path} is also a file of {before}  remove one of the "
+                    "two, or set weight to repeat rows"
+                )
+    for source in map(find, held_out):
+        for file in source.files:
+            if file.path is not None and (trained := seen.get(file.path.resolve())) is not None:
+                raise DataError(
+                    f"[[data.eval]] {source.table.path}: {file.path} is also trained on, by [[data.train]] {trained}  "
+                    "evaluate on rows that are not trained"
+                )
 
 
 @dataclass(frozen=True)
@@ -182,7 +211,8 @@ def _build_once(job: _Job, target: Path) -> bool:
 
 
 def _build(job: _Job, aside: Path, target: Path) -> None:
-    maker = RowMaker(job.table, job.sources, [spec.convert for spec in job.specs], job.tokenizer)
+    converts, reads = [spec.convert for spec in job.specs], [spec.reads for spec in job.specs]
+    maker = RowMaker(job.table, job.sources, converts, job.tokenizer, reads)
     reports = [
         SourceReport(path=source.table.path, format=spec.name, decided=source.table.format == "auto")
         for source, spec in zip(job.sources, job.specs, strict=True)
@@ -317,6 +347,11 @@ def _count(report: SourceReport, made: Made) -> None:
     report.longest = max(report.longest, made.longest)
     for reason, count in made.dropped.items():
         report.drop(reason, count)
+    report.num_split += made.num_split
+    for kind, note in made.notes.items():
+        report.note(kind, note.num_rows, note.example)
+    for name, count in made.unread.items():
+        report.unread[name] = report.unread.get(name, 0) + count
     report.faults += made.faults[: SHOWN_FAULTS - len(report.faults)]
 
 

@@ -104,7 +104,7 @@ def _questions(
     progress: Callable[[int], None],
 ) -> Iterator[Question]:
     count = 0
-    for source in with_distinct_labels([find(table) for table in sources]):
+    for source in with_distinct_labels([find(table, merge_turns=renderer.merge_turns) for table in sources]):
         convert = columns.convert if columns is not None else decide_format(source).convert
         for label, number, payload in islice(_payloads(source), source.table.max_rows):
             try:
@@ -148,13 +148,13 @@ def _right(sample: Sample) -> str:
     return last["content"] or json.dumps([call["function"] for call in last.get("tool_calls", ())])
 
 
-def trained_as_chat(sources: Sequence[SourceTable]) -> bool:
+def trained_as_chat(sources: Sequence[SourceTable], *, merge_turns: bool = False) -> bool:
     """Whether the first row that is trained is a chat.
 
     Raises:
         DataError: the first source cannot be read, or has no good row.
     """
-    source = find(sources[0])
+    source = find(sources[0], merge_turns=merge_turns)
     spec = decide_format(source)
     for _, _, payload in islice(_payloads(source), 20):
         try:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from distft.core.errors import DataError
+from distft.data.opening import bare, opened
 from distft.data.samples import Row, RowError, kind_of
 
 Payload: TypeAlias = Row | bytes | RowError
@@ -55,13 +55,18 @@ def as_row(value: Any) -> Row:
     Raises:
         RowError: it is something else.
     """
+    if isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value):
+        raise RowError('the row is a list of messages, expected an object  write {"messages": [...]}')
     if not isinstance(value, dict):
         raise RowError(f"the row is {kind_of(value)}, expected an object: {excerpt(json.dumps(value))}")
     return value
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Payload]]:
-    """One JSON object per line; blank lines are passed over."""
+    """One JSON object per line; blank lines are passed over. A file that is one JSON list is read as such."""
+    if _is_one_list(path):
+        yield from enumerate(_array_elements(path), 1)
+        return
     for number, line in _lines(path):
         if isinstance(line, RowError) or line.strip():
             yield number, line
@@ -69,14 +74,33 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Payload]]:
 
 def read_json(path: Path) -> Iterator[tuple[int, Payload]]:
     """A list of objects, streamed element by element; a file that starts with `{` is read as JSON lines."""
-    with path.open("rb") as file:
-        start = file.read(4096)
-    if not start.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+    if not _starts_with_list(path):
         if _is_one_object(path):
             raise DataError(f"{path.name}: holds one JSON object, expected a list of rows  write [{{...}}, {{...}}]")
         yield from read_jsonl(path)
         return
     yield from enumerate(_array_elements(path), 1)
+
+
+def _starts_with_list(path: Path) -> bool:
+    with opened(path) as file:
+        start = file.read(4096)
+    return start.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"[")
+
+
+def _is_one_list(path: Path) -> bool:
+    """Whether the file is one JSON list, and not a list on each line."""
+    if not _starts_with_list(path):
+        return False
+    lines = (line for _, line in _lines(path) if isinstance(line, RowError) or line.strip())
+    first, second = next(lines, b""), next(lines, None)
+    if isinstance(first, RowError):  # a line that is longer than any row
+        return True
+    try:
+        whole = isinstance(json.loads(first), list)
+    except (json.JSONDecodeError, RecursionError):
+        return True  # it goes on over the next lines
+    return whole and second is None
 
 
 def _is_one_object(path: Path) -> bool:
@@ -160,15 +184,34 @@ class _Window:
         return any(more)
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, Payload]]:
-    """Comma-separated with a header line; a row's number is the line it starts on."""
+_OTHER_MARKS = (";", "\t", "|", ",")
+"""By which tables are separated besides."""
+
+
+def read_tsv(path: Path) -> Iterator[tuple[int, Payload]]:
+    """As CSV, separated by tabs."""
+    yield from read_csv(path, delimiter="\t")
+
+
+def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, Payload]]:
+    """Comma-separated with a header line; a row's number is the line it starts on.
+
+    A first column without a name is pandas' index, and called as pandas does.
+    """
     csv.field_size_limit(MAX_ROW_BYTES)
-    rows = csv.reader(_text_lines(path), strict=True)
+    rows = csv.reader(_text_lines(path), strict=True, delimiter=delimiter)
     try:
         header = next(rows, [])
+        if len(header) > 1 and not header[0]:
+            header[0] = "Unnamed: 0"
         if len(set(header)) != len(header) or not all(header):
             raise DataError(
                 f"{path.name}:1: the header names a column twice or not at all: {excerpt(','.join(header))}"
+            )
+        if len(header) == 1 and (other := next((mark for mark in _OTHER_MARKS if mark in header[0]), "")):
+            raise DataError(
+                f"{path.name}:1: the header is one column, {excerpt(header[0])!r}, separated by {other!r}?  "
+                "write the file with commas, or with tabs as .tsv"
             )
         line = rows.line_num + 1
         for cells in rows:
@@ -181,7 +224,8 @@ def read_csv(path: Path) -> Iterator[tuple[int, Payload]]:
                 )
             line = rows.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path.name}:{rows.line_num}: invalid CSV: {error}") from None
+        kind = "CSV" if delimiter == "," else "TSV"
+        raise DataError(f"{path.name}:{rows.line_num}: invalid {kind}: {error}") from None
 
 
 def read_txt(path: Path) -> Iterator[tuple[int, Payload]]:
@@ -221,6 +265,27 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Payload]]:
         raise DataError(f"{path.name}: not a readable Parquet file: {excerpt(str(error))}") from None
 
 
+def read_arrow(path: Path) -> Iterator[tuple[int, Payload]]:
+    """Rows of an Arrow file, in its streaming form (as `datasets` saves them) or its file form."""
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                batches: Any = pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                whole: Any = pyarrow.ipc.open_file(source)
+                batches = (whole.get_batch(at) for at in range(whole.num_record_batches))
+            number = 0
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, without_nulls(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path.name}: not a readable Arrow file: {excerpt(str(error))}") from None
+
+
 def without_nulls(value: Any) -> Any:
     """Columnar rows carry every field of every row, absent ones as null; chat templates expect them to be absent."""
     if isinstance(value, dict):
@@ -231,10 +296,22 @@ def without_nulls(value: Any) -> Any:
 READERS: dict[str, Reader] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
+    ".ndjson": read_jsonl,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".csv": read_csv,
+    ".tsv": read_tsv,
     ".txt": read_txt,
 }
+_MAPPED = (".parquet", ".arrow")
+"""Read in place, so never packed."""
+
+
+def file_type(path: Path) -> str | None:
+    """The key in READERS of a file, packed or not; None: it is not read."""
+    inner = bare(path)
+    suffix = inner.suffix.lower()
+    return suffix if suffix in READERS and (inner == path or suffix not in _MAPPED) else None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
@@ -243,7 +320,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
     Raises:
         DataError: the file is UTF-16.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         number = offset = 0
         while line := file.readline(MAX_ROW_BYTES + 1):
             number += 1
@@ -299,19 +376,19 @@ def _decoded(path: Path) -> Iterator[str]:
         DataError: bytes that are not UTF-8, with their offset.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    size = os.path.getsize(path)
-    with path.open("rb") as file:
+    with opened(path) as file:
+        start = 0
         while True:
-            start = file.tell()
             pending = len(decoder.getstate()[0])
             data = file.read(_CHUNK_BYTES)
             try:
-                yield decoder.decode(data, final=file.tell() >= size)
+                yield decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 at = start - pending + error.start
                 raise DataError(
                     f"{path.name}: invalid UTF-8 at byte offset {at}  if the file is Latin-1, convert it: "
                     f"iconv -f LATIN1 -t UTF-8 {path.name}"
                 ) from None
+            start += len(data)
             if not data:
                 return

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from distft.data.turns import SPLIT
 
 TOO_LONG = "too long"
 UNTRAINED = "no trained token"
@@ -13,6 +16,15 @@ EMPTY = "empty"
 REASONS = (TOO_LONG, UNTRAINED, TRUNCATED_AWAY, BAD, EMPTY)
 """Why a row is dropped."""
 SHOWN_FAULTS = 5
+
+
+@dataclass(kw_only=True)
+class Note:
+    """Something that is true of several rows."""
+
+    num_rows: int
+    example: str
+    """The first of them: file and row, and what was found."""
 
 
 @dataclass(kw_only=True)
@@ -39,6 +51,16 @@ class SourceReport:
     """Percentiles of the kept rows' tokens: p10, p50, p90, p99, max."""
     faults: list[str] = field(default_factory=list)
     """The first few bad rows, each with file and row."""
+    num_split: int = 0
+    """Kept rows beyond one for each row read: chats whose turns became rows of their own."""
+    notes: dict[str, Note] = field(default_factory=dict)
+    """What is to be known of kept rows, by kind."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Columns that the format does not read -> rows that have them."""
+
+    def __post_init__(self) -> None:
+        """As read from JSON, notes are plain values."""
+        self.notes = {kind: note if isinstance(note, Note) else Note(**note) for kind, note in self.notes.items()}
 
     @property
     def num_dropped(self) -> int:
@@ -48,6 +70,23 @@ class SourceReport:
     def drop(self, reason: str, count: int = 1) -> None:
         """Count dropped rows."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def note(self, kind: str, num_rows: int, example: str) -> None:
+        """Count rows of which `kind` is true."""
+        known = self.notes.setdefault(kind, Note(num_rows=0, example=example))
+        known.num_rows += num_rows
+
+    def said(self) -> Iterator[str]:
+        """What became of the rows, beyond their numbers: one line each."""
+        if self.num_dropped:
+            yield f"dropped: {self.reasons()}; longest row {self.longest:,} tokens"
+        if self.num_diverged:
+            yield f"{self.num_diverged:,} rows: the prompt's last token merges with the completion"
+        for kind, note in self.notes.items():
+            more = f" ({self.num_split:,} rows more than were read)" if kind == SPLIT else ""
+            yield f"{note.num_rows:,} rows: {kind}{more}; first {note.example}"
+        if self.unread:
+            yield "columns not read: " + ", ".join(f'"{name}" ({count:,})' for name, count in self.unread.items())
 
     def reasons(self) -> str:
         """`3 too long, 1 empty`."""
@@ -68,7 +107,7 @@ class PrepareReport:
     largest_id: int
     """Of all tokens: the embedding must have a row for it."""
     stop_ids: tuple[int, ...]
-    """Trained tokens that at least a tenth of the rows end with: what the model will stop at, most frequent first."""
+    """What at least a tenth of the rows' answers end with, and the model will stop at; most frequent first."""
 
     @property
     def num_rows(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distft.core.errors import DataError
+from distft.data.columns import unread_columns
+from distft.data.control import without_marks
 from distft.data.readers import Payload
-from distft.data.render import Rendered, Renderer, is_empty, load_renderer
-from distft.data.report import BAD, EMPTY, SHOWN_FAULTS, TOO_LONG, TRUNCATED_AWAY, UNTRAINED
+from distft.data.render import Rendered, Renderer, is_empty, load_renderer, settings_of
+from distft.data.report import BAD, EMPTY, SHOWN_FAULTS, TOO_LONG, TRUNCATED_AWAY, UNTRAINED, Note
 from distft.data.samples import Row, RowError, Sample
 from distft.data.sources import Source
 from distft.data.store import Rows
@@ -32,7 +34,14 @@ class Made:
     num_truncated: int = 0
     num_diverged: int = 0
     longest: int = 0
+    num_split: int = 0
     faults: list[str] = field(default_factory=list)
+    notes: dict[str, Note] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def note(self, kind: str, example: str) -> None:
+        """Count a row of which `kind` is true."""
+        self.notes.setdefault(kind, Note(num_rows=0, example=example)).num_rows += 1
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,13 @@ class RowMaker:
     converts: list[Callable[[Row], Sample]]
     """Of each source's format."""
     tokenizer: str
+    reads: Sequence[tuple[str, ...] | None] = ()
+    """The columns that each source's format reads; empty: not known."""
 
     @cached_property
     def renderer(self) -> Renderer:
         """This process's renderer."""
-        return load_renderer(self.tokenizer, chat_template=self.table.chat_template, loss_on=self.table.loss_on)
+        return load_renderer(self.tokenizer, **settings_of(self.table))
 
     def make(self, source: int, label: str, rows: list[tuple[int, Payload]]) -> Made:
         """Prepare rows of the file called `label`.
@@ -62,7 +73,7 @@ class RowMaker:
         numbers: list[int] = []
         for number, payload in rows:
             try:
-                sample = self._sample(source, payload)
+                sample = self._sample(source, payload, made)
             except RowError as error:
                 self._bad(made, f"{label}:{number}: {error}")
                 continue
@@ -72,18 +83,29 @@ class RowMaker:
             samples.append(sample)
             numbers.append(number)
         kept: list[tuple[int, Rendered]] = []
-        for number, one in zip(numbers, self.renderer.render_many(samples), strict=True):
-            if isinstance(one, DataError):
-                raise DataError(f"{label}:{number}: {one}")
-            if isinstance(one, RowError):
-                self._bad(made, f"{label}:{number}: {one}")
-            elif self._fits(made, one, f"{label}:{number}"):
-                kept.append((number, one))
+        for number, many in zip(numbers, self.renderer.render_rows(samples), strict=True):
+            where = f"{label}:{number}"
+            if isinstance(many, DataError):
+                raise DataError(f"{where}: {many}")
+            if isinstance(many, RowError):
+                self._bad(made, f"{where}: {without_marks(str(many))}")
+                continue
+            fitting = [one for one in many if self._fits(made, one, where)]
+            kept += [(number, one) for one in fitting]
+            if fitting:
+                made.num_split += len(fitting) - 1
+                for kind, example in {kind: said for one in many for kind, said in one.notes.items()}.items():
+                    made.note(kind, f"{where}: {example}" if example else where)
         made.rows = _rows(kept, self.table.max_length)
         return made
 
-    def _sample(self, source: int, payload: Payload) -> Sample:
-        return self.converts[source](self.sources[source].renamed(payload))
+    def _sample(self, source: int, payload: Payload, made: Made) -> Sample:
+        own = self.sources[source]
+        row = own.renamed(payload)
+        reads = self.reads[source] if self.reads else None
+        if reads is not None:
+            made.unread.update(unread_columns(row, reads, own.table.ignore))
+        return self.converts[source](row)
 
     def _bad(self, made: Made, message: str) -> None:
         if self.table.bad_rows == "error":
@@ -97,7 +119,7 @@ class RowMaker:
         length, limit = len(one.ids_T), self.table.max_length
         made.longest = max(made.longest, length)
         if not one.trained_T[1:].any():
-            made.dropped[UNTRAINED] += 1
+            made.dropped[EMPTY if one.empty else UNTRAINED] += 1
             return False
         if length > limit:
             if self.table.long_rows == "error":
@@ -127,6 +149,7 @@ def _rows(kept: list[tuple[int, Rendered]], limit: int) -> Rows:
         lengths_N=np.array([len(part) for part in ids], np.int32),
         supervised_N=np.array([int(part[1:].sum()) for part in trained], np.int32),
         rows_N=np.array([number for number, _ in kept], np.int64),
+        stops_N=np.array([one.stop_id if len(one.ids_T) <= limit else -1 for _, one in kept], np.int32),
     )
 
 
@@ -136,4 +159,5 @@ _NO_ROWS = Rows(
     lengths_N=np.zeros(0, np.int32),
     supervised_N=np.zeros(0, np.int32),
     rows_N=np.zeros(0, np.int64),
+    stops_N=np.zeros(0, np.int32),
 )

@@ -11,7 +11,8 @@ from distft.core.registry import NoParams, Params
 Row: TypeAlias = dict[str, Any]
 """One row as its file holds it: column -> value."""
 Message: TypeAlias = dict[str, Any]
-"""`role` and `content` (str), and for an assistant that calls tools `tool_calls`, in the form chat templates read."""
+"""`role` and `content` (str), and for an assistant that calls tools `tool_calls`, in the form chat templates read; what
+it thought in `reasoning_content`; and `trained` (bool) where the row says whether the turn is trained."""
 
 
 class RowError(Exception):
@@ -62,6 +63,9 @@ class FormatSpec:
     example: Mapping[str, Any] = field(default_factory=dict)
     """A small valid row: documentation, and what the contract tests start from."""
     params: type[Params] = NoParams
+    reads: tuple[str, ...] | None = None
+    """Every column that `convert` looks at: others are refused where they would change what the row means. None: not
+    known, nothing is refused."""
 
 
 def text_column(row: Row, name: str, *, default: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import importlib
 import json
 import os
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 from distft.core import hub
 from distft.core.errors import DataError
 from distft.core.registry import nearest
+from distft.data.chat import merge_turns, message_list
+from distft.data.folders import data_files
 from distft.data.formats import FORMATS
-from distft.data.readers import READERS, Payload, parse_line, without_nulls
+from distft.data.opening import PACKED
+from distft.data.readers import READERS, Payload, file_type, parse_line, without_nulls
 from distft.data.samples import FormatSpec, Row, RowError, columns_of
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ROWS_TO_DECIDE = 20
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,54 +48,125 @@ class Source:
 
     table: SourceTable
     files: tuple[SourceFile, ...]
+    merge_turns: bool = False
+    """Neighbouring turns of one role are joined."""
 
     def rows(self, file: SourceFile) -> Iterator[tuple[int, Payload]]:
         """(1-based line or row, payload) of one file; `max_rows` is the caller's to count, over all files."""
         if file.path is None:
             return _hub_rows(self.table)
-        return READERS[file.path.suffix.lower()](file.path)
+        return READERS[file_type(file.path) or ""](file.path)
 
     def renamed(self, payload: Payload) -> Row:
-        """The payload as a row under the names its format expects (`columns = {theirs = "ours"}`).
+        """The payload as a row under the names its format expects (`columns = {theirs = "ours"}`), its messages without
+        the keys that `ignore` names, and merged where neighbouring turns are to be joined.
 
         Raises:
             RowError: the payload is no row, or lacks a column that `columns` renames.
-        """
+        """  # noqa: D205
         if isinstance(payload, RowError):
             raise payload
         row = parse_line(payload) if isinstance(payload, bytes) else payload
         renames = self.table.columns
         if not renames:
-            return row
+            return self._with_messages(row)
         for theirs in renames:
             if theirs not in row:
                 meant = nearest(theirs, list(row))
                 hint = f', did you mean "{meant}"?' if meant else ""
                 raise RowError(f'no column "{theirs}" to rename{hint}  the row has {columns_of(row)}')
-        return {renames.get(name, name): value for name, value in row.items()}
+        return self._with_messages({renames.get(name, name): value for name, value in row.items()})
+
+    def _with_messages(self, row: Row) -> Row:
+        if not (self.table.ignore or self.merge_turns):
+            return row
+        changed: Row = {}
+        for column in _OF_MESSAGES & row.keys():
+            said: Any = row[column]
+            if isinstance(said, str) and column in ("messages", "conversations"):
+                said = message_list(said, column)
+            said = _without_keys(said, self.table.ignore)
+            changed[column] = merge_turns(said) if self.merge_turns else said
+        return row | changed
 
 
-def find(table: SourceTable) -> Source:
+_OF_MESSAGES = {"messages", "conversations", "prompt", "completion"}
+"""Columns that hold messages, in one format or another."""
+
+
+def _without_keys(messages: Any, keys: tuple[str, ...]) -> Any:
+    """Messages, and parts of their content, without these keys."""
+    if not isinstance(messages, list) or not keys:
+        return messages
+    return [
+        {
+            key: _without_keys(value, keys) if key == "content" else value
+            for key, value in one.items()
+            if key not in keys
+        }
+        if isinstance(one, dict)
+        else one
+        for one in messages
+    ]
+
+
+def find(table: SourceTable, *, merge_turns: bool = False) -> Source:
     """The files of a source, by name; nothing is read yet.
+
+    Args:
+        table: the source.
+        merge_turns: of the whole recipe's [data].
 
     Raises:
         DataError: the path does not exist, is of a type we do not read, or is an empty file or folder.
     """
     path = Path(table.path).expanduser()
     if path.is_dir():
-        return Source(table=table, files=_files_of(path))
+        return Source(table=table, files=_files_of(path, table), merge_turns=merge_turns)
     if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise DataError(
-                f"{path}: files of type {path.suffix or 'no suffix'} are not read  "
-                f"allowed: {', '.join(READERS)}, a folder of them, or a hub dataset"
-            )
-        _refuse_unreadable(path)
-        return Source(table=table, files=(SourceFile(label=path.name, path=path),))
-    if _HUB_ID.fullmatch(table.path) and path.suffix.lower() not in READERS and not path.parent.is_dir():
+        _refuse_split(table, "a file")
+        return Source(table=table, files=(_readable(path, path.name),), merge_turns=merge_turns)
+    if glob.has_magic(table.path):
+        _refuse_split(table, "a glob")
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        files = tuple(_readable(one, one.name) for one in found if one.is_file())
+        if not files:
+            raise DataError(f"{table.path}: no file matches{_relative_to(path)}")
+        return Source(table=table, files=files, merge_turns=merge_turns)
+    if _HUB_ID.fullmatch(table.path) and file_type(path) is None and not path.parent.is_dir():
         label = "/".join(filter(None, (table.path, table.subset, table.split or "train")))
-        return Source(table=table, files=(SourceFile(label=label, path=None),))
-    raise DataError(f"{path}: no such file or folder{_nearest_name(path)}")
+        return Source(table=table, files=(SourceFile(label=label, path=None),), merge_turns=merge_turns)
+    if "://" in table.path:
+        raise DataError(f"{table.path}: rows are read from files here and from the hub (owner/name)  download it first")
+    raise DataError(f"{path}: no such file or folder{_relative_to(path)}{_nearest_name(path)}")
+
+
+def _readable(path: Path, label: str) -> SourceFile:
+    """A file that can be read, by its name.
+
+    Raises:
+        DataError: it is of a type that is not, or empty, or may not be read.
+    """
+    if file_type(path) is None:
+        inside = f" inside {path.suffix}" if path.suffix.lower() in PACKED else ""
+        suffix = Path(path.stem).suffix if inside else path.suffix
+        raise DataError(
+            f"{path}: files of type {suffix or 'no suffix'}{inside} are not read  allowed: {', '.join(READERS)}, "
+            f"text also packed ({', '.join(PACKED)}), a folder of them, or a hub dataset"
+        )
+    _refuse_unreadable(path)
+    return SourceFile(label=label, path=path)
+
+
+def _refuse_split(table: SourceTable, what: str) -> None:
+    for key in ("split", "subset"):
+        if getattr(table, key) is not None:
+            raise DataError(f'{table.path}: {key} = "{getattr(table, key)}" has no effect on {what}  remove it')
+
+
+def _relative_to(path: Path) -> str:
+    """Where a relative path starts, for messages."""
+    return "" if path.is_absolute() else f" (relative to {Path.cwd()}, the folder that the command runs in)"
 
 
 def decide_format(source: Source) -> FormatSpec:
@@ -131,15 +207,10 @@ def decide_format(source: Source) -> FormatSpec:
     )
 
 
-def _files_of(folder: Path) -> tuple[SourceFile, ...]:
-    """Every file we read below a folder, by name; hidden ones and other types are passed over."""
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in READERS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def _files_of(folder: Path, table: SourceTable) -> tuple[SourceFile, ...]:
+    """Every file we read below a folder, or those of the table's split, by name; hidden ones and other types are passed
+    over."""  # noqa: D205, D209
+    found = data_files(folder, table)
     if not found:
         raise DataError(f"{folder}: the folder holds no data files  allowed: {', '.join(READERS)}")
     for path in found:
@@ -152,6 +223,9 @@ def _refuse_unreadable(path: Path) -> None:
         raise DataError(f"{path}: may not be read (permission denied)")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise DataError(f"{path}: is a Git LFS pointer, not the file itself  run git lfs pull in its folder")
 
 
 def _nearest_name(path: Path) -> str:

@@ -43,6 +43,8 @@ class Rows:
     """int32; labels: trained tokens that have a token before them."""
     rows_N: np.ndarray
     """int64; 1-based line or row in the file."""
+    stops_N: np.ndarray
+    """int32; the trained token that ends the row's answer, -1: none, or it was cut off."""
 
 
 class Writer:
@@ -72,12 +74,11 @@ class Writer:
         self.end += len(rows.ids)
         if len(rows.ids):
             self.largest_id = max(self.largest_id, int(rows.ids.max()))
-            last_N = np.cumsum(rows.lengths_N) - 1
-            self._ends.update(rows.ids[last_N[rows.trained[last_N] == 1]].tolist())
+            self._ends.update(rows.stops_N[rows.stops_N >= 0].tolist())
         self._num_rows += len(rows.rows_N)
 
     def stop_ids(self) -> tuple[int, ...]:
-        """Trained tokens that at least a tenth of the rows end with; rows that were cut end anywhere."""
+        """What at least a tenth of the rows' answers end with."""
         return tuple(token for token, count in self._ends.most_common() if 10 * count >= self._num_rows)
 
     def fingerprint(self) -> str:

@@ -1,14 +1,22 @@
-"""Which characters of a rendered chat are trained: by the template's generation marks, else by verified prefixes."""
+"""Which characters of a rendered chat are trained: by the template's generation marks, else by verified prefixes.
+
+A chat is one row where the template writes every trained turn as it writes a last one. Where it rewrites earlier turns
+(cuts their reasoning, ends them otherwise), each trained turn becomes a row of its own, rendered as the last one: what
+the model sees when it is to write that turn.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from distft.core.errors import DataError
+from distft.data.chat import REASONING as REASONING_KEYS
+from distft.data.control import without_marks
+from distft.data.said import CALL, REASONING, Piece, find, form_of, pieces, says_nothing, stand_in, thought_and_answer
 from distft.data.samples import Conversation, Message, RowError
 
 LossOn: TypeAlias = Literal["assistant", "completion", "last_turn", "all"]
@@ -18,9 +26,21 @@ Draw: TypeAlias = Callable[[Sequence[Message], Any, bool], tuple[str, list[Span]
 """(messages, tools, whether to open the assistant's next turn) -> text and what its generation marks enclose."""
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_OPENER = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<square>THINK)\]|<\|START_(?P<cohere>THINKING)\|>)\s*$", re.I)
+"""How a generation prompt opens a block of reasoning."""
 _WITH_TOOLS = ': chat_template = "chatml", "llama3" or "plain"'
 _PROBE_ANSWER = "fine, thank you"
 _PROBE: list[Message] = [{"role": "user", "content": "how are you"}, {"role": "assistant", "content": _PROBE_ANSWER}]
+_NEXT: Message = {"role": "user", "content": "and you"}
+
+_MOST_FORMS = 4096
+"""Of chats, whose losses are remembered."""
+
+SPLIT = "chats whose trained turns became rows of their own: the chat template rewrites earlier turns"
+OPENED = "trained turns that close the block of reasoning which the generation prompt opens, and which the row left out"
+CUT = "earlier turns, not trained in this row, lose their {} to the chat template"
+UNTRAINED = "turns left untrained: weight 0 or train = false"
+EMPTY_TURN = "turns left untrained: the answer is empty"
 
 
 def has_marks(template: str) -> bool:
@@ -29,19 +49,32 @@ def has_marks(template: str) -> bool:
 
 
 def wanted_turns(chat: Conversation, loss_on: LossOn) -> set[int]:
-    """Indices of the assistant messages to train.
+    """Indices of the assistant messages to train, before what the row says of single ones.
 
     `assistant`: every one; `last_turn`: the last message; `completion`: those after the last user message, so a tool
-    call and the answer that follows its result. In a row that separates prompt from completion only the completion's
-    messages count, whatever the setting.
+    call and the answer that follows its result; `all`: every one. In a row that separates prompt from completion only
+    the completion's messages count, whatever the setting.
     """
     turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    first = chat.num_prompt
+    first = 0 if loss_on == "all" else chat.num_prompt
     if loss_on == "last_turn":
         first = turns[-1]
     elif loss_on == "completion" and not chat.num_prompt:
         first = max((index for index, message in enumerate(chat.messages) if message["role"] == "user"), default=0)
     return {index for index in turns if index >= first}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A row's text."""
+
+    text: str
+    spans: list[Span]
+    """What is trained."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What is to be known of it: kind -> an example."""
+    empty: bool = False
+    """Nothing is trained, because the answers are empty."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +87,16 @@ class ChatTemplate:
     draw: Draw
     tokens: tuple[str, ...]
     """Added tokens of the tokenizer, as text: a turn ends with one of them."""
+    _losses: dict[str, frozenset[tuple[int, str]]] = field(default_factory=dict, compare=False, repr=False)
+    """What is left out of chats of one form."""
+    _latest: dict[str, tuple[Conversation, frozenset[tuple[int, str]]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Of the chat that was asked about last."""
 
     @cached_property
     def stop(self) -> str:
-        """The token that ends an assistant turn, found by rendering a short chat.
+        """The token that ends an assistant turn, found by rendering a short chat; it may begin the next turn's header.
 
         Raises:
             DataError: the template cannot render it, ends a turn with no token of the tokenizer, or leaves that token
@@ -71,7 +110,9 @@ class ChatTemplate:
         if start < 0:
             raise DataError(f"{self.label}: does not render what the assistant says")
         tail_at = start + len(_PROBE_ANSWER)
-        found = self._any_token.search(text, tail_at)
+        found = self.any_token.search(text, tail_at)
+        if found is None and not text[tail_at:].strip() and (header := self._header_after(_PROBE, None, text)):
+            return header.strip()
         if found is None:
             tail = text[tail_at:].strip()
             raise DataError(
@@ -97,62 +138,384 @@ class ChatTemplate:
         """Whether the template carries generation marks."""
         return has_marks(self.text)
 
-    def trained(self, chat: Conversation, loss_on: LossOn) -> tuple[str, list[Span]]:
-        """The chat as text, and the characters to train: each wanted turn from its header to its end token.
+    def trained(self, chat: Conversation, loss_on: LossOn) -> list[Drawn]:
+        """The chat as the texts of one row or more, and the characters to train: each wanted turn from its header to
+        its end token.
 
         Raises:
-            RowError: the template refuses the chat.
+            RowError: the template refuses the chat, or leaves out something that it says.
             DataError: the template leaves out tools, or does not let the wanted turns be found.
-        """
-        if chat.tools and not re.search(r"\btools\b", self.text):
-            raise DataError(f'{self.label}: does not render "tools"  name a template that does{_WITH_TOOLS}')
-        for part in ("tool_calls", "reasoning_content"):
-            if part not in self.text and any(part in message for message in chat.messages):
-                raise DataError(
-                    f"{self.label}: does not render {part}, so those turns would be trained without  "
-                    f"name a template that does{_WITH_TOOLS if part == 'tool_calls' else ''}"
-                )
+        """  # noqa: D205
+        self._refuse_left_out(chat)
+        wanted, notes = self._choose(chat, loss_on)
         text, marks = self.draw(chat.messages, chat.tools, False)
         if loss_on == "all":
-            return text, [(0, len(text))]
+            return [self._whole(chat, text, marks, wanted, notes)]
+        if not wanted:
+            return [Drawn(text=text, spans=[], notes=notes, empty=EMPTY_TURN in notes)]
+        spans = [self._in_place(chat, text, marks, index) for index in sorted(wanted)]
+        found = [span for span in spans if span is not None]
+        if len(found) == len(spans):
+            last = len(chat.messages) - 1
+            text, found = self._with_header(chat, text, found) if last in wanted else (text, found)
+            return [Drawn(text=text, spans=found, notes=notes | self._context(chat, text, wanted))]
+        rows = [self._as_last(chat, index) for index in sorted(wanted)]
+        if len(rows) > 1:
+            notes[SPLIT] = f"{len(rows)} rows"
+        return [replace(rows[0], notes=notes | rows[0].notes), *rows[1:]]
+
+    def _choose(self, chat: Conversation, loss_on: LossOn) -> tuple[set[int], dict[str, str]]:
+        """The turns to train, without those that the row leaves out or that say nothing."""
+        for number, message in enumerate(chat.messages, 1):
+            said = message.get("trained")
+            if message["role"] != "assistant" and said is not None and said == (loss_on != "all"):
+                raise RowError(
+                    f"message {number} ({message['role']}) is to be {'trained' if said else 'left untrained'}, which "
+                    f'loss_on = "{loss_on}" does not do: '
+                    + ("it trains assistant turns only" if said else "it can leave out assistant turns only")
+                    + "  remove that key from the message"
+                )
         wanted = wanted_turns(chat, loss_on)
-        if self.marked:
-            return text, self._marked_turns(chat, text, marks, wanted)
-        return text, [self._prefix_turn(chat, text, index) for index in sorted(wanted)]
+        left = {index for index in wanted if chat.messages[index].get("trained") is False}
+        empty = {index for index in wanted - left if says_nothing(chat.messages[index])}
+        notes = {kind: f"message {min(which) + 1}" for kind, which in ((UNTRAINED, left), (EMPTY_TURN, empty)) if which}
+        return wanted - left - empty, notes
+
+    def _refuse_left_out(self, chat: Conversation) -> None:
+        if chat.tools and not re.search(r"\btools\b", self.text):
+            raise DataError(f'{self.label}: does not render "tools"  name a template that does{_WITH_TOOLS}')
+        if "tool_calls" not in self.text and any("tool_calls" in message for message in chat.messages):
+            raise DataError(
+                f"{self.label}: does not render tool_calls, so those turns would be trained without  "
+                f"name a template that does{_WITH_TOOLS}"
+            )
+
+    def _whole(
+        self, chat: Conversation, text: str, marks: list[Span], wanted: set[int], notes: dict[str, str]
+    ) -> Drawn:
+        """Every token of the chat but those of turns that are left out."""
+        last, whole = len(chat.messages) - 1, text
+        if last in wanted and self._missing(chat, text, last):
+            text = self._as_last(chat, last).text
+        elif last in wanted:
+            text, _ = self._with_header(chat, text, [(0, len(text))])
+            whole = text
+        rebuilt = text != whole
+        for index, message in enumerate(chat.messages):
+            lost = find(text, message).missing if rebuilt and index == last else self._missing(chat, text, index)
+            if lost:
+                raise RowError(self._lost(chat, index, lost[0].kind, lost[0].text))
+        self._context(chat, text, wanted)
+        if not wanted:
+            return Drawn(text=text, spans=[], notes=notes, empty=EMPTY_TURN in notes)
+        spans, begin = [], 0
+        for index in sorted(wanted_turns(chat, "all") - wanted):
+            cut = self._in_place(chat, text, marks, index)
+            if cut is None:
+                raise RowError(
+                    f"message {index + 1} is to be left untrained, and the chat template does not show where it ends  "
+                    'use loss_on = "assistant"'
+                )
+            spans.append((begin, cut[0]))
+            begin = cut[1]
+        return Drawn(text=text, spans=[span for span in (*spans, (begin, len(text))) if span[0] < span[1]], notes=notes)
+
+    def _context(self, chat: Conversation, text: str, trained: set[int], *, rebuilt: bool = False) -> dict[str, str]:
+        """What earlier turns lose, as notes. `rebuilt`: the text is not the template's own of the whole chat.
+
+        Raises:
+            RowError: something that a user, the system or a tool says is not in the text, or who says it.
+        """
+        notes: dict[str, str] = {}
+        for tool in chat.tools or ():
+            if tool["function"]["name"] not in text:
+                raise RowError(
+                    f"the chat template leaves out the tool {tool['function']['name']} of this row  name another "
+                    "chat_template, or remove the tools from the row"
+                )
+        for index, message in enumerate(chat.messages):
+            who = message.get("name") if message["role"] != "tool" else None
+            if who is not None and who not in text:
+                raise RowError(
+                    f'message {index + 1}: the chat template does not render name ("{who}")  ignore = ["name"] in the '
+                    "source's table leaves it out on purpose"
+                )
+            if index in trained:
+                continue
+            for lost in find(text, message).missing if rebuilt else self._missing(chat, text, index):
+                if message["role"] != "assistant":
+                    raise RowError(self._lost(chat, index, lost.kind, lost.text))
+                notes.setdefault(CUT.format(lost.kind), f"message {index + 1}: {_short(lost.text)}")
+        return notes
+
+    def _missing(self, chat: Conversation, text: str, index: int) -> list[Piece]:
+        """What the message at `index` says and the text of the whole chat does not.
+
+        Short texts are found anywhere: the template is also asked about a chat of the same form that says other things.
+        """
+        message = chat.messages[index]
+        missing = list(find(text, message).missing)
+        kinds = {kind for at, kind in self._loses(chat) if at == index} - {piece.kind for piece in missing}
+        return missing + [piece for piece in pieces(message) if piece.kind in kinds]
+
+    def _loses(self, chat: Conversation) -> frozenset[tuple[int, str]]:
+        """What the template leaves out of a chat of this form: (index of the message, kind of piece)."""
+        known = self._latest.get("chat")
+        if known is not None and known[0] is chat:
+            return known[1]
+        form = f"{bool(chat.tools)} {form_of(chat.messages)}"
+        if form not in self._losses:
+            if len(self._losses) >= _MOST_FORMS:
+                self._losses.clear()
+            other = stand_in(chat.messages)
+            try:
+                text, _ = self.draw(other.messages, chat.tools, False)
+            except RowError:
+                self._losses[form] = frozenset()  # it looks at what is said, so the row itself must do
+            else:
+                self._losses[form] = frozenset(other.lost(text))
+        self._latest["chat"] = (chat, self._losses[form])
+        return self._losses[form]
+
+    def _lost(self, chat: Conversation, index: int, kind: str, text: str) -> str:
+        """That the template leaves out something, with a remedy that keeps it."""
+        message = chat.messages[index]
+        said = f"message {index + 1} ({message['role']}): the chat template leaves out its {kind}: {_short(text)}"
+        if message["role"] != "assistant":
+            return f"{said}  move it into a message that the template renders, or name another chat_template"
+        if kind != CALL and not message.get("tool_calls"):
+            try:
+                self._as_last(Conversation(messages=chat.messages[: index + 1], tools=chat.tools), index)
+            except (RowError, DataError):
+                pass
+            else:
+                return f'{said}  loss_on = "assistant" trains each turn as a row of its own, with all that it says'
+        return f"{said}  {self._keep(message, kind)}"
 
     @cached_property
-    def _any_token(self) -> re.Pattern[str]:
+    def any_token(self) -> re.Pattern[str]:
+        """Finds added tokens of the tokenizer in a text."""
         longest_first = sorted(self.tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def _marked_turns(self, chat: Conversation, text: str, marks: list[Span], wanted: set[int]) -> list[Span]:
+    def _in_place(self, chat: Conversation, text: str, marks: list[Span], index: int) -> Span | None:
+        """Where the whole chat's text has the turn at `index` just as if it were the last; None: it does not."""
+        if self.marked:
+            span = self._marked_turns(chat, text, marks, index)
+            lost = find(text, chat.messages[index], *span).missing or self._missing(chat, text, index)
+            return None if lost else span
+        if self._missing(chat, text, index):
+            return None
+        before, _ = self.draw(chat.messages[:index], chat.tools, True)
+        through, _ = self.draw(chat.messages[: index + 1], chat.tools, False)
+        common = _common(through, text)
+        if not text.startswith(before) or common < len(before):
+            return None
+        return self._ending(chat, index, text, len(before), common)
+
+    def _ending(self, chat: Conversation, index: int, text: str, begin: int, limit: int) -> Span | None:
+        """From `begin` to the end token of the turn at `index`; None: something that it says is not in
+        `text[begin:limit]`, or no token ends it."""  # noqa: D205, D209
+        found = find(text, chat.messages[index], begin, limit)
+        if found.missing:
+            return None
+        if self._stops_at_header:  # tokens inside the turn, as around a call, end nothing
+            next_token = self.any_token.search(text, limit)
+            if next_token is not None and not text[limit : next_token.start()].strip():
+                return begin, next_token.end()
+            return (begin, limit) if limit == len(text) else None
+        ends = [token.end() for token in self.any_token.finditer(text, found.end, limit)]
+        return (begin, self._own(chat, index, text[:limit], ends)) if ends else None
+
+    def _own(self, chat: Conversation, index: int, through: str, ends: list[int]) -> int:
+        """The last of a turn's tokens that another message would not take away: a template may end the text of a
+        whole chat with a token more."""  # noqa: D205, D209
+        if len(ends) == 1 or index + 1 < len(chat.messages):
+            return ends[-1]
+        following: Message = {"role": "tool", "content": "done"} if chat.messages[index].get("tool_calls") else _NEXT
+        try:
+            followed, _ = self.draw([*chat.messages[: index + 1], following], chat.tools, False)
+        except RowError:
+            return ends[-1]
+        common = _common(followed, through)
+        return next((end for end in reversed(ends) if end <= common), ends[-1])
+
+    @cached_property
+    def _stops_at_header(self) -> bool:
+        """Whether nothing but the next turn's header ends an assistant's turn."""
+        text, _ = self.draw(_PROBE, None, False)
+        return self.any_token.search(text, text.rfind(_PROBE_ANSWER)) is None
+
+    def _header_after(self, messages: Sequence[Message], tools: Any, text: str) -> str:
+        """What the template writes after these messages up to the token that begins the next one, "" if nothing."""
+        following: Message = {"role": "tool", "content": "done"} if messages[-1].get("tool_calls") else _NEXT
+        try:
+            followed, _ = self.draw([*messages, following], tools, False)
+        except RowError:
+            return ""
+        token = self.any_token.search(followed, len(text)) if followed.startswith(text) else None
+        return followed[len(text) : token.end()] if token and not followed[len(text) : token.start()].strip() else ""
+
+    def _with_header(self, chat: Conversation, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
+        """The text with the next turn's header token, where that is what stops the model, as part of the last span."""
+        if self.marked or not self._stops_at_header:
+            return text, spans
+        calls = [call for message in chat.messages[-1:] for call in message.get("tool_calls", ())]
+        plain = [_PROBE[0], {**_PROBE[1], "tool_calls": calls}] if calls else _PROBE
+        header = self._header_after(plain, None, self.draw(plain, None, False)[0])
+        if not header:
+            raise DataError(f"{self.label}: the token that ends the last turn cannot be found")
+        text = text + header
+        return text, [*spans[:-1], (spans[-1][0], len(text))]
+
+    def _as_last(self, chat: Conversation, index: int) -> Drawn:
+        """The chat up to the turn at `index`, that turn trained.
+
+        Raises:
+            RowError: the template leaves out something that the turn says.
+            DataError: where the turn begins or ends cannot be told.
+        """
+        messages, upto = chat.messages, Conversation(messages=chat.messages[: index + 1], tools=chat.tools)
+        text, marks = self.draw(upto.messages, chat.tools, False)
+        if self.marked:
+            spans = [self._marked_turns(upto, text, marks, index)]
+            if lost := find(text, messages[index], *spans[0]).missing or self._missing(upto, text, index):
+                raise self._left_out(chat, index, lost[0].kind, lost[0].text)
+            return Drawn(text=text, spans=spans, notes=self._context(upto, text, {index}))
+        before, _ = self.draw(messages[:index], chat.tools, True)
+        opener = _OPENER.search(before)
+        rebuilt = not text.startswith(before)
+        if rebuilt:
+            if opener is None or not text.startswith(before[: opener.start()]):
+                text = self._behind(before, text, messages, chat.tools, index)
+            else:
+                return self._closed(upto, index, before, opener)
+        lost = find(text, messages[index], len(before)).missing or self._missing(upto, text, index)
+        if lost and opener is not None and lost[0].kind == REASONING:
+            return self._closed(upto, index, before, opener)
+        if lost:
+            raise self._left_out(chat, index, lost[0].kind, lost[0].text)
+        span = self._ending(upto, index, text, len(before), len(text))
+        if span is None:
+            raise DataError(f"{self.label}: ends message {index + 1} without a token that would stop the model")
+        notes = self._context(upto, text, {index}, rebuilt=rebuilt)
+        text, spans = self._with_header(upto, text, [span])
+        return Drawn(text=text, spans=spans, notes=notes)
+
+    def _behind(self, before: str, text: str, messages: Sequence[Message], tools: Any, index: int) -> str:
+        """The turn at `index` behind its generation prompt, where the template writes what comes before it otherwise
+        once an answer follows: Mistral's writes the system message and the tools into the last of the users' messages
+        only while it is the last of all.
+
+        Raises:
+            DataError: where the turn begins in `text` cannot be told by what the two have in common before it.
+        """  # noqa: D205
+        said = pieces(messages[index - 1])[-1:] if index else []
+        other = stand_in(messages[:index])  # short texts may stand in the header too: numbers do not
+        number = next((name for name in reversed(other.pieces) if other.pieces[name][0] == index - 1), "")
+        asked, _ = self.draw(other.messages, tools, True)
+        header = said[0].text + asked[asked.rfind(number) + len(number) :] if said and number in asked else ""
+        if not header or not before.endswith(header):
+            raise DataError(self._differs(index))
+        at = text.rfind(header)
+        while at >= 0 and find(text, messages[index], at + len(header)).missing:
+            at = text.rfind(header, 0, at)
+        if at < 0:
+            raise DataError(self._differs(index))
+        return before + text[at + len(header) :]
+
+    def _closed(self, upto: Conversation, index: int, before: str, opener: re.Match[str]) -> Drawn:
+        """A turn after a generation prompt that opens a block of reasoning: it goes on with the reasoning and closes
+        the block, also where there is none, or the model would be trained on another prompt than it is asked with."""  # noqa: D205, D209
+        message = upto.messages[index]
+        thought, answer = thought_and_answer(message)
+        bare = {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": answer}
+        asked = upto.messages[:index]
+        plain, _ = self.draw([*asked, bare], upto.tools, False)
+        header = before[: opener.start()]
+        if not plain.startswith(header):
+            raise DataError(self._differs(index))
+        closer = _closer(opener)
+        thinks = thought + "\n" if thought else "\n"
+        text = before + ("" if before.endswith("\n") else "\n") + thinks + f"{closer}\n\n" + plain[len(header) :]
+        alone = Conversation(messages=[*asked, message], tools=upto.tools)
+        found = find(text, message, len(before))
+        if found.missing:
+            raise self._left_out(upto, index, found.missing[0].kind, found.missing[0].text)
+        closes = text.find(closer, len(before)) + len(closer)
+        ends = [token.end() for token in self.any_token.finditer(text, max(found.end, closes))]
+        if not ends:
+            raise DataError(f"{self.label}: ends message {index + 1} without a token that would stop the model")
+        notes = {} if thought else {OPENED: f"message {index + 1}"}
+        return Drawn(text=text, spans=[(len(before), ends[-1])], notes=notes | self._context(alone, text, {index}))
+
+    def _left_out(self, chat: Conversation, index: int, kind: str, text: str) -> RowError | DataError:
+        """A trained turn that loses something: the template's fault where it knows no reasoning at all."""
+        message = chat.messages[index]
+        if (
+            kind == REASONING
+            and "reasoning_content" in message
+            and not any(name in self.text for name in REASONING_KEYS)
+        ):
+            return DataError(
+                f"{self.label}: does not render reasoning_content, so those turns would be trained without  "
+                f"name a template that has a place for it{self._inline()}"
+            )
+        who = f"message {index + 1} ({message['role']})"
+        return RowError(f"{who}: the chat template leaves out its {kind}: {_short(text)}  {self._keep(message, kind)}")
+
+    def _keep(self, message: Message, kind: str) -> str:
+        """What keeps what a template leaves out."""
+        if kind == CALL or message.get("tool_calls"):
+            return "name a chat_template that writes text and tool calls of one turn, or remove one of them"
+        inline = self._inline() if kind == REASONING and "reasoning_content" in message else ""
+        return f"name a chat_template that keeps it{inline}, or remove it from the row"
+
+    def _inline(self) -> str:
+        return "" if "</think>" in self.text else ", or write it into the content as <think>…</think>"
+
+    def _differs(self, index: int) -> str:
+        return (
+            f"{self.label}: has no {{% generation %}} marks, and renders messages up to {index + 1} differently "
+            "when others follow, so the assistant's tokens cannot be told apart  "
+            "put {% generation %} marks into a copy and name that file, or use a built-in template"
+        )
+
+    def _marked_turns(self, chat: Conversation, text: str, marks: list[Span], index: int) -> Span:
         spans: list[Span] = []
         for begin, end in marks:  # a turn may be marked in several adjoining parts
             if spans and spans[-1][1] == begin:
                 spans[-1] = (spans[-1][0], end)
             elif end > begin:
                 spans.append((begin, end))
-        turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        turns = [at for at, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if len(spans) != len(turns):
             raise DataError(f"{self.label}: marks {len(spans)} of {len(turns)} assistant turns with {{% generation %}}")
-        chosen = [span for span, index in zip(spans, turns, strict=True) if index in wanted]
-        for begin, end in chosen:
-            if not text[begin:end].rstrip().endswith(self.tokens):
-                shown = text[max(begin, end - 40) : end]
-                raise DataError(f"{self.label}: marks a turn without the token that ends it: …{shown!r}")
-        return chosen
+        begin, end = spans[turns.index(index)]
+        if not text[begin:end].rstrip().endswith(self.tokens):
+            shown = text[max(begin, end - 40) : end]
+            raise DataError(f"{self.label}: marks a turn without the token that ends it: …{shown!r}")
+        return begin, end
 
-    def _prefix_turn(self, chat: Conversation, text: str, index: int) -> Span:
-        """The turn at `index` is what its rendering adds to that of the messages before it."""
-        before, _ = self.draw(chat.messages[:index], chat.tools, True)
-        through, _ = self.draw(chat.messages[: index + 1], chat.tools, False)
-        if not (through.startswith(before) and text.startswith(through)):
-            raise DataError(
-                f"{self.label}: has no {{% generation %}} marks, and renders messages up to {index + 1} differently "
-                "when others follow, so the assistant's tokens cannot be told apart  "
-                'put {% generation %} marks into a copy and name that file, use a built-in template, or loss_on = "all"'
-            )
-        ends = [found.end() for found in self._any_token.finditer(through, len(before))]
-        if not ends:
-            raise DataError(f"{self.label}: ends message {index + 1} without a token that would stop the model")
-        return len(before), ends[-1]
+
+def _common(first: str, second: str) -> int:
+    """How many characters two texts have in common from their start, found by halving."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _closer(opener: re.Match[str]) -> str:
+    if opener["tag"]:
+        return f"</{opener['tag']}>"
+    return "[/THINK]" if opener["square"] else "<|END_THINKING|>"
+
+
+def _short(text: str, limit: int = 60) -> str:
+    text = " ".join(without_marks(text[: 2 * limit]).split())
+    return f'"{text if len(text) <= limit else text[: limit - 1] + "…"}"'

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distft.assemble import dated
 from distft.catalog import REGISTRIES
 from distft.checkpoint.folders import Folders
 from distft.core.errors import Problem, RecipeError
@@ -57,7 +58,7 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
         RecipeError: there is no such model, or the label is none.
     """
     model = model or ("final" if (folder / "final").is_dir() else "base")
-    located = locate(recipe)
+    located = dated(locate(recipe), folder)
     if label is not None and not _LABEL.fullmatch(label):
         raise _wrong(f'--label "{label}"  must be a plain folder name', "letters, digits, dots, dashes, underscores")
     base = Subject(asked=located, built=located, folder=folder, label=label or "before", step=0)
@@ -98,7 +99,7 @@ def trained_rows(subject: Subject) -> dict[str, Any] | None:
     try:
         noted = json.loads((subject.folder / "manifest.json").read_text(encoding="utf-8"))["trained_rows"]
         then = load_recipe(subject.folder / "recipe.toml", registries=REGISTRIES)
-        same = locate(then).data == subject.asked.data
+        same = dated(locate(then), subject.folder).data == subject.asked.data
         return noted if same and noted["stop_ids"] and isinstance(noted["chats"], bool) else None
     except (OSError, ValueError, LookupError, TypeError, RecipeError):
         return None

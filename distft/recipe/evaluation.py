@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from distft.core.registry import Params
 
@@ -13,17 +13,26 @@ class SourceTable(Params):
     """Rows from one file, folder or hub dataset."""
 
     path: str = Field(min_length=1, examples=["train.jsonl"])
-    """A json, jsonl, parquet, csv or txt file, a folder of them, or a hub dataset."""
+    """A file of rows (json, jsonl, parquet, arrow, csv, tsv or txt), a glob or folder of them, or a hub dataset."""
     format: str = "auto"
     """Shape of a row; auto looks at the first rows and says what it decided."""
     split: str | None = Field(default=None, min_length=1)
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of a folder that holds several."""
     subset: str | None = Field(default=None, min_length=1)
-    """Configuration name of a hub dataset."""
+    """Configuration name of a hub dataset, or a folder inside a folder."""
     max_rows: int | None = Field(default=None, ge=1)
     """Read only this many rows."""
     columns: dict[str, str] | None = None
     """Renames columns: theirs = ours (the name the format expects)."""
+    ignore: tuple[str, ...] = ()
+    """Columns, and keys of messages, that are left out on purpose."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_path(cls, value: object) -> object:
+        if isinstance(value, list):
+            raise ValueError('is a list: write one table for each path, or a glob such as "data/*.jsonl"')
+        return value
 
 
 class AnswersTable(Params):
@@ -43,6 +52,8 @@ class AnswersTable(Params):
     """Ask only this many rows, the first ones."""
     columns: dict[str, str] | None = None
     """Renames columns: theirs = ours."""
+    ignore: tuple[str, ...] = ()
+    """Keys of messages that are left out on purpose."""
     prompt: str | None = Field(default=None, min_length=1)
     """Column that holds the question, for rows that are of no data format."""
     reference: str | None = Field(default=None, min_length=1)
@@ -72,7 +83,12 @@ class AnswersTable(Params):
         if self.path is None:
             return None
         return SourceTable(
-            path=self.path, format=self.format, split=self.split, subset=self.subset, columns=self.columns
+            path=self.path,
+            format=self.format,
+            split=self.split,
+            subset=self.subset,
+            columns=self.columns,
+            ignore=self.ignore,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -117,6 +118,14 @@ def chat_template_is_known(recipe: Recipe, registries: Registries) -> Iterator[F
             message=f"unknown template{did_you_mean(template, known)}",
             fix=f"allowed: {', '.join(known)}, or a file ending in .jinja",
         )
+
+
+def date_is_a_day(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """Chat templates are given a day of the calendar."""
+    try:
+        datetime.date.fromisoformat(recipe.data.date or "2026-01-31")
+    except ValueError:
+        yield Fault(key=("data", "date"), message="is no day of the calendar", fix="write it as YYYY-MM-DD")
 
 
 def formats_are_known(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
@@ -313,6 +322,7 @@ def adapters_recompute_outside_gathers(recipe: Recipe, _: Registries) -> Iterato
 RULES: tuple[Rule, ...] = (
     name_is_a_folder_name,
     chat_template_is_known,
+    date_is_a_day,
     formats_are_known,
     one_way_to_say_how_long,
     micro_batch_divides_global_batch,

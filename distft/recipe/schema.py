@@ -77,6 +77,13 @@ class DataTable(Params):
     """What happens to a row longer than max_length."""
     bad_rows: Literal["error", "skip"] = "error"
     """What happens to a row that is not of the source's format; skipped rows are counted."""
+    special_tokens_in_content: Literal["escape", "error", "allow"] = "escape"
+    """Special tokens typed inside messages: escape = they stay text, error = such a row is refused, allow = they become
+    the tokens. In raw text they are the tokens, unless error."""
+    merge_turns: bool = False
+    """Join neighbouring turns of one role, by a blank line, instead of refusing the row."""
+    date: str | None = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$", examples=["2026-01-31"])
+    """What chat templates that write the date are given; the day the run began unless set."""
     overlap: Literal["report", "error"] = "report"
     """What happens when evaluation rows (equal, of equal prompt, or nearly equal) are also trained on."""
     shuffle: bool = True

@@ -178,6 +178,8 @@ def _pinned(first: RunRecord, nproc: int) -> list[str]:
     from distft.recipe.text import toml_value
 
     settings = []
+    if (date := first.manifest.get("date")) and "date" not in first.table("data"):
+        settings.append(f"data.date={toml_value(date)}")  # chat templates may write it
     layout = first.manifest.get("layout") or {}
     if first.table("engine").get("name") == "auto" and not (first.engine == "solo" and nproc > 1):
         known = REGISTRIES.engine[first.engine].params.model_fields

@@ -1,6 +1,7 @@
 """Putting a run together: what is said while rows are prepared, and that a wish to stop is heard there."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,48 @@ def test_a_run_ends_where_evaluation_rows_are_trained_on_and_the_recipe_minds(tm
     assert prepared(tmp_path, [], shared).eval_steps is not None
     with pytest.raises(DataError, match="1 of 1 evaluation rows are also trained on"):
         prepared(tmp_path, [], shared, "data.overlap=error")
+
+
+def test_what_became_of_rows_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    rows = tmp_path / "bad.jsonl"
+    rows.write_text(
+        '{"prompt": "2 + 2 =", "completion": " 4", "id": 1}\n' * 4
+        + '{"prompt": 3}\n{"prompt": "a", "completion": ""}\n'
+    )
+    prepared(tmp_path, said, f"data.train.0.path={rows}", "data.bad_rows=skip")
+    assert f"[[data.train]] {rows}: dropped: 1 bad row, 1 empty; longest row 10 tokens" in said
+    assert f'[[data.train]] {rows}: columns not read: "id" (4)' in said
+
+
+def test_a_run_that_goes_on_keeps_its_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The date that chat templates are given: the recipe's, else the run's, else today's."""
+    from distft.data import fingerprint
+
+    monkeypatch.setattr(fingerprint, "today", lambda: "2026-02-02")
+    (tmp_path / "recipe.toml").write_text('name = "r"\n[model]\npath = "m"\n[[data.train]]\npath = "t.jsonl"\n')
+    recipe = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES)
+    run = tmp_path / "runs/r"
+    checkpoint = run / "checkpoints/step-00000002"
+    checkpoint.mkdir(parents=True)
+    assert assemble.dated(recipe, run).data.date == "2026-02-02"
+    for noted, date in (
+        ({"date": "2026-01-31", "started": "2026-02-01T10:00:00"}, "2026-01-31"),
+        ({"started": "2026-02-01T10:00:00"}, "2026-02-01"),  # of a run from before the date was kept
+        ({"date": "no day"}, "2026-02-02"),
+        ([], "2026-02-02"),
+    ):
+        (run / "manifest.json").write_text(json.dumps(noted))
+        assert assemble.dated(recipe, run).data.date == date
+        assert assemble.dated(recipe, tmp_path / "other", checkpoint).data.date == date
+        assert assemble.dated(recipe, run, "never").data.date == "2026-02-02"
+    (run / "manifest.json").write_text("{")
+    assert assemble.dated(recipe, run).data.date == "2026-02-02"
+    (checkpoint / "state.json").write_text('{"date": "2026-01-30"}')  # a checkpoint knows it too
+    for resume in ("auto", checkpoint):
+        assert assemble.dated(recipe, run, resume).data.date == "2026-01-30"
+    own = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=["data.date='2025-12-24'"])
+    assert assemble.dated(own, run).data.date == "2025-12-24"
 
 
 def test_a_run_on_gpus_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

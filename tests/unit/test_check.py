@@ -90,6 +90,28 @@ def test_json_says_the_same(recipe: Path, capsys: pytest.CaptureFixture[str]) ->
     assert said["recipe"]["data"]["packing"] is False
 
 
+def test_what_rows_lose_or_hold_is_told_with_an_example(recipe: Path, tmp_path: Path, capsys) -> None:
+    odd = [
+        {"messages": [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[0], CHAT[1]], "id": 1},
+        {"messages": [CHAT[0], CHAT[1] | {"content": "Write </s> to stop."}], "id": 2},
+        {"messages": [CHAT[0], CHAT[1] | {"content": " "}]},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd))
+    assert main([str(recipe), "--samples", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "dropped: 1 empty; longest row" in said
+    assert "1 rows: turns left untrained: weight 0 or train = false; first train.jsonl:1: message 2" in said
+    assert "1 rows: special tokens typed inside a message, kept as text; first train.jsonl:2: message 2: </s>" in said
+    assert 'columns not read: "id" (2)' in said
+    assert main([str(recipe), "--samples", "0", "--json"]) == 0
+    (source,) = json.loads(capsys.readouterr().out)["splits"][0]["sources"]
+    assert source["unread"] == {"id": 2}
+    assert [note["num_rows"] for note in source["notes"].values()] == [1, 1]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": [CHAT[0], CHAT[1] | {"reasoning": "add"}]}) + "\n")
+    assert main([str(recipe)]) == 3
+    assert 'train.jsonl:1: chat_template "plain": does not render reasoning_content' in capsys.readouterr().err
+
+
 def test_care_is_told_and_kept(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "card.md"
     assert main([str(recipe), "--samples", "0", "--card", str(page)]) == 0

@@ -78,3 +78,16 @@ def test_other_rows_are_a_fault_of_the_data(says: Says) -> None:
 def test_an_adapter_belongs_to_its_base(says: Says) -> None:
     with pytest.raises(CheckpointError, match="its adapter belongs to other base weights"):
         check_fits(says(base="one"), says(base="another"), WHERE, allow_changes=True)
+
+
+def test_a_checkpoint_from_before_a_key_is_continued(says: Says) -> None:
+    """Keys of [data] that only change rows: the rows' own hash is compared."""
+    old, now = says(), says("data.date='2026-01-31'", "data.merge_turns=true")
+    for key in ("special_tokens_in_content", "merge_turns"):
+        del old["recipe"]["data"][key]
+    told = check_fits(old, now, WHERE, allow_changes=False)
+    assert [line.partition(":")[0] for line in told] == [
+        "data.date",
+        "data.merge_turns",
+        "data.special_tokens_in_content",
+    ]

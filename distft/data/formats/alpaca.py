@@ -38,5 +38,6 @@ SPEC = FormatSpec(
     needs='"instruction", "output", optional "input", "system", "history"',
     matches=lambda row: "instruction" in row and "output" in row,
     convert=convert,
+    reads=("instruction", "input", "output", "system", "history"),
     example={"instruction": "Add the numbers.", "input": "2 and 2", "output": "4"},
 )

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from distft.core.registry import nearest
-from distft.data.chat import conversation, tool_call
+from distft.data.chat import conversation, message_list, tool_call
+from distft.data.formats.messages import system_first, tools_of
 from distft.data.samples import Conversation, FormatSpec, Message, Row, RowError, kind_of
 
 ROLE_OF = {
@@ -21,26 +22,24 @@ ROLE_OF = {
 
 def convert(row: Row) -> Conversation:
     """The row's chat; a `system` column becomes the first message, `function_call` turns become tool calls."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list):
-        raise RowError(f'"conversations" is {kind_of(turns)}, expected a list of turns')
+    turns = message_list(row.get("conversations"), "conversations")
     messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
-    system = row.get("system")
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return conversation(messages, row.get("tools"))
+    return conversation(system_first(row, messages, role="role", content="content"), tools_of(row))
 
 
 def _message(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict) or "from" not in turn:
         raise RowError(f'turn {number} has no "from"; expected objects with "from" and "value"')
     speaker, value = turn["from"], turn.get("value")
-    if speaker not in ROLE_OF:
+    if not isinstance(speaker, str) or speaker not in ROLE_OF:
         meant = nearest(str(speaker), ROLE_OF)
         hint = f', did you mean "{meant}"?' if meant else ""
         raise RowError(f"turn {number} is from {json.dumps(speaker)}{hint}  allowed: {', '.join(ROLE_OF)}")
+    if "role" in turn or "content" in turn:
+        raise RowError(f'turn {number} has "role" or "content" beside "from"; expected "from" and "value"')
+    more = {key: said for key, said in turn.items() if key not in ("from", "value")}  # weight, reasoning, ...
     if speaker != "function_call":
-        return {"role": ROLE_OF[speaker], "content": value}
+        return {"role": ROLE_OF[speaker], "content": value, **more}
     if not isinstance(value, str):
         raise RowError(f"turn {number}: a function_call's value is {kind_of(value)}, expected JSON text")
     try:
@@ -48,7 +47,7 @@ def _message(turn: Any, number: int) -> Message:
     except json.JSONDecodeError as error:
         raise RowError(f"turn {number}: the function_call is not valid JSON ({error})") from None
     calls = calls if isinstance(calls, list) else [calls]
-    return {"role": "assistant", "content": "", "tool_calls": [tool_call(call, number) for call in calls]}
+    return {"role": "assistant", "content": "", "tool_calls": [tool_call(call, number) for call in calls], **more}
 
 
 SPEC = FormatSpec(
@@ -56,5 +55,6 @@ SPEC = FormatSpec(
     needs='"conversations": a list of {from, value}, optional "system" and "tools"',
     matches=lambda row: "conversations" in row,
     convert=convert,
+    reads=("conversations", "tools", "functions", "system"),
     example={"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
 )

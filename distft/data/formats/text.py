@@ -13,5 +13,6 @@ SPEC = FormatSpec(
     needs='"text": a string',
     matches=lambda row: "text" in row,
     convert=convert,
+    reads=("text",),
     example={"text": "Once upon a time there was a tokenizer."},
 )

@@ -29,4 +29,5 @@ def read_template(setting: str) -> str | None:
     try:
         return Path(setting).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'chat_template = "{setting}": cannot read it: {error}') from None
+        here = "" if Path(setting).expanduser().is_absolute() else f" (relative to {Path.cwd()})"
+        raise DataError(f'chat_template = "{setting}": cannot read it: {error}{here}') from None

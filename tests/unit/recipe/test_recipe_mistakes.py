@@ -48,6 +48,15 @@ ADDED = {
     "not finite in an array": ("[optim]\nbetas = [0.9, inf] # <-", "must be a finite number"),
     "beyond 64 bits": ("[train]\nmax_steps = 99999999999999999999 # <-", "does not fit 64 bits"),
     "a date": ("[data]\ncache_dir = 2024-01-31 # <-", "= 2024-01-31  is a date or time", "text needs quotes"),
+    "no day of the calendar": (
+        '[data]\ndate = "2026-02-31" # <-',
+        '[data] date = "2026-02-31"  is no day of the calendar  write it as YYYY-MM-DD',
+    ),
+    "a date in another notation": ('[data]\ndate = "31.1.2026" # <-', '[data] date = "31.1.2026"  must be text'),
+    "what becomes of special tokens": (
+        '[data]\nspecial_tokens_in_content = "escap" # <-',
+        'did you mean "escape"?',
+    ),
     "a zero byte": ('[log]\nwandb = "a\\u0000b" # <-', "holds a character that is not text"),
     "empty text": ('[log]\nwandb = "" # <-', "must be text that is not empty"),
     "deep nesting": ("[log]\nwandb = [[[[[[[[[1]]]]]]]]] # <-", "is nested too deeply"),
