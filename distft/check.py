@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from distft import fits
 from distft.answers.build import exams
 from distft.care import CareReport, card, examine, refuse_overlap, summary
 from distft.catalog import REGISTRIES
@@ -27,7 +28,7 @@ from distft.data.render import load_decoder, load_renderer, settings_of
 from distft.data.report import SourceReport
 from distft.data.store import Prepared
 from distft.demo.files import locate
-from distft.recipe import Recipe, load_recipe
+from distft.recipe import Recipe, check_steps, load_recipe
 
 MARKS = ("⟦", "⟧")
 """Around trained tokens where there is no colour."""
@@ -113,7 +114,11 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
 
     Raises:
         DataError: rows that cannot be trained on, or that the recipe's `[data] overlap` refuses.
+        RecipeError: the recipe does not fit its model or these rows.
     """
+    has_config = fits.has_config(recipe)  # a tokenizer's folder is enough to look at rows
+    if has_config:
+        fits.refuse_misfits(recipe)
     folder = cache_dir or cache_folder(recipe.data)
     tokenizer, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
     decode = load_decoder(tokenizer, revision) if samples else str
@@ -133,10 +138,15 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=1,
     )
+    check_steps(recipe, steps.num_steps)
+    if has_config:
+        fits.refuse_long_rows(recipe, int(train.lengths.max()), "train")
     first_rows = steps.order.epoch(0).rows_N[:samples]
     splits = [_split("train", train, steps.order.per_epoch, steps.fill, first_rows, decode)]
     if recipe.data.eval:
         held_out = prepared("eval", recipe.data.eval)
+        if has_config:
+            fits.refuse_long_rows(recipe, int(held_out.lengths.max()), "eval")
         sequences = EvalSteps(held_out, recipe.data, micro_batch_size=1).num_samples
         fill = held_out.report.num_tokens / (sequences * recipe.data.max_length)
         splits.append(_split("eval", held_out, sequences, fill, np.arange(min(samples, held_out.num_rows)), decode))
@@ -303,7 +313,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         named = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
-        report = run_check(locate(named), samples=options.samples)
+        located = locate(named)
+        report = run_check(located, samples=options.samples)
+        if not fits.has_config(located):
+            print(f"check: {named.model.path} holds no config.json: its tokenizer was used", file=sys.stderr)
         if options.card:
             _write_card(Path(options.card), report.care, named)
     except DistftError as error:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from typing import Annotated
+
+from distft.core.stop import hold
+
+if sys.argv[1:2] in (["train"], ["eval"]) and (__name__ == "__main__" or os.path.basename(sys.argv[0]) == "distft"):
+    hold(True)  # at once: a signal that comes during these imports is for the run, which will take it
 
 import typer
 
@@ -26,15 +31,16 @@ def train(
     output_dir: Annotated[str | None, typer.Option(help="Folder of run folders.")] = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|DIR", help="Where to continue.")] = "auto",
     allow_changes: Annotated[bool, typer.Option(help="Continue under a changed learning rate or length.")] = False,
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; default: one per GPU.")] = None,
 ) -> None:
-    """Fine-tune: starts `accelerate launch -m distft.train` with one process per accelerator."""
+    """Fine-tune: becomes `accelerate launch -m distft.train` with one process per accelerator."""
     from distft import load_recipe
     from distft.core.errors import RecipeError
-    from distft.launch import launch_command, launch_env, num_accelerators
+    from distft.fits import refuse_missing_folder
+    from distft.launch import become, launch_command, launch_env, num_accelerators
 
     try:  # once, and before any process is started
-        load_recipe(recipe, overrides=set_ or [])
+        refuse_missing_folder(load_recipe(recipe, overrides=set_ or []))
     except RecipeError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
@@ -43,8 +49,8 @@ def train(
         passed += ["--set", override]
     if output_dir is not None:
         passed += ["--output-dir", output_dir]
-    command = launch_command(nproc if nproc is not None else num_accelerators(), passed)
-    raise typer.Exit(subprocess.run(command, env=launch_env(), check=False).returncode)
+    nproc = nproc if nproc is not None else num_accelerators()
+    become(launch_command(nproc, passed), launch_env(), nproc=nproc)
 
 
 @app.command()
@@ -103,7 +109,7 @@ def eval_(
     lm_eval: Annotated[str | None, typer.Option(metavar="TASK,…", help="Tasks of lm-eval to run as well.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Rows shown in each task's prompts.")] = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; default: one per GPU.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Look at a model: held-out loss, answers and their scores, compared with the base model's."""
@@ -113,10 +119,10 @@ def eval_(
     for override in set_ or []:
         passed += ["--set", override]
     passed += ["--json"] * json
-    from distft.launch import launch_command, launch_env, num_accelerators
+    from distft.launch import become, launch_command, launch_env, num_accelerators
 
-    command = launch_command(nproc if nproc is not None else num_accelerators(), passed, module="distft.eval")
-    raise typer.Exit(subprocess.run(command, env=launch_env(), check=False).returncode)
+    nproc = nproc if nproc is not None else num_accelerators()
+    become(launch_command(nproc, passed, module="distft.eval"), launch_env(), nproc=nproc)
 
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from distft import assemble
+from distft import assemble, fits
 from distft.catalog import REGISTRIES
 from distft.core.ending import exit_code, reason, report_error
 from distft.core.errors import DONE, BusyError, MachineError, PeerEnded, Preempted
@@ -97,6 +97,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
         STOP.watch(folder.path / "STOP")
         try:
             PULSE.at("rows")
+            fits.refuse_misfits(located)
             cut = assemble.layout(recipe, world, say)
             say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
             rows, asked = assemble.data(located, cut, rank, world, say), assemble.exams(located, say)
@@ -211,14 +212,33 @@ class _Run:
             hashing.join()
         export = functools.partial(assemble.export, self.located, self.folder, engine, model, shapes, self.rows)
         if not recipe.train.load_best:
-            PULSE.at("export")
-            export()
+            self._export(engine, checkpoints, state, export)
         self._at_its_best(engine, checkpoints, looks, state)
         if recipe.train.load_best:
-            PULSE.at("export")
-            export()
+            self._export(engine, checkpoints, state, export, saves=False)
         self.say(f"done: {self.folder.final}")
         return state
+
+    def _export(
+        self,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        write: Callable[[], None],
+        *,
+        saves: bool = True,
+    ) -> None:
+        """Write final/, unless some rank was asked to stop: it may take minutes, and the next start begins it anew.
+
+        `saves=False`: the engine holds other weights than the last state's, which was saved before.
+
+        Raises:
+            Preempted: asked to stop.
+        """
+        PULSE.at("export")
+        if any(engine.gather(self._stop())):
+            self._leave_early(engine, checkpoints, state, saves=saves)
+        write()
 
     def _at_its_best(self, engine: Engine, checkpoints: Checkpoints, looks: Looks, state: TrainState) -> None:
         """Go to the best state, where one is kept and wanted, and look at it; the engine holds its weights then.
@@ -333,11 +353,13 @@ class _Run:
             STOP.ask("the loss of its lock")
         return STOP.asked()
 
-    def _leave_early(self, engine: Engine, checkpoints: Checkpoints, state: TrainState) -> NoReturn:
+    def _leave_early(
+        self, engine: Engine, checkpoints: Checkpoints, state: TrainState, *, saves: bool = True
+    ) -> NoReturn:
         if any(engine.gather(self.lock is not None and self.lock.lost)):
             raise BusyError(f"{self.folder.path}: another run has taken over, this one was frozen; it saves nothing")
         PULSE.at("save")
-        if state.step > 0:
+        if state.step > 0 and saves:
             checkpoints.save_now(state)
         STOP.granted()
         kept = "the state is saved" if state.step > 0 else "nothing was trained yet, so there is nothing to save"

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from distft import fits
 from distft.assemble.rows import Data, HeldOut, Say
 from distft.assemble.sizes import Layout
 from distft.catalog import REGISTRIES
@@ -55,17 +56,18 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
     from distft.model import load, quantize, savers, stats
 
     spec = located.method.spec
-    built = load.build(
-        located.model,
-        load.find_folder(located.model),
-        spec,
-        located.method.params,
-        seed=located.seed,
-        device=placed.device,
-        per_token=located.objective.spec.per_token,
-        path=cut.path,
-    )
-    num_embeddings = built.module.transformer.get_input_embeddings().num_embeddings
+    with fits.placed(located):
+        built = load.build(
+            located.model,
+            load.find_folder(located.model),
+            spec,
+            located.method.params,
+            seed=located.seed,
+            device=placed.device,
+            per_token=located.objective.spec.per_token,
+            path=cut.path,
+        )
+    num_embeddings = built.module.transformer.get_input_embeddings().weight.shape[0]
     if rows.largest_id >= num_embeddings:
         problem = Problem(
             message=f"[model] the tokenizer wrote token {rows.largest_id}, and the embedding has {num_embeddings} rows",
@@ -118,6 +120,7 @@ def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFact
         flops_per_token=stats.flops_per_token(built.module),
         flops_per_squared_length=stats.flops_per_squared_length(built.module.transformer.config),
         start=state,
+        router_loss=built.module.router is not None,
     )
 
 
@@ -156,6 +159,10 @@ def meters(
             kind = console.BarSink if bar else console.LineSink
             sinks.append(kind(recipe.name, steps.num_steps, facts.start.step))
     metrics: list[Any] = [spec.build(facts) for spec in METRICS.values()]
+    if facts.router_loss:
+        from distft.metrics.router import RouterMetric
+
+        metrics.append(RouterMetric(engine.sum_over_ranks))
     metrics.append(StartUp(placed.rank, engine.gather, say, folder.note, os.environ))
     if recipe.log.samples:
         from distft.metrics.sample_log import SampleLog

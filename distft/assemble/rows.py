@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft import fits
 from distft.core.errors import DataError
 from distft.core.pulse import PULSE
-from distft.recipe import Recipe
+from distft.recipe import Recipe, check_steps
 
 if TYPE_CHECKING:
     from distft.assemble.sizes import Layout
@@ -54,6 +55,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
 
     Raises:
         DataError: rows that cannot be trained on, or that the recipe's `[data] overlap` refuses.
+        RecipeError: they are longer than the model's positions, or too few for the recipe's steps.
     """
     from distft.care import examine, refuse_overlap
     from distft.data.loader import EvalSteps, Steps
@@ -78,6 +80,9 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
         global_batch_size=plan.global_batch_size,
         **slice_,
     )
+    check_steps(located, steps.num_steps)
+    longest = int(rows.lengths.max())
+    fits.refuse_long_rows(located, longest, "train")
     say(
         f"{rows.num_rows:,} rows, {steps.tokens_per_epoch:,} tokens an epoch "
         f"({steps.supervised_per_epoch:,} trained), {100 * steps.fill:.1f} % fill, {steps.num_steps:,} steps"
@@ -85,6 +90,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     splits = {"train": rows}
     if table.eval:
         splits["eval"] = prepare(table, table.eval, split="eval", **common)
+        fits.refuse_long_rows(located, int(splits["eval"].lengths.max()), "eval")
     for split, prepared in splits.items():
         for source in prepared.report.sources:
             for line in source.said():
@@ -95,7 +101,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
         fingerprint={split: prepared.fingerprint for split, prepared in splits.items()},
         largest_id=max(prepared.report.largest_id for prepared in splits.values()),
         stop_ids=rows.report.stop_ids,
-        longest=int(rows.lengths.max()),
+        longest=longest,
     )
 
 
@@ -141,6 +147,7 @@ def held_out(located: Recipe, cut: Layout, rank: int, world: int, stop_ids: tupl
     if not table.eval:
         return HeldOut(eval_steps=None, fingerprint={}, largest_id=max(stop_ids), stop_ids=stop_ids)
     rows = prepare(table, table.eval, split="eval", **_common(located, say))
+    fits.refuse_long_rows(located, int(rows.lengths.max()), "eval")
     micro = cut.micro_batch_size
     return HeldOut(
         eval_steps=EvalSteps(rows, table, micro_batch_size=micro, rank=rank, world=world, single_documents=cut.single),

@@ -62,7 +62,7 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
     Raises:
         DistftError: the recipe cannot run like this here.
     """
-    from distft import assemble
+    from distft import assemble, fits
     from distft.bench.rows import FullSteps
     from distft.catalog import REGISTRIES
     from distft.core.log import quiet_libraries
@@ -100,6 +100,7 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
             stop_ids=(),
             longest=recipe.data.max_length,
         )
+        fits.refuse_long_rows(located, recipe.data.max_length, "train")
     placed = processes.join()
     engine = assemble.open_engine(recipe, placed, say)
     try:

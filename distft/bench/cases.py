@@ -172,6 +172,9 @@ def _timed(recipe: Recipe, wanted: Wanted) -> dict[str, Any]:
     content["train"].pop("epochs", None)
     allowance = MOST_WARMUP if recipe.train.compile else 0
     content["train"]["max_steps"] = wanted.warmup + allowance + wanted.steps + 1  # one more, for its memory
+    schedule = content["schedule"]
+    if schedule.get("warmup_steps"):  # of the whole run: longer than these few steps, it would be a mistake in a recipe
+        schedule["warmup_steps"] = min(schedule["warmup_steps"], (content["train"]["max_steps"] - 1) // 2)
     for holder, key in ((content, "eval"), (content["data"], "eval")):
         holder.pop(key, None)
     content["train"].pop("rehearse", None)

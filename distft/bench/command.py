@@ -74,10 +74,13 @@ def _run(options: argparse.Namespace) -> int:
     if problems:
         raise RecipeError("distft bench", problems)
     own = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
+    from distft import fits
     from distft.bench import cases
     from distft.core.log import quiet_libraries
+    from distft.demo.files import locate
 
     quiet_libraries()
+    fits.refuse_misfits(locate(own))
     wanted = cases.Wanted(
         recipe=options.recipe,
         overrides=tuple(options.overrides),

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from distft.bench.case import Spec
 from distft.bench.cases import Case
-from distft.bench.memory import die_with_parent
+from distft.core import supervise
+from distft.core.errors import Preempted
 
-GRACE_S = 15.0
-"""Between asking processes to end and killing them."""
 MEMORY_WORDS = (
     "can't allocate memory",
     "CUDA out of memory",
@@ -54,19 +50,24 @@ def run_case(case: Case, folder: Path, *, timeout_s: float) -> dict[str, Any]:
 
 
 def start(command: list[str], log: Path, *, timeout_s: float) -> int | None:
-    """Its exit code, -N after signal N, None when it took too long. When this ends, however it ends, so have they."""
+    """Its exit code, 128 + N after signal N, None when it took too long. However this ends, so have its processes.
+
+    Raises:
+        Preempted: this process was asked to stop.
+        KeyboardInterrupt: by a person at its terminal.
+    """
     env = {key: value for key, value in os.environ.items() if not key.startswith(OWN_PREFIXES)}
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True,
-            preexec_fn=die_with_parent,
+        ended = supervise.run(
+            command, env=env, launcher=command[1:3] == ["-m", "torch.distributed.run"], saves=False, output=output,
+            timeout_s=timeout_s,
         )  # fmt: skip
-        try:
-            return process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            _end(process)
+    if signal.SIGINT in ended.asked:
+        raise KeyboardInterrupt
+    if ended.asked and ended.code:
+        name = signal.Signals(ended.asked[0]).name
+        raise Preempted(f"stopped by {name}; the same command goes on where it was")
+    return None if ended.timed_out else ended.code
 
 
 def _command(world: int, told: Path) -> list[str]:
@@ -75,19 +76,6 @@ def _command(world: int, told: Path) -> list[str]:
         return [sys.executable, *module]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
     return [*torchrun, "localhost:0", "--nproc-per-node", str(world), *module]
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask, then kill. A launcher ends its workers when it is asked, and they end with it when it is killed."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        until = time.monotonic() + GRACE_S
-        while process.poll() is None and time.monotonic() < until:
-            with contextlib.suppress(KeyboardInterrupt):  # of an impatient user: the ends are worth the wait
-                time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _became(code: int | None, failures: list[Path], log: Path, timeout_s: float) -> dict[str, Any]:
@@ -102,7 +90,7 @@ def _became(code: int | None, failures: list[Path], log: Path, timeout_s: float)
     for line in text.splitlines():
         if any(word in line for word in MEMORY_WORDS):
             return {"outcome": "memory", "reason": line.strip()}
-    if code == -signal.SIGKILL or "signal 9 (SIGKILL)" in text or "Signal 9 (SIGKILL)" in text:
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "signal 9 (SIGKILL)" in text or "Signal 9 (SIGKILL)" in text:
         return {"outcome": "memory", "reason": "killed (SIGKILL), as the kernel does when memory runs out"}
     if said:
         return {"outcome": "failed", "reason": f"{said[0]['reason']}; see {log.name}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def render(site: Site, wanted: Wanted, *trains: Sequence[str]) -> str:
         *site.sbatch,
     ]
     batch = [
-        *("exec", site.python, "-m", "distft.cluster.batch", "--launcher", site.launcher),
+        *("exec", site.python or sys.executable, "-m", "distft.cluster.batch", "--launcher", site.launcher),
         *("--max-stalled-restarts", str(site.max_stalled_restarts)),
         *([] if site.doctor else ["--no-doctor"]),
         *_given("--link-floor", site.link_floor_gb_per_s),

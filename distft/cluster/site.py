@@ -42,8 +42,8 @@ class Site(Params):
     """Write speed of the run folder below which it does."""
     setup: tuple[str, ...] = ()
     """Lines of shell before anything else: "module load cuda/12.8", "source /shared/venv/bin/activate"."""
-    python: str = "python3"
-    """With distft; looked for after `setup`."""
+    python: str | None = None
+    """With distft; looked for after `setup`. None: the one that runs `distft submit`, in a folder that nodes see."""
     interface: str | None = None
     """Network interface on which processes find each other (gloo, and NCCL's bootstrap): "ib0"."""
     hf_home: str | None = None

@@ -9,6 +9,8 @@ import os
 import sys
 from typing import NoReturn
 
+from distft.core import launched
+
 _kept: list[object] | None = None
 
 
@@ -36,6 +38,7 @@ def leave(code: int) -> NoReturn:
     shuts down. A finished run would be reported as failed. So: what programs have registered is run, what they have
     printed is written, and C++ destructors are not.
     """
+    launched.tell(code)
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # the interpreter calls it too late for us
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

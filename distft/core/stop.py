@@ -12,7 +12,15 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOPPING = (*SIGNALS, signal.SIGHUP)
+"""What asks to stop. SIGHUP, the end of a terminal, does not where `nohup` has had it ignored."""
 PATIENCE = 3
+LAUNCHER_GONE = "the launcher's end"
+
+
+def hold(held: bool) -> None:
+    """Keep signals that ask to stop until somebody can take them, also through an exec and in what is started now."""
+    signal.pthread_sigmask(signal.SIG_BLOCK if held else signal.SIG_UNBLOCK, STOPPING)
 
 
 class StopRequest:
@@ -24,11 +32,17 @@ class StopRequest:
         self._count = 0
         self._granted = False
         self._file: Path | None = None
+        self.launcher: int | None = None
+        """Process number of the torchrun or accelerate that has started this one, which is not to outlive it."""
 
     def install(self) -> None:
-        """Take over the signals; only the main thread of the main program may."""
-        for number in SIGNALS:
-            signal.signal(number, self._asked)
+        """Take over the signals; only the main thread of the main program may. What was held comes now."""
+        for number in STOPPING:
+            if number in SIGNALS or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._asked)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            self.launcher = os.getppid()
+        hold(False)
 
     def watch(self, file: Path) -> None:
         """A file that asks by existing (`runs/NAME/STOP`), for people without the right to signal."""
@@ -38,6 +52,8 @@ class StopRequest:
         """Whether this process has been asked to stop."""
         if not self.reason and self._file is not None and self._file.exists():
             self.reason = f"the file {self._file}"
+        if not self.reason and self.launcher not in (None, os.getppid()):
+            self.reason = LAUNCHER_GONE
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:

@@ -10,8 +10,9 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import shlex
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distft.core.errors import DistftError, MachineError
+from distft.core import supervise
+from distft.core.errors import DistftError, MachineError, Preempted
 from distft.demo.files import MODEL, SCHEME, locate_path
 from distft.demo.incidents import Style
 from distft.demo.scoring import score
@@ -96,9 +98,12 @@ class Tour:
         self.console.print(f"\n[bold]$ accelerate launch {shlex.join(job)}[/bold]", highlight=False, soft_wrap=True)
         start = time.monotonic()
         # The module, not the script: it is this interpreter's accelerate whatever PATH says.
-        done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *job], check=False)
-        if done.returncode:
-            raise TourError(f"{stage.recipe} stopped{_reason(self.folder / stage.recipe, done.returncode)}")
+        command = [sys.executable, "-m", "accelerate.commands.launch", *job]
+        ended = supervise.run(command, env=os.environ, launcher=True)
+        if ended.asked and ended.code:
+            raise Preempted(f"stopped by {signal.Signals(ended.asked[0]).name} in {stage.recipe}")
+        if ended.code:
+            raise TourError(f"{stage.recipe} stopped{_reason(self.folder / stage.recipe, ended.code)}")
         return time.monotonic() - start
 
     def examine(self, label: str, model: Path, style: Style, train_s: float | None = None) -> Exam:

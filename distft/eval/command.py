@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft import assemble
+from distft import assemble, fits
 from distft.core.ending import exit_code, report_error
 from distft.core.errors import DONE, Preempted, Problem, RecipeError
 from distft.core.log import quiet_libraries
@@ -50,6 +50,7 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     if not (subject.asked.eval.answers or subject.asked.data.eval):
         problem = Problem(message="nothing to look at", fix="add [[data.eval]], [[eval.answers]], or --lm-eval TASK")
         raise RecipeError(subject.asked.source, [problem])
+    fits.refuse_misfits(subject.built)
     asked, built = _cut_for(subject.asked, world), _cut_for(subject.built, world)
     cut = assemble.layout(built, world, say)
     known = trained_rows(subject)

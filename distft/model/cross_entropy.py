@@ -134,6 +134,43 @@ def judged(logits_SV: Tensor, labels_S: Tensor) -> Tensor:
     return torch.stack([-F.cross_entropy(logits_SV, labels_S, reduction="none"), likeliest_S.float()], 1)
 
 
+def with_adapter(
+    loss: HeadLoss,
+    hidden_SE: Tensor,
+    inner_SR: Tensor,
+    weight_VE: Tensor,
+    bias_V: Tensor | None,
+    up_VR: Tensor,
+    labels_S: Tensor,
+    rule: LogitRule = PLAIN,
+) -> Tensor:
+    """What `loss` gives, where the head's product is hidden @ weight.T + inner @ up.T: `likelihoods`, else losses.
+
+    R is the adapter's rank. In chunks as `chunked_loss`, and recomputed in the backward pass like those. The rule's
+    `hidden_scale` has been applied to both inputs.
+    """
+
+    def logits(hidden_CE: Tensor, inner_CR: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor) -> Tensor:
+        return rule.finish((F.linear(hidden_CE, weight, bias) + F.linear(inner_CR, up)).float())
+
+    def losses(
+        hidden: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, labels: Tensor
+    ) -> Tensor:
+        return F.cross_entropy(logits(hidden, inner, weight, bias, up), labels, reduction="none")
+
+    def likely(
+        hidden: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, labels: Tensor
+    ) -> Tensor:
+        return judged(logits(hidden, inner, weight, bias, up), labels)
+
+    size, one = chunk_tokens(weight_VE.shape[0]), likely if loss is likelihoods else losses
+    rows = list(zip(hidden_SE.split(size), inner_SR.split(size), labels_S.split(size), strict=True))
+    chunks = [(hidden, inner, weight_VE, bias_V, up_VR, labels) for hidden, inner, labels in rows]
+    if len(chunks) == 1 or one is likely:
+        return torch.cat([one(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks])  # type: ignore[arg-type]
+
+
 def chunked_sum(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:

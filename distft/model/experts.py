@@ -36,8 +36,8 @@ def all_expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]
             yield name, module, short
 
 
-def compute_with(module: Any, short: str, change: Change) -> None:
-    """Have the module's forward compute with `change` of the parameter; later changes apply to earlier ones'."""
+def compute_with(module: Any, short: str, change: Change, *, first: bool = False) -> None:
+    """Have the module's forward compute with `change` of the parameter, after the changes before, or before them."""
     if "changes" not in module.__dict__:
         module.__dict__["changes"] = {}
         inner = module.forward
@@ -55,7 +55,8 @@ def compute_with(module: Any, short: str, change: Change) -> None:
                     self.__dict__.pop(name, None)
 
         module.forward = types.MethodType(forward, module)
-    module.__dict__["changes"].setdefault(short, []).append(change)
+    changes = module.__dict__["changes"].setdefault(short, [])
+    changes.insert(0 if first else len(changes), change)
 
 
 _PER_TOKEN = (

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,8 @@ class MetaModel:
         self._source, self._method, self._seed = source, method, seed
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
         self._tied = tied
-        self._filled: dict[int, tuple[Tensor, nn.Parameter]] = {}
+        # Weak: fsdp2 puts its shard in a parameter's place, and the whole one must not live on here.
+        self._filled: dict[int, tuple[Tensor, weakref.ref[nn.Parameter]]] = {}
         self._buffers_read: set[int] = set()
         lm = module.transformer
         kept = {*(lm._keep_in_fp32_modules or ()), *(getattr(lm, "_keep_in_fp32_modules_strict", None) or ())}
@@ -168,7 +171,7 @@ class MetaModel:
         pending = {}
         for short, meta in list(meta_params(module)):
             if id(meta) in self._filled:
-                module._parameters[short] = self._filled[id(meta)][1]
+                module._parameters[short] = self._shared(f"{name}.{short}", meta)
             else:
                 pending[short] = meta
         if not pending:
@@ -181,9 +184,26 @@ class MetaModel:
         else:
             base = self._method.base_name(f"{name}.x").removesuffix(".x")
             # The copy of a tied head that an adapter trains whole starts as what the head is tied to.
-            values = self._source.values(*self._tied.get(base, (base, module)), device)
+            values = {}
+            rest = module
+            if base in self._tied:
+                origin, shares = self._tied[base]
+                values = self._source.values(origin, shares, device)
+                rest = copy.copy(module)  # what is its own beside the shared weight, such as a bias
+                rest._parameters = {short: meta for short, meta in pending.items() if short not in values}
+            if any(param is not None for param in rest._parameters.values()):
+                values |= self._source.values(base, rest, device)
         for short, meta in pending.items():
             module._parameters[short] = self._real(module, short, meta, values[short], device)
+
+    def _shared(self, name: str, meta: Tensor) -> nn.Parameter:
+        """The parameter that was filled under another name."""
+        real = self._filled[id(meta)][1]()
+        if real is None:
+            raise MachineError(
+                f"{name} is tied to a parameter of another block, which this engine has sharded: use another engine"
+            )
+        return real
 
     def _real(self, module: nn.Module, short: str, meta: Tensor, value: Tensor, device: torch.device) -> nn.Parameter:
         if short == "weight" and quantize.is_4bit(module):
@@ -198,7 +218,7 @@ class MetaModel:
                 )
             # A copy, so that no parameter is a view of a mapped file or of another parameter.
             real = nn.Parameter(value.to(device, meta.dtype, copy=True), requires_grad=meta.requires_grad)
-        self._filled[id(meta)] = (meta, real)  # keeps `meta` alive: its id must not be reused
+        self._filled[id(meta)] = (meta, weakref.ref(real))  # keeps `meta` alive: its id must not be reused
         return real
 
     def _generator(self, name: str) -> torch.Generator:
@@ -240,7 +260,9 @@ def build(
     tied, layout = _tied_modules(lm), FileLayout(lm)
     if (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
-    lm.name_or_path = str(folder) if table.path.startswith((".", "/", "~")) or Path(table.path).exists() else table.path
+    # What an adapter says of its base must lead there from any folder.
+    is_folder = table.path.startswith((".", "/", "~")) or Path(table.path).exists()
+    lm.name_or_path = os.path.abspath(folder) if is_folder else table.path
     source = _source(table, folder, lm, seed, dtype) if weights else NoSource()
     quant = method.quant(params)
     if quant is not None:

@@ -89,8 +89,8 @@ class SafetensorsSource:
         return {short: self._value(f"{name}.{short}" if name else short, device) for short, _ in meta_params(module)}
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
-        """Buffers that the files hold, such as the routing bias of DeepSeek-V3."""
-        return self._value(name, device) if name in self._model.tensors else None
+        """Buffers that the files hold, such as the routing bias of DeepSeek-V3, in the type that they are stored in."""
+        return self._value(name, device, cast=False) if name in self._model.tensors else None
 
     def _assign(self, lm: Any, transforms: list[Any]) -> set[str]:
         """Which parameter each stored tensor belongs to; returns the (renamed) names that no parameter has.
@@ -183,7 +183,7 @@ class SafetensorsSource:
                     "add the quantization_config that the files belong to, or fetch 16-bit weights",
                 )
 
-    def _value(self, name: str, device: torch.device) -> Tensor:
+    def _value(self, name: str, device: torch.device, *, cast: bool = True) -> Tensor:
         value, wanted = self._made(name), self._model.tensors[name]
         if value.shape != wanted.shape:
             raise mistake(
@@ -191,13 +191,13 @@ class SafetensorsSource:
                 f"and {tuple(wanted.shape)} in the config",
                 "the files and config.json belong to different models",
             )
-        value = value.to(device)
+        value = value.to(device, wanted.dtype if cast else value.dtype)
         if value.is_floating_point() and value.numel():
             low, high = torch.aminmax(value)  # NaN is the least and the greatest
             if not (torch.isfinite(low) & torch.isfinite(high)):
                 kind = "NaN" if torch.isnan(low) else "infinite values"
                 raise mistake(
-                    f"{self._origin(name)}: {name} holds {kind}",
+                    f"{self._origin(name)}: {name} holds {kind} (read as {value.dtype})",
                     "the base is damaged: fetch it again, or train from another",
                 )
         return value

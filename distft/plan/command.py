@@ -62,11 +62,13 @@ def _run(options: argparse.Namespace) -> int:
         micro = recipe.train.micro_batch_size
         check_world(recipe, machine.world, 1 if micro == "auto" else micro)
     quiet_libraries()
+    from distft import fits
     from distft.plan import show
     from distft.plan.planner import Planner
     from distft.plan.source import config_folder
 
     with config_folder(recipe, options.config) as folder:
+        fits.refuse_misfits(recipe, folder)
         planner = Planner(path=options.recipe, overrides=options.overrides, folder=folder, machine=machine)
         cases, refused = planner.cases(methods, engines)
         changes = {} if options.max else {id(case): planner.changes(case) for case in cases if not case.fits}

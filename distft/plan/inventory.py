@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distft.model import load, quantize, stats
-from distft.model.adapters import MethodSpec
+from distft.model import experts, load, quantize, stats
+from distft.model.adapters import MethodSpec, targets
 from distft.recipe.schema import ModelTable
 
 if TYPE_CHECKING:
@@ -141,12 +141,17 @@ def read(table: ModelTable, folder: Path, method: MethodSpec, params: Any) -> In
     """
     config = load.read_config(folder)
     num_blocks = config.get_text_config(decoder=True).num_hidden_layers
-    depths = (2, 3) if num_blocks > 3 and _blocks_are_equal(config) else (num_blocks,)
+    alike = num_blocks > 3 and not targets.name_blocks(params) and _blocks_are_equal(config)
+    depths = (2, 3) if alike else (num_blocks,)
     # 4-bit layers save for the backward pass what plain frozen ones save, and cannot run on meta.
     plain = replace(method, quant=lambda _: None)
     samples = [_build(table, folder, plain, params, _shortened(config, depth)) for depth in depths]
     deepest = samples[-1]
     if method.quantized:
+        for sample in samples:
+            for _, module, short in experts.all_expert_tensors(sample.module):
+                # Experts in 4 bits compute with a copy in the model's dtype, which the backward pass needs too.
+                experts.compute_with(module, short, torch.clone, first=True)
         deepest = _build(table, folder, method, params, _shortened(config, depths[-1]))
     return Inventory(
         params=tuple(_repeated(list(_listed(deepest)), num_blocks - depths[-1])),

@@ -4,7 +4,7 @@ from distft.recipe.answers import score_params
 from distft.recipe.evaluation import AnswersTable, EvalTable
 from distft.recipe.json_schema import json_schema, schema_text
 from distft.recipe.load import load_recipe, parse_recipe
-from distft.recipe.rules import check_world
+from distft.recipe.rules import check_steps, check_world
 from distft.recipe.schema import (
     CheckpointTable,
     Choice,
@@ -31,6 +31,7 @@ __all__ = [
     "SourceTable",
     "TrainSourceTable",
     "TrainTable",
+    "check_steps",
     "check_world",
     "json_schema",
     "load_recipe",

@@ -52,6 +52,51 @@ def check_world(recipe: Recipe, world: int, micro_batch_size: int | None = None)
     raise RecipeError(recipe.source, [recipe.origin.problem(fault)])
 
 
+def check_steps(recipe: Recipe, num_steps: int) -> None:
+    """Hold what is counted in steps against the steps that the run will have, once its rows are known.
+
+    Raises:
+        RecipeError: a warm-up that does not end, or that runs into the decay; a best state that no evaluation finds.
+    """
+    faults = list(_steps_have_room(recipe, num_steps))
+    if faults:
+        raise RecipeError(recipe.source, [recipe.origin.problem(fault) for fault in faults])
+
+
+def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[Fault]:
+    params: Any = recipe.schedule.params
+    how = "max_steps" if recipe.train.max_steps is not None else "epochs"
+    said = f"{how} = {getattr(recipe.train, how):g}"
+    if how == "epochs":
+        said += f", which is {num_steps:,} step{'s' if num_steps != 1 else ''} of these rows"
+    key = "warmup_steps" if getattr(params, "warmup_steps", None) is not None else "warmup_ratio"
+    warmup: int = params.num_warmup(num_steps) if hasattr(params, "num_warmup") else 0
+    one_of_one = key == "warmup_ratio" and num_steps == 1  # a share of one step is none or all of it
+    if warmup >= max(1, num_steps) and not one_of_one:
+        yield Fault(
+            key=("schedule", key),
+            message=f"is not shorter than the run: {said}",
+            fix="3 % to 10 % of the steps is usual",
+            also=(("train", how),),
+        )
+    decay = round(getattr(params, "decay_ratio", 0.0) * num_steps)
+    if decay < num_steps and warmup < num_steps < warmup + decay:
+        yield Fault(
+            key=("schedule", key),
+            message=f"is {warmup:,} steps, and the decay of {decay:,} does not fit behind it: {said}",
+            fix="lower one of the two",
+            also=(("schedule", "decay_ratio"),),
+        )
+    every, wanted = recipe.eval.every_steps, recipe.checkpoint.best or recipe.eval.early_stop is not None
+    if wanted and not recipe.eval.at_end and recipe.eval.best_by == "eval_loss" and (every or 0) > num_steps:
+        yield Fault(
+            key=("eval", "every_steps"),
+            message=f"is longer than the run, so no evaluation finds a best state: {said}",
+            fix=f"at most {num_steps}",
+            also=(("train", how),),
+        )
+
+
 def name_is_a_folder_name(recipe: Recipe, _: Registries) -> Iterator[Fault]:
     """The run's folder must stay inside output_dir, and be typed without quoting."""
     if not _FOLDER_NAME.fullmatch(recipe.name):

@@ -1,7 +1,7 @@
 """`distft reproduce RUN`: hashes first, then the run once more, then the two held against each other.
 
 Exit code 0: equal bit for bit, or, on another layout, within 1e-5. 1: it ran and is not. 3 and 4: other rows, other
-weights; nothing was run. Else the code that the second run ended with.
+weights; nothing was run. 75: stopped by a signal. Else the code that the second run ended with.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import argparse
 import contextlib
 import itertools
 import json
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distft.core.errors import DONE, PREEMPTED_AND_SAVED, DistftError, FileSystemError, MachineError
+from distft.core import supervise
+from distft.core.errors import DONE, PREEMPTED_AND_SAVED, DistftError, FileSystemError, MachineError, Preempted
 from distft.run_record import RunRecord, read_run
 
 DIFFERS = 1
@@ -141,31 +142,34 @@ def _again(options: argparse.Namespace, first: RunRecord, say: Any) -> tuple[Pat
     parent.mkdir(parents=True, exist_ok=True)
     # A launcher reports a run that was asked to stop as a failure, at length: not worth the screen.
     with (parent / LOG).open("wb") if options.steps is not None else contextlib.nullcontext(sys.stderr) as output:
-        process = subprocess.Popen(
+        ended = supervise.run(
             launch_command(nproc, arguments),
             env=launch_env(),
+            launcher=nproc > 1,
             cwd=was_in if was_in.is_dir() else None,
-            stdout=output,
-            stderr=output,
+            output=output,
+            meanwhile=None if options.steps is None else _Until(folder, options.steps).look,
         )
-        try:
-            return folder, _ended(process, folder, options.steps)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+    if ended.asked and ended.code:
+        raise Preempted(f"stopped by {signal.Signals(ended.asked[0]).name}; {folder} holds what was run again so far")
+    return folder, ended.code
 
 
-def _ended(process: subprocess.Popen[bytes], folder: Path, steps: int | None) -> int:
-    """Wait; once `steps` are made, ask the run to stop: its schedule stays that of the whole run."""
-    asked = False
-    while process.poll() is None:
-        time.sleep(_POLL_S)
-        if steps is not None and not asked and read_run(folder).last.get("step", 0) >= steps:
-            (folder / "STOP").touch()
-            asked = True
-    told = read_run(folder).exit.get("code")  # launchers flatten codes, exit.json does not
-    return told if isinstance(told, int) else process.returncode
+class _Until:
+    """Asks a run to stop once some steps are made: its schedule stays that of the whole run."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self._folder, self._steps = folder, steps
+        self._next, self._asked = 0.0, False
+
+    def look(self) -> None:
+        """Called several times a second."""
+        now = time.monotonic()
+        if not self._asked and now >= self._next:
+            self._next = now + _POLL_S
+            if read_run(self._folder).last.get("step", 0) >= self._steps:
+                (self._folder / "STOP").touch()
+                self._asked = True
 
 
 def _pinned(first: RunRecord, nproc: int) -> list[str]:

@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from distft.core import host
+from distft.core import host, launched
 from distft.core.errors import DistftError, HangError, PeerEnded
 from distft.core.pulse import PULSE
-from distft.core.stop import STOP
+from distft.core.stop import LAUNCHER_GONE, STOP
 from distft.watch.records import Board, Record, is_dead
 from distft.watch.verdict import blame
 
@@ -62,7 +62,7 @@ class Watch:
         self._neighbours = [other for other in neighbours if other != rank]
         self._beat_s = min(MAX_BEAT_S, max(0.1, timeout_s / 6))
         self._record = Record(rank=rank, process=host.this_start(PULSE.runs))
-        self._parent = os.getppid() if launched else None
+        self._parent = STOP.launcher or os.getppid() if launched else None
         self._main = threading.main_thread().ident
         self._stop = threading.Event()
         self._stacks = None
@@ -124,7 +124,7 @@ class Watch:
             with contextlib.suppress(OSError):
                 self._write(idle_s=now - idle_from)
             if self._parent is not None and os.getppid() != self._parent:
-                STOP.ask("the launcher's end")
+                STOP.ask(LAUNCHER_GONE)
                 self._parent = None
             peer = self._peer()
             peer_from = None if peer is None else peer_from or now
@@ -201,6 +201,7 @@ class Watch:
         self._record = replace(self._record, ended=code, reason=reason[:300])
         with contextlib.suppress(OSError):
             self._board.write(self._record)
+        launched.tell(code)
         os._exit(code)
 
 

@@ -1,7 +1,13 @@
-"""Adopts a model under one engine and notes, after every fill, how many bytes of weights this rank holds."""
+"""Adopts a model under one engine and notes, after every fill, how many bytes of weights this rank holds.
+
+`host_peak`: most anonymous memory of the process until the last fill is done, beyond what it had before; mapped files
+are not in it.
+"""
 
 import json
+import re
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -26,6 +32,28 @@ def held(module: torch.nn.Module) -> int:
     return total
 
 
+class HostPeak:
+    """Looks at the process's anonymous memory every millisecond."""
+
+    def __init__(self) -> None:
+        self._before, self.peak = self._now(), 0
+        self._over = threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _now(self) -> int:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def _look(self) -> None:
+        while not self._over.wait(0.001):
+            self.note()
+
+    def note(self) -> int:
+        self.peak = max(self.peak, self._now() - self._before)
+        return self.peak
+
+
 def main() -> None:
     engine_name, model, out = sys.argv[1:]
     placed = processes.join()
@@ -37,12 +65,13 @@ def main() -> None:
     whole = sum(p.numel() * 4 for p in built.module.parameters())
     rest = whole - sum(p.numel() * 4 for block in built.blocks for p in block.parameters())
     largest = max(rest, *(sum(p.numel() * 4 for p in block.parameters()) for block in built.blocks))
-    seen = []
+    seen, host_peaks, host = [], [], HostPeak()
     fill = built.fill
 
     def noting(unit: torch.nn.Module, device: torch.device) -> None:
         fill(unit, device)
         seen.append(held(built.module))
+        host_peaks.append(host.note())
 
     built.fill = noting  # type: ignore[method-assign]
     sgd = UpdateRule(
@@ -54,6 +83,7 @@ def main() -> None:
     )
     engine.adopt(built, sgd, micros_per_step=1)
     facts = {"whole": whole, "largest_unit": largest, "peak": max(seen), "after": held(built.module)}
+    facts["host_peak"] = host_peaks[-1]
     Path(f"{out}.{placed.rank}").write_text(json.dumps(facts))
     engine.close()
 

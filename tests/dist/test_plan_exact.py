@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from harness import ROOT, run
 from plan_kit import note_row
-from transformers import LlamaConfig, Qwen2Config
+from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from distft.model.adapters import METHODS
 from distft.optim import OPTIMIZERS
@@ -34,6 +34,14 @@ ANCHOR = LlamaConfig(
     max_position_embeddings=256,
 )  # fmt: skip
 """4,865,280 parameters: the model whose bytes were measured before there was a planner."""
+
+MOE = Qwen3MoeConfig(
+    vocab_size=301, hidden_size=72, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
+    max_position_embeddings=256, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40, intermediate_size=80,
+)  # fmt: skip
+"""Experts in fused form: three-dimensional weights, stored in 4 bits under QLoRA, with adapters for each expert."""
+GPT2 = GPT2Config(vocab_size=301, n_embd=72, n_layer=3, n_head=6, n_positions=256)
+"""Transposed weights (Conv1D)."""
 
 RANK_64 = {"r": 64}  # its matrices have more than 4,096 elements: from there on 8-bit moments are 8-bit
 METHOD_PARAMS: dict[str, dict[str, Any]] = {"full": {}, "lora": RANK_64, "qlora": RANK_64}
@@ -74,9 +82,14 @@ VARIANTS = [
     if not (engine == "fsdp2" and "adapter_dtype" in params)  # one type a block, fsdp2 asks
 ]
 CELLS = {
-    1: grid("llama", ("solo",), ALL) + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor")),
+    1: grid("llama", ("solo",), ALL)
+    + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor"))
+    + grid("moe", ("solo",), ("adamw", "adamw_8bit"))
+    + grid("gpt2", ("solo",), ("adamw",)),
     2: grid("llama", ("ddp", *SHARDED), ALL)
     + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",))
+    + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"))
+    + grid("gpt2", ("zero3", "fsdp2"), ("adamw",))
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
     + VARIANTS,
     3: grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit")),
@@ -86,7 +99,7 @@ CELLS = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
-    for name, config in (("llama", LLAMA), ("qwen", QWEN), ("anchor", ANCHOR)):
+    for name, config in (("llama", LLAMA), ("qwen", QWEN), ("moe", MOE), ("gpt2", GPT2), ("anchor", ANCHOR)):
         folders[name] = tmp_path_factory.mktemp(name)
         config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
         config.save_pretrained(folders[name])

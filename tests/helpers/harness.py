@@ -106,7 +106,9 @@ console = "off"
         mark = tokenizer("§")["input_ids"]
         used = {i for line in lines for i in tokenizer(line)["input_ids"]}
         alone = next(i for i in mark if i not in used)
-        lm.get_input_embeddings().weight.data[alone] = float("nan")
+        # A base must be finite: this word's vector is zero, which norms without an epsilon divide by.
+        lm.get_input_embeddings().weight.data[alone] = 0.0
+        lm.config.rms_norm_eps = 0.0
         lm.save_pretrained(model)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((self.folder / "model" / name).read_bytes())
@@ -123,6 +125,7 @@ console = "off"
         tag: str,
         extra: dict[str, dict[str, str]] | None = None,
         timeout_s: float = 600.0,
+        worker: str = "worker.py",
     ) -> dict[str, "Run"]:
         """Every case (name -> overrides) in one launch of `world` processes; `extra`: see worker.py.
 
@@ -136,7 +139,7 @@ console = "off"
             for name, overrides in cases.items()
         ]
         plan.write_text(json.dumps({"cases": listed, "results": str(results)}))
-        done = run([*torchrun(world), str(ROOT / "tests/dist/worker.py"), str(plan)], timeout_s=timeout_s)
+        done = run([*torchrun(world), str(ROOT / "tests/dist" / worker), str(plan)], timeout_s=timeout_s)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
         return {name: Run.read(said, done.stderr) for name, said in json.loads(results.read_text()).items()}
 

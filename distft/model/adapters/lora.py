@@ -16,6 +16,7 @@ from pydantic import Field
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params
+from distft.model.adapters import targets
 from distft.model.adapters.spec import MethodSpec
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ class LoraParams(Params):
     """The update is scaled by alpha / r (alpha / sqrt(r) with rslora)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter: every linear layer but the head, or name endings such as "q_proj"."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter: every linear layer but the head, name endings such as ["q_proj"], embeddings and the
+    head among them, or a regular expression that fits whole names."""
     rslora: bool = False
     """Scale by alpha / sqrt(r): higher ranks keep learning."""
     dora: bool = False
@@ -54,19 +56,19 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    targets, tensors = params.target_modules, _expert_targets(lm, params)
-    if not isinstance(targets, str):
-        targets = [name for name in targets if not any(_matches(tensor, name) for tensor in tensors)]
+    named, tensors = params.target_modules, _expert_targets(lm, params)
+    if not isinstance(named, str):
+        named = [name for name in named if not any(_matches(tensor, name) for tensor in tensors)]
     config = LoraConfig(
         r=params.r,
         lora_alpha=params.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=params.dropout,
-        target_modules=targets,
+        target_modules=named,
         target_parameters=sorted(tensors) or None,
-        exclude_modules=_not_adapted(lm) if targets == "all-linear" else None,
+        exclude_modules=_not_adapted(lm) if named == "all-linear" else None,
         use_rslora=params.rslora,
         use_dora=params.dora,
-        modules_to_save=list(params.modules_to_save) or None,
+        modules_to_save=targets.exact(lm, params.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
     lm.requires_grad_(False)
@@ -118,9 +120,13 @@ def _expert_targets(lm: Any, params: LoraParams) -> set[str]:
     """
     from distft.model import experts
 
-    found = {".".join([*name.rsplit(".", 2)[-2:], short]) for name, _, short in experts.all_expert_tensors(lm)}
+    whole = {f"{name}.{short}" for name, _, short in experts.all_expert_tensors(lm)}
+    found = {".".join(name.rsplit(".", 3)[-3:]) for name in whole}
     if params.target_modules == "all-linear":
         return found
+    if isinstance(params.target_modules, str):  # a regular expression, which fits whole names
+        fits = {name for name in whole if re.fullmatch(params.target_modules, name)}
+        return {tensor for tensor in found if any(name.endswith(tensor) for name in fits)}
     return {tensor for tensor in found if any(_matches(tensor, name) for name in params.target_modules)}
 
 

@@ -48,6 +48,13 @@ def test_what_changes_the_figures_changes_the_key(tmp_path: Path, change: str) -
     assert only(tmp_path, **CHANGES[change]).key != only(tmp_path).key  # type: ignore[arg-type]
 
 
+def test_a_warm_up_for_the_whole_run_fits_the_few_steps_that_are_measured(tmp_path: Path) -> None:
+    case = only(tmp_path, "schedule.warmup_steps=300", "train.max_steps=1000")
+    assert case.refused == ""
+    assert case.recipe.schedule.params.warmup_steps == 20
+    assert only(tmp_path, "schedule.warmup_steps=3", "train.max_steps=1000").recipe.schedule.params.warmup_steps == 3
+
+
 def test_where_results_go_changes_no_key(tmp_path: Path) -> None:
     beside = ('name="other"', 'output_dir="elsewhere"', "checkpoint.keep=7", "log.every_steps=3")
     assert only(tmp_path, *beside).key == only(tmp_path).key

@@ -33,6 +33,28 @@ def test_it_asks_for_what_was_wanted_and_what_the_site_needs() -> None:
     }
 
 
+def test_a_job_runs_under_the_interpreter_that_submitted_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever python3 is on the PATH of the node, and wherever the environment is: also with a space in its name."""
+    (tmp_path / "not this").mkdir()
+    for name in ("python", "python3"):
+        (tmp_path / "not this" / name).write_text("#!/bin/sh\necho the wrong one\n")
+        (tmp_path / "not this" / name).chmod(0o755)
+    own = tmp_path / "my environment" / "python"
+    own.parent.mkdir()
+    own.write_text("#!/bin/sh\necho the right one\n")
+    own.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(own))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'not this'}:/usr/bin:/bin")
+    for number, trains in enumerate(([["RECIPE"]], [["A"], ["B"]])):  # alone, and as an array
+        script = tmp_path / f"script-{number}"
+        script.write_text(render(Site(setup=("true",)), WANTED, *trains))
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+        said = subprocess.run(["bash", script], capture_output=True, text=True, check=True).stdout
+        assert said == "the right one\n"
+    assert f"exec {sys.executable}" not in render(Site(python="python3.12"), WANTED, ["RECIPE"])
+    assert "exec python3.12 -m distft.cluster.batch" in render(Site(python="python3.12"), WANTED, ["RECIPE"])
+
+
 @pytest.mark.parametrize("launcher", ["train", "torchrun"])
 def test_it_is_the_script_that_people_can_submit_by_hand(launcher: str) -> None:
     by_hand = (ROOT / f"cluster/{launcher}.sbatch").read_text()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distft.core.supervise import Ended
 from distft.demo import generate, tour
 from distft.demo.files import locate_path
 from distft.demo.incidents import Style
@@ -32,9 +32,9 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, *, learns: bool = True) -> list[st
     """Jobs succeed, and their models answer in the format they were taught. Returns the jobs, as they come."""
     jobs: list[str] = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+    def run(command: list[str], **_: Any) -> Ended:
         jobs.append(" ".join(command[3:]))
-        return subprocess.CompletedProcess(command, 0)
+        return Ended(code=0)
 
     def answers(model: Path, prompts: Sequence[str]) -> list[str]:
         taught = TAUGHT.get(model.parent.name) if learns else None
@@ -46,7 +46,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, *, learns: bool = True) -> list[st
         }
         return [known.get(prompt, "something else") for prompt in prompts]
 
-    monkeypatch.setattr(tour.subprocess, "run", run)
+    monkeypatch.setattr(tour.supervise, "run", run)
     monkeypatch.setattr(generate, "answers", answers)
     return jobs
 
@@ -90,12 +90,12 @@ def test_a_stage_that_stops_is_named_with_its_reason(
     _pretend(monkeypatch)
     run = checkout / "runs" / "try-1" / "tiny-full"
 
-    def stopped(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+    def stopped(command: list[str], **_: Any) -> Ended:
         run.mkdir()
         (run / "exit.json").write_text('{"code": 5, "reason": "loss is not finite at step 7"}')
-        return subprocess.CompletedProcess(command, 1)
+        return Ended(code=1)
 
-    monkeypatch.setattr(tour.subprocess, "run", stopped)
+    monkeypatch.setattr(tour.supervise, "run", stopped)
     assert tour.main([]) == 1
     assert "tiny-full stopped with code 5: loss is not finite at step 7" in capsys.readouterr().out
 
@@ -114,3 +114,12 @@ def test_outside_a_checkout_it_says_so(
     monkeypatch.chdir(tmp_path)
     assert tour.main([]) == 9
     assert "root of a distft checkout" in capsys.readouterr().out
+
+
+def test_a_stopped_tour_is_no_failure_of_its_stage(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pretend(monkeypatch)
+    monkeypatch.setattr(tour.supervise, "run", lambda command, **_: Ended(code=75, asked=[15]))
+    assert tour.main([]) == 75
+    assert "stopped by SIGTERM in tiny-full" in capsys.readouterr().out

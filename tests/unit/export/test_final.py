@@ -69,7 +69,9 @@ def same_as_source(folder: Path, source: Path) -> None:
 
 def test_one_file_loads_equal_to_its_source(source: Path, tmp_path: Path) -> None:
     engine, model, shapes = opened(source)
-    written(tmp_path / "final", engine, model, shapes, lambda folder: final.save_config(model.module.transformer, folder))
+    written(
+        tmp_path / "final", engine, model, shapes, lambda folder: final.save_config(model.module.transformer, folder)
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final"]
     assert sorted(path.name for path in (tmp_path / "final").iterdir()) == ["config.json", "model.safetensors"]
     same_as_source(tmp_path / "final", source)
@@ -81,7 +83,9 @@ def test_one_file_loads_equal_to_its_source(source: Path, tmp_path: Path) -> Non
 def test_several_files_and_their_index(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(final, "MAX_FILE_BYTES", 100_000)
     engine, model, shapes = opened(source)
-    written(tmp_path / "final", engine, model, shapes, lambda folder: final.save_config(model.module.transformer, folder))
+    written(
+        tmp_path / "final", engine, model, shapes, lambda folder: final.save_config(model.module.transformer, folder)
+    )
     files = sorted((tmp_path / "final").glob("*.safetensors"))
     assert len(files) > 2
     assert [path.name for path in files] == [

@@ -27,6 +27,31 @@ def test_chunked_equals_full_for_any_gradient(monkeypatch: pytest.MonkeyPatch) -
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_a_head_under_an_adapter_has_the_losses_of_the_merged_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(37, 16), torch.randn(300, 16), torch.randint(0, 300, (37,))
+    bias, down, up = torch.randn(300), torch.randn(4, 16), torch.randn(300, 4)
+    factors = torch.linspace(0.5, 1.5, 37)
+
+    def gradients(loss):
+        inputs = [x.clone().requires_grad_() for x in (hidden, down, up)]
+        out = loss(*inputs)
+        (out * factors).sum().backward()
+        return out.detach(), *(x.grad for x in inputs)
+
+    whole = gradients(lambda h, a, b: cross_entropy.full_loss(h, weight + b @ a, bias, labels))
+    likely = cross_entropy.likelihoods(hidden, weight + up @ down, bias, labels)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 300 * 8)
+
+    def ours(said, h, a, b):
+        return cross_entropy.with_adapter(said, h, h @ a.T, weight, bias, b, labels)
+
+    pieces = gradients(lambda h, a, b: ours(cross_entropy.chunked_sum, h, a, b))
+    for x, y in zip(whole, pieces, strict=True):
+        assert torch.allclose(x, y, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(ours(cross_entropy.likelihoods, hidden, down, up), likely, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, True)])
 def test_the_sum_has_the_gradients_of_the_plain_loss(

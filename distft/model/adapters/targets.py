@@ -1,0 +1,301 @@
+"""The names in a recipe's `target_modules` and `modules_to_save`, held against the modules of the model.
+
+PEFT leaves out a name that matches nothing as long as another one matches, takes `modules_to_save` by the end of a
+name whatever stands before it ("norm" is also "input_layernorm"), and gives up with a traceback on layers that it has
+no adapter for. Here every name must match, and what it matches must be able to be trained.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from distft.recipe.origin import Fault
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ALL_LINEAR = "all-linear"
+_TARGETS, _SAVED = ("method", "target_modules"), ("method", "modules_to_save")
+_MANY = 3
+"""Names that a message lists."""
+
+
+def _saved(params: Any) -> tuple[str, ...]:
+    """Modules trained whole; none where a method has no such key."""
+    return getattr(params, "modules_to_save", ())
+
+
+def are_named(params: Any) -> bool:
+    """Whether a method's settings name any module, so that there is something to look for in the model."""
+    return getattr(params, "target_modules", ALL_LINEAR) != ALL_LINEAR or bool(_saved(params))
+
+
+def name_blocks(params: Any) -> bool:
+    """Whether blocks may differ in what is trained: a name or pattern that says which block it means."""
+    targets = getattr(params, "target_modules", ALL_LINEAR)
+    names = [targets] if isinstance(targets, str) else list(targets)
+    return any(any(char.isdigit() for char in name) for name in [*names, *_saved(params)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """A module of a model, as far as a method may name it."""
+
+    name: str
+    kind: str
+    """Its class."""
+    adapts: Literal["linear", "embedding", ""]
+    """What kind of low-rank product it can have; "": none."""
+    own: bool
+    """It has parameters itself."""
+    trains: bool
+    """It has parameters, or a module in it does."""
+    head: bool
+    """It makes the logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Everything in a model that can be named; plain values, so that it can be kept."""
+
+    modules: tuple[Module, ...]
+    experts: tuple[str, ...]
+    """Names of weights of all experts in one tensor: PEFT and transformers know them by these."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> Listing:
+        """What `to_json` gave."""
+        return cls(modules=tuple(Module(**one) for one in said["modules"]), experts=tuple(said["experts"]))
+
+
+def listing(lm: Any) -> Listing:
+    """The modules of a transformers model, which may be without values."""
+    head = lm.get_output_embeddings()
+    modules = tuple(
+        Module(
+            name=name,
+            kind=type(module).__name__,
+            adapts=_adapts(module),
+            own=any(True for _ in module.parameters(recurse=False)),
+            trains=any(True for _ in module.parameters()),
+            head=module is head,
+        )
+        for name, module in lm.named_modules()
+        if name
+    )
+    experts = dict.fromkeys(name.rpartition(".")[2] for name, param in lm.named_parameters() if param.ndim == 3)
+    return Listing(modules=modules, experts=tuple(experts))
+
+
+def exact(lm: nn.Module, names: Sequence[str]) -> list[str]:
+    """`modules_to_save` as PEFT must be told them so that it takes these modules and no others.
+
+    A name is a whole one, or its end from a dot on, as in `target_modules`.
+    """
+    known = [name for name, _ in lm.named_modules() if name]
+    told: list[str] = []
+    for name in names:
+        meant = [module for module in known if _ends_with(module, name)]
+        same = [module for module in known if module.endswith(name)]
+        told += [name] if same == meant else meant
+    return told
+
+
+def faults(listed: Listing, params: Any) -> list[Fault]:
+    """What is wrong with the names of an adapter method for this model, before anything is attached to it."""
+    if not hasattr(params, "target_modules"):
+        return []
+    names = _Names(listed, bool(getattr(params, "quant", None)))
+    found = [*_of_targets(names, params), *_of_saved(names, params)]
+    return found or list(_of_both(names, params))
+
+
+class _Names:
+    """A model's modules by name, and what an adapter can do with each."""
+
+    def __init__(self, listed: Listing, in_4bit: bool) -> None:
+        self.modules = {module.name: module for module in listed.modules}
+        self.in_4bit = {
+            module.name for module in listed.modules if in_4bit and module.adapts == "linear" and not module.head
+        }
+        # Also by names of older layouts, with a module for each expert.
+        older = {"experts", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+        self.experts = {*listed.experts, *older} if listed.experts else set[str]()
+
+    def matched(self, name: str) -> list[str]:
+        """The modules that a name of a list means."""
+        return [module for module in self.modules if _ends_with(module, name)]
+
+    def fitting(self, pattern: str) -> list[str]:
+        """The modules that a regular expression means: it has to fit the whole name, as for PEFT."""
+        compiled = re.compile(pattern)
+        return [module for module in self.modules if compiled.fullmatch(module)]
+
+    def is_head(self, name: str) -> bool:
+        """Whether this module makes the logits."""
+        return self.modules[name].head
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether this module is of a kind that gets a low-rank product."""
+        return bool(self.modules[name].adapts)
+
+    def nearest(self, name: str, *, adapted: bool) -> str:
+        """What `name` was probably meant to be; else a few names that there are."""
+        known: dict[str, None] = {}
+        for module in self.modules:
+            if self.has_adapter(module) or (not adapted and self.modules[module].own):
+                parts = [part for part in module.split(".") if not part.isdigit()]
+                known |= dict.fromkeys([parts[-1], ".".join(parts[-2:])])
+        by_lower = {word.lower(): word for word in reversed(known)}
+        # An end that somebody has cut short ("head"), or a word misspelt.
+        ends = [word for word in known if "." not in word and word.endswith(f"_{name}")]
+        near = [
+            by_lower[word]
+            for word in difflib.get_close_matches(name.strip().lower(), list(by_lower), _MANY, cutoff=0.6)
+        ]
+        if found := list(dict.fromkeys([*near, *ends]))[:_MANY]:
+            return f"did you mean {_either(found)}?"
+        listed = [word for word in known if "." not in word]
+        return f"the model has {', '.join(listed[:12])}{', ...' if len(listed) > 12 else ''}"
+
+    def below(self, name: str) -> list[str]:
+        """Short names of what could be named instead of a module that holds others."""
+        inside = [module for module in self.modules if module.startswith(f"{name}.") and self.has_adapter(module)]
+        return list(dict.fromkeys(module.rpartition(".")[2] for module in inside))
+
+
+def _of_targets(names: _Names, params: Any) -> Iterator[Fault]:
+    targets = params.target_modules
+    if targets == ALL_LINEAR:
+        return
+    if isinstance(targets, str):
+        yield from _of_pattern(names, targets, dora=getattr(params, "dora", False))
+        return
+    if not targets:
+        yield Fault(key=_TARGETS, message="names no module", fix=f'"{ALL_LINEAR}" is every linear layer but the head')
+    for at, name in enumerate(targets):
+        key = (*_TARGETS, at)
+        meant = names.matched(name)
+        if not meant and name in names.experts:
+            continue  # the method looks for these itself
+        if not meant:
+            is_pattern = any(char in name for char in "*^$|\\[](){}+?")
+            fix = (
+                f"a regular expression is one text, not in a list: target_modules = '{name}'"
+                if is_pattern
+                else names.nearest(name, adapted=True)
+            )
+            yield Fault(key=key, message=f'"{name}" is no module of the model', fix=fix)
+            continue
+        yield from _of_kinds(names, key, f'"{name}"', meant, dora=getattr(params, "dora", False))
+
+
+def _of_pattern(names: _Names, pattern: str, *, dora: bool) -> Iterator[Fault]:
+    try:
+        meant = names.fitting(pattern)
+    except re.error as error:
+        yield Fault(key=_TARGETS, message=f"is no regular expression: {error}", fix='a list of names: ["q_proj"]')
+        return
+    if meant:
+        yield from _of_kinds(names, _TARGETS, "the expression", meant, dora=dora)
+    elif names.matched(pattern):
+        fix = f'write a list, ["{pattern}"], or ".*{pattern}"'
+        yield Fault(key=_TARGETS, message="is one text, so a regular expression for whole names; it fits none", fix=fix)
+    elif difflib.SequenceMatcher(None, pattern.lower(), ALL_LINEAR).ratio() > 0.75:
+        yield Fault(key=_TARGETS, message="fits no module of the model", fix=f'did you mean "{ALL_LINEAR}"?')
+    else:
+        yield Fault(
+            key=_TARGETS,
+            message="fits no module of the model: it must fit a whole name",
+            fix=f"such as {next(filter(names.has_adapter, names.modules), '')}; {names.nearest(pattern, adapted=True)}",
+        )
+
+
+def _of_kinds(names: _Names, key: Any, said: str, meant: list[str], *, dora: bool) -> Iterator[Fault]:
+    """Of modules that were found, the first one that takes no adapter."""
+    without = next((module for module in meant if not names.has_adapter(module)), None)
+    if without is not None:
+        inside = names.below(without)
+        fix = f"name the layers in it: {', '.join(inside[:8])}" if inside else "leave it out"
+        if not inside and names.modules[without].trains:
+            fix = "leave it out, or train it whole: modules_to_save"
+        kind = names.modules[without].kind
+        message = f"{said} means {without}, a {kind}: only linear layers and embeddings take an adapter"
+        yield Fault(key=key, message=message, fix=fix)
+        return
+    without_dora = [module for module in meant if names.modules[module].adapts == "embedding" or names.is_head(module)]
+    if dora and without_dora:
+        yield Fault(
+            key=key, message=f"{said} means {without_dora[0]}: embeddings and the head take no DoRA",
+            fix="leave it out, or dora = false", also=(("method", "dora"),),
+        )  # fmt: skip
+
+
+def _of_saved(names: _Names, params: Any) -> Iterator[Fault]:
+    for at, name in enumerate(_saved(params)):
+        key, meant = (*_SAVED, at), names.matched(name)
+        if not meant:
+            fix = names.nearest(name, adapted=False)
+            yield Fault(key=key, message=f'"{name}" is no module of the model', fix=fix)
+            continue
+        empty = next((one for one in meant if not names.modules[one].trains), None)
+        if empty is not None:
+            message = f'"{name}" means {empty}, a {names.modules[empty].kind}, which has nothing to train'
+            yield Fault(key=key, message=message, fix="leave it out")
+            continue
+        packed = next((one for one in names.in_4bit if any(one == m or one.startswith(f"{m}.") for m in meant)), None)
+        if packed is not None:
+            yield Fault(
+                key=key, message=f'"{name}" holds {packed}, which is stored in 4 bits and cannot be trained whole',
+                fix='leave it out, or name = "lora"', also=(("method", "name"),),
+            )  # fmt: skip
+
+
+def _of_both(names: _Names, params: Any) -> Iterator[Fault]:
+    """A module is trained whole, or gets an adapter; PEFT would leave the adapter out."""
+    whole = [module for name in _saved(params) for module in names.matched(name)]
+    for inner in whole:
+        outer = next((module for module in whole if inner.startswith(f"{module}.")), None)
+        if outer is not None:
+            yield Fault(key=_SAVED, message=f"names {outer} and, inside of it, {inner}", fix="leave one of the two out")
+            return
+    if params.target_modules == ALL_LINEAR:
+        return
+    patterns = isinstance(params.target_modules, str)
+    targets = [(_TARGETS, params.target_modules)] if patterns else [
+        ((*_TARGETS, at), name) for at, name in enumerate(params.target_modules)
+    ]  # fmt: skip
+    for key, name in targets:
+        meant = names.fitting(name) if patterns else names.matched(name)
+        if meant and all(any(one == w or one.startswith(f"{w}.") for w in whole) for one in meant):
+            yield Fault(
+                key=key, message=f'"{name}" is trained whole by modules_to_save, so its adapter would have no effect',
+                fix="name it in one of the two", also=(_SAVED,),
+            )  # fmt: skip
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _adapts(module: Any) -> Literal["linear", "embedding", ""]:
+    """Linear is also GPT-2's transposed layer."""
+    from torch import nn
+
+    kind = type(module)
+    if isinstance(module, nn.Linear) or (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils"):
+        return "linear"
+    return "embedding" if isinstance(module, nn.Embedding) else ""
+
+
+def _either(words: list[str]) -> str:
+    quoted = [f'"{word}"' for word in words]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
