@@ -23,10 +23,11 @@ METHODS = {
     "embeddings": '{name="lora", r=4, target_modules=["embed_tokens", "v_proj"]}',
     "head": '{name="lora", r=4, target_modules=["lm_head", "v_proj"]}',
     "both": '{name="lora", r=4, target_modules=["embed_tokens", "lm_head"], modules_to_save=["norm"]}',
+    "whole": '{name="lora", r=4, target_modules=["q_proj"], modules_to_save=["layers.0.mlp", "embed_tokens"]}',
     "expression": '{name="lora", r=4, target_modules="model.layers.1.*(q|up)_proj"}',
 }
 QLORA = {"qlora": '{name="qlora", r=4, target_modules=["embed_tokens", "lm_head", "q_proj"]}'}
-TIED = ("embeddings", "head")
+TIED = ("embeddings", "head", "whole")
 ENGINES = ("zero3", "fsdp2")
 COMMON = ["checkpoint.every_steps=3", "eval.every_steps=6"]
 

@@ -56,6 +56,8 @@ class Module:
     """It has parameters, or a module in it does."""
     head: bool
     """It makes the logits."""
+    block: bool
+    """It is one of the repeated blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ def listing(lm: Any) -> Listing:
             own=any(True for _ in module.parameters(recurse=False)),
             trains=any(True for _ in module.parameters()),
             head=module is head,
+            block=type(module).__name__ in (lm._no_split_modules or ()),
         )
         for name, module in lm.named_modules()
         if name
@@ -126,6 +129,7 @@ class _Names:
         self.in_4bit = {
             module.name for module in listed.modules if in_4bit and module.adapts == "linear" and not module.head
         }
+        self.blocks = [module.name for module in listed.modules if module.block]
         # Also by names of older layouts, with a module for each expert.
         older = {"experts", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
         self.experts = {*listed.experts, *older} if listed.experts else set[str]()
@@ -250,6 +254,13 @@ def _of_saved(names: _Names, params: Any) -> Iterator[Fault]:
         if empty is not None:
             message = f'"{name}" means {empty}, a {names.modules[empty].kind}, which has nothing to train'
             yield Fault(key=key, message=message, fix="leave it out")
+            continue
+        block = next((one for one in names.blocks if any(one == m or one.startswith(f"{m}.") for m in meant)), None)
+        if block is not None:
+            yield Fault(
+                key=key, message=f'"{name}" holds whole blocks, such as {block}',
+                fix='name layers in them, or train all of the model: name = "full"',
+            )  # fmt: skip
             continue
         packed = next((one for one in names.in_4bit if any(one == m or one.startswith(f"{m}.") for m in meant)), None)
         if packed is not None:

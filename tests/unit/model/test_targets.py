@@ -125,6 +125,13 @@ WRONG = {
         "would have no effect",
         "one of the two",
     ),
+    "a list of blocks": (
+        {"modules_to_save": ("norm", "layers")},
+        ("modules_to_save", 1),
+        '"layers" holds whole blocks, such as model.layers.0',
+        'name = "full"',
+    ),
+    "one block": ({"modules_to_save": ("layers.1",)}, ("modules_to_save", 0), "holds whole blocks", "layers in them"),
     "saved twice": (
         {"modules_to_save": ("mlp", "up_proj")},
         ("modules_to_save",),
