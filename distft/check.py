@@ -89,6 +89,8 @@ class CheckReport:
     recipe_toml: str
     splits: tuple[SplitView, ...]
     answers: tuple[SetView, ...]
+    model: str | None
+    """What is proven of the model's arithmetic; None for a folder that holds a tokenizer alone."""
     care: CareReport
     """What the rows hold that should be known: repeats, overlap, personal data, balance."""
     tokens_per_epoch: int
@@ -158,12 +160,32 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         recipe_toml=recipe.to_toml(),
         splits=tuple(splits),
         answers=tuple(_sets(recipe, tokenizer, revision)),
+        model=_verdict(recipe) if has_config else None,
         care=care,
         tokens_per_epoch=steps.tokens_per_epoch,
         supervised_per_epoch=steps.supervised_per_epoch,
         num_steps=steps.num_steps,
         num_samples=steps.num_samples,
     )
+
+
+def _verdict(recipe: Recipe) -> str:
+    """What is proven of the model on a CPU, in seconds, then from the cache; a run proves its accelerator's kernels.
+
+    Raises:
+        RecipeError: it would not be trained on its own loss.
+    """
+    from distft.model import skeleton
+    from distft.model.proving import path_of, verdict_on
+
+    table = recipe.model
+    if table.attention == "flash":  # where the run is, not here
+        table = table.model_copy(update={"attention": "auto"})
+    with fits.placed(recipe):
+        verdict = verdict_on(table, skeleton.find_config(recipe.model), max_length=recipe.data.max_length)
+    line = recipe.line_of("model.path")
+    path_of(verdict, source=recipe.source, line=line, attention=table.attention)
+    return verdict.describe()
 
 
 def _tell(rows: int) -> None:
@@ -231,6 +253,8 @@ def _sample(rows: Prepared, row: int, decode: Any) -> SampleView:
 def show(report: CheckReport, console: Console) -> None:
     """Print the report."""
     _line(console, report.recipe_toml.rstrip())
+    if report.model is not None:
+        _line(console, f"\n[model]  {report.model}")
     for split in report.splits:
         _show_split(split, console)
     _line(console, "\n[care]")

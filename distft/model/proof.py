@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distft.core.errors import DistftError, MachineError
 from distft.core.types import IGNORE
 from distft.model import attention, cross_entropy, head, router
 from distft.model.answering import answering, new_cache
@@ -38,6 +39,8 @@ HALF_RTOL = 3e-2
 """The same three in 16 bits, on a GPU, where kernels sum in another order than the reference."""
 MOST_PARAMETERS = 150_000_000
 """A copy larger than this is not built."""
+_GAIN = 2.5
+"""Of random matrices: attention scores of about 6, which a cap of 50 bends by some hundredths."""
 NEW_TOKENS = 3
 """Tokens that each probe is continued by."""
 
@@ -92,7 +95,7 @@ def _prove(
             reference = _Reference(small, build, device)
             break
         except Exception as error:  # any: a copy that is no valid model; the next one changes less
-            reason = f"no small copy of it runs in transformers itself: {type(error).__name__}: {_first_line(error)}"
+            reason = f"no small copy of it runs in transformers itself: {_reason(error)}"
     if reference is None:
         return Verdict(architecture=name, path=None, attempts=(), reason=reason)
     attempts: list[Attempt] = []
@@ -123,7 +126,7 @@ def _copies(config: Any, build: Callable[[Any, str], Any], max_length: int) -> I
     """Yield small copies that are valid models.
 
     Raises:
-        RuntimeError: there is none; says why.
+        MachineError: there is none; says why.
     """
     from distft.model.load import blocks_of
 
@@ -136,7 +139,7 @@ def _copies(config: Any, build: Callable[[Any, str], Any], max_length: int) -> I
                 reached = text_parameters(lm)
                 numel = sum(param.numel() for param in lm.parameters() if id(param) in reached)
             except Exception as error:  # any: not a valid model; the next copy changes less
-                why = f"{type(error).__name__}: {_first_line(error)}"
+                why = _reason(error)
                 continue
             if numel > MOST_PARAMETERS:
                 why = why or f"its smallest copy has {numel:,} parameters"
@@ -144,7 +147,7 @@ def _copies(config: Any, build: Callable[[Any, str], Any], max_length: int) -> I
             found = True
             yield small
     if not found:
-        raise RuntimeError(f"no small copy of its config is a valid model: {why}")
+        raise MachineError(f"no small copy of its config is a valid model: {why}")
 
 
 def _difference(compare: Callable[[], None]) -> str:
@@ -153,8 +156,13 @@ def _difference(compare: Callable[[], None]) -> str:
     except NotEqualError as error:
         return str(error)
     except Exception as error:  # any: a path that cannot run is one that cannot be taken
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return _reason(error)
     return ""
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, with its type where it is none of ours."""
+    return _first_line(error) if isinstance(error, DistftError) else f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
@@ -392,7 +400,7 @@ def drawn_weights(lm: nn.Module, only: set[int] | None = None) -> Iterator[tuple
         if id(param) not in embeddings:
             if param.dim() >= 2:
                 fan_in = param.numel() // param.shape[0] if param.dim() == 2 else max(param.shape[-2:])
-                value *= 1.5 * fan_in**-0.5
+                value *= _GAIN * fan_in**-0.5
             else:
                 value = 0.5 + 0.3 * value
         yield name, value

@@ -5,17 +5,23 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer, logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from distft.model import attention, proof
 from distft.model.load import blocks_of, untrained
 from distft.model.proof import drawn_weights
 from distft.model.shrink import distinct_depth, small_copies
+from distft.model.verdict import Verdict
 
 _LETTERS = " .,abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 TEXTS = [
@@ -34,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 4, "moe_topk": [2] * 32},
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "codegen": {"n_embd": 64, "n_head": 4, "rotary_dim": 8, "n_layer": 2},
@@ -90,6 +97,55 @@ def documents(folder: Path) -> list[Tensor]:
     return [torch.tensor([*tokenizer(text, add_special_tokens=False).input_ids, 2]) for text in TEXTS]
 
 
+def proven(kind: str, *, max_length: int = 512) -> Verdict:
+    """Return the verdict on the default config of a kind, on this machine's CPU in fp32."""
+    cpu = torch.device("cpu")
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    try:
+        config = CONFIG_MAPPING[kind](**SETTINGS.get(kind, {}))
+        config.architectures = [name]
+    except Exception as error:
+        reason = f"its default config is not valid: {str(error).strip().splitlines()[0]}"
+        return Verdict(architecture=name, path=None, attempts=(), reason=reason)
+    names = proof.attentions("auto", cpu, torch.float32)
+    return proof.prove(config, untrained, attentions=names, device=cpu, dtype=torch.float32, max_length=max_length)
+
+
+def page() -> str:
+    """Return docs/architectures.md for the installed transformers."""
+    groups: dict[str, list[tuple[str, str, str]]] = {"as it is": [], "by a fall-back": [], "refused": []}
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        verdict = proven(kind)
+        if verdict.path is None:
+            groups["refused"].append((verdict.architecture, kind, verdict.reason.replace("|", "/")))
+        else:
+            rest = verdict.path.describe()
+            groups["by a fall-back" if rest else "as it is"].append((verdict.architecture, kind, rest))
+    lines = [
+        "# Architectures",
+        "",
+        f"Every causal language model of transformers {version('transformers')}, by its default config, as proven on a "
+        f"CPU in fp32 with torch {version('torch')} (`make architectures`; see "
+        "[decision 50](decisions/0050-models-are-proven.md)). A run proves its own config, on its own device: this "
+        "page says what to expect.",
+        "",
+        "- **right as it is**: packed, through this project's losses and attention;",
+        "- **right by a fall-back**: the same numbers, by the slower way that is named. Models whose state flows along "
+        "the row (Mamba, linear attention, convolutions) train on one document per forward here; with the kernels of "
+        "their own packages on a GPU some are proven packed;",
+        "- **refused**: the run ends with code 2 and what differs. Encoders and decoders of encoder-decoder models are "
+        "here because transformers lists them.",
+        "",
+    ]
+    for group, rows in groups.items():
+        lines += [f"## {'Refused' if group == 'refused' else 'Right ' + group} ({len(rows)})", ""]
+        lines += ["| class | model_type | how |" if rows and rows[0][2] else "| class | model_type |"]
+        lines += ["|---|---|---|" if rows and rows[0][2] else "|---|---|"]
+        lines += [f"| {name} | {kind} |{f' {rest} |' if rest else ''}" for name, kind, rest in rows]
+        lines += [""]
+    return "\n".join(lines)
+
+
 def loss_of(lm: Any, rows: list[Tensor]) -> float:
     """Return transformers' own loss, each document alone in a fresh copy, mean over all predicted tokens."""
     total = count = 0.0
@@ -99,3 +155,10 @@ def loss_of(lm: Any, rows: list[Tensor]) -> float:
         total += loss.double().item() * (len(ids) - 1)
         count += len(ids) - 1
     return total / count
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    attention.register()
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

@@ -1,0 +1,179 @@
+"""What the proof of a model finds: each fall-back, each refusal, planted faults, and where it keeps its verdict."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import model_folder, small_config
+from transformers import CONFIG_MAPPING
+
+from distft.core.errors import RecipeError
+from distft.model import attention, cross_entropy, load, proof
+from distft.model.paths import SINGLE, VARLEN
+from distft.model.proving import path_of, verdict_on
+from distft.model.verdict import Verdict
+from distft.recipe import ModelTable
+
+CPU = torch.device("cpu")
+
+
+def proven(config: Any, *, wanted: str = "auto", max_length: int = 256) -> Verdict:
+    attention.register()
+    names = proof.attentions(wanted, CPU, torch.float32)
+    return proof.prove(config, load.untrained, attentions=names, device=CPU, dtype=torch.float32, max_length=max_length)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "kernel", "documents", "generation"),
+    [
+        ("llama", "chunked", VARLEN, "packed", "batched"),
+        ("gemma2", "chunked", VARLEN, "packed", "batched"),  # caps on scores and logits
+        ("gpt_oss", "chunked", VARLEN, "packed", "batched"),  # sinks
+        ("cohere2", "chunked", VARLEN, "packed", "batched"),  # a scale of logits
+        ("minicpm3", "chunked", VARLEN, "packed", "batched"),  # a scale of hidden states
+        ("modernbert-decoder", "own", VARLEN, "packed", "batched"),  # a layer between trunk and logits
+        ("stablelm", "chunked", "sdpa", "packed", "batched"),
+        ("gpt_neo", "chunked", "eager", "packed", "batched"),
+        ("lfm2", "chunked", SINGLE, "single", "batched"),  # a convolution along the row
+        ("falcon_h1", "chunked", SINGLE, "single", "batched"),
+        ("bloom", "chunked", "eager", "single", "batched"),  # ALiBi counts from the row's beginning
+        ("qwen3_next", "chunked", SINGLE, "single", "batched"),
+        ("recurrent_gemma", "chunked", SINGLE, "single", "single"),
+        ("mamba", "chunked", SINGLE, "single", "uncached"),
+    ],
+)
+def test_the_fastest_right_path_is_found(kind: str, head: str, kernel: str, documents: str, generation: str) -> None:
+    path = proven(small_config(kind)).path
+    assert path is not None
+    assert (path.head, path.attention, path.documents, path.generation) == (head, kernel, documents, generation)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("bert", "it is not causal"),
+        ("trocr", "loss "),
+        ("xlnet", "does not name its blocks"),
+        ("bart", "no small copy"),
+    ],
+)
+def test_what_has_no_right_path_is_refused_with_the_reason(kind: str, said: str) -> None:
+    verdict = proven(CONFIG_MAPPING[kind]())
+    assert verdict.path is None
+    assert said in verdict.reason
+
+
+def test_an_attention_that_drops_a_term_is_refused_by_name() -> None:
+    """Transformers' sdpa has no caps."""
+    verdict = proven(small_config("gemma2"), wanted="sdpa")
+    with pytest.raises(RecipeError) as caught:
+        path_of(verdict, source="recipe.toml", line=7, attention="sdpa")
+    message = str(caught.value)
+    assert "line 7" in message
+    assert 'set [model] attention = "auto"' in message
+    assert caught.value.exit_code == 2
+
+
+def test_ropes_that_depend_on_the_longest_text_are_packed_only_within_the_original_positions() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    config = small_config("llama", max_position_embeddings=512, rope_parameters=rope)
+    config.max_position_embeddings = 512
+    within, beyond = proven(config, max_length=512).path, proven(config, max_length=2048).path
+    assert within is not None
+    assert beyond is not None
+    assert (within.documents, beyond.documents) == ("packed", "single")
+
+
+def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast path without caps, without sinks and with leaking documents: none of them is taken."""
+    right = attention._capped
+
+    def without(*given: Any) -> torch.Tensor:
+        *rest, softcap, sink = given
+        return right(*rest, None, sink if softcap is not None else None)
+
+    monkeypatch.setattr(attention, "_capped", without)
+    for kind in ("gemma2", "gpt_oss"):
+        verdict = proven(small_config(kind))
+        assert verdict.path is not None
+        assert verdict.path.attention == "eager", kind
+        assert "differs by" in verdict.attempts[0].difference or "loss " in verdict.attempts[0].difference, kind
+    monkeypatch.undo()
+    monkeypatch.setattr(cross_entropy.LogitRule, "finish", lambda self, product_SV: product_SV)
+    verdict = proven(small_config("granite", logits_scaling=4.0))
+    assert verdict.path is not None
+    assert verdict.path.head == "own"
+
+
+@pytest.mark.parametrize("given", [{"position_bias": torch.zeros(1)}, {"is_causal": False}, {"indices": [1]}])
+def test_attention_refuses_what_it_does_not_know(given: dict[str, Any]) -> None:
+    heads = torch.zeros(1, 2, 4, 8)
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    module = torch.nn.Identity()
+    attention.varlen_attention(module, heads, heads, heads, None, cu_seq_lens_q=bounds, position_ids=bounds)
+    with pytest.raises(ValueError, match="does not know"):
+        attention.varlen_attention(module, heads, heads, heads, None, cu_seq_lens_q=bounds, **given)
+
+
+def test_capped_losses_and_gradients_in_chunks_equal_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 50 * 3)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(50, (10,), generator=generator)
+    rule = cross_entropy.LogitRule(hidden_scale=0.5, scale=3.0, cap=2.0)
+    found = []
+    for loss in (None, cross_entropy.full_loss, cross_entropy.chunked_loss, cross_entropy.chunked_sum):
+        hidden, weight, bias = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+            for seed, shape in enumerate([(10, 6), (50, 6), (50,)])
+        )
+        if loss is None:  # the definition
+            logits = 2.0 * torch.tanh(3.0 * (0.5 * hidden @ weight.T + bias) / 2.0)
+            value = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        else:
+            value = loss(hidden, weight, bias, labels, rule).sum()
+        value.backward()
+        found.append((value.detach(), hidden.grad, weight.grad, bias.grad))
+    for other in found[1:]:
+        for got, right in zip(other, found[0], strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)
+
+
+def test_an_8b_config_is_proven_in_seconds_and_then_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+    llama8b = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "rope_theta": 500000.0,
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(llama8b))
+    table = ModelTable(path=str(tmp_path), dtype="float32")
+    began = time.process_time()
+    verdict = verdict_on(table, tmp_path, max_length=4096)
+    assert time.process_time() - began < 5
+    assert verdict.path is not None
+    assert verdict.path.describe() == ""
+    monkeypatch.setattr(proof, "prove", lambda *args, **more: pytest.fail("proven again"))
+    assert verdict_on(table, tmp_path, max_length=4096) == verdict
+    (tmp_path / "config.json").write_text(json.dumps(llama8b | {"head_dim": 64}))
+    with pytest.raises(pytest.fail.Exception):
+        verdict_on(table, tmp_path, max_length=4096)
+
+
+def test_text_trains_the_language_model_of_a_wrapper_alone(tmp_path: Path) -> None:
+    folder = model_folder("gemma3", tmp_path / "gemma3")
+    for method in ("full", "lora"):
+        from tiny import build
+
+        built = build(folder, method, init="pretrained", fill=False)
+        trained = [name for name, param in built.module.named_parameters() if param.requires_grad]
+        assert trained
+        assert not [name for name in trained if "vision" in name or "projector" in name]
