@@ -25,6 +25,7 @@ from distft.core.stop import STOP
 from distft.core.types import TrainState
 from distft.demo.files import locate
 from distft.recipe import Recipe, load_recipe
+from distft.recipe.text import toml_value
 from distft.resume import Resume
 from distft.run_folder import RunFolder
 
@@ -212,32 +213,19 @@ class _Run:
             hashing.join()
         export = functools.partial(assemble.export, self.located, self.folder, engine, model, shapes, self.rows)
         if not recipe.train.load_best:
-            self._export(engine, checkpoints, state, export)
+            self._export(engine, functools.partial(self._leave_early, engine, checkpoints, state), export)
         self._at_its_best(engine, checkpoints, looks, state)
         if recipe.train.load_best:
-            self._export(engine, checkpoints, state, export, saves=False)
+            # The engine holds the best weights by now; the last state was saved before.
+            self._export(engine, functools.partial(self._leave_early, engine, checkpoints, state, saves=False), export)
         self.say(f"done: {self.folder.final}")
         return state
 
-    def _export(
-        self,
-        engine: Engine,
-        checkpoints: Checkpoints,
-        state: TrainState,
-        write: Callable[[], None],
-        *,
-        saves: bool = True,
-    ) -> None:
-        """Write final/, unless some rank was asked to stop: it may take minutes, and the next start begins it anew.
-
-        `saves=False`: the engine holds other weights than the last state's, which was saved before.
-
-        Raises:
-            Preempted: asked to stop.
-        """
+    def _export(self, engine: Engine, early: Callable[[], NoReturn], write: Callable[[], None]) -> None:
+        """Write final/, unless some rank was asked to stop: it may take minutes, and the next start begins it anew."""
         PULSE.at("export")
         if any(engine.gather(self._stop())):
-            self._leave_early(engine, checkpoints, state, saves=saves)
+            early()
         write()
 
     def _at_its_best(self, engine: Engine, checkpoints: Checkpoints, looks: Looks, state: TrainState) -> None:
@@ -383,7 +371,7 @@ def run(recipe: str, overrides: list[str], output_dir: str | None, resume: Resum
     """The command: returns the exit code."""
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     if output_dir is not None:
-        overrides = [*overrides, f"output_dir={_toml_string(output_dir)}"]
+        overrides = [*overrides, f"output_dir={toml_value(output_dir)}"]
     try:
         loaded = load_recipe(recipe, registries=REGISTRIES, overrides=overrides)
         train(loaded, resume=resume, allow_changes=allow_changes)
@@ -391,11 +379,6 @@ def run(recipe: str, overrides: list[str], output_dir: str | None, resume: Resum
         report_error(error, rank)
         return exit_code(error)
     return DONE
-
-
-def _toml_string(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
 
 
 def main(argv: list[str] | None = None) -> int:
