@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from distft.model import attention, proof
 from distft.model.load import blocks_of, untrained
-from distft.model.proof import drawn_weights
+from distft.model.reference import drawn_weights
 from distft.model.shrink import distinct_depth, small_copies
 from distft.model.verdict import Verdict
 

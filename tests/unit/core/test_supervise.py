@@ -222,6 +222,7 @@ def test_a_closed_terminal_stops_nothing_under_nohup(start: Start) -> None:
 def test_suspended_and_continued(start: Start) -> None:
     one = start(RUNS_S=60)
     one.wait_for(*READY)
+    until(lambda: all((one.folder / name).read_text() for name in READY))
     ranks = [int((one.folder / name).read_text()) for name in READY]
     one.process.send_signal(signal.SIGTSTP)
     until(lambda: [state(pid) for pid in (*ranks, one.process.pid)] == ["T", "T", "T"])
