@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-dist test-faults test-cluster test-resume test-all test-gpu bench-gpu golden schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-dist test-faults test-cluster test-resume test-all test-gpu bench-gpu golden architectures schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -80,6 +80,10 @@ bench-gpu: setup
 # Rewrites the golden losses; the change is explained in CHANGELOG.md.
 golden: setup
 	$(BIN)/python -m pytest tests/golden --rewrite
+
+# Proves every causal language model of the installed transformers and writes docs/architectures.md (some minutes).
+architectures: setup
+	PYTHONPATH=tests/helpers $(BIN)/python tests/helpers/architectures.py docs/architectures.md
 
 schema: setup
 	$(BIN)/python -c 'from distft.catalog import REGISTRIES; from distft.recipe import schema_text; open("recipes/schema.json", "w", encoding="utf-8").write(schema_text(REGISTRIES))'

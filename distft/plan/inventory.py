@@ -187,7 +187,7 @@ def _build(table: ModelTable, folder: Path, method: MethodSpec, params: Any, con
     if method.adapter:
         _import_bitsandbytes()
     # Kernels are chosen where the run is, not where the plan is made: `trace` puts its own in.
-    plain = table.model_copy(update={"attention": "sdpa", "cross_entropy": "full"})
+    plain = table.model_copy(update={"attention": "eager", "cross_entropy": "full"})
     cpu = torch.device("cpu")
     return load.build(plain, folder, method, params, seed=0, device=cpu, weights=False, config=config)
 

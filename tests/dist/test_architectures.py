@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import TEXTS, documents, loss_of, model_folder
+from architectures import TEXTS, documents, loss_of, model_folder, page, proven
 
 THIRTY = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma4_text", "granite", "gpt_oss",
@@ -90,3 +90,20 @@ tensorboard = false
 console = "off"
 """)
     return train(load_recipe(recipe), resume="never").folder
+
+
+@pytest.mark.slow
+def test_the_page_of_architectures_is_true() -> None:
+    """Every causal language model of the installed transformers, proven anew."""
+    kept = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+    assert page() == kept.read_text(encoding="utf-8"), "make architectures"
+
+
+@pytest.mark.parametrize("kind", THIRTY)
+def test_the_page_says_what_the_proof_finds(kind: str) -> None:
+    """The fast part of the same, for what is trained above."""
+    kept = (Path(__file__).resolve().parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    verdict = proven(kind)
+    assert verdict.path is not None
+    rest = verdict.path.describe()
+    assert f"| {verdict.architecture} | {kind} |{f' {rest} |' if rest else ''}\n" in kept
