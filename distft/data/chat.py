@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distft.core.registry import nearest
-from distft.data.samples import Conversation, Message, RowError, kind_of
+from distft.data.samples import Conversation, Message, RowError, kind_of, parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -69,8 +69,8 @@ def _parsed(text: str, column: str) -> Any:
     if text.lstrip()[:1] != "[":
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         if text.lstrip()[:3] in ("[{'", "[\"{'"):
             raise RowError(
                 f'"{column}" holds Python\'s notation of a list, not JSON  write it with json.dumps, or save the table '
@@ -135,6 +135,11 @@ def _message(message: Any, number: int) -> Message:
     if not isinstance(message, dict):
         raise RowError(f"message {number} is {kind_of(message)}, expected an object with role and content")
     message = {key: value for key, value in message.items() if value is not None}
+    if "role" not in message and isinstance(message.get("from"), str):
+        raise RowError(
+            f'message {number} has "from" instead of "role": the row is of format sharegpt  write format = "sharegpt", '
+            'columns = { messages = "conversations" } in the source\'s table'
+        )
     role = "tool" if message.get("role") == "function" else message.get("role")
     if role not in ROLES:
         meant = nearest(str(role), ROLES) or ("system" if role == "developer" else "")
@@ -229,8 +234,8 @@ def _calls(message: dict[str, Any], number: int) -> list[Any]:
 
 def _json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise RowError(f"{what} is a string that is not valid JSON ({error})") from None
 
 
@@ -296,8 +301,8 @@ def tool_call(call: Any, number: int) -> dict[str, Any]:
         raise RowError(f"message {number}: the call of {name} has both arguments and parameters; keep one of them")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except json.JSONDecodeError as error:
+            arguments = parse_json(arguments or "{}")
+        except ValueError as error:
             raise RowError(f"message {number}: arguments of {name} are not valid JSON ({error})") from None
     else:
         arguments = present(arguments)
@@ -334,8 +339,8 @@ def tool_definitions(tools: Any) -> list[dict[str, Any]] | None:
     """
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
+            tools = parse_json(tools) if tools.strip() else None
+        except ValueError as error:
             raise RowError(f'"tools" is not valid JSON ({error})') from None
     elif isinstance(tools, list):
         tools = [

@@ -9,19 +9,36 @@ from typing import Any
 from distft.data.samples import Row, RowError
 
 MEANINGFUL: dict[str, str] = {
-    **dict.fromkeys(("label", "labels"), "says whether, or as what, a row counts"),
+    **dict.fromkeys(("label", "labels", "kto_tag"), "says whether, or as what, a row counts"),
     **dict.fromkeys(
-        ("image", "images", "video", "videos", "audio", "audios", "media"), "is not text, and only text is trained"
+        (
+            "image",
+            "images",
+            "image_path",
+            "image_url",
+            "pixel_values",
+            "video",
+            "videos",
+            "audio",
+            "audios",
+            "media",
+            "objects",
+        ),
+        "is not text, and only text is trained",
     ),
     **dict.fromkeys(
-        ("chosen", "rejected", "preferred_output", "non_preferred_output"), "is one of two answers to be compared"
+        ("chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output"),
+        "is one of two answers to be compared",
     ),
     **dict.fromkeys(
-        ("score", "scores", "score_chosen", "score_rejected", "rating", "reward", "rewards", "margin"),
+        ("score", "scores", "score_chosen", "score_rejected", "rating", "reward", "rewards", "advantage", "margin"),
         "says how good a row is",
     ),
     **dict.fromkeys(
-        ("weight", "weights", "sample_weight", "loss_weight", "loss_mask", "train", "trainable"),
+        (
+            *("weight", "weights", "sample_weight", "loss_weight", "loss_scale", "loss_mask", "train", "trainable"),
+            *("completion_mask", "assistant_mask", "assistant_masks", "response_mask", "train_on_turn"),
+        ),
         "says how much of a row is trained",
     ),
     **dict.fromkeys(("tools", "functions"), "says what the model may call"),
@@ -53,11 +70,12 @@ def unread_columns(row: Row, reads: Sequence[str], ignore: Sequence[str]) -> lis
         if name in ignore or _is_empty(row[name]):
             continue
         fix = f'  rename it with columns, or say ignore = ["{name}"] in the source\'s table to leave it out on purpose'
-        if name in MEANINGFUL:
-            raise RowError(f'the column "{name}" {MEANINGFUL[name]}, and this format does not read it{fix}')
+        meaning = MEANINGFUL.get(name) or MEANINGFUL.get(name.lower())
         absent = [known for known in reads if known not in row]
-        if meant := difflib.get_close_matches(name.lower(), absent, n=1, cutoff=_MISSPELT):
+        if name not in MEANINGFUL and (meant := difflib.get_close_matches(name.lower(), absent, n=1, cutoff=_MISSPELT)):
             raise RowError(f'the column "{name}" is not read, did you mean "{meant[0]}"?{fix}')
+        if meaning:
+            raise RowError(f'the column "{name}" {meaning}, and this format does not read it{fix}')
     return unread
 
 

@@ -35,6 +35,11 @@ def data_files(folder: Path, table: SourceTable) -> list[Path]:
     """
     if table.subset is not None:
         folder = _subset(folder, table.subset)
+    elif len(subsets := _subsets(folder)) > 1:
+        raise DataError(
+            f'{folder}: its README.md names several subsets: {", ".join(subsets)}  write subset = "{subsets[0]}" or '
+            "another, or name the files by a glob"
+        )
     if (folder / "dataset_dict.json").is_file():
         known = _read(folder / "dataset_dict.json").get("splits") or []
         folder = folder / _chosen(folder, table.split, [str(name) for name in known])
@@ -82,6 +87,17 @@ def _read(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     return content if isinstance(content, dict) else {}
+
+
+def _subsets(folder: Path) -> list[str]:
+    """The configurations that a data set's card declares; the `datasets` library asks for one of several."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return []
+    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    section = re.search(r"^configs:[ ]*\n((?:[ -].*\n?|\n)*)", head[1] + "\n", re.MULTILINE) if head else None
+    names = re.findall(r"config_name:[ ]*[\"']?([^\s\"']+)", section[1]) if section else []
+    return list(dict.fromkeys(names))
 
 
 def _subset(folder: Path, subset: str) -> Path:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from distft.core.errors import DataError
 from distft.data.opening import bare, opened
-from distft.data.samples import Row, RowError, kind_of
+from distft.data.samples import JSON, Row, RowError, kind_of, parse_json
 
 Payload: TypeAlias = Row | bytes | RowError
 Reader: TypeAlias = Callable[[Path], Iterator[tuple[int, Payload]]]
@@ -40,12 +40,14 @@ def parse_line(line: bytes) -> Row:
     Raises:
         RowError: not JSON, or not an object.
     """
+    if line.strip() in (b"{", b"["):
+        raise RowError("invalid JSON: a row is spread over several lines  write each row on a line of its own")
     try:
-        row = json.loads(line)
+        row = parse_json(line.removeprefix(codecs.BOM_UTF8).decode())
     except json.JSONDecodeError as error:
         raise RowError(f"invalid JSON: {error.msg} at column {error.colno}: {excerpt(line)}") from None
-    except RecursionError:
-        raise RowError(f"invalid JSON: nested too deeply: {excerpt(line)}") from None
+    except ValueError as error:
+        raise RowError(f"invalid JSON: {error}: {excerpt(line)}") from None
     return as_row(row)
 
 
@@ -98,7 +100,7 @@ def _is_one_list(path: Path) -> bool:
         return True
     try:
         whole = isinstance(json.loads(first), list)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return True  # it goes on over the next lines
     return whole and second is None
 
@@ -158,7 +160,7 @@ class _Window:
         self.peek()
         while True:
             try:
-                value, self.at = self.decode(self.text, self.at)
+                value, self.at = JSON.raw_decode(self.text, self.at)
                 return value
             except RecursionError:
                 raise self.fault("nested too deeply") from None
@@ -166,6 +168,21 @@ class _Window:
                 into = error.pos - self.at
                 if len(self.text) - self.at > MAX_ROW_BYTES or not self._grow():
                     raise self.fault(error.msg, into) from None
+            except ValueError as error:
+                raise self._own_fault(error) from None
+
+    def _own_fault(self, error: ValueError) -> RowError | DataError:
+        """What is wrong with one row, behind which reading can go on; with the file, where its end cannot be told."""
+        shown = excerpt(self.text[self.at : self.at + 400])
+        while True:
+            try:
+                _, self.at = self.decode(self.text, self.at)
+                return RowError(f"invalid JSON: {error}: {shown}")
+            except json.JSONDecodeError as other:
+                if len(self.text) - self.at > MAX_ROW_BYTES or not self._grow():
+                    return self.fault(other.msg, other.pos - self.at)
+            except ValueError:
+                return self.fault(str(error))
 
     def fault(self, message: str, into: int = 0) -> DataError:
         """What is wrong `into` characters behind the start of the value; shows the value from its start."""
@@ -225,7 +242,10 @@ def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, Payload
             line = rows.line_num + 1
     except csv.Error as error:
         kind = "CSV" if delimiter == "," else "TSV"
-        raise DataError(f"{path.name}:{rows.line_num}: invalid {kind}: {error}") from None
+        raise DataError(
+            f"{path.name}:{rows.line_num}: invalid {kind}: {error}  a cell that begins with a quotation mark ends with "
+            "one, and those inside it are doubled"
+        ) from None
 
 
 def read_txt(path: Path) -> Iterator[tuple[int, Payload]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -77,11 +78,41 @@ def text_column(row: Row, name: str, *, default: str | None = None) -> str:
     value = row.get(name)
     if value is None:
         if default is None:
-            raise RowError(f'missing "{name}"; the row has {columns_of(row)}')
+            raise RowError(f'"{name}" is null' if name in row else f'missing "{name}"; the row has {columns_of(row)}')
         return default
     if not isinstance(value, str):
         raise RowError(f'"{name}" is {kind_of(value)}, expected a string')
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text.
+
+    Raises:
+        ValueError: it has a key twice, of which Python's reader would drop the first without a word.
+    """
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has the key {json.dumps(next(key for key in keys if keys.count(key) > 1))} twice")
+    return made
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
+"""Reads JSON, and refuses objects with a key twice."""
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none (JSONDecodeError), an object has a key twice, or it is nested too deeply or holds a
+            number too long for Python.
+    """
+    try:
+        return JSON.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def columns_of(row: Mapping[str, Any]) -> str:

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ROWS_TO_DECIDE = 20
 _POINTER = b"version https://git-lfs"
+_STARTS = {
+    b"\x1f\x8b": ".gz",
+    b"BZh91AY&SY": ".bz2",
+    b"\xfd7zXZ\x00": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PAR1": ".parquet",
+    b"PK\x03\x04": ".zip",
+}
+"""First bytes of files that are not text, and the suffix that says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +233,13 @@ def _refuse_unreadable(path: Path) -> None:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise DataError(f"{path}: is a Git LFS pointer, not the file itself  run git lfs pull in its folder")
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
+        raise DataError(f"{path}: is a Git LFS pointer, not the file itself  run git lfs pull in its folder")
+    written = next((suffix for first, suffix in _STARTS.items() if start.startswith(first)), None)
+    if written is not None and path.suffix.lower() not in (*PACKED, ".parquet", ".arrow"):
+        fix = "unpack it" if written == ".zip" else f"rename it so that it ends with {written}"
+        raise DataError(f"{path}: its content is that of a {written} file, which its name does not say  {fix}")
 
 
 def _nearest_name(path: Path) -> str:

@@ -1,11 +1,19 @@
 """`prompt_completion`: two strings (raw text, no chat template) or two lists of messages (a chat)."""
 
-import json
 from typing import Any
 
 from distft.data.chat import conversation
 from distft.data.formats.messages import tools_of
-from distft.data.samples import Conversation, FormatSpec, PromptCompletion, Row, RowError, kind_of, text_column
+from distft.data.samples import (
+    Conversation,
+    FormatSpec,
+    PromptCompletion,
+    Row,
+    RowError,
+    kind_of,
+    parse_json,
+    text_column,
+)
 
 
 def convert(row: Row) -> PromptCompletion | Conversation:
@@ -29,8 +37,8 @@ def _messages(value: Any) -> Any:
     """A list of messages given as its JSON text; anything else as it is, raw text above all."""
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ ", "[\n") and '"role"' in value:
         try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError:
+            parsed = parse_json(value)
+        except ValueError:
             return value
         if isinstance(parsed, list) and all(isinstance(one, dict) and "role" in one for one in parsed):
             return parsed

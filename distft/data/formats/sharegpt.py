@@ -6,7 +6,7 @@ from typing import Any
 from distft.core.registry import nearest
 from distft.data.chat import conversation, message_list, tool_call
 from distft.data.formats.messages import system_first, tools_of
-from distft.data.samples import Conversation, FormatSpec, Message, Row, RowError, kind_of
+from distft.data.samples import Conversation, FormatSpec, Message, Row, RowError, kind_of, parse_json
 
 ROLE_OF = {
     "human": "user",
@@ -28,6 +28,11 @@ def convert(row: Row) -> Conversation:
 
 
 def _message(turn: Any, number: int) -> Message:
+    if isinstance(turn, dict) and "from" not in turn and "role" in turn:
+        raise RowError(
+            f'turn {number} has "role" instead of "from": the row is of format messages  write format = "messages", '
+            'columns = { conversations = "messages" } in the source\'s table'
+        )
     if not isinstance(turn, dict) or "from" not in turn:
         raise RowError(f'turn {number} has no "from"; expected objects with "from" and "value"')
     speaker, value = turn["from"], turn.get("value")
@@ -40,11 +45,11 @@ def _message(turn: Any, number: int) -> Message:
     more = {key: said for key, said in turn.items() if key not in ("from", "value")}  # weight, reasoning, ...
     if speaker != "function_call":
         return {"role": ROLE_OF[speaker], "content": value, **more}
-    if not isinstance(value, str):
-        raise RowError(f"turn {number}: a function_call's value is {kind_of(value)}, expected JSON text")
+    if not isinstance(value, str | dict | list):
+        raise RowError(f"turn {number}: a function_call's value is {kind_of(value)}, expected an object or JSON text")
     try:
-        calls = json.loads(value)
-    except json.JSONDecodeError as error:
+        calls = parse_json(value) if isinstance(value, str) else value
+    except ValueError as error:
         raise RowError(f"turn {number}: the function_call is not valid JSON ({error})") from None
     calls = calls if isinstance(calls, list) else [calls]
     return {"role": "assistant", "content": "", "tool_calls": [tool_call(call, number) for call in calls], **more}

@@ -20,7 +20,10 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("column", ["label", "images", "rejected", "score", "weight", "chat_template_kwargs"])
+@pytest.mark.parametrize(
+    "column",
+    ["label", "images", "rejected", "score", "weight", "chat_template_kwargs", "kto_tag", "completion_mask", "Label"],
+)
 def test_a_column_that_means_something_is_refused(name: str, column: str, write: Write, prepared: Prepare) -> None:
     path = write([{**ROWS[name], column: [1] if column == "images" else 1}])
     with pytest.raises(DataError, match=rf'train\.jsonl:1: the column "{column}" .*, and this format does not read it'):

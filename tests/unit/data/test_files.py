@@ -72,6 +72,29 @@ DAMAGED = {
     "not.jsonl.gz": (LINES, "not.jsonl.gz: the file is damaged or cut short"),
     "cut.jsonl.bz2": (bz2.compress(LINES)[:-9], "cut.jsonl.bz2: the file is damaged or cut short"),
     "not.jsonl.xz": (LINES, "not.jsonl.xz: the file is damaged or cut short"),
+    "packed.jsonl": (
+        gzip.compress(LINES),
+        r"packed\.jsonl: its content is that of a \.gz file, which its name does not say  rename it so that it ends",
+    ),
+    "table.csv": (b"PAR1\x15\x04", r"its content is that of a \.parquet file, .* rename it so that it ends with"),
+    "archive.jsonl": (b"PK\x03\x04\x14", r"its content is that of a \.zip file, .*  unpack it"),
+    "xz.txt": (lzma.compress(LINES), r"its content is that of a \.xz file"),
+    "quotes.tsv": (
+        b'prompt\tcompletion\n"Hi" he said\tb\n',
+        r"quotes\.tsv:2: invalid TSV: .*  a cell that begins with a quotation mark ends with one",
+    ),
+    "indented.jsonl": (
+        json.dumps(ROWS[0], indent=1).encode() + b"\n",
+        r"indented\.jsonl:1: invalid JSON: a row is spread over several lines  write each row on a line of its own",
+    ),
+    "sharegpt.jsonl": (
+        b'{"messages": [{"from": "human", "value": "go"}, {"from": "gpt", "value": "done"}]}\n',
+        r'message 1 has "from" instead of "role": .*columns = \{ messages = "conversations" \}',
+    ),
+    "roles.jsonl": (
+        json.dumps({"conversations": CHAT}).encode(),
+        r'turn 1 has "role" instead of "from": .*columns = \{ conversations = "messages" \}',
+    ),
     "a.parquet.gz": (b"x", r"files of type \.parquet inside \.gz are not read"),
     "a.zip": (b"x", r"files of type \.zip are not read  allowed: .*text also packed"),
     "pointer.jsonl": (
@@ -230,6 +253,39 @@ def test_a_subset_of_a_folder_is_a_folder_in_it(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "set", subset="de") == ROWS[1:2]
     with pytest.raises(DataError, match=r'set: has no folder for subset = "fr"  it has: data, en'):
         rows_of(tmp_path / "set", subset="fr")
+
+
+CARD = """---
+license: mit
+dataset_info:
+- config_name: main
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train-*
+- config_name: socratic
+  data_files:
+  - split: train
+    path: socratic/train-*
+tags:
+- math
+---
+"""
+
+
+def test_a_data_set_of_several_subsets_is_asked_which(tmp_path: Path) -> None:
+    for name in ("main", "socratic"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_bytes(LINES)
+    assert len(rows_of(tmp_path)) == 6
+    (tmp_path / "README.md").write_text(CARD)
+    for table in ({}, {"split": "train"}):
+        with pytest.raises(DataError, match=r'several subsets: main, socratic  write subset = "main"'):
+            rows_of(tmp_path, **table)
+    assert len(rows_of(tmp_path, subset="socratic")) == 3
+    (tmp_path / "README.md").write_text(CARD.replace("socratic", "main"))
+    assert len(rows_of(tmp_path)) == 6
 
 
 def test_globs(tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,25 @@ MISTAKES = {
     "invalid json": Mistake(
         GOOD_LINE + b'{"messages": [\n', r"train\.jsonl:2: invalid JSON: .* at column \d+: \{\"messages"
     ),
+    "key twice": Mistake(
+        GOOD_LINE + b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n',
+        r"train\.jsonl:2: invalid JSON: an object has the key \"content\" twice: \{\"messages\"",
+    ),
+    "number too long": Mistake(
+        GOOD_LINE + b'{"messages": [], "id": ' + b"9" * 5000 + b"}\n",
+        r"train\.jsonl:2: invalid JSON: Exceeds the limit \(4300 digits\)",
+    ),
+    "key twice in arguments": Mistake(
+        lines(
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]},
+                ]
+            }
+        ),
+        r"jsonl:2: message 2: arguments of f are not valid JSON \(an object has the key \"x\" twice\)",
+    ),
     "row is a list": Mistake(lines([1, 2]), r"train\.jsonl:2: the row is a list, expected an object: \[1, 2\]"),
     "missing key": Mistake(lines({"text": "x"}), r"train\.jsonl:2: \"messages\" is null, expected a list"),
     "messages is a string": Mistake(lines({"messages": "hi"}), r"jsonl:2: \"messages\" is a string, expected a list"),

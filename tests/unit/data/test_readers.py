@@ -83,6 +83,23 @@ def test_a_json_list_is_read_as_json_reads_it(
         assert [row for _, row in read_json(path)] == rows
 
 
+def test_a_bad_row_of_a_json_list_is_that_row_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, {"text": "b", "more": {"k": 1, "k": 2}}, {"text": "c"}]')
+    rows = [row for _, row in read_json(path)]
+    assert rows[::2] == [{"text": "a"}, {"text": "c"}]
+    assert 'invalid JSON: an object has the key "k" twice: {"text": "b"' in str(rows[1])
+    path.write_text('[{"text": "a"}, {"text": "b", "id": ' + "7" * 5000 + "}]")
+    with pytest.raises(DataError, match=r"a\.json:1: invalid JSON: Exceeds the limit"):
+        list(read_json(path))
+
+
+def test_a_mark_in_front_of_a_later_line_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
+    assert [readers.parse_line(row) for _, row in readers.read_jsonl(path)] == [{"text": "a"}, {"text": "b"}]
+
+
 def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"text": "a"}\n{"text": "b"}\n')
