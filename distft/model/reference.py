@@ -49,6 +49,7 @@ class Reference:
     def __init__(self, config: Any, build: Callable[[Any, str], Any], device: torch.device) -> None:
         self._config, self._build, self._device = config, build, device
         self._values: dict[str, Tensor] = {}
+        self._observed: head.Observation | None = None
         self.lm = self._fresh("eager")
         generator = torch.Generator().manual_seed(1)
         top = min(VOCABULARY - 8, self.lm.get_input_embeddings().weight.shape[0])
@@ -86,6 +87,7 @@ class Reference:
         with init_empty_weights(include_buffers=False):
             lm = self._build(copy.deepcopy(self._config), kernel)
         lm.tie_weights()
+        self._observed = head.observe(lm)  # without values, as the run's own model is when it is observed
         reached = text_parameters(lm)
         if not self._values:
             self._values = {n: value.to(self._device) for n, value in drawn_weights(lm, reached)}
@@ -114,8 +116,7 @@ class Reference:
         return gap if gap > LOGITS_RTOL else None
 
     def _wrapped(self, path: ForwardPath, dtype: torch.dtype = torch.float32) -> CausalLM:
-        lm = self._fresh(path.attention, dtype)
-        observed = head.observe(lm)
+        lm, observed = self._fresh(path.attention, dtype), self._observed
         if path.head == "chunked" and observed is None:
             raise NotEqualError("its forward does more between the last hidden state and the logits than is known here")
         if dtype == torch.float32:  # several chunks, so that their seams are compared too
