@@ -194,7 +194,7 @@ def test_a_hub_id_that_is_not_here_says_what_is_needed(
 
 
 def test_a_model_that_brings_code_is_refused(tmp_path: Path, run: Run) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoConfig": "x.Y"}}')
+    (tmp_path / "config.json").write_text('{"model_type": "own-code", "auto_map": {"AutoConfig": "x.Y"}}')
     path = tmp_path / "recipe.toml"
     path.write_text(recipe_text(tmp_path))
     done = run(str(path))
