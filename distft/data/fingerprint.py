@@ -61,7 +61,7 @@ def _date(table: DataTable, tokenizer_files: Sequence[Path]) -> str | None:
 
 
 def _may_hold(path: Path) -> bool:
-    return path.name.startswith("chat_template") or path.name == "tokenizer_config.json"
+    return path.suffix == ".jinja" or path.name in ("chat_template.json", "tokenizer_config.json")
 
 
 def today() -> str:

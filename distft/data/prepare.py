@@ -30,7 +30,7 @@ from distft.core.errors import DataError, FileSystemError
 from distft.core.turns import turn
 from distft.data.fingerprint import cache_key, today
 from distft.data.readers import Payload
-from distft.data.render import TOKENIZER_FILES, tokenizer_folder
+from distft.data.render import MORE_TEMPLATES, TOKENIZER_FILES, tokenizer_folder
 from distft.data.report import SHOWN_FAULTS, PrepareReport, SourceReport
 from distft.data.rows import Made, RowMaker
 from distft.data.samples import FormatSpec
@@ -121,6 +121,7 @@ def prepare(
     folder = tokenizer_folder(tokenizer, revision)
     names = (*TOKENIZER_FILES, "config.json")  # whose model_type decides the tokenizer's class
     tokenizer_files = [path for name in names if (path := folder / name).is_file()]
+    tokenizer_files += sorted(folder.glob(MORE_TEMPLATES))
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         heard = (progress or (lambda rows: None), waiting or (lambda: None))

@@ -43,6 +43,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 """Everything that decides how text becomes ids; weights are not among them."""
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"
+"""Chat templates with a name of their own, such as "tool_use"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def tokenizer_folder(path: str, revision: str | None = None) -> Path:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        wanted = [*TOKENIZER_FILES, "config.json"]
+        wanted = [*TOKENIZER_FILES, MORE_TEMPLATES, "config.json"]
         try:
             folder = hub.snapshot(path, revision, wanted)
         except Exception as error:  # the hub library raises many kinds; all mean: no tokenizer
@@ -182,17 +184,35 @@ class Renderer:
         text = read_template(self.chat_template)
         label = f'chat_template "{self.chat_template}"'
         if text is None:
-            own = self.tokenizer.chat_template
-            text = own.get("default") if isinstance(own, dict) else own
+            text = self._own_templates.get("default")
             label = f"the chat template of {self.path}"
             if not text:
                 raise DataError(
                     f"tokenizer {self.path}: has no chat template  set [data] chat_template to one of "
                     f"{', '.join(BUILT_IN)}, or to a .jinja file"
                 )
+        return self._bound(label, text)
+
+    @cached_property
+    def _tool_template(self) -> ChatTemplate:
+        """For chats with tools: the tokenizer's own template "tool_use", where it has one, as in transformers."""
+        text = self._own_templates.get("tool_use") if read_template(self.chat_template) is None else None
+        return self._bound(f'the chat template "tool_use" of {self.path}', text) if text else self.template
+
+    @property
+    def _own_templates(self) -> dict[str, str]:
+        own = self.tokenizer.chat_template
+        return own if isinstance(own, dict) else {"default": own} if own else {}
+
+    def _bound(self, label: str, text: str) -> ChatTemplate:
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         tokens.add(self.tokenizer.eos_token)
         return ChatTemplate(label, text, _Drawing(self.tokenizer, text, self.date), tuple(sorted(tokens)))
+
+    def _template_of(self, chat: Conversation) -> ChatTemplate:
+        template = self._tool_template if chat.tools else self.template
+        template.refuse_without_stop()
+        return template
 
     @cached_property
     def _added(self) -> dict[str, bool]:
@@ -203,7 +223,7 @@ class Renderer:
     @cached_property
     def _control(self) -> re.Pattern[str]:
         """Tokens that only the chat template may write."""
-        return control_tokens(self._added, self.template.text)
+        return control_tokens(self._added, self.template.text + self._tool_template.text)
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -238,8 +258,9 @@ class Renderer:
         Raises:
             DataError: the chat template cannot be used for any chat.
         """
-        if any(isinstance(sample, Conversation) for sample in samples):
-            self.template.refuse_without_stop()
+        for chat in samples:
+            if isinstance(chat, Conversation):
+                self._template_of(chat)
         plain: list[str] = []  # raw text; a prompt takes two entries, itself and prompt + completion
         drawn: dict[int, list[Drawn]] = {}
         notes: dict[int, dict[str, str]] = {}
@@ -280,7 +301,7 @@ class Renderer:
             RowError, DataError: as `ChatTemplate.trained`.
         """
         chat, typed = kept_text(chat, self._control, self.typed)
-        rows = self.template.trained(chat, self.loss_on)
+        rows = self._template_of(chat).trained(chat, self.loss_on)
         for row in rows:
             for match in MARKED.finditer(_valid(row.text)):
                 if match[1] is not None:
@@ -454,10 +475,10 @@ class Renderer:
         """
         backend = self.tokenizer.backend_tokenizer
         if isinstance(sample, Conversation):
-            self.template.refuse_without_stop()
+            template = self._template_of(sample)
             chat, _ = kept_text(sample, self._control, self.typed)
             asked = chat.messages[:-1] if chat.messages[-1]["role"] == "assistant" else chat.messages
-            text, _ = self.template.draw(asked, chat.tools, True)
+            text, _ = template.draw(asked, chat.tools, True)
             if MARKED.search(_valid(text)):
                 ids = self._apart(Drawn(text=text, spans=[])).ids_T.tolist()
                 text = without_marks(text)

@@ -28,10 +28,20 @@ Draw: TypeAlias = Callable[[Sequence[Message], Any, bool], tuple[str, list[Span]
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _OPENER = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<square>THINK)\]|<\|START_(?P<cohere>THINKING)\|>)\s*$", re.I)
 """How a generation prompt opens a block of reasoning."""
+_NO_THOUGHT = re.compile(
+    r"(?:<(?P<tag>[\w:]*think\w*)>\s*</(?P=tag)>|\[THINK\]\s*\[/THINK\]|"
+    r"<\|START_THINKING\|>\s*<\|END_THINKING\|>|<\|channel>thought\s*<channel\|>)\s*$",
+    re.I,
+)
+"""How a generation prompt says that there is no reasoning."""
 _WITH_TOOLS = ': chat_template = "chatml", "llama3" or "plain"'
 _PROBE_ANSWER = "fine, thank you"
 _PROBE: list[Message] = [{"role": "user", "content": "how are you"}, {"role": "assistant", "content": _PROBE_ANSWER}]
 _NEXT: Message = {"role": "user", "content": "and you"}
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
+}
 
 _MOST_FORMS = 4096
 """Of chats, whose losses are remembered."""
@@ -103,7 +113,7 @@ class ChatTemplate:
                 outside its generation marks.
         """
         try:
-            text, marks = self.draw(_PROBE, None, False)
+            text, marks = self.draw(_PROBE, self._probe_tools, False)
         except RowError as error:
             raise DataError(f"{self.label}: {error}") from None
         start = text.rfind(_PROBE_ANSWER)
@@ -111,7 +121,11 @@ class ChatTemplate:
             raise DataError(f"{self.label}: does not render what the assistant says")
         tail_at = start + len(_PROBE_ANSWER)
         found = self.any_token.search(text, tail_at)
-        if found is None and not text[tail_at:].strip() and (header := self._header_after(_PROBE, None, text)):
+        if (
+            found is None
+            and not text[tail_at:].strip()
+            and (header := self._header_after(_PROBE, self._probe_tools, text))
+        ):
             return header.strip()
         if found is None:
             tail = text[tail_at:].strip()
@@ -128,6 +142,17 @@ class ChatTemplate:
                 "assistant's turn, so a model trained on it would not stop  move {% endgeneration %} behind the token"
             )
         return found.group()
+
+    @cached_property
+    def _probe_tools(self) -> list[dict[str, Any]] | None:
+        """Tools for the short chat, where the template renders no chat without, as those named "tool_use" do."""
+        for tools in (None, [_PROBE_TOOL]):
+            try:
+                self.draw(_PROBE, tools, False)
+            except RowError:
+                continue
+            return tools
+        return None
 
     def refuse_without_stop(self) -> None:
         """Raise what `stop` raises."""
@@ -313,9 +338,11 @@ class ChatTemplate:
         common = _common(through, text)
         if not text.startswith(before) or common < len(before):
             return None
-        return self._ending(chat, index, text, len(before), common)
+        return self._ending(chat, index, text, len(before), common, rewritten=common < len(through))
 
-    def _ending(self, chat: Conversation, index: int, text: str, begin: int, limit: int) -> Span | None:
+    def _ending(
+        self, chat: Conversation, index: int, text: str, begin: int, limit: int, *, rewritten: bool = False
+    ) -> Span | None:
         """From `begin` to the end token of the turn at `index`; None: something that it says is not in
         `text[begin:limit]`, or no token ends it."""  # noqa: D205, D209
         found = find(text, chat.messages[index], begin, limit)
@@ -327,25 +354,35 @@ class ChatTemplate:
                 return begin, next_token.end()
             return (begin, limit) if limit == len(text) else None
         ends = [token.end() for token in self.any_token.finditer(text, found.end, limit)]
-        return (begin, self._own(chat, index, text[:limit], ends)) if ends else None
+        end = self._own(chat, index, text[:limit], ends, rewritten) if ends else None
+        return None if end is None else (begin, end)
 
-    def _own(self, chat: Conversation, index: int, through: str, ends: list[int]) -> int:
+    def _own(self, chat: Conversation, index: int, through: str, ends: list[int], rewritten: bool) -> int | None:
         """The last of a turn's tokens that another message would not take away: a template may end the text of a
-        whole chat with a token more."""  # noqa: D205, D209
-        if len(ends) == 1 or index + 1 < len(chat.messages):
+        whole chat with a token more, or with the header of an answer (the first Llama 3's), which begins as others do.
+        `rewritten`: something behind the turn was taken away already. None: only a header is left to end the turn."""  # noqa: D205, D209
+        if len(ends) == 1 or (index + 1 < len(chat.messages) and not rewritten):
             return ends[-1]
+        if index + 1 < len(chat.messages):
+            return self._last_stop(through, ends)
         following: Message = {"role": "tool", "content": "done"} if chat.messages[index].get("tool_calls") else _NEXT
         try:
             followed, _ = self.draw([*chat.messages[: index + 1], following], chat.tools, False)
         except RowError:
             return ends[-1]
         common = _common(followed, through)
-        return next((end for end in reversed(ends) if end <= common), ends[-1])
+        own = [end for end in ends if end <= common]
+        if len(own) in (0, len(ends)):  # none: the turn itself is written otherwise once another follows
+            return ends[-1]
+        return own[0] if len(own) == 1 else self._last_stop(through, own)
+
+    def _last_stop(self, through: str, ends: list[int]) -> int | None:
+        return next((end for end in reversed(ends) if through.endswith(self.stop, 0, end)), None)
 
     @cached_property
     def _stops_at_header(self) -> bool:
         """Whether nothing but the next turn's header ends an assistant's turn."""
-        text, _ = self.draw(_PROBE, None, False)
+        text, _ = self.draw(_PROBE, self._probe_tools, False)
         return self.any_token.search(text, text.rfind(_PROBE_ANSWER)) is None
 
     def _header_after(self, messages: Sequence[Message], tools: Any, text: str) -> str:
@@ -364,7 +401,7 @@ class ChatTemplate:
             return text, spans
         calls = [call for message in chat.messages[-1:] for call in message.get("tool_calls", ())]
         plain = [_PROBE[0], {**_PROBE[1], "tool_calls": calls}] if calls else _PROBE
-        header = self._header_after(plain, None, self.draw(plain, None, False)[0])
+        header = self._header_after(plain, self._probe_tools, self.draw(plain, self._probe_tools, False)[0])
         if not header:
             raise DataError(f"{self.label}: the token that ends the last turn cannot be found")
         text = text + header
@@ -385,7 +422,7 @@ class ChatTemplate:
                 raise self._left_out(chat, index, lost[0].kind, lost[0].text)
             return Drawn(text=text, spans=spans, notes=self._context(upto, text, {index}))
         before, _ = self.draw(messages[:index], chat.tools, True)
-        opener = _OPENER.search(before)
+        opener, written = _OPENER.search(before), text
         rebuilt = not text.startswith(before)
         if rebuilt:
             if opener is None or not text.startswith(before[: opener.start()]):
@@ -397,9 +434,11 @@ class ChatTemplate:
             return self._closed(upto, index, before, opener)
         if lost:
             raise self._left_out(chat, index, lost[0].kind, lost[0].text)
-        span = self._ending(upto, index, text, len(before), len(text))
+        moved = len(text) - len(written)  # where it ends is told by the template's own text
+        span = self._ending(upto, index, written, len(before) - moved, len(written))
         if span is None:
             raise DataError(f"{self.label}: ends message {index + 1} without a token that would stop the model")
+        span = (len(before), span[1] + moved)
         notes = self._context(upto, text, {index}, rebuilt=rebuilt)
         text, spans = self._with_header(upto, text, [span])
         return Drawn(text=text, spans=spans, notes=notes)
@@ -417,14 +456,40 @@ class ChatTemplate:
         number = next((name for name in reversed(other.pieces) if other.pieces[name][0] == index - 1), "")
         asked, _ = self.draw(other.messages, tools, True)
         header = said[0].text + asked[asked.rfind(number) + len(number) :] if said and number in asked else ""
-        if not header or not before.endswith(header):
+        turn = self._turn_after(header, text, messages[index]) if before.endswith(header) else None
+        if turn is None:
+            closed, _ = self.draw(messages[:index], tools, False)
+            prompt = before[len(closed) :] if before.startswith(closed) else ""
+            turn = self._turn_after(prompt, text, messages[index])
+            if turn is None and (block := _NO_THOUGHT.search(prompt)):
+                turn = self._without_thought(prompt[: block.start()], text, messages, index)
+        if turn is None:
             raise DataError(self._differs(index))
+        return before + turn
+
+    def _turn_after(self, header: str, text: str, message: Message) -> str | None:
+        """What follows the last such header that has the whole message behind it; a header holds an added token."""
+        if not self.any_token.search(header):
+            return None
         at = text.rfind(header)
-        while at >= 0 and find(text, messages[index], at + len(header)).missing:
+        while at >= 0 and find(text, message, at + len(header)).missing:
             at = text.rfind(header, 0, at)
-        if at < 0:
-            raise DataError(self._differs(index))
-        return before + text[at + len(header) :]
+        return None if at < 0 else text[at + len(header) :]
+
+    def _without_thought(self, header: str, text: str, messages: Sequence[Message], index: int) -> str | None:
+        """A turn behind a generation prompt that holds an empty block of reasoning, which the turn itself lacks.
+
+        Raises:
+            RowError: the turn has reasoning, for which that prompt leaves no place.
+        """
+        if thought := thought_and_answer(messages[index])[0]:
+            raise RowError(
+                f"message {index + 1} (assistant): its reasoning cannot be trained, as the chat template's generation "
+                f"prompt says that there is none: {_short(thought)}  name a chat_template that opens a block of "
+                "reasoning, or remove it from the row"
+            )
+        turn = self._turn_after(header, text, messages[index])
+        return None if turn is None or turn.lstrip()[:2] == "</" else turn
 
     def _closed(self, upto: Conversation, index: int, before: str, opener: re.Match[str]) -> Drawn:
         """A turn after a generation prompt that opens a block of reasoning: it goes on with the reasoning and closes
@@ -468,8 +533,11 @@ class ChatTemplate:
 
     def _keep(self, message: Message, kind: str) -> str:
         """What keeps what a template leaves out."""
-        if kind == CALL or message.get("tool_calls"):
-            return "name a chat_template that writes text and tool calls of one turn, or remove one of them"
+        if kind == CALL and len(message["tool_calls"]) > 1:
+            return "name a chat_template that writes several tool calls of one turn with their arguments"
+        if message.get("tool_calls"):
+            what = "its arguments" if kind == CALL else kind
+            return f"name a chat_template that writes tool calls with {what}, or remove one of them"
         inline = self._inline() if kind == REASONING and "reasoning_content" in message else ""
         return f"name a chat_template that keeps it{inline}, or remove it from the row"
 

@@ -162,7 +162,45 @@ PRINTED_CALLS = TEXT_CALLS.replace(
 """Arguments are printed: an object would be printed in Python's notation."""
 
 
-def save_tokenizer(folder: Path, chat_template: str | None = None, **config: Any) -> Path:
+FIRST_LLAMA3 = """\
+{%- for m in messages %}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"""
+"""Writes the header of an answer whether it is asked to or not."""
+
+NO_THOUGHT = """\
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{%- endif %}"""
+"""The generation prompt has an empty block of reasoning, which the turns lack."""
+
+TOOL_USE = """\
+{{- '<|im_start|>system\\n' }}{%- for tool in tools %}{{- tool.function.name }}{%- endfor %}{{- '<|im_end|>\\n' }}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{{- '<|im_start|>tool\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}
+{{- ('' if loop.last else '\\n') + '<|im_end|>' }}
+{%- else %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- for call in m.tool_calls or [] %}{{- '<tool_call>' + call.function | tojson + '</tool_call>' }}{%- endfor %}
+{{- (m.content or '') + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+"""Renders no chat without tools, and ends a tool's result otherwise where it is the last message, as Hermes' does."""
+
+LAST_INSTRUCTION = """\
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- for call in m.tool_calls or [] %}{{- call.function | tojson }}{%- endfor %}
+{{- (m.content or '') + ('' if m.tool_calls else '<|im_end|>') + '\\n' }}
+{%- endfor %}
+{%- if tools %}{{- '<|im_start|>system\\nWrite ' + tools | tojson + '<|im_end|>\\n' }}{%- endif %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+"""Ends every chat with an instruction, and calls with nothing but the next header, as Command R+'s does."""
+
+
+def save_tokenizer(folder: Path, chat_template: Any = None, **config: Any) -> Path:
     """A byte-level tokenizer with all these tokens, and this chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -88,3 +88,14 @@ def test_the_config_decides_a_tokenizers_class(tmp_path: Path, rows: Path) -> No
     assert not second.from_cache
     (folders[1] / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert made(folders[1], rows).from_cache
+
+
+def test_a_template_with_a_name_of_its_own_is_part_of_the_key(tmp_path: Path, rows: Path) -> None:
+    folder = shapes.save_tokenizer(tmp_path / "a")
+    (folder / "chat_template.jinja").write_text(shapes.PHI3)
+    first = made(folder, rows)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(shapes.TOOL_USE)
+    second = made(folder, rows)
+    assert first.folder != second.folder
+    assert not second.from_cache

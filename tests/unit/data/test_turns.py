@@ -373,3 +373,46 @@ def test_a_split_is_reported_with_its_rows(tmp_path: Path) -> None:
     assert (source.num_read, source.num_kept, source.num_split) == (3, 7, 4)
     assert [made.sample_id(row) for row in range(3)] == [f"train.jsonl row {row}" for row in (1, 2, 2)]
     assert list(source.said()) == [f"2 rows: {turns.SPLIT} (4 rows more than were read); first train.jsonl:2: 2 rows"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {}}}]
+
+
+def test_the_header_that_a_template_always_writes_is_not_trained(make: Make) -> None:
+    for loss_on, trained in (("assistant", "1<|eot_id|>|2<|eot_id|>"), ("last_turn", "2<|eot_id|>")):
+        assert ends(rows(make(shapes.FIRST_LLAMA3, loss_on=loss_on), TWO)) == [trained]
+
+
+def test_an_answer_follows_the_empty_block_of_reasoning_that_its_prompt_has(make: Make) -> None:
+    renderer = make(shapes.NO_THOUGHT)
+    made = rows(renderer, TWO)
+    assert ends(made) == ["1<|im_end|>", "2<|im_end|>"]
+    for index, text in zip((1, 3), made, strict=True):
+        prompt, _ = renderer.ask(conversation(TWO[: index + 1]))
+        assert text.startswith(prompt + "⟦")
+    with pytest.raises(
+        RowError, match=r'message 2 \(assistant\): its reasoning cannot be trained, .* there is none: "c'
+    ):
+        rows(renderer, INLINE)
+
+
+def test_chats_with_tools_take_the_template_for_tools(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": shapes.NO_THOUGHT}, {"name": "tool_use", "template": shapes.TOOL_USE}]
+    renderer = load_renderer(shapes.save_tokenizer(tmp_path, named))
+    assert ends(rows(renderer, TWO)) == ["1<|im_end|>", "2<|im_end|>"]
+    made = rows(renderer, CALLING, tools=TOOLS)
+    call = '<tool_call>{"name": "find", "arguments": {"city": "Oslo"}}</tool_call><|im_end|>'
+    assert ends(made) == [call, "In the north.<|im_end|>"]
+    messages = conversation(CALLING).messages
+    for index, text in zip((1, 3), made, strict=True):
+        asked = renderer.tokenizer.apply_chat_template(
+            messages[:index], tools=TOOLS, add_generation_prompt=True, tokenize=False
+        )
+        assert text.startswith(asked + "⟦")
+
+
+def test_what_a_template_says_behind_every_chat_is_not_trained(make: Make) -> None:
+    renderer = make(shapes.LAST_INSTRUCTION)
+    assert ends(rows(renderer, TWO, tools=TOOLS)) == ["1<|im_end|>", "2<|im_end|>"]
+    (text,) = rows(renderer, CALLING[:2], tools=TOOLS)
+    assert ends([text]) == ['{"name": "find", "arguments": {"city": "Oslo"}}\n<|im_start|>']
