@@ -22,11 +22,13 @@ from distft.answers.build import exams
 from distft.care import CareReport, card, examine, refuse_overlap, summary
 from distft.catalog import REGISTRIES
 from distft.core.errors import DONE, DistftError, FileSystemError
+from distft.data.cache import cache_folder
 from distft.data.loader import EvalSteps, Steps
-from distft.data.prepare import cache_folder, prepare
-from distft.data.render import load_decoder, load_renderer, settings_of
+from distft.data.prepare import prepare
+from distft.data.render import load_renderer, settings_of
 from distft.data.report import SourceReport
 from distft.data.store import Prepared
+from distft.data.tokenizer import load_decoder
 from distft.demo.files import locate
 from distft.recipe import Recipe, check_steps, load_recipe
 

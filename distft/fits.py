@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.core.errors import Problem, RecipeError
-from distft.data.prepare import cache_folder
+from distft.data.cache import cache_folder
 from distft.demo.files import locate_path
 from distft.model import skeleton
 from distft.model.adapters import targets

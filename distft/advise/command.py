@@ -169,7 +169,7 @@ def _look(options: argparse.Namespace) -> tuple[CareReport | None, str]:
     if options.data is None:
         return None, ""
     from distft.care import examine
-    from distft.data.prepare import cache_folder
+    from distft.data.cache import cache_folder
     from distft.data.sources import decide_format, find
     from distft.demo import locate_path
     from distft.recipe import DataTable

@@ -79,8 +79,8 @@ def checkpoints(
 
 def _base_hash(located: Recipe, engine: Engine) -> str:
     """sha256 of the frozen weights; the files of one host are hashed once and remembered by size and time."""
+    from distft.data.cache import cache_folder
     from distft.data.fingerprint import file_hash
-    from distft.data.prepare import cache_folder
     from distft.model.load import find_folder
 
     if located.model.init == "random":
@@ -108,7 +108,7 @@ def export(
     located: Recipe, folder: RunFolder, engine: Engine, built: MetaModel, shapes: dict[str, Any], rows: Data
 ) -> None:
     """Write final/: what transformers, PEFT and inference servers load."""
-    from distft.data.render import save_tokenizer
+    from distft.data.tokenizer import save_tokenizer
     from distft.export import final, model_card
     from distft.model.load import WRAPPER
     from distft.run_record import read_run

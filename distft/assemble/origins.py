@@ -24,8 +24,9 @@ def rows(located: Recipe) -> dict[str, list[dict[str, Any]]]:
     Raises:
         DataError: a source is not there.
     """
+    from distft.data.cache import cache_folder
     from distft.data.fingerprint import sources_key
-    from distft.data.prepare import cache_folder, with_distinct_labels
+    from distft.data.prepare import with_distinct_labels
     from distft.data.sources import decide_format, find
 
     memory = cache_folder(located.data) / "hashes"
@@ -50,8 +51,8 @@ def weights(located: Recipe) -> dict[str, Any]:
         RecipeError: the model is not there.
         DataError: the tokenizer is not.
     """
-    from distft.data.prepare import cache_folder
-    from distft.data.render import TOKENIZER_FILES, tokenizer_folder
+    from distft.data.cache import cache_folder
+    from distft.data.tokenizer import TOKENIZER_FILES, tokenizer_folder
     from distft.model.load import find_folder
 
     memory = cache_folder(located.data) / "hashes"

@@ -158,7 +158,7 @@ def held_out(located: Recipe, cut: Layout, rank: int, world: int, stop_ids: tupl
 
 
 def _common(located: Recipe, say: Say) -> dict[str, Any]:
-    from distft.data.prepare import cache_folder
+    from distft.data.cache import cache_folder
 
     tokenizer, revision = tokenizer_of(located)
     common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(located.data)}

@@ -10,9 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import re
 import shutil
-import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,17 +23,16 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from distft.core.cache import cache_root
 from distft.core.errors import DataError, FileSystemError
 from distft.core.turns import turn
 from distft.data.fingerprint import cache_key, today
 from distft.data.readers import Payload
-from distft.data.render import MORE_TEMPLATES, TOKENIZER_FILES, tokenizer_folder
 from distft.data.report import SHOWN_FAULTS, PrepareReport, SourceReport
 from distft.data.rows import Made, RowMaker
 from distft.data.samples import FormatSpec
 from distft.data.sources import Source, decide_format, find
 from distft.data.store import Prepared, Writer
+from distft.data.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES, tokenizer_folder
 
 if TYPE_CHECKING:
     from distft.recipe.schema import DataTable, SourceTable
@@ -62,26 +59,6 @@ class Task:
     """Index over all files of all sources."""
     label: str
     rows: list[tuple[int, Payload]]
-
-
-def cache_folder(table: DataTable) -> Path:
-    """Where prepared rows live: the recipe's `cache_dir`, else `data` in the user's cache folder.
-
-    A folder on a node's own disk ("$SLURM_TMPDIR/rows", "/tmp/rows") is prepared once on each node.
-
-    Raises:
-        DataError: `cache_dir` names a variable that is not set here.
-    """
-    if table.cache_dir is not None:
-        return _expanded(table.cache_dir)
-    return cache_root() / "data"
-
-
-def _expanded(text: str) -> Path:
-    path = os.path.expandvars(text)
-    if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
-        raise DataError(f'[data] cache_dir = "{text}": {unset[0]} is not set on {socket.gethostname()}')
-    return Path(path).expanduser()
 
 
 def prepare(

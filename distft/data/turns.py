@@ -8,24 +8,17 @@ the model sees when it is to write that turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from distft.core.errors import DataError
-from distft.data.chat import REASONING as REASONING_KEYS
-from distft.data.control import without_marks
-from distft.data.said import CALL, REASONING, Piece, find, form_of, pieces, says_nothing, stand_in, thought_and_answer
+from distft.data.said import CALL, REASONING, find, pieces, says_nothing, stand_in, thought_and_answer
 from distft.data.samples import Conversation, Message, RowError
+from distft.data.template_content import TemplateContent, short
+from distft.data.template_probe import NEXT, Span
 
 LossOn: TypeAlias = Literal["assistant", "completion", "last_turn", "all"]
-Span: TypeAlias = tuple[int, int]
-"""Half-open range of characters."""
-Draw: TypeAlias = Callable[[Sequence[Message], Any, bool], tuple[str, list[Span]]]
-"""(messages, tools, whether to open the assistant's next turn) -> text and what its generation marks enclose."""
-
-_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _OPENER = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<square>THINK)\]|<\|START_(?P<cohere>THINKING)\|>)\s*$", re.I)
 """How a generation prompt opens a block of reasoning."""
 _NO_THOUGHT = re.compile(
@@ -34,28 +27,10 @@ _NO_THOUGHT = re.compile(
     re.I,
 )
 """How a generation prompt says that there is no reasoning."""
-_WITH_TOOLS = ': chat_template = "chatml", "llama3" or "plain"'
-_PROBE_ANSWER = "fine, thank you"
-_PROBE: list[Message] = [{"role": "user", "content": "how are you"}, {"role": "assistant", "content": _PROBE_ANSWER}]
-_NEXT: Message = {"role": "user", "content": "and you"}
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
-}
-
-_MOST_FORMS = 4096
-"""Of chats, whose losses are remembered."""
-
 SPLIT = "chats whose trained turns became rows of their own: the chat template rewrites earlier turns"
 OPENED = "trained turns that close the block of reasoning which the generation prompt opens, and which the row left out"
-CUT = "earlier turns, not trained in this row, lose their {} to the chat template"
 UNTRAINED = "turns left untrained: weight 0 or train = false"
 EMPTY_TURN = "turns left untrained: the answer is empty"
-
-
-def has_marks(template: str) -> bool:
-    """Whether a Jinja chat template carries `{% generation %}` marks."""
-    return _MARK.search(template) is not None
 
 
 def wanted_turns(chat: Conversation, loss_on: LossOn) -> set[int]:
@@ -88,80 +63,8 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class ChatTemplate:
-    """A chat template bound to a tokenizer's special tokens."""
-
-    label: str
-    """How messages call it: `chat_template "chatml"`."""
-    text: str
-    draw: Draw
-    tokens: tuple[str, ...]
-    """Added tokens of the tokenizer, as text: a turn ends with one of them."""
-    _losses: dict[str, frozenset[tuple[int, str]]] = field(default_factory=dict, compare=False, repr=False)
-    """What is left out of chats of one form."""
-    _latest: dict[str, tuple[Conversation, frozenset[tuple[int, str]]]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-    """Of the chat that was asked about last."""
-
-    @cached_property
-    def stop(self) -> str:
-        """The token that ends an assistant turn, found by rendering a short chat; it may begin the next turn's header.
-
-        Raises:
-            DataError: the template cannot render it, ends a turn with no token of the tokenizer, or leaves that token
-                outside its generation marks.
-        """
-        try:
-            text, marks = self.draw(_PROBE, self._probe_tools, False)
-        except RowError as error:
-            raise DataError(f"{self.label}: {error}") from None
-        start = text.rfind(_PROBE_ANSWER)
-        if start < 0:
-            raise DataError(f"{self.label}: does not render what the assistant says")
-        tail_at = start + len(_PROBE_ANSWER)
-        found = self.any_token.search(text, tail_at)
-        if (
-            found is None
-            and not text[tail_at:].strip()
-            and (header := self._header_after(_PROBE, self._probe_tools, text))
-        ):
-            return header.strip()
-        if found is None:
-            tail = text[tail_at:].strip()
-            raise DataError(
-                f"{self.label}: ends an assistant turn with {tail!r}, which is no token of this tokenizer, so a model "
-                'trained on it would not stop  use chat_template = "plain", or a tokenizer that has the token'
-                if tail
-                else f"{self.label}: writes nothing after an assistant turn, so a model trained on it would not stop  "
-                "end the turn with {{ eos_token }}"
-            )
-        if self.marked and not any(begin <= start and found.end() <= end for begin, end in marks):
-            raise DataError(
-                f"{self.label}: its {{% generation %}} marks leave out {found.group()!r}, the token that ends the "
-                "assistant's turn, so a model trained on it would not stop  move {% endgeneration %} behind the token"
-            )
-        return found.group()
-
-    @cached_property
-    def _probe_tools(self) -> list[dict[str, Any]] | None:
-        """Tools for the short chat, where the template renders no chat without, as those named "tool_use" do."""
-        for tools in (None, [_PROBE_TOOL]):
-            try:
-                self.draw(_PROBE, tools, False)
-            except RowError:
-                continue
-            return tools
-        return None
-
-    def refuse_without_stop(self) -> None:
-        """Raise what `stop` raises."""
-        _ = self.stop
-
-    @cached_property
-    def marked(self) -> bool:
-        """Whether the template carries generation marks."""
-        return has_marks(self.text)
+class ChatTemplate(TemplateContent):
+    """A chat template bound to a tokenizer's special tokens: which turns it shows, and where."""
 
     def trained(self, chat: Conversation, loss_on: LossOn) -> list[Drawn]:
         """The chat as the texts of one row or more, and the characters to train: each wanted turn from its header to
@@ -206,15 +109,6 @@ class ChatTemplate:
         notes = {kind: f"message {min(which) + 1}" for kind, which in ((UNTRAINED, left), (EMPTY_TURN, empty)) if which}
         return wanted - left - empty, notes
 
-    def _refuse_left_out(self, chat: Conversation) -> None:
-        if chat.tools and not re.search(r"\btools\b", self.text):
-            raise DataError(f'{self.label}: does not render "tools"  name a template that does{_WITH_TOOLS}')
-        if "tool_calls" not in self.text and any("tool_calls" in message for message in chat.messages):
-            raise DataError(
-                f"{self.label}: does not render tool_calls, so those turns would be trained without  "
-                f"name a template that does{_WITH_TOOLS}"
-            )
-
     def _whole(
         self, chat: Conversation, text: str, marks: list[Span], wanted: set[int], notes: dict[str, str]
     ) -> Drawn:
@@ -245,69 +139,10 @@ class ChatTemplate:
             begin = cut[1]
         return Drawn(text=text, spans=[span for span in (*spans, (begin, len(text))) if span[0] < span[1]], notes=notes)
 
-    def _context(self, chat: Conversation, text: str, trained: set[int], *, rebuilt: bool = False) -> dict[str, str]:
-        """What earlier turns lose, as notes. `rebuilt`: the text is not the template's own of the whole chat.
-
-        Raises:
-            RowError: something that a user, the system or a tool says is not in the text, or who says it.
-        """
-        notes: dict[str, str] = {}
-        for tool in chat.tools or ():
-            if tool["function"]["name"] not in text:
-                raise RowError(
-                    f"the chat template leaves out the tool {tool['function']['name']} of this row  name another "
-                    "chat_template, or remove the tools from the row"
-                )
-        for index, message in enumerate(chat.messages):
-            who = message.get("name") if message["role"] != "tool" else None
-            if who is not None and who not in text:
-                raise RowError(
-                    f'message {index + 1}: the chat template does not render name ("{who}")  ignore = ["name"] in the '
-                    "source's table leaves it out on purpose"
-                )
-            if index in trained:
-                continue
-            for lost in find(text, message).missing if rebuilt else self._missing(chat, text, index):
-                if message["role"] != "assistant":
-                    raise RowError(self._lost(chat, index, lost.kind, lost.text))
-                notes.setdefault(CUT.format(lost.kind), f"message {index + 1}: {_short(lost.text)}")
-        return notes
-
-    def _missing(self, chat: Conversation, text: str, index: int) -> list[Piece]:
-        """What the message at `index` says and the text of the whole chat does not.
-
-        Short texts are found anywhere: the template is also asked about a chat of the same form that says other things.
-        """
-        message = chat.messages[index]
-        missing = find(text, message).missing
-        kinds = {kind for at, kind in self._loses(chat) if at == index}
-        unseen = kinds - {piece.kind for piece in missing}
-        lost = [piece for piece in pieces(message) if piece.kind in unseen]
-        return lost + sorted(missing, key=lambda piece: piece.kind not in kinds)
-
-    def _loses(self, chat: Conversation) -> frozenset[tuple[int, str]]:
-        """What the template leaves out of a chat of this form: (index of the message, kind of piece)."""
-        known = self._latest.get("chat")
-        if known is not None and known[0] is chat:
-            return known[1]
-        form = f"{bool(chat.tools)} {form_of(chat.messages)}"
-        if form not in self._losses:
-            if len(self._losses) >= _MOST_FORMS:
-                self._losses.clear()
-            other = stand_in(chat.messages)
-            try:
-                text, _ = self.draw(other.messages, chat.tools, False)
-            except RowError:
-                self._losses[form] = frozenset()  # it looks at what is said, so the row itself must do
-            else:
-                self._losses[form] = frozenset(other.lost(text))
-        self._latest["chat"] = (chat, self._losses[form])
-        return self._losses[form]
-
     def _lost(self, chat: Conversation, index: int, kind: str, text: str) -> str:
         """That the template leaves out something, with a remedy that keeps it."""
         message = chat.messages[index]
-        said = f"message {index + 1} ({message['role']}): the chat template leaves out its {kind}: {_short(text)}"
+        said = f"message {index + 1} ({message['role']}): the chat template leaves out its {kind}: {short(text)}"
         if message["role"] != "assistant":
             return f"{said}  move it into a message that the template renders, or name another chat_template"
         if kind != CALL and not message.get("tool_calls"):
@@ -318,12 +153,6 @@ class ChatTemplate:
             else:
                 return f'{said}  loss_on = "assistant" trains each turn as a row of its own, with all that it says'
         return f"{said}  {self._keep(message, kind)}"
-
-    @cached_property
-    def any_token(self) -> re.Pattern[str]:
-        """Finds added tokens of the tokenizer in a text."""
-        longest_first = sorted(self.tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def _in_place(self, chat: Conversation, text: str, marks: list[Span], index: int) -> Span | None:
         """Where the whole chat's text has the turn at `index` just as if it were the last; None: it does not."""
@@ -365,7 +194,7 @@ class ChatTemplate:
             return ends[-1]
         if index + 1 < len(chat.messages):
             return self._last_stop(through, ends)
-        following: Message = {"role": "tool", "content": "done"} if chat.messages[index].get("tool_calls") else _NEXT
+        following: Message = {"role": "tool", "content": "done"} if chat.messages[index].get("tool_calls") else NEXT
         try:
             followed, _ = self.draw([*chat.messages[: index + 1], following], chat.tools, False)
         except RowError:
@@ -378,34 +207,6 @@ class ChatTemplate:
 
     def _last_stop(self, through: str, ends: list[int]) -> int | None:
         return next((end for end in reversed(ends) if through.endswith(self.stop, 0, end)), None)
-
-    @cached_property
-    def _stops_at_header(self) -> bool:
-        """Whether nothing but the next turn's header ends an assistant's turn."""
-        text, _ = self.draw(_PROBE, self._probe_tools, False)
-        return self.any_token.search(text, text.rfind(_PROBE_ANSWER)) is None
-
-    def _header_after(self, messages: Sequence[Message], tools: Any, text: str) -> str:
-        """What the template writes after these messages up to the token that begins the next one, "" if nothing."""
-        following: Message = {"role": "tool", "content": "done"} if messages[-1].get("tool_calls") else _NEXT
-        try:
-            followed, _ = self.draw([*messages, following], tools, False)
-        except RowError:
-            return ""
-        token = self.any_token.search(followed, len(text)) if followed.startswith(text) else None
-        return followed[len(text) : token.end()] if token and not followed[len(text) : token.start()].strip() else ""
-
-    def _with_header(self, chat: Conversation, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
-        """The text with the next turn's header token, where that is what stops the model, as part of the last span."""
-        if self.marked or not self._stops_at_header:
-            return text, spans
-        calls = [call for message in chat.messages[-1:] for call in message.get("tool_calls", ())]
-        plain = [_PROBE[0], {**_PROBE[1], "tool_calls": calls}] if calls else _PROBE
-        header = self._header_after(plain, self._probe_tools, self.draw(plain, self._probe_tools, False)[0])
-        if not header:
-            raise DataError(f"{self.label}: the token that ends the last turn cannot be found")
-        text = text + header
-        return text, [*spans[:-1], (spans[-1][0], len(text))]
 
     def _as_last(self, chat: Conversation, index: int) -> Drawn:
         """The chat up to the turn at `index`, that turn trained.
@@ -485,7 +286,7 @@ class ChatTemplate:
         if thought := thought_and_answer(messages[index])[0]:
             raise RowError(
                 f"message {index + 1} (assistant): its reasoning cannot be trained, as the chat template's generation "
-                f"prompt says that there is none: {_short(thought)}  name a chat_template that opens a block of "
+                f"prompt says that there is none: {short(thought)}  name a chat_template that opens a block of "
                 "reasoning, or remove it from the row"
             )
         turn = self._turn_after(header, text, messages[index])
@@ -515,34 +316,6 @@ class ChatTemplate:
             raise DataError(f"{self.label}: ends message {index + 1} without a token that would stop the model")
         notes = {} if thought else {OPENED: f"message {index + 1}"}
         return Drawn(text=text, spans=[(len(before), ends[-1])], notes=notes | self._context(alone, text, {index}))
-
-    def _left_out(self, chat: Conversation, index: int, kind: str, text: str) -> RowError | DataError:
-        """A trained turn that loses something: the template's fault where it knows no reasoning at all."""
-        message = chat.messages[index]
-        if (
-            kind == REASONING
-            and "reasoning_content" in message
-            and not any(name in self.text for name in REASONING_KEYS)
-        ):
-            return DataError(
-                f"{self.label}: does not render reasoning_content, so those turns would be trained without  "
-                f"name a template that has a place for it{self._inline()}"
-            )
-        who = f"message {index + 1} ({message['role']})"
-        return RowError(f"{who}: the chat template leaves out its {kind}: {_short(text)}  {self._keep(message, kind)}")
-
-    def _keep(self, message: Message, kind: str) -> str:
-        """What keeps what a template leaves out."""
-        if kind == CALL and len(message["tool_calls"]) > 1:
-            return "name a chat_template that writes several tool calls of one turn with their arguments"
-        if message.get("tool_calls"):
-            what = "its arguments" if kind == CALL else kind
-            return f"name a chat_template that writes tool calls with {what}, or remove one of them"
-        inline = self._inline() if kind == REASONING and "reasoning_content" in message else ""
-        return f"name a chat_template that keeps it{inline}, or remove it from the row"
-
-    def _inline(self) -> str:
-        return "" if "</think>" in self.text else ", or write it into the content as <think>…</think>"
 
     def _differs(self, index: int) -> str:
         return (
@@ -584,8 +357,3 @@ def _closer(opener: re.Match[str]) -> str:
     if opener["tag"]:
         return f"</{opener['tag']}>"
     return "[/THINK]" if opener["square"] else "<|END_THINKING|>"
-
-
-def _short(text: str, limit: int = 60) -> str:
-    text = " ".join(without_marks(text[: 2 * limit]).split())
-    return f'"{text if len(text) <= limit else text[: limit - 1] + "…"}"'

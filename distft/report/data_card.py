@@ -33,7 +33,7 @@ def with_care(run: RunRecord) -> tuple[RunRecord, str]:
     from distft.care import card, examine
     from distft.catalog import REGISTRIES
     from distft.core.errors import DistftError
-    from distft.data.prepare import cache_folder
+    from distft.data.cache import cache_folder
     from distft.demo.files import locate
     from distft.recipe import load_recipe
     from distft.recipe.answers import has_own_rows

@@ -74,6 +74,9 @@ def small_config(kind: str, *, max_length: int = 256, **settings: Any) -> Any:
 def model_folder(kind: str, folder: Path, *, max_length: int = 256, **settings: Any) -> Path:
     """Write a model of this kind with wide random weights and a tokenizer of letters."""
     config = small_config(kind, max_length=max_length, **settings)
+    text = config.get_text_config(decoder=True)
+    if isinstance(getattr(text, "max_position_embeddings", None), int):
+        text.max_position_embeddings = max(max_length, text.max_position_embeddings)
     torch.manual_seed(0)
     lm = untrained(config, "eager").float()
     with torch.no_grad():

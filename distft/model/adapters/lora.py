@@ -102,11 +102,23 @@ def _not_adapted(lm: Any) -> list[str] | None:
 
     left_out = set(other_modules(lm))
     for name, module in lm.named_modules():
-        own = isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.")
+        own = type(module).__module__.startswith("transformers.") and isinstance(module, nn.Linear)
         fused = lm.config.model_type in _STATE_SPACE and name.rpartition(".")[2] == "out_proj"
-        if own or fused:
+        if fused or (own and not _is_product(module)):
             left_out.add(name)
     return sorted(left_out) or None
+
+
+def _is_product(module: Any) -> bool:
+    """Whether a linear layer of a class of its own gives one product, as Falcon's does and Llama 4's router does not."""
+    import torch
+
+    given = torch.empty(1, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        found = module(given)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, module.out_features)
 
 
 _STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")

@@ -11,9 +11,10 @@ import chat_templates as shapes
 import pytest
 
 from distft.core.errors import DataError
-from distft.data import turns
+from distft.data import template_content, turns
 from distft.data.chat import conversation
-from distft.data.render import Rendered, Renderer, load_renderer
+from distft.data.encoding import Rendered
+from distft.data.render import Renderer, load_renderer
 from distft.data.samples import RowError
 
 Make = Callable[..., Renderer]
@@ -168,8 +169,8 @@ def test_the_text_is_transformers_own(template: str, make: Make) -> None:
 
 def test_a_split_is_said_once_and_shared_by_no_other_setting(make: Make) -> None:
     assert notes(make(shapes.QWEN3), TWO) == {turns.SPLIT}
-    assert notes(make(shapes.QWEN3), THOUGHT) == {turns.SPLIT, turns.CUT.format("reasoning")}
-    assert notes(make(shapes.QWEN3, loss_on="last_turn"), THOUGHT) == {turns.CUT.format("reasoning")}
+    assert notes(make(shapes.QWEN3), THOUGHT) == {turns.SPLIT, template_content.CUT.format("reasoning")}
+    assert notes(make(shapes.QWEN3, loss_on="last_turn"), THOUGHT) == {template_content.CUT.format("reasoning")}
     assert notes(make(shapes.PHI3), TWO) == set()
     assert turns.OPENED in notes(make(shapes.R1), TWO)
     assert turns.OPENED not in notes(make(shapes.R1), THOUGHT)
@@ -251,7 +252,7 @@ def test_context_that_moves_stays_in_each_row(make: Make) -> None:
 def test_context_may_lose_reasoning_and_nothing_else(make: Make) -> None:
     renderer = make(shapes.LLAMA31, loss_on="last_turn", date="2026-01-31")
     chat = [user("a"), says("Let me look.", tool_calls=CALLS), {"role": "tool", "content": 'say "x"\n'}, says("b")]
-    assert turns.CUT.format("content") in notes(renderer, chat)
+    assert template_content.CUT.format("content") in notes(renderer, chat)
     assert ends(rows(renderer, chat)) == ["b<|eot_id|>"]
 
 
