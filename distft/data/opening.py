@@ -74,3 +74,15 @@ def _open_zstd(path: Path) -> Any:
 
 def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"{path.name}: the file is damaged or cut short: {error}")
+
+
+MAX_ROW_BYTES = 64 << 20
+"""No training row is this long; a file without line breaks is, and must not fill the memory."""
+
+
+def excerpt(text: str | bytes, limit: int = 80) -> str:
+    """The start of a row on one line, for messages."""
+    if isinstance(text, bytes):
+        text = text[: limit * 4].decode("utf-8", errors="replace")
+    text = " ".join(text[: limit * 2].split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

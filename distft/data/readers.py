@@ -14,24 +14,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from distft.core.errors import DataError
-from distft.data.opening import bare, opened
-from distft.data.samples import JSON, Row, RowError, kind_of, parse_json
+from distft.data.json_text import JsonText
+from distft.data.opening import MAX_ROW_BYTES, bare, excerpt, opened
+from distft.data.samples import Row, RowError, kind_of, parse_json
 
 Payload: TypeAlias = Row | bytes | RowError
 Reader: TypeAlias = Callable[[Path], Iterator[tuple[int, Payload]]]
 
-MAX_ROW_BYTES = 64 << 20
-"""No training row is this long; a file without line breaks is, and must not fill the memory."""
 _CHUNK_BYTES = 1 << 20
+_OTHER_MARKS = (";", "\t", "|", ",")
+"""By which tables are separated besides."""
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def excerpt(text: str | bytes, limit: int = 80) -> str:
-    """The start of a row on one line, for messages."""
-    if isinstance(text, bytes):
-        text = text[: limit * 4].decode("utf-8", errors="replace")
-    text = " ".join(text[: limit * 2].split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def parse_line(line: bytes) -> Row:
@@ -113,7 +106,7 @@ def _is_one_object(path: Path) -> bool:
 
 def _array_elements(path: Path) -> Iterator[Payload]:
     """Elements of a JSON list, in order."""
-    window = _Window(path)
+    window = JsonText(path)
     window.take("[")
     if window.peek() != "]":
         while True:
@@ -127,82 +120,6 @@ def _array_elements(path: Path) -> Iterator[Payload]:
     window.take("]")
     if window.peek():
         raise window.fault("text after the list of rows")
-
-
-class _Window:
-    """A JSON text of which only the element being read is held."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.pieces = _decoded(path)
-        self.text = ""
-        self.at = 0
-        self.line = 1  # of text[0]
-        self.decode = json.JSONDecoder().raw_decode
-
-    def peek(self) -> str:
-        """The next character that is not white space, "" at the end of the file."""
-        while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
-                self.at += 1
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self._grow():
-                return ""
-
-    def take(self, char: str) -> None:
-        if self.peek() != char:
-            raise self.fault(f"expected {char}" + ("" if self.peek() else ", but the file ends"))
-        self.at += 1
-
-    def value(self) -> Any:
-        """The JSON value that starts here; the window doubles until its end is in it, so the cost stays linear."""
-        self.peek()
-        while True:
-            try:
-                value, self.at = JSON.raw_decode(self.text, self.at)
-                return value
-            except RecursionError:
-                raise self.fault("nested too deeply") from None
-            except json.JSONDecodeError as error:
-                into = error.pos - self.at
-                if len(self.text) - self.at > MAX_ROW_BYTES or not self._grow():
-                    raise self.fault(error.msg, into) from None
-            except ValueError as error:
-                raise self._own_fault(error) from None
-
-    def _own_fault(self, error: ValueError) -> RowError | DataError:
-        """What is wrong with one row, behind which reading can go on; with the file, where its end cannot be told."""
-        shown = excerpt(self.text[self.at : self.at + 400])
-        while True:
-            try:
-                _, self.at = self.decode(self.text, self.at)
-                return RowError(f"invalid JSON: {error}: {shown}")
-            except json.JSONDecodeError as other:
-                if len(self.text) - self.at > MAX_ROW_BYTES or not self._grow():
-                    return self.fault(other.msg, other.pos - self.at)
-            except ValueError:
-                return self.fault(str(error))
-
-    def fault(self, message: str, into: int = 0) -> DataError:
-        """What is wrong `into` characters behind the start of the value; shows the value from its start."""
-        shown = excerpt(self.text[self.at : self.at + 400])
-        line = self.line + self.text.count("\n", 0, self.at + into)
-        return DataError(f"{self.path.name}:{line}: invalid JSON: {message}" + (f": {shown}" if shown else ""))
-
-    def _grow(self) -> bool:
-        """Drop what was consumed and at least double the rest; False at the end of the file."""
-        self.line += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :], 0
-        more: list[str] = []
-        while sum(map(len, more)) <= len(self.text) and (piece := next(self.pieces, None)) is not None:
-            more.append(piece)
-        self.text = "".join([self.text, *more])
-        return any(more)
-
-
-_OTHER_MARKS = (";", "\t", "|", ",")
-"""By which tables are separated besides."""
 
 
 def read_tsv(path: Path) -> Iterator[tuple[int, Payload]]:
@@ -387,28 +304,3 @@ def _text_lines(path: Path) -> Iterator[str]:
         if isinstance(line, RowError):
             raise DataError(f"{path.name}:{number}: {line}")
         yield line.decode("utf-8").replace("\r\n", "\n")
-
-
-def _decoded(path: Path) -> Iterator[str]:
-    """The file's text in pieces.
-
-    Raises:
-        DataError: bytes that are not UTF-8, with their offset.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with opened(path) as file:
-        start = 0
-        while True:
-            pending = len(decoder.getstate()[0])
-            data = file.read(_CHUNK_BYTES)
-            try:
-                yield decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                at = start - pending + error.start
-                raise DataError(
-                    f"{path.name}: invalid UTF-8 at byte offset {at}  if the file is Latin-1, convert it: "
-                    f"iconv -f LATIN1 -t UTF-8 {path.name}"
-                ) from None
-            start += len(data)
-            if not data:
-                return

@@ -110,7 +110,7 @@ def _not_adapted(lm: Any) -> list[str] | None:
 
 
 def _is_product(module: Any) -> bool:
-    """Whether a linear layer of a class of its own gives one product, as Falcon's does and Llama 4's router does not."""
+    """Whether a linear layer of a model's own class gives one product: Falcon's does, Llama 4's router does not."""
     import torch
 
     given = torch.empty(1, module.in_features, device="meta", dtype=module.weight.dtype)
