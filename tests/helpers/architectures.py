@@ -102,6 +102,7 @@ def documents(folder: Path) -> list[Tensor]:
 
 def proven(kind: str, *, max_length: int = 512) -> Verdict:
     """Return the verdict on the default config of a kind, on this machine's CPU in fp32."""
+    attention.register()
     cpu = torch.device("cpu")
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     try:
@@ -163,5 +164,4 @@ def loss_of(lm: Any, rows: list[Tensor]) -> float:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    attention.register()
     Path(sys.argv[1]).write_text(page(), encoding="utf-8")
