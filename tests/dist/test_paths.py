@@ -28,7 +28,7 @@ def cases(models: dict[str, Path], engine: str) -> dict[str, list[str]]:
     """Packed with the smallest micro-batch and rows with a larger one; adapters too."""
     found = {}
     for kind, folder in models.items():
-        common = [f'model.path="{folder}"', f'engine.name="{engine}"', "train.max_steps=3", "data.max_length=256"]
+        common = [f'model.path="{folder}"', f'engine.name="{engine}"', "data.max_length=256"]
         found[f"{kind}-packed"] = [*common, "train.global_batch_size=4", "train.micro_batch_size=1"]
         found[f"{kind}-rows"] = [*common, "data.packing=false", "train.micro_batch_size=4"]
     found["lfm2-lora"] = [*found["lfm2-rows"], 'method.name="lora"', "method.r=4"]
