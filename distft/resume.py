@@ -78,8 +78,12 @@ class Checkpoints:
         self._warned = False
 
     def prepare(self) -> None:
-        """Take the memory that background saves copy into, so that the first one does not wait for it."""
+        """Take the memory that background saves copy into, so that the first one does not wait for it.
+
+        Optimizers make their moments, most of it, in their first step: they are made here before.
+        """
         if self._async:
+            self._engine.create_state()
             self._store.reserve(list(self._engine.pieces()))
 
     def save(self, state: TrainState, best: dict[str, Any] | None = None) -> None:
