@@ -188,8 +188,7 @@ class _Run:
         hashing = assemble.remember(self.located, self.folder) if placed.rank == 0 else None
         self.folder.note("started", engine=engine.name, world=placed.world, step=state.step)
         shapes, costs = assemble.saved_shapes(model, recipe), assemble.run_facts(model, placed, state)
-        rule = assemble.update_rule(recipe, model, steps.num_steps)
-        engine.adopt(model, rule, micros_per_step=self.cut.micros_per_step)
+        assemble.adopt(recipe, engine, model, self.cut, steps.num_steps)
         checkpoints.prepare()
         objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
         if recipe.train.rehearse:

@@ -32,7 +32,7 @@ MAX_FAILURES = 2
 HARMLESS = (
     *("name", "output_dir", "log.", "eval.", "checkpoint.", "guard.", "engine."),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.rehearse"),
-    "train.load_best",
+    *("train.deterministic", "train.load_best"),
     *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
     *("data.cache_dir", "data.num_workers", "data.train", "data.eval", "data.overlap"),
     *("data.special_tokens_in_content", "data.merge_turns", "data.date"),

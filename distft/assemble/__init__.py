@@ -3,7 +3,17 @@
 from distft.assemble.answers import best, exams, looks, renderer
 from distft.assemble.keeping import checkpoints, export, saved_shapes
 from distft.assemble.origins import remember
-from distft.assemble.parts import device_name, fetch, manifest, meters, model, open_engine, run_facts, update_rule
+from distft.assemble.parts import (
+    adopt,
+    device_name,
+    fetch,
+    manifest,
+    meters,
+    model,
+    open_engine,
+    run_facts,
+    update_rule,
+)
 from distft.assemble.rows import Data, HeldOut, Say, data, dated, held_out
 from distft.assemble.sizes import Layout, advice, agreed, layout, on_all, planned, worst
 
@@ -12,6 +22,7 @@ __all__ = [
     "HeldOut",
     "Layout",
     "Say",
+    "adopt",
     "advice",
     "agreed",
     "best",

@@ -146,8 +146,7 @@ class _Measurement:
         facts = assemble.run_facts(built, placed, TrainState())
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
         products = sum(weights for weights, _ in stats.products(built.module))
-        rule = assemble.update_rule(recipe, built, self.rows.steps.num_steps)
-        engine.adopt(built, rule, micros_per_step=self.cut.micros_per_step)
+        assemble.adopt(recipe, engine, built, self.cut, self.rows.steps.num_steps)
         device.phase("load")
         graphs = _compiled_graphs if recipe.train.compile else lambda: 0
         clock = Clock(
