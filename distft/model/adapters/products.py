@@ -29,7 +29,15 @@ def fuse(wrapped: nn.Module, adapter: str) -> None:
             layer: Any = module
             layer.forward = types.MethodType(_Fused(adapter, layer.forward), layer)
             product = layer.lora_B[adapter]
+            product.adds_in_place = True
             product.forward = types.MethodType(_added, product)
+
+
+def write_in_place(model: nn.Module, allowed: bool) -> None:
+    """Say whether fused layers below `model` may add to their layer's product where it lies, or to a copy of it."""
+    for module in model.modules():
+        if hasattr(module, "adds_in_place"):
+            module.adds_in_place = allowed  # type: ignore[assignment]
 
 
 def _four_bit() -> tuple[type, ...]:
@@ -70,6 +78,6 @@ def _added(product: Any, low_NR: Tensor, onto_NO: Tensor | None = None) -> Tenso
         added = F.linear(low_NR, product.weight, product.bias)
         return added if onto_NO is None else onto_NO + added
     # ZeRO-3 hands out views of what it was given, which must not be written; compilers fuse the sum by themselves.
-    if torch.compiler.is_compiling() or onto_NO._is_view():
+    if not product.adds_in_place or torch.compiler.is_compiling() or onto_NO._is_view():
         return torch.addmm(onto_NO, low_NR, product.weight.t())
     return onto_NO.addmm_(low_NR, product.weight.t())
