@@ -138,8 +138,7 @@ class Run:
         )
         folder.start(recipe.to_toml(), {})
         costs = assemble.run_facts(self.model, placed, self.state)
-        rule = assemble.update_rule(recipe, self.model, self.rows.steps.num_steps)
-        self.engine.adopt(self.model, rule, micros_per_step=cut.micros_per_step)
+        assemble.adopt(recipe, self.engine, self.model, cut, self.rows.steps.num_steps)
         self.objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
         self._metrics = folder.metrics
         self._window = Window(steps=self.rows.steps, batches=self.rows.steps.from_step(0))

@@ -65,8 +65,10 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
     """
     from distft.checkpoint.lock import RunLock
     from distft.engine import processes
+    from distft.engine.determinism import deterministic, expandable_segments
     from distft.watch.watchdog import Watch
 
+    expandable_segments()
     quiet_libraries()
     PULSE.begin()
     launcher, rank, world, local_rank = processes.placed_by(os.environ)
@@ -94,7 +96,8 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
         launched=launcher in ("accelerate", "torchrun") and world > 1,
         end=end,
     )
-    with lock or contextlib.nullcontext(), watch:
+    fixed = deterministic(recipe.train.deterministic)
+    with lock or contextlib.nullcontext(), watch, fixed, processes.leaving() as group:
         STOP.watch(folder.path / "STOP")
         try:
             PULSE.at("rows")
@@ -102,7 +105,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             cut = assemble.layout(recipe, world, say)
             say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
             rows, asked = assemble.data(located, cut, rank, world, say), assemble.exams(located, say)
-            run = _Run(recipe, located, folder, cut, rows, asked, say, resume, allow_changes, watch, lock)
+            run = _Run(recipe, located, folder, cut, rows, asked, say, resume, allow_changes, watch, lock, end, group)
             state = run.to_its_end()
         except BaseException as found:
             error = watch.cause(found)
@@ -132,9 +135,11 @@ class _Run:
     allow_changes: bool
     watch: Watch
     lock: RunLock | None
+    end: Callable[[int, str], bool]  # writes exit.json
+    group: contextlib.ExitStack  # leaves the processes that have been joined
 
     def to_its_end(self) -> TrainState:
-        """Join, train, export, leave."""
+        """Join, train, export."""
         from distft.engine import flight, processes
 
         PULSE.at("fetch")
@@ -143,28 +148,24 @@ class _Run:
         # Longer than the watch's patience: it ends a hang first, and knows whose it is.
         traces = self.folder.path / "ranks"
         placed = processes.join(timeout_s=60 + 2 * self.recipe.guard.hang_timeout_s, record_in=traces)
+        self.group.callback(processes.leave, placed)
         self.watch.on(str(placed.device), lambda: flight.write(traces, placed.rank))
-        try:
-            engine = assemble.open_engine(self.recipe, placed, self.say)
-        except BaseException:
-            processes.leave(placed)
-            raise
+        engine = assemble.open_engine(self.recipe, placed, self.say)
+        self.group.callback(engine.close)
         keep(engine)
         try:
-            return self._under(engine, placed)
+            cut, rows = assemble.on_all(self.located, self.cut, self.rows, engine, self.say)
+            return replace(self, cut=cut, rows=rows)._under(engine, placed)
         except (RuntimeError, MemoryError) as error:
             if (told := self._too_large(error, engine.world)) is None:
                 raise
             raise told from error
-        finally:
-            engine.close()
 
     def _under(self, engine: Engine, placed: Processes) -> TrainState:
         from distft.guard import Guard, RollBack
         from distft.objectives.spec import Objective
 
         recipe, steps = self.recipe, self.rows.steps
-        assemble.agree(self.rows, engine.gather)
         PULSE.at("model")
         model = assemble.model(self.located, placed, self.cut, self.rows, self.say)
         facts = assemble.manifest(recipe, self.located, model, engine, placed, self.cut, self.rows)
@@ -187,8 +188,7 @@ class _Run:
         hashing = assemble.remember(self.located, self.folder) if placed.rank == 0 else None
         self.folder.note("started", engine=engine.name, world=placed.world, step=state.step)
         shapes, costs = assemble.saved_shapes(model, recipe), assemble.run_facts(model, placed, state)
-        rule = assemble.update_rule(recipe, model, steps.num_steps)
-        engine.adopt(model, rule, micros_per_step=self.cut.micros_per_step)
+        assemble.adopt(recipe, engine, model, self.cut, steps.num_steps)
         checkpoints.prepare()
         objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
         if recipe.train.rehearse:
@@ -259,9 +259,10 @@ class _Run:
         if not is_out_of_memory(error):
             return None
         where = f"the {PULSE.phase} of step {PULSE.step}" if PULSE.step else f"the phase {PULSE.phase}"
+        short = MachineError(f"memory ran out in {where}{held()}")
+        self.end(exit_code(short), reason(short))  # planning what to change takes seconds, in which peers would wait
         hint = "" if self.recipe.train.rehearse else "\n[train] rehearse = true finds this out in the first minute"
-        advice = assemble.advice(self.recipe, self.located, world)
-        return MachineError(f"memory ran out in {where}{held()}\n{advice}{hint}")
+        return MachineError(f"{short}\n{assemble.advice(self.recipe, self.located, world)}{hint}")
 
     def _rehearse(self, engine: Engine, objective: Objective) -> None:
         from distft.rehearsal import rehearse

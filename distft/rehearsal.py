@@ -1,7 +1,7 @@
 """The worst step first: what will run out of memory does so in the first minute, and says in which part of a step.
 
-Nothing of it stays: no update is applied, the optimizer's state is forgotten, random numbers are seeded per micro-batch
-anyway. What is left is warmed-up kernels and caches.
+Nothing of it stays: no update is applied, the optimizer's state is as before its first, random numbers are seeded per
+micro-batch anyway. What is left is warmed-up kernels and caches.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def rehearse(worst: Worst, engine: Engine, objective: Objective, *, advice: Call
         del terms
     with _part("update", worst, advice):
         engine.step(TrainState(), weight, lambda loss: False)
-        engine.try_update()
+        engine.create_state()
     if worst.evaluates:
         with _part("eval", worst, advice), engine.evaluating():
             objective.terms(engine.model, engine.place(micros[0]))

@@ -32,7 +32,7 @@ MAX_FAILURES = 2
 HARMLESS = (
     *("name", "output_dir", "log.", "eval.", "checkpoint.", "guard.", "engine."),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.rehearse"),
-    "train.load_best",
+    *("train.deterministic", "train.load_best"),
     *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
     *("data.cache_dir", "data.num_workers", "data.train", "data.eval", "data.overlap"),
     *("data.special_tokens_in_content", "data.merge_turns", "data.date"),
@@ -78,8 +78,12 @@ class Checkpoints:
         self._warned = False
 
     def prepare(self) -> None:
-        """Take the memory that background saves copy into, so that the first one does not wait for it."""
+        """Take the memory that background saves copy into, so that the first one does not wait for it.
+
+        Optimizers make their moments, most of it, in their first step: they are made here before.
+        """
         if self._async:
+            self._engine.create_state()
             self._store.reserve(list(self._engine.pieces()))
 
     def save(self, state: TrainState, best: dict[str, Any] | None = None) -> None:

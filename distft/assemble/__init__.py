@@ -3,17 +3,28 @@
 from distft.assemble.answers import best, exams, looks, renderer
 from distft.assemble.keeping import checkpoints, export, saved_shapes
 from distft.assemble.origins import remember
-from distft.assemble.parts import device_name, fetch, manifest, meters, model, open_engine, run_facts, update_rule
-from distft.assemble.rows import Data, HeldOut, Say, agree, data, dated, held_out
-from distft.assemble.sizes import Layout, advice, layout, planned, worst
+from distft.assemble.parts import (
+    adopt,
+    device_name,
+    fetch,
+    manifest,
+    meters,
+    model,
+    open_engine,
+    run_facts,
+    update_rule,
+)
+from distft.assemble.rows import Data, HeldOut, Say, data, dated, held_out
+from distft.assemble.sizes import Layout, advice, agreed, layout, on_all, planned, worst
 
 __all__ = [
     "Data",
     "HeldOut",
     "Layout",
     "Say",
+    "adopt",
     "advice",
-    "agree",
+    "agreed",
     "best",
     "checkpoints",
     "data",
@@ -28,6 +39,7 @@ __all__ = [
     "manifest",
     "meters",
     "model",
+    "on_all",
     "open_engine",
     "planned",
     "remember",

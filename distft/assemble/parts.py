@@ -78,8 +78,6 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
     mode, why = savers.choose_checkpointing(located.train.activation_checkpointing, cut.checkpointing, cut.why)
     say(f"activation checkpointing {mode}: {why}")
     savers.checkpoint_blocks(built.module.transformer, mode)
-    if located.train.compile:
-        savers.compile_blocks(built.blocks)
     counts = stats.count(built.module)
     say(f"{counts.trainable:,} of {counts.total:,} parameters are trained ({located.method.name})")
     active = stats.active(built.module)
@@ -91,6 +89,15 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
     if spec.quantized:
         say(str(quantize.count(built.module)))
     return built
+
+
+def adopt(recipe: Recipe, engine: Engine, built: MetaModel, cut: Layout, num_steps: int) -> None:
+    """Let the engine fill and wrap the model and make the optimizer; then compile what it has wrapped."""
+    from distft.model import savers
+
+    engine.adopt(built, update_rule(recipe, built, num_steps), micros_per_step=cut.micros_per_step)
+    if recipe.train.compile:
+        savers.compile_blocks(built.blocks)
 
 
 def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from distft.assemble.rows import Data, Say
-from distft.core.errors import Problem, RecipeError
+from distft.assemble.rows import Data, Say, agree, data
+from distft.core.accelerators import GIB
+from distft.core.errors import MachineError, Problem, RecipeError
 from distft.core.pulse import PULSE
 from distft.model.paths import ForwardPath
 from distft.recipe import Recipe, check_world
 
 if TYPE_CHECKING:
+    from distft.core.types import Engine
     from distft.plan.setup import Machine
     from distft.rehearsal import Worst
 
@@ -109,6 +112,54 @@ def layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
     return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own), path=path)
 
 
+def agreed(own: Layout, gather: Callable[[Any], list[Any]]) -> Layout:
+    """Return the layout of all ranks, collectively: that of the rank with the least device memory.
+
+    Each rank has chosen one for its own device; on a mixed partition (40 and 80 GB cards) other choices would be other
+    numbers of collectives, and ranks would wait for each other for ever.
+
+    Args:
+        own: what this rank has chosen.
+        gather: every rank's value on every rank.
+
+    Raises:
+        MachineError: on all ranks; devices differ in how they compute the model.
+    """
+    everyone: list[tuple[int, str, Layout]] = gather((*_device(), own))
+    chosen = min(everyone, key=lambda said: said[0])[2]
+    others = sorted({said[1] for said in everyone if said[2].path != everyone[0][2].path})
+    if others:
+        raise MachineError(
+            f"{everyone[0][1]} computes this model by {everyone[0][2].path}, {', '.join(others)} by another path; "
+            'use GPUs of one kind, or set [model] attention = "sdpa", which all of them have'
+        )
+    return chosen
+
+
+def _device() -> tuple[int, str]:
+    """GiB and product name of this process's accelerator."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0, "cpu"
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return device.total_memory // GIB, device.name
+
+
+def on_all(located: Recipe, own: Layout, rows: Data, engine: Engine, say: Say) -> tuple[Layout, Data]:
+    """Return the layout and the rows that all ranks train on, collectively; rows are made anew where it is another's.
+
+    Raises:
+        MachineError: devices differ in how they compute the model.
+        DataError: rows differ between nodes.
+    """
+    cut = agreed(own, engine.gather)
+    if cut != own:
+        rows = data(located, cut, engine.rank, engine.world, say)
+    agree(rows, engine.gather)
+    return cut, rows
+
+
 def planned(located: Recipe, world: int) -> dict[str, Any] | None:
     """One case of `distft plan --json` for this very run, to hold the measured memory against; None on CPUs.
 
@@ -137,13 +188,15 @@ def _accelerators(world: int) -> Machine | None:
     if not torch.cuda.is_available():
         return None
     from distft.core import accelerators
+    from distft.engine import processes
     from distft.plan.machine import of_size
     from distft.plan.setup import Machine
 
-    first = torch.cuda.get_device_properties(0)
-    gib = first.total_memory // accelerators.GIB  # whole ones: boards of one kind differ by a few MiB
-    known = accelerators.of_device(first.name) or of_size(gib)
-    per_node = min(world, torch.cuda.device_count())
+    ours = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gib = ours.total_memory // accelerators.GIB  # whole ones: boards of one kind differ by a few MiB
+    known = accelerators.of_device(ours.name) or of_size(gib)
+    # Each process may see its own GPU alone, so the launcher is asked first.
+    per_node = processes.per_node(os.environ, world) or min(world, torch.cuda.device_count())
     return Machine(gpu=replace(known, memory_gib=gib), gpus_per_node=per_node, nodes=-(-world // per_node))
 
 

@@ -65,12 +65,15 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
     from distft import assemble, fits
     from distft.bench.rows import FullSteps
     from distft.catalog import REGISTRIES
+    from distft.core.errors import MachineError
     from distft.core.log import quiet_libraries
     from distft.demo.files import locate
     from distft.engine import processes
+    from distft.engine.determinism import expandable_segments
     from distft.model import load
     from distft.recipe import load_recipe
 
+    expandable_segments()
     quiet_libraries()
     _, rank, world, _ = processes.placed_by(os.environ)
     say = _say if rank == 0 else _say_nothing
@@ -101,12 +104,17 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
             longest=recipe.data.max_length,
         )
         fits.refuse_long_rows(located, recipe.data.max_length, "train")
-    placed = processes.join()
-    engine = assemble.open_engine(recipe, placed, say)
-    try:
+    with processes.leaving() as group:
+        placed = processes.join()
+        group.callback(processes.leave, placed)
+        engine = assemble.open_engine(recipe, placed, say)
+        group.callback(engine.close)
+        if assemble.agreed(cut, engine.gather) != cut:
+            raise MachineError(
+                "GPUs of several kinds choose several micro-batches: set [train] micro_batch_size and "
+                "activation_checkpointing, or measure on one kind"
+            )
         return _Measurement(spec, recipe, located, cut, rows, placed, engine, say).record(), engine
-    finally:
-        engine.close()
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,7 @@ class _Measurement:
         facts = assemble.run_facts(built, placed, TrainState())
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
         products = sum(weights for weights, _ in stats.products(built.module))
-        rule = assemble.update_rule(recipe, built, self.rows.steps.num_steps)
-        engine.adopt(built, rule, micros_per_step=self.cut.micros_per_step)
+        assemble.adopt(recipe, engine, built, self.cut, self.rows.steps.num_steps)
         device.phase("load")
         graphs = _compiled_graphs if recipe.train.compile else lambda: 0
         clock = Clock(

@@ -1,8 +1,12 @@
 """Accelerators people have: one table for what a plan must know before it runs and what MFU divides by after.
 
 Memory is what the driver reports as usable, not the number on the box; rates are dense (without sparsity); links are
-one direction, per GPU. Cards without bf16 (Turing and older) are left out: nothing here runs well on them. Sources: the
-makers' data sheets; memory as `nvidia-smi` shows it.
+one direction, per GPU. Cards without bf16 (Turing and older) are left out: nothing here runs well on them.
+
+Sources, read in November 2026: NVIDIA's data sheets of A100, A800, A10, A40, L4, L40S, H100, H200 and HGX B200/B300;
+the whitepapers of Ada and of RTX Blackwell for GeForce and RTX PRO (rates with fp32 accumulation); AMD's data sheet of
+MI300X. H20 and H800 have no public sheet: the figures are those that resellers publish. Memory is what `nvidia-smi` or
+`rocm-smi` shows. Nothing of this was measured here.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ class Accelerator:
 
 _PCIE4, _PCIE5 = 24e9, 50e9
 """What all-gathers reach on 16 lanes, of 31.5 and 63 GB/s."""
+_HOST = 10e9
+"""Through host memory: GeForce cards since the RTX 40 cannot reach each other's (8 to 13 GB/s reported)."""
 _ETHERNET = 12.5e9
 """100 Gb/s a GPU: nodes of cards without NVLink."""
 
@@ -59,17 +65,26 @@ def _gpu(name: str, product: str, gib: float, tera: float, hbm: float, link: flo
 
 ACCELERATORS = (
     # name, product, usable GiB, bf16 TFLOP/s, HBM GB/s, link B/s, between nodes B/s
+    _gpu("gb300-288gb", "GB300", 267.0, 2500.0, 8000.0, 900e9, 100e9),
     _gpu("b300-288gb", "B300", 267.0, 2250.0, 8000.0, 900e9, 100e9),
+    _gpu("gb200-186gb", "GB200", 183.0, 2500.0, 8000.0, 900e9),
     _gpu("b200-180gb", "B200", 178.0, 2250.0, 8000.0, 900e9),
+    _gpu("mi300x-192gb", "MI300X", 191.7, 1307.4, 5300.0, 448e9),
     _gpu("gh200-96gb", "GH200", 95.0, 989.0, 4000.0, 450e9),
+    _gpu("h200-nvl-141gb", "H200 NVL", 139.7, 835.0, 4800.0, 450e9),
     _gpu("h200-141gb", "H200", 139.7, 989.0, 4800.0, 450e9),
     _gpu("h100-nvl-94gb", "H100 NVL", 93.0, 835.0, 3900.0, 300e9),
     _gpu("h100-pcie-80gb", "H100 PCIe", 79.2, 756.0, 2000.0, _PCIE5),
     _gpu("h100-80gb", "H100", 79.2, 989.0, 3350.0, 450e9),
+    _gpu("h800-pcie-80gb", "H800 PCIe", 79.2, 756.0, 2000.0, _PCIE5),
+    _gpu("h800-80gb", "H800", 79.2, 989.0, 3350.0, 200e9),
+    _gpu("h20-96gb", "H20", 95.0, 148.0, 4000.0, 450e9),
     _gpu("a100-40gb", "A100-SXM4-40GB", 39.4, 312.0, 1555.0, 300e9, 25e9),
     _gpu("a100-pcie-40gb", "A100-PCIE-40GB", 39.4, 312.0, 1555.0, _PCIE4, _ETHERNET),
     _gpu("a100-pcie-80gb", "A100 80GB PCIe", 79.2, 312.0, 1935.0, _PCIE4, _ETHERNET),
     _gpu("a100-80gb", "NVIDIA A100", 79.2, 312.0, 2039.0, 300e9, 25e9),
+    _gpu("a800-pcie-80gb", "A800 80GB PCIe", 79.2, 312.0, 1935.0, _PCIE4, _ETHERNET),
+    _gpu("a800-80gb", "A800-SXM4-80GB", 79.2, 312.0, 2039.0, 200e9, 25e9),
     _gpu("l40s-48gb", "L40S", 44.4, 362.0, 864.0, _PCIE4, _ETHERNET),
     _gpu("l40-48gb", "L40", 44.4, 181.0, 864.0, _PCIE4, _ETHERNET),
     _gpu("l4-24gb", "L4", 22.0, 121.0, 300.0, _PCIE4, _ETHERNET),
@@ -79,21 +94,35 @@ ACCELERATORS = (
     _gpu("a40-48gb", "NVIDIA A40", 44.4, 150.0, 696.0, _PCIE4, _ETHERNET),
     _gpu("a10g-24gb", "A10G", 22.0, 70.0, 600.0, _PCIE4, _ETHERNET),
     _gpu("a10-24gb", "NVIDIA A10", 22.0, 125.0, 600.0, _PCIE4, _ETHERNET),
-    _gpu("rtx5090-32gb", "RTX 5090", 31.4, 209.5, 1792.0, _PCIE5, _ETHERNET),
-    _gpu("rtx4090-24gb", "RTX 4090", 23.5, 165.2, 1008.0, _PCIE4, _ETHERNET),
-    _gpu("rtx4080-16gb", "RTX 4080", 15.6, 97.5, 717.0, _PCIE4, _ETHERNET),
-    _gpu("rtx4060ti-16gb", "RTX 4060 Ti", 15.6, 44.0, 288.0, _PCIE4, _ETHERNET),
-    _gpu("rtx3090-24gb", "RTX 3090", 23.5, 71.0, 936.0, _PCIE4, _ETHERNET),
-    _gpu("rtx3080-10gb", "RTX 3080", 9.6, 59.5, 760.0, _PCIE4, _ETHERNET),
+    _gpu("rtx5090-32gb", "RTX 5090", 31.4, 209.5, 1792.0, _HOST, _ETHERNET),
+    _gpu("rtx5080-16gb", "RTX 5080", 15.5, 112.6, 960.0, _HOST, _ETHERNET),
+    _gpu("rtx5070ti-16gb", "RTX 5070 Ti", 15.5, 87.9, 896.0, _HOST, _ETHERNET),
+    _gpu("rtx5070-12gb", "RTX 5070", 11.5, 61.7, 672.0, _HOST, _ETHERNET),
+    _gpu("rtx5060ti-16gb", "RTX 5060 Ti", 15.5, 47.4, 448.0, _HOST, _ETHERNET),
+    _gpu("rtx4090d-24gb", "RTX 4090 D", 23.5, 147.1, 1008.0, _HOST, _ETHERNET),
+    _gpu("rtx4090-24gb", "RTX 4090", 23.5, 165.2, 1008.0, _HOST, _ETHERNET),
+    _gpu("rtx4080-super-16gb", "RTX 4080 SUPER", 15.6, 104.4, 736.0, _HOST, _ETHERNET),
+    _gpu("rtx4080-16gb", "RTX 4080", 15.6, 97.5, 717.0, _HOST, _ETHERNET),
+    _gpu("rtx4070ti-super-16gb", "RTX 4070 Ti SUPER", 15.6, 88.2, 672.0, _HOST, _ETHERNET),
+    _gpu("rtx4060ti-16gb", "RTX 4060 Ti", 15.6, 44.0, 288.0, _HOST, _ETHERNET),
+    _gpu("rtx3090ti-24gb", "RTX 3090 Ti", 23.5, 80.0, 1008.0, _HOST, _ETHERNET),
+    _gpu("rtx3090-24gb", "RTX 3090", 23.5, 71.0, 936.0, _HOST, _ETHERNET),
+    _gpu("rtx3080-10gb", "RTX 3080", 9.6, 59.5, 760.0, _HOST, _ETHERNET),
 )
 """The first whose `product` is a part of a device's name is that device, so longer names come before shorter ones."""
+
+_OTHERS = frozenset({"ti", "super", "d", "laptop", "max-q", "nvl", "mig", "mobile"})
+"""Words after a product's name that make it another product, with other rates."""
 
 BY_NAME = {gpu.name: gpu for gpu in ACCELERATORS}
 
 
 def of_device(device_name: str) -> Accelerator | None:
     """The row of a device by the driver's product name; None for one that is not in the table (and for CPUs)."""
-    return next((gpu for gpu in ACCELERATORS if gpu.product in device_name), None)
+    found = next((gpu for gpu in ACCELERATORS if gpu.product in device_name), None)
+    if found is not None and _OTHERS & set(device_name.partition(found.product)[2].lower().split()):
+        return None
+    return found
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -103,7 +132,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def named(text: str) -> Accelerator:
-    """The accelerator that `--gpu` means: a name of the table, or its beginning where that is one GPU's alone.
+    """Return the accelerator that `--gpu` means: a name of the table, without its memory where that leaves one.
 
     Raises:
         KeyError: carries the nearest name, or an empty string.
@@ -112,6 +141,7 @@ def named(text: str) -> Accelerator:
     if word in BY_NAME:
         return BY_NAME[word]
     starts = [gpu for gpu in ACCELERATORS if gpu.name.startswith(f"{word}-")]
-    if len(starts) == 1:
-        return starts[0]
+    alone = [gpu for gpu in starts if gpu.name.removeprefix(f"{word}-").removesuffix("gb").isdigit()] or starts
+    if len(alone) == 1:
+        return alone[0]
     raise KeyError(nearest(word, list(BY_NAME)) or next((gpu.name for gpu in starts), ""))

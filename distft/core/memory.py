@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 
+_SENTENCES = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation")
+"""What torch's allocators (of the device, of pinned memory, of the host), NCCL, cuBLAS, cuDNN and Triton say."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On an accelerator torch has a class for it; on a CPU it is a sentence."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether memory ran out: only torch's device allocator has a class for it, all others have a sentence.
+
+    The first collective of a full card fails with NCCL's, as a DistBackendError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sentence in str(error) for sentence in _SENTENCES)
 
 
 def held() -> str:

@@ -289,8 +289,8 @@ class Engine(Protocol):
         """
         ...
 
-    def try_update(self) -> None:
-        """Let the optimizer make its state and take a step that changes no weight; then forget that state."""
+    def create_state(self) -> None:
+        """Let the optimizer make its state, as it is before the first update; nothing where it has one."""
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:

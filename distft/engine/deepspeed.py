@@ -164,12 +164,9 @@ class ZeroEngine(BaseEngine):
         updated = accepted and not overflow
         return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight, updated=updated)
 
-    def try_update(self) -> None:
-        """One step of zero gradients at learning rate zero; stages 1 and 2 have made their state long before."""
-        inner = self._optimizer.optimizer
-        if not inner.state:
-            fragments.create_state(self._flats(), self._step_inner, inner.param_groups)
-            inner.state.clear()
+    def create_state(self) -> None:
+        """Of this rank's partition; stages 1 and 2 have made it long before."""
+        fragments.create_state(self._flats(), self._step_inner, self._optimizer.optimizer)
 
     def pieces(self) -> Iterator[Piece]:
         """Masters and optimizer state of this rank's partition."""
@@ -178,7 +175,7 @@ class ZeroEngine(BaseEngine):
     def restore(self, reader: StateReader, state: TrainState) -> None:
         """Into the fp32 partitions, and from there into the parameters that compute."""
         inner = self._optimizer.optimizer
-        fragments.create_state(self._flats(), self._step_inner, inner.param_groups)
+        self.create_state()
         held = list(self._fragments())
         fragments.load(held, inner, reader, optimizer_step=state.updates)
         if self._stage < 3:
@@ -275,8 +272,9 @@ def _import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # Read by deepspeed.comm before it compiles its shared-memory all-reduce; unset means "not compatible".
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available():  # looking at this table probes for compilers, for seconds
+        # Read by deepspeed.comm before it compiles its shared-memory all-reduce; unset means "not compatible".
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=None)
     return deepspeed
 

@@ -27,6 +27,7 @@ _NAMES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 """bitsandbytes' names of Adam's and Lion's moments -> torch's, so that states cross optimizers too."""
 BLOCK = 256
 """Elements that share one constant in bitsandbytes' 8-bit states."""
+_CODE_BOOKS = {"qmap1", "qmap2"}
 _CONSTANTS = ("absmax1", "absmax2", "qmap1", "qmap2", "step")
 
 
@@ -118,9 +119,20 @@ def _constants(state: dict[str, Any], key: str) -> Tensor:
     return state[f"absmax{key.removeprefix('state')}"]
 
 
-def create_state(flats: Iterable[Tensor], step: Callable[[], None], groups: list[dict[str, Any]]) -> None:
-    """Let the optimizer make its state: one step of zero gradients at learning rate zero changes no weight."""
-    flats = list(flats)
+def create_state(flats: Iterable[Tensor], step: Callable[[], None], optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make the state that it has none of yet, as it is before its first update.
+
+    One step of zero gradients at learning rate zero changes no weight. What it leaves is set to zero in place and not
+    dropped: bitsandbytes never frees managed memory.
+
+    Args:
+        flats: what the optimizer updates.
+        step: takes the optimizer's step.
+        optimizer: whose state is made.
+    """
+    flats, groups = list(flats), optimizer.param_groups
+    if all(flat in optimizer.state for flat in flats):
+        return
     rates = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = 0.0
@@ -129,6 +141,9 @@ def create_state(flats: Iterable[Tensor], step: Callable[[], None], groups: list
     step()
     for flat in flats:
         flat.grad = None
+        state = optimizer.state[flat]
+        for key in state.keys() - _CODE_BOOKS:
+            state[key] = state[key].zero_() if isinstance(state[key], Tensor) else 0
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
 
@@ -153,7 +168,8 @@ def _values(state: dict[str, Any], key: str, held: Fragment) -> Tensor | Deferre
     if codes.dtype != torch.uint8:
         return held.of(codes.detach())
     make = functools.partial(_dequantized, state, key, held.offset)
-    return Deferred(length=held.length, dtype=torch.float32, device=codes.device, make=make)
+    # Paged codes are managed memory, which torch takes for a CPU's; kernels run where the constants are.
+    return Deferred(length=held.length, dtype=torch.float32, device=_constants(state, key).device, make=make)
 
 
 def _dequantized(state: dict[str, Any], key: str, offset: int, begin: int, end: int) -> Tensor:
@@ -163,8 +179,9 @@ def _dequantized(state: dict[str, Any], key: str, offset: int, begin: int, end: 
     codes, number = state[key], key.removeprefix("state")
     begin, end = offset + begin, offset + end
     first, last = begin // BLOCK, -(-end // BLOCK)
-    blocks = codes.reshape(-1)[first * BLOCK : last * BLOCK].contiguous()
-    constants: Any = {"absmax": state[f"absmax{number}"][first:last].contiguous(), "code": state[f"qmap{number}"]}
+    absmax = state[f"absmax{number}"][first:last].contiguous()
+    blocks = codes.reshape(-1)[first * BLOCK : last * BLOCK].contiguous().to(absmax.device)
+    constants: Any = {"absmax": absmax, "code": state[f"qmap{number}"]}
     whole = functional.dequantize_blockwise(blocks, blocksize=BLOCK, **constants)
     return whole[begin - first * BLOCK : end - first * BLOCK]
 

@@ -8,17 +8,20 @@ accelerate turns DeepSpeed into DDP when told to use the CPU, DeepSpeed starts o
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import resource
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import MachineError
-from distft.engine import flight
+from distft.core.leave import keep
+from distft.engine import affinity, flight
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +48,9 @@ class Processes:
     """This call made the process group, so whoever made the call leaves it; False: the caller's caller owns it."""
     local_world: int | None = None
     """Processes of each node, where the launcher says so and all nodes have as many."""
-    exported: tuple[str, ...] = ()
-    """Environment variables that `join` set and `leave` takes back, so that a second run here starts as the first."""
+    exported: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
+    """Environment variables that `join` set, with the values that `leave` gives back: a second run here starts as
+    the first."""
 
 
 def placed_by(env: Mapping[str, str]) -> tuple[str, int, int, int]:
@@ -128,28 +132,28 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
 
     launcher, rank, world, local_rank = placed_by(os.environ)
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise MachineError(
-                f"process {local_rank} of this host has no GPU: {torch.cuda.device_count()} visible; "
-                f"start {torch.cuda.device_count()} processes per host"
-            )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
+        affinity.bind(torch.cuda.get_device_properties(device))
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
         backend = "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     joined = not dist.is_initialized()
-    exported: tuple[str, ...] = ()
+    exported: dict[str, str | None] = {}
     if joined:
-        # Libraries (DeepSpeed) read these even when the group exists already.
-        ours = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local_rank)}
+        # Libraries (DeepSpeed) read these even when the group exists already, and LOCAL_RANK as a device's number.
+        ours = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(device.index or 0)}
+        if device.type == "cpu":
+            ours["LOCAL_RANK"] = str(local_rank)
         if launcher == "plain":  # a whole launch, so that `placed_by` reads it back; nobody dials the port
             ours |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
         if record_in is not None and world > 1:
             ours |= flight.variables(record_in, os.environ)
-        exported = tuple(key for key in ours if key not in os.environ)
+        if device.type == "cuda":
+            ours |= nccl_variables(timeout_s, os.environ)
+        exported = {key: os.environ.get(key) for key in ours if os.environ.get(key) != ours[key]}
         os.environ.update(ours)
         timeout = timedelta(seconds=timeout_s)
         allow_files(world)
@@ -164,6 +168,8 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
             raise MachineError(
                 f"rank {rank} of {world} could not join the process group at {address}: {error}"
             ) from error
+        if device.type == "cuda" and world > 1:
+            refuse_shared_gpus(_gpus_of_all(rank, world, device))
     return Processes(
         rank=rank,
         world=world,
@@ -176,6 +182,74 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
         local_world=per_node(os.environ, world),
         exported=exported,
     )
+
+
+def gpu_of(local_rank: int, visible: int) -> int:
+    """Return the index of this process's GPU among those that it sees.
+
+    A process that sees one GPU has been given it: `srun --gpus-per-task=1` shows each task its own as number 0.
+    Whether two were given the same one is known when all have met (`refuse_shared_gpus`).
+
+    Raises:
+        MachineError: several GPUs are visible, and fewer than processes.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise MachineError(
+            f"process {local_rank} of this host has no GPU: {visible} visible; start {visible} processes per host"
+        )
+    return local_rank
+
+
+def refuse_shared_gpus(gpus: Sequence[tuple[int, int]]) -> None:
+    """Check that no two processes use the same GPU.
+
+    Args:
+        gpus: of every rank, what identifies its host and its GPU.
+
+    Raises:
+        MachineError: two do.
+    """
+    first: dict[tuple[int, int], int] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu in first:
+            raise MachineError(
+                f"ranks {first[gpu]} and {rank} use the same GPU: more processes than GPUs were started on their "
+                "host, or both see the same one alone; start one process per GPU"
+            )
+        first[gpu] = rank
+
+
+def _gpus_of_all(rank: int, world: int, device: torch.device) -> list[tuple[int, int]]:
+    """What identifies every rank's host and GPU; collective, over gloo (object collectives would go over NCCL)."""
+    import torch
+    import torch.distributed as dist
+
+    texts = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
+    hashes = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") for text in texts]
+    of_all = torch.zeros(world, 2, dtype=torch.int64)
+    of_all[rank] = torch.tensor(hashes)
+    dist.all_reduce(of_all)
+    return [(int(host), int(gpu)) for host, gpu in of_all]
+
+
+HEARTBEAT_BEYOND_S = 600
+"""How much longer than our own timeouts NCCL's heartbeat monitor waits."""
+
+
+def nccl_variables(timeout_s: float, env: Mapping[str, str]) -> dict[str, str]:
+    """Return what NCCL's process group reads from the environment; what is there already counts more.
+
+    Its heartbeat monitor kills a process whose NCCL watchdog has been stuck for 480 s: before our watch, which has
+    `timeout_s` at most and names the rank to blame, has come to its verdict.
+
+    Args:
+        timeout_s: of collectives.
+        env: the environment as it is.
+    """
+    name = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
+    return {} if name in env else {name: str(int(timeout_s) + HEARTBEAT_BEYOND_S)}
 
 
 def allow_files(world: int) -> None:
@@ -192,11 +266,42 @@ def allow_files(world: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+@contextlib.contextmanager
+def leaving() -> Iterator[contextlib.ExitStack]:
+    """Yield a stack for what leaves the process group; run at the end, but not where that waits for peers in vain.
+
+    Destroying an NCCL communicator (and aborting one) waits for the other ranks, and when this one has failed alone
+    they wait in a collective for it. So on accelerators it is left to the end of the process; the others find the
+    reason in exit.json, which is to be written inside.
+    Sources: https://github.com/pytorch/pytorch/pull/119250, https://github.com/NVIDIA/nccl/issues/1777
+    """
+    stack = contextlib.ExitStack()
+    try:
+        yield stack
+    except BaseException:
+        if _shares_accelerators():
+            keep(stack.pop_all())
+        else:
+            stack.close()
+        raise
+    stack.close()
+
+
+def _shares_accelerators() -> bool:
+    import torch
+    import torch.distributed as dist
+
+    return torch.cuda.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def leave(placed: Processes) -> None:
     """Leave the process group if `join` made it."""
     import torch.distributed as dist
 
     if placed.joined and dist.is_initialized():
         dist.destroy_process_group()
-    for key in placed.exported:
-        os.environ.pop(key, None)
+    for key, before in placed.exported.items():
+        if before is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = before

@@ -72,10 +72,9 @@ class SoloEngine(BaseEngine):
         self._optimizer.step()
         self._owned.publish()
 
-    def try_update(self) -> None:
-        """One step of zero gradients at learning rate zero."""
-        fragments.create_state((flat for _, flat in self._owned), self._step_once, self._optimizer.param_groups)
-        self._optimizer.state.clear()
+    def create_state(self) -> None:
+        """Of what this rank owns."""
+        fragments.create_state((flat for _, flat in self._owned), self._step_once, self._optimizer)
 
     def pieces(self) -> Iterator[Piece]:
         """Masters and optimizer state of what this rank owns."""
@@ -83,7 +82,7 @@ class SoloEngine(BaseEngine):
 
     def restore(self, reader: StateReader, state: TrainState) -> None:
         """Every rank reads what it owns, and where all own everything, everything."""
-        fragments.create_state((flat for _, flat in self._owned), self._step_once, self._optimizer.param_groups)
+        self.create_state()
         fragments.load(self._fragments(whole=True), self._optimizer, reader, optimizer_step=state.updates)
         self._owned.publish()
 

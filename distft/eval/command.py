@@ -42,7 +42,9 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         DistftError: there is nothing to look at, or it cannot be looked at.
     """
     from distft.engine import processes
+    from distft.engine.determinism import expandable_segments
 
+    expandable_segments()
     quiet_libraries()
     PULSE.begin()
     _, rank, world, _ = processes.placed_by(os.environ)
@@ -60,17 +62,13 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         rows = assemble.held_out(asked, cut, rank, world, tuple(known["stop_ids"]), say)
         asked = _asked_as(asked, chats=known["chats"])
     exams = assemble.exams(asked, say)
-    placed = processes.join()
-    try:
+    with processes.leaving() as group:
+        placed = processes.join()
+        group.callback(processes.leave, placed)
         engine = assemble.open_engine(built, placed, say)
-    except BaseException:
-        processes.leave(placed)
-        raise
-    try:
+        group.callback(engine.close)
         model = _held(replace(subject, built=built), engine, placed, cut, rows, say)
         return _look(subject, engine, model, rows, exams, say)
-    finally:
-        engine.close()
 
 
 def _asked_as(recipe: Recipe, *, chats: bool) -> Recipe:

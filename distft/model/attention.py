@@ -9,7 +9,8 @@ documents at once, and neither builds a [T, T] mask.
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import functools
 import inspect
 from itertools import pairwise
 from typing import Any
@@ -19,26 +20,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.core.errors import MachineError
+from distft.core.optional import why_not
 from distft.model.paths import SINGLE, VARLEN
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Transformers' name of the implementation for a recipe's `attention`.
+LARGEST_HEAD = 256
+"""Head size up to which FlashAttention's kernels go, in steps of 8 (torch's own and the flash-attn package's)."""
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype, *, head_size: int = 0) -> str:
+    """Return transformers' name of the implementation for a recipe's `attention`.
+
+    Args:
+        name: what the recipe says.
+        device: of the run.
+        dtype: of the run.
+        head_size: the largest of the model's query heads; 0: not known.
 
     Raises:
-        MachineError: flash was asked for where it cannot run.
+        MachineError: flash was asked for where it cannot run; says what is missing.
     """
-    flash = importlib.util.find_spec("flash_attn") is not None and device.type == "cuda" and dtype in _HALF
-    if name == "flash" and not flash:
+    kernel = _why_no_kernel(device, dtype, head_size)
+    package = kernel or why_not("flash_attn")
+    if name == "flash" and package:
         raise MachineError(
-            'attention = "flash" needs the flash-attn package, a CUDA device and dtype = "bfloat16"; '
-            'use "auto", which takes torch\'s own varlen FlashAttention where that is missing'
+            f'attention = "flash" cannot run here: {package}; '
+            'use "auto", which takes torch\'s own varlen FlashAttention where the flash-attn package is missing'
         )
-    if name in ("flash", "auto") and flash:
+    if name in ("flash", "auto") and not package:
         return "flash_attention_2"
+    if name == "auto" and device.type == "cuda" and dtype in _HALF and kernel:
+        return "sdpa"
     return {"auto": VARLEN, "varlen": VARLEN, "sdpa": "sdpa", "eager": "eager"}[name]
+
+
+def _why_no_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """Why FlashAttention's kernels do not run; "" where they do."""
+    if device.type != "cuda":
+        return "it needs a CUDA device"
+    if dtype not in _HALF:
+        return 'it needs dtype = "bfloat16"'
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    if head_size > LARGEST_HEAD or head_size % 8:
+        return f"it takes heads of 8, 16, ... {LARGEST_HEAD}, this model's have {head_size}"
+    return ""
 
 
 _BESIDE = frozenset(
@@ -112,18 +141,40 @@ def varlen_attention(
         return flash(query_BHTD, key_BGTD, value_BGTD, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     pieces = []
     bounds = cu_seq_lens_q.tolist()
+    if query_BHTD.is_cuda:
+        key_BGTD, value_BGTD = (_repeated(x, query_BHTD.shape[1]) for x in (key_BGTD, value_BGTD))
     for start, end in pairwise(bounds):
         q, k, v = (x[:, :, start:end] for x in (query_BHTD, key_BGTD, value_BGTD))
         if not plain:
             pieces.append(_capped(q, k, v, scaling, dropout, sliding_window, softcap, s_aux))
             continue
         mask = _window_mask(end - start, sliding_window, q.device)
-        pieces.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
-            )
-        )
+        with _no_scores(q.device):
+            pieces.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+            )  # fmt: skip
     return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _repeated(heads_BGTD: Tensor, count: int) -> Tensor:
+    """Key or value heads, one for each of `count` query heads."""
+    groups = count // heads_BGTD.shape[1]
+    return heads_BGTD if groups == 1 else heads_BGTD.repeat_interleave(groups, dim=1)
+
+
+def _no_scores(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """On a GPU, only kernels that do not hold scores of [H, L, L].
+
+    In fp32 that is the memory-efficient one, which takes no grouped heads: left to choose, torch computes scores.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
 
 
 def single_attention(
@@ -162,8 +213,7 @@ def _capped(
     Sources: https://arxiv.org/abs/2408.00118, section 2 (caps); https://arxiv.org/abs/2309.17453 (sinks)
     """
     length, heads = query_BHLD.shape[2], query_BHLD.shape[1]
-    groups = heads // key_BGLD.shape[1]
-    key_BHLD, value_BHLD = (x.repeat_interleave(groups, dim=1) for x in (key_BGLD, value_BGLD))
+    key_BHLD, value_BHLD = (_repeated(x, heads) for x in (key_BGLD, value_BGLD))
     scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
     scores_BHLL = query_BHLD @ key_BHLD.transpose(2, 3) * scale
     if softcap is not None:
@@ -200,18 +250,25 @@ def flash(
     """Torch's varlen FlashAttention, [B, T, H, D]; a plan runs it on the meta device too, for what it saves."""
     from torch.nn.attention import varlen
 
-    varlen_attn: Any = varlen.varlen_attn
-
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query_BHTD, key_BGTD, value_BGTD))  # [T, heads, D]
-    if q.shape[1] != k.shape[1]:  # repeating is what torch < 2.12 needs; enable_gqa there does not exist
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    left = -1 if window is None else window - 1
-    # torch 2.10 has is_causal and no window; later versions say causal as a window.
-    if "window_size" in inspect.signature(varlen_attn).parameters:
-        causal: dict[str, Any] = {"window_size": (left, 0)}
-    else:
-        causal = {"is_causal": True}
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **causal).unsqueeze(0)
+    grouped: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in _varlen_parameters():
+            grouped["enable_gqa"] = True
+        else:  # torch < 2.12
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    window_size = (-1 if window is None else window - 1, 0)
+    varlen_attn: Any = varlen.varlen_attn
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window_size, **grouped)
+    return out.unsqueeze(0)
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    """Names that this version of torch's varlen attention takes."""
+    from torch.nn.attention import varlen
+
+    return frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
 def register() -> None:

@@ -8,7 +8,6 @@ Only supervised positions reach the head: with a masked prompt most of the head'
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from distft.core.errors import MachineError
+from distft.core.optional import why_not
 
-CHUNK_BYTES = 128 * 2**20
-"""Largest fp32 logits block that exists at once."""
+CHUNK_BYTES = 256 * 2**20
+"""Largest fp32 logits block that exists at once: 512 tokens of a vocabulary of 128 k, enough to keep a GPU busy."""
+TILE = 128
+"""Rows of a matrix product's tile on GPUs; a chunk that ends within one wastes the rest of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,9 @@ HeadLoss = Callable[[Tensor, Tensor, "Tensor | None", Tensor, LogitRule], Tensor
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose fp32 logits fill CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+    """Return how many tokens' fp32 logits fit CHUNK_BYTES: whole tiles, where that is more than one."""
+    tokens = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return tokens - tokens % TILE if tokens > TILE else tokens
 
 
 def choose(name: str, device: torch.device, *, per_token: bool = False) -> HeadLoss:
@@ -78,15 +81,15 @@ def choose(name: str, device: torch.device, *, per_token: bool = False) -> HeadL
     Raises:
         MachineError: the fused kernel was asked for and cannot run.
     """
-    fused = importlib.util.find_spec("liger_kernel") is not None and device.type == "cuda" and not per_token
     if name == "fused" and per_token:
         raise MachineError('cross_entropy = "fused" gives only sums, and this objective needs every token\'s loss')
-    if name == "fused" and not fused:
+    missing = "" if device.type == "cuda" else "it needs a CUDA device"
+    missing = missing or ("" if per_token and name != "fused" else why_not("liger_kernel.transformers.functional"))
+    if name == "fused" and missing:
         raise MachineError(
-            'cross_entropy = "fused" needs the liger-kernel package and a GPU; '
-            '"auto" takes the chunked loss where they are missing'
+            f'cross_entropy = "fused" cannot run here: {missing}; "auto" takes the chunked loss where that is so'
         )
-    if name in ("fused", "auto") and fused:
+    if name in ("fused", "auto") and not missing and not per_token:
         return fused_loss
     if name == "full":
         return full_loss
@@ -217,7 +220,9 @@ class _ChunkedSum(torch.autograd.Function):
             if not any(wanted):
                 continue
             # d loss / d logits = softmax - one-hot
-            grad_CV = logp_CV.exp_().scatter_add_(1, labels_C1, logp_CV.new_full((), -1.0).expand_as(labels_C1))
+            grad_CV = logp_CV.exp_()
+            # One place per row. scatter_add_ has no deterministic kernel on CUDA, scatter_ of a tensor has.
+            grad_CV.scatter_(1, labels_C1, grad_CV.gather(1, labels_C1) - 1)
             grad_CV = rule.slope_(grad_CV, logits_CV).to(weight_VE.dtype)
             if grads[0] is not None:
                 torch.mm(grad_CV, weight_VE, out=grads[0][start : start + size])

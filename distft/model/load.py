@@ -252,7 +252,11 @@ def build(
     dtype: torch.dtype = getattr(torch, table.dtype)
     config = config or read_config(folder)
     attention.register()
-    kernel = path.attention if path is not None else attention.choose(table.attention, device, dtype)
+    kernel = (
+        path.attention
+        if path is not None
+        else attention.choose(table.attention, device, dtype, head_size=head_size(config))
+    )
     # Buffers are real: rotary frequencies are computed in constructors and stored nowhere.
     with init_empty_weights(include_buffers=False):
         lm = auto_class(config).from_config(config, dtype=dtype, attn_implementation=kernel)
@@ -302,6 +306,17 @@ def auto_class(config: Any) -> Any:
     mapped = type(config) in AutoModelForCausalLM._model_mapping
     both = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if both and not mapped else AutoModelForCausalLM
+
+
+def head_size(config: Any) -> int:
+    """Return the size of a query head of a config's text model; 0 where it does not say."""
+    text = config.get_text_config()
+    latent = (getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0)
+    own = latent or getattr(text, "head_dim", None)
+    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    if isinstance(own, int) and own:
+        return own
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
 
 
 def untrained(config: Any, kernel: str) -> Any:

@@ -145,15 +145,21 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def attentions(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+def attentions(wanted: str, device: torch.device, dtype: torch.dtype, *, head_size: int = 0) -> tuple[str, ...]:
     """Return the attentions to try for a recipe's `attention`, the fastest first.
+
+    Args:
+        wanted: what the recipe says.
+        device: of the run.
+        dtype: of the run.
+        head_size: of the model itself, since the proof's copy has smaller heads; 0: not known.
 
     Raises:
         MachineError: flash was asked for where it cannot run.
     """
-    first = attention.choose(wanted, device, dtype)
+    first = attention.choose(wanted, device, dtype, head_size=head_size)
     if wanted != "auto":
         return (first,)
-    between = (VARLEN,) if first != VARLEN else ()
+    between = (VARLEN,) if first not in (VARLEN, "sdpa") else ()
     flex = ("flex_attention",) if device.type == "cuda" else ()
-    return (first, *between, *flex, "sdpa", "eager")
+    return tuple(dict.fromkeys((first, *between, *flex, "sdpa", "eager")))

@@ -44,8 +44,8 @@ def verdict_on(
         quiet_libraries()
         attention.register()
         where, dtype = torch.device("cpu" if device == "cpu" else "cuda"), getattr(torch, table.dtype)
-        names = proof.attentions(table.attention, where, dtype)
         config = load.read_config(folder)
+        names = proof.attentions(table.attention, where, dtype, head_size=load.head_size(config))
         return proof.prove(config, load.untrained, attentions=names, device=where, dtype=dtype, max_length=max_length)
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from distft.model.adapters import products
 
 Checkpointing = Literal["off", "selective", "full"]
 
@@ -17,9 +20,14 @@ _ATTENTION = frozenset(
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_flash_attention_forward",
+        "_efficient_attention_forward",
     )
     if (op := getattr(torch.ops.aten, name, None)) is not None
 )
+_BY_NAME = ("varlen_attn", "flash_attn", "flex_attention")
+"""Parts of the names of attentions that are no operators of aten: torch's varlen, the flash-attn packages', Flex."""
 _MATMULS = frozenset({torch.ops.aten.mm, torch.ops.aten.addmm})
 
 
@@ -35,7 +43,7 @@ class _KeepHalf:
 
     def __call__(self, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         packet = getattr(op, "overloadpacket", op)
-        keep = packet in _ATTENTION or "varlen_attn" in str(packet)
+        keep = packet in _ATTENTION or any(name in str(packet) for name in _BY_NAME)
         if packet in _MATMULS:
             self._products[ctx.is_recompute] += 1
             keep = self._products[ctx.is_recompute] % 2 == 1
@@ -52,7 +60,8 @@ def choose_checkpointing(wanted: str, planned: str | None, why: str) -> tuple[Ch
 
 
 def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
-    """Recompute activations of every block in the backward pass; `off` changes nothing."""
+    """Recompute activations of every block in the backward pass; `off` leaves all of them."""
+    products.write_in_place(transformer, mode != "selective")  # which keeps products, so nobody may write onto them
     if mode == "off":
         return
     kwargs: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
@@ -62,9 +71,16 @@ def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compile each block's forward: hooks of engines stay outside, and equal blocks share one compilation."""
+    """Compile each block's forward: hooks of engines stay outside, and equal blocks share one compilation.
+
+    Call it when the engine has wrapped the blocks. `fully_shard` gives a block another class, whose forward
+    transformers wraps for checkpointing, and only the outermost wrapper checkpoints: compiled before, the block would
+    keep all its activations.
+    """
+    # Else each block's graph is cut where one of DDP's buckets ends, for an overlap that blocks give anyway.
+    torch._dynamo.config.optimize_ddp = False
     for block in blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(types.MethodType(type(block).forward, block))
 
 
 __all__ = ["Checkpointing", "checkpoint_blocks", "compile_blocks"]

@@ -251,7 +251,11 @@ class Shapes:
 
 
 class RandomSource:
-    """The architecture's own initialisation, one module at a time, seeded by its name."""
+    """The architecture's own initialisation, one module at a time, seeded by its name.
+
+    Drawn on the CPU whatever the run's device: generators of other devices, and of GPUs of another kind, give other
+    numbers for the same seed.
+    """
 
     def __init__(self, lm: Any, seed: int, dtype: torch.dtype) -> None:
         self._init: Callable[[nn.Module], None] = lm._init_weights
@@ -264,17 +268,14 @@ class RandomSource:
         stand_in.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_modules")})
         stand_in._modules = {}
         stand_in._parameters = {
-            short: nn.Parameter(
-                torch.empty(quantize.whole_shape(module, short, meta), dtype=self._dtype, device=device)
-            )
+            short: nn.Parameter(torch.empty(quantize.whole_shape(module, short, meta), dtype=self._dtype, device="cpu"))
             for short, meta in meta_params(module)
         }
         stand_in._parameters |= {short: None for short in module._parameters if short not in stand_in._parameters}
-        cuda = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
-            torch.manual_seed(seed_of(self._seed, name))
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed_of(self._seed, name))
             self._init(stand_in)
-        return {short: param.detach() for short, param in stand_in._parameters.items() if param is not None}
+        return {short: param.detach().to(device) for short, param in stand_in._parameters.items() if param is not None}
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
         """What constructors put there stands."""

@@ -117,6 +117,9 @@ class TrainTable(Params):
     """torch.compile, block by block."""
     rehearse: bool = False
     """Run the worst step first and throw it away, so that what will run out of memory does so in the first minute."""
+    deterministic: bool = False
+    """Use deterministic kernels alone, so that a run on GPUs repeats and resumes bit for bit; slower (attention's
+    backward by 15 to 40 % as others report). On CPUs every run is."""
     load_best: bool = False
     """Write the best checkpoint's weights to final/ instead of the last ones; needs [checkpoint] best."""
 

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from distft import assemble
+from distft.assemble import sizes
+from distft.assemble.rows import agree
 from distft.catalog import REGISTRIES
-from distft.core.errors import DataError, Preempted
+from distft.core.errors import DataError, MachineError, Preempted
 from distft.core.pulse import PULSE
 from distft.core.stop import STOP
 from distft.demo.files import locate
+from distft.model.paths import ForwardPath
 from distft.recipe import load_recipe
 
 
@@ -119,9 +123,46 @@ def test_ranks_with_other_rows_stop_all_ranks_and_are_named(tmp_path: Path) -> N
     """Each node may have prepared its own: from a copy of the file that is a day older, say."""
     rows = prepared(tmp_path, [])
     ours, other = rows.fingerprint, {"train": "0" * 64}
-    assemble.agree(rows, lambda mine: [("node1", ours), mine, ("node2", ours)])
+    agree(rows, lambda mine: [("node1", ours), mine, ("node2", ours)])
     with pytest.raises(DataError, match=r"^the rows on node2, node3 are not those on node1: "):
-        assemble.agree(rows, lambda mine: [("node1", ours), ("node3", other), ("node2", {}), ("node2", other)])
+        agree(rows, lambda mine: [("node1", ours), ("node3", other), ("node2", {}), ("node2", other)])
+
+
+class Others:
+    """The ranks of a run on several kinds of cards: what each of them has chosen, this one's last."""
+
+    rank, world = 1, 2
+
+    def __init__(self, *said: tuple[int, str, assemble.Layout]) -> None:
+        self.said = said
+
+    def gather(self, mine):
+        return [*self.said, mine] if isinstance(mine[-1], assemble.Layout) else [mine, mine]
+
+
+def test_ranks_on_cards_of_several_sizes_take_the_smallest_ones_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = prepared(tmp_path, [], "train.global_batch_size=4")
+    large = assemble.Layout(micro_batch_size=2, micros_per_step=1, checkpointing="off")
+    small = assemble.Layout(micro_batch_size=1, micros_per_step=2, checkpointing="full")
+    recipe = locate(
+        load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=["train.global_batch_size=4"])
+    )
+    monkeypatch.setattr(sizes, "_device", lambda: (80, "NVIDIA A100-SXM4-80GB"))
+    cut, anew = assemble.on_all(recipe, large, rows, Others((40, "NVIDIA A100-SXM4-40GB", small)), lambda line: None)
+    assert cut == small
+    assert anew is not rows
+    assert [len(micro.sample_ids) for micro in next(anew.steps.from_step(0))] == [1, 1]
+    assert assemble.on_all(recipe, large, rows, Others((80, "A100", large)), lambda line: None) == (large, rows)
+
+
+def test_ranks_that_compute_by_other_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = assemble.Layout(micro_batch_size=1, micros_per_step=1)
+    other = replace(mine, path=ForwardPath(attention="sdpa"))
+    monkeypatch.setattr(sizes, "_device", lambda: (80, "NVIDIA A100"))
+    with pytest.raises(MachineError, match=r"NVIDIA V100 computes this model by .*sdpa.*, NVIDIA A100 by another path"):
+        assemble.agreed(mine, Others((32, "NVIDIA V100", other)).gather)
 
 
 def test_files_of_the_hubs_cache_are_taken_at_their_name(tmp_path: Path) -> None:

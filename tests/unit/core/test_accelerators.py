@@ -20,6 +20,22 @@ def test_no_product_is_hidden_behind_a_shorter_name() -> None:
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA GeForce RTX 3090", "rtx3090-24gb"),
+        ("NVIDIA GeForce RTX 3090 Ti", "rtx3090ti-24gb"),
+        ("NVIDIA GeForce RTX 4090 D", "rtx4090d-24gb"),
+        ("NVIDIA GeForce RTX 4080 SUPER", "rtx4080-super-16gb"),
+        ("NVIDIA GeForce RTX 5070 Ti", "rtx5070ti-16gb"),
+        ("NVIDIA GeForce RTX 5070", "rtx5070-12gb"),
+        ("NVIDIA H200", "h200-141gb"),
+        ("NVIDIA H200 NVL", "h200-nvl-141gb"),
+        ("NVIDIA H20", "h20-96gb"),
+        ("NVIDIA H800", "h800-80gb"),
+        ("NVIDIA A800-SXM4-80GB", "a800-80gb"),
+        ("NVIDIA A800 80GB PCIe", "a800-pcie-80gb"),
+        ("NVIDIA L40S", "l40s-48gb"),
+        ("NVIDIA B200", "b200-180gb"),
+        ("NVIDIA GB200", "gb200-186gb"),
+        ("NVIDIA GB300", "gb300-288gb"),
+        ("AMD Instinct MI300X", "mi300x-192gb"),
     ],
 )
 def test_devices_by_the_drivers_name(device: str, name: str) -> None:
@@ -28,7 +44,13 @@ def test_devices_by_the_drivers_name(device: str, name: str) -> None:
     assert found.name == name
 
 
-@pytest.mark.parametrize("device", ["cpu", "NVIDIA T400 4GB", "NVIDIA RTX A1000", "NVIDIA RTX A4000"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        *("cpu", "NVIDIA T400 4GB", "NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA GeForce RTX 4090 Laptop GPU"),
+        *("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA GeForce RTX 3080 Ti", "NVIDIA GeForce RTX 5090 D"),
+    ],
+)
 def test_a_small_card_is_not_taken_for_a_large_one(device: str) -> None:
     assert of_device(device) is None
     assert peak_flops(device) is None
@@ -43,7 +65,10 @@ def test_names_are_unique_and_say_no_less_memory_than_is_usable() -> None:
 
 def test_what_a_user_types() -> None:
     assert named("H200").name == "h200-141gb"
+    assert named("H200 NVL").name == "h200-nvl-141gb"
     assert named("RTX4090-24GB").name == "rtx4090-24gb"
+    with pytest.raises(KeyError, match="a100"):
+        named("a100")  # 40 or 80 GB
     with pytest.raises(KeyError, match="h100-80gb"):
         named("h100-80g")
     with pytest.raises(KeyError):

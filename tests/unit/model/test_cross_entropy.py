@@ -122,8 +122,18 @@ def test_a_batch_without_labels_gives_zero_with_every_gradient(tiny_config: Path
     assert all(p.grad is not None and not p.grad.any() for p in model.module.parameters())
 
 
+def test_chunks_are_whole_tiles_where_they_are_large() -> None:
+    """Of a GPU's matrix product, whose tiles have 128 rows: 261 tokens take as long as 384."""
+    assert cross_entropy.chunk_tokens(128_256) == 512
+    assert cross_entropy.chunk_tokens(262_144) == 256
+    assert cross_entropy.chunk_tokens(151_936) % 128 == 0
+    assert cross_entropy.chunk_tokens(1_000_000) == 67, "one unfinished tile holds no more than fits"
+    for vocabulary in (32_000, 128_256, 1_000_000):
+        assert 4 * vocabulary * cross_entropy.chunk_tokens(vocabulary) <= cross_entropy.CHUNK_BYTES
+
+
 def test_fused_says_what_it_needs() -> None:
-    with pytest.raises(MachineError, match=r"liger-kernel package and a GPU"):
+    with pytest.raises(MachineError, match=r"cannot run here: it needs a CUDA device"):
         cross_entropy.choose("fused", torch.device("cpu"))
     assert cross_entropy.choose("auto", torch.device("cpu")) is cross_entropy.chunked_sum
     assert cross_entropy.choose("auto", torch.device("cpu"), per_token=True) is cross_entropy.chunked_loss

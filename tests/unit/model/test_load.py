@@ -11,8 +11,12 @@ from tiny import CPU, batch, build, documents
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distft.core.errors import MachineError, RecipeError
+from distft.core.optional import why_not
 from distft.model import load, stats
+from distft.model.attention import choose
+from distft.model.paths import VARLEN
 from distft.model.quantize import is_4bit
+from distft.model.weights import RandomSource
 from distft.recipe import ModelTable
 
 LLAMA_8B = {
@@ -190,9 +194,47 @@ def test_remote_code_is_not_run(saved: Path, tmp_path: Path) -> None:
     assert not hasattr(native.config, "auto_map"), "final/ does not name code that it does not hold"
 
 
-def test_flash_says_what_it_needs(tiny_config: Path) -> None:
-    with pytest.raises(MachineError, match="flash-attn package, a CUDA device"):
+def test_flash_says_what_it_needs(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MachineError, match=r'attention = "flash" cannot run here: it needs a CUDA device; use "auto"'):
         build(tiny_config, attention="flash")
+    cuda, half = torch.device("cuda", 0), torch.bfloat16
+    capability = (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(MachineError, match=r"needs compute capability 8\.0, Tesla T4 has 7\.5"):
+        choose("flash", cuda, half)
+    assert choose("auto", cuda, half) == "sdpa"
+    capability = (9, 0)
+    with pytest.raises(MachineError, match="flash_attn is not installed"):
+        choose("flash", cuda, half)
+    assert choose("auto", cuda, half, head_size=128) == VARLEN
+    for head_size in (260, 100):
+        with pytest.raises(MachineError, match=f"takes heads of 8, 16, ... 256, this model's have {head_size}"):
+            choose("flash", cuda, half, head_size=head_size)
+        assert choose("auto", cuda, half, head_size=head_size) == "sdpa"
+    (tmp_path / "flash_attn.py").write_text('raise ImportError("flash_attn_2_cuda.so: undefined symbol")')
+    monkeypatch.syspath_prepend(tmp_path)
+    why_not.cache_clear()
+    with pytest.raises(MachineError, match=r"flash_attn cannot be imported: flash_attn_2_cuda\.so: undefined symbol"):
+        choose("flash", cuda, half, head_size=128)
+    assert choose("auto", cuda, half, head_size=128) == VARLEN, "a broken package is no reason to stop"
+    (tmp_path / "flash_attn.py").write_text("")
+    why_not.cache_clear()
+    assert choose("auto", cuda, half, head_size=128) == "flash_attention_2"
+    assert choose("auto", cuda, torch.float32) == VARLEN
+    why_not.cache_clear()
+
+
+def test_random_weights_are_drawn_on_the_cpu_whatever_the_device(tiny_config: Path) -> None:
+    """Generators of other devices draw other numbers: a model would be another one on each kind of GPU."""
+    lm = build(tiny_config, fill=False).module.transformer
+    drawn_on: list[torch.device] = []
+    source = RandomSource(lm, 0, torch.float32)
+    init = source._init
+    source._init = lambda module: (drawn_on.extend(p.device for p in module.parameters()), init(module))[1]
+    made = source.values("model.layers.0.mlp.up_proj", lm.model.layers[0].mlp.up_proj, torch.device("meta"))
+    assert {device.type for device in drawn_on} == {"cpu"}
+    assert made["weight"].is_meta
 
 
 def test_unprefixed_tensor_files_are_not_mistaken(tmp_path: Path, saved: Path) -> None:

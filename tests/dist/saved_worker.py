@@ -1,0 +1,59 @@
+"""Counts what a forward keeps for its backward, for one engine: every checkpointing, compiled and not.
+
+usage: python tests/dist/saved_worker.py FOLDER_OF_A_CONFIG ENGINE OUT.json
+Compiled graphs are split into forward and backward by the partitioner that inductor uses, and run without it.
+"""
+
+import functools
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from tiny import batch, build, documents
+from torch.profiler import ProfilerActivity, profile
+
+from distft.core.leave import leave
+from distft.core.types import UpdateRule
+from distft.engine import ENGINES, processes
+from distft.model import savers
+
+RULE = UpdateRule(
+    build=lambda groups: torch.optim.SGD(groups, lr=0.0), lr_at=lambda step: 0.0, weight_decay=0.0,
+    decayed=frozenset(), max_grad_norm=None,
+)  # fmt: skip
+
+
+def measure(folder: Path, engine_name: str, mode: str, compiled: bool) -> dict[str, float]:
+    torch._dynamo.reset()
+    placed = processes.join()
+    spec = ENGINES[engine_name]
+    engine = spec.open(spec.params(), placed)
+    built = build(folder, fill=False)
+    savers.checkpoint_blocks(built.module.transformer, mode)
+    engine.adopt(built, RULE, micros_per_step=1)
+    if compiled:
+        savers.compile_blocks(built.blocks)
+    micro = batch(documents([40, 88, 64, 64], seed=1))
+    for measured in (False, True):  # the first forward compiles, and libraries allocate what they keep
+        with engine.accumulating(last=True, seed=0):
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) if measured else nullcontext() as seen:
+                loss = engine.model(**engine.place(micro).inputs()).sum()
+            engine.backward(loss, divide_by=100.0, samples=micro.sample_ids)
+    # What was allocated and not freed: torch counts both at its allocator, whoever holds the tensors.
+    report = {"bytes": sum(event.self_cpu_memory_usage for event in seen.key_averages()), "loss": loss.item()}
+    engine.close()
+    return report
+
+
+if __name__ == "__main__":
+    torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    where, engine_name, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    found = {
+        f"{mode}{'-compiled' if compiled else ''}": measure(where, engine_name, mode, compiled)
+        for compiled in (False, True)
+        for mode in ("off", "selective", "full")
+    }
+    out.write_text(json.dumps(found))
+    leave(0)
