@@ -182,7 +182,7 @@ class _Run:
             allow_changes=self.allow_changes,
         )
         self.folder.start(recipe.to_toml(), facts)
-        if placed.rank == 0 and (plan := assemble.planned(self.located, placed.world)) is not None:
+        if placed.rank == 0 and (plan := assemble.planned(self.located, placed.world, self.cut, self.rows)) is not None:
             self.folder.write("plan.json", plan)
         hashing = assemble.remember(self.located, self.folder) if placed.rank == 0 else None
         self.folder.note("started", engine=engine.name, world=placed.world, step=state.step)
@@ -260,7 +260,7 @@ class _Run:
             return None
         where = f"the {PULSE.phase} of step {PULSE.step}" if PULSE.step else f"the phase {PULSE.phase}"
         hint = "" if self.recipe.train.rehearse else "\n[train] rehearse = true finds this out in the first minute"
-        advice = assemble.advice(self.recipe, self.located, world)
+        advice = assemble.advice(self.recipe, self.located, world, self.cut)
         return MachineError(f"memory ran out in {where}{held()}\n{advice}{hint}")
 
     def _rehearse(self, engine: Engine, objective: Objective) -> None:
@@ -268,7 +268,8 @@ class _Run:
 
         worst = assemble.worst(self.recipe, self.cut, self.rows)
         self.say(f"rehearsal: a step of {worst.sequences} x {worst.longest:,} tokens")
-        rehearse(worst, engine, objective, advice=lambda: assemble.advice(self.recipe, self.located, engine.world))
+        found = (self.recipe, self.located, engine.world, self.cut)
+        rehearse(worst, engine, objective, advice=lambda: assemble.advice(*found))
         self.say("rehearsal: done")
 
     def _train(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from distft.model import savers
 from distft.model.causal import CausalLM
-from distft.model.cross_entropy import HeadLoss, chunk_tokens, chunked_loss, chunked_sum
+from distft.model.cross_entropy import HeadLoss, chunk_tokens, chunked_loss, chunked_sum, full_loss
 from distft.model.load import MetaModel
 from distft.plan import kernels as stand_ins
 from distft.plan.inventory import Inventory
@@ -77,16 +78,110 @@ class _Run:
 def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss) -> Activations:
     """Figures of a micro-batch of `tokens`.
 
-    `kernel`: what attends, one of `distft.plan.kernels.ATTENTION`. `loss`: what the head runs (see
+    `kernel`: what attends (see `distft.plan.kernels`). `loss`: what the head runs (see
     `distft.model.cross_entropy`).
 
-    Under the chunked losses every size is a constant and a part that grows with the tokens, from the third chunk on;
-    a long micro-batch, whose hundreds of chunks take seconds to trace, is read off the line through two short ones.
+    Blocks that compute token by token, as reference scans of state-space models do, launch so many operations that a
+    long micro-batch takes minutes to trace. Every size in them is a polynomial of the tokens, of the second degree at
+    most, and is read off the one through three short micro-batches; the head is traced by itself at full length.
     """
+    how = (checkpointing, kernel, loss)
+    step = _loop_step(inventory, kernel)
+    if step is None or tokens <= _FIRST_OF_DIRECT * step or _has_window(inventory, tokens):
+        return _by_chunks(inventory, tokens, *how)
+    counts = (step, 2 * step, 3 * step)
+    whole = [_by_chunks(inventory, count, *how) for count in counts]
+    heads = [_by_chunks(inventory, count, "off", kernel, loss, blocks=False) for count in counts]
+    head = _by_chunks(inventory, tokens, "off", kernel, loss, blocks=False)
+
+    def of_blocks(name: str) -> int:
+        return round(_through([getattr(one, name) for one in whole], tokens / step))
+
+    def of_both(name: str) -> int:
+        blocks = [getattr(one, name) - getattr(other, name) for one, other in zip(whole, heads, strict=True)]
+        return round(_through(blocks, tokens / step)) + getattr(head, name)
+
+    return Activations(
+        saved=of_blocks("saved"),
+        saved_per_block=of_blocks("saved_per_block"),
+        head=of_both("head"),
+        block=of_blocks("block"),
+        evaluation_head=of_both("evaluation_head"),
+        evaluation_block=of_blocks("evaluation_block"),
+        traffic=of_both("traffic"),
+        kernels=of_both("kernels"),
+        saved_tensors=of_both("saved_tensors"),
+    )
+
+
+_LOOP_STEPS = (16, 64, 256)
+"""Lengths of which some is a multiple of whatever a scan does at a time: a token, or a chunk."""
+_FIRST_OF_DIRECT = 12
+"""Steps up to which a micro-batch is traced as it is."""
+
+
+def _through(values: list[int], at: float) -> float:
+    """The polynomial of the second degree through (1, a), (2, b) and (3, c), at `at`."""
+    one, two, three = values
+    return one + (two - one) * (at - 1) + (three - 2 * two + one) * (at - 1) * (at - 2) / 2
+
+
+@functools.lru_cache(maxsize=64)
+def _loop_step(inventory: Inventory, kernel: str) -> int | None:
+    """Tokens that a loop over the sequence does at a time; None when nothing loops, or not by any of `_LOOP_STEPS`."""
+
+    def ran(tokens: int) -> int:
+        return _operations(inventory.samples[0], tokens, kernel)
+
+    if ran(_LOOP_STEPS[0]) == ran(2 * _LOOP_STEPS[-1]):
+        return None
+    for step in _LOOP_STEPS:
+        counts = [ran(times * step) for times in (1, 2, 3, 4)]
+        growth = {more - fewer for fewer, more in itertools.pairwise(counts)}
+        if len(growth) == 1 and growth.pop() > 0:
+            return step
+    return None
+
+
+def _operations(sample: MetaModel, tokens: int, kernel: str) -> int:
+    """Operations of a forward without gradients."""
+    seen = _Operations()
+    with _ready(sample.module, sample.blocks, "off", kernel, full_loss), seen, torch.no_grad():
+        sample.module(*_batch(tokens))
+    return seen.count
+
+
+class _Operations(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation."""
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _has_window(inventory: Inventory, tokens: int) -> bool:
+    """Whether attention of some layer sees less than `tokens`: short micro-batches then say nothing of long ones."""
+    text = inventory.config.get_text_config(decoder=True)
+    limits = [value for name, value in vars(text).items() if "window" in name or "attention_chunk" in name]
+    return any(isinstance(limit, int) and not isinstance(limit, bool) and 0 < limit < tokens for limit in limits)
+
+
+def _by_chunks(
+    inventory: Inventory, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, *, blocks: bool = True
+) -> Activations:
+    """Under the chunked losses every size is a constant and a part that grows with the tokens, from the third chunk on;
+    a long micro-batch, whose hundreds of chunks take seconds to trace, is read off the line through two short ones.
+    """  # noqa: D205
+    how = (checkpointing, kernel, loss, blocks)
+    if inventory.path.head == "own" or loss not in (chunked_loss, chunked_sum):
+        return _traced(inventory, tokens, *how)
     chunk = chunk_tokens(inventory.samples[0].module.head.weight.shape[0])
-    if loss not in (chunked_loss, chunked_sum) or tokens <= 4 * chunk:
-        return _traced(inventory, tokens, checkpointing, kernel, loss)
-    near, far = (_traced(inventory, count * chunk, checkpointing, kernel, loss) for count in (3, 4))
+    if tokens <= 4 * chunk:
+        return _traced(inventory, tokens, *how)
+    near, far = (_traced(inventory, count * chunk, *how) for count in (3, 4))
     beyond = (tokens - 4 * chunk) / chunk
     return Activations(
         **{name: round(there + beyond * (there - vars(near)[name])) for name, there in vars(far).items()}
@@ -94,7 +189,10 @@ def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel
 
 
 @functools.lru_cache(maxsize=512)
-def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss) -> Activations:
+def _traced(
+    inventory: Inventory, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, blocks: bool = True
+) -> Activations:
+    """`blocks=False`: without what happens in them, for the head alone."""
     runs = [
         _run(
             sample,
@@ -103,6 +201,7 @@ def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, 
             kernel=kernel,
             loss=loss,
             evaluate=sample is inventory.samples[-1],
+            blocks=blocks,
         )
         for sample in inventory.samples
     ]
@@ -128,13 +227,22 @@ def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, 
     )
 
 
-def _run(sample: MetaModel, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, evaluate: bool) -> _Run:
+def _batch(tokens: int) -> tuple[Any, ...]:
+    """One document, every token supervised, as `CausalLM.losses` takes it."""
+    ids = torch.zeros(tokens, dtype=torch.long, device="meta")
+    bounds = torch.zeros(2, dtype=torch.int32, device="meta")
+    return (ids, ids, ids, bounds, tokens, tokens)
+
+
+def _run(
+    sample: MetaModel, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, evaluate: bool, blocks: bool
+) -> _Run:
     module = sample.module
-    with _ready(module, sample.blocks, checkpointing, kernel, loss):
-        ids = torch.zeros(tokens, dtype=torch.long, device="meta")
-        bounds = torch.zeros(2, dtype=torch.int32, device="meta")
-        batch = (ids, ids, ids, bounds, tokens, tokens)
-        own = {_key(tensor) for tensor in [*module.parameters(), *module.buffers(), ids, bounds]}
+    skipped = contextlib.nullcontext() if blocks else _skipped(sample.blocks, _block_output(sample, kernel))
+    with _ready(module, sample.blocks, checkpointing, kernel, loss), skipped:
+        batch = _batch(tokens)
+        inputs = [value for value in batch if isinstance(value, Tensor)]
+        own = {_key(tensor) for tensor in [*module.parameters(), *module.buffers(), *inputs]}
         looked = _Storages(own)
         if evaluate:
             with looked, torch.no_grad(), _marked(sample.blocks[-1], looked):
@@ -157,9 +265,11 @@ def _ready(
     """The module as the job would set it up, on meta, for one trace."""
     stand_ins.register()
     transformer = module.transformer
-    text = transformer.config.get_text_config(decoder=True)
-    before, buffers = text._attn_implementation, [(part, dict(part._buffers)) for part in module.modules()]
-    text._attn_implementation = kernel
+    configs = [transformer.config, transformer.config.get_text_config(decoder=True)]
+    before = [config._attn_implementation for config in configs]
+    buffers = [(part, dict(part._buffers)) for part in module.modules()]
+    for config in configs:
+        config._attn_implementation = stand_ins.registered(kernel)
     for part, held in buffers:
         part._buffers = {name: None if value is None else value.to("meta") for name, value in held.items()}
     module.use_loss(loss)
@@ -168,15 +278,47 @@ def _ready(
         warnings.simplefilter("ignore", FutureWarning)
         savers.checkpoint_blocks(transformer, checkpointing)  # type: ignore[arg-type]
     try:
-        yield
+        with stand_ins.standing_in(kernel, packed=module.path.documents == "packed"):
+            yield
     finally:
         if checkpointing != "off":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 transformer.gradient_checkpointing_disable()
-        text._attn_implementation = before
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
         for part, held in buffers:
             part._buffers = held
+
+
+def _block_output(sample: MetaModel, kernel: str) -> Any:
+    """What the last block returns for a few tokens."""
+    found: list[Any] = []
+    hook = sample.blocks[-1].register_forward_hook(lambda block, given, output: found.append(output))
+    try:
+        _operations(sample, 8, kernel)
+    finally:
+        hook.remove()
+    return found[-1]
+
+
+@contextlib.contextmanager
+def _skipped(blocks: list[nn.Module], output: Any) -> Iterator[None]:
+    """While it lasts blocks return their input, multiplied by something trained, in the form of `output`."""
+    factor = torch.ones((), device="meta", requires_grad=True)
+
+    def forward(hidden_states: Tensor, *rest: Any, **beside: Any) -> Any:
+        """Whatever a block is given beside its input is for what is skipped here."""
+        hidden = hidden_states * factor.to(hidden_states.dtype)
+        return hidden if isinstance(output, Tensor) else type(output)([hidden, *[None] * (len(output) - 1)])
+
+    for block in blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.__dict__["forward"]
 
 
 @contextlib.contextmanager
