@@ -68,7 +68,7 @@ def flash_attention(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface; arguments as for `distft.model.attention.varlen_attention`.
 
-    Caps and sinks run in FlexAttention there, which keeps the same tensors; a sink scales the output once more.
+    Caps, sinks and values of another head size run in FlexAttention there; a sink scales its output.
 
     Raises:
         ValueError: the model passes what that function does not know either.
@@ -81,10 +81,31 @@ def flash_attention(
         cu_seq_lens_q = torch.empty(2, dtype=torch.int32, device=query_BHTD.device)
     longest = query_BHTD.shape[2] if max_length_q is None else max_length_q
     heads = (query_BHTD, key_BGTD, value_BGTD)
-    out_BTHD = attention.flash(*heads, cu_seq_lens_q, longest, scaling, sliding_window)
-    if s_aux is not None:
-        out_BTHD = out_BTHD * torch.sigmoid(out_BTHD.new_empty(out_BTHD.shape[:3]) - s_aux)[..., None]
-    return out_BTHD, None
+    if softcap is not None or s_aux is not None or value_BGTD.shape[-1] != query_BHTD.shape[-1]:
+        out_BTHD = _Flex.apply(*heads)
+        if s_aux is not None:
+            scale_BTH = torch.sigmoid(out_BTHD.new_empty(out_BTHD.shape[:3], dtype=torch.float32) - s_aux)
+            out_BTHD = out_BTHD * scale_BTH[..., None].to(out_BTHD.dtype)
+        return out_BTHD, None
+    return attention.flash(*heads, cu_seq_lens_q, longest, scaling, sliding_window), None
+
+
+class _Flex(torch.autograd.Function):
+    """FlexAttention by its allocations: it takes heads as they are, and keeps them, the output and a sum a row.
+
+    Source: torch/_higher_order_ops/flex_attention.py, FlexAttentionAutogradOp
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> Tensor:
+        out_BHTD = query_BHTD.new_empty(*query_BHTD.shape[:3], value_BGTD.shape[-1])
+        sums_BHT = query_BHTD.new_empty(query_BHTD.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query_BHTD, key_BGTD, value_BGTD, out_BHTD, sums_BHT)
+        return out_BHTD.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(given) for given in ctx.saved_tensors[:3])
 
 
 def cpu_attention(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distft.core.errors import DistftError, MachineError
 from distft.model import savers
 from distft.model.causal import CausalLM
 from distft.model.cross_entropy import HeadLoss, chunk_tokens, chunked_loss, chunked_sum, full_loss
@@ -86,8 +87,8 @@ def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel
     most, and is read off the one through three short micro-batches; the head is traced by itself at full length.
     """
     how = (checkpointing, kernel, loss)
-    step = _loop_step(inventory, kernel)
-    if step is None or tokens <= _FIRST_OF_DIRECT * step or _has_window(inventory, tokens):
+    step = None if _has_window(inventory, tokens) else _loop_step(inventory, kernel, min(tokens, _LOOKS_AT))
+    if step is None or tokens <= _FIRST_OF_DIRECT * step:
         return _by_chunks(inventory, tokens, *how)
     counts = (step, 2 * step, 3 * step)
     whole = [_by_chunks(inventory, count, *how) for count in counts]
@@ -116,6 +117,7 @@ def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel
 
 _LOOP_STEPS = (16, 64, 256)
 """Lengths of which some is a multiple of whatever a scan does at a time: a token, or a chunk."""
+_LOOKS_AT = 3 * _LOOP_STEPS[-1]
 _FIRST_OF_DIRECT = 12
 """Steps up to which a micro-batch is traced as it is."""
 
@@ -127,16 +129,21 @@ def _through(values: list[int], at: float) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _loop_step(inventory: Inventory, kernel: str) -> int | None:
-    """Tokens that a loop over the sequence does at a time; None when nothing loops, or not by any of `_LOOP_STEPS`."""
+def _loop_step(inventory: Inventory, kernel: str, longest: int) -> int | None:
+    """Tokens that a loop over the sequence does at a time; None when nothing loops, or not by any of `_LOOP_STEPS`.
+
+    No more than `longest` tokens are looked at: a model has positions for no more.
+    """
+    if longest <= _FIRST_OF_DIRECT * _LOOP_STEPS[0]:
+        return None
 
     def ran(tokens: int) -> int:
         return _operations(inventory.samples[0], tokens, kernel)
 
-    if ran(_LOOP_STEPS[0]) == ran(2 * _LOOP_STEPS[-1]):
+    if ran(_LOOP_STEPS[0]) == ran(min(longest, 2 * _LOOP_STEPS[-1])):
         return None
-    for step in _LOOP_STEPS:
-        counts = [ran(times * step) for times in (1, 2, 3, 4)]
+    for step in (one for one in _LOOP_STEPS if 3 * one <= longest):
+        counts = [ran(times * step) for times in (1, 2, 3)]
         growth = {more - fewer for fewer, more in itertools.pairwise(counts)}
         if len(growth) == 1 and growth.pop() > 0:
             return step
@@ -144,10 +151,13 @@ def _loop_step(inventory: Inventory, kernel: str) -> int | None:
 
 
 def _operations(sample: MetaModel, tokens: int, kernel: str) -> int:
-    """Operations of a forward without gradients."""
+    """Operations of a forward without gradients; 0 where it does not run, which `_run` then says."""
     seen = _Operations()
-    with _ready(sample.module, sample.blocks, "off", kernel, full_loss), seen, torch.no_grad():
-        sample.module(*_batch(tokens))
+    try:
+        with _ready(sample.module, sample.blocks, "off", kernel, full_loss), seen, torch.no_grad():
+            sample.module(*_batch(tokens))
+    except Exception:  # any, see `_run`
+        return 0
     return seen.count
 
 
@@ -236,6 +246,28 @@ def _batch(tokens: int) -> tuple[Any, ...]:
 
 def _run(
     sample: MetaModel, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, evaluate: bool, blocks: bool
+) -> _Run:
+    try:
+        return _followed(sample, tokens, checkpointing, kernel, loss, evaluate, blocks)
+    except DistftError:
+        raise
+    except Exception as error:  # any: a forward that looks at values, of which meta has none, or at more than it knows
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        kind = type(sample.module.transformer).__name__
+        raise MachineError(
+            f"{kind} cannot be planned: its forward does not run without numbers ({reason})  "
+            "set [train] micro_batch_size and activation_checkpointing yourself; distft bench measures what they need"
+        ) from error
+
+
+def _followed(
+    sample: MetaModel,
+    tokens: int,
+    checkpointing: str,
+    kernel: str,
+    loss: HeadLoss,
+    evaluate: bool,
+    blocks: bool,
 ) -> _Run:
     module = sample.module
     skipped = contextlib.nullcontext() if blocks else _skipped(sample.blocks, _block_output(sample, kernel))

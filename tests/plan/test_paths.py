@@ -14,6 +14,7 @@ from plan_kit import recipe_of
 from tiny import CPU, batch
 
 from distft.core.accelerators import named
+from distft.core.errors import MachineError
 from distft.model import cross_entropy, load
 from distft.model.adapters import METHODS
 from distft.model.paths import SINGLE, ForwardPath
@@ -31,6 +32,7 @@ PATHS: dict[str, tuple[str, ForwardPath]] = {
     "gemma2": ("gemma2", ForwardPath()),
     "gemma2, own head": ("gemma2", OWN_HEAD),
     "gpt-oss": ("gpt_oss", ForwardPath()),
+    "deepseek_v3": ("deepseek_v3", ForwardPath()),
     "gptj": ("gptj", EAGER),
     "doge": ("doge", SDPA),
     "qwen2, sdpa": ("qwen2", SDPA),
@@ -98,7 +100,7 @@ def test_a_scan_is_read_off_short_ones(tmp_path: Path, mode: str, loss: Any) -> 
     table = ModelTable(path=str(folder), dtype="bfloat16")
     method = METHODS["full"]
     found = inventory.read(table, folder, method, method.params(), path=ALONE)
-    assert trace._loop_step(found, kernels.FLASH) == 16
+    assert trace._loop_step(found, kernels.FLASH, tokens) == 16
     how = (mode, kernels.FLASH, loss)
     read_off = trace.activations(found, tokens=tokens, checkpointing=mode, kernel=kernels.FLASH, loss=loss)
     traced = trace._by_chunks(found, tokens, *how)
@@ -112,7 +114,7 @@ def test_a_scan_is_read_off_short_ones(tmp_path: Path, mode: str, loss: Any) -> 
 def test_what_does_not_loop_is_traced_as_it_is(tmp_path: Path, kind: str) -> None:
     folder = folder_of(kind, tmp_path / "model")
     found = inventory.read(ModelTable(path=str(folder)), folder, METHODS["full"], METHODS["full"].params())
-    assert trace._loop_step(found, kernels.FLASH) is None
+    assert trace._loop_step(found, kernels.FLASH, 256) is None
 
 
 # -- what follows from a path -----------------------------------------------------------------------------------------
@@ -171,6 +173,18 @@ def test_masks_and_scores_stand_in_square(small: Path) -> None:
     assert eager.saved_per_block - fast.saved_per_block == pytest.approx(4 * square * (2 + 4), rel=0.01)
     alone = planned(small, replace(SDPA, documents="single"), *one).memory.activations
     assert alone.saved < fast.saved + square, "one causal document needs no mask"
+
+
+def test_values_of_another_head_size_and_sinks_are_planned_for_a_gpu(tmp_path: Path) -> None:
+    for kind in ("deepseek_v3", "gpt_oss", "gemma2"):
+        folder = folder_of(kind, tmp_path / kind)
+        assert planned(folder, ForwardPath(), "data.max_length=128").memory.activations.saved > 0
+
+
+def test_a_forward_that_looks_at_values_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder = folder_of("jetmoe", tmp_path / "model")
+    with pytest.raises(MachineError, match=r"JetMoeForCausalLM cannot be planned.*set \[train\] micro_batch_size"):
+        planned(folder, SDPA, "data.max_length=128")
 
 
 def test_an_attention_that_is_not_known_is_refused() -> None:
