@@ -26,8 +26,8 @@ EAGER = "eager"
 """The model's own plain products: probabilities of [T, T] for each head are kept."""
 
 
-def of_path(path: ForwardPath) -> str:
-    """Return what stands on the meta device for the attention that a path takes on a GPU.
+def of_path(path: ForwardPath, *, on_cpu: bool = False) -> str:
+    """Return what stands on the meta device for the attention that a path takes on a GPU, or on a CPU.
 
     Raises:
         ValueError: nothing does.
@@ -42,7 +42,8 @@ def of_path(path: ForwardPath) -> str:
     }
     if path.attention not in kinds:
         raise ValueError(f"the planner does not know what attention {path.attention} keeps")
-    return kinds[path.attention]
+    kernel = kinds[path.attention]
+    return {FLASH: CPU, SDPA: SDPA_CPU}.get(kernel, kernel) if on_cpu else kernel
 
 
 def registered(kernel: str) -> str:

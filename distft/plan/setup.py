@@ -27,6 +27,8 @@ class Machine:
     gpu: Accelerator
     gpus_per_node: int
     nodes: int = 1
+    on_cpu: bool = False
+    """Processes compute on a CPU, whose kernels keep other tensors."""
 
     @property
     def world(self) -> int:
@@ -116,8 +118,8 @@ class Setup:
 
     @property
     def kernel(self) -> str:
-        """What stands for the path's attention on a GPU."""
-        return kernels.of_path(self.path)
+        """What stands for the path's attention."""
+        return kernels.of_path(self.path, on_cpu=self.machine.on_cpu)
 
 
 def has_liger() -> bool:

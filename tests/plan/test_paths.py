@@ -44,7 +44,6 @@ PATHS: dict[str, tuple[str, ForwardPath]] = {
     "qwen3_next": ("qwen3_next", ALONE),
 }
 """The path that a CPU proves for each; own heads, which few need, and attention that a recipe may ask for."""
-ON_A_CPU = {kernels.FLASH: kernels.CPU, kernels.SDPA: kernels.SDPA_CPU}
 SETTINGS: dict[str, dict[str, Any]] = {"falcon": {"alibi": True}}
 
 
@@ -81,10 +80,8 @@ def test_peaks_are_those_of_a_real_step_on_the_same_path(tmp_path: Path, name: s
         gradients = {seen.serial(param.grad) for param in module.parameters() if param.grad is not None}
     real = seen.summary(gradients, evaluation={"head": 0, "blocks": 0})
     found = inventory.read(table, folder, method, method.params(), path=path)
-    kernel = kernels.of_path(path)
-    planned = trace.activations(
-        found, tokens=tokens, checkpointing="off", kernel=ON_A_CPU.get(kernel, kernel), loss=cross_entropy.full_loss
-    )
+    kernel, loss = kernels.of_path(path, on_cpu=True), cross_entropy.full_loss
+    planned = trace.activations(found, tokens=tokens, checkpointing="off", kernel=kernel, loss=loss)
     got = (planned.saved, planned.saved + planned.head, planned.saved + planned.block)
     assert got == pytest.approx((real.saved, real.head, real.block), rel=0.05), (name, got, real)
 
@@ -191,8 +188,8 @@ def test_an_attention_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match="paged"):
         kernels.of_path(ForwardPath(attention="paged|eager"))
     for attend in (kernels.flash_attention, kernels.cpu_attention):
-        heads = [torch.empty(1, 2, 8, 16, device="meta") for _ in range(3)]
+        q, k, v = (torch.empty(1, 2, 8, 16, device="meta") for _ in range(3))
         with pytest.raises(ValueError, match="position_bias"):
-            attend(torch.nn.Identity(), *heads, None, position_bias=torch.empty(1))
+            attend(torch.nn.Identity(), q, k, v, None, position_bias=torch.empty(1))
         with pytest.raises(ValueError, match="attention_mask"):
-            attend(torch.nn.Identity(), *heads, torch.empty(1, 1, 8, 8))
+            attend(torch.nn.Identity(), q, k, v, torch.empty(1, 1, 8, 8))
