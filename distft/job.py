@@ -182,7 +182,8 @@ class _Run:
             allow_changes=self.allow_changes,
         )
         self.folder.start(recipe.to_toml(), facts)
-        if placed.rank == 0 and (plan := assemble.planned(self.located, placed.world, self.cut, self.rows)) is not None:
+        here = (self.located, placed.world, self.cut)
+        if placed.rank == 0 and (plan := assemble.planned(*here, self.rows.mean_tokens)) is not None:
             self.folder.write("plan.json", plan)
         hashing = assemble.remember(self.located, self.folder) if placed.rank == 0 else None
         self.folder.note("started", engine=engine.name, world=placed.world, step=state.step)

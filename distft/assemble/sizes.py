@@ -110,10 +110,10 @@ def layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
     return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own), path=path)
 
 
-def planned(located: Recipe, world: int, cut: Layout, rows: Data) -> dict[str, Any] | None:
+def planned(located: Recipe, world: int, cut: Layout, row_tokens: int) -> dict[str, Any] | None:
     """One case of `distft plan --json` for this very run, to hold the measured memory against; None on CPUs.
 
-    A plan that cannot be made is not worth a run.
+    `row_tokens`: of a row on average. A plan that cannot be made is not worth a run.
     """
     machine = _accelerators(world)
     if machine is None:
@@ -124,10 +124,10 @@ def planned(located: Recipe, world: int, cut: Layout, rows: Data) -> dict[str, A
     from distft.plan import inventory
     from distft.plan.case import plan
 
-    method, tokens = located.method, rows.mean_tokens if cut.single else None
+    method = located.method
     try:
         read = inventory.read(located.model, find_folder(located.model), method.spec, method.params, path=cut.path)
-        return plan(located, read, machine, wants=launcher_wants(os.environ), document_tokens=tokens).to_json()
+        return plan(located, read, machine, wants=launcher_wants(os.environ), document_tokens=row_tokens).to_json()
     except DistftError as error:
         return {"why": str(error)}
 

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import itertools
 import warnings
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from distft.model.cross_entropy import HeadLoss, chunk_tokens, chunked_loss, chu
 from distft.model.load import MetaModel
 from distft.plan import kernels as stand_ins
 from distft.plan.inventory import Inventory
+from distft.plan.storages import Run, Storages, key_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +60,6 @@ class Activations:
     def evaluation(self) -> int:
         """Most that exists in a forward without gradients."""
         return max(self.evaluation_head, self.evaluation_block)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One model's figures; every one of them grows by the same amount with each further block."""
-
-    saved: int
-    head: int
-    block: int
-    evaluation_head: int
-    evaluation_block: int
-    traffic: int
-    kernels: int
-    saved_tensors: int
 
 
 def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss) -> Activations:
@@ -246,7 +232,7 @@ def _batch(tokens: int) -> tuple[Any, ...]:
 
 def _run(
     sample: MetaModel, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, evaluate: bool, blocks: bool
-) -> _Run:
+) -> Run:
     try:
         return _followed(sample, tokens, checkpointing, kernel, loss, evaluate, blocks)
     except DistftError:
@@ -268,23 +254,24 @@ def _followed(
     loss: HeadLoss,
     evaluate: bool,
     blocks: bool,
-) -> _Run:
+) -> Run:
     module = sample.module
     skipped = contextlib.nullcontext() if blocks else _skipped(sample.blocks, _block_output(sample, kernel))
     with _ready(module, sample.blocks, checkpointing, kernel, loss), skipped:
         batch = _batch(tokens)
         inputs = [value for value in batch if isinstance(value, Tensor)]
-        own = {_key(tensor) for tensor in [*module.parameters(), *module.buffers(), *inputs]}
-        looked = _Storages(own)
+        own = {key_of(tensor) for tensor in [*module.parameters(), *module.buffers(), *inputs]}
+        looked = Storages(own)
         if evaluate:
             with looked, torch.no_grad(), _marked(sample.blocks[-1], looked):
                 module(*batch)
-        with _Storages(own) as seen, seen.saved():
+        with Storages(own) as seen, seen.saved():
             with _marked(sample.blocks[-1], seen):
                 losses = module(*batch)
-                losses.sum().backward()
+                total = losses.sum() if isinstance(losses, Tensor) else sum(part.sum() for part in losses)
+                total.backward()  # type: ignore[union-attr]
             gradients = {seen.serial(param.grad) for param in module.parameters() if param.grad is not None}
-        del losses
+        del losses, total
         for param in module.parameters():
             param.grad = None
     return seen.summary(gradients, evaluation=looked.most)
@@ -354,7 +341,7 @@ def _skipped(blocks: list[nn.Module], output: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _marked(block: nn.Module, seen: _Storages) -> Iterator[None]:
+def _marked(block: nn.Module, seen: Storages) -> Iterator[None]:
     """Notes where the last block's forward ends and its backward starts."""
 
     def ended(_: nn.Module, __: Any, output: Any) -> None:
@@ -368,108 +355,3 @@ def _marked(block: nn.Module, seen: _Storages) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-_PHASES: tuple[str, ...] = ("blocks", "head", "backward")
-
-
-@dataclass
-class _Event:
-    """A storage that is made or freed, or the start of a phase (serial 0)."""
-
-    phase: str
-    serial: int
-    change: int
-
-
-class _Storages(TorchDispatchMode):
-    """Follows every storage that operations make, until it is freed."""
-
-    def __init__(self, own: set[int]) -> None:
-        super().__init__()
-        self._own = own
-        self._alive: dict[int, tuple[int, int]] = {}
-        self._events: list[_Event] = []
-        self._phase = "blocks"
-        self._serial = 0
-        self._live = 0
-        self.most: dict[str, int] = dict.fromkeys(_PHASES, 0)
-        self._saved: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and takes note of what it made."""
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf)
-        return out
-
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive or key in self._own:
-            return
-        self._serial += 1
-        self._alive[key] = (self._serial, storage.nbytes())
-        self._change(self._serial, storage.nbytes())
-        weakref.finalize(storage, self._freed, key)
-
-    def _freed(self, key: int) -> None:
-        serial, size = self._alive.pop(key)
-        self._change(serial, -size)
-
-    def _change(self, serial: int, change: int) -> None:
-        self._events.append(_Event(self._phase, serial, change))
-        self._live += change
-        self.most[self._phase] = max(self.most[self._phase], self._live)
-
-    def serial(self, tensor: Tensor) -> int:
-        """Number of a living storage that operations made."""
-        return self._alive[_key(tensor)][0]
-
-    def note(self, phase: str) -> None:
-        """What follows belongs to `phase`. Recomputation passes the marks again: a phase starts once, in order."""
-        if _PHASES.index(phase) == _PHASES.index(self._phase) + 1:
-            self._phase = phase
-            self._events.append(_Event(phase, 0, 0))
-
-    def saved(self) -> Any:
-        """Context in which tensors that autograd saves are counted, parameters and inputs left out."""
-
-        def pack(tensor: Tensor) -> Tensor:
-            if _key(tensor) not in self._own:
-                self._follow(tensor)
-                serial, size = self._alive[_key(tensor)]
-                self._saved[serial] = size
-            return tensor
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-
-    def summary(self, gradients: set[int], *, evaluation: dict[str, int]) -> _Run:
-        """Peaks by phase, without the storages that end as gradients of parameters."""
-        live = traffic = kernels = 0
-        most: dict[str, int] = dict.fromkeys(_PHASES, 0)
-        saved = 0
-        for event in self._events:
-            if event.serial == 0 and event.phase == "head":
-                saved = live
-            if event.serial in gradients:
-                continue
-            live += event.change
-            kernels += event.change > 0
-            traffic += max(0, event.change)
-            most[event.phase] = max(most[event.phase], live)
-        return _Run(
-            saved=saved,
-            head=most["head"],
-            block=max(most["blocks"], most["backward"]),
-            evaluation_head=evaluation["head"],
-            evaluation_block=evaluation["blocks"],
-            traffic=traffic,
-            kernels=kernels,
-            saved_tensors=sum(self._saved.values()),
-        )
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -18,7 +18,7 @@ from distft.core.errors import MachineError
 from distft.model import cross_entropy, load
 from distft.model.adapters import METHODS
 from distft.model.paths import SINGLE, ForwardPath
-from distft.plan import inventory, kernels, trace
+from distft.plan import inventory, kernels, storages, trace
 from distft.plan.case import Case, plan
 from distft.plan.setup import Machine
 from distft.recipe import ModelTable
@@ -73,7 +73,7 @@ def test_peaks_are_those_of_a_real_step_on_the_same_path(tmp_path: Path, name: s
     rows = batch(documents(path, tokens))
     given = rows.inputs() | {"labels_T": rows.input_ids_T, "num_supervised": tokens}
     held = [*module.parameters(), *module.buffers(), *(v for v in given.values() if isinstance(v, torch.Tensor))]
-    with trace._Storages({trace._key(tensor) for tensor in held}) as seen, seen.saved():
+    with storages.Storages({storages.key_of(tensor) for tensor in held}) as seen, seen.saved():
         with trace._marked(built.blocks[-1], seen):
             losses = module(**given)
             (losses[0] if isinstance(losses, tuple) else losses).sum().backward()
@@ -172,9 +172,9 @@ def test_masks_and_scores_stand_in_square(small: Path) -> None:
     assert alone.saved < fast.saved + square, "one causal document needs no mask"
 
 
-def test_values_of_another_head_size_and_sinks_are_planned_for_a_gpu(tmp_path: Path) -> None:
-    for kind in ("deepseek_v3", "gpt_oss", "gemma2"):
-        folder = folder_of(kind, tmp_path / kind)
+def test_values_of_another_head_size_sinks_caps_and_router_losses_are_planned_for_a_gpu(tmp_path: Path) -> None:
+    for kind in ("deepseek_v3", "gpt_oss", "gemma2", "mixtral"):
+        folder = folder_of(kind, tmp_path / kind, **({"output_router_logits": True} if kind == "mixtral" else {}))
         assert planned(folder, ForwardPath(), "data.max_length=128").memory.activations.saved > 0
 
 

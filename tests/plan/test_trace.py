@@ -9,7 +9,7 @@ from plan_kit import LLAMA_8B, SMALL, note_row, read, recipe_of, write
 from tiny import batch, build
 
 from distft.model import cross_entropy, savers
-from distft.plan import kernels, trace
+from distft.plan import kernels, storages, trace
 from distft.plan.trace import Activations
 
 QWEN = {
@@ -129,7 +129,7 @@ def test_peaks_are_those_of_a_real_step(small: Path, method: str, mode: str) -> 
     rows = batch([torch.randint(3, 200, (tokens,)).tolist()])
     given = rows.inputs() | {"labels_T": rows.input_ids_T, "num_supervised": tokens}
     held = [*module.parameters(), *module.buffers(), *(v for v in given.values() if isinstance(v, torch.Tensor))]
-    with trace._Storages({trace._key(tensor) for tensor in held}) as seen, seen.saved():
+    with storages.Storages({storages.key_of(tensor) for tensor in held}) as seen, seen.saved():
         with trace._marked(built.blocks[-1], seen):
             module(**given).sum().backward()
         gradients = {seen.serial(param.grad) for param in module.parameters() if param.grad is not None}
