@@ -226,7 +226,7 @@ def _traced(
 def _batch(tokens: int) -> tuple[Any, ...]:
     """One document, every token supervised, as `CausalLM.losses` takes it."""
     ids = torch.zeros(tokens, dtype=torch.long, device="meta")
-    bounds = torch.zeros(2, dtype=torch.int32, device="meta")
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)  # router losses read them
     return (ids, ids, ids, bounds, tokens, tokens)
 
 
