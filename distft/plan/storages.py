@@ -18,15 +18,25 @@ class Run:
 
     saved: int
     head: int
-    block: int
+    blocks: int
+    """Most in their forward."""
+    backward: int
+    """Most in their backward."""
+    root: int
+    """Most after that: the embedding's gradient, which does not grow with the tokens."""
     evaluation_head: int
     evaluation_block: int
     traffic: int
     kernels: int
     saved_tensors: int
 
+    @property
+    def block(self) -> int:
+        """Most outside the head."""
+        return max(self.blocks, self.backward, self.root)
 
-PHASES: tuple[str, ...] = ("blocks", "head", "backward")
+
+PHASES: tuple[str, ...] = ("blocks", "head", "backward", "root")
 
 
 @dataclass
@@ -118,7 +128,9 @@ class Storages(TorchDispatchMode):
         return Run(
             saved=saved,
             head=most["head"],
-            block=max(most["blocks"], most["backward"]),
+            blocks=most["blocks"],
+            backward=most["backward"],
+            root=most["root"],
             evaluation_head=evaluation["head"],
             evaluation_block=evaluation["blocks"],
             traffic=traffic,

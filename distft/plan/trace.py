@@ -53,6 +53,9 @@ class Activations:
     """Written by all operations of forward and backward together."""
     kernels: int
     """Operations of forward and backward that make a tensor: about as many kernels are launched."""
+    peaks: tuple[int, int, int]
+    """Most that exists in the blocks' forward, in their backward, and after it: `block` is the largest beyond `saved`.
+    """
     saved_tensors: int
     """What autograd's saved-tensor hooks see, each storage once: `saved` and what the head keeps."""
 
@@ -88,11 +91,15 @@ def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel
         blocks = [getattr(one, name) - getattr(other, name) for one, other in zip(whole, heads, strict=True)]
         return round(_through(blocks, tokens / step)) + getattr(head, name)
 
+    first, second, third = ([one.peaks[phase] for one in whole] for phase in range(3))
+    peaks = tuple(round(_through(values, tokens / step)) for values in (first, second, third))
+    assert len(peaks) == 3
     return Activations(
         saved=of_blocks("saved"),
         saved_per_block=of_blocks("saved_per_block"),
         head=of_both("head"),
-        block=of_blocks("block"),
+        block=max(0, max(peaks) - of_blocks("saved")),
+        peaks=peaks,
         evaluation_head=of_both("evaluation_head"),
         evaluation_block=of_blocks("evaluation_block"),
         traffic=of_both("traffic"),
@@ -179,9 +186,14 @@ def _by_chunks(
         return _traced(inventory, tokens, *how)
     near, far = (_traced(inventory, count * chunk, *how) for count in (3, 4))
     beyond = (tokens - 4 * chunk) / chunk
-    return Activations(
-        **{name: round(there + beyond * (there - vars(near)[name])) for name, there in vars(far).items()}
-    )
+
+    def drawn(there: int, before: int) -> int:
+        return round(there + beyond * (there - before))
+
+    line = {name: drawn(there, vars(near)[name]) for name, there in vars(far).items() if name != "peaks"}
+    forward, backward, root = (drawn(*pair) for pair in zip(far.peaks, near.peaks, strict=True))
+    line["block"] = max(0, max(forward, backward, root) - line["saved"])
+    return Activations(peaks=(forward, backward, root), **line)
 
 
 @functools.lru_cache(maxsize=512)
@@ -210,11 +222,13 @@ def _traced(
         return getattr(last, name) + step * (inventory.num_blocks - inventory.depths[-1])
 
     saved = whole("saved")
+    peaks = (whole("blocks"), whole("backward"), whole("root"))
     return Activations(
         saved=saved,
         saved_per_block=last.saved - first.saved if len(runs) > 1 else last.saved // inventory.num_blocks,
         head=max(0, whole("head") - saved),
-        block=max(0, whole("block") - saved),
+        block=max(0, max(peaks) - saved),
+        peaks=peaks,
         evaluation_head=last.evaluation_head,  # nothing is kept for a backward pass, so depth does not matter
         evaluation_block=last.evaluation_block,
         traffic=whole("traffic"),
@@ -263,10 +277,10 @@ def _followed(
         own = {key_of(tensor) for tensor in [*module.parameters(), *module.buffers(), *inputs]}
         looked = Storages(own)
         if evaluate:
-            with looked, torch.no_grad(), _marked(sample.blocks[-1], looked):
+            with looked, torch.no_grad(), _marked(sample.blocks, looked):
                 module(*batch)
         with Storages(own) as seen, seen.saved():
-            with _marked(sample.blocks[-1], seen):
+            with _marked(sample.blocks, seen):
                 losses = module(*batch)
                 total = losses.sum() if isinstance(losses, Tensor) else sum(part.sum() for part in losses)
                 total.backward()  # type: ignore[union-attr]
@@ -341,8 +355,8 @@ def _skipped(blocks: list[nn.Module], output: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _marked(block: nn.Module, seen: Storages) -> Iterator[None]:
-    """Notes where the last block's forward ends and its backward starts."""
+def _marked(blocks: list[nn.Module], seen: Storages) -> Iterator[None]:
+    """Notes where the last block's forward ends and its backward starts, and where the first one's backward ends."""
 
     def ended(_: nn.Module, __: Any, output: Any) -> None:
         seen.note("head")
@@ -350,8 +364,14 @@ def _marked(block: nn.Module, seen: Storages) -> Iterator[None]:
         if hidden.requires_grad:
             hidden.register_hook(lambda grad: seen.note("backward"))
 
-    hook = block.register_forward_hook(ended)
+    def began(_: nn.Module, given: Any, beside: Any) -> None:
+        hidden = next((leaf for leaf in tree_leaves((given, beside)) if isinstance(leaf, Tensor)), None)
+        if hidden is not None and hidden.requires_grad:
+            hidden.register_hook(lambda grad: seen.note("root"))
+
+    hooks = [blocks[-1].register_forward_hook(ended), blocks[0].register_forward_pre_hook(began, with_kwargs=True)]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
