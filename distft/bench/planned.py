@@ -35,6 +35,7 @@ class Planning:
 
     def _plan(self, case: Case, record: dict[str, Any]) -> dict[str, Any]:
         from distft.model import load
+        from distft.model.paths import ForwardPath
         from distft.plan import memory, state
         from distft.plan.case import plan
         from distft.plan.machine import of_size
@@ -42,7 +43,8 @@ class Planning:
         from distft.plan.setup import Machine
         from distft.recipe import parse_recipe
 
-        ran = record.get("ran") or _as_asked(record)
+        asked = _as_asked(record)
+        ran = asked | (record.get("ran") or {})  # records of older versions say less
         own = case.recipe
         changes = [
             *engine_override(own, ran["engine"]),
@@ -55,12 +57,15 @@ class Planning:
         gib = (ran["device_bytes"] or record["hardware"]["memory_gib"] * GIB / case.world) / GIB
         known = accelerators.of_device(ran["device"])
         gpu = replace(known, memory_gib=gib) if known is not None else of_size(gib)
-        machine = Machine(gpu=gpu, gpus_per_node=case.world)
+        machine = Machine(gpu=gpu, gpus_per_node=case.world, on_cpu=ran["device"] == "cpu")
         folder = str(load.find_folder(located.model))
         if folder not in self._planners:
             self._planners[folder] = Planner(path=case.key, overrides=(), folder=Path(folder), machine=machine)
-        inventory = self._planners[folder].inventory(located)
-        found = plan(located, inventory, machine, liger=ran["cross_entropy"] == "fused")
+        planner, path = self._planners[folder], ran["path"]
+        planner.path_of_model = None if path is None else ForwardPath(**path)
+        inventory = planner.inventory(located)
+        fused = ran["cross_entropy"] == "fused"
+        found = plan(located, inventory, machine, liger=fused, document_tokens=ran["row_tokens"])
         fixed = memory.CONTEXT_BYTES + (memory.NCCL_BYTES if case.world > 1 else 0)
         ranks = [
             state.of_rank(
@@ -97,6 +102,8 @@ def _as_asked(record: dict[str, Any]) -> dict[str, Any]:
         "micro_batch_size": case["micro_batch_size"] if case["micro_batch_size"] != "auto" else 1,
         "activation_checkpointing": wanted if wanted != "auto" else "full" if gpus else "off",
         "cross_entropy": loss if loss != "auto" else "chunked",
+        "path": None,
+        "row_tokens": None,
         "device": gpus[0] if gpus else "cpu",
         "device_bytes": None,
     }

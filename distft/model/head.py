@@ -55,7 +55,9 @@ def _trunks(lm: Any) -> list[str]:
 
 
 def _observed(lm: Any, trunk: nn.Module, head: nn.Linear) -> LogitRule | None:
-    hidden_1TE = torch.linspace(-2.0, 2.0, _POSITIONS * head.in_features).reshape(1, _POSITIONS, -1)
+    # Numbers that bf16 has too: Mamba converts hidden states to the head's type, which must change nothing here.
+    line = torch.linspace(-2.0, 2.0, _POSITIONS * head.in_features).to(torch.bfloat16).float()
+    hidden_1TE = line.reshape(1, _POSITIONS, -1)
     # From values that no cap bends to values that every cap flattens.
     size_V = torch.logspace(-3, 6, head.out_features)
     sign_V = torch.where(torch.arange(head.out_features) % 2 == 0, 1.0, -1.0)

@@ -325,13 +325,18 @@ def untrained(config: Any, kernel: str) -> Any:
 
 
 def blocks_of(lm: Any) -> list[nn.Module]:
-    """The repeated transformer blocks of a transformers model, in order.
+    """The repeated transformer blocks of a transformers model, in order; none inside another (Mamba names both).
 
     Raises:
         MachineError: the architecture does not say which modules they are.
     """
     kinds = set(lm._no_split_modules or ())
-    blocks = [module for module in lm.modules() if type(module).__name__ in kinds]
+    blocks: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in lm.modules():  # an outer module comes before what it holds
+        if type(module).__name__ in kinds and id(module) not in inside:
+            blocks.append(module)
+            inside |= {id(part) for part in module.modules()}
     if not blocks:
         raise MachineError(f"{type(lm).__name__} does not name its blocks (_no_split_modules), so it cannot be sharded")
     return blocks

@@ -16,6 +16,7 @@ from distft.model.attention_shape import largest_attention
 from distft.plan import state as states
 from distft.plan.answering import Asking, asking
 from distft.plan.inventory import ROOT, Inventory
+from distft.plan.kernels import EAGER
 from distft.plan.setup import Setup
 from distft.plan.state import FP32, State
 from distft.plan.trace import Activations, activations
@@ -278,15 +279,20 @@ def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> P
     whole = largest * item + FP32 * -(-largest // 64)
     shape = largest_attention(inventory.config)
     heads, head_dim = shape.heads, shape.head_dim
-    accumulator = FP32 * setup.tokens * heads * head_dim
+    accumulator = 0 if setup.kernel == EAGER else FP32 * setup.tokens * heads * head_dim
     fresh = _fresh_gradient(inventory, setup)
     return Part(
         name="workspace",
         num_bytes=kept.block + whole + accumulator + fresh,
         formula=f"traced temporaries of one block {_gib(kept.block)}"
         + (f" + one dequantised weight {_gib(whole)}" if largest else "")
-        + f" + flash backward's fp32 query gradients 4 x {setup.tokens:,} tokens x {heads} heads x {head_dim} "
-        f"= {_gib(accumulator)}" + (f" + largest new gradient before it is added {_gib(fresh)}" if fresh else ""),
+        + (
+            f" + flash backward's fp32 query gradients 4 x {setup.tokens:,} tokens x {heads} heads x {head_dim} "
+            f"= {_gib(accumulator)}"
+            if accumulator
+            else ""
+        )
+        + (f" + largest new gradient before it is added {_gib(fresh)}" if fresh else ""),
     )
 
 
@@ -343,12 +349,13 @@ def _activation_parts(setup: Setup, kept: Activations) -> tuple[Part, ...]:
             name="activations",
             num_bytes=kept.saved,
             formula=f"traced on the meta device: {_gib(kept.saved_per_block)} a block for {setup.tokens:,} tokens, "
-            f"checkpointing {setup.checkpointing}",
+            f"checkpointing {setup.checkpointing}" + (f"; {path}" if (path := setup.path.describe()) else ""),
         ),
         Part(
             name="logits",
             num_bytes=kept.head,
-            formula=f"traced: beyond the saved activations while head and loss ({setup.loss}) run",
+            formula=f"traced: beyond the saved activations while head and loss ({setup.loss}) run"
+            + ("; all logits exist at once" if setup.loss == "own" else ""),
         ),
     )
 

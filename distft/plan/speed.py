@@ -13,6 +13,7 @@ from distft.model.cross_entropy import chunked_loss
 from distft.plan.inventory import ROOT, Inventory
 from distft.plan.memory import Memory, Part
 from distft.plan.setup import Setup
+from distft.plan.trace import activations
 
 MATMUL_RATE = 0.78
 """Share of the bf16 peak that large matrix products reach (an H200: 790 of 989 TFLOP/s measured)."""
@@ -74,8 +75,13 @@ class Speed:
 
 def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
     """Predicted speed of a run that fits."""
-    gpu, world, tokens = setup.machine.gpu, setup.machine.world, setup.tokens
-    length = setup.recipe.data.max_length
+    gpu, world, tokens = setup.machine.gpu, setup.machine.world, setup.usual_tokens
+    length = tokens if setup.single else setup.recipe.data.max_length
+    kept = memory.activations
+    if tokens != setup.tokens:
+        kept = activations(
+            inventory, tokens=tokens, checkpointing=setup.checkpointing, kernel=setup.kernel, loss=setup.head_loss
+        )
     matmul, again = _matmul_flops(inventory, setup)
     forward_attention = _attention_flops(inventory, length)
     attention, attention_again = 3.5 * forward_attention, forward_attention if setup.checkpointing == "full" else 0.0
@@ -83,7 +89,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         (matmul + again) / (MATMUL_RATE * gpu.bf16_flops)
         + (attention + attention_again) / (ATTENTION_RATE * gpu.bf16_flops)
     )
-    moved = memory.activations.traffic * (1 + READS_PER_WRITE)
+    moved = kept.traffic * (1 + READS_PER_WRITE)
     four_bit = sum(param.numel for param in inventory.params if param.double is not None)
     passes = 2 if setup.checkpointing == "off" else 3
     moved += four_bit * DEQUANTISED_BYTES * passes
@@ -92,7 +98,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
     link, inside = (LINK_RATE * rate for rate in (setup.machine.link_bytes_per_s, setup.machine.gpu.link_bytes_per_s))
     micro_sent_s = sends.micro / link + sends.micro_inside / inside
     step_sent_s = sends.step / link + sends.step_inside / inside
-    launch_s = memory.activations.kernels * LAUNCH_S
+    launch_s = kept.kernels * LAUNCH_S
     micro_s = max(compute_s + memory_s, micro_sent_s, launch_s)
     if setup.offload == "all":  # weights come for forward and backward, gradients go; DeepSpeed overlaps little of it
         stored = sum(param.stored_bytes for param in inventory.params) / world
@@ -139,7 +145,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
             Part(
                 name="launches of a micro-batch, us",
                 num_bytes=round(launch_s * 1e6),
-                formula=f"{memory.activations.kernels:,} traced operations x {LAUNCH_S * 1e6:g} us: the least there is",
+                formula=f"{kept.kernels:,} traced operations x {LAUNCH_S * 1e6:g} us: the least there is",
             ),
             Part(
                 name="sent per micro-batch, bytes",

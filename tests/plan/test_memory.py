@@ -149,7 +149,8 @@ def test_answers_need_a_cache_and_auto_takes_what_fits(llama8b: Path) -> None:
     def asking(**settings: object) -> tuple[int, int]:
         said = {"name": "s", "path": "a.jsonl", "scores": [{"name": "exact_match"}], "max_new_tokens": 512} | settings
         table = ", ".join(f"{key} = {json.dumps(value).replace(': ', ' = ')}" for key, value in said.items())
-        held = case(llama8b, ONE, 'method.name="qlora"', "data.max_length=2048", f"eval.answers=[{{ {table} }}]").memory
+        asks = f"eval.answers=[{{ {table} }}]"
+        held = case(llama8b, ONE, *FULL, 'method.name="qlora"', "data.max_length=2048", asks).memory
         part = next(one.num_bytes for one in held.parts if one.name.startswith("answers"))
         return part, held.phases.answers
 
@@ -159,7 +160,7 @@ def test_answers_need_a_cache_and_auto_takes_what_fits(llama8b: Path) -> None:
     assert one > cache
     assert two == pytest.approx(2 * one + mask, rel=1e-6), "rows of several lengths are padded"
     assert asking(batch_size=16) == asking(batch_size="auto"), "32,768 tokens of prompts at once"
-    small = case(llama8b, ONE, 'method.name="qlora"', "data.max_length=2048")
+    small = case(llama8b, ONE, *FULL, 'method.name="qlora"', "data.max_length=2048")
     assert small.memory.phases.answers == 0
     part, phase = asking()
     assert small.memory.phases.evaluation < phase < small.memory.phases.evaluation + 1.1 * part

@@ -1,4 +1,4 @@
-"""LoRA's product added to the layer's in one pass: PEFT's own forward takes six over [tokens, out], and one more in 4 bits.
+"""LoRA's product added to the layer's in one pass; PEFT's own forward makes six over [tokens, out], in 4 bits seven.
 
 For N tokens, in I and out O features and rank R, PEFT computes `W x + (B (A x)) * s`: it writes B's product, reads and
 writes it again to scale it, and reads and writes both sums. Here s scales [N, R], and B's product is added where W's
