@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-dist test-faults test-cluster test-resume test-all test-gpu bench-gpu golden architectures schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-dist test-faults test-cluster test-resume test-all test-gpu bench-gpu golden architectures schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -46,6 +46,10 @@ test-plan: setup
 # State bytes of every engine, method, optimizer and type, planned against counted (make test alternates the types).
 test-plan-grid: setup
 	DISTFT_PLAN_GRID=1 $(BIN)/python -m pytest tests/dist/test_plan_exact.py
+
+# Mixtures of experts: every model, method and engine (make test has a covering part of them).
+test-moe: setup
+	DISTFT_MOE_GRID=1 $(BIN)/python -m pytest tests/dist/test_moe.py
 
 # Two files at a time: a launch waits for its imports and for its peers as much as it computes.
 test-dist: setup
