@@ -123,7 +123,8 @@ def varlen_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         )
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    # Laid out as [B, T, H, D], as transformers' own: some models view what they get as [T, H · D].
+    return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1), None
 
 
 def single_attention(

@@ -22,6 +22,7 @@ from distft.core.errors import MachineError
 from distft.core.pulse import PULSE
 from distft.model import attention, cross_entropy, head, quantize, router
 from distft.model.adapters import MethodSpec
+from distft.model.blocks import blocks_of
 from distft.model.causal import CausalLM
 from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
@@ -307,19 +308,6 @@ def auto_class(config: Any) -> Any:
 def untrained(config: Any, kernel: str) -> Any:
     """The transformers model of a config, its weights as they come, on the default device."""
     return auto_class(config).from_config(config, attn_implementation=kernel)
-
-
-def blocks_of(lm: Any) -> list[nn.Module]:
-    """The repeated transformer blocks of a transformers model, in order.
-
-    Raises:
-        MachineError: the architecture does not say which modules they are.
-    """
-    kinds = set(lm._no_split_modules or ())
-    blocks = [module for module in lm.modules() if type(module).__name__ in kinds]
-    if not blocks:
-        raise MachineError(f"{type(lm).__name__} does not name its blocks (_no_split_modules), so it cannot be sharded")
-    return blocks
 
 
 def _source(table: ModelTable, folder: Path, lm: Any, seed: int, dtype: torch.dtype) -> Source:

@@ -67,6 +67,8 @@ def small_copies(config: Any, *, depth: int, max_length: int) -> Iterator[Any]:
     for level in LEVELS:
         small = copy.deepcopy(config)
         text = small.get_text_config(decoder=True)
+        if text is not small and all(part is not text for part in vars(small).values()):
+            text = small  # a decoder that shares one config with its encoder: what was given is a copy
         _shorten(text, depth)
         _shorten_towers(small, text)
         _limit_sight(text, max_length)
@@ -78,19 +80,24 @@ def small_copies(config: Any, *, depth: int, max_length: int) -> Iterator[Any]:
         yield small
 
 
-def distinct_depth(blocks: list[Any]) -> int:
-    """Return the length of the shortest prefix of `blocks` that holds every kind of block, at most MAX_BLOCKS.
+def distinct_depth(blocks: list[Any], *, times: int = 1) -> int:
+    """Return the length of the shortest prefix of `blocks` that holds every kind of block, at most `times` MAX_BLOCKS.
 
     Two blocks are of one kind when their modules have the same classes, plain attributes and parameter shapes.
+
+    Args:
+        blocks: of the whole model.
+        times: blocks of each kind, where there are so many; two where blocks of one kind share weights.
     """
-    seen: set[Any] = set()
+    most = times * MAX_BLOCKS
+    seen: dict[Any, int] = {}
     depth = 1
     for index, block in enumerate(blocks[: 4 * MAX_BLOCKS]):
         kind = _kind(block)
-        if kind not in seen:
-            seen.add(kind)
+        seen[kind] = seen.get(kind, 0) + 1
+        if seen[kind] <= times:
             depth = index + 1
-    return max(min(depth, MAX_BLOCKS), min(2, len(blocks)))
+    return max(min(depth, most), min(2, len(blocks)))
 
 
 def _kind(block: Any) -> tuple[Any, ...]:
@@ -117,7 +124,7 @@ def _get(text: Any, name: str, default: Any = None) -> Any:
 def _set(text: Any, name: str, value: Any) -> None:
     """Set an attribute that the config has; one that follows from others cannot be set."""
     if _get(text, name) is not None:
-        with contextlib.suppress(AttributeError):
+        with contextlib.suppress(AttributeError, NotImplementedError):
             setattr(text, name, value)
 
 
@@ -130,10 +137,16 @@ def _shorten(text: Any, depth: int) -> None:
     if isinstance(shared, int) and shared > 0:
         text.num_kv_shared_layers = max(1, depth // 3)
     text.num_hidden_layers = min(whole, depth)
+    stack = _get(text, "num_layers_per_stack")  # HRM: a stack is passed several times, and each pass counts
+    if isinstance(stack, int):
+        text.num_layers_per_stack = min(stack, depth)
+        text.num_hidden_layers = whole // stack * text.num_layers_per_stack
     if getattr(text, "is_heterogeneous", False):  # what single layers override
         overrides = text._heterogeneity_spec.per_layer_overrides
         for layer in [index for index in overrides if index >= depth]:
             del overrides[layer]
+    if isinstance(_get(text, "decoder_layers"), int):
+        text.decoder_layers = min(text.decoder_layers, depth)
     for name in ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"):
         _set(text, name, 0)
 
@@ -162,7 +175,7 @@ def _limit_sight(text: Any, max_length: int) -> None:
     rope = _get(text, "rope_parameters")
     positions = _get(text, "max_position_embeddings")
     if isinstance(positions, int):  # a table of learned positions cannot be exceeded, a rope can
-        text.max_position_embeddings = 2 * _SHORT if rope and positions < max_length else _LONG
+        _set(text, "max_position_embeddings", 2 * _SHORT if rope and positions < max_length else _LONG)
     for table in _ropes(rope):
         trained = table.get("original_max_position_embeddings")
         if isinstance(trained, (int, float)):
@@ -197,9 +210,11 @@ def _narrow(text: Any) -> None:
         ("num_attention_heads", heads_small),
         ("num_key_value_heads", kv_small),
         ("head_dim", dim_small),
+        ("decoder_attention_heads", heads_small),
+        ("encoder_attention_heads", heads_small),
     ):
         _set(text, name, value)
-    for name in ("word_embed_proj_dim", "embedding_size", "attention_hidden_size"):
+    for name in ("word_embed_proj_dim", "embedding_size", "embedding_dim", "attention_hidden_size"):
         if _get(text, name) == hidden:
             setattr(text, name, hidden_small)
     for name in _INNER:

@@ -34,6 +34,10 @@ TEXTS = [
     "The end.",
     "The tree had leaves. The leaves were green.",
 ]
+_QWEN4 = {
+    "num_experts": 4, "num_experts_per_tok": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256,
+    "indexer_budget": 32, "indexer_compress_ratio": 4,
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "hunyuan_v1_dense": {"head_dim": 128},
@@ -46,7 +50,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "codegen": {"n_embd": 64, "n_head": 4, "rotary_dim": 8, "n_layer": 2},
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "expand": 2},
     "zamba2": {"hidden_size": 64, "num_mem_blocks": 1},
-    "qwen4_exp": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
 }
 """What a config of each kind must say where its defaults make no valid model."""
 
