@@ -178,8 +178,11 @@ class MetaModel:
         if not pending:
             return
         if self._method.owns(f"{name}.x") and self._method.fresh is not None:
+            # Copies, so that no parameter is a view of another.
             values = {
-                short: self._method.fresh(f"{name}.{short}", self.module.lm, meta, self._generator(f"{name}.{short}"))
+                short: self._method.fresh(
+                    f"{name}.{short}", self.module.lm, meta, self._generator(f"{name}.{short}")
+                ).clone()
                 for short, meta in pending.items()
             }
         else:
@@ -195,7 +198,7 @@ class MetaModel:
             if any(param is not None for param in rest._parameters.values()):
                 values |= self._source.values(base, rest, device)
         for short, meta in pending.items():
-            module._parameters[short] = self._real(module, short, meta, values[short], device)
+            module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
 
     def _shared(self, name: str, meta: Tensor) -> nn.Parameter:
         """The parameter that was filled under another name."""
@@ -217,8 +220,7 @@ class MetaModel:
                     f"{self._names[id(module)]}.{short} has shape {tuple(value.shape)} in the "
                     f"weights and {tuple(meta.shape)} in the config"
                 )
-            # A copy, so that no parameter is a view of a mapped file or of another parameter.
-            real = nn.Parameter(value.to(device, meta.dtype, copy=True), requires_grad=meta.requires_grad)
+            real = nn.Parameter(value.to(device, meta.dtype), requires_grad=meta.requires_grad)
         self._filled[id(meta)] = (meta, weakref.ref(real))  # keeps `meta` alive: its id must not be reused
         return real
 

@@ -188,11 +188,12 @@ class Reference:
 
         Ropes that depend on the length of the text give others than the whole probe's.
         """
-        lm = self._fresh("eager")
-        prefixes = [[ids[: len(prompt) + number] for number in range(NEW_TOKENS)] for ids, prompt in self._prompts()]
-        return [
-            [copy.deepcopy(lm)(input_ids=ids[None], use_cache=False).logits[0, -1] for ids in row] for row in prefixes
-        ]
+        answers: list[list[Tensor]] = []
+        for ids, prompt in self._prompts():
+            lm = self._fresh("eager")  # anew, because some models remember the longest text that they have seen
+            prefixes = [ids[: len(prompt) + number] for number in range(NEW_TOKENS)]
+            answers.append([lm(input_ids=prefix[None], use_cache=False).logits[0, -1] for prefix in prefixes])
+        return answers
 
     def _prompts(self) -> list[tuple[Tensor, Tensor]]:
         """(probe, the part of it that is continued)."""

@@ -25,14 +25,12 @@ from distft.model.verdict import Verdict
 
 _LETTERS = " .,abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 TEXTS = [
-    "One day a girl found a needle.",
-    "Once upon a time there was a little car. It was red.",
-    "A fish swam near the shore. He saw a crab.",
+    "A girl found a needle.",
+    "Once there was a car. It was red.",
     "No.",
-    "They went home and had tea with a bear.",
-    "Rain fell on the red roof all night. Rain fell on it all day.",
+    "Rain fell.",
+    "They had tea with a bear.",
     "The end.",
-    "The tree had leaves. The leaves were green.",
 ]
 _QWEN4 = {
     "num_experts": 4, "num_experts_per_tok": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256,
@@ -164,11 +162,12 @@ def page() -> str:
 
 
 def loss_of(lm: Any, rows: list[Tensor]) -> float:
-    """Return transformers' own loss, each document alone in a fresh copy, mean over all predicted tokens."""
+    """Return transformers' own loss, each document alone, mean over all predicted tokens."""
     total = count = 0.0
+    lm.eval()
     for ids in rows:
         with torch.no_grad():
-            loss = copy.deepcopy(lm).eval()(input_ids=ids[None], labels=ids[None], use_cache=False).loss
+            loss = lm(input_ids=ids[None], labels=ids[None], use_cache=False).loss
         total += loss.double().item() * (len(ids) - 1)
         count += len(ids) - 1
     return total / count
