@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distft.core import hub
 from distft.core.errors import MachineError
 from distft.core.pulse import PULSE
-from distft.model import attention, cross_entropy, head, quantize, router
+from distft.model import attention, cross_entropy, head, quantize, router, skeleton
 from distft.model.adapters import MethodSpec
 from distft.model.blocks import blocks_of
 from distft.model.causal import CausalLM
@@ -41,28 +40,10 @@ def find_folder(table: ModelTable) -> Path:
     Raises:
         RecipeError: neither a folder with a config.json nor a hub id that can be had.
     """
-    folder = Path(table.path).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists() or table.path.startswith((".", "/", "~")) or table.path.count("/") != 1:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else ""
-        said = (
-            f"the folder has no config.json (it holds: {found or 'nothing'})" if folder.is_dir() else "no such folder"
-        )
-        raise mistake(f'[model] path = "{table.path}"  {said}', "a folder with config.json, or a hub id owner/name")
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     wanted = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"]
     if table.init == "random":
         wanted.remove("*.safetensors")
-    try:
-        return hub.snapshot(table.path, table.revision, wanted)
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise mistake(
-            f'[model] path = "{table.path}"  no such folder here, and the hub did not give it: {reason}',
-            "log in for gated models, or download it once and give the folder",
-        ) from error
+    return skeleton.find(table, wanted)
 
 
 def read_config(folder: Path) -> Any:

@@ -135,8 +135,8 @@ def _shorten(text: Any, depth: int) -> None:
             setattr(text, key, type(value)(value[:depth]))
     shared = _get(text, "num_kv_shared_layers", 0)
     if isinstance(shared, int) and shared > 0:
-        text.num_kv_shared_layers = max(1, depth // 3)
-    text.num_hidden_layers = min(whole, depth)
+        text.num_kv_shared_layers = min(whole, depth) if shared == whole else max(1, depth // 3)
+    _set(text, "num_hidden_layers", min(whole, depth))
     stack = _get(text, "num_layers_per_stack")  # HRM: a stack is passed several times, and each pass counts
     if isinstance(stack, int):
         text.num_layers_per_stack = min(stack, depth)
@@ -145,8 +145,9 @@ def _shorten(text: Any, depth: int) -> None:
         overrides = text._heterogeneity_spec.per_layer_overrides
         for layer in [index for index in overrides if index >= depth]:
             del overrides[layer]
-    if isinstance(_get(text, "decoder_layers"), int):
-        text.decoder_layers = min(text.decoder_layers, depth)
+    for name in ("decoder_layers", "num_decoder_layers"):
+        if isinstance(_get(text, name), int):
+            setattr(text, name, min(getattr(text, name), depth))
     for name in ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"):
         _set(text, name, 0)
 
@@ -156,7 +157,7 @@ def _shorten_towers(config: Any, text: Any) -> None:
     for part in vars(config).values():
         if part is text or not hasattr(part, "to_json_string"):
             continue
-        for name in ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "num_global_layers"):
+        for name in ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "num_global_layers", "num_blocks"):
             _set(part, name, 1)
         for name, value in list(vars(part).items()):
             if name.endswith(("_indexes", "_indices", "_layers")) and isinstance(value, list):
@@ -214,6 +215,9 @@ def _narrow(text: Any) -> None:
         ("encoder_attention_heads", heads_small),
     ):
         _set(text, name, value)
+    if isinstance(_get(text, "attention_head_dim"), int):  # Zamba: attention over the hidden state and the embedding
+        wide = text.attention_hidden_size // hidden * hidden_small
+        text.attention_hidden_size, text.attention_head_dim = wide, wide // heads_small
     for name in ("word_embed_proj_dim", "embedding_size", "embedding_dim", "attention_hidden_size"):
         if _get(text, name) == hidden:
             setattr(text, name, hidden_small)
@@ -326,7 +330,7 @@ def _fewer_experts(text: Any) -> None:
 
 def _small_vocabulary(config: Any, text: Any) -> None:
     for part in {id(config): config, id(text): text}.values():
-        for name in ("vocab_size", "vocab_size_per_layer_input"):
+        for name in ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"):
             value = _get(part, name)
             if isinstance(value, int) and value > VOCABULARY:
                 setattr(part, name, VOCABULARY)

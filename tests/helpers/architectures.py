@@ -32,6 +32,10 @@ TEXTS = [
     "They had tea with a bear.",
     "The end.",
 ]
+_GEMMA4_ASSISTANT = {
+    "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+    "num_hidden_layers": 4, "num_kv_shared_layers": 4,
+}  # fmt: skip
 _QWEN4 = {
     "num_experts": 4, "num_experts_per_tok": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256,
     "indexer_budget": 32, "indexer_compress_ratio": 4,
@@ -48,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "codegen": {"n_embd": 64, "n_head": 4, "rotary_dim": 8, "n_layer": 2},
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "expand": 2},
     "zamba2": {"hidden_size": 64, "num_mem_blocks": 1},
+    "gemma4_assistant": {"text_config": _GEMMA4_ASSISTANT},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
