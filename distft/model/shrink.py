@@ -1,7 +1,8 @@
 """A small copy of a model's config: every kind of block and every rule of its arithmetic, at widths of a few dozen.
 
 Sizes that say how far a token sees (windows, chunks, positions that a rope was trained for) keep their relation to the
-run's longest document: what a document of the run exceeds, a probe of the proof exceeds too.
+run's longest document: what a document of the run exceeds, a probe of the proof exceeds too. What no document exceeds
+the packed probes do, as packed rows may.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _SIGHT = (
 """Sizes in tokens that change what a position sees, once a document is longer."""
 _CHUNKS = ("chunk_size", "mamba_chunk_size", "block_size", "index_block_size")
 """Tokens that a kernel takes at a time; results do not depend on them, but code paths do."""
-_SHORT, _LONG = 4, 64
+_SHORT, _LONG = 4, 32
+"""Tokens that a probe exceeds; tokens that no probe exceeds, but that all of them laid end to end do: what counts along
+the row instead of along the document shows."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ def proven(
         ("gpt_neo", "chunked", "eager", "packed", "batched"),
         ("lfm2", "chunked", SINGLE, "single", "batched"),  # a convolution along the row
         ("falcon_h1", "chunked", SINGLE, "single", "batched"),
+        ("llama4_text", "chunked", SINGLE, "single", "batched"),  # scales of scores count along the row
         ("bloom", "chunked", "eager", "single", "batched"),  # ALiBi counts from the row's beginning
         ("qwen3_next", "chunked", SINGLE, "single", "batched"),
         ("recurrent_gemma", "chunked", SINGLE, "single", "single"),
@@ -106,7 +107,7 @@ def test_in_single_precision_tolerances_follow_the_models_own_rounding(kind: str
 
 
 def drop(*, cap: bool = False, sink: bool = False) -> Callable[..., torch.Tensor]:
-    right = attention._capped
+    right: Callable[..., torch.Tensor] = attention._capped
 
     def without(*given: Any) -> torch.Tensor:
         *rest, softcap, sink_H = given
