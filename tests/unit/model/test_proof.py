@@ -46,10 +46,9 @@ def proven(
         ("afmoe", "chunked", VARLEN, "packed", "batched"),  # views what attention gives
         ("biogpt", "chunked", VARLEN, "packed", "batched"),  # does not name its blocks
         ("stablelm", "chunked", "sdpa", "packed", "batched"),
-        ("gpt_neo", "chunked", "eager", "packed", "batched"),
+        ("gpt_neo", "chunked", "eager", "single", "batched"),  # a mask of as many tokens as it has positions
         ("lfm2", "chunked", SINGLE, "single", "batched"),  # a convolution along the row
         ("falcon_h1", "chunked", SINGLE, "single", "batched"),
-        ("llama4_text", "chunked", SINGLE, "single", "batched"),  # scales of scores count along the row
         ("bloom", "chunked", "eager", "single", "batched"),  # ALiBi counts from the row's beginning
         ("qwen3_next", "chunked", SINGLE, "single", "batched"),
         ("recurrent_gemma", "chunked", SINGLE, "single", "single"),
@@ -96,6 +95,13 @@ def test_ropes_that_depend_on_the_longest_text_are_packed_only_within_the_origin
     assert within is not None
     assert beyond is not None
     assert (within.documents, beyond.documents) == ("packed", "single")
+
+
+def test_what_counts_along_the_packed_row_is_not_packed() -> None:
+    """Llama 4 scales scores by the place in the row, beyond a length that no document reaches and packed rows do."""
+    path = proven(small_config("llama4_text"), max_length=32).path
+    assert path is not None
+    assert (path.attention, path.documents, path.generation) == (SINGLE, "single", "batched")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "apertus", "hrm_text", "granite"])
