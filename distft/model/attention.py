@@ -144,7 +144,8 @@ def varlen_attention(
     for start, end in pairwise(bounds):
         q, k, v = (x[:, :, start:end] for x in (query_BHTD, key_BGTD, value_BGTD))
         pieces.append(one_document(q, k, v, scaling, dropout, sliding_window, softcap, s_aux))
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    # Laid out as [B, T, H, D], as transformers' own: some models view what they get as [T, H · D].
+    return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1), None
 
 
 def refuse_unknown(beside: dict[str, Any]) -> None:

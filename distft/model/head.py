@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distft.model.bugs import raise_mistakes
 from distft.model.cross_entropy import LogitRule
+from distft.model.precision import in_double
 
 _POSITIONS = 3
 _RTOL = 1e-5
@@ -64,9 +66,10 @@ def _observed(lm: Any, trunk: nn.Module, head: nn.Linear) -> LogitRule | None:
     product_1TV = (size_V * sign_V).expand(1, _POSITIONS, -1).clone()
     given: list[Tensor] = []
     try:
-        with _replaced(trunk, hidden_1TE), _answering(head, product_1TV, given), torch.no_grad():
+        with _replaced(trunk, hidden_1TE), _answering(head, product_1TV, given), in_double(), torch.no_grad():
             found = lm(input_ids=torch.zeros(1, _POSITIONS, dtype=torch.long), use_cache=False)
-    except Exception:  # any: the model's own forward is the answer then, and it is right
+    except Exception as error:  # any: the model's own forward is the answer then, and it is right
+        raise_mistakes(error)
         return None
     logits_1TV = getattr(found, "logits", None)
     if len(given) != 1 or logits_1TV is None or logits_1TV.is_meta or logits_1TV.shape != product_1TV.shape:

@@ -20,6 +20,7 @@ import torch
 
 from distft.model import experts, load, quantize, stats
 from distft.model.adapters import MethodSpec, targets
+from distft.model.blocks import blocks_of
 from distft.model.paths import VARLEN, ForwardPath
 from distft.recipe.schema import ModelTable
 
@@ -251,7 +252,7 @@ def _blocks_are_equal(config: Any) -> bool:
         lm = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     signatures = {
         (type(block).__name__, tuple((name, param.shape) for name, param in block.named_parameters()))
-        for block in load.blocks_of(lm)
+        for block in blocks_of(lm)
     }
     return len(signatures) == 1
 

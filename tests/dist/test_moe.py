@@ -181,5 +181,5 @@ def test_no_rank_holds_the_model_while_it_loads(tmp_path: Path) -> None:
             facts = json.loads(Path(f"{out}.{rank}").read_text())
             assert facts["whole"] > 90e6, "large beside what libraries allocate"
             assert facts["peak"] <= facts["whole"] / 2 + facts["largest_unit"], facts
-            # The shard and the block that is filled; the last half a block is what libraries allocate meanwhile.
-            assert facts["host_peak"] <= facts["whole"] / 2 + 1.5 * facts["largest_unit"], facts
+            # The shard and the block that is filled; 3 MB for what libraries allocate meanwhile, whatever the size.
+            assert facts["host_peak"] <= facts["whole"] / 2 + facts["largest_unit"] + 3e6, facts
