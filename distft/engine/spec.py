@@ -19,21 +19,45 @@ ShardWithin = Literal["world", "node"] | Annotated[int, Field(ge=1)]
 """Which ranks cut tensors among themselves."""
 
 
-class AutoParams(Params):
+GradDtype = Literal["auto", "float32", "bfloat16"]
+"""What gradients of a bf16 model are summed in."""
+
+
+def keeps_fp32_gradients(grad_dtype: GradDtype, *, half: bool, micros_per_step: int) -> bool:
+    """Whether the gradients of a step are kept in fp32 until its update.
+
+    Args:
+        grad_dtype: of the recipe.
+        half: the model computes in bf16; gradients of an fp32 model are fp32 whatever the recipe says.
+        micros_per_step: under "auto", a single micro-batch leaves nothing to add up.
+    """
+    return half and (grad_dtype == "float32" or (grad_dtype == "auto" and micros_per_step > 1))
+
+
+class EngineParams(Params):
+    """What every engine is set by."""
+
+    grad_dtype: GradDtype = "auto"
+    """Sums of a bf16 model's gradients, over the micro-batches of a step and over ranks: auto = float32, kept only
+    where a step has several micro-batches; float32 = always kept; bfloat16 = 2 bytes a trained weight less, with an
+    error that grows with the number of micro-batches."""
+
+
+class AutoParams(EngineParams):
     """For `auto`, which picks an engine that can offload when asked to."""
 
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in host memory: nothing, the optimizer's state, or that and the parameters."""
 
 
-class Zero12Params(Params):
+class Zero12Params(EngineParams):
     """ZeRO stages 1 and 2, which keep whole parameters on every rank."""
 
     offload: Literal["none", "optimizer"] = "none"
     """What lives in host memory: nothing, or the optimizer's state and master weights."""
 
 
-class Zero3Params(Params):
+class Zero3Params(EngineParams):
     """ZeRO stage 3."""
 
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -43,7 +67,7 @@ class Zero3Params(Params):
     inside the node (hpZ); state stays cut over all."""
 
 
-class Fsdp2Params(Params):
+class Fsdp2Params(EngineParams):
     """Fully sharded data parallel."""
 
     offload: Literal["none", "all"] = "none"
