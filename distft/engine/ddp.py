@@ -60,8 +60,9 @@ class DdpEngine(SoloEngine):
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
         """No gradient traffic before the last micro-batch."""
-        wrapped = isinstance(self.model, DistributedDataParallel)
-        quiet = self.model.no_sync() if wrapped and not last else contextlib.nullcontext()
+        quiet = contextlib.nullcontext()
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            quiet = self.model.no_sync()
         with super().accumulating(last=last, seed=seed), quiet:
             yield
 
@@ -162,7 +163,8 @@ def _average_in_fp32(_, bucket):
     def rounded(done: torch.futures.Future[Any]) -> Tensor:
         return bucket.buffer().copy_(done.value()[0])
 
-    return dist.all_reduce(mean, async_op=True).get_future().then(rounded)
+    work: Any = dist.all_reduce(mean, async_op=True)
+    return work.get_future().then(rounded)
 
 
 def _settle_buckets(wrapped: DistributedDataParallel) -> None:

@@ -26,9 +26,10 @@ from distft.core.types import Piece, StateReader, StepReport, TrainState, Update
 from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
+from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.groups import group_size
 from distft.engine.processes import Processes
-from distft.engine.spec import Zero3Params, Zero12Params, keeps_fp32_gradients
+from distft.engine.spec import Zero3Params, Zero12Params
 from distft.engine.sums import warn_of_bf16_sums
 
 BUCKET_ELEMENTS = 50_000_000
@@ -47,7 +48,8 @@ class ZeroEngine(BaseEngine):
         super().__init__(placed)
         self.name = f"zero{stage}"
         self._stage, self.lockstep = stage, stage == 3
-        self._offload, self._grad_dtype = params.offload, params.grad_dtype
+        self._offload = params.offload
+        self._grad_dtype: GradDtype = params.grad_dtype
         within = params.shard_within if isinstance(params, Zero3Params) else "world"
         self._second = group_size(within, placed)
         self._deepspeed = _import_deepspeed()

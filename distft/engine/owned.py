@@ -19,21 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distft.engine.sums import GradientSums, local
-
-GROUP_ELEMENTS = 2**28
-"""Of the fp32 gradients that an update holds at a time: 1 GiB, or one larger tensor."""
-
-
-def update_groups(numels: Iterable[int], limit: int = GROUP_ELEMENTS) -> Iterator[range]:
-    """Cut a list of tensors into neighbours of at most `limit` elements together; a larger tensor is alone."""
-    start = filled = at = 0
-    for at, numel in enumerate(numels, start=1):  # noqa: B007  # the end of the last group
-        if filled and filled + numel > limit:
-            yield range(start, at - 1)
-            start, filled = at - 1, 0
-        filled += numel
-    if at > start:
-        yield range(start, at)
+from distft.engine.update_groups import GROUP_ELEMENTS, update_groups
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,7 +54,7 @@ class OwnedParameters:
         per_tensor: bool = False,
         limit: int = GROUP_ELEMENTS,
     ) -> None:
-        self._sums = sums
+        self._sums, self._limit = sums, limit
         self._all: list[_Owned] = []
         for name, param in named:
             if not param.requires_grad:
@@ -96,10 +82,11 @@ class OwnedParameters:
         waiting = [self._stored(owned) for owned in self._all]
         self.drop_gradients()
         for group in self._groups:
-            members, stored = [self._all[index] for index in group], [waiting[index] for index in group]
-            waiting[group.start : group.stop] = [None] * len(group)
-            _set_gradients(members, stored)
-            del stored
+            members = [self._all[index] for index in group]
+            for part in update_groups([owned.master.numel() for owned in members], self._limit):
+                at = range(group.start + part.start, group.start + part.stop)
+                _set_gradients([self._all[index] for index in at], [waiting[index] for index in at])
+                waiting[at.start : at.stop] = [None] * len(at)
             step([owned.master for owned in members if owned.master.grad is not None])
             for owned in members:
                 owned.master.grad = None
@@ -131,7 +118,7 @@ class OwnedParameters:
     def _publish(self, members: list[_Owned]) -> None:
         stale = [owned for owned in members if not owned.shares]
         if stale:
-            torch._foreach_copy_([owned.local for owned in stale], [owned.master for owned in stale])
+            torch._foreach_copy_([owned.local for owned in stale], [owned.master for owned in stale])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _set_gradients(members: list[_Owned], stored: list[Tensor | None]) -> None:
@@ -146,4 +133,4 @@ def _set_gradients(members: list[_Owned], stored: list[Tensor | None]) -> None:
             copies.append(owned.master.grad)
             originals.append(gradient)
     if copies:
-        torch._foreach_copy_(copies, originals)
+        torch._foreach_copy_(copies, originals)  # pyright: ignore[reportPrivateImportUsage]

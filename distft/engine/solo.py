@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from distft.core.types import Piece, StateReader, StepReport, TrainState, Update
 from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
+from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.owned import OwnedParameters
 from distft.engine.processes import Processes
-from distft.engine.spec import EngineParams, keeps_fp32_gradients
+from distft.engine.spec import EngineParams
 from distft.engine.sums import GradientSums, warn_of_bf16_sums
 
 
@@ -29,7 +31,7 @@ class SoloEngine(BaseEngine):
 
     def __init__(self, params: EngineParams, placed: Processes) -> None:
         super().__init__(placed)
-        self._grad_dtype = params.grad_dtype
+        self._grad_dtype: GradDtype = params.grad_dtype
         self._sums: GradientSums | None = None
 
     def adopt(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
@@ -155,7 +157,8 @@ def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """L2 norm of all together, float64 on `device`; squares are added in fp32 whatever gradients are stored in."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
+    each: Any = torch._foreach_norm(gradients, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch.stack(each)
     return torch.linalg.vector_norm(norms).double().to(device)
 
 

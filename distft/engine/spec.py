@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from distft.core.registry import Params
+from distft.engine.grad_dtype import GradDtype
 
 if TYPE_CHECKING:
     from distft.core.types import Engine
@@ -17,21 +18,6 @@ if TYPE_CHECKING:
 
 ShardWithin = Literal["world", "node"] | Annotated[int, Field(ge=1)]
 """Which ranks cut tensors among themselves."""
-
-
-GradDtype = Literal["auto", "float32", "bfloat16"]
-"""What gradients of a bf16 model are summed in."""
-
-
-def keeps_fp32_gradients(grad_dtype: GradDtype, *, half: bool, micros_per_step: int) -> bool:
-    """Whether the gradients of a step are kept in fp32 until its update.
-
-    Args:
-        grad_dtype: of the recipe.
-        half: the model computes in bf16; gradients of an fp32 model are fp32 whatever the recipe says.
-        micros_per_step: under "auto", a single micro-batch leaves nothing to add up.
-    """
-    return half and (grad_dtype == "float32" or (grad_dtype == "auto" and micros_per_step > 1))
 
 
 class EngineParams(Params):

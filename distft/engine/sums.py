@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-log = logging.getLogger(__name__)
+from distft.engine.grad_dtype import MANY_MICROS, error_of_bf16_sums
 
-MANY_MICROS = 32
-"""Micro-batches of a step up to which bf16 sums err by less than 1 % (benchmarks/gradient_sums.py)."""
+log = logging.getLogger(__name__)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -54,7 +53,8 @@ class GradientSums:
 
     @torch.no_grad()
     def _add(self, param: Tensor) -> None:
-        assert isinstance(param, nn.Parameter) and param.grad is not None
+        assert isinstance(param, nn.Parameter)
+        assert param.grad is not None
         gradient = local(param.grad)
         if gradient.device.type == "cpu" and torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # fsdp2's offload under torch 2.11 may still be copying it
@@ -70,26 +70,12 @@ class GradientSums:
 
 
 def warn_of_bf16_sums(micros_per_step: int) -> None:
-    """Say once what bf16 sums of so many micro-batches cost; the range is that of benchmarks/gradient_sums.py."""
+    """Say once what bf16 sums of so many micro-batches cost."""
     if micros_per_step > MANY_MICROS:
         log.warning(
             '[engine] grad_dtype = "bfloat16" adds %d micro-batches per step in bf16: the summed gradient is off by '
             "%s, most where micro-batches agree; it loses what falls below its last bit, so it is also too small. "
             'grad_dtype = "auto" adds in fp32, for 2 more bytes a trained weight',
             micros_per_step,
-            _error_of(micros_per_step),
+            error_of_bf16_sums(micros_per_step),
         )
-
-
-ERRORS: tuple[tuple[int, str], ...] = (
-    (64, "0.8 to 1.3 %"),
-    (128, "1.1 to 3.9 %"),
-    (256, "1.6 to 7 %"),
-    (512, "2 to 27 %"),
-    (1024, "3 to 60 %"),
-)
-"""Relative error of a sum of so many bf16 gradients, from independent ones to equal ones."""
-
-
-def _error_of(micros: int) -> str:
-    return next((said for count, said in ERRORS if micros <= count), "3 % to more than 60 %")

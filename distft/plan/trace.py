@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from distft.model import savers
 from distft.model.causal import CausalLM
-from distft.model.cross_entropy import HeadLoss, chunk_tokens, chunked_loss, chunked_sum
+from distft.model.cross_entropy import GATHERED_CHUNKS, HeadLoss, chunk_tokens, chunked_loss, chunked_sum
 from distft.model.load import MetaModel
 from distft.plan import kernels as stand_ins
 from distft.plan.inventory import Inventory
@@ -80,14 +80,16 @@ def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel
     `kernel`: what attends, one of `distft.plan.kernels.ATTENTION`. `loss`: what the head runs (see
     `distft.model.cross_entropy`).
 
-    Under the chunked losses every size is a constant and a part that grows with the tokens, from the third chunk on;
-    a long micro-batch, whose hundreds of chunks take seconds to trace, is read off the line through two short ones.
+    Under the chunked losses every size is a constant and a part that grows with the tokens, from the third chunk on
+    (what is written: with every GATHERED_CHUNKS); a long micro-batch, whose hundreds of chunks take seconds to trace,
+    is read off the line through two short ones.
     """
     chunk = chunk_tokens(inventory.samples[0].module.head.weight.shape[0])
-    if loss not in (chunked_loss, chunked_sum) or tokens <= 4 * chunk:
+    step = GATHERED_CHUNKS * chunk
+    if loss not in (chunked_loss, chunked_sum) or tokens <= step:
         return _traced(inventory, tokens, checkpointing, kernel, loss)
-    near, far = (_traced(inventory, count * chunk, checkpointing, kernel, loss) for count in (3, 4))
-    beyond = (tokens - 4 * chunk) / chunk
+    near, far = (_traced(inventory, count * step, checkpointing, kernel, loss) for count in (1, 2))
+    beyond = (tokens - 2 * step) / step
     return Activations(
         **{name: round(there + beyond * (there - vars(near)[name])) for name, there in vars(far).items()}
     )

@@ -9,10 +9,10 @@ import torch
 from tiny import CPU, build
 
 from distft.answers.speaker import Speaker
-from distft.engine.spec import EngineParams
 from distft.core.types import UpdateRule
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
+from distft.engine.spec import EngineParams
 
 ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
 RULE = UpdateRule(

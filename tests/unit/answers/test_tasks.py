@@ -17,9 +17,9 @@ from tiny import build
 from distft.answers.build import exams
 from distft.answers.exam import Exam, Taken
 from distft.core.errors import DataError, RecipeError
-from distft.engine.spec import EngineParams
 from distft.data.render import Renderer, load_renderer
 from distft.engine.solo import SoloEngine, open_engine
+from distft.engine.spec import EngineParams
 from distft.recipe import AnswersTable
 
 

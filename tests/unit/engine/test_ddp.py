@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from tiny import CPU, batch, build, documents
 
-from distft.engine.spec import EngineParams
 from distft.core.types import TrainState, UpdateRule
 from distft.engine.ddp import open_engine
 from distft.engine.processes import Processes
+from distft.engine.spec import EngineParams
 
 ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
 RULE = UpdateRule(

@@ -9,11 +9,11 @@ import torch
 from tiny import CPU, batch, build, documents
 from torch import nn
 
-from distft.engine.spec import EngineParams
 from distft.core.types import Batch, TrainState, UpdateRule
 from distft.engine.owned import OwnedParameters
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
+from distft.engine.spec import EngineParams
 
 ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
 RULE = UpdateRule(
