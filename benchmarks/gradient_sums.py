@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 MICROS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHARED = {"independent": 0.0, "noisy": 0.3, "coherent": 3.0}
