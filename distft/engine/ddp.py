@@ -121,6 +121,7 @@ class AveragedSums(GradientSums):
             self._send(bucket)
         for bucket in self._buckets:
             bucket.sent.wait()
+            bucket.sent = None  # holds the bucket's memory
         self._last = False
 
     def drop(self, param: nn.Parameter) -> None:
