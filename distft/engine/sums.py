@@ -9,7 +9,8 @@ freed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class GradientSums:
         self._sums: dict[nn.Parameter, Tensor] = {}
         for param in params:
             if param.requires_grad and (all_types or param.dtype != torch.float32):
-                param.register_post_accumulate_grad_hook(self._add)
+                param.register_post_accumulate_grad_hook(_adds_to(weakref.ref(self)))
 
     def of(self, param: nn.Parameter) -> Tensor | None:
         """The sum so far, of this rank's part; None before the first gradient."""
@@ -67,6 +68,16 @@ class GradientSums:
 
     def _first(self, param: nn.Parameter, gradient: Tensor) -> Tensor:
         return gradient.float()
+
+
+def _adds_to(sums: weakref.ref[GradientSums]) -> Callable[[Tensor], None]:
+    """A hook that keeps nothing alive: Python cannot collect a cycle that passes through a tensor's hooks."""
+
+    def add(param: Tensor) -> None:
+        if (there := sums()) is not None:
+            there._add(param)
+
+    return add
 
 
 def warn_of_bf16_sums(micros_per_step: int) -> None:

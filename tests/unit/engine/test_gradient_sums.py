@@ -1,5 +1,6 @@
 """Sums of a step's gradients in fp32, and updates that take a group of tensors at a time."""
 
+import gc
 import itertools
 import logging
 import weakref
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from distft.core.types import TrainState, UpdateRule
 from distft.engine import owned
+from distft.engine.ddp import AveragedSums
 from distft.engine.grad_dtype import BF16_ERRORS, keeps_fp32_gradients
 from distft.engine.owned import OwnedParameters
 from distft.engine.processes import Processes
@@ -62,6 +64,17 @@ def test_a_gradient_is_freed_as_soon_as_it_is_added() -> None:
         assert torch.equal(sums.of(layer.weight), torch.full((8, 8), float(count)))
     sums.drop(layer.weight)
     assert sums.of(layer.weight) is None
+
+
+def test_sums_keep_no_model_alive() -> None:
+    """Many runs of one Python process would else keep all their weights."""
+    layer = nn.Linear(8, 8, dtype=torch.bfloat16)
+    sums = AveragedSums(layer.parameters(), world=1)
+    layer(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
+    gone = weakref.ref(layer.weight)
+    del layer, sums
+    gc.collect()
+    assert gone() is None
 
 
 def test_fp32_parameters_are_left_to_autograd() -> None:
