@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-dist test-faults test-cluster test-resume test-all test-gpu bench-gpu golden architectures schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-dist test-faults test-cluster test-resume test-all test-gpu bench-gpu golden architectures budgets schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -84,6 +84,11 @@ bench-gpu: setup
 # Rewrites the golden losses; the change is explained in CHANGELOG.md.
 golden: setup
 	$(BIN)/python -m pytest tests/golden --rewrite
+
+# Operators and bytes of a block and the head of an 8B model, counted without a GPU.
+BUDGETS ?= docs/results/2026-11-28-budgets.md
+budgets: setup
+	PYTHONPATH=tests/helpers $(BIN)/python tests/helpers/budgets.py $(BUDGETS)
 
 # Proves every causal language model of the installed transformers and writes docs/architectures.md (some minutes).
 architectures: setup

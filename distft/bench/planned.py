@@ -76,6 +76,7 @@ class Planning:
                 world=found.setup.shards,
                 rank=rank % found.setup.shards,
                 offload=found.setup.offload,
+                fp32_gradients=found.setup.fp32_gradients,
             )
             for rank in range(case.world)
         ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distft.core.errors import DistftError
+from distft.engine.grad_dtype import error_of_bf16_sums
 from distft.plan.case import Case
 from distft.plan.setup import Machine
 
@@ -72,6 +73,9 @@ def _savers(case: Case) -> Iterator[tuple[str, tuple[str, ...]]]:
     order = ("off", "selective", "full")
     for mode in order[order.index(setup.checkpointing) + 1 :]:
         yield f"activation checkpointing {mode}", (f'train.activation_checkpointing="{mode}"',)
+    if setup.fp32_gradients:
+        error = error_of_bf16_sums(setup.micros_per_step)
+        yield f"gradients summed in bf16 (off by {error})", ('engine.grad_dtype="bfloat16"',)
     if setup.loss == "full":
         yield "chunked cross-entropy", ('model.cross_entropy="chunked"',)
     if setup.loss in ("chunked", "full"):

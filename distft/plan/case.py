@@ -88,6 +88,7 @@ class Case:
             "offload": setup.offload,
             "micro_batch_size": setup.micro_batch_size,
             "micros_per_step": setup.micros_per_step,
+            "gradients_in": "float32" if setup.fp32_gradients or not setup.half else "bfloat16",
             "max_length": recipe.data.max_length,
             "activation_checkpointing": setup.checkpointing,
             "cross_entropy": setup.loss,

@@ -11,6 +11,7 @@ import torch
 from distft.core.accelerators import Accelerator
 from distft.engine import ENGINES
 from distft.engine.auto import choose as choose_engine
+from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.model import cross_entropy
@@ -96,6 +97,32 @@ class Setup:
         """fsdp2: weights stay whole, and gradients unreduced, over the micro-batches of a step."""
         params: Any = self.recipe.engine.params
         return self.engine == "fsdp2" and getattr(params, "gather", "") == "once_a_step"
+
+    @property
+    def fp32_gradients(self) -> bool:
+        """Gradients of a bf16 model are kept in fp32 until the update.
+
+        fsdp2 does so while they are unreduced, or shares of a group: what is reduced once a step is bf16 again.
+        """
+        if self.gathers_once or (self.engine == "fsdp2" and self._group < self.machine.world):
+            return False
+        return keeps_fp32_gradients(self.grad_dtype, half=self.half, micros_per_step=self.micros_per_step)
+
+    @property
+    def half(self) -> bool:
+        """The model computes in bf16."""
+        return self.recipe.model.dtype == "bfloat16"
+
+    @property
+    def grad_dtype(self) -> GradDtype:
+        """What the recipe says of sums of gradients."""
+        params: Any = self.recipe.engine.params
+        return getattr(params, "grad_dtype", "auto")
+
+    @property
+    def reduced_bytes(self) -> int:
+        """Of one element of a gradient, between ranks."""
+        return 2 if self.half and self.grad_dtype == "bfloat16" else 4
 
     @property
     def _group(self) -> int:

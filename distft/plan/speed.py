@@ -166,7 +166,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
 
 _SENDS = {
     "zero3": "weights gathered for forward and backward, gradients scattered: 3 x bytes x (n - 1) / n",
-    "fsdp2": "blocks gathered for forward and backward, the root once, gradients scattered in fp32",
+    "fsdp2": "blocks gathered for forward and backward, the root once, gradients scattered",
     "zero2": "gradients reduced to their owners",
 }
 
@@ -201,15 +201,15 @@ def sent(inventory: Inventory, setup: Setup) -> Sent:
     stored = sum(param.stored_bytes for param in inventory.params)
     root = sum(param.stored_bytes for param in inventory.params if param.block == ROOT)
     trained = sum(param.stored_bytes for param in inventory.params if param.trained)
-    reduced = 4 * inventory.trained  # fsdp2 reduces in fp32
+    reduced = setup.reduced_bytes * inventory.trained
     all_ranks, within = (world - 1) / world, (group - 1) / group
     match setup.engine:
         case "zero3" if setup.second_copy_over:
             # second copies of what is trained are stale after a step, those of frozen weights never
             inside = (2 * stored - trained) * (setup.second_copy_over - 1) / setup.second_copy_over
-            return Sent(micro=2 * trained * all_ranks, micro_inside=inside)
+            return Sent(micro=(trained + reduced) * all_ranks, micro_inside=inside)
         case "zero3":
-            return Sent(micro=(2 * stored + trained) * all_ranks)
+            return Sent(micro=(2 * stored + reduced) * all_ranks)
         case "fsdp2":
             gathers = stored if setup.gathers_once else 2 * stored - root
             replicas = world // group
@@ -223,6 +223,8 @@ def sent(inventory: Inventory, setup: Setup) -> Sent:
                 return Sent(step=across, step_inside=gathered + scattered)
             return Sent(step=across, micro_inside=gathered + scattered)
         case "zero2":
-            return Sent(micro=trained * all_ranks, step=trained * all_ranks)
+            return Sent(micro=reduced * all_ranks, step=trained * all_ranks)
+        case "zero1":
+            return Sent(step=(reduced + trained) * all_ranks)
         case _:
-            return Sent(step=2 * trained * all_ranks)
+            return Sent(step=2 * reduced * all_ranks)

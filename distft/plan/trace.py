@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from distft.core.errors import DistftError, MachineError
 from distft.model import savers
 from distft.model.causal import CausalLM
-from distft.model.cross_entropy import HeadLoss, chunk_tokens, chunked_loss, chunked_sum, full_loss
+from distft.model.cross_entropy import GATHERED_CHUNKS, HeadLoss, chunk_tokens, chunked_loss, chunked_sum, full_loss
 from distft.model.load import MetaModel
 from distft.plan import kernels as stand_ins
 from distft.plan.inventory import Inventory
@@ -175,17 +175,19 @@ def _has_window(inventory: Inventory, tokens: int) -> bool:
 def _by_chunks(
     inventory: Inventory, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, *, blocks: bool = True
 ) -> Activations:
-    """Under the chunked losses every size is a constant and a part that grows with the tokens, from the third chunk on;
-    a long micro-batch, whose hundreds of chunks take seconds to trace, is read off the line through two short ones.
+    """Under the chunked losses every size is a constant and a part that grows with the tokens, from the third chunk on
+    (what is written: with every GATHERED_CHUNKS); a long micro-batch, whose hundreds of chunks take seconds to trace,
+    is read off the line through two short ones.
     """  # noqa: D205
     how = (checkpointing, kernel, loss, blocks)
     if inventory.path.head == "own" or loss not in (chunked_loss, chunked_sum):
         return _traced(inventory, tokens, *how)
     chunk = chunk_tokens(inventory.samples[0].module.head.weight.shape[0])
-    if tokens <= 4 * chunk:
+    step = GATHERED_CHUNKS * chunk
+    if tokens <= 2 * step:
         return _traced(inventory, tokens, *how)
-    near, far = (_traced(inventory, count * chunk, *how) for count in (3, 4))
-    beyond = (tokens - 4 * chunk) / chunk
+    near, far = (_traced(inventory, count * step, *how) for count in (1, 2))
+    beyond = (tokens - 2 * step) / step
 
     def drawn(there: int, before: int) -> int:
         return round(there + beyond * (there - before))
