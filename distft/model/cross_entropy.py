@@ -280,7 +280,7 @@ class _ChunkedSum(torch.autograd.Function):
         return *(None if grad is None else _scale_(grad, grad_1).to(dtype) for grad, dtype in grads), None, None, None
 
 
-GATHERED_CHUNKS = 4
+GATHERED_CHUNKS = 2
 """Chunks whose half-precision gradients of logits are kept for one product with the hidden states."""
 
 

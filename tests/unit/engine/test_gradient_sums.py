@@ -277,7 +277,7 @@ def test_state_is_made_a_group_at_a_time(monkeypatch: pytest.MonkeyPatch, tiny_c
         engine._optimizer, "step", lambda: (seen.append(sum(f.grad is not None for f in flats)), step())
     )
     before = [flat.detach().clone() for flat in flats]
-    engine._create_state()
+    engine.create_state()
     assert seen == [1] * len(flats)
     assert all(torch.equal(a, b) for a, b in zip(before, flats, strict=True))
     assert len(engine._optimizer.state) == len(flats)
