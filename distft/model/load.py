@@ -293,8 +293,10 @@ def auto_class(config: Any) -> Any:
 
 
 def head_size(config: Any) -> int:
-    """Return the size of a query head of a config's text model; 0 where it does not say."""
+    """Return the size of a query head of a config's text model, the largest of its layers; 0 where it does not say."""
     text = config.get_text_config()
+    if getattr(text, "is_heterogeneous", False):  # then the config itself refuses to say (Gemma 4)
+        return max(head_size(layer) for layer in text.per_layer_config)
     latent = (getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0)
     own = latent or getattr(text, "head_dim", None)
     hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
