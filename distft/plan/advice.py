@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distft.core.errors import DistftError
 from distft.plan.case import Case
@@ -145,7 +145,7 @@ def _more_gpus(case: Case, replan: Replan) -> Iterator[Change]:
         if count <= machine.world:
             continue
         per_node = min(count, max(8, machine.gpus_per_node))
-        larger = Machine(gpu=machine.gpu, gpus_per_node=per_node, nodes=-(-count // per_node))
+        larger = replace(machine, gpus_per_node=per_node, nodes=-(-count // per_node))
         change = _tried(case, replan, f"{count} GPUs instead of {machine.world}", overrides, larger)
         if change is not None and change.case.fits:
             yield change

@@ -16,6 +16,7 @@ from distft.engine.processes import Processes
 from distft.model import cross_entropy
 from distft.model.cross_entropy import HeadLoss
 from distft.plan import kernels
+from distft.plan.rates import ASSUMED, Rates
 from distft.recipe import Recipe
 
 
@@ -26,6 +27,8 @@ class Machine:
     gpu: Accelerator
     gpus_per_node: int
     nodes: int = 1
+    rates: Rates = ASSUMED
+    """What these GPUs reach."""
 
     @property
     def world(self) -> int:
