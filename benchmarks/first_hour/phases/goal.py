@@ -60,9 +60,9 @@ def show(measured: dict[str, Measured]) -> Iterator[Table | str]:
         rate = said["tokens_per_s"]
         against = f"{rate / base['tokens_per_s']:.3f}" if base else "–"
         of_goal = f"{rate / said['goal']:.0%}" if said["ran"]["device_bytes"] else "–"
-        peak = said["peak_bytes"]
-        rows.append((name, f"{rate:,.0f}", f"{said['goal']:,}", of_goal, against, off(rate, said["tokens_per_s_planned"]),
-                     gib(peak), off(peak, said["planned_peak_bytes"])))  # fmt: skip
+        peak, planned = said["peak_bytes"], said["tokens_per_s_planned"]
+        rows.append((name, f"{rate:,.0f}", f"{said['goal']:,}", of_goal, against, off(rate, planned), gib(peak),
+                     off(peak, said["planned_peak_bytes"])))  # fmt: skip
     heads = ("case", "tokens/s", "goal (H200)", "of it", "÷ as it is", "plan off by", "peak", "plan off by")
     yield Table(caption="goals, one change at a time; full-length mock rows", heads=heads, rows=rows)
     for name, said in measured.items():
