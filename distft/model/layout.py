@@ -59,7 +59,7 @@ class FileLayout:
         return {self._renamed(name): tensor.contiguous() for name, tensor in whole.items()}
 
     def _target(self, name: str) -> tuple[str, str | None]:
-        """The name that the first converter gives it, and which of its patterns did; transformers < 5.23 has no such."""
+        """The name that the first converter gives it, and which of its patterns did."""
         for converter in self._converters:
             target, pattern = converter.rename_source_key(name)
             if pattern is not None:
