@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-dist test-faults test-cluster test-resume test-all test-gpu bench-gpu golden architectures budgets schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -73,8 +73,28 @@ test-resume: setup
 test-all: setup
 	$(BIN)/python -m pytest tests -m "not gpu"
 
+# The oldest versions that pyproject.toml allows, in an environment of their own (an hour; docs/results has the last one).
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/.done
+	$(OLDEST)/bin/python -m pytest tests/unit tests/contract -m "not slow and not gpu"
+	$(OLDEST)/bin/python -m pytest tests/dist/test_same_loss.py -m "not slow and not gpu"
+
+$(OLDEST)/.done: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt setuptools wheel ninja torch numpy
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt --no-build-isolation -e '.[dev]'
+	DS_BUILD_OPS=0 $(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt --no-build-isolation deepspeed
+	@touch $@
+
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu
+
+# What only a GPU can tell, phase by phase within MINUTES, from random weights; the same command goes on where it was.
+# Without a GPU the same phases run at toy size.
+MINUTES ?= 25
+OUT ?= runs/first-hour
+gpu-first: setup
+	$(BIN)/python -m benchmarks.first_hour --minutes $(MINUTES) --out $(OUT)
 
 # Tokens per second of the real configs on one GPU against the goals: CONFIGS is a folder of config.json files.
 CONFIGS ?= .configs
@@ -98,4 +118,4 @@ schema: setup
 	$(BIN)/python -c 'from distft.catalog import REGISTRIES; from distft.recipe import schema_text; open("recipes/schema.json", "w", encoding="utf-8").write(schema_text(REGISTRIES))'
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(OLDEST) runs

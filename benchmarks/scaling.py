@@ -97,7 +97,7 @@ def counts(run: kit.Run, world: int, micros: int) -> dict[str, Any]:
     names = {place.rsplit("/", 2)[-1] if kit.ROOT.name in place else place for place in waits.places}
     return {
         "sent_bytes": round(sum(one.wire_bytes(over) for one in found.tensors)),
-        "theory_bytes": round(theory(run, world, micros)),
+        "theory_bytes": round(theory(run, world, micros, 8 // world // micros)),
         "tensor_collectives": len(found.tensors),
         "control_collectives": len(found.control),
         "host_waits": len(waits.places),
@@ -105,7 +105,7 @@ def counts(run: kit.Run, world: int, micros: int) -> dict[str, Any]:
     }
 
 
-def theory(run: kit.Run, world: int, micros: int) -> float:
+def theory(run: kit.Run, world: int, micros: int, micro_batch_size: int) -> float:
     """What the planner says that a rank sends in a step."""
     from distft.model.load import find_folder
     from distft.plan import inventory, speed
@@ -117,7 +117,7 @@ def theory(run: kit.Run, world: int, micros: int) -> float:
         recipe=recipe,
         machine=Machine(gpu=of_size(80), gpus_per_node=world),
         engine=run.engine.name,
-        micro_batch_size=8 // world // micros,
+        micro_batch_size=micro_batch_size,
         micros_per_step=micros,
         checkpointing="off",
         loss="chunked",

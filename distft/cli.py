@@ -72,7 +72,7 @@ def check(
 
 @app.command()
 def plan(
-    recipe: Recipe,
+    recipe: Annotated[str | None, typer.Argument(help="TOML recipe")] = None,
     set_: Overrides = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME|GiB", help="A GPU, or its usable memory.")] = None,
     gpus: Annotated[int, typer.Option(help="GPUs in each node.")] = 1,
@@ -82,14 +82,20 @@ def plan(
     max_: Annotated[str | None, typer.Option("--max", metavar="seq|micro|model", help="The largest that fits.")] = None,
     price: Annotated[float | None, typer.Option(metavar="PER_GPU_HOUR", help="For the cost of the run.")] = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="The model's config.json.")] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Take a GPU's rates from a measurement.")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="FILE", help="Where calibrations are kept.")] = None,
     explain: Annotated[bool, typer.Option(help="The formula behind every figure.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Does it fit, what to change, how fast. Needs the model's config alone: no GPU, weights, rows or network."""
     from distft.plan.command import main as run
 
-    argv = [recipe, "--gpus", str(gpus), "--nodes", str(nodes), "--methods", methods, "--engines", engines]
+    argv = [] if recipe is None else [recipe]
+    argv += ["--gpus", str(gpus), "--nodes", str(nodes), "--methods", methods, "--engines", engines]
     given = {"--gpu": gpu, "--max": max_, "--price": price, "--config": config}
+    given |= {"--calibrate": calibrate, "--calibration": calibration}
     argv += [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
     argv += [*(["--explain"] if explain else []), *(["--json"] if json else [])]
     for override in set_ or []:

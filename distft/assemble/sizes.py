@@ -191,6 +191,7 @@ def _accelerators(world: int) -> Machine | None:
         return None
     from distft.core import accelerators
     from distft.engine import processes
+    from distft.plan.calibration import of_gpu
     from distft.plan.machine import of_size
     from distft.plan.setup import Machine
 
@@ -199,7 +200,8 @@ def _accelerators(world: int) -> Machine | None:
     known = accelerators.of_device(ours.name) or of_size(gib)
     # Each process may see its own GPU alone, so the launcher is asked first.
     per_node = processes.per_node(os.environ, world) or min(world, torch.cuda.device_count())
-    return Machine(gpu=replace(known, memory_gib=gib), gpus_per_node=per_node, nodes=-(-world // per_node))
+    nodes, rates = -(-world // per_node), of_gpu(known)
+    return Machine(gpu=replace(known, memory_gib=gib), gpus_per_node=per_node, nodes=nodes, rates=rates)
 
 
 def worst(recipe: Recipe, cut: Layout, rows: Data) -> Worst:

@@ -39,6 +39,8 @@ class Spec:
     """real | full."""
     warmup: int
     steps: int
+    profile: bool = False
+    """One more step under torch's profiler."""
     limit_gib: float | None = None
     """Of each process on a CPU; see `memory.set_limit`."""
 
@@ -134,7 +136,7 @@ class _Measurement:
     def record(self) -> dict[str, Any]:
         """Adopt, train, count, gather."""
         from distft import assemble
-        from distft.bench import memory
+        from distft.bench import memory, profile
         from distft.bench.meter import Clock, Count, GradientBytes
         from distft.core.types import TrainState
         from distft.engine import held
@@ -175,9 +177,18 @@ class _Measurement:
             memory.lift_limit()  # the profiler needs memory of its own
             once = Count(1)
             mine["tensors_bytes"] = memory.cpu_tensors()
-            mine["tensor_growth_bytes"] = memory.cpu_growth(lambda: self._fit(state, once, facts))
+
+            def one_more() -> None:
+                nonlocal state
+                state = self._fit(state, once, facts)
+
+            mine["tensor_growth_bytes"] = memory.cpu_growth(one_more)
         ranks = engine.gather(mine)
-        return {
+        profiled = {}
+        if self.spec.profile:
+            again = Count(1)
+            profiled = {"profile": profile.of(lambda: self._fit(state, again, facts), placed.device)}
+        return profiled | {
             "ran": ran | {"parameters": counts.total, "trained_parameters": counts.trainable},
             "speed": self._speed(clock, facts, ranks, products, memory.matmul_rate(placed.device)),
             "loss": clock.losses,

@@ -38,6 +38,8 @@ class Wanted:
     warmup: int = 10
     rows: str = "real"
     """real | full."""
+    profile: bool = False
+    """One more step under torch's profiler, after those that are timed."""
     limit_gib: float | None = None
     """Of each process, on a CPU."""
 
@@ -56,6 +58,7 @@ class Case:
     steps: int
     warmup: int
     limit_gib: float | None
+    profile: bool = False
     content: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe of its processes; empty when there is none."""
     refused: str = ""
@@ -76,6 +79,7 @@ class Case:
         """Names the measurement: another recipe, option, version, machine or code has another one."""
         said = {key: value for key, value in self.content.items() if key not in BESIDE_THE_POINT}
         what = [said, self.refused, self.world, self.rows, self.steps, self.warmup, self.limit_gib]
+        what += ["profile"] * self.profile
         where = [facts.hardware(), versions(), facts.code()["source_sha256"]]
         digest = hashlib.sha256(json.dumps([what, where], sort_keys=True).encode()).hexdigest()[:12]
         size = f"m{self.micro_batch_size}-l{self.max_length}"
@@ -157,6 +161,7 @@ def one(
         "steps": wanted.steps,
         "warmup": wanted.warmup,
         "limit_gib": wanted.limit_gib,
+        "profile": wanted.profile,
     }
     try:
         recipe = load_recipe(wanted.recipe, registries=REGISTRIES, overrides=overrides)
@@ -171,7 +176,9 @@ def _timed(recipe: Recipe, wanted: Wanted) -> dict[str, Any]:
     content = recipe.resolved()
     content["train"].pop("epochs", None)
     allowance = MOST_WARMUP if recipe.train.compile else 0
-    content["train"]["max_steps"] = wanted.warmup + allowance + wanted.steps + 1  # one more, for its memory
+    content["train"]["max_steps"] = (
+        wanted.warmup + allowance + wanted.steps + 1 + wanted.profile
+    )  # one more, for its memory
     schedule = content["schedule"]
     if schedule.get("warmup_steps"):  # of the whole run: longer than these few steps, it would be a mistake in a recipe
         schedule["warmup_steps"] = min(schedule["warmup_steps"], (content["train"]["max_steps"] - 1) // 2)

@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "--rows", choices=("real", "full"), default="real",
         help="real: the recipe's rows, what a run will see (default); full: mock rows of full length, the ceiling",
     )  # fmt: skip
+    made.add_argument(
+        "--profile", action="store_true", help="one more step under torch's profiler: its kernels, kept in the records"
+    )
     made.add_argument("--oom", choices=tuple(AXES), help="find the largest micro-batch or length instead, by bisection")
     made.add_argument(
         "--limit-gib", type=float, metavar="GIB",
@@ -88,6 +91,7 @@ def _run(options: argparse.Namespace) -> int:
         engines=tuple(_words(options.engines)),
         micros=tuple(map(int, _words(options.micro))),
         lengths=tuple(map(int, _words(options.lengths))),
+        profile=options.profile,
         nproc=options.nproc or max(1, len(facts.gpus())),
         steps=options.steps,
         warmup=options.warmup,

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,28 @@ OWN_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RAN
 """Of the environment: what a launcher of this command itself has left."""
 
 
-def run_case(case: Case, folder: Path, *, timeout_s: float) -> dict[str, Any]:
+MODULE = ("-m", "distft.bench.case")
+"""What the processes of a case run."""
+
+
+def run_case(case: Case, folder: Path, *, timeout_s: float, module: Sequence[str] = MODULE) -> dict[str, Any]:
     """{outcome: measured | memory | refused | failed, reason} and, when measured, rank 0's record.
 
-    Files go to `folder`, under the case's key: recipe, log.
+    Files go to `folder`, under the case's key: recipe, log. `module`: what is run, if not `distft.bench.case` itself.
     """
     stem = folder / case.key
     recipe, log = stem.with_name(f"{case.key}.toml"), stem.with_name(f"{case.key}.log")
     out, told = stem.with_name(f".{case.key}.out"), stem.with_name(f".{case.key}.spec")
     recipe.write_text(case.text, encoding="utf-8")
     spec = Spec(
-        recipe=str(recipe), out=str(out), rows=case.rows, warmup=case.warmup, steps=case.steps, limit_gib=case.limit_gib
-    )
+        recipe=str(recipe), out=str(out), rows=case.rows, warmup=case.warmup, steps=case.steps, profile=case.profile,
+        limit_gib=case.limit_gib,
+    )  # fmt: skip
     left = [told, out, *map(spec.failure, range(case.world))]
     _remove(left)
     spec.write(told)
     try:
-        code = start(_command(case.world, told), log, timeout_s=timeout_s)
+        code = start(_command(case.world, told, module), log, timeout_s=timeout_s)
         if code == 0 and out.is_file():
             return {"outcome": "measured", "reason": ""} | json.loads(out.read_text(encoding="utf-8"))
         return _became(code, [spec.failure(rank) for rank in range(case.world)], log, timeout_s)
@@ -70,12 +76,12 @@ def start(command: list[str], log: Path, *, timeout_s: float) -> int | None:
     return None if ended.timed_out else ended.code
 
 
-def _command(world: int, told: Path) -> list[str]:
-    module = ["-m", "distft.bench.case", str(told)]
+def _command(world: int, told: Path, module: Sequence[str]) -> list[str]:
+    ran = [*module, str(told)]
     if world == 1:
-        return [sys.executable, *module]
+        return [sys.executable, *ran]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
-    return [*torchrun, "localhost:0", "--nproc-per-node", str(world), *module]
+    return [*torchrun, "localhost:0", "--nproc-per-node", str(world), *ran]
 
 
 def _became(code: int | None, failures: list[Path], log: Path, timeout_s: float) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Planning:
     def _plan(self, case: Case, record: dict[str, Any]) -> dict[str, Any]:
         from distft.model import load
         from distft.model.paths import ForwardPath
-        from distft.plan import memory, state
+        from distft.plan import state
+        from distft.plan.calibration import of_gpu
         from distft.plan.case import plan
         from distft.plan.machine import of_size
         from distft.plan.planner import Planner, engine_override
@@ -57,7 +58,7 @@ class Planning:
         gib = (ran["device_bytes"] or record["hardware"]["memory_gib"] * GIB / case.world) / GIB
         known = accelerators.of_device(ran["device"])
         gpu = replace(known, memory_gib=gib) if known is not None else of_size(gib)
-        machine = Machine(gpu=gpu, gpus_per_node=case.world, on_cpu=ran["device"] == "cpu")
+        machine = Machine(gpu=gpu, gpus_per_node=case.world, rates=of_gpu(gpu), on_cpu=ran["device"] == "cpu")
         folder = str(load.find_folder(located.model))
         if folder not in self._planners:
             self._planners[folder] = Planner(path=case.key, overrides=(), folder=Path(folder), machine=machine)
@@ -66,7 +67,8 @@ class Planning:
         inventory = planner.inventory(located)
         fused = ran["cross_entropy"] == "fused"
         found = plan(located, inventory, machine, liger=fused, document_tokens=ran["row_tokens"])
-        fixed = memory.CONTEXT_BYTES + (memory.NCCL_BYTES if case.world > 1 else 0)
+        rates = machine.rates
+        fixed = rates.context_bytes + (rates.nccl_bytes if case.world > 1 else 0)
         ranks = [
             state.of_rank(
                 inventory,
@@ -86,12 +88,15 @@ class Planning:
             "phases": shown["phases"],
             # What the allocator is asked for: without context, NCCL and the allowance for fragmentation.
             "tensors": {
-                name: round((value - fixed) / (1 + memory.FRAGMENTATION))
+                name: round((value - fixed) / (1 + rates.fragmentation))
                 for name, value in vars(found.memory.phases).items()
             },
             "state_by_rank": [{f"{name}_bytes": getattr(one, name) for name in STATE} for one in ranks],
             "tokens_per_s_predicted": shown["tokens_per_s_predicted"] if known is not None else None,
             "mfu_predicted": shown["mfu_predicted"] if known is not None else None,
+            "step_s_predicted": shown["step_s_predicted"] if known is not None else None,
+            "work": asdict(found.speed.work),
+            "rates": asdict(rates),
         }
 
 

@@ -47,20 +47,26 @@ class FileLayout:
 
     def stored(self, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the files that hold one group of parameters."""
-        from transformers.core_model_loading import apply_renamings
-
         names = list(group)
         target, pattern = self._target(names[0])
         if pattern is None:
-            return {apply_renamings(name, self._renamings): tensor for name, tensor in group.items()}
+            return {self._renamed(name): tensor for name, tensor in group.items()}
         converter: Any = copy.deepcopy(self._by_pattern[pattern])
         for name in names:
             converter.add_tensor(target, name, self._target(name)[1], group[name])
         made = converter.convert(target, model=self._model, config=self._model.config)
         whole = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-        return {apply_renamings(name, self._renamings): tensor.contiguous() for name, tensor in whole.items()}
+        return {self._renamed(name): tensor.contiguous() for name, tensor in whole.items()}
 
     def _target(self, name: str) -> tuple[str, str | None]:
-        from transformers.core_model_loading import apply_converters
+        """The name that the first converter gives it, and which of its patterns did."""
+        for converter in self._converters:
+            target, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                return target, pattern
+        return name, None
 
-        return apply_converters(name, self._converters)
+    def _renamed(self, name: str) -> str:
+        for renaming in self._renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name

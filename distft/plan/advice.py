@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distft.core.errors import DistftError
 from distft.engine.grad_dtype import error_of_bf16_sums
@@ -149,7 +149,7 @@ def _more_gpus(case: Case, replan: Replan) -> Iterator[Change]:
         if count <= machine.world:
             continue
         per_node = min(count, max(8, machine.gpus_per_node))
-        larger = Machine(gpu=machine.gpu, gpus_per_node=per_node, nodes=-(-count // per_node))
+        larger = replace(machine, gpus_per_node=per_node, nodes=-(-count // per_node))
         change = _tried(case, replan, f"{count} GPUs instead of {machine.world}", overrides, larger)
         if change is not None and change.case.fits:
             yield change

@@ -78,6 +78,7 @@ class Case:
             "hours_predicted": fast.hours,
             "hours_per_billion_tokens_predicted": fast.hours_per_billion_tokens,
             "flops_per_token": fast.flops_per_token,
+            "rates": setup.machine.rates.source or "assumed",
             "gpu_bytes": gpu.memory_bytes,
             "spare_bytes": self.spare_bytes,
             "paged_bytes": self.paged_bytes,

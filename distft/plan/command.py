@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from distft.core.errors import DONE, DistftError
+from distft.core.errors import DONE, DistftError, Problem, RecipeError
 from distft.core.log import quiet_libraries
 
 LIMITS = ("seq", "micro", "model")
@@ -20,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m distft.plan",
         description="Does it fit, what to change, how fast: from the recipe and the model's config alone.",
     )
-    made.add_argument("recipe", metavar="RECIPE", help="a TOML recipe")
+    made.add_argument("recipe", metavar="RECIPE", nargs="?", help="a TOML recipe")
     made.add_argument("--gpu", metavar="NAME|GiB", help="a GPU of the catalogue, or its usable memory (h100-80gb)")
     made.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in each node (1)")
     made.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (1)")
@@ -34,6 +35,14 @@ def parser() -> argparse.ArgumentParser:
         "--row-tokens", type=int, metavar="N", help="tokens of a row on average, for models that take rows one by one"
     )
     made.add_argument("--config", metavar="FILE", help="the model's config.json, where its folder is not here")
+    made.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="first take this GPU's rates from what make gpu-first measured, and keep them",
+    )
+    made.add_argument(
+        "--calibration", metavar="FILE", help="where calibrations are kept (DISTFT_CALIBRATION, else the cache folder)"
+    )
     made.add_argument("--explain", action="store_true", help="the formula behind every figure, with its numbers")
     made.add_argument("--json", action="store_true", help="print one JSON object instead")
     made.add_argument("--set", dest="overrides", action="append", default=[], metavar="table.key=value")
@@ -52,11 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from distft.catalog import REGISTRIES
+    from distft.plan import calibration
     from distft.plan.machine import check_names, read_machine
     from distft.recipe import check_world, load_recipe
 
     # Mistakes of the user are told before anything heavy is imported.
-    machine = read_machine(options.gpu, options.gpus, options.nodes)
+    calibrations = calibration.place(options.calibration)
+    if options.calibrate is not None:
+        found = calibration.read(Path(options.calibrate), gpu=options.gpu)
+        calibration.keep(found, calibrations)
+        print("\n".join(found.lines()), file=sys.stderr)
+        print(f"kept: {calibrations}", file=sys.stderr)
+        if options.recipe is None:
+            return DONE
+        options.gpu = found.gpu.name
+    elif options.recipe is None:
+        raise RecipeError("distft plan", [Problem(message="RECIPE  is missing", fix="or --calibrate FILE")])
+    machine = read_machine(options.gpu, options.gpus, options.nodes, calibrations)
     methods, engines = _names(options.methods), _names(options.engines)
     check_names("--methods", methods, list(REGISTRIES.method))
     check_names("--engines", engines, list(REGISTRIES.engine))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from distft.core import accelerators
 from distft.core.accelerators import BY_NAME, Accelerator
 from distft.core.errors import Problem, RecipeError
+from distft.plan.calibration import of_gpu
 from distft.plan.setup import Machine
 from distft.recipe.explain import did_you_mean
 
@@ -16,8 +18,8 @@ DEFAULT_GPU = "h100-80gb"
 _GIB = re.compile(r"(\d+(?:\.\d+)?)(?:gib)?", re.IGNORECASE)
 
 
-def read_machine(gpu: str | None, gpus: int, nodes: int) -> Machine:
-    """`gpus` in each of `nodes`.
+def read_machine(gpu: str | None, gpus: int, nodes: int, calibration: Path | None = None) -> Machine:
+    """`gpus` in each of `nodes`; their rates from `calibration`, by default where calibrations are kept.
 
     Raises:
         RecipeError: an unknown GPU, or numbers that are none.
@@ -30,7 +32,7 @@ def read_machine(gpu: str | None, gpus: int, nodes: int) -> Machine:
     found = _read_gpu(gpu or DEFAULT_GPU, problems)
     if problems or found is None:
         raise RecipeError("distft plan", problems)
-    return Machine(gpu=found, gpus_per_node=gpus, nodes=nodes)
+    return Machine(gpu=found, gpus_per_node=gpus, nodes=nodes, rates=of_gpu(found, calibration))
 
 
 def _read_gpu(text: str, problems: list[Problem]) -> Accelerator | None:

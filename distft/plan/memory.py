@@ -21,12 +21,6 @@ from distft.plan.setup import Setup
 from distft.plan.state import FP32, State
 from distft.plan.trace import Activations, activations
 
-CONTEXT_BYTES = int(0.6 * GIB)
-"""CUDA context with the kernels of torch and its libraries: 0.5 to 0.7 GiB."""
-NCCL_BYTES = GIB
-"""Buffers of NCCL's channels: 0.5 to 1.5 GiB."""
-FRAGMENTATION = 0.04
-"""Of what is allocated, lost between blocks (3 to 8 %; less with expandable_segments)."""
 HOST_PROCESS_BYTES = 3 * GIB
 """Host memory of a process that has imported torch, CUDA and transformers: an allowance."""
 
@@ -104,17 +98,18 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     )
     gathered = _gathered(inventory, setup)
     block = _block_workspace(inventory, setup, kept)
-    fixed = CONTEXT_BYTES + (NCCL_BYTES if world > 1 else 0)
+    rates = setup.machine.rates
+    fixed = rates.context_bytes + (rates.nccl_bytes if world > 1 else 0)
     model = state.weights + state.quant_constants + state.master + state.optimizer + state.kept_gradients
-    asks = asking(inventory, setup, kept, held=fixed + int((model + gathered.num_bytes) * (1 + FRAGMENTATION)))
+    asks = asking(inventory, setup, kept, held=fixed + int((model + gathered.num_bytes) * (1 + rates.fragmentation)))
     phases = _phases(inventory, setup, state, kept, asks, gathered.num_bytes, block.num_bytes, fixed)
     allocated = phases.peak - fixed
     slack = Part(
         name="context, NCCL and fragmentation",
-        num_bytes=fixed + allocated - int(allocated / (1 + FRAGMENTATION)),
-        formula=f"allowance: {CONTEXT_BYTES / GIB:.1f} GiB CUDA"
-        + (f" + {NCCL_BYTES / GIB:.1f} GiB NCCL" if world > 1 else "")
-        + f" + {FRAGMENTATION:.0%} of what is allocated",
+        num_bytes=fixed + allocated - int(allocated / (1 + rates.fragmentation)),
+        formula=f"{'measured' if rates.is_measured else 'allowance'}: {rates.context_bytes / GIB:.1f} GiB CUDA"
+        + (f" + {rates.nccl_bytes / GIB:.1f} GiB NCCL" if world > 1 else "")
+        + f" + {rates.fragmentation:.0%} of what is allocated",
     )
     checkpoint = _checkpoint(inventory, setup)
     share = -(-checkpoint // world) if setup.recipe.checkpoint.asynchronous else 0
@@ -176,7 +171,12 @@ def _phases(
         "answers": 0 if asks is None else after + gathered + asks.num_bytes,
         "save": after + _save_workspace(inventory, setup),
     }
-    return Phases(**{name: fixed + int(value * (1 + FRAGMENTATION)) if value else 0 for name, value in figures.items()})
+    return Phases(
+        **{
+            name: fixed + int(value * (1 + setup.machine.rates.fragmentation)) if value else 0
+            for name, value in figures.items()
+        }
+    )
 
 
 def _load(inventory: Inventory, setup: Setup, state: State) -> int:

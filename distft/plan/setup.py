@@ -18,6 +18,7 @@ from distft.model import cross_entropy
 from distft.model.cross_entropy import HeadLoss
 from distft.model.paths import ForwardPath
 from distft.plan import kernels
+from distft.plan.rates import ASSUMED, Rates
 from distft.recipe import Recipe, check_world
 
 
@@ -30,6 +31,8 @@ class Machine:
     nodes: int = 1
     on_cpu: bool = False
     """Processes compute on a CPU, whose kernels keep other tensors."""
+    rates: Rates = ASSUMED
+    """What these GPUs reach."""
 
     @property
     def world(self) -> int:

@@ -26,6 +26,8 @@ def table(cases: Sequence[Case], refused: Sequence[Refused]) -> Iterator[str]:
             for column, (text, width) in enumerate(zip(row, widths, strict=True))
         )
         yield "  " + "  ".join(cells).rstrip()
+    sources = {case.setup.machine.rates.source for case in cases} - {""}
+    yield from (f"  rates: {source}" for source in sorted(sources))
     for one in refused:
         yield f"  {one.method} x {one.engine}: not possible: {one.reason}"
 
@@ -91,6 +93,7 @@ def details(case: Case, *, price: float | None, explain: bool) -> Iterator[str]:
         f"MFU {fast.mfu:.0%}, {fast.step_s:.2f} s a step, {fast.flops_per_token / 1e9:.2f} GFLOP a token"
     )
     yield _length(case, price)
+    yield f"rates: {machine.rates.source or 'assumed shares of the data sheet; distft plan --calibrate measures them'}"
     if explain:
         yield "\nspeed, explained"
         for part in fast.parts:

@@ -12,25 +12,12 @@ from distft.model.attention_shape import attention_shapes
 from distft.model.cross_entropy import chunked_loss
 from distft.plan.inventory import ROOT, Inventory
 from distft.plan.memory import Memory, Part
+from distft.plan.rates import Work, times
 from distft.plan.setup import Setup
 from distft.plan.trace import activations
 
-MATMUL_RATE = 0.78
-"""Share of the bf16 peak that large matrix products reach (an H200: 790 of 989 TFLOP/s measured)."""
-ATTENTION_RATE = 0.55
-"""Share that FlashAttention 2 reaches, forward and backward together."""
-MEMORY_RATE = 0.85
-"""Share of the memory bandwidth that element-wise kernels reach (an H200: 4.3 TB/s measured as copies)."""
-LINK_RATE = 0.7
-"""Share of a link's bandwidth that collectives of large buckets reach."""
-PCIE_BYTES_PER_S = 20e9
-"""Between device and host memory, for offloaded weights and gradients."""
-HOST_UPDATE_BYTES_PER_S = 20e9
-"""State that torch's AdamW reads and writes in host memory, for each process of a node."""
 DEQUANTISED_BYTES = 2.516
 """Read and written per 4-bit weight each time its layer is dequantised to bf16: 0.516 + 2."""
-LAUNCH_S = 8e-6
-"""Host time of one operation outside torch.compile: what a tiny model waits for."""
 READS_PER_WRITE = 1.5
 """An operation reads a little more than it writes: of two inputs one is as large as the output."""
 
@@ -70,6 +57,8 @@ class Speed:
     """Of the run; None when the recipe gives epochs, whose tokens only the rows tell."""
     hours_per_billion_tokens: float
     sent: Sent
+    work: Work
+    """What the times follow from."""
     parts: tuple[Part, ...]
 
 
@@ -85,35 +74,37 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
     matmul, again = _matmul_flops(inventory, setup)
     forward_attention = _attention_flops(inventory, length)
     attention, attention_again = 3.5 * forward_attention, forward_attention if setup.checkpointing == "full" else 0.0
-    compute_s = tokens * (
-        (matmul + again) / (MATMUL_RATE * gpu.bf16_flops)
-        + (attention + attention_again) / (ATTENTION_RATE * gpu.bf16_flops)
-    )
     moved = kept.traffic * (1 + READS_PER_WRITE)
     four_bit = sum(param.numel for param in inventory.params if param.double is not None)
     passes = 2 if setup.checkpointing == "off" else 3
     moved += four_bit * DEQUANTISED_BYTES * passes
-    memory_s = moved / (MEMORY_RATE * gpu.memory_bytes_per_s)
     sends = sent(inventory, setup)
-    link, inside = (LINK_RATE * rate for rate in (setup.machine.link_bytes_per_s, setup.machine.gpu.link_bytes_per_s))
-    micro_sent_s = sends.micro / link + sends.micro_inside / inside
-    step_sent_s = sends.step / link + sends.step_inside / inside
-    launch_s = kept.kernels * LAUNCH_S
-    micro_s = max(compute_s + memory_s, micro_sent_s, launch_s)
-    if setup.offload == "all":  # weights come for forward and backward, gradients go; DeepSpeed overlaps little of it
-        stored = sum(param.stored_bytes for param in inventory.params) / world
-        micro_s += 3 * stored / PCIE_BYTES_PER_S
-    state = memory.state
-    rewritten = 2 * (state.master + state.optimizer) + 2 * state.gradients + 2 * state.weights
-    update_s = rewritten / (MEMORY_RATE * gpu.memory_bytes_per_s) + 2 * state.on_host / HOST_UPDATE_BYTES_PER_S
-    step_s = setup.micros_per_step * micro_s + update_s + max(0.0, step_sent_s - 0.5 * micro_s)
+    stored = sum(param.stored_bytes for param in inventory.params) / world
+    state, rates = memory.state, setup.machine.rates
+    work = Work(
+        matmul_flops=tokens * (matmul + again),
+        attention_flops=tokens * (attention + attention_again),
+        moved_bytes=moved,
+        operations=kept.kernels,
+        sent_bytes=sends.micro,
+        sent_inside_bytes=sends.micro_inside,
+        # weights come for forward and backward, gradients go; DeepSpeed overlaps little of it
+        offloaded_bytes=3 * stored if setup.offload == "all" else 0.0,
+        micros=setup.micros_per_step,
+        step_sent_bytes=sends.step,
+        step_sent_inside_bytes=sends.step_inside,
+        rewritten_bytes=2 * (state.master + state.optimizer) + 2 * state.gradients + 2 * state.weights,
+        host_rewritten_bytes=2 * state.on_host,
+    )
+    taken = times(work, rates, gpu, link_bytes_per_s=setup.machine.link_bytes_per_s)
+    step_s = taken.step_s
     per_step = setup.micros_per_step * tokens * world
     needed = matmul + attention
     steps = setup.recipe.train.max_steps
     return Speed(
         flops_per_token=needed,
         executed_flops_per_token=needed + again + attention_again,
-        micro_s=micro_s,
+        micro_s=taken.micro_s,
         step_s=step_s,
         tokens_per_s=per_step / step_s,
         tokens_per_s_per_gpu=per_step / step_s / world,
@@ -121,6 +112,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         hours=None if steps is None else steps * step_s / 3600,
         hours_per_billion_tokens=1e9 / (per_step / step_s) / 3600,
         sent=sends,
+        work=work,
         parts=(
             Part(
                 name="FLOPs per token",
@@ -131,27 +123,27 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
             ),
             Part(
                 name="arithmetic of a micro-batch, us",
-                num_bytes=round(compute_s * 1e6),
-                formula=f"{tokens:,} tokens at {MATMUL_RATE:.0%} (products) and {ATTENTION_RATE:.0%} (attention) of "
+                num_bytes=round(taken.compute_s * 1e6),
+                formula=f"{tokens:,} tokens at {rates.matmul:.0%} (products) and {rates.attention:.0%} (attention) of "
                 f"{gpu.bf16_flops / 1e12:.0f} TFLOP/s",
             ),
             Part(
                 name="memory traffic of a micro-batch, us",
-                num_bytes=round(memory_s * 1e6),
+                num_bytes=round(taken.memory_s * 1e6),
                 formula=f"{moved / 1e9:.0f} GB ({1 + READS_PER_WRITE:g} x what the traced operations write"
                 + (f" + {passes} x {DEQUANTISED_BYTES} bytes per 4-bit weight" if four_bit else "")
-                + f") at {MEMORY_RATE:.0%} of {gpu.memory_bytes_per_s / 1e9:.0f} GB/s",
+                + f") at {rates.memory:.0%} of {gpu.memory_bytes_per_s / 1e9:.0f} GB/s",
             ),
             Part(
                 name="launches of a micro-batch, us",
-                num_bytes=round(launch_s * 1e6),
-                formula=f"{kept.kernels:,} traced operations x {LAUNCH_S * 1e6:g} us: the least there is",
+                num_bytes=round(taken.launch_s * 1e6),
+                formula=f"{kept.kernels:,} traced operations x {rates.launch_s * 1e6:.3g} us: the least there is",
             ),
             Part(
                 name="sent per micro-batch, bytes",
                 num_bytes=round(sends.micro + sends.micro_inside),
                 formula=f"{setup.engine}: {_SENDS.get(setup.engine, 'nothing until the step ends')}; overlapped, at "
-                f"{LINK_RATE:.0%} of {setup.machine.link_bytes_per_s / 1e9:.0f} GB/s",
+                f"{rates.link:.0%} of {setup.machine.link_bytes_per_s / 1e9:.0f} GB/s",
             ),
             Part(
                 name="sent per step, bytes",

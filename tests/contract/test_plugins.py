@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def test_the_run_says_which_parts_it_had(said: dict[str, str]) -> None:
     facts = json.loads(Path(said["ia3"], "manifest.json").read_text())
     assert (facts["engine"], facts["world"], facts["seed"]) == ("solo", 1, 42)
     assert set(facts["data"]) == {"train", "eval"}
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == metadata.version("torch")
 
 
 def test_mistakes_in_outside_parts_are_explained_like_our_own(said: dict[str, str]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import chat_templates as shapes
 import pytest
+import transformers
 from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerBase
 
 from distft.core.errors import DataError
 from distft.data.chat import conversation
@@ -42,6 +45,10 @@ def renderer(folder: Path) -> Renderer:
     return load_renderer(folder)
 
 
+@pytest.mark.skipif(
+    "sanitize_control_tokens" not in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    reason=f"transformers {transformers.__version__} lets them be the tokens: there is nothing to compare with",
+)
 @pytest.mark.parametrize("name", CHATS)
 def test_they_stay_text_as_in_transformers(name: str, renderer: Renderer) -> None:
     chat = conversation(CHATS[name])
