@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -46,6 +46,10 @@ test-plan: setup
 # State bytes of every engine, method, optimizer and type, planned against counted (make test alternates the types).
 test-plan-grid: setup
 	DISTFT_PLAN_GRID=1 $(BIN)/python -m pytest tests/dist/test_plan_exact.py
+
+# Mixtures of experts: every model, method and engine (make test has a covering part of them).
+test-moe: setup
+	DISTFT_MOE_GRID=1 $(BIN)/python -m pytest tests/dist/test_moe.py
 
 # Two files at a time: a launch waits for its imports and for its peers as much as it computes.
 test-dist: setup
@@ -100,6 +104,11 @@ bench-gpu: setup
 # Rewrites the golden losses; the change is explained in CHANGELOG.md.
 golden: setup
 	$(BIN)/python -m pytest tests/golden --rewrite
+
+# Operators and bytes of a block and the head of an 8B model, counted without a GPU.
+BUDGETS ?= docs/results/2026-11-28-budgets.md
+budgets: setup
+	PYTHONPATH=tests/helpers $(BIN)/python tests/helpers/budgets.py $(BUDGETS)
 
 # Proves every causal language model of the installed transformers and writes docs/architectures.md (some minutes).
 architectures: setup

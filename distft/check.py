@@ -92,7 +92,8 @@ class CheckReport:
     splits: tuple[SplitView, ...]
     answers: tuple[SetView, ...]
     model: str | None
-    """What is proven of the model's arithmetic; None for a folder that holds a tokenizer alone."""
+    """What is proven of the model's arithmetic, then a line for each path that was tried before and not taken; None for
+    a folder that holds a tokenizer alone."""
     care: CareReport
     """What the rows hold that should be known: repeats, overlap, personal data, balance."""
     tokens_per_epoch: int
@@ -187,7 +188,7 @@ def _verdict(recipe: Recipe) -> str:
         verdict = verdict_on(table, skeleton.find_config(recipe.model), max_length=recipe.data.max_length)
     line = recipe.line_of("model.path")
     path_of(verdict, source=recipe.source, line=line, attention=table.attention)
-    return verdict.describe()
+    return "\n".join([verdict.describe(), *(f"  {line}" for line in verdict.tried())])
 
 
 def _tell(rows: int) -> None:

@@ -183,7 +183,8 @@ class _Run:
             allow_changes=self.allow_changes,
         )
         self.folder.start(recipe.to_toml(), facts)
-        if placed.rank == 0 and (plan := assemble.planned(self.located, placed.world)) is not None:
+        here = (self.located, placed.world, self.cut)
+        if placed.rank == 0 and (plan := assemble.planned(*here, self.rows.mean_tokens)) is not None:
             self.folder.write("plan.json", plan)
         hashing = assemble.remember(self.located, self.folder) if placed.rank == 0 else None
         self.folder.note("started", engine=engine.name, world=placed.world, step=state.step)
@@ -262,14 +263,16 @@ class _Run:
         short = MachineError(f"memory ran out in {where}{held()}")
         self.end(exit_code(short), reason(short))  # planning what to change takes seconds, in which peers would wait
         hint = "" if self.recipe.train.rehearse else "\n[train] rehearse = true finds this out in the first minute"
-        return MachineError(f"{short}\n{assemble.advice(self.recipe, self.located, world)}{hint}")
+        advice = assemble.advice(self.recipe, self.located, world, self.cut)
+        return MachineError(f"{short}\n{advice}{hint}")
 
     def _rehearse(self, engine: Engine, objective: Objective) -> None:
         from distft.rehearsal import rehearse
 
         worst = assemble.worst(self.recipe, self.cut, self.rows)
         self.say(f"rehearsal: a step of {worst.sequences} x {worst.longest:,} tokens")
-        rehearse(worst, engine, objective, advice=lambda: assemble.advice(self.recipe, self.located, engine.world))
+        found = (self.recipe, self.located, engine.world, self.cut)
+        rehearse(worst, engine, objective, advice=lambda: assemble.advice(*found))
         self.say("rehearsal: done")
 
     def _train(
@@ -295,7 +298,7 @@ class _Run:
         every = Every(
             log=lambda step: step % recipe.log.every_steps == 0 or step == steps.num_steps,
             eval=looks.due,
-            save=_saves(recipe.checkpoint.every_steps),
+            save=lambda step: isinstance(saves := recipe.checkpoint.every_steps, int) and step % saves == 0,
         )
         meters = assemble.meters(recipe, self.folder, facts, engine, placed, steps, self.say)
         PULSE.training()
@@ -354,10 +357,6 @@ class _Run:
         kept = "the state is saved" if state.step > 0 else "nothing was trained yet, so there is nothing to save"
         reasons = sorted({reason for reason in engine.gather(STOP.reason) if reason})
         raise Preempted(f"stopped by {', '.join(reasons)} after step {state.step}; {kept}")
-
-
-def _saves(every_steps: int | str) -> Callable[[int], bool]:
-    return lambda step: isinstance(every_steps, int) and step % every_steps == 0
 
 
 def _say(line: str) -> None:

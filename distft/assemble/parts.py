@@ -42,7 +42,8 @@ def open_engine(recipe: Recipe, placed: Processes, say: Say) -> Engine:
     )
     spec = REGISTRIES.engine[name]
     if recipe.engine.name == "auto":
-        params = spec.params(**({"offload": offload} if "offload" in spec.params.model_fields else {}))
+        chosen = {"offload": offload, "grad_dtype": getattr(params, "grad_dtype", "auto")}
+        params = spec.params(**{key: value for key, value in chosen.items() if key in spec.params.model_fields})
     say(f"engine {name}: {why}")
     return spec.open(params, placed)
 
@@ -113,6 +114,7 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
         weight_decay=getattr(params, "weight_decay", 0.0),
         decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
         max_grad_norm=None if clip == "off" else float(clip),
+        per_tensor=optim.spec.per_tensor,
     )
 
 

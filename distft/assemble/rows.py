@@ -48,6 +48,8 @@ class Data(HeldOut):
     steps: Steps
     longest: int
     """Tokens in the longest row."""
+    mean_tokens: int
+    """Tokens of a row on average."""
 
 
 def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
@@ -102,6 +104,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
         largest_id=max(prepared.report.largest_id for prepared in splits.values()),
         stop_ids=rows.report.stop_ids,
         longest=longest,
+        mean_tokens=max(1, round(float(rows.lengths.mean()))),
     )
 
 

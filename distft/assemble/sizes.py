@@ -98,7 +98,8 @@ def layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
         from distft.model.load import find_folder
         from distft.plan import auto
 
-        chosen = auto.for_job(located, find_folder(located.model), machine, wants=launcher_wants(os.environ))
+        wants = launcher_wants(os.environ)
+        chosen = auto.for_job(located, find_folder(located.model), machine, wants=wants, path=path)
         return Layout(
             micro_batch_size=chosen.micro_batch_size,
             micros_per_step=check_world(recipe, world, chosen.micro_batch_size),
@@ -107,7 +108,7 @@ def layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
             path=path,
         )
     if own == "auto":
-        limit = max(1, AUTO_MICRO_TOKENS // recipe.data.max_length)
+        limit = 1 if path.documents == "single" else max(1, AUTO_MICRO_TOKENS // recipe.data.max_length)
         own = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
     return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own), path=path)
 
@@ -160,10 +161,10 @@ def on_all(located: Recipe, own: Layout, rows: Data, engine: Engine, say: Say) -
     return cut, rows
 
 
-def planned(located: Recipe, world: int) -> dict[str, Any] | None:
+def planned(located: Recipe, world: int, cut: Layout, row_tokens: int) -> dict[str, Any] | None:
     """One case of `distft plan --json` for this very run, to hold the measured memory against; None on CPUs.
 
-    A plan that cannot be made is not worth a run.
+    `row_tokens`: of a row on average. A plan that cannot be made is not worth a run.
     """
     machine = _accelerators(world)
     if machine is None:
@@ -174,9 +175,10 @@ def planned(located: Recipe, world: int) -> dict[str, Any] | None:
     from distft.plan import inventory
     from distft.plan.case import plan
 
+    method = located.method
     try:
-        read = inventory.read(located.model, find_folder(located.model), located.method.spec, located.method.params)
-        return plan(located, read, machine, wants=launcher_wants(os.environ)).to_json()
+        read = inventory.read(located.model, find_folder(located.model), method.spec, method.params, path=cut.path)
+        return plan(located, read, machine, wants=launcher_wants(os.environ), document_tokens=row_tokens).to_json()
     except DistftError as error:
         return {"why": str(error)}
 
@@ -207,15 +209,18 @@ def worst(recipe: Recipe, cut: Layout, rows: Data) -> Worst:
     from distft.rehearsal import Worst
 
     longest = recipe.data.max_length if recipe.data.packing or recipe.train.compile else rows.longest
+    # Documents alone: a sequence of several has as many forwards.
+    sequences = cut.micros_per_step * cut.micro_batch_size
+    alone = sequences + 1 if recipe.data.packing and rows.longest < recipe.data.max_length else sequences
     return Worst(
         sequences=1 if cut.single else cut.micro_batch_size,
         longest=rows.longest if cut.single else longest,
-        micros=cut.micros_per_step,
+        micros=alone if cut.single else cut.micros_per_step,
         evaluates=rows.eval_steps is not None,
     )
 
 
-def advice(recipe: Recipe, located: Recipe, world: int) -> str:
+def advice(recipe: Recipe, located: Recipe, world: int, cut: Layout) -> str:
     """What makes a run smaller, cheapest first: the planner's word on accelerators, on a CPU what always helps."""
     machine = _accelerators(world)
     if machine is not None:
@@ -223,13 +228,14 @@ def advice(recipe: Recipe, located: Recipe, world: int) -> str:
         from distft.plan.planner import Planner
 
         given = list(recipe.origin.overrides.values())
-        planner = Planner(path=recipe.source, overrides=given, folder=find_folder(located.model), machine=machine)
+        folder = find_folder(located.model)
+        planner = Planner(path=recipe.source, overrides=given, folder=folder, machine=machine, path_of_model=cut.path)
         found = planner.changes(planner.case())[:5]
         return "\n".join(["what fits, by plan:", *(f"  {change}" for change in found)])
     steps = [
-        ("train.micro_batch_size=1", recipe.train.micro_batch_size != 1),
+        ("train.micro_batch_size=1", recipe.train.micro_batch_size != 1 and not cut.single),
         ('train.activation_checkpointing="full"', recipe.train.activation_checkpointing != "full"),
-        ('model.cross_entropy="chunked"', recipe.model.cross_entropy == "full"),
+        ('model.cross_entropy="chunked"', recipe.model.cross_entropy == "full" and cut.path.head == "chunked"),
         (f"data.max_length={recipe.data.max_length // 2}", True),
     ]
     return "try, in this order: " + "  ".join(f"--set {change}" for change, helps in steps if helps)

@@ -104,6 +104,7 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
             largest_id=config.vocab_size - 1,
             stop_ids=(),
             longest=recipe.data.max_length,
+            mean_tokens=recipe.data.max_length,
         )
         fits.refuse_long_rows(located, recipe.data.max_length, "train")
     with processes.leaving() as group:
@@ -237,6 +238,8 @@ class _Measurement:
             "activation_checkpointing": savers.choose_checkpointing(wanted, self.cut.checkpointing, "")[0],
             "attention": built.module.transformer.config._attn_implementation,
             "cross_entropy": _head_loss(recipe, device),
+            "path": self.cut.path.to_json(),
+            "row_tokens": self.rows.mean_tokens,
             "device": device_name,
             "device_bytes": whole,
             "threads": torch.get_num_threads(),

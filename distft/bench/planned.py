@@ -35,6 +35,7 @@ class Planning:
 
     def _plan(self, case: Case, record: dict[str, Any]) -> dict[str, Any]:
         from distft.model import load
+        from distft.model.paths import ForwardPath
         from distft.plan import state
         from distft.plan.calibration import of_gpu
         from distft.plan.case import plan
@@ -43,7 +44,8 @@ class Planning:
         from distft.plan.setup import Machine
         from distft.recipe import parse_recipe
 
-        ran = record.get("ran") or _as_asked(record)
+        asked = _as_asked(record)
+        ran = asked | (record.get("ran") or {})  # records of older versions say less
         own = case.recipe
         changes = [
             *engine_override(own, ran["engine"]),
@@ -56,12 +58,15 @@ class Planning:
         gib = (ran["device_bytes"] or record["hardware"]["memory_gib"] * GIB / case.world) / GIB
         known = accelerators.of_device(ran["device"])
         gpu = replace(known, memory_gib=gib) if known is not None else of_size(gib)
-        machine = Machine(gpu=gpu, gpus_per_node=case.world, rates=of_gpu(gpu))
+        machine = Machine(gpu=gpu, gpus_per_node=case.world, on_cpu=ran["device"] == "cpu", rates=of_gpu(gpu))
         folder = str(load.find_folder(located.model))
         if folder not in self._planners:
             self._planners[folder] = Planner(path=case.key, overrides=(), folder=Path(folder), machine=machine)
-        inventory = self._planners[folder].inventory(located)
-        found = plan(located, inventory, machine, liger=ran["cross_entropy"] == "fused")
+        planner, path = self._planners[folder], ran["path"]
+        planner.path_of_model = None if path is None else ForwardPath(**path)
+        inventory = planner.inventory(located)
+        fused = ran["cross_entropy"] == "fused"
+        found = plan(located, inventory, machine, liger=fused, document_tokens=ran["row_tokens"])
         rates = machine.rates
         fixed = rates.context_bytes + (rates.nccl_bytes if case.world > 1 else 0)
         ranks = [
@@ -73,6 +78,7 @@ class Planning:
                 world=found.setup.shards,
                 rank=rank % found.setup.shards,
                 offload=found.setup.offload,
+                fp32_gradients=found.setup.fp32_gradients,
             )
             for rank in range(case.world)
         ]
@@ -102,6 +108,8 @@ def _as_asked(record: dict[str, Any]) -> dict[str, Any]:
         "micro_batch_size": case["micro_batch_size"] if case["micro_batch_size"] != "auto" else 1,
         "activation_checkpointing": wanted if wanted != "auto" else "full" if gpus else "off",
         "cross_entropy": loss if loss != "auto" else "chunked",
+        "path": None,
+        "row_tokens": None,
         "device": gpus[0] if gpus else "cpu",
         "device_bytes": None,
     }

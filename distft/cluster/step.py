@@ -43,6 +43,7 @@ def command(launcher: Launcher, given: Allocation, num_nodes: int, train: Sequen
         f"--ntasks={num_nodes * tasks}",
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",  # srun no longer takes it from the job (Slurm 22.05)
+        "--distribution=block:block",  # the default deals neighbouring ranks, and so their GPUs, to different sockets
         *(["--overcommit"] if given.per_node > given.cpus_per_node else []),
         "--kill-on-bad-exit=1",  # one process gone: the others would wait for it in a collective
         "--label",

@@ -226,6 +226,9 @@ class UpdateRule:
     """Names that weight decay applies to; decided on whole shapes, before any engine flattens them."""
     max_grad_norm: float | None
     """Global L2 norm that gradients are clipped to; None clips nothing."""
+    per_tensor: bool = False
+    """The optimizer may step some tensors before others: `step()` changes those that have a gradient, each from its own
+    state alone. False: it gets all gradients at once."""
 
     def groups(self, named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
         """Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out."""

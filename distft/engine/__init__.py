@@ -1,12 +1,12 @@
 """Processes and where tensors live: one file per way of spreading a model, behind the protocol in `core.types`."""
 
-from distft.core.registry import NoParams, Registry
-from distft.engine.spec import AutoParams, EngineSpec, Fsdp2Params, Zero3Params, Zero12Params
+from distft.core.registry import Registry
+from distft.engine.spec import AutoParams, EngineParams, EngineSpec, Fsdp2Params, Zero3Params, Zero12Params
 
 ENGINES: Registry[EngineSpec] = Registry("engine")
 ENGINES.add(EngineSpec(name="auto", params=AutoParams, module="distft.engine.auto"))
-ENGINES.add(EngineSpec(name="solo", params=NoParams, module="distft.engine.solo", max_world=1))
-ENGINES.add(EngineSpec(name="ddp", params=NoParams, module="distft.engine.ddp"))
+ENGINES.add(EngineSpec(name="solo", params=EngineParams, module="distft.engine.solo", max_world=1))
+ENGINES.add(EngineSpec(name="ddp", params=EngineParams, module="distft.engine.ddp"))
 _ZERO = {"module": "distft.engine.deepspeed", "flattens": True, "library": "deepspeed"}
 ENGINES.add(EngineSpec(name="zero1", params=Zero12Params, **_ZERO))
 ENGINES.add(EngineSpec(name="zero2", params=Zero12Params, **_ZERO))

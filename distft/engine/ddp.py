@@ -1,20 +1,31 @@
-"""Whole parameters on every rank, gradients averaged once per step (torch DistributedDataParallel)."""
+"""Whole parameters on every rank, gradients averaged once per step.
+
+Torch's DistributedDataParallel does that, but adds the micro-batches of a step, and ranks, in the parameters' type. Of
+a bf16 model with several micro-batches a step, fp32 sums are averaged here, bucket by bucket while the last backward
+runs; with one, DistributedDataParallel's buckets travel in fp32.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distft.core.errors import MachineError
-from distft.core.registry import NoParams
 from distft.core.types import Weights
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine
+from distft.engine.spec import EngineParams
+from distft.engine.sums import GradientSums
+
+BUCKET_ELEMENTS = 2**23
+"""fp32 elements that travel together, 32 MiB: DistributedDataParallel's bucket has 25 MiB."""
 
 
 class DdpEngine(SoloEngine):
@@ -24,26 +35,137 @@ class DdpEngine(SoloEngine):
 
     def _wrap(self, weights: Weights) -> nn.Module:
         module = super()._wrap(weights)
+        if self._sums_apart:
+            return module
         on = [self.device] if self.device.type == "cuda" else None
         # init_sync would broadcast what every rank already filled from the same source.
         wrapped = DistributedDataParallel(module, device_ids=on, gradient_as_bucket_view=True, init_sync=False)
-        spans = dist.get_world_size(wrapped.process_group)
-        if spans != self.world:
-            raise MachineError(f"ddp spans {spans} processes, {self.world} were started")
+        self._check_spans(dist.get_world_size(wrapped.process_group))
+        if weights.dtype != torch.float32 and self._grad_dtype != "bfloat16":
+            wrapped.register_comm_hook(None, _average_in_fp32)
         _settle_buckets(wrapped)
         return wrapped
 
+    def _add_in_fp32(self) -> GradientSums:
+        self._check_spans(dist.get_world_size())
+        return AveragedSums(self._unwrapped().parameters(), world=self.world)
+
+    def _check_spans(self, spans: int) -> None:
+        if spans != self.world:
+            raise MachineError(f"ddp spans {spans} processes, {self.world} were started")
+
     def _unwrapped(self) -> nn.Module:
-        assert isinstance(self.model, DistributedDataParallel)
-        return self.model.module
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
         """No gradient traffic before the last micro-batch."""
-        assert isinstance(self.model, DistributedDataParallel)
-        quiet = contextlib.nullcontext() if last else self.model.no_sync()
+        quiet = contextlib.nullcontext()
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            quiet = self.model.no_sync()
         with super().accumulating(last=last, seed=seed), quiet:
             yield
+
+
+@dataclass(kw_only=True, eq=False)
+class _Bucket:
+    """Sums that are averaged in one message."""
+
+    params: list[nn.Parameter] = field(default_factory=list)
+    flat: Tensor | None = None
+    """Its sums end to end; there from the first gradient of a step on."""
+    missing: int = 0
+    """Parameters whose last gradient of the step is not there yet."""
+    sent: Any = None
+    """The work of its all-reduce."""
+
+    @property
+    def numel(self) -> int:
+        return sum(param.numel() for param in self.params)
+
+
+class AveragedSums(GradientSums):
+    """fp32 sums, averaged over ranks as they become complete in the last micro-batch of a step.
+
+    Buckets are cut once, in the reverse of the parameters' order, which is about the order gradients arrive in, and
+    sent in that order on every rank, whichever is complete first.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], *, world: int) -> None:
+        trained = [param for param in params if param.requires_grad]
+        super().__init__(trained, all_types=True)
+        self._world = world
+        self._last = False
+        self._next = 0
+        self._buckets: list[_Bucket] = []
+        self._of: dict[nn.Parameter, _Bucket] = {}
+        for param in reversed(trained):
+            bucket = self._buckets[-1] if self._buckets else None
+            if bucket is None or bucket.numel + param.numel() > BUCKET_ELEMENTS:
+                bucket = _Bucket()
+                self._buckets.append(bucket)
+            bucket.params.append(param)
+            self._of[param] = bucket
+
+    def begin_micro(self, *, last: bool) -> None:
+        """Count down from every parameter in the last micro-batch."""
+        self._last, self._next = last, 0
+        for bucket in self._buckets:
+            bucket.missing, bucket.sent = len(bucket.params), None
+
+    def finish(self) -> None:
+        """Send what no gradient has completed (a part of the model that took no part), and wait for all."""
+        if not self._last:
+            return
+        for bucket in self._buckets[self._next :]:
+            self._send(bucket)
+        for bucket in self._buckets:
+            bucket.sent.wait()
+            bucket.sent = None  # holds the bucket's memory
+        self._last = False
+
+    def drop(self, param: nn.Parameter) -> None:
+        """A bucket's memory is free when the last of its sums is dropped."""
+        super().drop(param)
+        self._of[param].flat = None
+
+    def _first(self, param: nn.Parameter, gradient: Tensor) -> Tensor:
+        self._make(self._of[param])
+        return self._sums[param].copy_(gradient)
+
+    def _make(self, bucket: _Bucket) -> None:
+        """Zeros for all of its parameters."""
+        bucket.flat = torch.zeros(bucket.numel, dtype=torch.float32, device=bucket.params[0].device)
+        parts = bucket.flat.split([param.numel() for param in bucket.params])
+        for param, part in zip(bucket.params, parts, strict=True):
+            self._sums[param] = part.view_as(param)
+
+    def _add(self, param: Tensor) -> None:
+        super()._add(param)
+        assert isinstance(param, nn.Parameter)
+        bucket = self._of[param]
+        bucket.missing -= 1
+        assert bucket.missing >= 0 or not self._last, "a gradient arrived twice in one backward pass"
+        while self._last and self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+            self._send(self._buckets[self._next])
+            self._next += 1
+
+    def _send(self, bucket: _Bucket) -> None:
+        if bucket.flat is None:
+            self._make(bucket)
+        assert bucket.flat is not None
+        bucket.sent = dist.all_reduce(bucket.flat.div_(self._world), async_op=True)
+
+
+def _average_in_fp32(_, bucket):
+    """A bf16 bucket's mean over ranks, added in fp32 and rounded once; torch refuses annotations that are strings."""
+    mean = bucket.buffer().float().div_(dist.get_world_size())
+
+    def rounded(done: torch.futures.Future[Any]) -> Tensor:
+        return bucket.buffer().copy_(done.value()[0])
+
+    work: Any = dist.all_reduce(mean, async_op=True)
+    return work.get_future().then(rounded)
 
 
 def _settle_buckets(wrapped: DistributedDataParallel) -> None:
@@ -62,6 +184,6 @@ def _settle_buckets(wrapped: DistributedDataParallel) -> None:
         param.grad = None
 
 
-def open_engine(name: str, params: NoParams, placed: Processes) -> DdpEngine:
+def open_engine(name: str, params: EngineParams, placed: Processes) -> DdpEngine:
     """The engine, before it has a model."""
-    return DdpEngine(placed)
+    return DdpEngine(params, placed)

@@ -5,6 +5,7 @@ What the library does by itself and this file undoes or pins:
   loss x world / weight, so what it accumulates is the gradient of the global mean;
 - stage 3 leaves tensors under a threshold whole on every rank: set to 0, so memory is what the formula says;
 - communication buckets default to 5e8 elements (gigabytes): set from the model's size;
+- it adds the micro-batches of a step, and ranks, in the model's type: in bf16 it is told to take fp32 for both;
 - on a CPU it compiles a shared-memory all-reduce at first use (40 s and a C++ compiler); gloo does the same work.
 Source: Rajbhandari et al., ZeRO, https://arxiv.org/abs/1910.02054
 """
@@ -25,9 +26,11 @@ from distft.core.types import Piece, StateReader, StepReport, TrainState, Update
 from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
+from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.engine.spec import Zero3Params, Zero12Params
+from distft.engine.sums import warn_of_bf16_sums
 
 BUCKET_ELEMENTS = 50_000_000
 """Largest communication bucket: 100 MB in bf16, enough to fill an NVLink or a 400 Gb/s link."""
@@ -46,9 +49,11 @@ class ZeroEngine(BaseEngine):
         self.name = f"zero{stage}"
         self._stage, self.lockstep = stage, stage == 3
         self._offload = params.offload
+        self._grad_dtype: GradDtype = params.grad_dtype
         within = params.shard_within if isinstance(params, Zero3Params) else "world"
         self._second = group_size(within, placed)
         self._deepspeed = _import_deepspeed()
+        self._last = True
 
     def adopt(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
         """Fill and (stage 3) partition block by block, then let DeepSpeed take the rest over."""
@@ -72,9 +77,14 @@ class ZeroEngine(BaseEngine):
         self._wrapped, self._optimizer, _, _ = self._deepspeed.initialize(
             model=module, optimizer=rule.build(rule.groups(trainable)), config=config, dist_init_required=False
         )
+        if self._stage == 1 and self._keeps_fp32(weights.dtype, micros_per_step):
+            _add_in_fp32(self._optimizer)
         self._module = self._wrapped
         self._wrapped.train()
         self._check_partitioned()
+
+    def _keeps_fp32(self, dtype: torch.dtype, micros: int) -> bool:
+        return keeps_fp32_gradients(self._grad_dtype, half=dtype == torch.bfloat16, micros_per_step=micros)
 
     def _config(self, dtype: torch.dtype, rule: UpdateRule, micros: int, bucket: int) -> dict[str, Any]:
         zero: dict[str, Any] = {
@@ -100,7 +110,15 @@ class ZeroEngine(BaseEngine):
             zero["offload_optimizer"] = pinned
         if self._offload == "all":
             zero["offload_param"] = pinned
+        if dtype == torch.bfloat16 and self._grad_dtype == "bfloat16" and self.rank == 0:
+            warn_of_bf16_sums(micros)
+        added: dict[str, Any] = {}
+        if dtype == torch.bfloat16 and self._grad_dtype != "bfloat16":
+            added["communication_data_type"] = "fp32"
+        if self._stage > 1 and self._keeps_fp32(dtype, micros):  # of stage 1 the key selects another optimizer class
+            added["data_types"] = {"grad_accum_dtype": "fp32"}
         return {
+            **added,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": micros,
             "gradient_clipping": rule.max_grad_norm or 0.0,
@@ -141,6 +159,7 @@ class ZeroEngine(BaseEngine):
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
         """Tells DeepSpeed, before the forward, whether this micro-batch ends the step."""
+        self._last = last
         self._wrapped.set_gradient_accumulation_boundary(is_boundary=last)
         with super().accumulating(last=last, seed=seed):
             yield
@@ -149,6 +168,9 @@ class ZeroEngine(BaseEngine):
         """DeepSpeed averages over ranks: multiply by the world to make that a sum."""
         self._remember(loss_sum, samples)
         self._wrapped.backward(loss_sum * (self.world / divide_by), scale_wrt_gas=False)
+        if self._stage == 1 and self._last and self._optimizer.use_grad_accum_attribute:
+            # Reduced into this rank's part by now; DeepSpeed would keep the whole sums through the update.
+            self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, state: TrainState, weight: float, accepts: Callable[[float], bool]) -> StepReport:
         """The loss is checked before DeepSpeed's step; a bad norm makes that step skip the update on all ranks."""
@@ -249,6 +271,19 @@ class ZeroEngine(BaseEngine):
         if self._placed.joined:  # by DeepSpeed, which else hands its groups to the next run of this Python process
             self._deepspeed.comm.destroy_process_group()
         super().close()
+
+
+def _add_in_fp32(optimizer: Any) -> None:
+    """Have stage 1's optimizer add micro-batches in fp32, as its constructor does where it is told to.
+
+    The key of the configuration that tells it, `data_types.grad_accum_dtype`, has the engine take BF16_Optimizer for
+    stage 1, whose state lies otherwise. Nothing has been allocated by these settings before the first backward pass.
+    To be deleted when a version later than DeepSpeed 0.19.8 takes the key for stage 1 too.
+    """
+    if optimizer.use_grad_accum_attribute or not optimizer.contiguous_gradients:
+        raise MachineError("this version of DeepSpeed adds gradients of stage 1 in a way that is not known here")
+    optimizer.gradient_accumulation_dtype = torch.float32
+    optimizer.use_separate_grad_accum = optimizer.use_grad_accum_attribute = True
 
 
 @contextlib.contextmanager

@@ -134,13 +134,14 @@ def create_state(flats: Iterable[Tensor], step: Callable[[], None], optimizer: t
     if all(flat in optimizer.state for flat in flats):
         return
     rates = [group["lr"] for group in groups]
+    before = [flat.grad for flat in flats]  # DeepSpeed keeps a buffer there when it offloads
     for group in groups:
         group["lr"] = 0.0
     for flat in flats:
         flat.grad = torch.zeros_like(flat)
     step()
-    for flat in flats:
-        flat.grad = None
+    for flat, grad in zip(flats, before, strict=True):
+        flat.grad = grad
         state = optimizer.state[flat]
         for key in state.keys() - _CODE_BOOKS:
             state[key] = state[key].zero_() if isinstance(state[key], Tensor) else 0

@@ -25,6 +25,7 @@ from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine
 from distft.engine.spec import Fsdp2Params
+from distft.engine.sums import GradientSums
 
 
 class Fsdp2Engine(SoloEngine):
@@ -35,7 +36,7 @@ class Fsdp2Engine(SoloEngine):
     lockstep = True
 
     def __init__(self, params: Fsdp2Params, placed: Processes) -> None:
-        super().__init__(placed)
+        super().__init__(params, placed)
         self._offload: OffloadPolicy = (
             CPUOffloadPolicy(pin_memory=placed.device.type == "cuda") if params.offload == "all" else OffloadPolicy()
         )
@@ -50,7 +51,8 @@ class Fsdp2Engine(SoloEngine):
         else:
             names = ("replicas", "shards")
             mesh = init_device_mesh(self.device.type, (self._replicas, self._shards), mesh_dim_names=names)
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        reduced = torch.bfloat16 if self._grad_dtype == "bfloat16" else torch.float32
+        policy = MixedPrecisionPolicy(reduce_dtype=reduced)
         # None: blocks are given back after their forward, and the root, which the backward needs first, is not.
         reshard = False if self._once_a_step else None
         for unit in [*weights.blocks, weights.module]:
@@ -58,6 +60,10 @@ class Fsdp2Engine(SoloEngine):
             fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=self._offload)
         self._check_sharded(weights.module)
         return weights.module
+
+    def _add_in_fp32(self) -> GradientSums | None:
+        """The library itself adds in fp32 what it reduces once a step: unreduced gradients, or a group's shares."""
+        return None if self._once_a_step or self._replicas > 1 else super()._add_in_fp32()
 
     def _check_sharded(self, module: nn.Module) -> None:
         name, biggest = max(module.named_parameters(), key=lambda item: item[1].numel())

@@ -66,7 +66,11 @@ def count(engine: Any) -> Held:
 def gradients(engine: Any) -> int:
     """Bytes of gradients between the last backward of a step and its update."""
     seen: set[int] = set()
-    total = _bytes((param.grad for param in _model(engine).parameters()), seen)
+    params = list(_model(engine).parameters())
+    total = _bytes((param.grad for param in params), seen)
+    if (sums := getattr(engine, "_sums", None)) is not None:
+        total += _bytes((sums.of(param) for param in params), seen)
+    total += _bytes((getattr(param, "grad_accum", None) for param in params), seen)  # DeepSpeed's stage 1
     zero = getattr(engine, "_optimizer", None)
     for name in ("grad_partitions_flat_buffer", "averaged_gradients", "all_grad_tensors", "grads_in_partition"):
         total += _bytes(_tensors(getattr(zero, name, None)), seen)

@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -288,6 +289,8 @@ def leaving() -> Iterator[contextlib.ExitStack]:
 
 
 def _shares_accelerators() -> bool:
+    if "torch" not in sys.modules:  # a run that ends before it has joined waits for no import
+        return False
     import torch
     import torch.distributed as dist
 

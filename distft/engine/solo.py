@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
-from distft.core.registry import NoParams
 from distft.core.types import Piece, StateReader, StepReport, TrainState, UpdateRule, Weights
 from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
+from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.owned import OwnedParameters
 from distft.engine.processes import Processes
+from distft.engine.spec import EngineParams
+from distft.engine.sums import GradientSums, warn_of_bf16_sums
 
 
 class SoloEngine(BaseEngine):
@@ -25,13 +29,29 @@ class SoloEngine(BaseEngine):
     sharded = False
     """Ranks hold different pieces, so squared gradient norms add up over ranks."""
 
+    def __init__(self, params: EngineParams, placed: Processes) -> None:
+        super().__init__(placed)
+        self._grad_dtype: GradDtype = params.grad_dtype
+        self._sums: GradientSums | None = None
+
     def adopt(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
         """Fill, wrap, and create the optimizer over what this rank owns."""
         self._rule = rule
+        half = weights.dtype == torch.bfloat16
+        if half and self._grad_dtype == "bfloat16" and self.rank == 0:
+            warn_of_bf16_sums(micros_per_step)
+        self._sums_apart = keeps_fp32_gradients(self._grad_dtype, half=half, micros_per_step=micros_per_step)
         self._module = self._wrap(weights)
         self._module.train()
-        self._owned = OwnedParameters((name, p) for name, p in self._unwrapped().named_parameters())
+        if self._sums_apart:
+            self._sums = self._add_in_fp32()
+        named = self._unwrapped().named_parameters()
+        self._owned = OwnedParameters(named, sums=self._sums, per_tensor=rule.per_tensor)
         self._optimizer = rule.build(rule.groups(self._owned))
+
+    def _add_in_fp32(self) -> GradientSums | None:
+        """What adds gradients up, where autograd would do it in bf16."""
+        return GradientSums(self._unwrapped().parameters())
 
     def _wrap(self, weights: Weights) -> nn.Module:
         weights.fill(weights.module, self.device)
@@ -45,6 +65,14 @@ class SoloEngine(BaseEngine):
         """Wrapping serves gradients here, and weights are whole; fsdp2 alone gathers in the wrapped module."""
         return self.model if self.sharded else self._unwrapped()
 
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
+        """Sums apart from autograd's are told which micro-batch is the step's last."""
+        if self._sums is not None:
+            self._sums.begin_micro(last=last)
+        with super().accumulating(last=last, seed=seed):
+            yield
+
     def backward(self, loss_sum: Tensor, *, divide_by: float, samples: tuple[str, ...]) -> None:
         """Gradients are averaged over ranks by ddp and fsdp2: multiply by the world to make that a sum."""
         self._remember(loss_sum, samples)
@@ -52,29 +80,32 @@ class SoloEngine(BaseEngine):
 
     def step(self, state: TrainState, weight: float, accepts: Callable[[float], bool]) -> StepReport:
         """One host sync: loss and squared norm together."""
-        grads = self._owned.collect()
-        norm = get_total_norm(grads).double() if grads else torch.zeros((), dtype=torch.float64, device=self.device)
-        loss_sum, squares = self._summed(torch.stack([self._loss_sum(), norm.square().to(self.device)]))
+        norm = _norm(self._owned.gradients(), self.device)
+        loss_sum, squares = self._summed(torch.stack([self._loss_sum(), norm.square()]))
         grad_norm = math.sqrt(squares if self.sharded or self.world == 1 else squares / self.world)
         lr = self.rule.lr_at(state.step)
         updated = math.isfinite(loss_sum) and math.isfinite(grad_norm) and accepts(loss_sum / weight)
         if updated:
             self._update(lr, grad_norm)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._owned.drop_gradients()
         return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight, updated=updated)
 
     def _update(self, lr: float, grad_norm: float) -> None:
-        if self.rule.max_grad_norm is not None:
-            total = torch.tensor(grad_norm, dtype=torch.float32, device=self.device)
-            clip_grads_with_norm_([owned for _, owned in self._owned], self.rule.max_grad_norm, total)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
-        self._owned.publish()
+        total = torch.tensor(grad_norm, dtype=torch.float32, device=self.device)
+
+        def step(masters: list[nn.Parameter]) -> None:
+            if self.rule.max_grad_norm is not None:
+                clip_grads_with_norm_(masters, self.rule.max_grad_norm, total)
+            self._optimizer.step()
+
+        self._owned.update(step)
 
     def create_state(self) -> None:
         """Of what this rank owns."""
-        fragments.create_state((flat for _, flat in self._owned), self._step_once, self._optimizer)
+        optimizer = self._optimizer
+        self._owned.for_each_group(lambda masters: fragments.create_state(masters, self._step_once, optimizer))
 
     def pieces(self) -> Iterator[Piece]:
         """Masters and optimizer state of what this rank owns."""
@@ -118,6 +149,15 @@ class SoloEngine(BaseEngine):
         return tensor.cpu() if self.rank == 0 else tensor.new_empty(0)
 
 
-def open_engine(name: str, params: NoParams, placed: Processes) -> SoloEngine:
+def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """L2 norm of all together, float64 on `device`; squares are added in fp32 whatever gradients are stored in."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    each: Any = torch._foreach_norm(gradients, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch.stack(each)
+    return torch.linalg.vector_norm(norms).double().to(device)
+
+
+def open_engine(name: str, params: EngineParams, placed: Processes) -> SoloEngine:
     """The engine, before it has a model."""
-    return SoloEngine(placed)
+    return SoloEngine(params, placed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from distft.core.registry import Params
+from distft.engine.grad_dtype import GradDtype
 
 if TYPE_CHECKING:
     from distft.core.types import Engine
@@ -19,21 +20,30 @@ ShardWithin = Literal["world", "node"] | Annotated[int, Field(ge=1)]
 """Which ranks cut tensors among themselves."""
 
 
-class AutoParams(Params):
+class EngineParams(Params):
+    """What every engine is set by."""
+
+    grad_dtype: GradDtype = "auto"
+    """Sums of a bf16 model's gradients, over the micro-batches of a step and over ranks: auto = float32, kept only
+    where a step has several micro-batches; float32 = always kept; bfloat16 = 2 bytes a trained weight less, with an
+    error that grows with the number of micro-batches."""
+
+
+class AutoParams(EngineParams):
     """For `auto`, which picks an engine that can offload when asked to."""
 
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in host memory: nothing, the optimizer's state, or that and the parameters."""
 
 
-class Zero12Params(Params):
+class Zero12Params(EngineParams):
     """ZeRO stages 1 and 2, which keep whole parameters on every rank."""
 
     offload: Literal["none", "optimizer"] = "none"
     """What lives in host memory: nothing, or the optimizer's state and master weights."""
 
 
-class Zero3Params(Params):
+class Zero3Params(EngineParams):
     """ZeRO stage 3."""
 
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -43,7 +53,7 @@ class Zero3Params(Params):
     inside the node (hpZ); state stays cut over all."""
 
 
-class Fsdp2Params(Params):
+class Fsdp2Params(EngineParams):
     """Fully sharded data parallel."""
 
     offload: Literal["none", "all"] = "none"

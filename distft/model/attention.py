@@ -124,9 +124,7 @@ def varlen_attention(
         ValueError: a mask or several rows were passed. Documents are told apart by `cu_seq_lens_q` alone; with a
             mask they would silently attend to each other. Or the layer says something that is not done here.
     """
-    unknown = sorted(key for key, value in beside.items() if key not in _BESIDE and value is not None)
-    if unknown or beside.get("is_causal") is False:
-        raise ValueError(f"{VARLEN} does not know {', '.join(unknown) or 'attention that is not causal'}")
+    refuse_unknown(beside)
     if attention_mask is not None or query_BHTD.shape[0] != 1 or cu_seq_lens_q is None:
         raise ValueError(
             f"{VARLEN} wants one row of documents laid end to end with cu_seq_lens_q and no attention_mask"
@@ -145,18 +143,40 @@ def varlen_attention(
         key_BGTD, value_BGTD = (_repeated(x, query_BHTD.shape[1]) for x in (key_BGTD, value_BGTD))
     for start, end in pairwise(bounds):
         q, k, v = (x[:, :, start:end] for x in (query_BHTD, key_BGTD, value_BGTD))
-        if not plain:
-            pieces.append(_capped(q, k, v, scaling, dropout, sliding_window, softcap, s_aux))
-            continue
-        mask = _window_mask(end - start, sliding_window, q.device)
-        with _no_scores(q.device):
-            pieces.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-            )  # fmt: skip
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+        pieces.append(one_document(q, k, v, scaling, dropout, sliding_window, softcap, s_aux))
+    # Laid out as [B, T, H, D], as transformers' own: some models view what they get as [T, H · D].
+    return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1), None
+
+
+def refuse_unknown(beside: dict[str, Any]) -> None:
+    """Let pass what models hand to any attention and what changes no number here.
+
+    Raises:
+        ValueError: there is something else, or attention that is not causal is asked for.
+    """
+    unknown = sorted(key for key, value in beside.items() if key not in _BESIDE and value is not None)
+    if unknown or beside.get("is_causal") is False:
+        raise ValueError(f"{VARLEN} does not know {', '.join(unknown) or 'attention that is not causal'}")
+
+
+def one_document(
+    query_BHLD: Tensor,
+    key_BGLD: Tensor,
+    value_BGLD: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sink_H: Tensor | None,
+) -> Tensor:
+    """Return [B, H, L, D] of one document of L tokens; arguments as for `varlen_attention`."""
+    if softcap is not None or sink_H is not None:
+        return _capped(query_BHLD, key_BGLD, value_BGLD, scaling, dropout, window, softcap, sink_H)
+    mask = _window_mask(query_BHLD.shape[2], window, query_BHLD.device)
+    given: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
+    given["enable_gqa"] = query_BHLD.shape[1] != key_BGLD.shape[1]
+    with _no_scores(query_BHLD.device):
+        return F.scaled_dot_product_attention(query_BHLD, key_BGLD, value_BGLD, **given)
 
 
 def _repeated(heads_BGTD: Tensor, count: int) -> Tensor:

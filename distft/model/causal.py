@@ -92,6 +92,7 @@ class CausalLM(nn.Module):
         product = types.MethodType(type(head).forward, head)
 
         def forward(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, said: HeadLoss = loss) -> Tensor:
+            hidden = hidden.to(self.weight.dtype)  # Mamba's residuals are fp32, and its own forward converts here
             return product(hidden) if labels is None else said(hidden, self.weight, self.bias, labels, rule)
 
         head.forward = types.MethodType(forward, head)
@@ -250,6 +251,7 @@ def _use_loss_with_adapter(head: Any, loss: HeadLoss, rule: LogitRule) -> None:
         return own_up(inner) if hidden is None else base(hidden, inner, self.weight, *labelled)
 
     def forward(self: Any, hidden: Tensor, labels: Tensor | None = None, said: HeadLoss = loss) -> Tensor:
+        hidden = hidden.to(base.weight.dtype)
         if labels is None:
             return own(hidden)
         if rule.hidden_scale != 1.0:

@@ -7,7 +7,9 @@ Only supervised positions reach the head: with a masked prompt most of the head'
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from distft.core.errors import MachineError
 from distft.core.optional import why_not
@@ -113,11 +114,57 @@ def chunked_loss(
     size = chunk_tokens(weight_VE.shape[0])
     if len(labels_S) <= size:
         return full_loss(hidden_SE, weight_VE, bias_V, labels_S, rule)
-    chunks = [
-        checkpoint(full_loss, hidden_CE, weight_VE, bias_V, labels_C, rule, use_reentrant=False)
-        for hidden_CE, labels_C in zip(hidden_SE.split(size), labels_S.split(size), strict=True)
-    ]
-    return torch.cat(chunks)  # type: ignore[arg-type]
+    return _chunked(functools.partial(_full, rule), size, hidden_SE, labels_S, shared=(weight_VE, bias_V))
+
+
+def _full(rule: LogitRule, hidden_CE: Tensor, labels_C: Tensor, weight_VE: Tensor, bias_V: Tensor | None) -> Tensor:
+    return full_loss(hidden_CE, weight_VE, bias_V, labels_C, rule)
+
+
+def _chunked(losses: Callable[..., Tensor], size: int, *rows: Tensor, shared: tuple[Tensor | None, ...]) -> Tensor:
+    """losses(*chunk, *shared) for each `size` of the first dimension of `rows`, recomputed in the backward pass."""
+    return _Chunked.apply(losses, size, len(rows), *rows, *shared)  # type: ignore[return-value]
+
+
+class _Chunked(torch.autograd.Function):
+    """Chunks one after another, as torch.utils.checkpoint runs them, but for the gradients of what all chunks share.
+
+    Those are added in fp32. Autograd would add a bf16 weight's in bf16, where each sum loses what is below its last
+    bit: of 32 chunks 0.7 %.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, losses: Callable[..., Tensor], size: int, num_rows: int, *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.losses, ctx.size, ctx.num_rows = losses, size, num_rows
+        ctx.save_for_backward(*inputs)
+        chunks = zip(*(row.split(size) for row in inputs[:num_rows]), strict=True)  # type: ignore[union-attr]
+        return torch.cat([losses(*chunk, *inputs[num_rows:]) for chunk in chunks])
+
+    @staticmethod
+    def backward(ctx: Any, grad_S: Tensor) -> Any:  # type: ignore[override]
+        inputs, num_rows = ctx.saved_tensors, ctx.num_rows
+        wanted = [index for index, want in enumerate(ctx.needs_input_grad[3:]) if want]
+        shared = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs[num_rows:]]
+        found: dict[int, Tensor] = {index: torch.empty_like(inputs[index]) for index in wanted if index < num_rows}
+        for start in reversed(range(0, len(grad_S), ctx.size)):  # autograd's order
+            part = slice(start, start + ctx.size)
+            chunk = [row[part].detach().requires_grad_(row.requires_grad) for row in inputs[:num_rows]]
+            given = [*chunk, *shared]
+            with torch.enable_grad():
+                losses_C = ctx.losses(*given)
+            for index, grad in zip(
+                wanted, torch.autograd.grad(losses_C, [given[at] for at in wanted], grad_S[part]), strict=True
+            ):
+                if index < num_rows:
+                    found[index][part] = grad
+                elif index in found:
+                    found[index] += grad
+                else:
+                    found[index] = grad.float()
+        grads = (found[at].to(x.dtype) if at in found else None for at, x in enumerate(inputs))
+        return None, None, None, *grads
 
 
 def likelihoods(
@@ -152,26 +199,17 @@ def with_adapter(
     R is the adapter's rank. In chunks as `chunked_loss`, and recomputed in the backward pass like those. The rule's
     `hidden_scale` has been applied to both inputs.
     """
+    one = judged if loss is likelihoods else functools.partial(F.cross_entropy, reduction="none")
 
-    def logits(hidden_CE: Tensor, inner_CR: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor) -> Tensor:
-        return rule.finish((F.linear(hidden_CE, weight, bias) + F.linear(inner_CR, up)).float())
-
-    def losses(
-        hidden: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, labels: Tensor
+    def of_chunk(
+        hidden_CE: Tensor, inner_CR: Tensor, labels_C: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor
     ) -> Tensor:
-        return F.cross_entropy(logits(hidden, inner, weight, bias, up), labels, reduction="none")
+        return one(rule.finish((F.linear(hidden_CE, weight, bias) + F.linear(inner_CR, up)).float()), labels_C)
 
-    def likely(
-        hidden: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, labels: Tensor
-    ) -> Tensor:
-        return judged(logits(hidden, inner, weight, bias, up), labels)
-
-    size, one = chunk_tokens(weight_VE.shape[0]), likely if loss is likelihoods else losses
-    rows = list(zip(hidden_SE.split(size), inner_SR.split(size), labels_S.split(size), strict=True))
-    chunks = [(hidden, inner, weight_VE, bias_V, up_VR, labels) for hidden, inner, labels in rows]
-    if len(chunks) == 1 or one is likely:
-        return torch.cat([one(*chunk) for chunk in chunks])
-    return torch.cat([checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks])  # type: ignore[arg-type]
+    size, rows, shared = chunk_tokens(weight_VE.shape[0]), (hidden_SE, inner_SR, labels_S), (weight_VE, bias_V, up_VR)
+    if len(labels_S) <= size:
+        return of_chunk(*rows, *shared)
+    return _chunked(of_chunk, size, *rows, shared=shared)
 
 
 def chunked_sum(
@@ -206,10 +244,9 @@ class _ChunkedSum(torch.autograd.Function):
     ) -> Tensor:
         size = chunk_tokens(weight_VE.shape[0])
         total = torch.zeros(1, dtype=torch.float32, device=hidden_SE.device)
-        grads = [
-            torch.zeros_like(x) if x is not None and want else None
-            for x, want in zip((hidden_SE, weight_VE, bias_V), wanted, strict=True)
-        ]
+        grad_SE = torch.zeros_like(hidden_SE) if wanted[0] else None
+        grad_VE = _WeightGradient(weight_VE, min(GATHERED_CHUNKS * size, len(labels_S))) if wanted[1] else None
+        grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wanted[2] else None
         for start in range(0, len(labels_S), size):
             hidden_CE, labels_C1 = hidden_SE[start : start + size], labels_S[start : start + size, None]
             logits_CV = rule.finish(F.linear(hidden_CE, weight_VE, bias_V).float())
@@ -223,14 +260,14 @@ class _ChunkedSum(torch.autograd.Function):
             grad_CV = logp_CV.exp_()
             # One place per row. scatter_add_ has no deterministic kernel on CUDA, scatter_ of a tensor has.
             grad_CV.scatter_(1, labels_C1, grad_CV.gather(1, labels_C1) - 1)
-            grad_CV = rule.slope_(grad_CV, logits_CV).to(weight_VE.dtype)
-            if grads[0] is not None:
-                torch.mm(grad_CV, weight_VE, out=grads[0][start : start + size])
-            if grads[1] is not None:
-                grads[1].addmm_(grad_CV.T, hidden_CE)
-            if grads[2] is not None:
-                grads[2] += grad_CV.sum(0)
-        ctx.save_for_backward(*grads)
+            grad_CV = rule.slope_(grad_CV, logits_CV)
+            if grad_V is not None:
+                grad_V += grad_CV.sum(0)
+            grad_CV = grad_CV.to(weight_VE.dtype) if grad_VE is None else grad_VE.add(grad_CV, hidden_CE)
+            if grad_SE is not None:
+                torch.mm(grad_CV, weight_VE, out=grad_SE[start : start + size])
+        ctx.save_for_backward(grad_SE, None if grad_VE is None else grad_VE.finish(), grad_V)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden_SE, weight_VE, bias_V)]
         ctx.used = False
         return total
 
@@ -239,7 +276,57 @@ class _ChunkedSum(torch.autograd.Function):
         if ctx.used:
             raise RuntimeError("chunked_sum has given its gradients away: run the forward again")
         ctx.used = True
-        return *(None if grad is None else _scale_(grad, grad_1) for grad in ctx.saved_tensors), None, None, None
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if grad is None else _scale_(grad, grad_1).to(dtype) for grad, dtype in grads), None, None, None
+
+
+GATHERED_CHUNKS = 2
+"""Chunks whose half-precision gradients of logits are kept for one product with the hidden states."""
+
+
+class _WeightGradient:
+    """The head's gradient, [V, E], added over chunks in fp32.
+
+    In half precision a chunk's product would be rounded and then added, which moves 12 bytes an element where adding
+    in bf16 moves 4: so several chunks wait for one product, whose tensor cores add in fp32 too.
+    """
+
+    def __init__(self, weight_VE: Tensor, rows: int) -> None:
+        self._total_VE = torch.zeros_like(weight_VE, dtype=torch.float32)
+        self._dtype = weight_VE.dtype
+        self._waits = weight_VE.dtype != torch.float32
+        if self._waits:
+            self._grad_GV = weight_VE.new_empty(rows, weight_VE.shape[0])
+            self._hidden_GE = weight_VE.new_empty(rows, weight_VE.shape[1])
+            self._filled = 0
+
+    def add(self, grad_CV: Tensor, hidden_CE: Tensor) -> Tensor:
+        """Take in a chunk; returns its gradient of the logits in the weight's type."""
+        if not self._waits:
+            self._total_VE.addmm_(grad_CV.T, hidden_CE)
+            return grad_CV
+        if self._filled + len(grad_CV) > len(self._grad_GV):
+            self._multiply()
+        rows = slice(self._filled, self._filled + len(grad_CV))
+        self._hidden_GE[rows] = hidden_CE
+        self._grad_GV[rows] = grad_CV
+        self._filled += len(grad_CV)
+        return self._grad_GV[rows]
+
+    def finish(self) -> Tensor:
+        """The sum over all chunks, fp32."""
+        if self._waits:
+            self._multiply()
+            del self._grad_GV, self._hidden_GE
+        return self._total_VE
+
+    def _multiply(self) -> None:
+        """In parts of at most CHUNK_BYTES: a product of the head's size is the largest tensor of many models."""
+        rows = max(1, CHUNK_BYTES // (4 * self._total_VE.shape[1]))
+        grad_GV, hidden_GE = self._grad_GV[: self._filled], self._hidden_GE[: self._filled]
+        for total, grad in zip(self._total_VE.split(rows), grad_GV.split(rows, dim=1), strict=True):
+            total += grad.T @ hidden_GE
+        self._filled = 0
 
 
 def _scale_(grad: Tensor, by_1: Tensor) -> Tensor:
@@ -265,7 +352,9 @@ def fused_loss(
     if factor != 1.0:
         hidden_SE = hidden_SE * factor
     functional: Any = importlib.import_module("liger_kernel.transformers.functional")
-    loss = functional.liger_fused_linear_cross_entropy(
-        hidden_SE, weight_VE, labels_S, bias=bias_V, reduction="sum", softcap=rule.cap
-    )
+    fused = functional.liger_fused_linear_cross_entropy
+    more: dict[str, Any] = {}
+    if "accum_dtype" in inspect.signature(fused).parameters:  # from 0.6.1 on: chunks' gradients are added in fp32
+        more["accum_dtype"] = torch.float32
+    loss = fused(hidden_SE, weight_VE, labels_S, bias=bias_V, reduction="sum", softcap=rule.cap, **more)
     return loss.reshape(1)

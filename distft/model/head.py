@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distft.model.bugs import raise_mistakes
 from distft.model.cross_entropy import LogitRule
+from distft.model.precision import in_double
 
 _POSITIONS = 3
 _RTOL = 1e-5
@@ -55,16 +57,19 @@ def _trunks(lm: Any) -> list[str]:
 
 
 def _observed(lm: Any, trunk: nn.Module, head: nn.Linear) -> LogitRule | None:
-    hidden_1TE = torch.linspace(-2.0, 2.0, _POSITIONS * head.in_features).reshape(1, _POSITIONS, -1)
+    # Numbers that bf16 has too: Mamba converts hidden states to the head's type, which must change nothing here.
+    line = torch.linspace(-2.0, 2.0, _POSITIONS * head.in_features).to(torch.bfloat16).float()
+    hidden_1TE = line.reshape(1, _POSITIONS, -1)
     # From values that no cap bends to values that every cap flattens.
     size_V = torch.logspace(-3, 6, head.out_features)
     sign_V = torch.where(torch.arange(head.out_features) % 2 == 0, 1.0, -1.0)
     product_1TV = (size_V * sign_V).expand(1, _POSITIONS, -1).clone()
     given: list[Tensor] = []
     try:
-        with _replaced(trunk, hidden_1TE), _answering(head, product_1TV, given), torch.no_grad():
+        with _replaced(trunk, hidden_1TE), _answering(head, product_1TV, given), in_double(), torch.no_grad():
             found = lm(input_ids=torch.zeros(1, _POSITIONS, dtype=torch.long), use_cache=False)
-    except Exception:  # any: the model's own forward is the answer then, and it is right
+    except Exception as error:  # any: the model's own forward is the answer then, and it is right
+        raise_mistakes(error)
         return None
     logits_1TV = getattr(found, "logits", None)
     if len(given) != 1 or logits_1TV is None or logits_1TV.is_meta or logits_1TV.shape != product_1TV.shape:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distft.core import hub
 from distft.core.errors import MachineError
 from distft.core.pulse import PULSE
-from distft.model import attention, cross_entropy, head, quantize, router
+from distft.model import attention, cross_entropy, head, quantize, router, skeleton
 from distft.model.adapters import MethodSpec
+from distft.model.blocks import blocks_of
 from distft.model.causal import CausalLM
 from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
@@ -40,28 +40,10 @@ def find_folder(table: ModelTable) -> Path:
     Raises:
         RecipeError: neither a folder with a config.json nor a hub id that can be had.
     """
-    folder = Path(table.path).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists() or table.path.startswith((".", "/", "~")) or table.path.count("/") != 1:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else ""
-        said = (
-            f"the folder has no config.json (it holds: {found or 'nothing'})" if folder.is_dir() else "no such folder"
-        )
-        raise mistake(f'[model] path = "{table.path}"  {said}', "a folder with config.json, or a hub id owner/name")
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     wanted = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"]
     if table.init == "random":
         wanted.remove("*.safetensors")
-    try:
-        return hub.snapshot(table.path, table.revision, wanted)
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise mistake(
-            f'[model] path = "{table.path}"  no such folder here, and the hub did not give it: {reason}',
-            "log in for gated models, or download it once and give the folder",
-        ) from error
+    return skeleton.find(table, wanted)
 
 
 def read_config(folder: Path) -> Any:
@@ -177,8 +159,11 @@ class MetaModel:
         if not pending:
             return
         if self._method.owns(f"{name}.x") and self._method.fresh is not None:
+            # Copies, so that no parameter is a view of another.
             values = {
-                short: self._method.fresh(f"{name}.{short}", self.module.lm, meta, self._generator(f"{name}.{short}"))
+                short: self._method.fresh(
+                    f"{name}.{short}", self.module.lm, meta, self._generator(f"{name}.{short}")
+                ).clone()
                 for short, meta in pending.items()
             }
         else:
@@ -194,7 +179,7 @@ class MetaModel:
             if any(param is not None for param in rest._parameters.values()):
                 values |= self._source.values(base, rest, device)
         for short, meta in pending.items():
-            module._parameters[short] = self._real(module, short, meta, values[short], device)
+            module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
 
     def _shared(self, name: str, meta: Tensor) -> nn.Parameter:
         """The parameter that was filled under another name."""
@@ -216,8 +201,7 @@ class MetaModel:
                     f"{self._names[id(module)]}.{short} has shape {tuple(value.shape)} in the "
                     f"weights and {tuple(meta.shape)} in the config"
                 )
-            # A copy, so that no parameter is a view of a mapped file or of another parameter.
-            real = nn.Parameter(value.to(device, meta.dtype, copy=True), requires_grad=meta.requires_grad)
+            real = nn.Parameter(value.to(device, meta.dtype), requires_grad=meta.requires_grad)
         self._filled[id(meta)] = (meta, weakref.ref(real))  # keeps `meta` alive: its id must not be reused
         return real
 
@@ -309,8 +293,10 @@ def auto_class(config: Any) -> Any:
 
 
 def head_size(config: Any) -> int:
-    """Return the size of a query head of a config's text model; 0 where it does not say."""
+    """Return the size of a query head of a config's text model, the largest of its layers; 0 where it does not say."""
     text = config.get_text_config()
+    if getattr(text, "is_heterogeneous", False):  # then the config itself refuses to say (Gemma 4)
+        return max(head_size(layer) for layer in text.per_layer_config)
     latent = (getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0)
     own = latent or getattr(text, "head_dim", None)
     hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
@@ -322,19 +308,6 @@ def head_size(config: Any) -> int:
 def untrained(config: Any, kernel: str) -> Any:
     """The transformers model of a config, its weights as they come, on the default device."""
     return auto_class(config).from_config(config, attn_implementation=kernel)
-
-
-def blocks_of(lm: Any) -> list[nn.Module]:
-    """The repeated transformer blocks of a transformers model, in order.
-
-    Raises:
-        MachineError: the architecture does not say which modules they are.
-    """
-    kinds = set(lm._no_split_modules or ())
-    blocks = [module for module in lm.modules() if type(module).__name__ in kinds]
-    if not blocks:
-        raise MachineError(f"{type(lm).__name__} does not name its blocks (_no_split_modules), so it cannot be sharded")
-    return blocks
 
 
 def _source(table: ModelTable, folder: Path, lm: Any, seed: int, dtype: torch.dtype) -> Source:

@@ -17,7 +17,9 @@ import torch
 
 from distft.core.errors import DistftError, MachineError
 from distft.model import attention
-from distft.model.paths import VARLEN, Generation, training_paths
+from distft.model.blocks import blocks_of
+from distft.model.bugs import raise_mistakes
+from distft.model.paths import VARLEN, ForwardPath, Generation, training_paths
 from distft.model.reference import NotEqualError, Reference
 from distft.model.shrink import distinct_depth, small_copies
 from distft.model.towers import text_parameters
@@ -35,6 +37,7 @@ def prove(
     device: torch.device,
     dtype: torch.dtype,
     max_length: int,
+    precision: torch.dtype | None = None,
 ) -> Verdict:
     """Find the first path whose numbers are those of transformers' own model.
 
@@ -45,57 +48,75 @@ def prove(
         device: where the run computes.
         dtype: what the run computes in; 16 bits are compared as well on a GPU, whose kernels are others then.
         max_length: tokens in the run's longest document.
+        precision: of the comparison; by default float64 on a CPU where the model runs in it, else float32.
     """
+    half = dtype if device.type == "cuda" and dtype != torch.float32 else None
+    precisions = [torch.float64, torch.float32] if device.type == "cpu" else [torch.float32]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return _prove(config, build, attentions, device, dtype, max_length)
-
-
-def _prove(
-    config: Any,
-    build: Callable[[Any, str], Any],
-    attentions: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    max_length: int,
-) -> Verdict:
-    name = (config.architectures or [type(config).__name__.removesuffix("Config")])[0]
-    reference, reason = None, ""
-    try:
-        copies = list(_copies(config, build, max_length))
-    except Exception as error:  # any: a config whose own model cannot be built here
-        return Verdict(architecture=name, path=None, attempts=(), reason=_reason(error))
-    for small in copies:
+        name = (config.architectures or [type(config).__name__.removesuffix("Config")])[0]
         try:
-            reference = Reference(small, build, device)
-            break
-        except Exception as error:  # any: a copy that is no valid model; the next one changes less
-            reason = f"no small copy of it runs in transformers itself: {_reason(error)}"
-    if reference is None:
-        return Verdict(architecture=name, path=None, attempts=(), reason=reason)
+            copies = list(_copies(config, build, max_length))
+            reference = _reference(copies, build, device, precisions if precision is None else [precision])
+            path, attempts, reason = _first_path(reference, tuple(attentions), half)
+        except MachineError as error:
+            path, attempts, reason = None, [], str(error)
+        return Verdict(architecture=name, path=path, attempts=tuple(attempts), reason=reason)
+
+
+def _reference(
+    copies: list[Any], build: Callable[[Any, str], Any], device: torch.device, precisions: list[torch.dtype]
+) -> Reference:
+    """Transformers' own numbers for the first copy that runs.
+
+    Raises:
+        MachineError: none does, or what runs is not causal; says why.
+    """
+    why = ""
+    for small in copies:
+        for precision in precisions:
+            try:
+                reference = Reference(small, build, device, precision)
+                leak = reference.sees_the_future()
+            except Exception as error:  # any: a copy that is no valid model; the next one changes less
+                raise_mistakes(error)
+                why = why or _reason(error)
+                continue
+            if leak is not None:
+                raise MachineError(f"it is not causal: a later token changes earlier logits by {leak:.1e}")
+            if reference.predicts_each_token_itself():
+                raise MachineError("its own loss is of the tokens that it reads, not of the next ones")
+            return reference
+    raise MachineError(f"no small copy of it runs in transformers itself: {why}")
+
+
+def _first_path(
+    reference: Reference, attentions: tuple[str, ...], half: torch.dtype | None
+) -> tuple[ForwardPath | None, list[Attempt], str]:
+    """The path, what was tried before it, and, where there is none, why."""
     attempts: list[Attempt] = []
-    if (leak := reference.sees_the_future()) is not None:
-        reason = f"it is not causal: a later token changes earlier logits by {leak:.1e}"
-        return Verdict(architecture=name, path=None, attempts=(), reason=reason)
-    half = dtype if device.type == "cuda" and dtype != torch.float32 else None
-    for path in training_paths(tuple(attentions)):
+    heads_alike: set[str] = set()
+    for path in training_paths(attentions):
+        if path.head == "own" and path.documents in heads_alike:
+            continue  # what differs is not the head's doing
         difference = _difference(lambda path=path: reference.hold_training(path, half))
         if not difference:
             break
+        if path.head == "own" and attempts[-1].difference == difference and difference.startswith("loss "):
+            heads_alike.add(path.documents)
         attempts.append(Attempt(path=f"{path.documents}, {path.attention}, head {path.head}", difference=difference))
     else:
-        reason = attempts[-1].difference if attempts else "there is nothing to try"
-        return Verdict(architecture=name, path=None, attempts=tuple(attempts), reason=reason)
+        return None, attempts, attempts[-1].difference if attempts else "there is nothing to try"
     modes: tuple[Generation, ...] = ("batched", "single", "uncached")
     for mode in modes:
         for kernel in ("sdpa", "eager"):
             answers = replace(path, generation=mode, generation_attention=kernel)
             difference = _difference(lambda answers=answers: reference.hold_answers(answers))
             if not difference:
-                return Verdict(architecture=name, path=answers, attempts=tuple(attempts))
+                return answers, attempts, ""
             attempts.append(Attempt(path=f"answers {mode}, {kernel}", difference=difference))
-    return Verdict(architecture=name, path=None, attempts=tuple(attempts), reason=attempts[-1].difference)
+    return None, attempts, attempts[-1].difference
 
 
 def _copies(config: Any, build: Callable[[Any, str], Any], max_length: int) -> Iterator[Any]:
@@ -104,17 +125,15 @@ def _copies(config: Any, build: Callable[[Any, str], Any], max_length: int) -> I
     Raises:
         MachineError: there is none; says why.
     """
-    from distft.model.load import blocks_of
-
     why, found = "", False
     with torch.device("meta"):
-        depth = distinct_depth(blocks_of(build(copy.deepcopy(config), "eager")))
-        for small in small_copies(config, depth=depth, max_length=max_length):
+        for small in _shrunk(config, build, max_length):
             try:
                 lm = build(copy.deepcopy(small), "eager")
                 reached = text_parameters(lm)
                 numel = sum(param.numel() for param in lm.parameters() if id(param) in reached)
             except Exception as error:  # any: not a valid model; the next copy changes less
+                raise_mistakes(error)
                 why = _reason(error)
                 continue
             if numel > MOST_PARAMETERS:
@@ -126,12 +145,23 @@ def _copies(config: Any, build: Callable[[Any, str], Any], max_length: int) -> I
         raise MachineError(f"no small copy of its config is a valid model: {why}")
 
 
+def _shrunk(config: Any, build: Callable[[Any, str], Any], max_length: int) -> list[Any]:
+    try:
+        blocks = blocks_of(build(copy.deepcopy(config), "eager"))
+        depths = dict.fromkeys(distinct_depth(blocks, times=times) for times in (1, 2))
+        return [small for depth in depths for small in small_copies(config, depth=depth, max_length=max_length)]
+    except Exception as error:  # any: a config whose own model cannot be built here, or that is none of a text model
+        raise_mistakes(error)
+        raise MachineError(_reason(error)) from error
+
+
 def _difference(compare: Callable[[], None]) -> str:
     try:
         compare()
     except NotEqualError as error:
         return str(error)
     except Exception as error:  # any: a path that cannot run is one that cannot be taken
+        raise_mistakes(error)
         return _reason(error)
     return ""
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from distft.model.adapters import products
+
 Checkpointing = Literal["off", "selective", "full"]
 
 _ATTENTION = frozenset(
@@ -58,7 +60,8 @@ def choose_checkpointing(wanted: str, planned: str | None, why: str) -> tuple[Ch
 
 
 def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
-    """Recompute activations of every block in the backward pass; `off` changes nothing."""
+    """Recompute activations of every block in the backward pass; `off` leaves all of them."""
+    products.write_in_place(transformer, mode != "selective")  # which keeps products, so nobody may write onto them
     if mode == "off":
         return
     kwargs: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}

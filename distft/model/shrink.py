@@ -1,7 +1,8 @@
 """A small copy of a model's config: every kind of block and every rule of its arithmetic, at widths of a few dozen.
 
 Sizes that say how far a token sees (windows, chunks, positions that a rope was trained for) keep their relation to the
-run's longest document: what a document of the run exceeds, a probe of the proof exceeds too.
+run's longest document: what a document of the run exceeds, a probe of the proof exceeds too. What no document exceeds
+the packed probes do, as packed rows may.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _SIGHT = (
 """Sizes in tokens that change what a position sees, once a document is longer."""
 _CHUNKS = ("chunk_size", "mamba_chunk_size", "block_size", "index_block_size")
 """Tokens that a kernel takes at a time; results do not depend on them, but code paths do."""
-_SHORT, _LONG = 4, 64
+_SHORT, _LONG = 4, 32
+"""Tokens that a probe exceeds; tokens that no probe exceeds, but that all of them laid end to end do: what counts along
+the row instead of along the document shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,8 @@ def small_copies(config: Any, *, depth: int, max_length: int) -> Iterator[Any]:
     for level in LEVELS:
         small = copy.deepcopy(config)
         text = small.get_text_config(decoder=True)
+        if text is not small and all(part is not text for part in vars(small).values()):
+            text = small  # a decoder that shares one config with its encoder: what was given is a copy
         _shorten(text, depth)
         _shorten_towers(small, text)
         _limit_sight(text, max_length)
@@ -78,19 +83,24 @@ def small_copies(config: Any, *, depth: int, max_length: int) -> Iterator[Any]:
         yield small
 
 
-def distinct_depth(blocks: list[Any]) -> int:
-    """Return the length of the shortest prefix of `blocks` that holds every kind of block, at most MAX_BLOCKS.
+def distinct_depth(blocks: list[Any], *, times: int = 1) -> int:
+    """Return the length of the shortest prefix of `blocks` that holds every kind of block, at most `times` MAX_BLOCKS.
 
     Two blocks are of one kind when their modules have the same classes, plain attributes and parameter shapes.
+
+    Args:
+        blocks: of the whole model.
+        times: blocks of each kind, where there are so many; two where blocks of one kind share weights.
     """
-    seen: set[Any] = set()
+    most = times * MAX_BLOCKS
+    seen: dict[Any, int] = {}
     depth = 1
     for index, block in enumerate(blocks[: 4 * MAX_BLOCKS]):
         kind = _kind(block)
-        if kind not in seen:
-            seen.add(kind)
+        seen[kind] = seen.get(kind, 0) + 1
+        if seen[kind] <= times:
             depth = index + 1
-    return max(min(depth, MAX_BLOCKS), min(2, len(blocks)))
+    return max(min(depth, most), min(2, len(blocks)))
 
 
 def _kind(block: Any) -> tuple[Any, ...]:
@@ -117,7 +127,7 @@ def _get(text: Any, name: str, default: Any = None) -> Any:
 def _set(text: Any, name: str, value: Any) -> None:
     """Set an attribute that the config has; one that follows from others cannot be set."""
     if _get(text, name) is not None:
-        with contextlib.suppress(AttributeError):
+        with contextlib.suppress(AttributeError, NotImplementedError):
             setattr(text, name, value)
 
 
@@ -128,12 +138,19 @@ def _shorten(text: Any, depth: int) -> None:
             setattr(text, key, type(value)(value[:depth]))
     shared = _get(text, "num_kv_shared_layers", 0)
     if isinstance(shared, int) and shared > 0:
-        text.num_kv_shared_layers = max(1, depth // 3)
-    text.num_hidden_layers = min(whole, depth)
+        text.num_kv_shared_layers = min(whole, depth) if shared == whole else max(1, depth // 3)
+    _set(text, "num_hidden_layers", min(whole, depth))
+    stack = _get(text, "num_layers_per_stack")  # HRM: a stack is passed several times, and each pass counts
+    if isinstance(stack, int):
+        text.num_layers_per_stack = min(stack, depth)
+        text.num_hidden_layers = whole // stack * text.num_layers_per_stack
     if getattr(text, "is_heterogeneous", False):  # what single layers override
         overrides = text._heterogeneity_spec.per_layer_overrides
         for layer in [index for index in overrides if index >= depth]:
             del overrides[layer]
+    for name in ("decoder_layers", "num_decoder_layers"):
+        if isinstance(_get(text, name), int):
+            setattr(text, name, min(getattr(text, name), depth))
     for name in ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"):
         _set(text, name, 0)
 
@@ -143,7 +160,7 @@ def _shorten_towers(config: Any, text: Any) -> None:
     for part in vars(config).values():
         if part is text or not hasattr(part, "to_json_string"):
             continue
-        for name in ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "num_global_layers"):
+        for name in ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "num_global_layers", "num_blocks"):
             _set(part, name, 1)
         for name, value in list(vars(part).items()):
             if name.endswith(("_indexes", "_indices", "_layers")) and isinstance(value, list):
@@ -162,7 +179,7 @@ def _limit_sight(text: Any, max_length: int) -> None:
     rope = _get(text, "rope_parameters")
     positions = _get(text, "max_position_embeddings")
     if isinstance(positions, int):  # a table of learned positions cannot be exceeded, a rope can
-        text.max_position_embeddings = 2 * _SHORT if rope and positions < max_length else _LONG
+        _set(text, "max_position_embeddings", 2 * _SHORT if rope and positions < max_length else _LONG)
     for table in _ropes(rope):
         trained = table.get("original_max_position_embeddings")
         if isinstance(trained, (int, float)):
@@ -197,9 +214,14 @@ def _narrow(text: Any) -> None:
         ("num_attention_heads", heads_small),
         ("num_key_value_heads", kv_small),
         ("head_dim", dim_small),
+        ("decoder_attention_heads", heads_small),
+        ("encoder_attention_heads", heads_small),
     ):
         _set(text, name, value)
-    for name in ("word_embed_proj_dim", "embedding_size", "attention_hidden_size"):
+    if isinstance(_get(text, "attention_head_dim"), int):  # Zamba: attention over the hidden state and the embedding
+        wide = text.attention_hidden_size // hidden * hidden_small
+        text.attention_hidden_size, text.attention_head_dim = wide, wide // heads_small
+    for name in ("word_embed_proj_dim", "embedding_size", "embedding_dim", "attention_hidden_size"):
         if _get(text, name) == hidden:
             setattr(text, name, hidden_small)
     for name in _INNER:
@@ -311,7 +333,7 @@ def _fewer_experts(text: Any) -> None:
 
 def _small_vocabulary(config: Any, text: Any) -> None:
     for part in {id(config): config, id(text): text}.values():
-        for name in ("vocab_size", "vocab_size_per_layer_input"):
+        for name in ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"):
             value = _get(part, name)
             if isinstance(value, int) and value > VOCABULARY:
                 setattr(part, name, VOCABULARY)

@@ -24,16 +24,29 @@ def find_config(table: ModelTable) -> Path:
     Raises:
         RecipeError: neither a folder with a config.json nor a hub id that can be had.
     """
+    return find(table, ["config.json"])
+
+
+def find(table: ModelTable, wanted: list[str]) -> Path:
+    """The model's folder; of a model on the hub the files that match `wanted` are fetched.
+
+    Raises:
+        RecipeError: neither a folder with a config.json nor a hub id that can be had.
+    """
     folder = Path(table.path).expanduser()
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() or table.path.startswith((".", "/", "~")) or table.path.count("/") != 1:
-        message = f'[model] path = "{table.path}"  no such folder, or none with a config.json'
+        said = "no such folder"
+        if folder.is_dir():
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
+            said = f"the folder has no config.json (it holds: {found or 'nothing'})"
+        message = f'[model] path = "{table.path}"  {said}'
         raise RecipeError("recipe", [Problem(message=message, fix="a folder with config.json, or a hub id owner/name")])
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return hub.snapshot(table.path, table.revision, ["config.json"])
+        return hub.snapshot(table.path, table.revision, wanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         said = str(error).strip().splitlines()[0]
         message = f'[model] path = "{table.path}"  no such folder here, and the hub did not give it: {said}'

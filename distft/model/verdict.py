@@ -26,7 +26,7 @@ class Attempt:
 
     path: str
     difference: str
-    """What differed and by how much; empty when nothing did."""
+    """What differed and by how much, or why it cannot run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,10 @@ class Verdict:
         rest = self.path.describe()
         equal = "loss, gradients and answers equal transformers' own"
         return f"{self.architecture}: {equal}{f', by {rest}' if rest else ''}"
+
+    def tried(self) -> list[str]:
+        """Return a line for each faster path that was tried, and why it was not taken."""
+        return [f"not {attempt.path}: {attempt.difference}" for attempt in self.attempts]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -9,6 +9,7 @@ more than it asked for.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,7 @@ class Source(Protocol):
     """Where base weights come from."""
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """The direct parameters of the base module called `name`, by their short names."""
+        """The direct parameters of the base module called `name`, by their short names, in memory of their own."""
         ...
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
@@ -127,7 +128,7 @@ class SafetensorsSource:
         for target, origin in (getattr(lm, "all_tied_weights_keys", None) or {}).items():
             has_target, has_origin = target in self._made_with, origin in self._made_with
             if has_target and has_origin:
-                if not torch.equal(self._made(target), self._made(origin)):
+                if not torch.equal(self._made(target)[0], self._made(origin)[0]):
                     raise mistake(
                         f"{self._folder}: config.json ties {target} to {origin}, and the files hold both, which differ",
                         "set tie_word_embeddings to false in config.json, or remove the one that is not meant",
@@ -184,14 +185,17 @@ class SafetensorsSource:
                 )
 
     def _value(self, name: str, device: torch.device, *, cast: bool = True) -> Tensor:
-        value, wanted = self._made(name), self._model.tensors[name]
+        (value, own), wanted = self._made(name), self._model.tensors[name]
         if value.shape != wanted.shape:
             raise mistake(
                 f"{self._origin(name)}: {name} has shape {tuple(value.shape)} in the weights "
                 f"and {tuple(wanted.shape)} in the config",
                 "the files and config.json belong to different models",
             )
-        value = value.to(device, wanted.dtype if cast else value.dtype)
+        if value.device != device or (cast and value.dtype != wanted.dtype):
+            value = value.to(device, wanted.dtype if cast else value.dtype)
+        elif not own:
+            value = value.clone()
         if value.is_floating_point() and value.numel():
             low, high = torch.aminmax(value)  # NaN is the least and the greatest
             if not (torch.isfinite(low) & torch.isfinite(high)):
@@ -206,8 +210,8 @@ class SafetensorsSource:
         stored, _ = self._recipes[self._made_with[self._alias.get(name, name)]].stored[0]
         return self._weights.file(stored)
 
-    def _made(self, name: str) -> Tensor:
-        """The value of a parameter.
+    def _made(self, name: str) -> tuple[Tensor, bool]:
+        """The value of a parameter, and whether its memory is its own, not a mapped file's or another parameter's.
 
         Of those that come from the same tensors the others are kept until something else is asked for: they are
         neighbours in a block.
@@ -216,18 +220,22 @@ class SafetensorsSource:
         first = self._made_with[name]
         recipe = self._recipes[first]
         if recipe.converter is None:
-            return self._weights.read(recipe.stored[-1][0])
+            stored = recipe.stored[-1][0]
+            value = self._weights.read(stored)
+            return value, self._weights.entry(stored) is None and value.is_contiguous()
         if self._latest[0] != first or name not in self._latest[1]:
             self._latest = ("", {})
             self._latest = (first, self._converted(first, recipe))
-        return self._latest[1].pop(name)
+        return self._latest[1].pop(name), True
 
     def _converted(self, first: str, recipe: _Recipe) -> dict[str, Tensor]:
-        converter = copy.deepcopy(recipe.converter)
-        for stored, pattern in recipe.stored:
-            converter.add_tensor(first, stored, pattern, lambda stored=stored: self._weights.read(stored))
+        """The parameters that are made of a recipe's tensors, each in memory of its own.
+
+        Raises:
+            RecipeError: what is stored does not fit together.
+        """
         try:
-            made = converter.convert(first, model=self._model, config=self._model.config)
+            return self._by_expert(first, recipe) or self._at_once(first, recipe)
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
             raise mistake(
@@ -235,7 +243,67 @@ class SafetensorsSource:
                 f"{recipe.stored[0][0]} and {len(recipe.stored) - 1} more: {reason}",
                 "the files and config.json belong to different models",
             ) from error
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _by_expert(self, first: str, recipe: _Recipe) -> dict[str, Tensor]:
+        """The same one expert at a time, so that no more is held than what is made; nothing where that is not known.
+
+        Stacked and joined at once the parts of `gate_up_proj` would be there twice.
+        """
+        if not _stacks_experts(recipe.converter):
+            return {}
+        parts: dict[str, list[str]] = {}
+        for stored, pattern in recipe.stored:
+            parts.setdefault(pattern, []).append(stored)
+        targets = [name for name, made_with in self._made_with.items() if made_with == first]
+        count = len(next(iter(parts.values())))
+        if len(targets) != 1 or any(len(names) != count for names in parts.values()):
+            return {}
+        wanted = self._model.tensors[targets[0]]
+        if wanted.shape[0] != count:
+            return {}
+        whole = torch.empty(wanted.shape, dtype=wanted.dtype)
+        for at, names in enumerate(zip(*parts.values(), strict=True)):
+            stored = list(zip(names, parts, strict=True))
+            made = self._at_once(first, _Recipe(converter=recipe.converter, stored=stored))[targets[0]]
+            if made.shape != (1, *wanted.shape[1:]):
+                raise ValueError(f"expert {at} has shape {tuple(made.shape[1:])}, not {tuple(wanted.shape[1:])}")
+            whole[at].copy_(made[0])
+        return {targets[0]: whole}
+
+    def _at_once(self, first: str, recipe: _Recipe) -> dict[str, Tensor]:
+        converter = copy.deepcopy(recipe.converter)
+        read: set[int] = set()
+
+        def reading(stored: str) -> Tensor:
+            tensor = self._weights.read(stored)
+            read.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        for stored, pattern in recipe.stored:
+            converter.add_tensor(first, stored, pattern, functools.partial(reading, stored))
+        made = converter.convert(first, model=self._model, config=self._model.config)
+        own: dict[str, Tensor] = {}
+        for name, value in made.items():
+            tensor = value[0] if isinstance(value, list) else value
+            memory = tensor.untyped_storage().data_ptr()
+            own[name] = tensor.clone() if memory in read else tensor.contiguous()
+            read.add(memory)
+        return own
+
+
+def _stacks_experts(converter: Any) -> bool:
+    """Whether a converter stacks matrices and does nothing after it that mixes one with another."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+
+    stacking, *others = converter.operations
+    if not isinstance(stacking, MergeModulelist) or stacking.dim != 0:
+        return False
+    within = [
+        (isinstance(other, Concatenate) and other.dim > 0)
+        or (isinstance(other, Transpose) and not other.check_dims and min(other.dim0, other.dim1) > 0)
+        for other in others
+    ]
+    return all(within)
 
 
 class Shapes:

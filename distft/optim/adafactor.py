@@ -49,6 +49,12 @@ def _state_bytes(shape: tuple[int, ...]) -> StateBytes:
 
 
 SPEC = OptimizerSpec(
-    name="adafactor", params=AdafactorParams, build=build, elementwise=False, state_bytes=_state_bytes, update_bytes=4
+    name="adafactor",
+    params=AdafactorParams,
+    build=build,
+    elementwise=False,
+    per_tensor=True,
+    state_bytes=_state_bytes,
+    update_bytes=4,
 )
 """update_bytes: torch forms the whole second moment of all matrices, rows times columns, before it updates any."""

@@ -20,4 +20,4 @@ def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps, fused=True)
 
 
-SPEC = OptimizerSpec(name="adamw", params=AdamParams, build=build, state_bytes=fp32_moments(2))
+SPEC = OptimizerSpec(name="adamw", params=AdamParams, build=build, per_tensor=True, state_bytes=fp32_moments(2))

@@ -38,4 +38,6 @@ def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
     return AdamW8bit(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps)
 
 
-SPEC = OptimizerSpec(name="adamw_8bit", params=AdamParams, build=build, library="bitsandbytes", state_bytes=state_bytes)
+SPEC = OptimizerSpec(
+    name="adamw_8bit", params=AdamParams, build=build, per_tensor=True, library="bitsandbytes", state_bytes=state_bytes
+)

@@ -34,4 +34,6 @@ def build(params: LionParams, groups: ParamGroups) -> torch.optim.Optimizer:
     return Lion32bit(groups, lr=params.learning_rate, betas=params.betas)
 
 
-SPEC = OptimizerSpec(name="lion", params=LionParams, build=build, library="bitsandbytes", state_bytes=fp32_moments(1))
+SPEC = OptimizerSpec(
+    name="lion", params=LionParams, build=build, per_tensor=True, library="bitsandbytes", state_bytes=fp32_moments(1)
+)

@@ -48,6 +48,7 @@ ADAMW_32BIT = OptimizerSpec(
     name="paged_adamw_32bit",
     params=AdamParams,
     build=_build_32bit,
+    per_tensor=True,
     library="bitsandbytes",
     state_bytes=_state_32bit,
 )
@@ -55,6 +56,7 @@ ADAMW_8BIT = OptimizerSpec(
     name="paged_adamw_8bit",
     params=AdamParams,
     build=_build_8bit,
+    per_tensor=True,
     library="bitsandbytes",
     state_bytes=_state_8bit,
 )

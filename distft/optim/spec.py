@@ -60,6 +60,9 @@ class OptimizerSpec:
     elementwise: bool = True
     """Each element (or fixed block of elements) is updated from itself alone, so 1-D pieces of a tensor may live
     apart. False: needs whole matrices, which sharding engines do not have."""
+    per_tensor: bool = False
+    """`step()` changes the tensors that have a gradient, each from its own state alone, so that an update may take a
+    few tensors at a time and needs fp32 gradients of those only. False: it gets all of them at once."""
     library: str | None = None
     """Importable name of the package it needs beyond torch."""
     state_bytes: Callable[[tuple[int, ...]], StateBytes] | None = None

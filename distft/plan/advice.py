@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from distft.core.errors import DistftError
+from distft.engine.grad_dtype import error_of_bf16_sums
 from distft.plan.case import Case
 from distft.plan.setup import Machine
 
@@ -66,15 +67,18 @@ def _savers(case: Case) -> Iterator[tuple[str, tuple[str, ...]]]:
     setup = case.setup
     recipe, world = setup.recipe, setup.machine.world
     micro = setup.micro_batch_size
-    smaller = [size for size in range(1, micro) if micro % size == 0]
+    smaller = [size for size in range(1, micro) if micro % size == 0 and not setup.single]
     for size in reversed(smaller):
         yield f"micro-batch {size} instead of {micro}", (f"train.micro_batch_size={size}",)
     order = ("off", "selective", "full")
     for mode in order[order.index(setup.checkpointing) + 1 :]:
         yield f"activation checkpointing {mode}", (f'train.activation_checkpointing="{mode}"',)
+    if setup.fp32_gradients:
+        error = error_of_bf16_sums(setup.micros_per_step)
+        yield f"gradients summed in bf16 (off by {error})", ('engine.grad_dtype="bfloat16"',)
     if setup.loss == "full":
         yield "chunked cross-entropy", ('model.cross_entropy="chunked"',)
-    if setup.loss != "fused":
+    if setup.loss in ("chunked", "full"):
         yield "fused cross-entropy (needs liger-kernel)", ('model.cross_entropy="fused"',)
     for name in ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"):
         if recipe.optim.name.removeprefix("paged_") in ("adamw", "adamw_8bit") and name != recipe.optim.name:

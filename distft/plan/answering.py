@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from distft.answers.batches import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS
 from distft.model.answering import cache_bytes_per_token, longest_text
+from distft.model.attention_shape import largest_attention
 from distft.plan.inventory import Inventory
+from distft.plan.kernels import EAGER
 from distft.plan.setup import Setup
+from distft.plan.state import FP32
 from distft.plan.trace import Activations
 from distft.recipe import AnswersTable
 
@@ -57,13 +60,23 @@ def _of(one: AnswersTable, inventory: Inventory, setup: Setup, kept: Activations
     room = int(max(0, free) * CACHE_SHARE) // max(1, per_token * (prompt + new))
     asked = MAX_ROWS if one.batch_size == "auto" else one.batch_size
     rows = max(1, min(PROMPT_TOKENS // prompt, room, asked))
-    per_forward = kept.evaluation_block * prompt * rows // setup.tokens
+    path = setup.path
+    cached = path.generation != "uncached"
+    read = prompt if cached else prompt + new
+    """Tokens of a row in the largest forward."""
+    if path.generation != "batched":
+        rows = 1
+    per_forward = kept.evaluation_block * read * rows // setup.tokens
     mask = rows * prompt * (prompt + new) if rows > 1 else 0
+    if path.generation_attention == "eager" and setup.kernel != EAGER:
+        # Scores, and their softmax in fp32, that the training's attention does not keep.
+        heads = largest_attention(inventory.config).heads
+        mask += rows * heads * read * read * (inventory.dtype.itemsize + FP32)
     return Asking(
         name=one.name,
         rows=rows,
         prompt=prompt,
         new_tokens=new,
-        cache=rows * (prompt + new) * per_token,
+        cache=rows * (prompt + new) * per_token if cached else 0,
         forward=per_forward + mask,
     )

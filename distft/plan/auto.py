@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distft.core.accelerators import GIB
+from distft.model.paths import ForwardPath
 from distft.plan import inventory as inventories
 from distft.plan import memory, speed
 from distft.plan.inventory import Inventory
-from distft.plan.setup import Machine, Setup, has_liger, loss_of, resolve_engine
+from distft.plan.setup import Machine, Setup, forwards, has_liger, loss_of, resolve_engine
 from distft.recipe import Recipe, check_world
 
 MICRO_TOKENS = 16_384
@@ -39,32 +40,59 @@ class Choice:
         return self.setup.checkpointing
 
 
-def for_job(recipe: Recipe, folder: Path, machine: Machine, *, wants: str) -> Choice:
-    """What a job on this machine runs with. `folder` holds config.json; `wants`: the launcher's engine family.
+def for_job(recipe: Recipe, folder: Path, machine: Machine, *, wants: str, path: ForwardPath) -> Choice:
+    """What a job on this machine runs with.
+
+    Args:
+        recipe: of the job.
+        folder: holds config.json.
+        machine: where the job runs.
+        wants: the launcher's engine family.
+        path: that was proven here.
 
     Raises:
         RecipeError: the global batch does not split over the machine.
         MachineError: the engine cannot run there.
     """
-    inventory = inventories.read(recipe.model, folder, recipe.method.spec, recipe.method.params)
+    inventory = inventories.read(recipe.model, folder, recipe.method.spec, recipe.method.params, path=path)
     engine = resolve_engine(recipe, machine, wants=wants)
     return choose(recipe, inventory, machine, engine=engine, liger=has_liger())
 
 
-def choose(recipe: Recipe, inventory: Inventory, machine: Machine, *, engine: str, liger: bool) -> Choice:
+def choose(
+    recipe: Recipe,
+    inventory: Inventory,
+    machine: Machine,
+    *,
+    engine: str,
+    liger: bool,
+    document_tokens: int | None = None,
+) -> Choice:
     """The recipe's own values, and for `auto` the pair that is predicted to be fastest among those that fit.
 
-    When nothing fits, what needs least: one sequence, and full checkpointing.
+    When nothing fits, what needs least: one sequence, and full checkpointing. `document_tokens`: see `Setup`.
 
     Raises:
         RecipeError: the global batch does not split over the machine.
     """
-    micros = _micros(recipe, machine)
+    micros = _micros(recipe, machine, inventory.path)
     modes = _modes(recipe, engine)
     limit = ROOM * machine.gpu.memory_bytes
-    setups = [
-        _setup(recipe, machine, engine=engine, liger=liger, micro=size, mode=mode) for mode in modes for size in micros
-    ]
+
+    def setup_of(micro: int, mode: str) -> Setup:
+        return Setup(
+            recipe=recipe,
+            machine=machine,
+            engine=engine,
+            micro_batch_size=micro,
+            micros_per_step=forwards(recipe, machine.world, inventory.path, micro, document_tokens),
+            checkpointing=mode,
+            loss=loss_of(recipe, liger=liger, path=inventory.path),
+            path=inventory.path,
+            document_tokens=document_tokens if inventory.path.documents == "single" else None,
+        )
+
+    setups = [setup_of(size, mode) for mode in modes for size in micros]
     if len(setups) == 1:
         return Choice(setup=setups[0], reason="as the recipe says")
     best: tuple[float, Setup] | None = None
@@ -90,13 +118,15 @@ def choose(recipe: Recipe, inventory: Inventory, machine: Machine, *, engine: st
     )
 
 
-def _micros(recipe: Recipe, machine: Machine) -> list[int]:
+def _micros(recipe: Recipe, machine: Machine, path: ForwardPath) -> list[int]:
     """Micro-batch sizes to try, largest first."""
     own = recipe.train.micro_batch_size
     if own != "auto":
         check_world(recipe, machine.world, own)
         return [own]
     share = check_world(recipe, machine.world, 1)
+    if path.documents == "single":
+        return [1]
     most = max(1, MICRO_TOKENS // recipe.data.max_length)
     return [size for size in range(min(share, most), 0, -1) if share % size == 0]
 
@@ -107,15 +137,3 @@ def _modes(recipe: Recipe, engine: str) -> list[str]:
         return [wanted]
     # Adapters under zero3 gather layer by layer inside a block, which selective recomputation cannot replay.
     return ["off", "full"] if engine == "zero3" and recipe.method.spec.adapter else ["off", "selective", "full"]
-
-
-def _setup(recipe: Recipe, machine: Machine, *, engine: str, liger: bool, micro: int, mode: str) -> Setup:
-    return Setup(
-        recipe=recipe,
-        machine=machine,
-        engine=engine,
-        micro_batch_size=micro,
-        micros_per_step=check_world(recipe, machine.world, micro),
-        checkpointing=mode,
-        loss=loss_of(recipe, liger=liger),
-    )

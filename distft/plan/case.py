@@ -89,17 +89,33 @@ class Case:
             "offload": setup.offload,
             "micro_batch_size": setup.micro_batch_size,
             "micros_per_step": setup.micros_per_step,
+            "gradients_in": "float32" if setup.fp32_gradients or not setup.half else "bfloat16",
             "max_length": recipe.data.max_length,
             "activation_checkpointing": setup.checkpointing,
             "cross_entropy": setup.loss,
+            "path": setup.path.to_json(),
+            "tokens_per_forward": setup.usual_tokens,
         }
 
 
-def plan(recipe: Recipe, inventory: Inventory, machine: Machine, *, liger: bool | None = None, wants: str = "") -> Case:
+def plan(
+    recipe: Recipe,
+    inventory: Inventory,
+    machine: Machine,
+    *,
+    liger: bool | None = None,
+    wants: str = "",
+    document_tokens: int | None = None,
+) -> Case:
     """The recipe on the machine, with what it leaves to `auto` chosen.
 
-    `liger`: whether the run will have liger-kernel; None: as this machine has it. `wants`: what the launcher was
-    configured for.
+    Args:
+        recipe: what runs.
+        inventory: of its model, with the path that was proven.
+        machine: where it runs.
+        liger: whether the run will have liger-kernel; None: as this machine has it.
+        wants: what the launcher was configured for.
+        document_tokens: of a row on average, where that is known; matters only with one document per forward.
 
     Raises:
         RecipeError: the global batch does not split over the machine.
@@ -107,7 +123,7 @@ def plan(recipe: Recipe, inventory: Inventory, machine: Machine, *, liger: bool 
     """
     engine = resolve_engine(recipe, machine, wants=wants)
     fused = has_liger() if liger is None else liger
-    chosen = auto.choose(recipe, inventory, machine, engine=engine, liger=fused)
+    chosen = auto.choose(recipe, inventory, machine, engine=engine, liger=fused, document_tokens=document_tokens)
     held = memory.of_setup(inventory, chosen.setup)
     return Case(
         setup=chosen.setup,

@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--price", type=float, metavar="PER_GPU_HOUR", help="what a GPU costs an hour, for the run's cost"
     )
+    made.add_argument(
+        "--row-tokens", type=int, metavar="N", help="tokens of a row on average, for models that take rows one by one"
+    )
     made.add_argument("--config", metavar="FILE", help="the model's config.json, where its folder is not here")
     made.add_argument(
         "--calibrate",
@@ -90,7 +93,13 @@ def _run(options: argparse.Namespace) -> int:
 
     with config_folder(recipe, options.config) as folder:
         fits.refuse_misfits(recipe, folder)
-        planner = Planner(path=options.recipe, overrides=options.overrides, folder=folder, machine=machine)
+        planner = Planner(
+            path=options.recipe,
+            overrides=options.overrides,
+            folder=folder,
+            machine=machine,
+            document_tokens=_row_tokens(options.row_tokens, recipe),
+        )
         cases, refused = planner.cases(methods, engines)
         changes = {} if options.max else {id(case): planner.changes(case) for case in cases if not case.fits}
         limits = [planner.limit(options.max, case) for case in cases] if options.max else []
@@ -111,6 +120,16 @@ def _run(options: argparse.Namespace) -> int:
     lines += [show.limit(found, case) for found, case in zip(limits, cases, strict=False)]
     print("\n".join(lines).rstrip())
     return DONE
+
+
+def _row_tokens(said: int | None, recipe: Any) -> int | None:
+    from distft.core.errors import Problem, RecipeError
+
+    longest = recipe.data.max_length
+    if said is not None and not 1 <= said <= longest:
+        problem = Problem(message=f"--row-tokens {said}  must be from 1 to [data] max_length = {longest}")
+        raise RecipeError("distft plan", [problem])
+    return said
 
 
 def _names(text: str) -> list[str]:

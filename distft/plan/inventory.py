@@ -20,6 +20,8 @@ import torch
 
 from distft.model import experts, load, quantize, stats
 from distft.model.adapters import MethodSpec, targets
+from distft.model.blocks import blocks_of
+from distft.model.paths import VARLEN, ForwardPath
 from distft.recipe.schema import ModelTable
 
 if TYPE_CHECKING:
@@ -111,6 +113,8 @@ class Inventory:
     """ZeRO-3 gathers whole blocks (see `core.types.Weights.blocks_are_atomic`)."""
     linears: tuple[tuple[int, bool], ...]
     """(weights, trained) of each linear layer: what takes part in matrix products."""
+    path: ForwardPath
+    """How the model's numbers are computed."""
 
     @property
     def total(self) -> int:
@@ -133,8 +137,12 @@ class Inventory:
         return sum(param.stored_numel for param in held)
 
 
-def read(table: ModelTable, folder: Path, method: MethodSpec, params: Any) -> Inventory:
+def read(
+    table: ModelTable, folder: Path, method: MethodSpec, params: Any, *, path: ForwardPath | None = None
+) -> Inventory:
     """The model that `table` and `method` describe; `folder` needs only a config.json.
+
+    `path`: the proven one (see `distft.model.proving`); None: the one of a model that needs no fall-back.
 
     Raises:
         RecipeError: the config is not one that transformers knows.
@@ -145,14 +153,14 @@ def read(table: ModelTable, folder: Path, method: MethodSpec, params: Any) -> In
     depths = (2, 3) if alike else (num_blocks,)
     # 4-bit layers save for the backward pass what plain frozen ones save, and cannot run on meta.
     plain = replace(method, quant=lambda _: None)
-    samples = [_build(table, folder, plain, params, _shortened(config, depth)) for depth in depths]
+    samples = [_build(table, folder, plain, params, _shortened(config, depth), path) for depth in depths]
     deepest = samples[-1]
     if method.quantized:
         for sample in samples:
             for _, module, short in experts.all_expert_tensors(sample.module):
                 # Experts in 4 bits compute with a copy in the model's dtype, which the backward pass needs too.
                 experts.compute_with(module, short, torch.clone, first=True)
-        deepest = _build(table, folder, method, params, _shortened(config, depths[-1]))
+        deepest = _build(table, folder, method, params, _shortened(config, depths[-1]), path)
     return Inventory(
         params=tuple(_repeated(list(_listed(deepest)), num_blocks - depths[-1])),
         num_blocks=num_blocks,
@@ -162,7 +170,14 @@ def read(table: ModelTable, folder: Path, method: MethodSpec, params: Any) -> In
         dtype=deepest.dtype,
         atomic=deepest.blocks_are_atomic,
         linears=tuple(_linears(deepest, num_blocks - depths[-1])),
+        path=path or _unproven(table, deepest),
     )
+
+
+def _unproven(table: ModelTable, built: MetaModel) -> ForwardPath:
+    """The path of a model that takes none of the fall-backs."""
+    attention = table.attention if table.attention in ("sdpa", "eager") else VARLEN
+    return ForwardPath(head=built.module.path.head, attention=attention)
 
 
 def resized(inventory: Inventory, num_blocks: int) -> Inventory:
@@ -183,13 +198,17 @@ def resized(inventory: Inventory, num_blocks: int) -> Inventory:
     )
 
 
-def _build(table: ModelTable, folder: Path, method: MethodSpec, params: Any, config: Any) -> MetaModel:
+def _build(
+    table: ModelTable, folder: Path, method: MethodSpec, params: Any, config: Any, path: ForwardPath | None
+) -> MetaModel:
     if method.adapter:
         _import_bitsandbytes()
     # Kernels are chosen where the run is, not where the plan is made: `trace` puts its own in.
     plain = table.model_copy(update={"attention": "eager", "cross_entropy": "full"})
     cpu = torch.device("cpu")
-    return load.build(plain, folder, method, params, seed=0, device=cpu, weights=False, config=config)
+    if path is not None and path.attention == "flash_attention_2":
+        path = replace(path, attention=VARLEN)  # a name that needs no package
+    return load.build(plain, folder, method, params, seed=0, device=cpu, weights=False, config=config, path=path)
 
 
 def _import_bitsandbytes() -> None:
@@ -201,11 +220,16 @@ def _import_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None or "bitsandbytes" in sys.modules:
         return
     compiles = torch.compile
-    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore
+    torch.compile = _uncompiled  # type: ignore[assignment]
     try:
         importlib.import_module("bitsandbytes")
     finally:
         torch.compile = compiles
+
+
+def _uncompiled(model: Any = None, **options: Any) -> Any:
+    """Stand for torch.compile, as a call or with options as a decorator: they say only how to compile."""
+    return model if model is not None else lambda function: function
 
 
 def _shortened(config: Any, depth: int) -> Any:
@@ -228,7 +252,7 @@ def _blocks_are_equal(config: Any) -> bool:
         lm = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     signatures = {
         (type(block).__name__, tuple((name, param.shape) for name, param in block.named_parameters()))
-        for block in load.blocks_of(lm)
+        for block in blocks_of(lm)
     }
     return len(signatures) == 1
 

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.model import attention
 from distft.model.cross_entropy import PLAIN, LogitRule
+from distft.model.paths import SINGLE, VARLEN, ForwardPath
 
 FLASH = "distft_plan_flash"
-"""torch's varlen FlashAttention, as `distft.model.attention` calls it on a GPU."""
+"""torch's varlen FlashAttention, as `distft.model.attention` calls it on a GPU; and what saves the same tensors."""
 CPU = "distft_plan_cpu"
 """scaled_dot_product_attention over one document, as `distft.model.attention` calls it on a CPU."""
-EAGER = "distft_plan_eager"
-"""Plain products, as transformers' own eager attention: probabilities of [T, T] for each head are kept."""
-ATTENTION = (FLASH, CPU, EAGER)
+SDPA = "sdpa"
+"""Transformers' `sdpa` on a GPU, with a [T, T] mask where it makes one."""
+SDPA_CPU = "sdpa on a CPU"
+"""The same on a CPU."""
+EAGER = "eager"
+"""The model's own plain products: probabilities of [T, T] for each head are kept."""
+
+
+def of_path(path: ForwardPath, *, on_cpu: bool = False) -> str:
+    """Return what stands on the meta device for the attention that a path takes on a GPU, or on a CPU.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    kinds = {
+        VARLEN: FLASH,
+        SINGLE: FLASH,
+        "flash_attention_2": FLASH,
+        "flex_attention": FLASH,
+        "sdpa": SDPA,
+        "eager": EAGER,
+    }
+    if path.attention not in kinds:
+        raise ValueError(f"the planner does not know what attention {path.attention} keeps")
+    kernel = kinds[path.attention]
+    return {FLASH: CPU, SDPA: SDPA_CPU}.get(kernel, kernel) if on_cpu else kernel
+
+
+def registered(kernel: str) -> str:
+    """Return the name by which transformers knows a kernel."""
+    return "sdpa" if kernel == SDPA_CPU else kernel
 
 
 def flash_attention(
@@ -27,14 +59,54 @@ def flash_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    cu_seq_lens_q: Any = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **beside: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface."""
+    """Transformers' attention interface; arguments as for `distft.model.attention.varlen_attention`.
+
+    Caps, sinks and values of another head size run in FlexAttention there; a sink scales its output.
+
+    Raises:
+        ValueError: the model passes what that function does not know either.
+    """
+    _refuse(attention_mask, beside)
+    if dropout:
+        heads = (query_BHTD, key_BGTD, value_BGTD)
+        return attention.one_document(*heads, scaling, dropout, sliding_window, softcap, s_aux).transpose(1, 2), None
+    if cu_seq_lens_q is None:  # one document alone
+        cu_seq_lens_q = torch.empty(2, dtype=torch.int32, device=query_BHTD.device)
+    longest = query_BHTD.shape[2] if max_length_q is None else max_length_q
     heads = (query_BHTD, key_BGTD, value_BGTD)
-    return attention.flash(*heads, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    if softcap is not None or s_aux is not None or value_BGTD.shape[-1] != query_BHTD.shape[-1]:
+        out_BTHD = _Flex.apply(*heads)
+        if s_aux is not None:
+            scale_BTH = torch.sigmoid(out_BTHD.new_empty(out_BTHD.shape[:3], dtype=torch.float32) - s_aux)
+            out_BTHD = out_BTHD * scale_BTH[..., None].to(out_BTHD.dtype)
+        return out_BTHD, None
+    return attention.flash(*heads, cu_seq_lens_q, longest, scaling, sliding_window), None
+
+
+class _Flex(torch.autograd.Function):
+    """FlexAttention by its allocations: it takes heads as they are, and keeps them, the output and a sum a row.
+
+    Source: torch/_higher_order_ops/flex_attention.py, FlexAttentionAutogradOp
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> Tensor:
+        out_BHTD = query_BHTD.new_empty(*query_BHTD.shape[:3], value_BGTD.shape[-1])
+        sums_BHT = query_BHTD.new_empty(query_BHTD.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query_BHTD, key_BGTD, value_BGTD, out_BHTD, sums_BHT)
+        return out_BHTD.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(given) for given in ctx.saved_tensors[:3])
 
 
 def cpu_attention(
@@ -45,31 +117,25 @@ def cpu_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **beside: Any,
 ) -> tuple[Tensor, None]:
-    """The same; the operation that scaled_dot_product_attention takes on a CPU, which meta would decompose."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out_BHTD, _lse = flash(query_BHTD, key_BGTD, value_BGTD, 0.0, True, scale=scaling)
+    """The same, all tokens as one document."""
+    _refuse(attention_mask, beside)
+    heads = (query_BHTD, key_BGTD, value_BGTD)
+    out_BHTD = attention.one_document(*heads, scaling, dropout, sliding_window, softcap, s_aux)
     return torch.cat([out_BHTD], dim=2).transpose(1, 2), None
 
 
-def eager_attention(
-    module: nn.Module,
-    query_BHTD: Tensor,
-    key_BGTD: Tensor,
-    value_BGTD: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float = 1.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The same. Source: transformers.models.llama.modeling_llama.eager_attention_forward."""
-    groups = query_BHTD.shape[1] // key_BGTD.shape[1]
-    key_BHTD, value_BHTD = (x.repeat_interleave(groups, dim=1) for x in (key_BGTD, value_BGTD))
-    scores_BHTT = query_BHTD @ key_BHTD.transpose(2, 3) * scaling
-    masked_BHTT = scores_BHTT + scores_BHTT.new_zeros(scores_BHTT.shape[-2:])
-    probabilities_BHTT = masked_BHTT.softmax(dim=-1, dtype=torch.float32).to(query_BHTD.dtype)
-    return (probabilities_BHTT @ value_BHTD).transpose(1, 2).contiguous(), None
+def _refuse(attention_mask: Tensor | None, beside: dict[str, Any]) -> None:
+    if attention_mask is not None:
+        raise ValueError(f"{VARLEN} takes no attention_mask")
+    attention.refuse_unknown(beside)
 
 
 def register() -> None:
@@ -78,7 +144,119 @@ def register() -> None:
 
     AttentionInterface.register(FLASH, flash_attention)
     AttentionInterface.register(CPU, cpu_attention)
-    AttentionInterface.register(EAGER, eager_attention)
+
+
+@contextlib.contextmanager
+def standing_in(kernel: str, *, packed: bool) -> Iterator[None]:
+    """While it lasts, what no value decides runs on the meta device.
+
+    Args:
+        kernel: FLASH, CPU, SDPA, SDPA_CPU or EAGER.
+        packed: several documents stand in one forward, so masks are of blocks and are never left out.
+    """
+    from transformers import masking_utils
+    from transformers.integrations import moe
+
+    found, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
+
+    def indices(position_ids: Tensor) -> Tensor | None:
+        """Whether there are several documents is read off the values otherwise."""
+        if not position_ids.is_meta:
+            return found(position_ids)
+        return torch.empty_like(position_ids) if packed else None
+
+    def has_grouped(input: Tensor, weight: Tensor, offs: Tensor) -> bool:
+        """On meta torch has it in bf16 alone; transformers' stand-in keeps the same tensors."""
+        return grouped(input, weight, offs) and not (weight.is_meta and weight.dtype != torch.bfloat16)
+
+    masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm = indices, has_grouped
+    attends, stand_in = F.scaled_dot_product_attention, _on_cpu if kernel in (CPU, SDPA_CPU) else _on_gpu
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Meta would decompose what a device has a kernel for. A mode of torch's would end where a backward begins."""
+        return (stand_in if query.is_meta else attends)(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attends
+        masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm = found, grouped
+
+
+def _on_cpu(
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Source: aten/src/ATen/native/transformers/attention.cpp, scaled_dot_product_attention."""
+    learned_mask = attn_mask is not None and attn_mask.requires_grad
+    broadcast = query_BHTD.shape[1] != key_BGTD.shape[1] and not enable_gqa
+    if dropout_p or learned_mask or broadcast or query_BHTD.shape[-1] != value_BGTD.shape[-1]:
+        return _plain(query_BHTD, key_BGTD, value_BGTD, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mask = _additive(attn_mask, query_BHTD)
+    out_BHTD, _lse = flash(query_BHTD, key_BGTD, value_BGTD, 0.0, is_causal, attn_mask=mask, scale=scale)
+    return out_BHTD
+
+
+def _on_gpu(
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """FlashAttention without a mask and in 16 bits, else memory-efficient attention.
+
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+    """
+    if query_BHTD.shape[1] != key_BGTD.shape[1] and not enable_gqa:  # heads that broadcast: no kernel takes them
+        return _plain(query_BHTD, key_BGTD, value_BGTD, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    same_size = query_BHTD.shape[-1] == key_BGTD.shape[-1] == value_BGTD.shape[-1]
+    if attn_mask is None and query_BHTD.dtype in (torch.bfloat16, torch.float16) and same_size:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query_BHTD, key_BGTD, value_BGTD, dropout_p, is_causal, False, scale=scale)[0]
+    if key_BGTD.shape[1] != query_BHTD.shape[1]:
+        groups = query_BHTD.shape[1] // key_BGTD.shape[1]
+        key_BGTD, value_BGTD = (x.repeat_interleave(groups, dim=1) for x in (key_BGTD, value_BGTD))
+    mask = _additive(attn_mask, query_BHTD)
+    if mask is not None:
+        mask = mask.expand(*query_BHTD.shape[:3], key_BGTD.shape[2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    keeps = torch.is_grad_enabled() and query_BHTD.requires_grad
+    return efficient(query_BHTD, key_BGTD, value_BGTD, mask, keeps, dropout_p, is_causal, scale=scale)[0]
+
+
+def _additive(mask: Tensor | None, query_BHTD: Tensor) -> Tensor | None:
+    """A mask of yes and no becomes one that is added, in the query's type."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query_BHTD.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+
+
+def _plain(
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """Plain products, where no kernel does it."""
+    math, mask = torch.ops.aten._scaled_dot_product_attention_math, _additive(mask, query_BHTD)
+    given = (query_BHTD, key_BGTD, value_BGTD, mask, dropout, is_causal)
+    return math(*given, scale=scale, enable_gqa=enable_gqa)[0]
 
 
 def fused_loss(

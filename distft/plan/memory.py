@@ -16,6 +16,7 @@ from distft.model.attention_shape import largest_attention
 from distft.plan import state as states
 from distft.plan.answering import Asking, asking
 from distft.plan.inventory import ROOT, Inventory
+from distft.plan.kernels import EAGER
 from distft.plan.setup import Setup
 from distft.plan.state import FP32, State
 from distft.plan.trace import Activations, activations
@@ -80,7 +81,13 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     recipe, world = setup.recipe, setup.machine.world
     optim_params: Any = recipe.optim.params
     state = states.of_rank(
-        inventory, setup.engine, recipe.optim.spec, optim_params, world=setup.shards, offload=setup.offload
+        inventory,
+        setup.engine,
+        recipe.optim.spec,
+        optim_params,
+        world=setup.shards,
+        offload=setup.offload,
+        fp32_gradients=setup.fp32_gradients,
     )
     kept = activations(
         inventory,
@@ -145,10 +152,13 @@ def _phases(
 ) -> Phases:
     resident = state.weights + state.quant_constants + state.master
     during = state.accumulating if setup.micros_per_step > 1 else state.kept_gradients
+    if setup.engine == "fsdp2" and setup.micros_per_step > 1 and setup.shards < setup.machine.world:
+        # Shares of a group, in the type they are reduced in, until groups meet in the last micro-batch.
+        during = state.accumulating * setup.reduced_bytes // inventory.dtype.itemsize
     micro = gathered + max(
-        # The last block's backward: everything is still saved. `chunked_sum` makes the head's gradient in its forward,
-        # which the trace takes for the gradient itself.
-        during + kept.saved + max(kept.head + _fresh_gradient(inventory, setup), block),
+        # The last block's backward: everything is still saved, and the head's gradient is there, which the trace takes
+        # for the gradient itself.
+        during + kept.saved + max(kept.head + max(_fresh_gradient(inventory, setup), _head_gradient(inventory)), block),
         max(state.gradients, during) + block,  # the first block's: all gradients are there
     )
     update = state.gradients + state.update + _update_workspace(inventory, setup)
@@ -228,18 +238,19 @@ def _gathered(inventory: Inventory, setup: Setup) -> Part:
     trained = max(inventory.unit_numel(block, trained_only=True) for block in blocks)
     if setup.engine == "fsdp2":
         root = sum(param.stored_bytes for param in inventory.params if param.block == ROOT)
-        reduced = trained * (item + FP32)
+        sent = setup.reduced_bytes
+        reduced = trained * (item + sent)
         if setup.gathers_once:
             stored = sum(param.stored_bytes for param in inventory.params)
-            unreduced = FP32 * inventory.trained if setup.micros_per_step > 1 else 0
+            unreduced = sent * inventory.trained if setup.micros_per_step > 1 else 0
             return Part(
                 name=name,
                 num_bytes=stored + max(unreduced, reduced),
                 formula=f"all weights {_gib(stored)}, gathered once a step"
                 + (
-                    f" + all gradients in fp32 {_gib(unreduced)}, reduced once a step"
+                    f" + all gradients in {sent} bytes {_gib(unreduced)}, reduced once a step"
                     if unreduced
-                    else f" + a block's gradients in {item} and in {FP32} bytes {_gib(reduced)}"
+                    else f" + a block's gradients in {item} and in {sent} bytes {_gib(reduced)}"
                 ),
             )
         return Part(
@@ -247,15 +258,18 @@ def _gathered(inventory: Inventory, setup: Setup) -> Part:
             num_bytes=root + 3 * block_bytes + reduced,
             formula=f"root {_gib(root)} (whole from forward to backward) + 3 x a block {_gib(block_bytes)} (one "
             f"computes, one arrives, and the buffer out of which it is copied) + a block's gradients in {item} and in "
-            f"{FP32} bytes {_gib(reduced)}",
+            f"{sent} bytes {_gib(reduced)}",
         )
     largest = max(param.numel for param in inventory.params)
     bucket = bucket_elements(inventory.total, largest)
     if setup.engine in ("zero1", "zero2"):
+        filled = FP32 if setup.engine == "zero1" and setup.fp32_gradients else item
+        sent = setup.reduced_bytes if setup.reduced_bytes != filled else 0
         return Part(
             name=name,
-            num_bytes=2 * bucket * item,
-            formula=f"2 reduce buckets (one fills, one is on the wire) x {bucket:,} elements x {item} bytes",
+            num_bytes=bucket * (2 * filled + sent),
+            formula=f"2 reduce buckets (one fills, one is on the wire) x {bucket:,} elements x {filled} bytes"
+            + (f" + what is sent of one x {sent} bytes" if sent else ""),
         )
     stored = sum(param.stored_numel for param in inventory.params)
     live = min(stored, max(2 * bucket, 2 * block_bytes // item))
@@ -263,11 +277,11 @@ def _gathered(inventory: Inventory, setup: Setup) -> Part:
     second = -(-stored // setup.second_copy_over) if setup.second_copy_over else 0
     return Part(
         name=name,
-        num_bytes=(live + bucket + gradients + second) * item,
-        formula=f"({live:,} gathered (max_live_parameters = 2 buckets) + reduce bucket {bucket:,} + gradients of what "
-        f"was gathered last {gradients:,}"
+        num_bytes=(live + gradients + second) * item + bucket * setup.reduced_bytes,
+        formula=f"({live:,} gathered (max_live_parameters = 2 buckets) + gradients of what was gathered last "
+        f"{gradients:,}"
         + (f" + second copy of the weights over {setup.second_copy_over} ranks {second:,}" if second else "")
-        + f") elements x {item} bytes",
+        + f") elements x {item} bytes + reduce bucket {bucket:,} x {setup.reduced_bytes} bytes",
     )
 
 
@@ -278,23 +292,35 @@ def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> P
     whole = largest * item + FP32 * -(-largest // 64)
     shape = largest_attention(inventory.config)
     heads, head_dim = shape.heads, shape.head_dim
-    accumulator = FP32 * setup.tokens * heads * head_dim
+    accumulator = 0 if setup.kernel == EAGER else FP32 * setup.tokens * heads * head_dim
     fresh = _fresh_gradient(inventory, setup)
     return Part(
         name="workspace",
         num_bytes=kept.block + whole + accumulator + fresh,
         formula=f"traced temporaries of one block {_gib(kept.block)}"
         + (f" + one dequantised weight {_gib(whole)}" if largest else "")
-        + f" + flash backward's fp32 query gradients 4 x {setup.tokens:,} tokens x {heads} heads x {head_dim} "
-        f"= {_gib(accumulator)}" + (f" + largest new gradient before it is added {_gib(fresh)}" if fresh else ""),
+        + (
+            f" + flash backward's fp32 query gradients 4 x {setup.tokens:,} tokens x {heads} heads x {head_dim} "
+            f"= {_gib(accumulator)}"
+            if accumulator
+            else ""
+        )
+        + (f" + largest new gradient before it is added {_gib(fresh)}" if fresh else ""),
     )
 
 
 def _fresh_gradient(inventory: Inventory, setup: Setup) -> int:
     """The largest gradient, while it exists beside what it is added to."""
-    if (setup.engine == "solo" and setup.micros_per_step == 1) or setup.engine in ("zero3", "fsdp2"):
+    added = setup.micros_per_step > 1 or setup.fp32_gradients
+    if (setup.engine == "solo" and not added) or setup.engine in ("zero3", "fsdp2"):
         return 0  # becomes the gradient itself, or is counted with what was gathered
     return max((param.stored_bytes for param in inventory.params if param.trained), default=0)
+
+
+def _head_gradient(inventory: Inventory) -> int:
+    """The head's, in the model's type: `chunked_sum` makes it of an fp32 sum, which the trace has seen."""
+    head = inventory.samples[-1].module.head.weight
+    return head.numel() * head.element_size() if head.requires_grad else 0
 
 
 # -- reasons ----------------------------------------------------------------------------------------------------------
@@ -322,7 +348,7 @@ def _state_parts(inventory: Inventory, setup: Setup, state: State) -> tuple[Part
         Part(
             name="quantisation constants", num_bytes=state.quant_constants, formula=f"{constants}; whole on each rank"
         ),
-        Part(name="gradients", num_bytes=state.gradients, formula="of trained parameters, in the model's type"),
+        Part(name="gradients", num_bytes=state.gradients, formula=_gradients_formula(setup)),
         Part(
             name="master weights",
             num_bytes=state.master,
@@ -337,18 +363,25 @@ def _state_parts(inventory: Inventory, setup: Setup, state: State) -> tuple[Part
     )
 
 
+def _gradients_formula(setup: Setup) -> str:
+    if setup.fp32_gradients:
+        return f"of trained parameters, in fp32: sums of {setup.micros_per_step} micro-batches of a step"
+    return "of trained parameters, in the model's type"
+
+
 def _activation_parts(setup: Setup, kept: Activations) -> tuple[Part, ...]:
     return (
         Part(
             name="activations",
             num_bytes=kept.saved,
             formula=f"traced on the meta device: {_gib(kept.saved_per_block)} a block for {setup.tokens:,} tokens, "
-            f"checkpointing {setup.checkpointing}",
+            f"checkpointing {setup.checkpointing}" + (f"; {path}" if (path := setup.path.describe()) else ""),
         ),
         Part(
             name="logits",
             num_bytes=kept.head,
-            formula=f"traced: beyond the saved activations while head and loss ({setup.loss}) run",
+            formula=f"traced: beyond the saved activations while head and loss ({setup.loss}) run"
+            + ("; all logits exist at once" if setup.loss == "own" else ""),
         ),
     )
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distft.catalog import REGISTRIES
 from distft.core.errors import DistftError, MachineError, RecipeError
+from distft.model.paths import ForwardPath
+from distft.model.proving import path_of, verdict_on
 from distft.plan import inventory as inventories
 from distft.plan.advice import Change, changes
 from distft.plan.case import Case, plan
@@ -37,7 +41,12 @@ class Planner:
     folder: Path
     """Holds config.json."""
     machine: Machine
+    path_of_model: ForwardPath | None = None
+    """How the model's numbers are computed, where it is known; else it is proven, or read from the cache of proofs."""
+    document_tokens: int | None = None
+    """Of a row on average, where it is known."""
     _read: dict[str, Inventory] = field(default_factory=dict)
+    _proven: dict[str, ForwardPath] = field(default_factory=dict)
 
     def recipe(self, extra: Sequence[str] = ()) -> Recipe:
         """With the user's overrides, then `extra`.
@@ -55,19 +64,34 @@ class Planner:
             MachineError: the engine does.
         """
         recipe = self.recipe(extra)
-        return plan(recipe, self.inventory(recipe), machine or self.machine)
+        inventory = self.inventory(recipe)
+        return plan(recipe, inventory, machine or self.machine, document_tokens=self.document_tokens)
 
     def inventory(self, recipe: Recipe) -> Inventory:
         """The model as the recipe trains it; read once for each method and type.
 
         Raises:
-            RecipeError: transformers does not know the config.
+            RecipeError: transformers does not know the config, or no path gives the model's numbers.
         """
-        key = f"{recipe.method.name} {recipe.method.params!r} {recipe.model.dtype}"
+        path = self._path(recipe)
+        key = f"{recipe.method.name} {recipe.method.params!r} {recipe.model.dtype} {path}"
         if key not in self._read:
             spec, params = recipe.method.spec, recipe.method.params
-            self._read[key] = inventories.read(recipe.model, self.folder, spec, params)
+            self._read[key] = inventories.read(recipe.model, self.folder, spec, params, path=path)
         return self._read[key]
+
+    def _path(self, recipe: Recipe) -> ForwardPath:
+        """As a run proves it, on this machine: without an accelerator, on its CPU."""
+        if self.path_of_model is not None:
+            return self.path_of_model
+        key = f"{recipe.model.attention} {recipe.model.dtype} {recipe.data.max_length}"
+        if key not in self._proven:
+            model, length = recipe.model, recipe.data.max_length
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            verdict = verdict_on(model, self.folder, max_length=length, device=device)
+            line = recipe.line_of("model.path")
+            self._proven[key] = path_of(verdict, source=recipe.source, line=line, attention=model.attention)
+        return self._proven[key]
 
     def cases(self, methods: Sequence[str], engines: Sequence[str]) -> tuple[list[Case], list[Refused]]:
         """Every method under every engine; the recipe's own where a list is empty.
@@ -108,8 +132,7 @@ class Planner:
         world = self.machine.world
         match what:
             case "seq":
-                one = [*base, "train.micro_batch_size=1"]
-                return largest(what, lambda tokens: self.case([*one, f"data.max_length={tokens}"]), step=256)
+                return self._longest([*base, "train.micro_batch_size=1"])
             case "micro":
 
                 def of(micro: int) -> Case:
@@ -122,9 +145,24 @@ class Planner:
                 model = self.inventory(recipe)
 
                 def deep(blocks: int) -> Case:
-                    return plan(recipe, inventories.resized(model, blocks), self.machine)
+                    deeper = inventories.resized(model, blocks)
+                    return plan(recipe, deeper, self.machine, document_tokens=self.document_tokens)
 
                 return largest(what, deep, step=model.depths[-1])
+
+    def _longest(self, overrides: list[str]) -> Limit:
+        """The path is proven at the length that is found too, for a few models have others at other lengths."""
+
+        def found(path: ForwardPath) -> Limit:
+            fixed = replace(self, path_of_model=path)
+            return largest("seq", lambda tokens: fixed.case([*overrides, f"data.max_length={tokens}"]), step=256)
+
+        path = self._path(self.recipe(overrides))
+        limit = found(path)
+        if limit.case is None:
+            return limit
+        there = self._path(limit.case.setup.recipe)
+        return limit if there == path else found(there)
 
 
 def method_override(own: Recipe, method: str) -> list[str]:

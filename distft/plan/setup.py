@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ import torch
 from distft.core.accelerators import Accelerator
 from distft.engine import ENGINES
 from distft.engine.auto import choose as choose_engine
+from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.model import cross_entropy
 from distft.model.cross_entropy import HeadLoss
+from distft.model.paths import ForwardPath
 from distft.plan import kernels
 from distft.plan.rates import ASSUMED, Rates
-from distft.recipe import Recipe
+from distft.recipe import Recipe, check_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Machine:
     nodes: int = 1
     rates: Rates = ASSUMED
     """What these GPUs reach."""
+    on_cpu: bool = False
+    """Processes compute on a CPU, whose kernels keep other tensors."""
 
     @property
     def world(self) -> int:
@@ -50,15 +54,30 @@ class Setup:
     engine: str
     micro_batch_size: int
     micros_per_step: int
+    """Forwards of a step on one rank."""
     checkpointing: str
     """off | selective | full."""
     loss: str
-    """fused | chunked | full."""
+    """fused | chunked | full | own: the model's own head, whose logits all exist at once."""
+    path: ForwardPath = field(default_factory=ForwardPath)
+    """How the model's numbers are computed."""
+    document_tokens: int | None = None
+    """Tokens of a row on average, where it is known and each has a forward of its own; None: `max_length`."""
+
+    @property
+    def single(self) -> bool:
+        """Each document has a forward of its own."""
+        return self.path.documents == "single"
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch: packed sequences are taken as full."""
-        return self.micro_batch_size * self.recipe.data.max_length
+        """Of the largest micro-batch: packed sequences are taken as full, a document alone as the longest there is."""
+        return self.recipe.data.max_length * (1 if self.single else self.micro_batch_size)
+
+    @property
+    def usual_tokens(self) -> int:
+        """Of a micro-batch on average."""
+        return self.document_tokens or self.tokens
 
     @property
     def offload(self) -> str:
@@ -83,6 +102,32 @@ class Setup:
         return self.engine == "fsdp2" and getattr(params, "gather", "") == "once_a_step"
 
     @property
+    def fp32_gradients(self) -> bool:
+        """Gradients of a bf16 model are kept in fp32 until the update.
+
+        fsdp2 does so while they are unreduced, or shares of a group: what is reduced once a step is bf16 again.
+        """
+        if self.gathers_once or (self.engine == "fsdp2" and self._group < self.machine.world):
+            return False
+        return keeps_fp32_gradients(self.grad_dtype, half=self.half, micros_per_step=self.micros_per_step)
+
+    @property
+    def half(self) -> bool:
+        """The model computes in bf16."""
+        return self.recipe.model.dtype == "bfloat16"
+
+    @property
+    def grad_dtype(self) -> GradDtype:
+        """What the recipe says of sums of gradients."""
+        params: Any = self.recipe.engine.params
+        return getattr(params, "grad_dtype", "auto")
+
+    @property
+    def reduced_bytes(self) -> int:
+        """Of one element of a gradient, between ranks."""
+        return 2 if self.half and self.grad_dtype == "bfloat16" else 4
+
+    @property
     def _group(self) -> int:
         params: Any = self.recipe.engine.params
         within: int | str = getattr(params, "shard_within", "world")
@@ -95,6 +140,7 @@ class Setup:
         """What runs, or on the meta device stands for it (see `distft.model.cross_entropy.choose`)."""
         per_token = self.recipe.objective.spec.per_token
         return {
+            "own": cross_entropy.full_loss,
             "fused": kernels.fused_loss,
             "chunked": cross_entropy.chunked_loss if per_token else cross_entropy.chunked_sum,
             "full": cross_entropy.full_loss,
@@ -102,8 +148,8 @@ class Setup:
 
     @property
     def kernel(self) -> str:
-        """What attends on a GPU: a kernel that keeps no [T, T] matrix, whichever package it comes from; or eager."""
-        return kernels.EAGER if self.recipe.model.attention == "eager" else kernels.FLASH
+        """What stands for the path's attention."""
+        return kernels.of_path(self.path, on_cpu=self.machine.on_cpu)
 
 
 def has_liger() -> bool:
@@ -111,8 +157,28 @@ def has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def loss_of(recipe: Recipe, *, liger: bool) -> str:
+def forwards(recipe: Recipe, world: int, path: ForwardPath, micro_batch_size: int, document_tokens: int | None) -> int:
+    """Forwards of one step on one rank.
+
+    With documents alone there are as many as documents: one for each sequence, or, packed, as many as fill it. A
+    micro-batch of several sequences is none of a model's concern then.
+
+    Raises:
+        RecipeError: the global batch does not split over `world` processes.
+    """
+    micros = check_world(recipe, world, micro_batch_size)
+    if path.documents == "packed":
+        return micros
+    sequences = micros * micro_batch_size
+    if not recipe.data.packing or document_tokens is None:
+        return sequences
+    return max(sequences, round(sequences * recipe.data.max_length / document_tokens))
+
+
+def loss_of(recipe: Recipe, *, liger: bool, path: ForwardPath | None = None) -> str:
     """The head's loss on a GPU (see `distft.model.cross_entropy.choose`); `liger`: the package is there."""
+    if path is not None and path.head == "own":
+        return "own"
     wanted = recipe.model.cross_entropy
     if wanted != "auto":
         return wanted

@@ -59,10 +59,17 @@ def details(case: Case, *, price: float | None, explain: bool) -> Iterator[str]:
     setup, machine, held, fast = case.setup, case.setup.machine, case.memory, case.speed
     where = f"{machine.gpus_per_node} x {machine.gpu.name}" + (f" x {machine.nodes} nodes" if machine.nodes > 1 else "")
     yield f"{setup.recipe.name}: {setup.recipe.method.name}, {setup.engine}, {where}"
+    each = f"micro-batch {setup.micro_batch_size} x {setup.recipe.data.max_length:,} tokens"
+    if setup.single:
+        each = f"a document of at most {setup.recipe.data.max_length:,} tokens a forward"
     yield (
-        f"  micro-batch {setup.micro_batch_size} x {setup.recipe.data.max_length:,} tokens, {setup.micros_per_step} "
-        f"per step, checkpointing {setup.checkpointing}, cross-entropy {setup.loss} ({case.chosen})"
+        f"  {each}, {setup.micros_per_step} per step, checkpointing {setup.checkpointing}, "
+        f"cross-entropy {setup.loss} ({case.chosen})"
     )
+    if path := setup.path.describe():
+        yield f"  proven for this model: {path}"
+    if setup.single and setup.document_tokens is None:
+        yield "  speed is that of rows as long as that; for shorter ones say how long: --row-tokens"
     yield "\nper GPU, GiB (weights to optimizer state exact, the rest predicted)"
     for part in held.parts:
         if part.num_bytes or explain:

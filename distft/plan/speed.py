@@ -14,6 +14,7 @@ from distft.plan.inventory import ROOT, Inventory
 from distft.plan.memory import Memory, Part
 from distft.plan.rates import Work, times
 from distft.plan.setup import Setup
+from distft.plan.trace import activations
 
 DEQUANTISED_BYTES = 2.516
 """Read and written per 4-bit weight each time its layer is dequantised to bf16: 0.516 + 2."""
@@ -63,12 +64,17 @@ class Speed:
 
 def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
     """Predicted speed of a run that fits."""
-    gpu, world, tokens = setup.machine.gpu, setup.machine.world, setup.tokens
-    length = setup.recipe.data.max_length
+    gpu, world, tokens = setup.machine.gpu, setup.machine.world, setup.usual_tokens
+    length = tokens if setup.single else setup.recipe.data.max_length
+    kept = memory.activations
+    if tokens != setup.tokens:
+        kept = activations(
+            inventory, tokens=tokens, checkpointing=setup.checkpointing, kernel=setup.kernel, loss=setup.head_loss
+        )
     matmul, again = _matmul_flops(inventory, setup)
     forward_attention = _attention_flops(inventory, length)
     attention, attention_again = 3.5 * forward_attention, forward_attention if setup.checkpointing == "full" else 0.0
-    moved = memory.activations.traffic * (1 + READS_PER_WRITE)
+    moved = kept.traffic * (1 + READS_PER_WRITE)
     four_bit = sum(param.numel for param in inventory.params if param.double is not None)
     passes = 2 if setup.checkpointing == "off" else 3
     moved += four_bit * DEQUANTISED_BYTES * passes
@@ -79,7 +85,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         matmul_flops=tokens * (matmul + again),
         attention_flops=tokens * (attention + attention_again),
         moved_bytes=moved,
-        operations=memory.activations.kernels,
+        operations=kept.kernels,
         sent_bytes=sends.micro,
         sent_inside_bytes=sends.micro_inside,
         # weights come for forward and backward, gradients go; DeepSpeed overlaps little of it
@@ -131,8 +137,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
             Part(
                 name="launches of a micro-batch, us",
                 num_bytes=round(taken.launch_s * 1e6),
-                formula=f"{memory.activations.kernels:,} traced operations x {rates.launch_s * 1e6:.3g} us: the least "
-                "there is",
+                formula=f"{kept.kernels:,} traced operations x {rates.launch_s * 1e6:.3g} us: the least there is",
             ),
             Part(
                 name="sent per micro-batch, bytes",
@@ -153,7 +158,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
 
 _SENDS = {
     "zero3": "weights gathered for forward and backward, gradients scattered: 3 x bytes x (n - 1) / n",
-    "fsdp2": "blocks gathered for forward and backward, the root once, gradients scattered in fp32",
+    "fsdp2": "blocks gathered for forward and backward, the root once, gradients scattered",
     "zero2": "gradients reduced to their owners",
 }
 
@@ -188,15 +193,15 @@ def sent(inventory: Inventory, setup: Setup) -> Sent:
     stored = sum(param.stored_bytes for param in inventory.params)
     root = sum(param.stored_bytes for param in inventory.params if param.block == ROOT)
     trained = sum(param.stored_bytes for param in inventory.params if param.trained)
-    reduced = 4 * inventory.trained  # fsdp2 reduces in fp32
+    reduced = setup.reduced_bytes * inventory.trained
     all_ranks, within = (world - 1) / world, (group - 1) / group
     match setup.engine:
         case "zero3" if setup.second_copy_over:
             # second copies of what is trained are stale after a step, those of frozen weights never
             inside = (2 * stored - trained) * (setup.second_copy_over - 1) / setup.second_copy_over
-            return Sent(micro=2 * trained * all_ranks, micro_inside=inside)
+            return Sent(micro=(trained + reduced) * all_ranks, micro_inside=inside)
         case "zero3":
-            return Sent(micro=(2 * stored + trained) * all_ranks)
+            return Sent(micro=(2 * stored + reduced) * all_ranks)
         case "fsdp2":
             gathers = stored if setup.gathers_once else 2 * stored - root
             replicas = world // group
@@ -210,6 +215,8 @@ def sent(inventory: Inventory, setup: Setup) -> Sent:
                 return Sent(step=across, step_inside=gathered + scattered)
             return Sent(step=across, micro_inside=gathered + scattered)
         case "zero2":
-            return Sent(micro=trained * all_ranks, step=trained * all_ranks)
+            return Sent(micro=reduced * all_ranks, step=trained * all_ranks)
+        case "zero1":
+            return Sent(step=(reduced + trained) * all_ranks)
         case _:
-            return Sent(step=2 * trained * all_ranks)
+            return Sent(step=2 * reduced * all_ranks)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import warnings
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distft.core.errors import DistftError, MachineError
 from distft.model import savers
 from distft.model.causal import CausalLM
-from distft.model.cross_entropy import HeadLoss, chunk_tokens, chunked_loss, chunked_sum
+from distft.model.cross_entropy import GATHERED_CHUNKS, HeadLoss, chunk_tokens, chunked_loss, chunked_sum, full_loss
 from distft.model.load import MetaModel
 from distft.plan import kernels as stand_ins
 from distft.plan.inventory import Inventory
+from distft.plan.storages import Run, Storages, key_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,9 @@ class Activations:
     """Written by all operations of forward and backward together."""
     kernels: int
     """Operations of forward and backward that make a tensor: about as many kernels are launched."""
+    peaks: tuple[int, int, int]
+    """Most that exists in the blocks' forward, in their backward, and after it: `block` is the largest beyond `saved`.
+    """
     saved_tensors: int
     """What autograd's saved-tensor hooks see, each storage once: `saved` and what the head keeps."""
 
@@ -60,41 +65,144 @@ class Activations:
         return max(self.evaluation_head, self.evaluation_block)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One model's figures; every one of them grows by the same amount with each further block."""
-
-    saved: int
-    head: int
-    block: int
-    evaluation_head: int
-    evaluation_block: int
-    traffic: int
-    kernels: int
-    saved_tensors: int
-
-
 def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss) -> Activations:
     """Figures of a micro-batch of `tokens`.
 
-    `kernel`: what attends, one of `distft.plan.kernels.ATTENTION`. `loss`: what the head runs (see
+    `kernel`: what attends (see `distft.plan.kernels`). `loss`: what the head runs (see
     `distft.model.cross_entropy`).
 
-    Under the chunked losses every size is a constant and a part that grows with the tokens, from the third chunk on;
-    a long micro-batch, whose hundreds of chunks take seconds to trace, is read off the line through two short ones.
+    Blocks that compute token by token, as reference scans of state-space models do, launch so many operations that a
+    long micro-batch takes minutes to trace. Every size in them is a polynomial of the tokens, of the second degree at
+    most, and is read off the one through three short micro-batches; the head is traced by itself at full length.
     """
-    chunk = chunk_tokens(inventory.samples[0].module.head.weight.shape[0])
-    if loss not in (chunked_loss, chunked_sum) or tokens <= 4 * chunk:
-        return _traced(inventory, tokens, checkpointing, kernel, loss)
-    near, far = (_traced(inventory, count * chunk, checkpointing, kernel, loss) for count in (3, 4))
-    beyond = (tokens - 4 * chunk) / chunk
+    how = (checkpointing, kernel, loss)
+    step = None if _has_window(inventory, tokens) else _loop_step(inventory, kernel, min(tokens, _LOOKS_AT))
+    if step is None or tokens <= _FIRST_OF_DIRECT * step:
+        return _by_chunks(inventory, tokens, *how)
+    counts = (step, 2 * step, 3 * step)
+    whole = [_by_chunks(inventory, count, *how) for count in counts]
+    heads = [_by_chunks(inventory, count, "off", kernel, loss, blocks=False) for count in counts]
+    head = _by_chunks(inventory, tokens, "off", kernel, loss, blocks=False)
+
+    def of_blocks(name: str) -> int:
+        return round(_through([getattr(one, name) for one in whole], tokens / step))
+
+    def of_both(name: str) -> int:
+        blocks = [getattr(one, name) - getattr(other, name) for one, other in zip(whole, heads, strict=True)]
+        return round(_through(blocks, tokens / step)) + getattr(head, name)
+
+    first, second, third = ([one.peaks[phase] for one in whole] for phase in range(3))
+    peaks = tuple(round(_through(values, tokens / step)) for values in (first, second, third))
+    assert len(peaks) == 3
     return Activations(
-        **{name: round(there + beyond * (there - vars(near)[name])) for name, there in vars(far).items()}
+        saved=of_blocks("saved"),
+        saved_per_block=of_blocks("saved_per_block"),
+        head=of_both("head"),
+        block=max(0, max(peaks) - of_blocks("saved")),
+        peaks=peaks,
+        evaluation_head=of_both("evaluation_head"),
+        evaluation_block=of_blocks("evaluation_block"),
+        traffic=of_both("traffic"),
+        kernels=of_both("kernels"),
+        saved_tensors=of_both("saved_tensors"),
     )
 
 
+_LOOP_STEPS = (16, 64, 256)
+"""Lengths of which some is a multiple of whatever a scan does at a time: a token, or a chunk."""
+_LOOKS_AT = 3 * _LOOP_STEPS[-1]
+_FIRST_OF_DIRECT = 12
+"""Steps up to which a micro-batch is traced as it is."""
+
+
+def _through(values: list[int], at: float) -> float:
+    """The polynomial of the second degree through (1, a), (2, b) and (3, c), at `at`."""
+    one, two, three = values
+    return one + (two - one) * (at - 1) + (three - 2 * two + one) * (at - 1) * (at - 2) / 2
+
+
+@functools.lru_cache(maxsize=64)
+def _loop_step(inventory: Inventory, kernel: str, longest: int) -> int | None:
+    """Tokens that a loop over the sequence does at a time; None when nothing loops, or not by any of `_LOOP_STEPS`.
+
+    No more than `longest` tokens are looked at: a model has positions for no more.
+    """
+    if longest <= _FIRST_OF_DIRECT * _LOOP_STEPS[0]:
+        return None
+
+    def ran(tokens: int) -> int:
+        return _operations(inventory.samples[0], tokens, kernel)
+
+    if ran(_LOOP_STEPS[0]) == ran(min(longest, 2 * _LOOP_STEPS[-1])):
+        return None
+    for step in (one for one in _LOOP_STEPS if 3 * one <= longest):
+        counts = [ran(times * step) for times in (1, 2, 3)]
+        growth = {more - fewer for fewer, more in itertools.pairwise(counts)}
+        if len(growth) == 1 and growth.pop() > 0:
+            return step
+    return None
+
+
+def _operations(sample: MetaModel, tokens: int, kernel: str) -> int:
+    """Operations of a forward without gradients; 0 where it does not run, which `_run` then says."""
+    seen = _Operations()
+    try:
+        with _ready(sample.module, sample.blocks, "off", kernel, full_loss), seen, torch.no_grad():
+            sample.module(*_batch(tokens))
+    except Exception:  # any, see `_run`
+        return 0
+    return seen.count
+
+
+class _Operations(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation."""
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _has_window(inventory: Inventory, tokens: int) -> bool:
+    """Whether attention of some layer sees less than `tokens`: short micro-batches then say nothing of long ones."""
+    text = inventory.config.get_text_config(decoder=True)
+    limits = [value for name, value in vars(text).items() if "window" in name or "attention_chunk" in name]
+    return any(isinstance(limit, int) and not isinstance(limit, bool) and 0 < limit < tokens for limit in limits)
+
+
+def _by_chunks(
+    inventory: Inventory, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, *, blocks: bool = True
+) -> Activations:
+    """Under the chunked losses every size is a constant and a part that grows with the tokens, from the third chunk on
+    (what is written: with every GATHERED_CHUNKS); a long micro-batch, whose hundreds of chunks take seconds to trace,
+    is read off the line through two short ones.
+    """  # noqa: D205
+    how = (checkpointing, kernel, loss, blocks)
+    if inventory.path.head == "own" or loss not in (chunked_loss, chunked_sum):
+        return _traced(inventory, tokens, *how)
+    chunk = chunk_tokens(inventory.samples[0].module.head.weight.shape[0])
+    step = GATHERED_CHUNKS * chunk
+    if tokens <= 2 * step:
+        return _traced(inventory, tokens, *how)
+    near, far = (_traced(inventory, count * step, *how) for count in (1, 2))
+    beyond = (tokens - 2 * step) / step
+
+    def drawn(there: int, before: int) -> int:
+        return round(there + beyond * (there - before))
+
+    line = {name: drawn(there, vars(near)[name]) for name, there in vars(far).items() if name != "peaks"}
+    forward, backward, root = (drawn(*pair) for pair in zip(far.peaks, near.peaks, strict=True))
+    line["block"] = max(0, max(forward, backward, root) - line["saved"])
+    return Activations(peaks=(forward, backward, root), **line)
+
+
 @functools.lru_cache(maxsize=512)
-def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss) -> Activations:
+def _traced(
+    inventory: Inventory, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, blocks: bool = True
+) -> Activations:
+    """`blocks=False`: without what happens in them, for the head alone."""
     runs = [
         _run(
             sample,
@@ -103,6 +211,7 @@ def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, 
             kernel=kernel,
             loss=loss,
             evaluate=sample is inventory.samples[-1],
+            blocks=blocks,
         )
         for sample in inventory.samples
     ]
@@ -115,11 +224,13 @@ def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, 
         return getattr(last, name) + step * (inventory.num_blocks - inventory.depths[-1])
 
     saved = whole("saved")
+    peaks = (whole("blocks"), whole("backward"), whole("root"))
     return Activations(
         saved=saved,
         saved_per_block=last.saved - first.saved if len(runs) > 1 else last.saved // inventory.num_blocks,
         head=max(0, whole("head") - saved),
-        block=max(0, whole("block") - saved),
+        block=max(0, max(peaks) - saved),
+        peaks=peaks,
         evaluation_head=last.evaluation_head,  # nothing is kept for a backward pass, so depth does not matter
         evaluation_block=last.evaluation_block,
         traffic=whole("traffic"),
@@ -128,23 +239,55 @@ def _traced(inventory: Inventory, tokens: int, checkpointing: str, kernel: str, 
     )
 
 
-def _run(sample: MetaModel, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, evaluate: bool) -> _Run:
+def _batch(tokens: int) -> tuple[Any, ...]:
+    """One document, every token supervised, as `CausalLM.losses` takes it."""
+    ids = torch.zeros(tokens, dtype=torch.long, device="meta")
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)  # router losses read them
+    return (ids, ids, ids, bounds, tokens, tokens)
+
+
+def _run(
+    sample: MetaModel, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, evaluate: bool, blocks: bool
+) -> Run:
+    try:
+        return _followed(sample, tokens, checkpointing, kernel, loss, evaluate, blocks)
+    except DistftError:
+        raise
+    except Exception as error:  # any: a forward that looks at values, of which meta has none, or at more than it knows
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        kind = type(sample.module.transformer).__name__
+        raise MachineError(
+            f"{kind} cannot be planned: its forward does not run without numbers ({reason})  "
+            "set [train] micro_batch_size and activation_checkpointing yourself; distft bench measures what they need"
+        ) from error
+
+
+def _followed(
+    sample: MetaModel,
+    tokens: int,
+    checkpointing: str,
+    kernel: str,
+    loss: HeadLoss,
+    evaluate: bool,
+    blocks: bool,
+) -> Run:
     module = sample.module
-    with _ready(module, sample.blocks, checkpointing, kernel, loss):
-        ids = torch.zeros(tokens, dtype=torch.long, device="meta")
-        bounds = torch.zeros(2, dtype=torch.int32, device="meta")
-        batch = (ids, ids, ids, bounds, tokens, tokens)
-        own = {_key(tensor) for tensor in [*module.parameters(), *module.buffers(), ids, bounds]}
-        looked = _Storages(own)
+    skipped = contextlib.nullcontext() if blocks else _skipped(sample.blocks, _block_output(sample, kernel))
+    with _ready(module, sample.blocks, checkpointing, kernel, loss), skipped:
+        batch = _batch(tokens)
+        inputs = [value for value in batch if isinstance(value, Tensor)]
+        own = {key_of(tensor) for tensor in [*module.parameters(), *module.buffers(), *inputs]}
+        looked = Storages(own)
         if evaluate:
-            with looked, torch.no_grad(), _marked(sample.blocks[-1], looked):
+            with looked, torch.no_grad(), _marked(sample.blocks, looked):
                 module(*batch)
-        with _Storages(own) as seen, seen.saved():
-            with _marked(sample.blocks[-1], seen):
+        with Storages(own) as seen, seen.saved():
+            with _marked(sample.blocks, seen):
                 losses = module(*batch)
-                losses.sum().backward()
+                total = losses.sum() if isinstance(losses, Tensor) else sum(part.sum() for part in losses)
+                total.backward()  # type: ignore[union-attr]
             gradients = {seen.serial(param.grad) for param in module.parameters() if param.grad is not None}
-        del losses
+        del losses, total
         for param in module.parameters():
             param.grad = None
     return seen.summary(gradients, evaluation=looked.most)
@@ -157,9 +300,11 @@ def _ready(
     """The module as the job would set it up, on meta, for one trace."""
     stand_ins.register()
     transformer = module.transformer
-    text = transformer.config.get_text_config(decoder=True)
-    before, buffers = text._attn_implementation, [(part, dict(part._buffers)) for part in module.modules()]
-    text._attn_implementation = kernel
+    configs = [transformer.config, transformer.config.get_text_config(decoder=True)]
+    before = [config._attn_implementation for config in configs]
+    buffers = [(part, dict(part._buffers)) for part in module.modules()]
+    for config in configs:
+        config._attn_implementation = stand_ins.registered(kernel)
     for part, held in buffers:
         part._buffers = {name: None if value is None else value.to("meta") for name, value in held.items()}
     module.use_loss(loss)
@@ -168,20 +313,52 @@ def _ready(
         warnings.simplefilter("ignore", FutureWarning)
         savers.checkpoint_blocks(transformer, checkpointing)  # type: ignore[arg-type]
     try:
-        yield
+        with stand_ins.standing_in(kernel, packed=module.path.documents == "packed"):
+            yield
     finally:
         if checkpointing != "off":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 transformer.gradient_checkpointing_disable()
-        text._attn_implementation = before
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
         for part, held in buffers:
             part._buffers = held
 
 
+def _block_output(sample: MetaModel, kernel: str) -> Any:
+    """What the last block returns for a few tokens."""
+    found: list[Any] = []
+    hook = sample.blocks[-1].register_forward_hook(lambda block, given, output: found.append(output))
+    try:
+        _operations(sample, 8, kernel)
+    finally:
+        hook.remove()
+    return found[-1]
+
+
 @contextlib.contextmanager
-def _marked(block: nn.Module, seen: _Storages) -> Iterator[None]:
-    """Notes where the last block's forward ends and its backward starts."""
+def _skipped(blocks: list[nn.Module], output: Any) -> Iterator[None]:
+    """While it lasts blocks return their input, multiplied by something trained, in the form of `output`."""
+    factor = torch.ones((), device="meta", requires_grad=True)
+
+    def forward(hidden_states: Tensor, *rest: Any, **beside: Any) -> Any:
+        """Whatever a block is given beside its input is for what is skipped here."""
+        hidden = hidden_states * factor.to(hidden_states.dtype)
+        return hidden if isinstance(output, Tensor) else type(output)([hidden, *[None] * (len(output) - 1)])
+
+    for block in blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.__dict__["forward"]
+
+
+@contextlib.contextmanager
+def _marked(blocks: list[nn.Module], seen: Storages) -> Iterator[None]:
+    """Notes where the last block's forward ends and its backward starts, and where the first one's backward ends."""
 
     def ended(_: nn.Module, __: Any, output: Any) -> None:
         seen.note("head")
@@ -189,113 +366,14 @@ def _marked(block: nn.Module, seen: _Storages) -> Iterator[None]:
         if hidden.requires_grad:
             hidden.register_hook(lambda grad: seen.note("backward"))
 
-    hook = block.register_forward_hook(ended)
+    def began(_: nn.Module, given: Any, beside: Any) -> None:
+        hidden = next((leaf for leaf in tree_leaves((given, beside)) if isinstance(leaf, Tensor)), None)
+        if hidden is not None and hidden.requires_grad:
+            hidden.register_hook(lambda grad: seen.note("root"))
+
+    hooks = [blocks[-1].register_forward_hook(ended), blocks[0].register_forward_pre_hook(began, with_kwargs=True)]
     try:
         yield
     finally:
-        hook.remove()
-
-
-_PHASES: tuple[str, ...] = ("blocks", "head", "backward")
-
-
-@dataclass
-class _Event:
-    """A storage that is made or freed, or the start of a phase (serial 0)."""
-
-    phase: str
-    serial: int
-    change: int
-
-
-class _Storages(TorchDispatchMode):
-    """Follows every storage that operations make, until it is freed."""
-
-    def __init__(self, own: set[int]) -> None:
-        super().__init__()
-        self._own = own
-        self._alive: dict[int, tuple[int, int]] = {}
-        self._events: list[_Event] = []
-        self._phase = "blocks"
-        self._serial = 0
-        self._live = 0
-        self.most: dict[str, int] = dict.fromkeys(_PHASES, 0)
-        self._saved: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and takes note of what it made."""
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf)
-        return out
-
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive or key in self._own:
-            return
-        self._serial += 1
-        self._alive[key] = (self._serial, storage.nbytes())
-        self._change(self._serial, storage.nbytes())
-        weakref.finalize(storage, self._freed, key)
-
-    def _freed(self, key: int) -> None:
-        serial, size = self._alive.pop(key)
-        self._change(serial, -size)
-
-    def _change(self, serial: int, change: int) -> None:
-        self._events.append(_Event(self._phase, serial, change))
-        self._live += change
-        self.most[self._phase] = max(self.most[self._phase], self._live)
-
-    def serial(self, tensor: Tensor) -> int:
-        """Number of a living storage that operations made."""
-        return self._alive[_key(tensor)][0]
-
-    def note(self, phase: str) -> None:
-        """What follows belongs to `phase`. Recomputation passes the marks again: a phase starts once, in order."""
-        if _PHASES.index(phase) == _PHASES.index(self._phase) + 1:
-            self._phase = phase
-            self._events.append(_Event(phase, 0, 0))
-
-    def saved(self) -> Any:
-        """Context in which tensors that autograd saves are counted, parameters and inputs left out."""
-
-        def pack(tensor: Tensor) -> Tensor:
-            if _key(tensor) not in self._own:
-                self._follow(tensor)
-                serial, size = self._alive[_key(tensor)]
-                self._saved[serial] = size
-            return tensor
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-
-    def summary(self, gradients: set[int], *, evaluation: dict[str, int]) -> _Run:
-        """Peaks by phase, without the storages that end as gradients of parameters."""
-        live = traffic = kernels = 0
-        most: dict[str, int] = dict.fromkeys(_PHASES, 0)
-        saved = 0
-        for event in self._events:
-            if event.serial == 0 and event.phase == "head":
-                saved = live
-            if event.serial in gradients:
-                continue
-            live += event.change
-            kernels += event.change > 0
-            traffic += max(0, event.change)
-            most[event.phase] = max(most[event.phase], live)
-        return _Run(
-            saved=saved,
-            head=most["head"],
-            block=max(most["blocks"], most["backward"]),
-            evaluation_head=evaluation["head"],
-            evaluation_block=evaluation["blocks"],
-            traffic=traffic,
-            kernels=kernels,
-            saved_tensors=sum(self._saved.values()),
-        )
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+        for hook in hooks:
+            hook.remove()

@@ -161,6 +161,17 @@ def micro_batch_divides_global_batch(recipe: Recipe, _: Registries) -> Iterator[
         )
 
 
+def gradients_are_of_the_models_type(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+    """An fp32 model has fp32 gradients."""
+    if getattr(recipe.engine.params, "grad_dtype", "auto") == "bfloat16" and recipe.model.dtype == "float32":
+        yield Fault(
+            key=("engine", "grad_dtype"),
+            message="has no effect: the model computes in float32, and so do its gradients",
+            fix='remove it, or set [model] dtype = "bfloat16"',
+            also=(("model", "dtype"),),
+        )
+
+
 def warm_up_ends(recipe: Recipe, _: Registries) -> Iterator[Fault]:
     """A warm-up as long as the run never reaches the learning rate."""
     warmup: Any = getattr(recipe.schedule.params, "warmup_steps", None)
@@ -326,6 +337,7 @@ RULES: tuple[Rule, ...] = (
     formats_are_known,
     one_way_to_say_how_long,
     micro_batch_divides_global_batch,
+    gradients_are_of_the_models_type,
     warm_up_ends,
     weight_or_share,
     shares_leave_room,

@@ -227,7 +227,8 @@ def _of_file(manager_of: Any, path: Path) -> tuple[Any, str]:
     return manager_of(include_defaults=False), str(path)  # looking through all of its own takes seconds
 
 
-def _no_bar(rows: Iterable[Any], **_: Any) -> Iterable[Any]:
+def _no_bar(rows: Iterable[Any], *, total: int | None = None) -> Iterable[Any]:
+    """Stand for tqdm as `lm_eval.api.task` calls it."""
     return rows
 
 

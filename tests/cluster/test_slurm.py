@@ -245,10 +245,10 @@ def test_a_frozen_rank_is_named_with_its_host(cluster: Cluster, bench: Bench) ->
     story = Story(cluster, bench, "frozen")
     freeze = "stop:rank=3,point=forward,step=3"
     options = ("--nodes=2", "--ntasks-per-node=2")
-    job = story.submit(*options, fault=freeze, settings=("guard.hang_timeout_s=10",))
+    job = story.submit(*options, fault=freeze, settings=("guard.hang_timeout_s=30",))
     ended = job.end()
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "6:0"), job.output
-    named = next(line for line in job.output.splitlines() if "shows no sign of life" in line)
+    named = next((line for line in job.output.splitlines() if "shows no sign of life" in line), job.output)
     assert "rank 3 (node2" in named, named
     assert "shows no sign of life, last seen in forward of step 3" in named, named
     assert story.ends() == [(6, "end")]

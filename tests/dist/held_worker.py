@@ -1,7 +1,7 @@
 """Adopts one model under many engines, methods and optimizers, takes a step, and notes what each rank holds.
 
 usage: torchrun --nproc-per-node N tests/dist/held_worker.py CASES.json OUT
-CASES: [{"name", "model", "engine", "method", "params", "optim", "dtype", "offload"}]; OUT.RANK gets name -> bytes.
+CASES: [{"name", "model", "engine", "method", "params", "optim", "dtype", "micros"}]; OUT.RANK gets name -> bytes.
 """
 
 import gc
@@ -34,14 +34,18 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
         weight_decay=0.1,
         decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
         max_grad_norm=1.0,
+        per_tensor=optim.per_tensor,
     )
     engine = spec.open(spec.params(), placed)
     try:
-        engine.adopt(built, rule, micros_per_step=1)
+        micros = case["micros"]
+        engine.adopt(built, rule, micros_per_step=micros)
         rows = batch(documents([17, 9], seed=placed.rank))
-        with engine.accumulating(last=True, seed=0):
-            loss = engine.model(**rows.inputs()).sum()
-            engine.backward(loss, divide_by=float(rows.num_supervised * placed.world), samples=())
+        for micro in range(micros):
+            accumulating = held.gradients(engine)
+            with engine.accumulating(last=micro == micros - 1, seed=0):
+                loss = engine.model(**rows.inputs()).sum()
+                engine.backward(loss, divide_by=float(rows.num_supervised * placed.world * micros), samples=())
         gradients = held.gradients(engine)
         report = engine.step(TrainState(), float(rows.num_supervised * placed.world), lambda loss: True)
         assert report.updated
@@ -52,6 +56,7 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
         "weights_bytes": after.weights,
         "quant_constants_bytes": after.quant_constants,
         "gradients_bytes": gradients,
+        "accumulating_bytes": accumulating if micros > 1 else 0,
         "master_bytes": after.master,
         "optimizer_bytes": after.optimizer,
         "pageable_bytes": after.pageable,

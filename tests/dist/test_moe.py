@@ -1,10 +1,12 @@
 """Mixtures of experts: full, LoRA and QLoRA, the same loss on every engine, resumed bit for bit, saved as the hub does.
 
 Two launches train everything, one continues what was cut, one loads under sharding engines; the rest is reading.
+`make test` has each model under each method once, and each method on each engine; `make test-moe` every combination.
 """
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,15 @@ def spread(bench: Bench) -> dict[tuple[str, str, str], tuple[Run, Run]]:
     """(engine, model, method) -> (the run, the same run cut after CUT steps and continued)."""
     cases, extra = {}, {}
     trios = [(engine, *pair) for engine in SHARDED for pair in PAIRS] + [("ddp", "qwen3_moe", name) for name in METHODS]
+    if os.environ.get("DISTFT_MOE_GRID") != "1":
+        models, methods = list(CONFIGS), list(METHODS)
+        # A Latin square: the n-th engine trains the m-th model under the (n + m)-th method.
+        trios = [
+            (engine, model, methods[(n + m) % 3])
+            for n, engine in enumerate((*SHARDED, "ddp"))
+            for m, model in enumerate(models)
+            if engine != "ddp" or model == "qwen3_moe"
+        ]
     for engine, model, method in trios:
         name = f"{engine}-{model}-{method}"
         cases[name] = overrides(bench, model, method, engine)
@@ -117,7 +128,8 @@ def test_what_was_cut_goes_on_bit_for_bit(spread: dict) -> None:
 
 def test_final_is_what_the_hub_has_and_transformers_reads(bench: Bench, solo: dict, spread: dict) -> None:
     for model in CONFIGS:
-        runs = [solo[model, "full"], *(spread[engine, model, "full"][0] for engine in SHARDED)]
+        spreads = [spread[key][0] for engine in SHARDED if (key := (engine, model, "full")) in spread]
+        runs = [solo[model, "full"], *spreads]
         with safe_open(bench.folder / model / "model.safetensors", framework="pt") as base:
             layout = {name: base.get_tensor(name).shape for name in base.keys()}  # noqa: SIM118
         assert EXPERT[model] in layout, "what transformers itself saves"
@@ -169,5 +181,5 @@ def test_no_rank_holds_the_model_while_it_loads(tmp_path: Path) -> None:
             facts = json.loads(Path(f"{out}.{rank}").read_text())
             assert facts["whole"] > 90e6, "large beside what libraries allocate"
             assert facts["peak"] <= facts["whole"] / 2 + facts["largest_unit"], facts
-            # The shard and the block that is filled; the last half a block is what libraries allocate meanwhile.
-            assert facts["host_peak"] <= facts["whole"] / 2 + 1.5 * facts["largest_unit"], facts
+            # The shard and the block that is filled; 3 MB for what libraries allocate meanwhile, whatever the size.
+            assert facts["host_peak"] <= facts["whole"] / 2 + facts["largest_unit"] + 3e6, facts

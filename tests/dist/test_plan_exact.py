@@ -48,18 +48,26 @@ METHOD_PARAMS: dict[str, dict[str, Any]] = {"full": {}, "lora": RANK_64, "qlora"
 SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
 DTYPES = ("float32", "bfloat16")
 WHOLE = os.environ.get("DISTFT_PLAN_GRID") == "1"
-"""`make test-plan-grid`: twice the cells; ten minutes of work."""
+"""`make test-plan-grid`: four times the cells; a quarter of an hour of work."""
 
 
-def cell(model: str, engine: str, method: str, optim: str, dtype: str, **params: Any) -> dict[str, Any]:
+def cell(
+    model: str, engine: str, method: str, optim: str, dtype: str, *, micros: int = 1, **params: Any
+) -> dict[str, Any]:
     chosen = METHOD_PARAMS[method] | params
-    said = "/".join([model, engine, method, optim, dtype, *map(str, params.values())])
+    said = "/".join([model, engine, method, optim, dtype, *map(str, params.values()), *["sums"] * (micros > 1)])
     return {"name": said, "model": model, "engine": engine, "method": method, "optim": optim, "dtype": dtype,
-            "params": chosen}  # fmt: skip
+            "params": chosen, "micros": micros}  # fmt: skip
 
 
-def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Every engine, method and optimizer; in both types when the whole grid is asked for, else in turns."""
+def grid(
+    model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1
+) -> list[dict[str, Any]]:
+    """Every engine, method and optimizer in both types when the whole grid is asked for.
+
+    Else types in turns, and of a large grid `every` so manieth cell: with 5, which shares no factor with the numbers of
+    methods and optimizers, each pair of those is met, and each engine several times.
+    """
     trios = [
         (engine, method, optim)
         for engine in engines
@@ -70,6 +78,7 @@ def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...]) -> list[
     return [
         cell(model, *trio, dtype)
         for number, trio in enumerate(trios)
+        if WHOLE or number % every == 0
         for dtype in (DTYPES if WHOLE else DTYPES[number % 2 :][:1])
     ]
 
@@ -81,18 +90,30 @@ VARIANTS = [
     for params in ({"quant": {"double": False}}, {"adapter_dtype": "float32"})
     if not (engine == "fsdp2" and "adapter_dtype" in params)  # one type a block, fsdp2 asks
 ]
+SUMS = {
+    world: [
+        cell(model, engine, method, "adamw", "bfloat16", micros=2)
+        for model, methods in (("llama", ("full", "lora")), ("qwen", ("full",)))
+        for engine in (("solo",) if world == 1 else ("ddp", *SHARDED))
+        for method in methods
+    ]
+    for world in (1, 2, 3)
+}
+"""Two micro-batches of a step, whose gradients are added in fp32."""
 CELLS = {
-    1: grid("llama", ("solo",), ALL)
+    1: SUMS[1]
+    + grid("llama", ("solo",), ALL)
     + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor"))
     + grid("moe", ("solo",), ("adamw", "adamw_8bit"))
     + grid("gpt2", ("solo",), ("adamw",)),
-    2: grid("llama", ("ddp", *SHARDED), ALL)
+    2: SUMS[2]
+    + grid("llama", ("ddp", *SHARDED), ALL, every=5)
     + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",))
-    + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"))
+    + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=5)
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",))
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
     + VARIANTS,
-    3: grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit")),
+    3: SUMS[3] + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit")),
 }
 
 
@@ -131,11 +152,17 @@ def planned(models: dict[str, Path], one: dict[str, Any], world: int, rank: int,
         table = ModelTable(path=str(models[one["model"]]), dtype=one["dtype"], init="random")
         read[key] = inventory.read(table, models[one["model"]], method, params)
     optim = OPTIMIZERS[one["optim"]]
-    found = state.of_rank(read[key], one["engine"], optim, optim.params(), world=world, rank=rank)
+    sums = one["micros"] > 1
+    found = state.of_rank(
+        read[key], one["engine"], optim, optim.params(), world=world, rank=rank, fp32_gradients=sums
+    )
+    # What zero1's sums are reduced into is made during the last micro-batch only.
+    parts = found.gradients if one["engine"] == "zero1" else 0
     return {
         "weights_bytes": found.weights,
         "quant_constants_bytes": found.quant_constants,
         "gradients_bytes": found.gradients,
+        "accumulating_bytes": found.accumulating - parts if sums else 0,
         "master_bytes": found.master,
         "optimizer_bytes": found.optimizer,
         "pageable_bytes": found.pageable,
@@ -155,7 +182,7 @@ def test_every_cell_on_every_rank(
                 wrong[one["name"], rank] = {"held": held[one["name"]], "planned": plan}
     assert not wrong, f"{len(wrong)} of {world * len(CELLS[world])} differ: {list(wrong.items())[:4]}"
     for name, held in ranks[0].items():
-        note_row(f"{name} x {world}", *held.values())
+        note_row(f"{name} x {world}", *(held[key] for key in held if key != "accumulating_bytes"))
     # Without tensors of more than 4,096 elements no moment would be 8-bit, and this would test nothing of it.
     moments = {}
     for optim in ("adamw", "adamw_8bit" if world == 2 else "paged_adamw_8bit"):

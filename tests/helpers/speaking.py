@@ -9,10 +9,10 @@ import torch
 from tiny import CPU, build
 
 from distft.answers.speaker import Speaker
-from distft.core.registry import NoParams
 from distft.core.types import UpdateRule
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
+from distft.engine.spec import EngineParams
 
 ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
 RULE = UpdateRule(
@@ -29,7 +29,7 @@ def opened(
 ) -> tuple[SoloEngine, Speaker]:
     """A model of random weights that a solo engine holds, and its speaker."""
     built = build(folder, method, fill=False, params=params, device=device, dtype=dtype)
-    engine = open_engine("solo", NoParams(), replace(ALONE, device=device))
+    engine = open_engine("solo", EngineParams(), replace(ALONE, device=device))
     engine.adopt(built, RULE, micros_per_step=1)
     return engine, speaker(engine, built.module)
 

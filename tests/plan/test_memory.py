@@ -1,6 +1,7 @@
 """Phases, gathered layers, buckets and temporaries follow from how engines work; and 8B and 70B come out as known."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 from plan_kit import read, recipe_of
 
 from distft.core.accelerators import GIB, named
+from distft.core.errors import RecipeError
+from distft.plan.advice import changes
 from distft.plan.case import Case, plan
 from distft.plan.setup import Machine
 
@@ -26,9 +29,11 @@ def zero3(model: Path, machine: Machine, *overrides: str) -> Case:
 
 
 def test_states_of_8b_are_sixteen_bytes_a_parameter(llama8b: Path) -> None:
-    state = zero3(llama8b, EIGHT).memory.state
-    held = state.weights + state.gradients + state.master + state.optimizer
-    assert held == pytest.approx(16 * 8_030_261_248 / 8, rel=1e-6)
+    """And eighteen where fp32 sums of several micro-batches are kept."""
+    for batch, each in ((8, 16), (64, 18)):
+        state = zero3(llama8b, EIGHT, f"train.global_batch_size={batch}").memory.state
+        held = state.weights + state.gradients + state.master + state.optimizer
+        assert held == pytest.approx(each * 8_030_261_248 / 8, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,7 @@ def test_the_first_step_has_no_moments_during_its_backward(llama8b: Path) -> Non
 def test_sharding_engines_never_hold_the_model_while_loading(llama8b: Path) -> None:
     whole = 2 * 8_030_261_248
     for engine in ("zero3", "fsdp2"):
-        held = case(llama8b, EIGHT, f'engine.name="{engine}"', *FULL).memory
+        held = case(llama8b, EIGHT, f'engine.name="{engine}"', *FULL, "train.global_batch_size=8").memory
         assert held.phases.load < 0.7 * whole
     flat = case(llama8b, EIGHT, 'engine.name="zero1"', *FULL).memory
     assert flat.phases.load > 2 * whole, "zero1 and zero2 lay the weights end to end beside the old ones"
@@ -87,6 +92,62 @@ def test_accumulation_keeps_gradients_that_a_single_micro_batch_does_not(llama8b
         return case(llama8b, ONE, *FULL, *fp32).memory.phases.steady_step
 
     assert steady(4) > steady(1)
+
+
+H200 = Machine(gpu=named("h200-141gb"), gpus_per_node=1)
+
+
+def test_8b_full_fits_one_h200_with_one_micro_batch_a_step(llama8b: Path) -> None:
+    """140.6 GiB before updates took a group of tensors at a time."""
+    one = case(llama8b, H200, *FULL, "train.global_batch_size=1")
+    assert one.fits
+    assert 124 < one.memory.peak / GIB < 130
+    held = one.memory.state
+    assert held.update <= 4 * 128256 * 4096, "copies of the embedding or the head, the largest group there is"
+    assert one.to_json()["gradients_in"] == "bfloat16"
+
+
+def test_fp32_sums_of_8b_are_two_bytes_more_and_advice_says_what_saves_them(llama8b: Path) -> None:
+    one, several, lossy = (
+        case(llama8b, H200, *FULL, f"train.global_batch_size={batch}", *more)
+        for batch, more in ((1, ()), (64, ()), (64, ('engine.grad_dtype="bfloat16"',)))
+    )
+    assert several.memory.state.gradients == 2 * one.memory.state.gradients == 4 * 8_030_261_248
+    assert several.memory.state.update == 0, "nothing is copied"
+    assert not several.fits
+    assert lossy.fits
+    assert several.to_json()["gradients_in"] == "float32"
+
+    def replan(extra: Sequence[str], machine: Machine) -> Case:
+        return case(llama8b, machine, *extra)
+
+    found = {change.overrides: change for change in changes(several, replan)}
+    saved = found['engine.grad_dtype="bfloat16"',]
+    assert "off by 0.8 to 1.0 %" in saved.what, "advice says what it costs"
+    assert saved.case.fits
+
+
+def test_auto_takes_one_micro_batch_where_sums_do_not_fit(llama8b: Path) -> None:
+    small = case(llama8b, H200, "train.global_batch_size=2", "data.max_length=2048")
+    assert small.fits
+    assert small.setup.micros_per_step == 1
+
+
+def test_reductions_in_fp32_are_counted(llama8b: Path) -> None:
+    for engine in ("ddp", "zero1", "zero2", "zero3"):
+        fp32, bf16 = (
+            case(llama8b, EIGHT, *FULL, f'engine={{name="{engine}", grad_dtype="{said}"}}').speed.sent.of_step(8)
+            for said in ("auto", "bfloat16")
+        )
+        assert 1.3 * bf16 < fp32 <= 2 * bf16, engine
+
+
+def test_bf16_gradients_of_an_fp32_model_are_refused(llama8b: Path) -> None:
+    with pytest.raises(RecipeError, match="has no effect: the model computes in float32, and so do its gradients"):
+        recipe_of(llama8b, 'model.dtype="float32"', 'engine.grad_dtype="bfloat16"')
+    recipe_of(llama8b, 'model.dtype="float32"', 'engine.grad_dtype="float32"')
+    with pytest.raises(RecipeError, match=r"grad_dtype.*auto.*float32.*bfloat16"):
+        recipe_of(llama8b, 'engine.grad_dtype="float16"')
 
 
 def test_offload_moves_state_to_the_host(llama8b: Path) -> None:
@@ -149,7 +210,8 @@ def test_answers_need_a_cache_and_auto_takes_what_fits(llama8b: Path) -> None:
     def asking(**settings: object) -> tuple[int, int]:
         said = {"name": "s", "path": "a.jsonl", "scores": [{"name": "exact_match"}], "max_new_tokens": 512} | settings
         table = ", ".join(f"{key} = {json.dumps(value).replace(': ', ' = ')}" for key, value in said.items())
-        held = case(llama8b, ONE, 'method.name="qlora"', "data.max_length=2048", f"eval.answers=[{{ {table} }}]").memory
+        asks = f"eval.answers=[{{ {table} }}]"
+        held = case(llama8b, ONE, *FULL, 'method.name="qlora"', "data.max_length=2048", asks).memory
         part = next(one.num_bytes for one in held.parts if one.name.startswith("answers"))
         return part, held.phases.answers
 
@@ -159,7 +221,7 @@ def test_answers_need_a_cache_and_auto_takes_what_fits(llama8b: Path) -> None:
     assert one > cache
     assert two == pytest.approx(2 * one + mask, rel=1e-6), "rows of several lengths are padded"
     assert asking(batch_size=16) == asking(batch_size="auto"), "32,768 tokens of prompts at once"
-    small = case(llama8b, ONE, 'method.name="qlora"', "data.max_length=2048")
+    small = case(llama8b, ONE, *FULL, 'method.name="qlora"', "data.max_length=2048")
     assert small.memory.phases.answers == 0
     part, phase = asking()
     assert small.memory.phases.evaluation < phase < small.memory.phases.evaluation + 1.1 * part

@@ -9,7 +9,7 @@ from plan_kit import LLAMA_8B, SMALL, note_row, read, recipe_of, write
 from tiny import batch, build
 
 from distft.model import cross_entropy, savers
-from distft.plan import kernels, trace
+from distft.plan import kernels, storages, trace
 from distft.plan.trace import Activations
 
 QWEN = {
@@ -106,6 +106,7 @@ def test_many_chunks_are_read_off_a_line_through_few(tmp_path: Path, loss: Any) 
     traced = trace._traced(found, tokens, "off", kernels.FLASH, loss)
     for name, value in vars(traced).items():
         assert getattr(drawn, name) == pytest.approx(value, rel=0.01), name
+    assert max(drawn.peaks) == drawn.saved + drawn.block
 
 
 def test_a_trace_leaves_the_model_as_it_was(small: Path) -> None:
@@ -129,8 +130,8 @@ def test_peaks_are_those_of_a_real_step(small: Path, method: str, mode: str) -> 
     rows = batch([torch.randint(3, 200, (tokens,)).tolist()])
     given = rows.inputs() | {"labels_T": rows.input_ids_T, "num_supervised": tokens}
     held = [*module.parameters(), *module.buffers(), *(v for v in given.values() if isinstance(v, torch.Tensor))]
-    with trace._Storages({trace._key(tensor) for tensor in held}) as seen, seen.saved():
-        with trace._marked(built.blocks[-1], seen):
+    with storages.Storages({storages.key_of(tensor) for tensor in held}) as seen, seen.saved():
+        with trace._marked(built.blocks, seen):
             module(**given).sum().backward()
         gradients = {seen.serial(param.grad) for param in module.parameters() if param.grad is not None}
     real = seen.summary(gradients, evaluation={"head": 0, "blocks": 0})

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -107,14 +108,19 @@ def test_a_run_on_gpus_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.Monkey
         '[[data.train]]\npath = "demo:incidents/train"\n[train]\nglobal_batch_size = 4\n'
     )
     recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES))
-    assert assemble.planned(recipe, 2) is None
+    cut = assemble.Layout(micro_batch_size=1, micros_per_step=2)
+    assert assemble.planned(recipe, 2, cut, 32) is None
     monkeypatch.setattr(sizes, "_accelerators", lambda world: read_machine("80", world, 1))
-    plan = assemble.planned(recipe, 2)
+    plan = assemble.planned(recipe, 2, cut, 32)
     assert plan is not None
     assert (plan["method"], plan["world"], plan["fits"]) == ("full", 2, True)
     assert plan["per_rank"]["peak_bytes"] > 2**30, "the CUDA context alone is half of that"
+    alone = replace(cut, path=ForwardPath(documents="single", attention="distft_single"))
+    plan = assemble.planned(recipe, 2, alone, 32)
+    assert plan is not None
+    assert (plan["path"]["documents"], plan["tokens_per_forward"], plan["micros_per_step"]) == ("single", 32, 4)
     monkeypatch.setattr(sizes, "_accelerators", lambda world: read_machine("80", 3, 1))
-    refused = assemble.planned(recipe, 3)
+    refused = assemble.planned(recipe, 3, cut, 32)
     assert refused is not None
     assert "global_batch_size" in refused["why"], "4 sequences do not split over 3; that is no reason not to run"
 
@@ -187,3 +193,23 @@ def test_files_of_the_hubs_cache_are_taken_at_their_name(tmp_path: Path) -> None
     assert found["files"]["config.json"] == hashlib.sha256((snapshot / "config.json").read_bytes()).hexdigest()
     assert set(found["tokenizer"]) == {"tokenizer.json", "tokenizer_config.json"}
     assert len(origins.rows(recipe)["train"][0]["files"]["train.jsonl"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("documents", "packing", "micros", "tokens"),
+    [("packed", True, 1, 2 * 64), ("packed", False, 1, 2 * 48), ("single", True, 2, 48), ("single", False, 2, 48)],
+)
+def test_the_rehearsal_is_of_a_forward_that_comes(
+    tmp_path: Path, documents: Literal["packed", "single"], packing: bool, micros: int, tokens: int
+) -> None:
+    """Two sequences a step: one micro-batch of both, or at least two forwards of a document each."""
+    (tmp_path / "recipe.toml").write_text(
+        'name = "r"\n[model]\npath = "demo:tiny-llama"\n[data]\nmax_length = 64\n'
+        f'packing = {str(packing).lower()}\n[[data.train]]\npath = "demo:incidents/train"\n'
+        "[train]\nglobal_batch_size = 2\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES)
+    cut = assemble.Layout(micro_batch_size=2, micros_per_step=1, path=ForwardPath(documents=documents))
+    worst = assemble.worst(recipe, cut, replace(prepared(tmp_path, []), longest=48))
+    assert worst.micros >= micros
+    assert worst.sequences * worst.longest == worst.batch().num_tokens == tokens

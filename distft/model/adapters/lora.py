@@ -16,7 +16,7 @@ from pydantic import Field
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params
-from distft.model.adapters import targets
+from distft.model.adapters import products, targets
 from distft.model.adapters.spec import MethodSpec
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
             param.data = torch.empty_like(param, device="meta", dtype=wanted)
         assert param.requires_grad == owns(name) or ".modules_to_save." in name
     _compute_in_experts(wrapped)
+    products.fuse(wrapped, ADAPTER)
     return wrapped
 
 

@@ -80,7 +80,10 @@ class Listing:
 
 def listing(lm: Any) -> Listing:
     """The modules of a transformers model, which may be without values."""
+    from distft.model.blocks import blocks_of
+
     head = lm.get_output_embeddings()
+    blocks = {id(block) for block in blocks_of(lm)}
     modules = tuple(
         Module(
             name=name,
@@ -89,7 +92,7 @@ def listing(lm: Any) -> Listing:
             own=any(True for _ in module.parameters(recurse=False)),
             trains=any(True for _ in module.parameters()),
             head=module is head,
-            block=type(module).__name__ in (lm._no_split_modules or ()),
+            block=id(module) in blocks,
         )
         for name, module in lm.named_modules()
         if name

@@ -17,9 +17,9 @@ from tiny import build
 from distft.answers.build import exams
 from distft.answers.exam import Exam, Taken
 from distft.core.errors import DataError, RecipeError
-from distft.core.registry import NoParams
 from distft.data.render import Renderer, load_renderer
 from distft.engine.solo import SoloEngine, open_engine
+from distft.engine.spec import EngineParams
 from distft.recipe import AnswersTable
 
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> SoloEngine:
-    opened = open_engine("solo", NoParams(), ALONE)
+    opened = open_engine("solo", EngineParams(), ALONE)
     opened.adopt(build(folder, fill=False, init="pretrained"), RULE, micros_per_step=1)
     return opened
 

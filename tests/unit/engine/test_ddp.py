@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from tiny import CPU, batch, build, documents
 
-from distft.core.registry import NoParams
 from distft.core.types import TrainState, UpdateRule
 from distft.engine.ddp import open_engine
 from distft.engine.processes import Processes
+from distft.engine.spec import EngineParams
 
 ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
 RULE = UpdateRule(
@@ -32,7 +32,7 @@ def _group():
 @pytest.mark.usefixtures("_group")
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_first_step_has_the_buckets_of_every_other(tiny_config: Path, method: str) -> None:
-    engine = open_engine("ddp", NoParams(), ALONE)
+    engine = open_engine("ddp", EngineParams(), ALONE)
     engine.adopt(build(tiny_config, method, fill=False), RULE, micros_per_step=1)
     assert all(p.grad is None or not p.grad.any() for p in engine.model.parameters())
     for step in range(2):

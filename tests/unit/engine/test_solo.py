@@ -9,11 +9,11 @@ import torch
 from tiny import CPU, batch, build, documents
 from torch import nn
 
-from distft.core.registry import NoParams
 from distft.core.types import Batch, TrainState, UpdateRule
 from distft.engine.owned import OwnedParameters
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
+from distft.engine.spec import EngineParams
 
 ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
 RULE = UpdateRule(
@@ -26,7 +26,7 @@ RULE = UpdateRule(
 
 
 def opened(folder: Path, method: str = "full", **how) -> SoloEngine:
-    engine = open_engine("solo", NoParams(), ALONE)
+    engine = open_engine("solo", EngineParams(), ALONE)
     engine.adopt(build(folder, method, fill=False, **how), RULE, micros_per_step=1)
     return engine
 
@@ -55,11 +55,15 @@ def test_fp32_parameters_are_updated_in_place() -> None:
     layer.bias.requires_grad_(False)
     owned = OwnedParameters(layer.named_parameters())
     [(name, tensor)] = owned
+    seen: list = []
     assert name == "weight"
     assert tensor is layer.weight, "no copy, and nothing for what is frozen"
     layer(torch.ones(1, 3)).sum().backward()
-    [grad] = owned.collect()
-    assert grad is layer.weight.grad
+    [grad] = owned.gradients()
+    assert grad.data_ptr() == layer.weight.grad.data_ptr()
+    owned.update(lambda masters: seen.extend(masters[0].grad.tolist()))
+    assert seen == grad.tolist(), "no copy, so the tensor that the optimizer sees is this one"
+    assert layer.weight.grad is None
     owned.publish()
 
 
@@ -68,13 +72,16 @@ def test_bf16_parameters_have_fp32_masters() -> None:
     nn.init.ones_(layer.weight)
     owned = OwnedParameters(layer.named_parameters())
     [(_, master)] = owned
+    seen: list = []
     assert master.dtype == torch.float32
     assert torch.equal(master.bfloat16(), layer.weight)
-    assert owned.collect() == [], "no gradient yet"
+    assert owned.gradients() == [], "no gradient yet"
     layer(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
-    [grad] = owned.collect()
-    assert grad.dtype == torch.float32
-    assert layer.weight.grad is None, "moved, not kept twice"
+    [grad] = owned.gradients()
+    assert grad.dtype == torch.bfloat16
+    owned.update(lambda masters: seen.append((masters[0].grad.dtype, layer.weight.grad)))
+    assert seen == [(torch.float32, None)], "moved, not kept twice"
+    assert master.grad is None
     for _ in range(100):
         with torch.no_grad():
             master.add_(2**-12)  # lost each time in bf16, whose next number after 1 is 1 + 2**-7

@@ -11,10 +11,10 @@ from tiny import CPU, build
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distft.core.errors import DistftError
-from distft.core.registry import NoParams
 from distft.core.types import UpdateRule
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
+from distft.engine.spec import EngineParams
 from distft.export import final
 from distft.model.load import WRAPPER, MetaModel
 
@@ -49,7 +49,7 @@ def opened(folder: Path, method: str = "full", **how) -> tuple[SoloEngine, MetaM
         if method == "full" or param.requires_grad
     }
     place = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
-    engine = open_engine("solo", NoParams(), place)
+    engine = open_engine("solo", EngineParams(), place)
     engine.adopt(model, RULE, micros_per_step=1)
     return engine, model, shapes
 

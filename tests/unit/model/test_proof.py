@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from architectures import model_folder, small_config
 from transformers import CONFIG_MAPPING
 
 from distft.core.errors import RecipeError
-from distft.model import attention, cross_entropy, load, proof
+from distft.model import attention, cross_entropy, load, proof, reference
 from distft.model.paths import SINGLE, VARLEN
 from distft.model.proving import path_of, verdict_on
 from distft.model.verdict import Verdict
@@ -22,10 +23,13 @@ from distft.recipe import ModelTable
 CPU = torch.device("cpu")
 
 
-def proven(config: Any, *, wanted: str = "auto", max_length: int = 256) -> Verdict:
+def proven(
+    config: Any, *, wanted: str = "auto", max_length: int = 256, precision: torch.dtype | None = None
+) -> Verdict:
     attention.register()
     names = proof.attentions(wanted, CPU, torch.float32)
-    return proof.prove(config, load.untrained, attentions=names, device=CPU, dtype=torch.float32, max_length=max_length)
+    given: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "max_length": max_length, "precision": precision}
+    return proof.prove(config, load.untrained, attentions=names, **given)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +41,12 @@ def proven(config: Any, *, wanted: str = "auto", max_length: int = 256) -> Verdi
         ("cohere2", "chunked", VARLEN, "packed", "batched"),  # a scale of logits
         ("minicpm3", "chunked", VARLEN, "packed", "batched"),  # a scale of hidden states
         ("modernbert-decoder", "own", VARLEN, "packed", "batched"),  # a layer between trunk and logits
+        ("apertus", "chunked", VARLEN, "packed", "batched"),  # grows its rounding a thousandfold
+        ("hrm_text", "chunked", VARLEN, "packed", "batched"),  # passes its blocks many times
+        ("afmoe", "chunked", VARLEN, "packed", "batched"),  # views what attention gives
+        ("biogpt", "chunked", VARLEN, "packed", "batched"),  # does not name its blocks
         ("stablelm", "chunked", "sdpa", "packed", "batched"),
-        ("gpt_neo", "chunked", "eager", "packed", "batched"),
+        ("gpt_neo", "chunked", "eager", "single", "batched"),  # a mask of as many tokens as it has positions
         ("lfm2", "chunked", SINGLE, "single", "batched"),  # a convolution along the row
         ("falcon_h1", "chunked", SINGLE, "single", "batched"),
         ("bloom", "chunked", "eager", "single", "batched"),  # ALiBi counts from the row's beginning
@@ -57,9 +65,9 @@ def test_the_fastest_right_path_is_found(kind: str, head: str, kernel: str, docu
     ("kind", "said"),
     [
         ("bert", "it is not causal"),
-        ("trocr", "loss "),
-        ("xlnet", "does not name its blocks"),
-        ("bart", "no small copy"),
+        ("trocr", "its own loss is of the tokens that it reads"),
+        ("bart", "its own loss is of the tokens that it reads"),
+        ("reformer", "is_decoder=True"),
     ],
 )
 def test_what_has_no_right_path_is_refused_with_the_reason(kind: str, said: str) -> None:
@@ -89,25 +97,99 @@ def test_ropes_that_depend_on_the_longest_text_are_packed_only_within_the_origin
     assert (within.documents, beyond.documents) == ("packed", "single")
 
 
-def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fast path without caps, without sinks and with leaking documents: none of them is taken."""
-    right = attention._capped
+def test_what_counts_along_the_packed_row_is_not_packed() -> None:
+    """Llama 4 scales scores by the place in the row, beyond a length that no document reaches and packed rows do."""
+    path = proven(small_config("llama4_text"), max_length=32).path
+    assert path is not None
+    assert (path.attention, path.documents, path.generation) == (SINGLE, "single", "batched")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "apertus", "hrm_text", "granite"])
+def test_in_single_precision_tolerances_follow_the_models_own_rounding(kind: str) -> None:
+    """As on a GPU, whose kernels have no double precision."""
+    path = proven(small_config(kind), precision=torch.float32).path
+    assert path is not None
+    assert path.describe() == ""
+
+
+def drop(*, cap: bool = False, sink: bool = False) -> Callable[..., torch.Tensor]:
+    right: Callable[..., torch.Tensor] = attention._capped
 
     def without(*given: Any) -> torch.Tensor:
-        *rest, softcap, sink = given
-        return right(*rest, None, sink if softcap is not None else None)
+        *rest, softcap, sink_H = given
+        return right(*rest, None if cap else softcap, None if sink else sink_H)
 
-    monkeypatch.setattr(attention, "_capped", without)
-    for kind in ("gemma2", "gpt_oss"):
-        verdict = proven(small_config(kind))
-        assert verdict.path is not None
-        assert verdict.path.attention == "eager", kind
-        assert "differs by" in verdict.attempts[0].difference or "loss " in verdict.attempts[0].difference, kind
+    return without
+
+
+def leaking(*given: Any, cu_seq_lens_q: torch.Tensor, **more: Any) -> Any:
+    return RIGHT(*given, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **more)
+
+
+RIGHT = attention.varlen_attention
+FAULTS: list[tuple[str, Any, str, Any, dict[str, Any]]] = [
+    ("gemma2", attention, "_capped", drop(cap=True), {"final_logit_softcapping": None}),
+    ("gpt_oss", attention, "_capped", drop(sink=True), {}),
+    ("granite", cross_entropy.LogitRule, "finish", lambda self, product_SV: product_SV, {"logits_scaling": 4.0}),
+    ("cohere", cross_entropy.LogitRule, "finish", lambda self, product_SV: product_SV, {}),
+    ("llama", attention, "varlen_attention", leaking, {}),
+    ("apertus", attention, "varlen_attention", leaking, {}),
+    ("hrm_text", attention, "varlen_attention", leaking, {}),
+    ("mistral", attention, "_window_mask", lambda length, window, device: None, {"sliding_window": 8}),
+]
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["double", "single"])
+@pytest.mark.parametrize(("kind", "where", "name", "wrong", "settings"), FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_a_planted_fault_is_found(
+    kind: str,
+    where: Any,
+    name: str,
+    wrong: Any,
+    settings: dict[str, Any],
+    precision: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cap of 50 on scores, sinks, scales of logits, borders of documents, windows: dropped, none is taken."""
+    config = small_config(kind, **settings)
+    monkeypatch.setattr(where, name, wrong)
+    verdict = proven(config, precision=precision)
     monkeypatch.undo()
-    monkeypatch.setattr(cross_entropy.LogitRule, "finish", lambda self, product_SV: product_SV)
-    verdict = proven(small_config("granite", logits_scaling=4.0))
+    attention.register()
     assert verdict.path is not None
-    assert verdict.path.head == "own"
+    assert "differs by" in verdict.attempts[0].difference or "loss " in verdict.attempts[0].difference
+    assert verdict.path.head == "own" if where is cross_entropy.LogitRule else verdict.path.attention != VARLEN
+
+
+def test_a_mistake_of_our_own_is_no_reason_to_refuse_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised with its traceback, and no verdict is kept."""
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+    folder = model_folder("llama", tmp_path / "llama")
+    table = ModelTable(path=str(folder), dtype="float32")
+    with monkeypatch.context() as planted:
+        planted.delattr(attention, "_window_mask")
+        with pytest.raises(NameError, match="_window_mask"):
+            verdict_on(table, folder, max_length=256)
+        planted.setattr(attention, "_window_mask", None, raising=False)
+        with pytest.raises(TypeError, match="not callable"):
+            verdict_on(table, folder, max_length=256)
+    with monkeypatch.context() as planted:
+        planted.delattr(cross_entropy.LogitRule, "is_plain", raising=False)
+        planted.delattr(reference.Reference, "_hold_losses")
+        with pytest.raises(AttributeError, match="_hold_losses"):
+            verdict_on(table, folder, max_length=256)
+    assert not list((tmp_path / "cache" / "proofs").glob("*.json"))
+    path = verdict_on(table, folder, max_length=256).path
+    assert path is not None
+    assert path.describe() == ""
+
+
+def test_what_was_tried_is_told() -> None:
+    verdict = proven(small_config("stablelm"))
+    lines = verdict.tried()
+    assert len(lines) == len(verdict.attempts) > 0
+    assert lines[0].startswith(f"not packed, {VARLEN}, head chunked: ")
+    assert verdict.attempts[0].difference in lines[0]
 
 
 @pytest.mark.parametrize("given", [{"position_bias": torch.zeros(1)}, {"is_causal": False}, {"indices": [1]}])

@@ -1,0 +1,20 @@
+"""Which tensors an update takes together: fp32 copies of their gradients exist at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+GROUP_ELEMENTS = 2**28
+"""Of the fp32 gradients that an update holds at a time: 1 GiB, or one larger tensor."""
+
+
+def update_groups(numels: Iterable[int], limit: int = GROUP_ELEMENTS) -> Iterator[range]:
+    """Cut a list of tensors into neighbours of at most `limit` elements together; a larger tensor is alone."""
+    start = filled = at = 0
+    for at, numel in enumerate(numels, start=1):  # the end of the last group
+        if filled and filled + numel > limit:
+            yield range(start, at - 1)
+            start, filled = at - 1, 0
+        filled += numel
+    if at > start:
+        yield range(start, at)

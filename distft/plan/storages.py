@@ -1,0 +1,144 @@
+"""Every storage that operations make, from its making to its end: what exists at one time, and what autograd keeps."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model's figures; every one of them grows by the same amount with each further block."""
+
+    saved: int
+    head: int
+    blocks: int
+    """Most in their forward."""
+    backward: int
+    """Most in their backward."""
+    root: int
+    """Most after that: the embedding's gradient, which does not grow with the tokens."""
+    evaluation_head: int
+    evaluation_block: int
+    traffic: int
+    kernels: int
+    saved_tensors: int
+
+    @property
+    def block(self) -> int:
+        """Most outside the head."""
+        return max(self.blocks, self.backward, self.root)
+
+
+PHASES: tuple[str, ...] = ("blocks", "head", "backward", "root")
+
+
+@dataclass
+class Event:
+    """A storage that is made or freed, or the start of a phase (serial 0)."""
+
+    phase: str
+    serial: int
+    change: int
+
+
+class Storages(TorchDispatchMode):
+    """Follows every storage that operations make, until it is freed."""
+
+    def __init__(self, own: set[int]) -> None:
+        super().__init__()
+        self._own = own
+        self._alive: dict[int, tuple[int, int]] = {}
+        self._events: list[Event] = []
+        self._phase = "blocks"
+        self._serial = 0
+        self._live = 0
+        self.most: dict[str, int] = dict.fromkeys(PHASES, 0)
+        self._saved: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and takes note of what it made."""
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        return out
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive or key in self._own:
+            return
+        self._serial += 1
+        self._alive[key] = (self._serial, storage.nbytes())
+        self._change(self._serial, storage.nbytes())
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        serial, size = self._alive.pop(key)
+        self._change(serial, -size)
+
+    def _change(self, serial: int, change: int) -> None:
+        self._events.append(Event(self._phase, serial, change))
+        self._live += change
+        self.most[self._phase] = max(self.most[self._phase], self._live)
+
+    def serial(self, tensor: Tensor) -> int:
+        """Number of a living storage that operations made."""
+        return self._alive[key_of(tensor)][0]
+
+    def note(self, phase: str) -> None:
+        """What follows belongs to `phase`. Recomputation passes the marks again: a phase starts once, in order."""
+        if PHASES.index(phase) == PHASES.index(self._phase) + 1:
+            self._phase = phase
+            self._events.append(Event(phase, 0, 0))
+
+    def saved(self) -> Any:
+        """Context in which tensors that autograd saves are counted, parameters and inputs left out."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            if key_of(tensor) not in self._own:
+                self._follow(tensor)
+                serial, size = self._alive[key_of(tensor)]
+                self._saved[serial] = size
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    def summary(self, gradients: set[int], *, evaluation: dict[str, int]) -> Run:
+        """Peaks by phase, without the storages that end as gradients of parameters."""
+        live = traffic = kernels = 0
+        most: dict[str, int] = dict.fromkeys(PHASES, 0)
+        saved = 0
+        for event in self._events:
+            if event.serial == 0 and event.phase == "head":
+                saved = live
+            if event.serial in gradients:
+                continue
+            live += event.change
+            kernels += event.change > 0
+            traffic += max(0, event.change)
+            most[event.phase] = max(most[event.phase], live)
+        return Run(
+            saved=saved,
+            head=most["head"],
+            blocks=most["blocks"],
+            backward=most["backward"],
+            root=most["root"],
+            evaluation_head=evaluation["head"],
+            evaluation_block=evaluation["blocks"],
+            traffic=traffic,
+            kernels=kernels,
+            saved_tensors=sum(self._saved.values()),
+        )
+
+
+def key_of(tensor: Tensor) -> int:
+    """What tells the tensor's storage from others while it lives."""
+    return tensor.untyped_storage()._cdata
