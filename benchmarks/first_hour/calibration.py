@@ -32,6 +32,7 @@ def write(out: Path, records: Mapping[str, dict[str, Any]]) -> None:
     write_atomic(out / "calibration.json", json.dumps(measurement, indent=1) + "\n")
 
 
+SIZES = ("allocated_bytes", "reserved_bytes", "used_bytes")
 KERNELS = ("matmul_flops_per_s", "attention_flops_per_s", "copy_bytes_per_s", "launch_s", "pcie_bytes_per_s")
 
 
@@ -44,7 +45,10 @@ def _cases(record: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     for name, step in (record["steps"] if record else {}).items():
         found = step["measured"]
         if found and found.get("work") and found["calibrates"]:
+            sizes = [found[name] for name in SIZES]
+            # Where memory was given back before the end, what was used then says nothing about the peak.
+            whole = None not in sizes and sizes == sorted(sizes)
             yield {"name": name, "device": record["device"] if record else ""} | {
-                key: found[key]
-                for key in ("world", "step_s", "work", "allocated_bytes", "reserved_bytes", "used_bytes")
+                **{key: found[key] for key in ("world", "step_s", "work")},
+                **dict(zip(SIZES, sizes if whole else [None] * len(SIZES), strict=True)),
             }

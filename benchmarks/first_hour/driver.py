@@ -32,7 +32,7 @@ FINAL = ("measured", "not here")
 
 
 def main(argv: list[str]) -> int:
-    """0 when every phase is done; 1 when something is wrong, failed or ran out of time (see the page); 130 when stopped."""
+    """Returns 0 when every phase is done, 1 when something is wrong or ran out of time, 130 if stopped."""
     from distft.bench.facts import gpus
 
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,7 +65,8 @@ class Hour:
         records: dict[str, dict[str, Any]] = {}
         try:
             for number, phase in enumerate(self._phases):
-                shares = sum(later.share for later in self._phases[number:])
+                to_come = [one for one in self._phases[number:] if not one.why_not(self._context)]
+                shares = sum(one.share for one in to_come) or phase.share
                 left = max(0.0, self._ends - time.monotonic())
                 self._context.deadline = time.monotonic() + left * phase.share / shares
                 records[phase.name] = Keeping(self._context, phase, self._command, self._write).run()

@@ -37,7 +37,7 @@ def case(
 
     if change != "none" and (why := CHANGES[change].why_not()):
         raise NotHere(why)
-    made = list(overrides) + list(CHANGES[change].overrides if change != "none" else ())
+    made = [*overrides, *(CHANGES[change].overrides if change != "none" else ())]
     wanted = cases.Wanted(
         recipe=str(recipe), overrides=tuple(made), steps=steps, warmup=warmup, rows="full", profile=profile,
         nproc=context.ranks, engines=(engine,),
@@ -60,7 +60,7 @@ def case(
     record = Planning().beside(only, record)
     planned, speed = record.get("planned") or {}, record["speed"]
     devices = [rank["device"] for rank in record["ranks"]]
-    compiled = any("train.compile=true" in text for text in made)
+    compiled = only.content["train"]["compile"]
     return {
         "tokens_per_s": speed["tokens_per_s"],
         "step_s": speed["step_s"]["median"],
@@ -84,7 +84,7 @@ def case(
         "held": record["ranks"][0]["held"],
         "planned": planned.get("tensors"),
         "work": planned.get("work"),
-        "calibrates": calibrates and not compiled and change == "none",
+        "calibrates": calibrates and not compiled and change in ("none", "compile-off"),
         "profile": record.get("profile"),
     }
 

@@ -58,7 +58,7 @@ class Planning:
         gib = (ran["device_bytes"] or record["hardware"]["memory_gib"] * GIB / case.world) / GIB
         known = accelerators.of_device(ran["device"])
         gpu = replace(known, memory_gib=gib) if known is not None else of_size(gib)
-        machine = Machine(gpu=gpu, gpus_per_node=case.world, rates=of_gpu(gpu), on_cpu=ran["device"] == "cpu")
+        machine = Machine(gpu=gpu, gpus_per_node=case.world, on_cpu=ran["device"] == "cpu", rates=of_gpu(gpu))
         folder = str(load.find_folder(located.model))
         if folder not in self._planners:
             self._planners[folder] = Planner(path=case.key, overrides=(), folder=Path(folder), machine=machine)

@@ -29,10 +29,10 @@ class Machine:
     gpu: Accelerator
     gpus_per_node: int
     nodes: int = 1
-    on_cpu: bool = False
-    """Processes compute on a CPU, whose kernels keep other tensors."""
     rates: Rates = ASSUMED
     """What these GPUs reach."""
+    on_cpu: bool = False
+    """Processes compute on a CPU, whose kernels keep other tensors."""
 
     @property
     def world(self) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from benchmarks.first_hour import trained
 from benchmarks.first_hour.phase import Context, Measured, Phase, Step, Table
 
-BOUNDS = {"loss": 0.01, "grad_norm": 0.05, "weights": 0.005, "update": 0.25}
+BOUNDS = {"loss": 0.01, "grad_norm": 0.05, "weights": 0.01, "update": 0.2}
 """Largest relative difference: of losses and gradient norms in any step, of the final weights and of all updates.
 
 bf16 keeps 8 bits: 0.4 % of a weight is lost when it is stored. AdamW divides by the gradient's own size, so gradients
-near zero make updates of any sign; the norm of all updates bears a quarter.
+near zero make updates of any sign. On a CPU (2026-11-28): 0.1 %, 0.3 %, 0.35 % and 4.5 %.
 """
 
 
