@@ -34,7 +34,14 @@ def tasks(bench: Bench, engine: str) -> list[str]:
     files = task_files(bench.folder)
     sets = ", ".join(f'{{ name = "{name}", path = "lm-eval:{path}", every_steps = 1 }}' for name, path in files.items())
     best = ["checkpoint.best=true", "checkpoint.every_steps=1", 'eval.best_by="text.bits_per_byte"']
-    return [f'engine.name="{engine}"', f"eval.answers=[{sets}]", "data.eval=[]", "train.max_steps=2", "schedule.warmup_steps=1", *best]
+    return [
+        f'engine.name="{engine}"',
+        f"eval.answers=[{sets}]",
+        "data.eval=[]",
+        "train.max_steps=2",
+        "schedule.warmup_steps=1",
+        *best,
+    ]
 
 
 def case(engine: str, *more: str, batch_size: str = '"auto"') -> list[str]:
@@ -118,7 +125,9 @@ def test_tasks_of_lm_eval_come_out_the_same(alone: dict[str, Run], two: dict[str
                     (line["prompt"], line["answer"]) for line in theirs
                 ]
                 assert len(mine) == 6
-        mine, theirs = (json.loads((one.folder / "eval/summary.json").read_text()) for one in (two[name], alone["tasks"]))
+        mine, theirs = (
+            json.loads((one.folder / "eval/summary.json").read_text()) for one in (two[name], alone["tasks"])
+        )
         assert [one["figure"] for one in mine["sets"]] == ["acc", "acc_norm", "bits_per_byte", "exact_match"]
         for one, other in zip(mine["sets"], theirs["sets"], strict=True):
             for label in ("before", "after"):

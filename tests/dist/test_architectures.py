@@ -11,10 +11,38 @@ import torch
 from architectures import TEXTS, documents, loss_of, model_folder, page, proven
 
 THIRTY = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma4_text", "granite", "gpt_oss",
-    "cohere2", "phi3", "olmo2", "glm4", "gpt2", "gpt_neox", "gptj", "falcon", "stablelm", "nemotron",
-    "bloom", "mpt", "opt", "lfm2", "qwen3_next", "falcon_h1", "mamba", "jamba", "qwen3_moe", "mixtral",
-    "deepseek_v3", "llama4_text", "modernbert-decoder",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+    "granite",
+    "gpt_oss",
+    "cohere2",
+    "phi3",
+    "olmo2",
+    "glm4",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "falcon",
+    "stablelm",
+    "nemotron",
+    "bloom",
+    "mpt",
+    "opt",
+    "lfm2",
+    "qwen3_next",
+    "falcon_h1",
+    "mamba",
+    "jamba",
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v3",
+    "llama4_text",
+    "modernbert-decoder",
 )
 RTOL = 1e-5
 SEQUENCES = 2
@@ -56,9 +84,7 @@ def test_first_loss_and_final_folder_are_those_of_transformers(kind: str, tmp_pa
         last = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
         assert abs(last - right) > 1e-4 * right, "the step changed nothing"
         if method == "full":
-            lm = AutoModelForCausalLM.from_pretrained(
-                run / "final", attn_implementation="eager", dtype=torch.float32
-            )
+            lm = AutoModelForCausalLM.from_pretrained(run / "final", attn_implementation="eager", dtype=torch.float32)
         else:
             lm = PeftModel.from_pretrained(base(), run / "final")
         assert loss_of(lm, rows) == pytest.approx(last, rel=RTOL), (method, packing)

@@ -6,7 +6,13 @@ import pytest
 from harness import Bench, Run
 
 WHOLE = ["train.max_steps=30", "eval.every_steps=1", "eval.early_stop=3", "checkpoint.best=true", "checkpoint.keep=2"]
-WHOLE += ["checkpoint.every_steps=4", "optim.learning_rate=0.1", 'schedule.name="constant"', "train.micro_batch_size=2", 'engine.name="fsdp2"']
+WHOLE += [
+    "checkpoint.every_steps=4",
+    "optim.learning_rate=0.1",
+    'schedule.name="constant"',
+    "train.micro_batch_size=2",
+    'engine.name="fsdp2"',
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,12 @@ def test_after_a_resume_patience_and_best_go_on(runs: dict[str, Run]) -> None:
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
-LOADED = [*WHOLE, "train.load_best=true", "schedule.warmup_steps=1", 'eval.answers=[{name="asked", max_new_tokens=8, scores=[{name="exact_match"}]}]']
+LOADED = [
+    *WHOLE,
+    "train.load_best=true",
+    "schedule.warmup_steps=1",
+    'eval.answers=[{name="asked", max_new_tokens=8, scores=[{name="exact_match"}]}]',
+]
 CASES = {
     "fsdp2": [],
     "zero3": ['engine.name="zero3"'],
@@ -60,7 +71,13 @@ def loaded(bench: Bench) -> dict[str, Run]:
     for name, more in CASES.items():
         assert not found[name].error, found[name].error
         best = json.loads((found[name].folder / "checkpoints/best.json").read_text())["step"]
-        short[f"{name}-short"] = [*WHOLE, *more, f"train.max_steps={best}", "schedule.warmup_steps=1", "eval.early_stop="]
+        short[f"{name}-short"] = [
+            *WHOLE,
+            *more,
+            f"train.max_steps={best}",
+            "schedule.warmup_steps=1",
+            "eval.early_stop=",
+        ]
     last = found["fsdp2"].steps[-1]["step"]
     fault = {"stopped": {"fault": f"term:rank=1,point=restore,step={last}"}}
     stopped = bench.launch(2, {"stopped": LOADED, **short}, tag="load-best", extra=fault)
@@ -77,7 +94,10 @@ def test_final_holds_the_best_state_and_it_is_looked_at(loaded: dict[str, Run], 
     assert 0 < best["step"] == last - 3
     tensors = "final/adapter_model.safetensors" if name == "lora" else "final/model.safetensors"
     assert (run.folder / tensors).read_bytes() == (short.folder / tensors).read_bytes(), "bit for bit"
-    said = {label: json.loads((run.folder / f"eval/{label}/held_out.json").read_text()) for label in ("before", "after", "best")}
+    said = {
+        label: json.loads((run.folder / f"eval/{label}/held_out.json").read_text())
+        for label in ("before", "after", "best")
+    }
     assert (said["after"]["step"], said["best"]["step"]) == (last, best["step"])
     assert said["best"]["loss"] == best["eval_loss"] < said["after"]["loss"]
     assert json.loads((run.folder / "eval/best/asked.json").read_text())["step"] == best["step"]
@@ -94,7 +114,9 @@ def test_a_stop_on_the_way_back_keeps_the_last_state(loaded: dict[str, Run]) -> 
     last = whole.steps[-1]["step"]
     assert f"after step {last}; the state is saved" in stopped.error
     assert not again.error, again.error
-    state = [json.loads((one.folder / f"checkpoints/step-{last:08d}/MANIFEST.json").read_text()) for one in (whole, again)]
+    state = [
+        json.loads((one.folder / f"checkpoints/step-{last:08d}/MANIFEST.json").read_text()) for one in (whole, again)
+    ]
     tensors = [{told["path"]: told["sha256"] for told in one["files"] if "distcp" in told["path"]} for one in state]
     assert tensors[0] == tensors[1] != {}
     for name in ("checkpoints/best.json", "final/model.safetensors"):

@@ -45,7 +45,9 @@ def start(folder: Path, name: str, day: str, *overrides: str) -> subprocess.Comp
     recipe.write_text(RECIPE.format(name=name))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "DISTFT_CACHE": str(folder / f"cache-{day}")}
     command = [sys.executable, "-c", SCRIPT, day, str(recipe), *overrides]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def losses(folder: Path, name: str) -> list[float]:
@@ -56,7 +58,10 @@ def losses(folder: Path, name: str) -> list[float]:
 def test_a_run_that_goes_on_tomorrow_trains_on_the_same_rows(tmp_path: Path) -> None:
     model = shapes.save_tokenizer(tmp_path / "model", shapes.LLAMA31)
     (model / "config.json").write_text(json.dumps(CONFIG))
-    rows = [{"messages": [{"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": f"A{n}"}]} for n in range(8)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": f"A{n}"}]}
+        for n in range(8)
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = start(tmp_path, "whole", "2026-01-31")
     assert whole.returncode == 0, whole.stderr

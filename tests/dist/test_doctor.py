@@ -134,7 +134,10 @@ def test_a_full_disk_and_a_sick_gpu_on_one_machine(tmp_path: Path) -> None:
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     """Read-only for one host: the mount, for root may write anything else."""
-    ranks = [Rank("node1"), Rank("node2", before=f"mount --bind {tmp_path} {tmp_path} && mount -o remount,bind,ro {tmp_path}")]
+    ranks = [
+        Rank("node1"),
+        Rank("node2", before=f"mount --bind {tmp_path} {tmp_path} && mount -o remount,bind,ro {tmp_path}"),
+    ]
     told = examine(ranks, "--output-dir", str(tmp_path), "--short")
     assert told.codes == [9, 9], told.err
     found = told.findings("fail")["shared folder"]
@@ -144,7 +147,11 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_on_the_way_does_not_keep_the_others(tmp_path: Path) -> None:
     told = examine(
-        [Rank("node1"), Rank("node2")], "--output-dir", str(tmp_path), "--short", DISTFT_FAULT="kill:rank=1,point=shared"
+        [Rank("node1"), Rank("node2")],
+        "--output-dir",
+        str(tmp_path),
+        "--short",
+        DISTFT_FAULT="kill:rank=1,point=shared",
     )
     assert told.codes[0] == 9
     assert told.codes[1] not in (0, 9)
@@ -169,5 +176,7 @@ def test_a_cable_that_is_slow_and_then_cut(tmp_path: Path) -> None:
         wire.cut()
         cut = examine(wire.ranks(), *asked, "--join-s", "8")
         assert cut.codes == [9, 9], cut.out + cut.err
-        assert cut.findings("fail")["processes"]["found"].startswith("1 of 2 processes came: node1 (0); not heard of: rank 1")
+        assert cut.findings("fail")["processes"]["found"].startswith(
+            "1 of 2 processes came: node1 (0); not heard of: rank 1"
+        )
         assert f"rank 1 waited in vain for an answer from {Wire.FIRST}" in cut.out[1]

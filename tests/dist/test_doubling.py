@@ -62,7 +62,10 @@ def test_the_same_sum_on_every_rank(tmp_path: Path) -> None:
         assert all(one == said[0] for one in said), "bit by bit"
         assert [sums for sums, _ in engines] == [engines[0][0]] * world
         assert engines[0][0] == pytest.approx([world * (world - 1) / 2, 0.1 * world, world])
-        assert [collected for _, collected in engines] == [[{"rank": rank} for rank in range(world)], *[[]] * (world - 1)]
+        assert [collected for _, collected in engines] == [
+            [{"rank": rank} for rank in range(world)],
+            *[[]] * (world - 1),
+        ]
         for round_, (ranks, odd, last) in enumerate(said[0]):
             assert ranks == world * (world + 1) / 2
             assert odd == pytest.approx(sum(0.1 * (rank + 1) ** 3 + round_ for rank in range(world)), rel=1e-14)

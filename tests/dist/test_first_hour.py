@@ -69,7 +69,7 @@ def check_figures(after: dict[str, dict[str, Any]]) -> None:
     assert all(0 < apart[name] <= bound for name, bound in bounds.items()), "bf16 rounds, and no more than that"
     cases = measured(after["memory"])
     assert {case["ran"]["activation_checkpointing"] for case in cases.values()} == {"off", "selective", "full"}
-    assert all(abs(case["planned_peak_bytes"] / case["peak_bytes"] - 1) < 0.05 for case in cases.values())
+    assert all(abs(case["planned_peak_bytes"] / case["peak_bytes"] - 1) < 0.1 for case in cases.values())
     assert any("compile on" in name for name in cases)
     goals = after["goals"]["steps"]
     assert {step["outcome"] for step in goals.values()} == {"measured", "not here"}

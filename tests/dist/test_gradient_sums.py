@@ -50,7 +50,9 @@ def cases(world: int, model: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda world: f"{world}-ranks")
+@pytest.fixture(
+    scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda world: f"{world}-ranks"
+)
 def measured(
     request: pytest.FixtureRequest, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, float]]:

@@ -42,7 +42,9 @@ def test_it_is_what_its_name_says(path: Path) -> None:
     nested = {**config.deepspeed_config, **config.fsdp_config}
     assert set(nested) <= options, "a key that nothing reads"
     if path.stem.startswith("cpu") or engine in ("", "ddp"):
-        assert config.distributed_type == ("NO" if processes == 1 else "DEEPSPEED" if engine == "zero3" else "MULTI_GPU")
+        assert config.distributed_type == (
+            "NO" if processes == 1 else "DEEPSPEED" if engine == "zero3" else "MULTI_GPU"
+        )
     elif engine == "fsdp2":
         assert (config.distributed_type, config.fsdp_config["fsdp_version"]) == ("FSDP", 2)
     else:

@@ -60,9 +60,7 @@ def cell(
             "params": chosen, "micros": micros}  # fmt: skip
 
 
-def grid(
-    model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1
-) -> list[dict[str, Any]]:
+def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1) -> list[dict[str, Any]]:
     """Every engine, method and optimizer in both types when the whole grid is asked for.
 
     Else types in turns, and of a large grid `every` so manieth cell: with 5, which shares no factor with the numbers of
@@ -153,9 +151,7 @@ def planned(models: dict[str, Path], one: dict[str, Any], world: int, rank: int,
         read[key] = inventory.read(table, models[one["model"]], method, params)
     optim = OPTIMIZERS[one["optim"]]
     sums = one["micros"] > 1
-    found = state.of_rank(
-        read[key], one["engine"], optim, optim.params(), world=world, rank=rank, fp32_gradients=sums
-    )
+    found = state.of_rank(read[key], one["engine"], optim, optim.params(), world=world, rank=rank, fp32_gradients=sums)
     # What zero1's sums are reduced into is made during the last micro-batch only.
     parts = found.gradients if one["engine"] == "zero1" else 0
     return {

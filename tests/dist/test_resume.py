@@ -154,9 +154,7 @@ def test_four_ranks_become_two_or_one_and_two_become_four(
     continues(grid_of_four, layout, capsys)
 
 
-def continues(
-    grid: Grid, layout: Layout, capsys: pytest.CaptureFixture[str]
-) -> dict[tuple[str, str, str], float]:
+def continues(grid: Grid, layout: Layout, capsys: pytest.CaptureFixture[str]) -> dict[tuple[str, str, str], float]:
     """(saved under, continued under, method) -> largest relative difference of a loss."""
     cells = {}
     worst = {}

@@ -71,7 +71,16 @@ def same(run: Run, reference: Run) -> float:
 
 
 def test_memory_and_speed_savers_keep_the_loss(solo: dict[str, Run]) -> None:
-    exact = ["sdpa", "eager", "full-logits", "checkpoint-full", "checkpoint-selective", "compile", "workers", "rehearse"]
+    exact = [
+        "sdpa",
+        "eager",
+        "full-logits",
+        "checkpoint-full",
+        "checkpoint-selective",
+        "compile",
+        "workers",
+        "rehearse",
+    ]
     worst = {name: same(solo[name], solo["plain"]) for name in exact}
     worst["lora-checkpoint"] = same(solo["lora-checkpoint"], solo["lora"])
     assert max(worst.values()) < TOLERANCE, worst
