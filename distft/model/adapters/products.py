@@ -8,6 +8,7 @@ lies. In lower precision that is rounded less often; in fp32 it differs by round
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def fuse(wrapped: nn.Module, adapter: str) -> None:
     for module in wrapped.modules():
         if isinstance(module, LoraLayer) and type(module) in kinds and adapter not in module.lora_variant:
             layer: Any = module
-            layer.forward = types.MethodType(_Fused(adapter, layer.forward), layer)
+            layer.forward = types.MethodType(_fused(adapter, layer.forward), layer)
             product = layer.lora_B[adapter]
             product.adds_in_place = True
             product.forward = types.MethodType(_added, product)
@@ -50,23 +51,25 @@ def _four_bit() -> tuple[type, ...]:
     return (Linear4bit,)
 
 
-class _Fused:
-    """A forward for one layer; whatever is not plain training or inference with the adapter is left to PEFT's."""
+def _fused(adapter: str, peft_forward: Any) -> Callable[..., Tensor]:
+    """A forward for one layer; whatever is not plain training or inference with the adapter is left to PEFT's.
 
-    def __init__(self, adapter: str, peft_forward: Any) -> None:
-        self._adapter, self._peft = adapter, peft_forward
+    A function, and no object that can be called: torch 2.11 compiles no methods of those.
+    """
 
-    def __call__(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        first, second = layer.lora_A[self._adapter], layer.lora_B[self._adapter]
+    def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        first, second = layer.lora_A[adapter], layer.lora_B[adapter]
         plain = not (args or kwargs or layer.disable_adapters or layer.merged)
-        if not plain or layer.active_adapters != [self._adapter] or x.dtype != first.weight.dtype:
-            return self._peft(x, *args, **kwargs)
+        if not plain or layer.active_adapters != [adapter] or x.dtype != first.weight.dtype:
+            return peft_forward(x, *args, **kwargs)
         x_NI = x.reshape(-1, x.shape[-1])  # so that the layer's product is no view, and may be added to in place
         result_NO = layer.base_layer(x_NI)
-        low_NR = first(layer.lora_dropout[self._adapter](x_NI)) * layer.scaling[self._adapter]
+        low_NR = first(layer.lora_dropout[adapter](x_NI)) * layer.scaling[adapter]
         if result_NO.dtype != low_NR.dtype:
             return (result_NO + second(low_NR)).to(result_NO.dtype).view(*x.shape[:-1], -1)
         return second(low_NR, result_NO).view(*x.shape[:-1], -1)
+
+    return forward
 
 
 def _added(product: Any, low_NR: Tensor, onto_NO: Tensor | None = None) -> Tensor:
