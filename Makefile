@@ -73,7 +73,7 @@ test-resume: setup
 test-all: setup
 	$(BIN)/python -m pytest tests -m "not gpu"
 
-# The oldest versions that pyproject.toml allows, in an environment of their own (an hour; docs/results has the last one).
+# The oldest versions that pyproject.toml allows, in an environment of their own (15 minutes; docs/results has the last one).
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/.done
 	$(OLDEST)/bin/python -m pytest tests/unit tests/contract -m "not slow and not gpu"
