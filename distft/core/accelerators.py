@@ -3,10 +3,11 @@
 Memory is what the driver reports as usable, not the number on the box; rates are dense (without sparsity); links are
 one direction, per GPU. Cards without bf16 (Turing and older) are left out: nothing here runs well on them.
 
-Sources, read in November 2026: NVIDIA's data sheets of A100, A800, A10, A40, L4, L40S, H100, H200 and HGX B200/B300;
-the whitepapers of Ada and of RTX Blackwell for GeForce and RTX PRO (rates with fp32 accumulation); AMD's data sheet of
-MI300X. H20 and H800 have no public sheet: the figures are those that resellers publish. Memory is what `nvidia-smi` or
-`rocm-smi` shows. Nothing of this was measured here.
+Sources. The rows of the first table are the makers' data sheets, and 25 of its 26 agreed with them in a second reading.
+Rows added on 2026-11-28 (GB300, GB200, MI300X, H200 NVL, H800, H20, A800, RTX 50 but for the 5090, 4090 D, 4080 SUPER,
+4070 Ti SUPER, 3090 Ti) were not held against data sheets, which were not at hand: they are from memory, of the RTX rows
+bf16 is twice the fp32 rate, and only H20 (148 TFLOP/s, 4.0 TB/s), MI300X (192 GB, 5.3 TB/s) and RTX 5060 Ti were seen
+repeated elsewhere. Check a row before you rely on it. Nothing of this was measured here.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Accelerator:
 _PCIE4, _PCIE5 = 24e9, 50e9
 """What all-gathers reach on 16 lanes, of 31.5 and 63 GB/s."""
 _HOST = 10e9
-"""Through host memory: GeForce cards since the RTX 40 cannot reach each other's (8 to 13 GB/s reported)."""
+"""Through host memory, where GeForce cards cannot reach each other's; 8 to 13 GB/s as others report."""
 _ETHERNET = 12.5e9
 """100 Gb/s a GPU: nodes of cards without NVLink."""
 

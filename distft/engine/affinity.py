@@ -1,4 +1,4 @@
-"""Processes on the CPU cores of their GPU's socket: copies to pinned memory across sockets take up to twice as long."""
+"""Processes on the CPU cores of their GPU's socket, so that copies to pinned memory do not cross to another one."""
 
 from __future__ import annotations
 

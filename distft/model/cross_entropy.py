@@ -22,7 +22,7 @@ from distft.core.errors import MachineError
 from distft.core.optional import why_not
 
 CHUNK_BYTES = 256 * 2**20
-"""Largest fp32 logits block that exists at once: 512 tokens of a vocabulary of 128 k, enough to keep a GPU busy."""
+"""Largest fp32 logits block that exists at once: 512 tokens of a vocabulary of 128 k. An estimate, not measured."""
 TILE = 128
 """Rows of a matrix product's tile on GPUs; a chunk that ends within one wastes the rest of it."""
 
@@ -257,9 +257,7 @@ class _ChunkedSum(torch.autograd.Function):
             if not any(wanted):
                 continue
             # d loss / d logits = softmax - one-hot
-            grad_CV = logp_CV.exp_()
-            # One place per row. scatter_add_ has no deterministic kernel on CUDA, scatter_ of a tensor has.
-            grad_CV.scatter_(1, labels_C1, grad_CV.gather(1, labels_C1) - 1)
+            grad_CV = logp_CV.exp_().scatter_add_(1, labels_C1, logp_CV.new_full((), -1.0).expand_as(labels_C1))
             grad_CV = rule.slope_(grad_CV, logits_CV)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0)

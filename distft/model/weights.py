@@ -342,7 +342,13 @@ class RandomSource:
         stand_in._parameters |= {short: None for short in module._parameters if short not in stand_in._parameters}
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
             torch.default_generator.manual_seed(seed_of(self._seed, name))
-            self._init(stand_in)
+            try:
+                self._init(stand_in)
+            except AttributeError as error:  # its rule reaches into its parts, which the stand-in does not have
+                raise MachineError(
+                    f'init = "random": transformers initialises the parts of {kind.__name__} together ({error}), and '
+                    'here each is made by itself; save such a model with transformers, load it with init = "pretrained"'
+                ) from error
         return {short: param.detach().to(device) for short, param in stand_in._parameters.items() if param is not None}
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:

@@ -76,10 +76,12 @@ def planned(recipe: Path) -> dict[str, Any]:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts anonymous maps on Linux only")
 def test_what_does_not_fit_fails_and_each_kind_of_advice_helps(recipe: Path) -> None:
     case = planned(recipe)
-    assert not case["fits"] and case["changes"]
+    assert not case["fits"]
+    assert case["changes"]
     refused = limited(recipe, "as-it-is")
     assert refused.returncode == 9, refused.stderr[-2000:]
-    assert "memory ran out in the forward of step 1" in refused.stderr and "Traceback" not in refused.stderr
+    assert "memory ran out in the forward of step 1" in refused.stderr
+    assert "Traceback" not in refused.stderr
     assert "train.micro_batch_size=1" in refused.stderr
     kinds = {change["set"][0].split("=")[0]: change for change in reversed(case["changes"]) if len(change["set"]) == 1}
     for key in ("train.micro_batch_size", "train.activation_checkpointing"):

@@ -202,7 +202,7 @@ def test_a_run_is_looked_at_again(
     bench: Bench, alone: dict[str, Run], two: dict[str, Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`distft eval` on what a run left: its base, its final folder, a checkpoint. The rows it was trained on are gone,
-    and so is what was prepared of them."""  # noqa: D205, D209
+    and so is what was prepared of them."""
     (bench.folder / "train.jsonl").rename(bench.folder / "gone.jsonl")
     (bench.folder / "cache").rename(bench.folder / "cache-gone")
     try:

@@ -102,8 +102,9 @@ def page(cells: dict[tuple[str, str, str], float]) -> Iterator[str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     yield "# Resume grid: every layout's checkpoint under every layout"
     yield f"\n{datetime.date.today()}, commit {commit.stdout.strip()}, torch {torch.__version__}, CPU, gloo."
-    yield f"Rows: saved under, after step {CUT} of {STEPS}; columns: continued under. Largest relative difference of a loss"
-    yield "after the cut from the uninterrupted run of the saving layout; bold: the same layout, equal bit for bit."
+    yield f"Rows: saved under, after step {CUT} of {STEPS}; columns: continued under. Largest relative difference of"
+    yield "a loss after the cut from the uninterrupted run of the saving layout; bold: the same layout, equal bit for"
+    yield "bit."
     names = [label(layout) for layout in LAYOUTS]
     for method in METHODS:
         rows = [[cells.get((saved, target, method)) for target in names] for saved in names]

@@ -91,8 +91,8 @@ def test_what_peft_loads_from_elsewhere_has_the_losses_that_were_told(
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, run, loss in zip(WHOLE, runs, json.loads(done.stdout), strict=True):
-        assert loss == pytest.approx(run.evals[-1]["eval_loss"], rel=1e-5), name
+    for name, one, loss in zip(WHOLE, runs, json.loads(done.stdout), strict=True):
+        assert loss == pytest.approx(one.evals[-1]["eval_loss"], rel=1e-5), name
     for final in finals:
         assert os.path.isabs(json.loads(Path(final, "adapter_config.json").read_text())["base_model_name_or_path"])
 

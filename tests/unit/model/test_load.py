@@ -225,6 +225,13 @@ def test_flash_says_what_it_needs(tiny_config: Path, tmp_path: Path, monkeypatch
     why_not.cache_clear()
 
 
+def test_a_rule_that_initialises_several_modules_together_is_refused(tmp_path: Path) -> None:
+    mamba = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "vocab_size": 64, "hidden_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(mamba | {"num_hidden_layers": 1, "state_size": 8}))
+    with pytest.raises(MachineError, match=r'init = "random": .*MambaMixer together.*dt_proj.*init = "pretrained"'):
+        build(tmp_path)
+
+
 def test_random_weights_are_drawn_on_the_cpu_whatever_the_device(tiny_config: Path) -> None:
     """Generators of other devices draw other numbers: a model would be another one on each kind of GPU."""
     lm = build(tiny_config, fill=False).module.transformer
