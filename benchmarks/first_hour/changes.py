@@ -75,6 +75,12 @@ def _no_fa3() -> str:
     return _missing("flash_attn_interface")()
 
 
+def _no_flash_package() -> str:
+    """Either of them; which one, `distft.model.attention.choose` decides by the device."""
+    lacking = [_missing(package)() for package in ("flash_attn", "flash_attn_interface")]
+    return "; ".join(lacking) if all(lacking) else ""
+
+
 def _plain_lora() -> None:
     """PEFT's own forward."""
     products = importlib.import_module("distft.model.adapters.products")
@@ -99,9 +105,15 @@ CHANGES = {
     "chunk-512": Change(what="head chunks of 512 MiB", patch=_chunk(512)),
     "chunk-1024": Change(what="head chunks of 1 GiB", patch=_chunk(1024)),
     "gqa-repeated": Change(what="keys and values repeated", patch=_repeated_keys, why_not=_no_grouped),
-    "fa3": Change(what="FlashAttention 3", patch=_fa3, why_not=_no_fa3),
-    "flash-attn": Change(
-        what="the flash-attn package", overrides=('model.attention="flash"',), why_not=_missing("flash_attn")
+    "flash": Change(
+        what="the flash-attn packages' attention", overrides=('model.attention="flash"',), why_not=_no_flash_package
+    ),
+    "varlen": Change(what="torch's varlen FlashAttention 2", overrides=('model.attention="varlen"',)),
+    "fa3": Change(
+        what="FlashAttention 3 below torch's varlen attention",
+        overrides=('model.attention="varlen"',),
+        patch=_fa3,
+        why_not=_no_fa3,
     ),
     "liger": Change(
         what="Liger's fused loss", overrides=('model.cross_entropy="fused"',), why_not=_missing("liger_kernel")

@@ -203,6 +203,8 @@ class Weights(Protocol):
 
     blocks: list[nn.Module]
     """The repeated transformer blocks, in order: the unit of sharding, checkpointing and compilation."""
+    ends: list[nn.Module]
+    """The embedding and the head, where they share no weight: units of sharding that are used once a pass each."""
     dtype: torch.dtype
     """What the model computes in."""
     blocks_are_atomic: bool

@@ -55,9 +55,13 @@ class Fsdp2Engine(SoloEngine):
         policy = MixedPrecisionPolicy(reduce_dtype=reduced)
         # None: blocks are given back after their forward, and the root, which the backward needs first, is not.
         reshard = False if self._once_a_step else None
-        for unit in [*weights.blocks, weights.module]:
+        kept_whole = {id(unit) for unit in weights.ends}
+        for unit in [*weights.blocks, *weights.ends, weights.module]:
             weights.fill(unit, self.device)
-            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=self._offload)
+            resharded = False if id(unit) in kept_whole else reshard
+            fully_shard(
+                unit, mesh=mesh, reshard_after_forward=resharded, mp_policy=policy, offload_policy=self._offload
+            )
         self._check_sharded(weights.module)
         return weights.module
 

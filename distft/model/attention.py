@@ -43,17 +43,32 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, *, head_size: in
         MachineError: flash was asked for where it cannot run; says what is missing.
     """
     kernel = _why_no_kernel(device, dtype, head_size)
-    package = kernel or why_not("flash_attn")
-    if name == "flash" and package:
+    lacking = [kernel]
+    for package, implementation in () if kernel else _flash_packages(device):
+        why = why_not(package)
+        if name in ("flash", "auto") and not why:
+            return implementation
+        lacking.append(why)
+    if name == "flash":
         raise MachineError(
-            f'attention = "flash" cannot run here: {package}; '
+            f'attention = "flash" cannot run here: {"; ".join(filter(None, lacking))}; '
             'use "auto", which takes torch\'s own varlen FlashAttention where the flash-attn package is missing'
         )
-    if name in ("flash", "auto") and not package:
-        return "flash_attention_2"
     if name == "auto" and device.type == "cuda" and dtype in _HALF and kernel:
         return "sdpa"
     return {"auto": VARLEN, "varlen": VARLEN, "sdpa": "sdpa", "eager": "eager"}[name]
+
+
+def _flash_packages(device: torch.device) -> list[tuple[str, str]]:
+    """Return (package, transformers' name of its attention), the fastest on this device first.
+
+    FlashAttention 3's kernels are built for Hopper (compute capability 9.0) and for nothing else.
+    Source: https://github.com/Dao-AILab/flash-attention, README, "FlashAttention-3 beta release"
+    """
+    packages = [("flash_attn", "flash_attention_2")]
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        packages.insert(0, ("flash_attn_interface", "flash_attention_3"))
+    return packages
 
 
 def _why_no_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from distft.core.errors import MachineError
+
+if TYPE_CHECKING:
+    from distft.model.causal import CausalLM
 
 
 def blocks_of(lm: Any) -> list[nn.Module]:
@@ -26,6 +29,23 @@ def blocks_of(lm: Any) -> list[nn.Module]:
             blocks.append(module)
             inside |= {id(part) for part in module.modules()}
     return blocks or _largest_list(lm)
+
+
+def ends_of(module: CausalLM) -> list[nn.Module]:
+    """Return the embedding and the head where an engine may gather each around its own forward, else nothing.
+
+    That takes weights that nothing else touches: they are not tied, not part of a block, and the head is known to be
+    called once (`observe` saw it). What an adapter wraps stays with the root.
+    """
+    embedding = module.transformer.get_input_embeddings()
+    if module.path.head != "chunked" or type(embedding) is not nn.Embedding or type(module.head) is not nn.Linear:
+        return []
+    ends: list[nn.Module] = [embedding, module.head]
+    names = {id(end.weight): 0 for end in (embedding, module.head)}
+    for _, param in module.named_parameters(remove_duplicate=False):
+        if id(param) in names:
+            names[id(param)] += 1
+    return ends if list(names.values()) == [1, 1] else []
 
 
 def _largest_list(lm: Any) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from distft.core.errors import MachineError
 from distft.core.pulse import PULSE
 from distft.model import attention, cross_entropy, head, quantize, router, skeleton
 from distft.model.adapters import MethodSpec
-from distft.model.blocks import blocks_of
+from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
 from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
@@ -103,6 +103,7 @@ class MetaModel:
         """`tied`: module that has no weights of its own -> name and meta copy of the one whose weights it shares."""
         self.module = module
         self.blocks = blocks
+        self.ends = ends_of(module)
         self.dtype = dtype
         self.layout = layout
         # Behind a frozen embedding the first block's input has no gradient to wait for, nor have DoRA's norms.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -335,9 +336,11 @@ class RandomSource:
         stand_in: Any = kind.__new__(kind)
         stand_in.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_modules")})
         stand_in._modules = {}
+        # NaN tells what the rule leaves to the constructor, whose values a model on the meta device does not have.
         stand_in._parameters = {
-            short: nn.Parameter(torch.empty(quantize.whole_shape(module, short, meta), dtype=self._dtype, device="cpu"))
+            short: nn.Parameter(torch.full(shape, math.nan, dtype=self._dtype, device="cpu"))
             for short, meta in meta_params(module)
+            for shape in (quantize.whole_shape(module, short, meta),)
         }
         stand_in._parameters |= {short: None for short in module._parameters if short not in stand_in._parameters}
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
@@ -349,7 +352,14 @@ class RandomSource:
                     f'init = "random": transformers initialises the parts of {kind.__name__} together ({error}), and '
                     'here each is made by itself; save such a model with transformers, load it with init = "pretrained"'
                 ) from error
-        return {short: param.detach().to(device) for short, param in stand_in._parameters.items() if param is not None}
+        values = {short: param.detach() for short, param in stand_in._parameters.items() if param is not None}
+        for short, value in values.items():
+            if value.isnan().any():
+                raise MachineError(
+                    f'init = "random": transformers has no rule for {name}.{short} of {kind.__name__} beside its '
+                    'constructor; save such a model with transformers, load it with init = "pretrained"'
+                )
+        return {short: value.to(device) for short, value in values.items()}
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
         """What constructors put there stands."""

@@ -206,7 +206,7 @@ def _build(
     # Kernels are chosen where the run is, not where the plan is made: `trace` puts its own in.
     plain = table.model_copy(update={"attention": "eager", "cross_entropy": "full"})
     cpu = torch.device("cpu")
-    if path is not None and path.attention == "flash_attention_2":
+    if path is not None and path.attention.startswith("flash_attention_"):
         path = replace(path, attention=VARLEN)  # a name that needs no package
     return load.build(plain, folder, method, params, seed=0, device=cpu, weights=False, config=config, path=path)
 

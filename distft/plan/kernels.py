@@ -36,6 +36,7 @@ def of_path(path: ForwardPath, *, on_cpu: bool = False) -> str:
         VARLEN: FLASH,
         SINGLE: FLASH,
         "flash_attention_2": FLASH,
+        "flash_attention_3": FLASH,
         "flex_attention": FLASH,
         "sdpa": SDPA,
         "eager": EAGER,

@@ -9,6 +9,7 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import batch, build, documents
@@ -25,7 +26,7 @@ RULE = UpdateRule(
 )  # fmt: skip
 
 
-def measure(folder: Path, engine_name: str, mode: str, compiled: bool) -> dict[str, float]:
+def measure(folder: Path, engine_name: str, mode: str, compiled: bool) -> dict[str, Any]:
     torch._dynamo.reset()
     placed = processes.join()
     spec = ENGINES[engine_name]
@@ -33,6 +34,9 @@ def measure(folder: Path, engine_name: str, mode: str, compiled: bool) -> dict[s
     built = build(folder, fill=False)
     savers.checkpoint_blocks(built.module.transformer, mode)
     engine.adopt(built, RULE, micros_per_step=1)
+    arrived: list[str] = []
+    for name, param in engine.model.named_parameters():
+        param.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
     if compiled:
         savers.compile_blocks(built.blocks)
     micro = batch(documents([40, 88, 64, 64], seed=1))
@@ -43,6 +47,7 @@ def measure(folder: Path, engine_name: str, mode: str, compiled: bool) -> dict[s
             engine.backward(loss, divide_by=100.0, samples=micro.sample_ids)
     # What was allocated and not freed: torch counts both at its allocator, whoever holds the tensors.
     report = {"bytes": sum(event.self_cpu_memory_usage for event in seen.key_averages()), "loss": loss.item()}
+    report["arrived"] = arrived[: len(arrived) // 2]
     engine.close()
     return report
 

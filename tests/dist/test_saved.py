@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ ENGINES = ["solo", "ddp", "fsdp2", "zero3"]
 
 
 @pytest.fixture(scope="module")
-def kept(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, float]]]:
+def kept(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
     """Engine -> mode -> bytes and loss, one process each."""
     found = {}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
@@ -50,6 +51,15 @@ def test_checkpointing_saves_as_much_on_every_engine_compiled_and_not(kept) -> N
 def test_all_of_them_have_the_same_loss(kept) -> None:
     losses = [case["loss"] for modes in kept.values() for case in modes.values()]
     assert max(losses) - min(losses) <= 1e-6 * max(losses)
+
+
+def test_sharded_gradients_are_reduced_from_the_head_down(kept) -> None:
+    """The head in a unit of its own is under way while the blocks compute; with the root's it came last, uncovered."""
+    for mode, case in kept["fsdp2"].items():
+        names = [name.removeprefix("lm.") for name in case["arrived"]]
+        assert names[0] == "lm_head.weight", mode
+        assert names.index("model.layers.1.mlp.up_proj.weight") < names.index("model.layers.0.mlp.up_proj.weight")
+        assert set(names[-2:]) == {"model.embed_tokens.weight", "model.norm.weight"}, mode
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from harness import ROOT, run
 Row = dict[str, Any]
 
 
-def counted(out: Path, worlds: list[str]) -> list[Row]:
+def counted(out: Path, worlds: list[str], methods: list[str]) -> list[Row]:
     command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--worlds", *worlds, "--out", str(out)]
+    command += ["--methods", *methods]
     done = run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text(encoding="utf-8"))["rows"]
@@ -23,12 +24,17 @@ def counted(out: Path, worlds: list[str]) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    return counted(tmp_path_factory.mktemp("traffic") / "rows.json", ["1", "2"])
+    return counted(tmp_path_factory.mktemp("traffic") / "rows.json", ["1", "2"], ["full"])
 
 
 @pytest.fixture(scope="module")
 def rows_of_four(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    return counted(tmp_path_factory.mktemp("traffic") / "rows.json", ["4"])
+    return counted(tmp_path_factory.mktemp("traffic") / "rows.json", ["4"], ["full", "lora"])
+
+
+@pytest.fixture(scope="module")
+def rows_of_adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return counted(tmp_path_factory.mktemp("traffic") / "rows.json", ["2"], ["lora"])
 
 
 def of(rows: list[Row], **wanted: Any) -> list[Row]:
@@ -55,6 +61,12 @@ def test_groups_of_two_send_what_the_planner_says(rows_of_four: list[Row]) -> No
     assert halves < whole, "the backward pass gathers inside a group"
 
 
+@pytest.mark.slow
+def test_adapters_send_what_the_planner_says(rows_of_adapters: list[Row]) -> None:
+    as_planned(rows_of_adapters)
+    once_a_step(rows_of_adapters, "lora")
+
+
 def as_planned(rows: list[Row]) -> None:
     """To 2 %: padding. zero3 keeps what it gathered last, so it sends less than gathers for both passes."""
     for row in rows:
@@ -67,11 +79,14 @@ def as_planned(rows: list[Row]) -> None:
 
 
 def test_accumulation_adds_nothing_where_gradients_meet_once(rows: list[Row]) -> None:
+    once_a_step(rows, "full")
+
+
+def once_a_step(rows: list[Row], method: str) -> None:
     for engine in ("ddp", "zero1", 'fsdp2 engine.gather="once_a_step"'):
-        for method in ("full", "lora"):
-            one, two = (of(rows, world=2, engine=engine, method=method, micros=micros)[0] for micros in (1, 2))
-            assert one["sent_bytes"] == two["sent_bytes"]
-            assert one["tensor_collectives"] == two["tensor_collectives"]
+        one, two = (of(rows, world=2, engine=engine, method=method, micros=micros)[0] for micros in (1, 2))
+        assert one["sent_bytes"] == two["sent_bytes"]
+        assert one["tensor_collectives"] == two["tensor_collectives"]
 
 
 def test_gathering_once_a_step_saves_most_of_two_micro_batches(rows: list[Row]) -> None:

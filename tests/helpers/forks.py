@@ -1,4 +1,4 @@
-"""Starts of the main job without its imports: one process imports everything, then forks the ranks of each start.
+"""Starts of ranks without their imports: one process imports everything, then forks the ranks of each start.
 
 As under srun: real processes, real signals, and nobody who ends the other ranks when one dies. A start takes a second
 or two instead of ten, so that a run can be killed at every point there is.
@@ -6,13 +6,17 @@ or two instead of ten, so that a run can be killed at every point there is.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -37,16 +41,21 @@ class Forks:
                 [sys.executable, __file__], cwd=ROOT, env=environment(DS_ACCELERATOR="cpu"), text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
             )  # fmt: skip
+        self._before = 0
 
     def start(self, job: Job, *, fault: str = "", limit_s: float = LIMIT_S) -> None:
         """Start it; `codes` waits for its end."""
+        self._start({"arguments": job.arguments, "env": {"DISTFT_FAULT": fault}, "limit_s": limit_s, "world": WORLD})
+
+    def script(self, world: int, command: list[str], *, limit_s: float, env: dict[str, str]) -> list[int]:
+        """Run a Python file and its arguments on `world` ranks, as torchrun would; see `codes`."""
+        self._start({"command": command, "env": env, "limit_s": limit_s, "world": world})
+        return self.codes()
+
+    def _start(self, start: dict[str, object]) -> None:
         assert self._parent.stdin is not None
         self._before = self._output.stat().st_size
-        print(
-            json.dumps({"arguments": job.arguments, "fault": fault, "limit_s": limit_s}),
-            file=self._parent.stdin,
-            flush=True,
-        )
+        print(json.dumps(start), file=self._parent.stdin, flush=True)
 
     def run(self, job: Job, *, fault: str = "", limit_s: float = LIMIT_S) -> list[int]:
         """Start it and wait for its end; see `codes`."""
@@ -67,13 +76,19 @@ class Forks:
 
     def stderr(self) -> str:
         """What the last start has printed."""
-        return self._output.read_text(errors="replace")[self._before :]
+        return self._output.read_bytes()[self._before :].decode(errors="replace")
 
     def __enter__(self) -> Forks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._parent.communicate()  # no more starts: it ends
+
+
+@functools.cache
+def shared() -> Forks:
+    """The one of this test process; it ends when its input is closed, which is when this process ends."""
+    return Forks(Path(tempfile.mkdtemp(prefix="forks-")))
 
 
 def main() -> None:
@@ -90,21 +105,42 @@ def main() -> None:
         start = json.loads(line)
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
-        ranks = [fork(rank, port, start["arguments"], start["fault"]) for rank in range(WORLD)]
-        print(json.dumps(codes_of(ranks, start["limit_s"])), flush=True)
+        ranks = [fork(rank, port, start) for rank in range(start["world"])]
+        print(json.dumps(codes_of(ranks, start["limit_s"], together="command" in start)), flush=True)
 
 
-def fork(rank: int, port: int, arguments: list[str], fault: str) -> int:
+def fork(rank: int, port: int, start: dict) -> int:
     """The number of a process that is this rank."""
     pid = os.fork()
     if pid:
         return pid
     sys.stdin.close()
     os.dup2(2, 1)
-    place = {"RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": WORLD}
+    world = start["world"]
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "DISTFT_FAULT": fault}
-    become(arguments)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | start["env"]
+    if "command" in start:
+        become_script(start["command"])
+    become(start["arguments"])
+
+
+def become_script(command: list[str]) -> NoReturn:
+    """As `python FILE ARGUMENTS` goes on once it has imported everything."""
+    from distft.core.leave import leave
+
+    code = 1
+    try:
+        sys.argv = command
+        sys.path[:0] = [str(Path(command[0]).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        runpy.run_path(command[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        leave(code)
 
 
 def become(arguments: list[str]) -> NoReturn:
@@ -119,8 +155,8 @@ def become(arguments: list[str]) -> NoReturn:
         leave(code)
 
 
-def codes_of(ranks: list[int], limit_s: float) -> list[int | None]:
-    """Exit codes, None for a process that had to be killed from here."""
+def codes_of(ranks: list[int], limit_s: float, *, together: bool = False) -> list[int | None]:
+    """Exit codes, None for a process that had to be killed from here; `together`: soon after another has failed."""
     codes: dict[int, int | None] = {}
     until = time.monotonic() + limit_s
     while len(codes) < len(ranks):
@@ -128,6 +164,8 @@ def codes_of(ranks: list[int], limit_s: float) -> list[int | None]:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 codes[pid] = os.waitstatus_to_exitcode(status)
+                if together and codes[pid]:
+                    until = min(until, time.monotonic() + 30)
             elif time.monotonic() > until:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)

@@ -139,9 +139,8 @@ console = "off"
             for name, overrides in cases.items()
         ]
         plan.write_text(json.dumps({"cases": listed, "results": str(results)}))
-        done = run([*torchrun(world), str(ROOT / "tests/dist" / worker), str(plan)], timeout_s=timeout_s)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
-        return {name: Run.read(said, done.stderr) for name, said in json.loads(results.read_text()).items()}
+        printed = run_ranks(world, [str(ROOT / "tests/dist" / worker), str(plan)], timeout_s=timeout_s)
+        return {name: Run.read(said, printed) for name, said in json.loads(results.read_text()).items()}
 
 
 @dataclass(frozen=True)
@@ -313,6 +312,20 @@ def run(command: list[str], *, timeout_s: float = 600.0, **env: str) -> subproce
     return subprocess.run(
         command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout_s, check=False
     )
+
+
+def run_ranks(world: int, command: list[str], *, timeout_s: float = 600.0, **env: str) -> str:
+    """Run a Python file on `world` ranks, without a launcher and without their imports; return what they printed.
+
+    Raises:
+        AssertionError: a rank failed or hung; carries the output.
+    """
+    from forks import shared
+
+    codes = shared().script(world, command, limit_s=timeout_s, env=env)
+    printed = shared().stderr()
+    assert codes == [0] * world, f"{codes}\n{printed[-8000:]}"
+    return printed
 
 
 def relative(a: list[float], b: list[float]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,26 @@ def test_random_weights_follow_the_architectures_own_rule(tiny_config: Path) -> 
     assert not torch.equal(module.model.layers[0].mlp.up_proj.weight, module.model.layers[1].mlp.up_proj.weight)
     other = build(tiny_config, seed=4).module.transformer
     assert not torch.equal(module.lm_head.weight, other.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "params", "cross"),
+    [
+        ({}, "full", {}, ["Embedding", "Linear"]),
+        ({}, "lora", {}, ["Embedding", "Linear"]),
+        ({"tie_word_embeddings": True}, "full", {}, []),
+        ({}, "lora", {"target_modules": ["q_proj", "lm_head"]}, []),
+        ({}, "lora", {"modules_to_save": ["lm_head"]}, ["Embedding", "Linear"]),
+    ],
+    ids=["untied", "frozen", "tied", "adapted", "saved"],
+)
+def test_embedding_and_head_are_units_where_nothing_else_touches_their_weights(
+    tiny_config: Path, tmp_path: Path, config: dict, method: str, params: dict, cross: list[str]
+) -> None:
+    raw = json.loads((tiny_config / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | config))
+    ends = build(tmp_path, method, fill=False, params=params).ends
+    assert [type(end).__name__ for end in ends] == cross
 
 
 def test_rotary_frequencies_are_real(tiny_config: Path) -> None:
@@ -222,6 +243,17 @@ def test_flash_says_what_it_needs(tiny_config: Path, tmp_path: Path, monkeypatch
     why_not.cache_clear()
     assert choose("auto", cuda, half, head_size=128) == "flash_attention_2"
     assert choose("auto", cuda, torch.float32) == VARLEN
+    (tmp_path / "flash_attn_interface.py").write_text("")
+    why_not.cache_clear()
+    capability = (8, 9)
+    assert choose("auto", cuda, half, head_size=128) == "flash_attention_2", "no kernels for this card"
+    capability = (9, 0)
+    for name in ("auto", "flash"):
+        assert choose(name, cuda, half, head_size=128) == "flash_attention_3"
+    (tmp_path / "flash_attn_interface.py").write_text('raise ImportError("no symbol")')
+    sys.modules.pop("flash_attn_interface")
+    why_not.cache_clear()
+    assert choose("auto", cuda, half, head_size=128) == "flash_attention_2", "the next best"
     why_not.cache_clear()
 
 
@@ -229,6 +261,16 @@ def test_a_rule_that_initialises_several_modules_together_is_refused(tmp_path: P
     mamba = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "vocab_size": 64, "hidden_size": 32}
     (tmp_path / "config.json").write_text(json.dumps(mamba | {"num_hidden_layers": 1, "state_size": 8}))
     with pytest.raises(MachineError, match=r'init = "random": .*MambaMixer together.*dt_proj.*init = "pretrained"'):
+        build(tmp_path)
+
+
+def test_a_parameter_that_only_a_constructor_initialises_is_refused(tmp_path: Path) -> None:
+    """It was left as the memory happened to be: other numbers on each rank and in each run."""
+    apertus = {"model_type": "apertus", "architectures": ["ApertusForCausalLM"], "vocab_size": 64, "hidden_size": 32}
+    (tmp_path / "config.json").write_text(
+        json.dumps(apertus | {"num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2})
+    )
+    with pytest.raises(MachineError, match=r'no rule for .*mlp\.act_fn\.alpha_p of XIELU.*init = "pretrained"'):
         build(tmp_path)
 
 
