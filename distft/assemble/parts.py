@@ -97,7 +97,7 @@ def adopt(recipe: Recipe, engine: Engine, built: MetaModel, cut: Layout, num_ste
     from distft.model import savers
 
     engine.adopt(built, update_rule(recipe, built, num_steps), micros_per_step=cut.micros_per_step)
-    if recipe.train.compile:
+    if cut.path.compiled:
         savers.compile_blocks(built.blocks)
 
 

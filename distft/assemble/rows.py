@@ -67,7 +67,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     rows = prepare(table, table.train, split="train", **common)
     micro = cut.micro_batch_size
     slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world, "single_documents": cut.single}
-    slice_["pad_to"] = micro * table.max_length if located.train.compile else None
+    slice_["pad_to"] = micro * table.max_length if cut.path.compiled else None
     if table.overlap == "error":
         looking = {key: common[key] for key in ("cache_dir", "progress", "waiting")}
         care = examine(table, answers=located.eval.answers, **looking)

@@ -60,16 +60,25 @@ def forward_path(located: Recipe, say: Say) -> ForwardPath:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     model, line = located.model, located.line_of("model.path")
+    # Rows alone are of any length, and compiled graphs want one: filling up would cost more than compiling saves.
+    tries = located.train.compile == "auto" and device != "cpu" and located.data.packing
     verdict = verdict_on(
         model,
         find_folder(model),
         max_length=located.data.max_length,
         device=device,
+        compiled=tries,
         waiting=lambda: PULSE.at("rows", patient=True),
     )
     path = path_of(verdict, source=located.source, line=line, attention=model.attention)
     say(verdict.describe())
-    if path.documents == "single" and located.train.compile:
+    if located.train.compile == "auto":
+        if tries:
+            reasons = [attempt.difference for attempt in verdict.attempts if attempt.path == "compiled"]
+            say("its blocks are compiled in the first step" if path.compiled else f"not compiled: {reasons[0]}")
+        return path
+    path = replace(path, compiled=located.train.compile)
+    if path.documents == "single" and path.compiled:
         problem = Problem(
             message="[train] compile = true: this model trains on one document per forward, each of another length",
             line=located.line_of("train.compile"),
@@ -208,7 +217,7 @@ def worst(recipe: Recipe, cut: Layout, rows: Data) -> Worst:
     """The largest micro-batch of the run: packed sequences may be full, rows alone are as long as the longest."""
     from distft.rehearsal import Worst
 
-    longest = recipe.data.max_length if recipe.data.packing or recipe.train.compile else rows.longest
+    longest = recipe.data.max_length if recipe.data.packing or cut.path.compiled else rows.longest
     # Documents alone: a sequence of several has as many forwards.
     sequences = cut.micros_per_step * cut.micro_batch_size
     alone = sequences + 1 if recipe.data.packing and rows.longest < recipe.data.max_length else sequences

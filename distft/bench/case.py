@@ -151,7 +151,7 @@ class _Measurement:
         products = sum(weights for weights, _ in stats.products(built.module))
         assemble.adopt(recipe, engine, built, self.cut, self.rows.steps.num_steps)
         device.phase("load")
-        graphs = _compiled_graphs if recipe.train.compile else lambda: 0
+        graphs = _compiled_graphs if self.cut.path.compiled else lambda: 0
         clock = Clock(
             warmup=self.spec.warmup,
             steps=self.spec.steps,

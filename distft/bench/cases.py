@@ -175,7 +175,7 @@ def _timed(recipe: Recipe, wanted: Wanted) -> dict[str, Any]:
     """The recipe for as many steps as are measured and discarded, without evaluations."""
     content = recipe.resolved()
     content["train"].pop("epochs", None)
-    allowance = MOST_WARMUP if recipe.train.compile else 0
+    allowance = MOST_WARMUP if recipe.train.compile else 0  # auto: it may be
     content["train"]["max_steps"] = (
         wanted.warmup + allowance + wanted.steps + 1 + wanted.profile
     )  # one more, for its memory

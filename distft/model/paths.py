@@ -33,6 +33,8 @@ class ForwardPath:
     by row, everything read again for each token."""
     generation_attention: str = "sdpa"
     """Attention while answering, which must take masks and a cache."""
+    compiled: bool = False
+    """Each block runs as torch.compile makes it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -38,6 +38,7 @@ def prove(
     dtype: torch.dtype,
     max_length: int,
     precision: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> Verdict:
     """Find the first path whose numbers are those of transformers' own model.
 
@@ -49,6 +50,7 @@ def prove(
         dtype: what the run computes in; 16 bits are compared as well on a GPU, whose kernels are others then.
         max_length: tokens in the run's longest document.
         precision: of the comparison; by default float64 on a CPU where the model runs in it, else float32.
+        compiled: try the path that is found with its blocks compiled as well, and take that where it is equal.
     """
     half = dtype if device.type == "cuda" and dtype != torch.float32 else None
     precisions = [torch.float64, torch.float32] if device.type == "cpu" else [torch.float32]
@@ -60,6 +62,8 @@ def prove(
             copies = list(_copies(config, build, max_length))
             reference = _reference(copies, build, device, precisions if precision is None else [precision])
             path, attempts, reason = _first_path(reference, tuple(attentions), half)
+            if compiled and path is not None:
+                path = _compiled(reference, path, half, attempts)
         except MachineError as error:
             path, attempts, reason = None, [], str(error)
         return Verdict(architecture=name, path=path, attempts=tuple(attempts), reason=reason)
@@ -117,6 +121,21 @@ def _first_path(
                 return answers, attempts, ""
             attempts.append(Attempt(path=f"answers {mode}, {kernel}", difference=difference))
     return None, attempts, attempts[-1].difference
+
+
+def _compiled(
+    reference: Reference, path: ForwardPath, half: torch.dtype | None, attempts: list[Attempt]
+) -> ForwardPath:
+    """Return the path with compiled blocks, or as it is where they do not compile or give other numbers."""
+    if path.documents == "single":
+        difference = "one document per forward: each has another length"
+    else:
+        torch._dynamo.reset()
+        difference = _difference(lambda: reference.hold_training(replace(path, compiled=True), half))
+        torch._dynamo.reset()
+    if difference:
+        attempts.append(Attempt(path="compiled", difference=difference))
+    return replace(path, compiled=not difference)
 
 
 def _copies(config: Any, build: Callable[[Any, str], Any], max_length: int) -> Iterator[Any]:

@@ -18,6 +18,7 @@ def verdict_on(
     *,
     max_length: int,
     device: str = "cpu",
+    compiled: bool = False,
     waiting: Callable[[], None] = lambda: None,
 ) -> Verdict:
     """Return what is known of the model in `folder`, or find it out: seconds, without its weights.
@@ -27,6 +28,7 @@ def verdict_on(
         folder: with its config.json.
         max_length: tokens in the run's longest document.
         device: "cpu", or the product name of this process's accelerator.
+        compiled: try it with compiled blocks as well.
         waiting: called now and then while another process finds it out.
 
     Raises:
@@ -46,7 +48,8 @@ def verdict_on(
         where, dtype = torch.device("cpu" if device == "cpu" else "cuda"), getattr(torch, table.dtype)
         config = load.read_config(folder)
         names = proof.attentions(table.attention, where, dtype, head_size=load.head_size(config))
-        return proof.prove(config, load.untrained, attentions=names, device=where, dtype=dtype, max_length=max_length)
+        given = {"device": where, "dtype": dtype, "max_length": max_length, "compiled": compiled}
+        return proof.prove(config, load.untrained, attentions=names, **given)
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     key = cache_key(
@@ -55,6 +58,7 @@ def verdict_on(
         device=device,
         dtype=table.dtype,
         max_length=max_length,
+        compiled=compiled,
     )
     return kept(key, find, waiting=waiting)
 

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from distft.core.types import IGNORE
 from distft.model import cross_entropy, head, router
 from distft.model.answering import answering, new_cache
+from distft.model.blocks import blocks_of
 from distft.model.causal import CausalLM
 from distft.model.paths import ForwardPath
 from distft.model.precision import in_double
+from distft.model.savers import compile_blocks
 from distft.model.shrink import PROBE_LENGTHS, VOCABULARY
 from distft.model.towers import text_parameters
 
@@ -226,6 +228,8 @@ class Reference:
         else:
             loss = cross_entropy.choose("auto", self._device)
         module = CausalLM(lm, loss, path=path, observed=observed, router=router.find(lm))
+        if path.compiled:
+            compile_blocks(blocks_of(lm))
         return module.eval()
 
     def hold_training(self, path: ForwardPath, half: torch.dtype | None) -> None:

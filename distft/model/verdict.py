@@ -95,7 +95,9 @@ def kept(key: str, find: Callable[[], Verdict], *, waiting: Callable[[], None] =
         ) from None
 
 
-def cache_key(config_json: str, *, attentions: Sequence[str], device: str, dtype: str, max_length: int) -> str:
+def cache_key(
+    config_json: str, *, attentions: Sequence[str], device: str, dtype: str, max_length: int, compiled: bool = False
+) -> str:
     """Return a name for a proof: everything that its verdict depends on, the code of this room included.
 
     Args:
@@ -104,9 +106,10 @@ def cache_key(config_json: str, *, attentions: Sequence[str], device: str, dtype
         device: "cpu", or the accelerator's product name.
         dtype: of the run.
         max_length: tokens in the run's longest document.
+        compiled: whether compiled blocks are tried.
     """
     versions = {name: _version(name) for name in _LIBRARIES}
-    facts = [config_json, list(attentions), device, dtype, max_length, versions, _code()]
+    facts = [config_json, list(attentions), device, dtype, max_length, compiled, versions, _code()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
 

@@ -113,8 +113,9 @@ class TrainTable(Params):
     """Gradients are scaled down to this global L2 norm."""
     activation_checkpointing: Literal["auto", "off", "selective", "full"] = "auto"
     """Recompute activations in the backward pass instead of keeping them."""
-    compile: bool = False
-    """torch.compile, block by block."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile, block by block. auto: on a GPU, for packed rows, where a small copy of the model compiles there
+    and keeps its numbers. Micro-batches are then filled up to their full length."""
     rehearse: bool = False
     """Run the worst step first and throw it away, so that what will run out of memory does so in the first minute."""
     deterministic: bool = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -259,3 +261,39 @@ def test_text_trains_the_language_model_of_a_wrapper_alone(tmp_path: Path) -> No
         trained = [name for name, param in built.module.named_parameters() if param.requires_grad]
         assert trained
         assert not [name for name in trained if "vision" in name or "projector" in name]
+
+
+def test_compiled_blocks_are_taken_where_they_compile_and_keep_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph that a compiler would be given, run without one: what a compiler adds is seen where there is one."""
+    config, given = small_config("llama"), {"device": CPU, "dtype": torch.float32, "max_length": 256}
+    names = proof.attentions("auto", CPU, torch.float32)
+
+    def verdict(of: Any = config, attentions: Any = names) -> Verdict:
+        return proof.prove(of, load.untrained, attentions=attentions, compiled=True, **given)
+
+    attention.register()
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(plain, backend="aot_eager"))
+    found = verdict()
+    assert found.path is not None
+    assert found.path.compiled
+    assert not found.attempts
+    assert Verdict.from_json(found.to_json()) == found
+
+    def fails(function: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    for broken, reason in (
+        (fails, "RuntimeError: no C\\+\\+ compiler"),
+        (lambda function: lambda *args, **kwargs: function(*args, **kwargs) * 1.001, "loss .* for|gradient of"),
+    ):
+        monkeypatch.setattr(torch, "compile", broken)
+        found = verdict()
+        assert found.path is not None, "without a compiler it is trained as it is"
+        assert not found.path.compiled
+        assert [attempt.path for attempt in found.attempts] == ["compiled"]
+        assert re.search(reason, found.attempts[0].difference), found.attempts
+    alone = verdict(small_config("lfm2"))
+    assert alone.path is not None
+    assert not alone.path.compiled
+    assert alone.attempts[-1].difference.startswith("one document per forward")
