@@ -106,7 +106,6 @@ class Run:
         from distft.demo.files import locate
         from distft.engine import processes
         from distft.guard import Guard
-        from distft.objectives.spec import Objective
         from distft.recipe import load_recipe
         from distft.run_folder import RunFolder
 
@@ -139,7 +138,7 @@ class Run:
         folder.start(recipe.to_toml(), {})
         costs = assemble.run_facts(self.model, placed, self.state)
         assemble.adopt(recipe, self.engine, self.model, cut, self.rows.steps.num_steps)
-        self.objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
+        self.objective = assemble.objective(recipe, self.engine)
         self._metrics = folder.metrics
         self._window = Window(steps=self.rows.steps, batches=self.rows.steps.from_step(0))
         self._around: dict[str, Any] = {

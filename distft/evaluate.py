@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from distft.core.pulse import PULSE
 from distft.core.types import Batch, Engine
@@ -17,7 +19,7 @@ AGREE_EVERY = 16
 def evaluate(
     engine: Engine, objective: Objective, batches: Iterable[Batch], *, stop: Callable[[], bool]
 ) -> dict[str, float] | None:
-    """`eval_loss` over all ranks' batches: the sum over supervised tokens divided by their count.
+    """Return `eval_loss` over all ranks' batches, divided by the objective's denominator, and `eval_NAME` per figure.
 
     Every rank must bring the same number of batches; the accelerator is waited for once in all.
 
@@ -25,13 +27,24 @@ def evaluate(
         None when some rank's `stop` said so before the end.
     """
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    weight = 0.0
+    figures: dict[str, Tensor] = {}
+    denominator = tokens = 0.0
     with engine.evaluating():
         for index, batch in enumerate(batches):
             PULSE.at("eval")
             if index % AGREE_EVERY == 0 and any(engine.sum_over_ranks(stop())):
                 return None
-            total += objective.terms(engine.model, engine.place(batch)).loss_sum.double()
-            weight += objective.weight([batch])
-    loss_sum, weight = engine.sum_over_ranks(total.item(), weight)
-    return {"eval_loss": loss_sum / weight, "eval_tokens": weight}
+            [filled] = objective.fill([batch])
+            terms = objective.terms(engine.place(filled))
+            total += terms.loss_sum.double()
+            for name, figure in terms.figures.items():
+                figures[name] = figures[name] + figure.double() if name in figures else figure.double()
+            denominator += objective.denominator([batch])
+            tokens += batch.num_supervised
+    names = sorted(figures)
+    own: list[float] = torch.cat([total.reshape(1), *(figures[name] for name in names)]).tolist()  # type: ignore[reportUnknownMemberType]
+    loss_sum, *sums, denominator, tokens = engine.sum_over_ranks(*own, denominator, tokens)
+    found = {"eval_loss": loss_sum / denominator, "eval_tokens": tokens}
+    for name, figure, count in zip(names, sums[::2], sums[1::2], strict=True):
+        found[f"eval_{name}"] = figure / count if count else math.nan
+    return found

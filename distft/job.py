@@ -163,7 +163,6 @@ class _Run:
 
     def _under(self, engine: Engine, placed: Processes) -> TrainState:
         from distft.guard import Guard, RollBack
-        from distft.objectives.spec import Objective
 
         recipe, steps = self.recipe, self.rows.steps
         PULSE.at("model")
@@ -191,7 +190,7 @@ class _Run:
         shapes, costs = assemble.saved_shapes(model, recipe), assemble.run_facts(model, placed, state)
         assemble.adopt(recipe, engine, model, self.cut, steps.num_steps)
         checkpoints.prepare()
-        objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
+        objective = assemble.objective(recipe, engine)
         if recipe.train.rehearse:
             self._rehearse(engine, objective)
         told = {"num_steps": steps.num_steps, "stop": self._stop, "say": self.say}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -60,7 +61,7 @@ class Looks:
             found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
             if found is None:
                 return None
-            figures |= _with_perplexity(found)
+            figures |= self._with_perplexity(found)
         return self._examine(self._due_exams(state.step), step_label(state.step), state, figures)
 
     def before(self, state: TrainState) -> Figures | None:
@@ -108,16 +109,22 @@ class Looks:
             said = self.records.about(label, HELD_OUT) if reuse else None
             if said is None or said.get("loss") is None or any(said.get(key) != fact for key, fact in facts.items()):
                 return None
-            return {"eval_loss": said["loss"], "eval_tokens": float(said["tokens"])}
+            own = {name: math.nan if value is None else value for name, value in said.get("figures", {}).items()}
+            return {"eval_loss": said["loss"], "eval_tokens": float(said["tokens"]), **own}
 
         found = self._first(kept)
         if found is None:
             found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
             if found is None:
                 return None
-            figures = found
+            figures = self._with_perplexity(found)
             self._first(lambda: self.records.write_held_out(figures, label=label, **facts))
-        return _with_perplexity(found)
+        return self._with_perplexity(found)
+
+    def _with_perplexity(self, figures: Figures) -> Figures:
+        return figures | (
+            {"eval_perplexity": perplexity(figures["eval_loss"])} if self.objective.spec.perplexity else {}
+        )
 
     def _examine(
         self, exams: Sequence[Exam], label: str, state: TrainState, figures: Figures, *, reuse: bool = False
@@ -189,7 +196,3 @@ def told(entry: dict[str, Any], label: str = "after") -> str | None:
 
 def _value(interval: dict[str, Any]) -> str:
     return "?" if interval["value"] is None else f"{interval['value']:.3f}"
-
-
-def _with_perplexity(figures: Figures) -> Figures:
-    return {**figures, "eval_perplexity": perplexity(figures["eval_loss"])}

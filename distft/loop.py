@@ -39,20 +39,25 @@ def fit(
     at("data", state.step + 1)
     for micros in steps.from_step(state.step):
         at("agree")
-        tokens = sum(micro.num_tokens for micro in micros)
-        weight, tokens, stops = engine.sum_over_ranks(objective.weight(micros), tokens, stop())
+        denominator, tokens, loss_tokens, stops = engine.sum_over_ranks(
+            objective.denominator(micros),
+            sum(micro.num_tokens for micro in micros),
+            sum(micro.num_supervised for micro in micros),
+            stop(),
+        )
         if stops:
             break
-        for last, micro in mark_last(micros):
+        for last, micro in mark_last(objective.fill(micros)):
             at("forward")
             with engine.accumulating(last=last, seed=micro.position):
-                terms = objective.terms(engine.model, engine.place(micro))  # sums and counts, never means
+                terms = objective.terms(engine.place(micro))  # sums and counts, never means
                 at("backward")
-                engine.backward(terms.loss_sum, divide_by=weight, samples=micro.sample_ids)
+                engine.backward(terms, divide_by=denominator, samples=micro.sample_ids)
             meters.micro(micro, terms)
         at("update")
-        report = engine.step(state, weight, guard.accepts)  # finite on all ranks, and no spike? clip, update
-        state = state.after(report, samples=steps.samples_in(state.step), tokens=int(tokens), tokens_loss=int(weight))
+        report = engine.step(state, denominator, guard.accepts)  # finite on all ranks, and no spike? clip, update
+        samples = steps.samples_in(state.step)
+        state = state.after(report, samples=samples, tokens=int(tokens), tokens_loss=int(loss_tokens))
         meters.step(state, report, log=every.log(state.step))
         guard.after(state, report)
         keep = None

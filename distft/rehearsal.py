@@ -51,6 +51,7 @@ class Worst:
             max_seqlen=self.longest,
             num_supervised=self.sequences * (self.longest - 1),
             num_tokens=len(ids_T),
+            group_sizes=(1,) * self.sequences,
             sample_ids=("the rehearsal",),
         )
 
@@ -67,21 +68,21 @@ def rehearse(worst: Worst, engine: Engine, objective: Objective, *, advice: Call
     Raises:
         MachineError: memory ran out; says in which part, how much was held, and what to change.
     """
-    micros = [worst.batch()] * min(MICROS, worst.micros)
-    weight = sum(engine.sum_over_ranks(objective.weight(micros)))
+    micros = objective.fill([worst.batch()] * min(MICROS, worst.micros))
+    denominator = sum(engine.sum_over_ranks(objective.denominator(micros)))
     for index, micro in enumerate(micros):
         with engine.accumulating(last=index == len(micros) - 1, seed=0):
             with _part("forward", worst, advice):
-                terms = objective.terms(engine.model, engine.place(micro))
+                terms = objective.terms(engine.place(micro))
             with _part("backward", worst, advice):
-                engine.backward(terms.loss_sum, divide_by=weight, samples=micro.sample_ids)
+                engine.backward(terms, divide_by=denominator, samples=micro.sample_ids)
         del terms
     with _part("update", worst, advice):
-        engine.step(TrainState(), weight, lambda loss: False)
+        engine.step(TrainState(), denominator, lambda loss: False)
         engine.create_state()
     if worst.evaluates:
         with _part("eval", worst, advice), engine.evaluating():
-            objective.terms(engine.model, engine.place(micros[0]))
+            objective.terms(engine.place(micros[0]))
 
 
 @contextlib.contextmanager

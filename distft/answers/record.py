@@ -67,8 +67,11 @@ class Records:
         Raises:
             FileSystemError: the folder cannot be written.
         """
-        loss = figures["eval_loss"]
-        said = {"loss": _finite(loss), "perplexity": _finite(perplexity(loss)), "tokens": int(figures["eval_tokens"])}
+        own = dict(figures)
+        loss, tokens, exponential = own.pop("eval_loss"), own.pop("eval_tokens"), own.pop("eval_perplexity", math.nan)
+        said: dict[str, Any] = {"loss": _finite(loss), "perplexity": _finite(exponential), "tokens": int(tokens)}
+        if own:
+            said["figures"] = {name: _finite(value) for name, value in own.items()}
         self._put(
             label, f"{HELD_OUT}.json", _pretty({**said, "step": step, "rows_sha256": rows_sha256, "model": model})
         )

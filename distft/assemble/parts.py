@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distft.engine.processes import Processes
     from distft.metrics import Meters, RunFacts
     from distft.model.load import MetaModel
+    from distft.objectives.spec import Objective
     from distft.run_folder import RunFolder
 
 
@@ -118,6 +119,15 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
     )
 
 
+def objective(recipe: Recipe, engine: Engine) -> Objective:
+    """Return the recipe's objective over the model that the engine holds."""
+    from distft.model.policy import ModelPolicy
+    from distft.objectives.spec import Objective
+
+    chosen = recipe.objective
+    return Objective(spec=chosen.spec, params=chosen.params, policy=ModelPolicy(engine.model))
+
+
 def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFacts:
     """Counted on whole shapes, so before an engine shards them."""
     from distft.metrics import RunFacts
@@ -129,7 +139,6 @@ def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFact
         flops_per_token=stats.flops_per_token(built.module),
         flops_per_squared_length=stats.flops_per_squared_length(built.module.transformer.config),
         start=state,
-        router_loss=built.module.router is not None,
     )
 
 
@@ -168,10 +177,6 @@ def meters(
             kind = console.BarSink if bar else console.LineSink
             sinks.append(kind(recipe.name, steps.num_steps, facts.start.step))
     metrics: list[Any] = [spec.build(facts) for spec in METRICS.values()]
-    if facts.router_loss:
-        from distft.metrics.router import RouterMetric
-
-        metrics.append(RouterMetric(engine.sum_over_ranks))
     metrics.append(StartUp(placed.rank, engine.gather, say, folder.note, os.environ))
     if recipe.log.samples:
         from distft.metrics.sample_log import SampleLog

@@ -199,11 +199,11 @@ class _Measurement:
 
     def _fit(self, state: Any, clock: Clock | Count, facts: Any, *more: Any) -> Any:
         """The job's loop, with the job's metrics and the clock, until the clock is done."""
+        from distft import assemble
         from distft.bench.meter import Nobody
         from distft.core.given import Every
         from distft.loop import fit
         from distft.metrics import METRICS, Meters
-        from distft.objectives.spec import Objective
 
         metrics = [spec.build(facts) for spec in METRICS.values()]
         never = Every(log=lambda step: False, eval=lambda step: False, save=lambda step: False)
@@ -212,7 +212,7 @@ class _Measurement:
             self.rows.steps,
             engine=self.engine,
             look=lambda state: None,
-            objective=Objective(spec=self.recipe.objective.spec, params=self.recipe.objective.params),
+            objective=assemble.objective(self.recipe, self.engine),
             meters=Meters([*metrics, clock, *more], [], epoch_at=self.rows.steps.epoch_at),
             checkpoints=Nobody(),
             guard=Nobody(),

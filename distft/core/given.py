@@ -21,6 +21,25 @@ class StepSource(Protocol):
         ...
 
 
+class Columns(Protocol):
+    """What fills the columns that an objective asks for, such as a reference's log-probabilities."""
+
+    def fill(self, micros: list[Batch]) -> list[Batch]:
+        """Collective, once a step, without gradients: return the micro-batches with their columns."""
+        ...
+
+
+@dataclass(frozen=True)
+class _NoColumns:
+    def fill(self, micros: list[Batch]) -> list[Batch]:
+        """Return them as they are."""
+        return micros
+
+
+NO_COLUMNS: Columns = _NoColumns()
+"""For objectives that ask for none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Every:
     """When things happen between steps, as predicates of the number of steps taken."""

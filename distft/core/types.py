@@ -1,17 +1,18 @@
 """What rooms hand each other.
 
-Shape letters: T tokens of one micro-batch, all its documents laid end to end; D documents in it.
+Shape letters: T tokens of one micro-batch, all its documents laid end to end; S of them supervised; D documents in it;
+G groups of documents.
 """
 
 from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
     from torch import Tensor, nn
@@ -43,6 +44,17 @@ class Batch:
     """`file row N` of each document, for messages."""
     position: int = 0
     """Packed sequences consumed by the run before this micro-batch's first one: the seed of its dropout."""
+    group_sizes: tuple[int, ...] = ()
+    """Documents of each group, in order: 1 for supervised fine-tuning, 2 for a pair, n for n samples of one prompt.
+    A group is never split over micro-batches. Filler documents come last and belong to no group."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    """Further inputs of an objective by name; the name's last letter is the axis: `ref_logprob_D`, `advantage_D`,
+    `old_logprob_S`. Filled before the step (`distft.core.given.Columns`)."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents without filler."""
+        return sum(self.group_sizes)
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward takes. Plain tensors and ints, because engines look for tensors in arguments."""
@@ -62,8 +74,32 @@ class LossTerms:
 
     loss_sum: Tensor
     """Scalar with gradient: the loss summed over supervised tokens (SFT) or pairs (preference objectives)."""
-    values: dict[str, Tensor] | None = None
-    """Further detached sums that metrics may read, by name."""
+    figures: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    """Further figures by name: [2], the sum and the count that it is divided by, without gradient. They are added up
+    over micro-batches and ranks with the loss and logged as means; every micro-batch of a run gives the same names."""
+
+    @classmethod
+    def of(cls, loss_sum: Tensor, figures: Mapping[str, tuple[Tensor, float | Tensor]] | None = None) -> LossTerms:
+        """Return the terms with each figure's sum and count as one fp64 tensor on the loss's device."""
+        import torch
+
+        made: dict[str, Tensor] = {}
+        for name, (total, count) in (figures or {}).items():
+            pair = [torch.as_tensor(value, dtype=torch.float64, device=loss_sum.device) for value in (total, count)]
+            made[name] = torch.stack([value.detach().reshape(()) for value in pair])
+        return cls(loss_sum=loss_sum, figures=made)
+
+
+class Policy(Protocol):
+    """The model that is trained, as objectives see it. Each call is one forward; all ranks make the same calls."""
+
+    def loss_sum(self, batch: Batch) -> LossTerms:
+        """Return the cross-entropy summed over the supervised tokens, by the fastest way there is."""
+        ...
+
+    def token_logprobs(self, batch: Batch) -> Tensor:
+        """Return fp32 [S], the log-probability of every label, in order; never [tokens, vocabulary] at once."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +108,18 @@ class StepReport:
 
     step: int
     loss: float
-    """Sum over the whole step and all ranks ÷ its weight."""
+    """Sum over the whole step and all ranks ÷ its denominator."""
     grad_norm: float
     """Global L2 norm before clipping."""
     lr: float
-    weight: float
-    """Supervised tokens (or pairs) of the whole step on all ranks."""
+    denominator: float
+    """What the step's loss was divided by: supervised tokens, or pairs, of all ranks."""
     updated: bool = True
     """False: the update was left out, the weights are those of the step before."""
     samples: str = ""
     """Of a step that was left out: the rows its loss comes from, by rank."""
+    figures: Mapping[str, float] = field(default_factory=dict[str, float])
+    """The objective's own, over the whole step and all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,11 +320,14 @@ class Engine(Protocol):
         """Surrounds forward and backward of one micro-batch; `seed` starts its random numbers (dropout)."""
         ...
 
-    def backward(self, loss_sum: Tensor, *, divide_by: float, samples: tuple[str, ...]) -> None:
-        """Accumulate the gradient of (sum over ranks of loss_sum) / divide_by, whatever the library averages."""
+    def backward(self, terms: LossTerms, *, divide_by: float, samples: tuple[str, ...]) -> None:
+        """Accumulate the gradient of (sum over ranks of loss_sum) / divide_by, whatever the library averages.
+
+        The figures of `terms` are kept for the step's report.
+        """
         ...
 
-    def step(self, state: TrainState, weight: float, accepts: Callable[[float], bool]) -> StepReport:
+    def step(self, state: TrainState, denominator: float, accepts: Callable[[float], bool]) -> StepReport:
         """Clip by the true global norm and update; or leave it out on all ranks, and forget the gradients.
 
         It is left out when the loss or the norm is not finite on some rank, or when `accepts`, asked with the step's

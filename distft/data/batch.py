@@ -59,6 +59,7 @@ def build_batch(
         num_tokens=num_tokens,
         sample_ids=tuple(prepared.sample_id(row) for row in rows),
         position=position,
+        group_sizes=(1,) * len(rows),
     )
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distft.core.types import Batch, StepReport, TrainState, UpdateRule
+from distft.core.errors import MachineError
+from distft.core.types import Batch, LossTerms, StepReport, TrainState, UpdateRule
 from distft.engine import doubling, processes
 from distft.engine.processes import Processes
 
@@ -30,6 +31,7 @@ class BaseEngine:
         self._module: nn.Module | None = None
         self._rule: UpdateRule | None = None
         self._losses: list[tuple[Tensor, tuple[str, ...]]] = []
+        self._figures: dict[str, Tensor] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -53,11 +55,17 @@ class BaseEngine:
         if self.device.type == "cpu":
             return batch
         tensors = {
-            field.name: value.pin_memory().to(self.device, non_blocking=True)
+            field.name: self._copied(value)
             for field in dataclasses.fields(batch)
             if isinstance(value := getattr(batch, field.name), Tensor)
         }
-        return dataclasses.replace(batch, **tensors)
+        columns = {name: self._copied(column) for name, column in batch.columns.items()}
+        return dataclasses.replace(batch, **tensors, columns=columns)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cpu":  # a column that was computed on the device
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Host numbers summed over all ranks, without touching the accelerator."""
@@ -121,33 +129,55 @@ class BaseEngine:
         """Leave the process group, unless the caller made it."""
         processes.leave(self._placed)
 
-    def _remember(self, loss_sum: Tensor, samples: tuple[str, ...]) -> None:
-        self._losses.append((loss_sum.detach(), samples))
+    def _remember(self, terms: LossTerms, samples: tuple[str, ...]) -> None:
+        """Keep a micro-batch's loss and add up its figures.
 
-    def _loss_sum(self) -> Tensor:
-        """This rank's loss sum over the step so far, float64 on the device (no host sync)."""
-        return torch.stack([loss.double() for loss, _ in self._losses]).sum()
+        Raises:
+            MachineError: the figures are not those of the micro-batch before; ranks could not add them up.
+        """
+        if self._losses and self._figures.keys() != terms.figures.keys():
+            raise MachineError(
+                f"the objective gave the figures {sorted(terms.figures)} after {sorted(self._figures)}: "
+                "every micro-batch of a run has to give the same"
+            )
+        self._losses.append((terms.loss_sum.detach(), samples))
+        for name, figure in terms.figures.items():
+            self._figures[name] = self._figures[name] + figure.double() if name in self._figures else figure.double()
 
-    def _summed(self, values: Tensor) -> list[float]:
-        """`values` summed over ranks and brought to the host: the one sync of a step."""
+    def _step_sums(self) -> Tensor:
+        """This rank's loss sum over the step so far, and its figures' sums and counts; float64 on the device."""
+        loss = torch.stack([loss.double() for loss, _ in self._losses]).sum()
+        return torch.cat([loss.reshape(1), *(self._figures[name] for name in sorted(self._figures))])
+
+    def _summed(self, sums: Tensor, squares: Tensor | None = None) -> tuple[list[float], float]:
+        """`sums` and squared gradient norms, added up over ranks and brought to the host: the one sync of a step."""
+        values = sums if squares is None else torch.cat([sums, squares.reshape(1)])
         if self.world > 1:
-            # float64 on NCCL is fine: two numbers once a step.
+            # float64 on NCCL is fine: some numbers once a step.
             dist.all_reduce(values)
-        return values.tolist()
+        host = values.tolist()
+        return (host, math.nan) if squares is None else (host[:-1], host[-1])
 
     def _report(
-        self, state: TrainState, *, loss_sum: float, grad_norm: float, lr: float, weight: float, updated: bool
+        self, state: TrainState, *, sums: list[float], grad_norm: float, lr: float, denominator: float, updated: bool
     ) -> StepReport:
         samples = "" if updated else self._guilty()
+        totals, counts = sums[1::2], sums[2::2]
+        figures = {
+            name: total / count if count else math.nan
+            for name, total, count in zip(sorted(self._figures), totals, counts, strict=True)
+        }
         self._losses.clear()
+        self._figures.clear()
         return StepReport(
             step=state.step + 1,
-            loss=loss_sum / weight,
+            loss=sums[0] / denominator,
             grad_norm=grad_norm,
             lr=lr,
-            weight=weight,
+            denominator=denominator,
             updated=updated,
             samples=samples,
+            figures=figures,
         )
 
     def _guilty(self) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from distft.core.errors import MachineError
-from distft.core.types import Piece, StateReader, StepReport, TrainState, UpdateRule, Weights
+from distft.core.types import LossTerms, Piece, StateReader, StepReport, TrainState, UpdateRule, Weights
 from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
@@ -164,18 +164,18 @@ class ZeroEngine(BaseEngine):
         with super().accumulating(last=last, seed=seed):
             yield
 
-    def backward(self, loss_sum: Tensor, *, divide_by: float, samples: tuple[str, ...]) -> None:
+    def backward(self, terms: LossTerms, *, divide_by: float, samples: tuple[str, ...]) -> None:
         """DeepSpeed averages over ranks: multiply by the world to make that a sum."""
-        self._remember(loss_sum, samples)
-        self._wrapped.backward(loss_sum * (self.world / divide_by), scale_wrt_gas=False)
+        self._remember(terms, samples)
+        self._wrapped.backward(terms.loss_sum * (self.world / divide_by), scale_wrt_gas=False)
         if self._stage == 1 and self._last and self._optimizer.use_grad_accum_attribute:
             # Reduced into this rank's part by now; DeepSpeed would keep the whole sums through the update.
             self._optimizer.zero_grad(set_to_none=True)
 
-    def step(self, state: TrainState, weight: float, accepts: Callable[[float], bool]) -> StepReport:
+    def step(self, state: TrainState, denominator: float, accepts: Callable[[float], bool]) -> StepReport:
         """The loss is checked before DeepSpeed's step; a bad norm makes that step skip the update on all ranks."""
-        [loss_sum] = self._summed(self._loss_sum().reshape(1))
-        accepted = math.isfinite(loss_sum) and accepts(loss_sum / weight)
+        sums, _ = self._summed(self._step_sums())
+        accepted = math.isfinite(sums[0]) and accepts(sums[0] / denominator)
         lr = self.rule.lr_at(state.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -184,7 +184,7 @@ class ZeroEngine(BaseEngine):
         overflow = self._optimizer.overflow
         grad_norm = math.nan if overflow else float(self._wrapped.get_global_grad_norm())
         updated = accepted and not overflow
-        return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight, updated=updated)
+        return self._report(state, sums=sums, grad_norm=grad_norm, lr=lr, denominator=denominator, updated=updated)
 
     def create_state(self) -> None:
         """Of this rank's partition; stages 1 and 2 have made it long before."""

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -127,11 +126,10 @@ class Fsdp2Engine(SoloEngine):
             tensor = on_device.full_tensor()
         return super()._whole(tensor)
 
-    def _summed(self, values: Tensor) -> list[float]:
-        """(loss sum, squared norm): every rank has rows of its own, but each gradient is there once a replica."""
-        dist.all_reduce(values)
-        loss_sum, *squares = values.tolist()
-        return [loss_sum, *(square / self._replicas for square in squares)]
+    @property
+    def _copies_of_gradients(self) -> int:
+        """Every rank has rows of its own, but each gradient is there once a replica."""
+        return self._replicas
 
 
 def open_engine(name: str, params: Fsdp2Params, placed: Processes) -> Fsdp2Engine:

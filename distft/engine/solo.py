@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from distft.core.types import Piece, StateReader, StepReport, TrainState, UpdateRule, Weights
+from distft.core.types import LossTerms, Piece, StateReader, StepReport, TrainState, UpdateRule, Weights
 from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
@@ -73,22 +73,27 @@ class SoloEngine(BaseEngine):
         with super().accumulating(last=last, seed=seed):
             yield
 
-    def backward(self, loss_sum: Tensor, *, divide_by: float, samples: tuple[str, ...]) -> None:
+    def backward(self, terms: LossTerms, *, divide_by: float, samples: tuple[str, ...]) -> None:
         """Gradients are averaged over ranks by ddp and fsdp2: multiply by the world to make that a sum."""
-        self._remember(loss_sum, samples)
-        (loss_sum * (self.world / divide_by)).backward()
+        self._remember(terms, samples)
+        (terms.loss_sum * (self.world / divide_by)).backward()
 
-    def step(self, state: TrainState, weight: float, accepts: Callable[[float], bool]) -> StepReport:
-        """One host sync: loss and squared norm together."""
+    def step(self, state: TrainState, denominator: float, accepts: Callable[[float], bool]) -> StepReport:
+        """One host sync: loss, figures and squared norm together."""
         norm = _norm(self._owned.gradients(), self.device)
-        loss_sum, squares = self._summed(torch.stack([self._loss_sum(), norm.square()]))
-        grad_norm = math.sqrt(squares if self.sharded or self.world == 1 else squares / self.world)
+        sums, squares = self._summed(self._step_sums(), norm.square())
+        grad_norm = math.sqrt(squares / self._copies_of_gradients)
         lr = self.rule.lr_at(state.step)
-        updated = math.isfinite(loss_sum) and math.isfinite(grad_norm) and accepts(loss_sum / weight)
+        updated = math.isfinite(sums[0]) and math.isfinite(grad_norm) and accepts(sums[0] / denominator)
         if updated:
             self._update(lr, grad_norm)
         self._owned.drop_gradients()
-        return self._report(state, loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, weight=weight, updated=updated)
+        return self._report(state, sums=sums, grad_norm=grad_norm, lr=lr, denominator=denominator, updated=updated)
+
+    @property
+    def _copies_of_gradients(self) -> int:
+        """Ranks that hold the same gradient."""
+        return 1 if self.sharded else self.world
 
     def _update(self, lr: float, grad_norm: float) -> None:
         for group in self._optimizer.param_groups:

@@ -124,11 +124,10 @@ def _look(
     say: assemble.Say,
 ) -> dict[str, Any]:
     from distft.export.model_card import refresh
-    from distft.objectives.spec import Objective
     from distft.run_record import read_run
 
     recipe = subject.asked
-    objective = Objective(spec=recipe.objective.spec, params=recipe.objective.params)
+    objective = assemble.objective(recipe, engine)
     folder = RunFolder(subject.folder, writes=engine.rank == 0)
     PULSE.training()  # from here on a stop is agreed on
     looks = assemble.looks(recipe, folder, engine, model, rows, exams, objective, num_steps=0, stop=STOP.asked, say=say)

@@ -7,7 +7,7 @@ from distft.metrics.spec import MetricSpec, RunFacts
 
 
 class LossMetric:
-    """`loss` is the mean over all supervised tokens of the whole step on all ranks; `grad_norm` before clipping."""
+    """`loss` is the mean over the whole step on all ranks, `grad_norm` before clipping, and the objective's figures."""
 
     def __init__(self, facts: RunFacts) -> None:
         self._figures: dict[str, float | None] = {}
@@ -20,7 +20,7 @@ class LossMetric:
 
     def step(self, state: TrainState, report: StepReport) -> None:
         """Keep the report."""
-        self._figures = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm}
+        self._figures = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **report.figures}
 
     def read(self) -> dict[str, float | None]:
         """The last step's."""

@@ -41,8 +41,6 @@ class RunFacts:
     flops_per_squared_length: float
     """Attention FLOPs per (document length)**2, forward and backward, causal."""
     start: TrainState
-    router_loss: bool = False
-    """The model's router has a loss of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
-from distft.model.cross_entropy import HeadLoss, LogitRule, judged, likelihoods, with_adapter
+from distft.model.cross_entropy import HeadLoss, LogitRule, chunked_loss, judged, likelihoods, with_adapter
 from distft.model.head import Observation
 from distft.model.paths import ForwardPath
 from distft.model.router import RouterLoss
@@ -109,10 +109,11 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         num_supervised: int,
+        per_token: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Loss of every supervised token, in order: fp32 [S], or [1] with their sum, as the head's loss gives them.
 
-        Arguments are `Batch.inputs()`.
+        Arguments are `Batch.inputs()`. `per_token`: [S] whatever that loss gives.
 
         A micro-batch that supervises nothing returns a zero that depends on every parameter, because ranks must
         run the same collectives. With a router loss: (losses, router loss [1]), to be added.
@@ -137,7 +138,8 @@ class CausalLM(nn.Module):
             losses = F.cross_entropy(output.logits[0].float(), labels_S, reduction="none")
         else:
             output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
-            losses = self.head(output.last_hidden_state[0][at_S], labels_S)
+            loss = (chunked_loss,) if per_token else ()
+            losses = self.head(output.last_hidden_state[0][at_S], labels_S, *loss)
         if nothing:
             losses = losses * 0.0
         if self.router is None:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distft.core.given import NO_COLUMNS, Columns
 from distft.core.registry import Params
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from distft.core.types import Batch, LossTerms
+    from distft.core.types import Batch, LossTerms, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,26 +19,37 @@ class ObjectiveSpec:
 
     name: str
     params: type[Params]
-    weight: Callable[[Any, Sequence[Batch]], float]
+    denominator: Callable[[Any, Sequence[Batch]], float]
     """(params, micro-batches of one rank and step) -> what the step's loss sum is divided by, before summing over
     ranks: supervised tokens, or pairs."""
-    terms: Callable[[Any, nn.Module, Batch], LossTerms]
-    """(params, model, micro-batch) -> sums; calls the model once."""
+    terms: Callable[[Any, Policy, Batch], LossTerms]
+    """(params, policy, micro-batch on the device) -> sums; the same calls of the policy whatever the batch holds,
+    because ranks run the same collectives."""
     per_token: bool = False
-    """Needs the loss of each token, not only of all together."""
+    """Asks the policy for log-probabilities of tokens, not only for the sum of losses."""
+    perplexity: bool = False
+    """Its loss is the mean cross-entropy of tokens: evaluations show exp(loss) as well."""
+    columns: Callable[[Any], tuple[str, ...]] = lambda params: ()
+    """params -> names of the columns it reads; see `Batch.columns`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A spec with its parameters: what the loop calls."""
+    """A spec with its parameters, the model it trains and what fills its columns: what the loop calls."""
 
     spec: ObjectiveSpec
     params: Any
+    policy: Policy
+    columns: Columns = NO_COLUMNS
 
-    def weight(self, micros: Sequence[Batch]) -> float:
-        """See `ObjectiveSpec.weight`."""
-        return self.spec.weight(self.params, micros)
+    def fill(self, micros: list[Batch]) -> list[Batch]:
+        """Collective, once a step: return the micro-batches with the columns that the objective reads."""
+        return self.columns.fill(micros)
 
-    def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
-        """See `ObjectiveSpec.terms`."""
-        return self.spec.terms(self.params, model, batch)
+    def denominator(self, micros: Sequence[Batch]) -> float:
+        """See `ObjectiveSpec.denominator`."""
+        return self.spec.denominator(self.params, micros)
+
+    def terms(self, batch: Batch) -> LossTerms:
+        """See `ObjectiveSpec.terms`; the batch is on the device, its columns are filled."""
+        return self.spec.terms(self.params, self.policy, batch)

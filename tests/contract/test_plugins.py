@@ -20,7 +20,7 @@ from pydantic import Field
 import distft
 from distft.core.errors import RecipeError
 from distft.core.registry import NoParams, Params
-from distft.core.types import Batch, LossTerms, StepReport, TrainState
+from distft.core.types import Batch, LossTerms, Policy, StepReport, TrainState
 from distft.data.formats import FORMATS
 from distft.data.samples import FormatSpec, PromptCompletion, text_column
 from distft.metrics import METRICS, MetricSpec, RunFacts
@@ -89,12 +89,15 @@ class FocalParams(Params):
     """Tokens that are already likely count less: (1 - p) ** gamma. Source: https://arxiv.org/abs/1708.02002"""
 
 
-def focal_terms(params: FocalParams, model: torch.nn.Module, batch: Batch) -> LossTerms:
-    losses_S = model(**batch.inputs())
-    return LossTerms(loss_sum=(losses_S * (1 - torch.exp(-losses_S)) ** params.gamma).sum())
+def focal_terms(params: FocalParams, policy: Policy, batch: Batch) -> LossTerms:
+    logprob_S = policy.token_logprobs(batch)
+    loss_sum = (-logprob_S * (1 - torch.exp(logprob_S)) ** params.gamma).sum()
+    return LossTerms.of(loss_sum, {"likely": ((logprob_S > -2.0).sum(), batch.num_supervised)})
 
 
-FOCAL = ObjectiveSpec(name="focal", params=FocalParams, weight=sft.SPEC.weight, terms=focal_terms, per_token=True)
+FOCAL = ObjectiveSpec(
+    name="focal", params=FocalParams, denominator=sft.SPEC.denominator, terms=focal_terms, per_token=True
+)
 
 
 class DensityMetric:
@@ -221,6 +224,17 @@ def test_the_objective_is_what_is_minimised(said: dict[str, str]) -> None:
     assert gamma0[1]["loss"] == pytest.approx(plain[1]["loss"], rel=1e-6)
     assert 0.9 * plain[0]["eval_loss"] < focal[0]["eval_loss"] < 0.9999 * plain[0]["eval_loss"]
     assert focal[-1]["eval_loss"] < focal[0]["eval_loss"]
+
+
+def test_figures_of_an_objective_are_logged_and_evaluated(said: dict[str, str]) -> None:
+    for name in ("norms", "ia3", "gamma0"):
+        lines = records(said[name])
+        assert all(0 <= line["likely"] <= 1 for line in lines if "loss" in line), name
+        assert all(0 <= line["eval_likely"] <= 1 for line in lines if "eval_loss" in line), name
+        assert not any("eval_perplexity" in line for line in lines), "exp of this loss is no perplexity"
+    lines = records(said["sft"])
+    assert not any("likely" in line for line in lines)
+    assert any("eval_perplexity" in line for line in lines)
 
 
 def test_the_metric_is_in_every_steps_line(said: dict[str, str]) -> None:

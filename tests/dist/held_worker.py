@@ -14,7 +14,7 @@ import torch
 from tiny import batch, documents
 
 from distft.core.leave import leave
-from distft.core.types import TrainState, UpdateRule
+from distft.core.types import LossTerms, TrainState, UpdateRule
 from distft.engine import ENGINES, held, processes
 from distft.model import load
 from distft.model.adapters import METHODS
@@ -45,7 +45,9 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
             accumulating = held.gradients(engine)
             with engine.accumulating(last=micro == micros - 1, seed=0):
                 loss = engine.model(**rows.inputs()).sum()
-                engine.backward(loss, divide_by=float(rows.num_supervised * placed.world * micros), samples=())
+                engine.backward(
+                    LossTerms(loss_sum=loss), divide_by=float(rows.num_supervised * placed.world * micros), samples=()
+                )
         gradients = held.gradients(engine)
         report = engine.step(TrainState(), float(rows.num_supervised * placed.world), lambda loss: True)
         assert report.updated

@@ -16,7 +16,7 @@ from tiny import batch, build, documents
 from torch.profiler import ProfilerActivity, profile
 
 from distft.core.leave import leave
-from distft.core.types import UpdateRule
+from distft.core.types import LossTerms, UpdateRule
 from distft.engine import ENGINES, processes
 from distft.model import savers
 
@@ -44,7 +44,7 @@ def measure(folder: Path, engine_name: str, mode: str, compiled: bool) -> dict[s
         with engine.accumulating(last=True, seed=0):
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) if measured else nullcontext() as seen:
                 loss = engine.model(**engine.place(micro).inputs()).sum()
-            engine.backward(loss, divide_by=100.0, samples=micro.sample_ids)
+            engine.backward(LossTerms(loss_sum=loss), divide_by=100.0, samples=micro.sample_ids)
     # What was allocated and not freed: torch counts both at its allocator, whoever holds the tensors.
     report = {"bytes": sum(event.self_cpu_memory_usage for event in seen.key_averages()), "loss": loss.item()}
     report["arrived"] = arrived[: len(arrived) // 2]

@@ -16,7 +16,7 @@ from tiny import batch, documents
 from torch import Tensor
 
 from distft.core.leave import leave
-from distft.core.types import Batch, TrainState, UpdateRule
+from distft.core.types import Batch, LossTerms, TrainState, UpdateRule
 from distft.engine import ENGINES, processes
 from distft.model import load
 from distft.model.adapters import METHODS
@@ -74,7 +74,7 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, float]:
         for micro in range(micros):
             with engine.accumulating(last=micro == micros - 1, seed=0):
                 loss = engine.model(**rows_of(micro, placed.rank, placed.world).inputs()).sum()
-                engine.backward(loss, divide_by=weight, samples=())
+                engine.backward(LossTerms(loss_sum=loss), divide_by=weight, samples=())
         report = engine.step(TrainState(), weight, lambda loss: True)
         assert report.updated
         found = {"grad_norm": report.grad_norm}

@@ -37,7 +37,7 @@ class Told:
             loss=loss,
             grad_norm=norm,
             lr=0.1,
-            weight=1.0,
+            denominator=1.0,
             updated=updated,
             samples="rank 1: x",
         )

@@ -20,7 +20,7 @@ def test_quantiles() -> None:
 
 
 def report(loss: float = 1.0, *, updated: bool = True) -> StepReport:
-    return StepReport(step=1, loss=loss, grad_norm=1.0, lr=0.1, weight=10.0, updated=updated)
+    return StepReport(step=1, loss=loss, grad_norm=1.0, lr=0.1, denominator=10.0, updated=updated)
 
 
 def run(clock: Clock, most: int = 200) -> int:

@@ -9,7 +9,7 @@ import torch
 from tiny import CPU, batch, build, documents
 from torch import nn
 
-from distft.core.types import Batch, TrainState, UpdateRule
+from distft.core.types import Batch, LossTerms, TrainState, UpdateRule
 from distft.engine.owned import OwnedParameters
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
@@ -43,7 +43,7 @@ def named(ids: list[list[int]], *samples: str) -> Batch:
 def forward_backward(engine: SoloEngine, micro: Batch, *, weight: float, seed: int = 0) -> float:
     with engine.accumulating(last=True, seed=seed):
         loss = engine.model(**engine.place(micro).inputs()).sum()
-        engine.backward(loss, divide_by=weight, samples=micro.sample_ids)
+        engine.backward(LossTerms(loss_sum=loss), divide_by=weight, samples=micro.sample_ids)
     return loss.item()
 
 

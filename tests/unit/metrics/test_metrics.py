@@ -13,7 +13,7 @@ from distft.metrics import METRICS, Meters, RunFacts
 from distft.metrics.throughput import ThroughputMetric, peak_flops
 
 TERMS = LossTerms(loss_sum=torch.zeros(()))
-REPORT = StepReport(step=1, loss=2.5, grad_norm=0.75, lr=1e-4, weight=40.0)
+REPORT = StepReport(step=1, loss=2.5, grad_norm=0.75, lr=1e-4, denominator=40.0)
 
 
 def facts(device: str = "cpu", *, world: int = 1, start: TrainState | None = None) -> RunFacts:

@@ -51,7 +51,7 @@ def test_it_is_told_once_a_run() -> None:
     said: list[str] = []
     noted: list[dict[str, Any]] = []
     state = TrainState(step=7, samples=1, tokens=1, tokens_loss=1)
-    report = StepReport(step=7, loss=1.0, grad_norm=1.0, lr=1.0, weight=1.0, updated=True, samples="")
+    report = StepReport(step=7, loss=1.0, grad_norm=1.0, lr=1.0, denominator=1.0, updated=True, samples="")
 
     def told() -> StartUp:
         return StartUp(0, lambda mine: [mine], said.append, lambda event, **facts: noted.append(facts), {})

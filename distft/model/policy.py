@@ -1,0 +1,49 @@
+"""The trained model as objectives see it: each call is one forward of the module that an engine has wrapped.
+
+Shape letters: T tokens of one micro-batch, S of them supervised, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from distft.core.errors import MachineError
+from distft.core.types import Batch, LossTerms
+
+
+@dataclass(frozen=True)
+class ModelPolicy:
+    """A `core.types.Policy` over a wrapped `distft.model.causal.CausalLM`."""
+
+    model: nn.Module
+
+    def loss_sum(self, batch: Batch) -> LossTerms:
+        """Return the cross-entropy summed over the supervised tokens, and a router's loss where there is one.
+
+        The figure `router_loss` is its part of the loss, per supervised token.
+        """
+        output: Tensor | tuple[Tensor, Tensor] = self.model(**batch.inputs())
+        if not isinstance(output, tuple):
+            return LossTerms(loss_sum=output.sum())
+        losses, router_loss_1 = output
+        figures = {"router_loss": (router_loss_1.sum(), batch.num_supervised)}
+        return LossTerms.of(losses.sum() + router_loss_1.sum(), figures)
+
+    def token_logprobs(self, batch: Batch) -> Tensor:
+        """Return fp32 [S], the log-probability of every label, in order.
+
+        The head runs in chunks of tokens, forward and backward, so that logits of [S, V] never exist. With nothing
+        supervised the result is empty, and still has a gradient (zero) of every parameter.
+
+        Raises:
+            MachineError: the model's router has a loss of its own, which would be left out.
+        """
+        output: Tensor | tuple[Tensor, Tensor] = self.model(**batch.inputs(), per_token=True)
+        if isinstance(output, tuple):
+            raise MachineError(
+                "this model's config asks for router losses (output_router_logits), which only the objective sft adds; "
+                "set it to false in config.json"
+            )
+        return -output[: batch.num_supervised]
