@@ -138,7 +138,7 @@ class Run:
         folder.start(recipe.to_toml(), {})
         costs = assemble.run_facts(self.model, placed, self.state)
         assemble.adopt(recipe, self.engine, self.model, cut, self.rows.steps.num_steps)
-        self.objective = assemble.objective(recipe, self.engine)
+        self.objective = assemble.objective(recipe, self.engine, self.model)
         self._metrics = folder.metrics
         self._window = Window(steps=self.rows.steps, batches=self.rows.steps.from_step(0))
         self._around: dict[str, Any] = {

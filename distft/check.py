@@ -144,12 +144,14 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         micro_batch_size=1,
     )
     check_steps(recipe, steps.num_steps)
+    fits.refuse_other_groups(recipe, train.report, "train")
     if has_config:
         fits.refuse_long_rows(recipe, int(train.lengths.max()), "train")
     first_rows = steps.order.epoch(0).rows_N[:samples]
     splits = [_split("train", train, steps.order.per_epoch, steps.fill, first_rows, decode)]
     if recipe.data.eval:
         held_out = prepared("eval", recipe.data.eval)
+        fits.refuse_other_groups(recipe, held_out.report, "eval")
         if has_config:
             fits.refuse_long_rows(recipe, int(held_out.lengths.max()), "eval")
         sequences = EvalSteps(held_out, recipe.data, micro_batch_size=1).num_samples

@@ -16,6 +16,7 @@ from typing import Any
 
 from distft.core.errors import Problem, RecipeError
 from distft.data.cache import cache_folder
+from distft.data.report import PrepareReport
 from distft.demo.files import locate_path
 from distft.model import skeleton
 from distft.model.adapters import targets
@@ -90,6 +91,30 @@ def refuse_long_rows(located: Recipe, longest: int, split: str) -> None:
         message=f"lets [[data.{split}]] rows of {longest:,} tokens through, and the model has {limit:,} positions",
         fix=f"set [data] max_length = {limit}; a model that is to learn longer texts says so itself, in its "
         "config.json: max_position_embeddings, or rope scaling",
+    )
+    _refuse(located, [fault])
+
+
+def refuse_other_groups(located: Recipe, report: PrepareReport, split: str) -> None:
+    """Rows have as many documents as the objective trains together.
+
+    Args:
+        located: with real paths.
+        report: of the prepared rows.
+        split: "train" or "eval", whose rows these are.
+
+    Raises:
+        RecipeError: they have not, with the line of the objective.
+    """
+    objective, size = located.objective, report.group_size
+    if size == objective.spec.group_size:
+        return
+    formats = ", ".join(sorted({source.format for source in report.sources}))
+    fault = Fault(
+        key=("objective", "name"),
+        message=f'= "{objective.name}" trains {objective.spec.group_size} document(s) a row together, and the format '
+        f"{formats} of [[data.{split}]] makes {size} of each row",
+        fix="choose an objective for such rows, or another format",
     )
     _refuse(located, [fault])
 

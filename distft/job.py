@@ -190,7 +190,7 @@ class _Run:
         shapes, costs = assemble.saved_shapes(model, recipe), assemble.run_facts(model, placed, state)
         assemble.adopt(recipe, engine, model, self.cut, steps.num_steps)
         checkpoints.prepare()
-        objective = assemble.objective(recipe, engine)
+        objective = assemble.objective(recipe, engine, model)
         if recipe.train.rehearse:
             self._rehearse(engine, objective)
         told = {"num_steps": steps.num_steps, "stop": self._stop, "say": self.say}

@@ -37,21 +37,24 @@ class Worst:
     """Micro-batches of a step on one rank."""
     evaluates: bool
     """Evaluations happen."""
+    group_size: int = 1
+    """Documents of a row, which share its tokens."""
 
     def batch(self) -> Batch:
-        """Every sequence one document of full length, every token but the first supervised."""
-        ids_T = torch.zeros(self.sequences * self.longest, dtype=torch.int64)
+        """Every sequence one row of full length, every token but the first of a document supervised."""
+        longest, documents = self.longest // self.group_size, self.sequences * self.group_size
+        ids_T = torch.zeros(documents * longest, dtype=torch.int64)
         labels_T = torch.zeros_like(ids_T)
-        labels_T[self.longest - 1 :: self.longest] = IGNORE
+        labels_T[longest - 1 :: longest] = IGNORE
         return Batch(
             input_ids_T=ids_T,
             labels_T=labels_T,
-            position_ids_T=torch.arange(self.longest).repeat(self.sequences),
-            cu_seqlens=torch.arange(0, len(ids_T) + 1, self.longest, dtype=torch.int32),
-            max_seqlen=self.longest,
-            num_supervised=self.sequences * (self.longest - 1),
+            position_ids_T=torch.arange(longest).repeat(documents),
+            cu_seqlens=torch.arange(0, len(ids_T) + 1, longest, dtype=torch.int32),
+            max_seqlen=longest,
+            num_supervised=documents * (longest - 1),
             num_tokens=len(ids_T),
-            group_sizes=(1,) * self.sequences,
+            group_sizes=(self.group_size,) * self.sequences,
             sample_ids=("the rehearsal",),
         )
 

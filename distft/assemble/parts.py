@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -119,13 +120,27 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
     )
 
 
-def objective(recipe: Recipe, engine: Engine) -> Objective:
-    """Return the recipe's objective over the model that the engine holds."""
+def objective(recipe: Recipe, engine: Engine, built: MetaModel) -> Objective:
+    """Return the recipe's objective over the model that the engine holds, with what fills its columns.
+
+    Raises:
+        MachineError: a column that it reads cannot be had in this run.
+    """
+    from distft.columns import COLUMNS, ColumnFiller, ColumnInputs
+    from distft.core.given import NO_COLUMNS
     from distft.model.policy import ModelPolicy
     from distft.objectives.spec import Objective
 
-    chosen = recipe.objective
-    return Objective(spec=chosen.spec, params=chosen.params, policy=ModelPolicy(engine.model))
+    chosen, method, policy = recipe.objective, recipe.method, ModelPolicy(engine.model)
+    alone = method.spec.base_alone
+    inputs = ColumnInputs(
+        policy=policy,
+        method=method.name,
+        base_alone=None if alone is None else functools.partial(alone, built.module),
+    )
+    suppliers = {name: COLUMNS[name].open(inputs) for name in chosen.spec.columns(chosen.params)}
+    columns = ColumnFiller(engine, suppliers) if suppliers else NO_COLUMNS
+    return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns)
 
 
 def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFacts:

@@ -65,6 +65,12 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
 
     table, common = located.data, _common(located, say)
     rows = prepare(table, table.train, split="train", **common)
+    fits.refuse_other_groups(located, rows.report, "train")
+    if cut.single and rows.group_size > 1:
+        raise DataError(
+            f"this model trains on one document per forward ({cut.path.describe()}), and the rows of [[data.train]] "
+            f"are groups of {rows.group_size}, which are trained in one"
+        )
     micro = cut.micro_batch_size
     slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world, "single_documents": cut.single}
     slice_["pad_to"] = micro * table.max_length if cut.path.compiled else None
@@ -92,6 +98,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     splits = {"train": rows}
     if table.eval:
         splits["eval"] = prepare(table, table.eval, split="eval", **common)
+        fits.refuse_other_groups(located, splits["eval"].report, "eval")
         fits.refuse_long_rows(located, int(splits["eval"].lengths.max()), "eval")
     for split, prepared in splits.items():
         for source in prepared.report.sources:
@@ -150,6 +157,7 @@ def held_out(located: Recipe, cut: Layout, rank: int, world: int, stop_ids: tupl
     if not table.eval:
         return HeldOut(eval_steps=None, fingerprint={}, largest_id=max(stop_ids), stop_ids=stop_ids)
     rows = prepare(table, table.eval, split="eval", **_common(located, say))
+    fits.refuse_other_groups(located, rows.report, "eval")
     fits.refuse_long_rows(located, int(rows.lengths.max()), "eval")
     micro = cut.micro_batch_size
     return HeldOut(

@@ -226,6 +226,7 @@ def worst(recipe: Recipe, cut: Layout, rows: Data) -> Worst:
         longest=rows.longest if cut.single else longest,
         micros=alone if cut.single else cut.micros_per_step,
         evaluates=rows.eval_steps is not None,
+        group_size=recipe.objective.spec.group_size,
     )
 
 

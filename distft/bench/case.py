@@ -150,6 +150,7 @@ class _Measurement:
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
         products = sum(weights for weights, _ in stats.products(built.module))
         assemble.adopt(recipe, engine, built, self.cut, self.rows.steps.num_steps)
+        objective = assemble.objective(recipe, engine, built)
         device.phase("load")
         graphs = _compiled_graphs if self.cut.path.compiled else lambda: 0
         clock = Clock(
@@ -161,7 +162,7 @@ class _Measurement:
         )
         gradients = GradientBytes(lambda: held.gradients(engine))
         began = time.perf_counter()
-        state = self._fit(TrainState(), clock, facts, gradients)
+        state = self._fit(objective, TrainState(), clock, facts, gradients)
         device.phase("steady_step")
         self.say(f"{len(clock.losses)} steps in {time.perf_counter() - began:.1f} s")
         after = held.count(engine)
@@ -180,14 +181,14 @@ class _Measurement:
 
             def one_more() -> None:
                 nonlocal state
-                state = self._fit(state, once, facts)
+                state = self._fit(objective, state, once, facts)
 
             mine["tensor_growth_bytes"] = memory.cpu_growth(one_more)
         ranks = engine.gather(mine)
         profiled = {}
         if self.spec.profile:
             again = Count(1)
-            profiled = {"profile": profile.of(lambda: self._fit(state, again, facts), placed.device)}
+            profiled = {"profile": profile.of(lambda: self._fit(objective, state, again, facts), placed.device)}
         return profiled | {
             "ran": ran | {"parameters": counts.total, "trained_parameters": counts.trainable},
             "speed": self._speed(clock, facts, ranks, products, memory.matmul_rate(placed.device)),
@@ -197,9 +198,8 @@ class _Measurement:
             "ranks": ranks,
         }
 
-    def _fit(self, state: Any, clock: Clock | Count, facts: Any, *more: Any) -> Any:
+    def _fit(self, objective: Any, state: Any, clock: Clock | Count, facts: Any, *more: Any) -> Any:
         """The job's loop, with the job's metrics and the clock, until the clock is done."""
-        from distft import assemble
         from distft.bench.meter import Nobody
         from distft.core.given import Every
         from distft.loop import fit
@@ -212,7 +212,7 @@ class _Measurement:
             self.rows.steps,
             engine=self.engine,
             look=lambda state: None,
-            objective=assemble.objective(self.recipe, self.engine),
+            objective=objective,
             meters=Meters([*metrics, clock, *more], [], epoch_at=self.rows.steps.epoch_at),
             checkpoints=Nobody(),
             guard=Nobody(),

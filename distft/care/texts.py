@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from distft.data.samples import Conversation, FormatSpec, Message, PromptCompletion, RowError, Sample
+from distft.data.samples import Conversation, FormatSpec, Group, Message, PromptCompletion, RowError, Sample
 from distft.data.sources import Source
 
 
@@ -69,6 +69,10 @@ def _row_text(file: int, number: int, sample: Sample) -> RowText:
             answer = _content(messages[-1])
         case PromptCompletion(prompt=prompt, completion=answer):
             pass
+        case Group(documents=documents):  # one question, its answers one after another
+            own = [_row_text(file, number, document) for document in documents]
+            prompt, system = own[0].prompt, own[0].system
+            answer = "\n".join(one.answer for one in own)
         case _:
             answer = sample.text
     return RowText(file=file, number=number, prompt=prompt, answer=answer, system=system)

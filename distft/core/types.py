@@ -49,12 +49,20 @@ class Batch:
     A group is never split over micro-batches. Filler documents come last and belong to no group."""
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     """Further inputs of an objective by name; the name's last letter is the axis: `ref_logprob_D`, `advantage_D`,
-    `old_logprob_S`. Filled before the step (`distft.core.given.Columns`)."""
+    `old_logprob_S`. Filled before the step (see `distft.columns`)."""
 
     @property
     def num_documents(self) -> int:
         """Documents without filler."""
         return sum(self.group_sizes)
+
+    def sum_by_document(self, values_S: Tensor) -> Tensor:
+        """Return [D], what belongs to the supervised positions added up in each document, filler left out."""
+        import torch
+
+        at_S = torch.nonzero_static(self.labels_T != IGNORE, size=self.num_supervised).squeeze(1)
+        document_S = torch.searchsorted(self.cu_seqlens, at_S.to(self.cu_seqlens.dtype), right=True) - 1
+        return values_S.new_zeros(self.num_documents).index_add(0, document_S, values_S)
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward takes. Plain tensors and ints, because engines look for tensors in arguments."""

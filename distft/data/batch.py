@@ -23,7 +23,8 @@ def build_batch(
 
     Args:
         prepared: where the rows are.
-        rows: the documents; none gives one filler token, so that every rank runs the same number of micro-batches.
+        rows: a document each, or a group of them; none gives one filler token, so that every rank runs the same number
+            of micro-batches.
         position: see `Batch.position`.
         pad_to: fill up to this many tokens, in filler documents of at most `max_length`, for compiled graphs.
         max_length: tokens in a sequence.
@@ -36,11 +37,13 @@ def build_batch(
     ids, labels, lengths = [], [], []
     for row in rows:
         ids_T, trained_T = prepared.row(row)
+        documents = prepared.documents(row)
         labels_T = np.full(len(ids_T), IGNORE, np.int64)
         labels_T[:-1] = np.where(trained_T[1:], ids_T[1:], IGNORE)
+        labels_T[np.cumsum(documents) - 1] = IGNORE  # nothing follows the last token of a document
         ids.append(ids_T)
         labels.append(labels_T)
-        lengths.append(len(ids_T))
+        lengths += documents
     num_tokens = sum(lengths)
     filler = _filler(num_tokens, pad_to, max_length)
     ids.append(np.full(sum(filler), FILLER_ID))
@@ -59,7 +62,7 @@ def build_batch(
         num_tokens=num_tokens,
         sample_ids=tuple(prepared.sample_id(row) for row in rows),
         position=position,
-        group_sizes=(1,) * len(rows),
+        group_sizes=(prepared.group_size,) * len(rows),
     )
 
 

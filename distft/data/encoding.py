@@ -41,6 +41,26 @@ class Rendered:
     """There is nothing to learn: the answers are empty."""
     stop_id: int = -1
     """The trained token that ends the answer; -1: none."""
+    documents: tuple[int, ...] = ()
+    """Tokens of each document of a group, which lie end to end; empty: it is one document."""
+
+    @classmethod
+    def group(cls, documents: Sequence[Rendered]) -> Rendered:
+        """Return the documents of a group end to end."""
+        return cls(
+            ids_T=np.concatenate([one.ids_T for one in documents]),
+            trained_T=np.concatenate([one.trained_T for one in documents]),
+            diverged=any(one.diverged for one in documents),
+            notes={kind: example for one in documents for kind, example in one.notes.items()},
+            empty=any(one.empty for one in documents),
+            stop_id=documents[-1].stop_id,
+            documents=tuple(len(one.ids_T) for one in documents),
+        )
+
+    def labels_of(self) -> list[int]:
+        """Return the labels of each document: trained tokens that have a token before them."""
+        ends = np.cumsum(self.documents or [len(self.trained_T)])
+        return [int(part[1:].sum()) for part in np.split(self.trained_T, ends[:-1])]
 
 
 @dataclass(frozen=True, kw_only=True)

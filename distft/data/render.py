@@ -18,7 +18,7 @@ from distft.core.errors import DataError
 from distft.data.control import MARKED, TYPED, Typed, control_tokens, kept_text, without_marks
 from distft.data.drawing import TemplateDrawing
 from distft.data.encoding import Encoder, Rendered, valid
-from distft.data.samples import Conversation, Message, PromptCompletion, RowError, Sample, Text
+from distft.data.samples import Conversation, Document, Group, Message, PromptCompletion, RowError, Sample, Text
 from distft.data.templates import BUILT_IN, read_template
 from distft.data.tokenizer import load_tokenizer
 from distft.data.turns import ChatTemplate, Drawn, LossOn
@@ -145,7 +145,7 @@ class Renderer(Encoder):
         """Special tokens, for raw text."""
         return control_tokens(self._added, "")
 
-    def render(self, sample: Sample) -> Rendered:
+    def render(self, sample: Document) -> Rendered:
         """One sample that is one row. See `render_many`.
 
         Raises:
@@ -157,12 +157,12 @@ class Renderer(Encoder):
             raise rendered
         return rendered
 
-    def render_many(self, samples: Sequence[Sample]) -> list[Rendered | RowError | DataError]:
+    def render_many(self, samples: Sequence[Document]) -> list[Rendered | RowError | DataError]:
         """Samples that are one row each, in order. See `render_rows`."""
         rows = self.render_rows(samples)
         return [one if isinstance(one, Exception) else _only(one) for one in rows]
 
-    def render_rows(self, samples: Sequence[Sample]) -> list[list[Rendered] | RowError | DataError]:
+    def render_rows(self, samples: Sequence[Document]) -> list[list[Rendered] | RowError | DataError]:
         """The rows of each sample, in order; for one that cannot be rendered, why: its own fault or the template's.
 
         A sample is several rows where a chat template makes its turns rows of their own.
@@ -268,6 +268,8 @@ class Renderer(Encoder):
             text = valid(sample.prompt)
             ids = self._one_start(backend.encode(text, add_special_tokens=True).ids, text)
             ids = self._without_added_eos(ids, text)
+        elif isinstance(sample, Group):
+            raise RowError("a row of several documents asks nothing: only its loss can be measured")
         else:
             raise RowError("plain text asks nothing: only its loss can be measured")
         if not ids:
@@ -355,6 +357,8 @@ def _only(rows: list[Rendered]) -> Rendered:
 
 def is_empty(sample: Sample) -> bool:
     """Whether there is nothing to learn from: no text but white space, or no completion."""
+    if isinstance(sample, Group):
+        return any(map(is_empty, sample.documents))
     if isinstance(sample, Text):
         return not sample.text.strip()
     return isinstance(sample, PromptCompletion) and not sample.completion.strip()

@@ -108,6 +108,8 @@ class PrepareReport:
     """Of all tokens: the embedding must have a row for it."""
     stop_ids: tuple[int, ...]
     """What at least a tenth of the rows' answers end with, and the model will stop at; most frequent first."""
+    group_size: int = 1
+    """Documents of each row."""
 
     @property
     def num_rows(self) -> int:
@@ -133,4 +135,5 @@ class PrepareReport:
             fingerprint=stored["fingerprint"],
             largest_id=stored["largest_id"],
             stop_ids=tuple(stored["stop_ids"]),
+            group_size=stored.get("group_size", 1),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from distft.data.encoding import Rendered
 from distft.data.readers import Payload
 from distft.data.render import Renderer, is_empty, load_renderer, settings_of
 from distft.data.report import BAD, EMPTY, SHOWN_FAULTS, TOO_LONG, TRUNCATED_AWAY, UNTRAINED, Note
-from distft.data.samples import Row, RowError, Sample
+from distft.data.samples import Group, Row, RowError, Sample, documents_of
 from distft.data.sources import Source
 from distft.data.store import Rows
 
@@ -84,7 +84,7 @@ class RowMaker:
             samples.append(sample)
             numbers.append(number)
         kept: list[tuple[int, Rendered]] = []
-        for number, many in zip(numbers, self.renderer.render_rows(samples), strict=True):
+        for number, many in zip(numbers, self._rendered(samples), strict=True):
             where = f"{label}:{number}"
             if isinstance(many, DataError):
                 raise DataError(f"{where}: {many}")
@@ -99,6 +99,14 @@ class RowMaker:
                     made.note(kind, f"{where}: {example}" if example else where)
         made.rows = _rows(kept, self.table.max_length)
         return made
+
+    def _rendered(self, samples: list[Sample]) -> Iterator[list[Rendered] | RowError | DataError]:
+        """The rows of each sample, or why there are none; all documents are tokenised in one batch."""
+        documents = [documents_of(sample) for sample in samples]
+        rendered = iter(self.renderer.render_rows([one for many in documents for one in many]))
+        for sample, own in zip(samples, documents, strict=True):
+            found = [next(rendered) for _ in own]
+            yield _as_group(found) if isinstance(sample, Group) else found[0]
 
     def _sample(self, source: int, payload: Payload, made: Made) -> Sample:
         own = self.sources[source]
@@ -119,7 +127,7 @@ class RowMaker:
         """Whether the row is kept; counts why not."""
         length, limit = len(one.ids_T), self.table.max_length
         made.longest = max(made.longest, length)
-        if not one.trained_T[1:].any():
+        if not all(one.labels_of()):
             made.dropped[EMPTY if one.empty else UNTRAINED] += 1
             return False
         if length > limit:
@@ -139,6 +147,21 @@ class RowMaker:
         return True
 
 
+def _as_group(found: list[list[Rendered] | RowError | DataError]) -> list[Rendered] | RowError | DataError:
+    """The one row of a group's documents; where one cannot be rendered, why."""
+    documents: list[Rendered] = []
+    for rows in found:
+        if isinstance(rows, Exception):
+            return rows
+        if len(rows) != 1:
+            return RowError(
+                f"its chat becomes {len(rows)} rows, one for each trained turn, and a group is trained as a whole  "
+                'set [data] loss_on = "last"'
+            )
+        documents += rows
+    return [Rendered.group(documents)]
+
+
 def _rows(kept: list[tuple[int, Rendered]], limit: int) -> Rows:
     if not kept:
         return _NO_ROWS
@@ -148,10 +171,15 @@ def _rows(kept: list[tuple[int, Rendered]], limit: int) -> Rows:
         ids=np.concatenate(ids),
         trained=np.concatenate(trained).astype(np.uint8),
         lengths_N=np.array([len(part) for part in ids], np.int32),
-        supervised_N=np.array([int(part[1:].sum()) for part in trained], np.int32),
+        supervised_N=np.array([_labels(one, limit) for _, one in kept], np.int32),
         rows_N=np.array([number for number, _ in kept], np.int64),
         stops_N=np.array([one.stop_id if len(one.ids_T) <= limit else -1 for _, one in kept], np.int32),
+        documents=np.array([one.documents for _, one in kept], np.int32).reshape(-1) if kept[0][1].documents else None,
     )
+
+
+def _labels(one: Rendered, limit: int) -> int:
+    return sum(one.labels_of()) if one.documents else int(one.trained_T[1:limit].sum())
 
 
 _NO_ROWS = Rows(

@@ -46,7 +46,22 @@ class Text:
     text: str
 
 
-Sample: TypeAlias = Conversation | PromptCompletion | Text
+Document: TypeAlias = Conversation | PromptCompletion | Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Documents of one row that are trained together and stay in one micro-batch: a chosen and a rejected answer."""
+
+    documents: tuple[Document, ...]
+
+
+Sample: TypeAlias = Document | Group
+
+
+def documents_of(sample: Sample) -> tuple[Document, ...]:
+    """Return the sample's documents, in order."""
+    return sample.documents if isinstance(sample, Group) else (sample,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +82,8 @@ class FormatSpec:
     reads: tuple[str, ...] | None = None
     """Every column that `convert` looks at: others are refused where they would change what the row means. None: not
     known, nothing is refused."""
+    group_size: int = 1
+    """Documents of each row; more than 1: `convert` gives a `Group` of so many."""
 
 
 def text_column(row: Row, name: str, *, default: str | None = None) -> str:

@@ -27,6 +27,8 @@ _ARRAYS = {
     "files": np.int32,  # [N] index into report.files
     "rows": np.int64,  # [N] 1-based line or row in that file
 }
+_DOCUMENTS = "documents"
+"""int32 [N · group size]: tokens of each document of each row; there only where rows are groups of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +47,25 @@ class Rows:
     """int64; 1-based line or row in the file."""
     stops_N: np.ndarray
     """int32; the trained token that ends the row's answer, -1: none, or it was cut off."""
+    documents: np.ndarray | None = None
+    """int32, flat; tokens of each document, where rows are groups of several."""
 
 
 class Writer:
     """Appends rows to a new folder; memory does not grow with the number of rows."""
 
-    def __init__(self, folder: Path) -> None:
-        """Create `folder`, which must not exist."""
+    def __init__(self, folder: Path, *, group_size: int = 1) -> None:
+        """Create `folder`, which must not exist, for rows of `group_size` documents."""
         folder.mkdir(parents=True)
         self.folder = folder
         self.end = 0
-        self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
+        names = [*_ARRAYS, *([_DOCUMENTS] if group_size > 1 else [])]
+        self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in names}
         self.largest_id = -1
         self._ends: Counter[int] = Counter()
         self._num_rows = 0
-        self.hashes = {name: hashlib.sha256() for name in ("ids", "trained", "lengths")}
+        hashed = ("ids", "trained", "lengths", *names[len(_ARRAYS) :])
+        self.hashes = {name: hashlib.sha256() for name in hashed}
         self._append("offsets", np.zeros(1, np.int64))
 
     def append(self, rows: Rows, *, file: int) -> None:
@@ -71,6 +77,8 @@ class Writer:
         self._append("rows", rows.rows_N)
         self._append("files", np.full(len(rows.rows_N), file))
         self._append("offsets", self.end + np.cumsum(rows.lengths_N, dtype=np.int64))
+        if rows.documents is not None:
+            self._append(_DOCUMENTS, rows.documents)
         self.end += len(rows.ids)
         if len(rows.ids):
             self.largest_id = max(self.largest_id, int(rows.ids.max()))
@@ -108,7 +116,7 @@ class Writer:
             file.close()
 
     def _append(self, name: str, values: np.ndarray) -> None:
-        data = values.astype(_ARRAYS[name], copy=False).tobytes()
+        data = values.astype(_ARRAYS.get(name, np.int32), copy=False).tobytes()
         self.files[name].write(data)
         if name in self.hashes:
             self.hashes[name].update(data)
@@ -125,7 +133,7 @@ class Prepared:
         self.report = PrepareReport.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
     def _array(self, name: str) -> np.ndarray:
-        return np.memmap(self.folder / f"{name}.bin", dtype=_ARRAYS[name], mode="r")
+        return np.memmap(self.folder / f"{name}.bin", dtype=_ARRAYS.get(name, np.int32), mode="r")
 
     @cached_property
     def _flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -160,6 +168,19 @@ class Prepared:
         ids, trained, offsets = self._flat
         begin, end = offsets[index], offsets[index + 1]
         return ids[begin:end], trained[begin:end]
+
+    @property
+    def group_size(self) -> int:
+        """Documents of each row."""
+        return self.report.group_size
+
+    @cached_property
+    def _documents(self) -> np.ndarray:
+        return self._array(_DOCUMENTS).reshape(-1, self.group_size)
+
+    def documents(self, index: int) -> list[int]:
+        """Return the tokens of each document of a row."""
+        return [int(self.lengths[index])] if self.group_size == 1 else self._documents[index].tolist()
 
     def sample_id(self, index: int) -> str:
         """`train.jsonl row 1812`."""

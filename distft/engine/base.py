@@ -88,13 +88,14 @@ class BaseEngine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Dropout off, no gradients; training mode again afterwards."""
+        """Dropout off, no gradients; afterwards the mode that was there before."""
+        training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train()
+            self.model.train(training)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, pickled over gloo; for small host objects."""

@@ -127,7 +127,7 @@ def _look(
     from distft.run_record import read_run
 
     recipe = subject.asked
-    objective = assemble.objective(recipe, engine)
+    objective = assemble.objective(recipe, engine, model)
     folder = RunFolder(subject.folder, writes=engine.rank == 0)
     PULSE.training()  # from here on a stop is agreed on
     looks = assemble.looks(recipe, folder, engine, model, rows, exams, objective, num_steps=0, stop=STOP.asked, say=say)

@@ -25,6 +25,8 @@ class ObjectiveSpec:
     terms: Callable[[Any, Policy, Batch], LossTerms]
     """(params, policy, micro-batch on the device) -> sums; the same calls of the policy whatever the batch holds,
     because ranks run the same collectives."""
+    group_size: int = 1
+    """Documents of a row that it trains together; the rows' format has to give as many."""
     per_token: bool = False
     """Asks the policy for log-probabilities of tokens, not only for the sum of losses."""
     perplexity: bool = False

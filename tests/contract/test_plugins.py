@@ -5,7 +5,9 @@ This file is also the program that registers them and runs the real job: `python
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import sys
 from importlib import metadata
@@ -18,11 +20,11 @@ from harness import ROOT, Bench, run
 from pydantic import Field
 
 import distft
-from distft.core.errors import RecipeError
+from distft.core.errors import DistftError
 from distft.core.registry import NoParams, Params
 from distft.core.types import Batch, LossTerms, Policy, StepReport, TrainState
 from distft.data.formats import FORMATS
-from distft.data.samples import FormatSpec, PromptCompletion, text_column
+from distft.data.samples import FormatSpec, Group, PromptCompletion, text_column
 from distft.metrics import METRICS, MetricSpec, RunFacts
 from distft.model.adapters import METHODS, MethodSpec
 from distft.objectives import OBJECTIVES, ObjectiveSpec, sft
@@ -100,6 +102,38 @@ FOCAL = ObjectiveSpec(
 )
 
 
+def convert_choice(row: dict[str, Any]) -> Group:
+    prompt = text_column(row, "q")
+    return Group(
+        documents=tuple(PromptCompletion(prompt=prompt, completion=text_column(row, name)) for name in ("good", "bad"))
+    )
+
+
+CHOICE = FormatSpec(
+    name="choice", needs='"q", "good" and "bad"', matches=lambda row: {"q", "good", "bad"} <= row.keys(),
+    convert=convert_choice, group_size=2,
+)  # fmt: skip
+
+
+class MarginParams(Params):
+    beta: float = Field(default=0.5, gt=0)
+
+
+def margin_terms(params: MarginParams, policy: Policy, batch: Batch) -> LossTerms:
+    """DPO's loss. Source: https://arxiv.org/abs/2305.18290, equation 7"""
+    logprob_D = batch.sum_by_document(policy.token_logprobs(batch))
+    gain_D = params.beta * (logprob_D - batch.columns["ref_logprob_D"])
+    margin_G = gain_D[0::2] - gain_D[1::2]
+    figures = {"accuracy": ((margin_G > 0).sum(), len(margin_G)), "margin": (margin_G.sum(), len(margin_G))}
+    return LossTerms.of(-torch.nn.functional.logsigmoid(margin_G).sum(), figures)
+
+
+MARGIN = ObjectiveSpec(
+    name="margin", params=MarginParams, group_size=2, per_token=True, columns=lambda params: ("ref_logprob_D",),
+    denominator=lambda params, micros: float(sum(len(micro.group_sizes) for micro in micros)), terms=margin_terms,
+)  # fmt: skip
+
+
 class DensityMetric:
     def __init__(self, facts: RunFacts) -> None:
         self._tokens = self._supervised = 0
@@ -126,7 +160,9 @@ def register() -> None:
     FORMATS.add(QA)
     METHODS.add(NORMS)
     METHODS.add(IA3)
+    FORMATS.add(CHOICE)
     OBJECTIVES.add(FOCAL)
+    OBJECTIVES.add(MARGIN)
     METRICS.add(DENSITY)
 
 
@@ -137,7 +173,7 @@ def main(plan: Path) -> None:
     for name, case in json.loads(plan.read_text()).items():
         try:
             said[name] = str(distft.train(distft.load_recipe(case["recipe"], overrides=case["overrides"])).folder)
-        except RecipeError as error:
+        except DistftError as error:
             said[name] = str(error)
     print(json.dumps(said))
 
@@ -150,11 +186,19 @@ if __name__ == "__main__":
 
 RATE = 0.25
 FIRST = ["train.max_steps=1", 'train.max_grad_norm="off"', 'schedule.name="constant"', "schedule.warmup_steps=0"]
+PAIRS = [
+    "train.max_steps=5", 'objective={name="margin"}', 'method={name="lora", r=4}', "optim.momentum=0.9",
+    'data.train.0.path="FOLDER/choices-train.jsonl"', 'data.train.0.format="choice"',
+    'data.eval.0.path="FOLDER/choices-valid.jsonl"', "data.max_length=192", "optim.learning_rate=0.005",
+]  # fmt: skip
 CASES = {
     "norms": [*FIRST, 'method.name="norms"', "optim.momentum=0.0"],
     "ia3": ["train.max_steps=3", 'method.name="ia3"', "optim.momentum=0.9", 'method.target_modules=["v_proj"]'],
     "gamma0": [*FIRST, "objective.gamma=0.0"],
     "sft": [*FIRST, 'objective={name="sft"}'],
+    **{name: [*PAIRS, f"train.micro_batch_size={micro}"] for name, micro in (("pairs", 8), ("pairs-split", 1))},
+    "pairs-full": [*PAIRS, 'method={name="full"}'],
+    "pairs-sft": [*PAIRS, 'objective={name="sft"}'],
     "mistakes": ["optim.momentm=0.9", "objective.gama=1.0", 'data.train.0.format="qas"', 'method.name="ia2"'],
 }
 
@@ -167,6 +211,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         path = bench.folder / f"{split}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps({"q": row["prompt"], "a": row["completion"]}) + "\n" for row in rows))
+        answers = [row["completion"] for row in rows]
+        pairs = [
+            {"q": row["prompt"], "good": " disk" + good, "bad": " cache" + bad}
+            for row, good, bad in zip(rows, answers, answers[1:] + answers[:1], strict=True)
+        ]
+        choices = bench.folder / f"choices-{split}.jsonl"
+        choices.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     text = bench.recipe.read_text()
     optim = text[text.index("[optim]") : text.index("[schedule]")]
     text = text.replace(optim, f'[objective]\nname = "focal"\n[optim]\nname = "sgd"\nlearning_rate = {RATE}\n')
@@ -178,9 +229,15 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def said(bench: Bench) -> dict[str, str]:
     plan = bench.folder / "plan.json"
-    plan.write_text(
-        json.dumps({n: {"recipe": str(bench.recipe), "overrides": [f'name="{n}"', *o]} for n, o in CASES.items()})
-    )
+    folder = str(bench.folder)
+    cases = {
+        name: {
+            "recipe": str(bench.recipe),
+            "overrides": [f'name="{name}"', *(override.replace("FOLDER", folder) for override in overrides)],
+        }
+        for name, overrides in CASES.items()
+    }
+    plan.write_text(json.dumps(cases))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     done = run([sys.executable, __file__, str(plan)], PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-5000:]
@@ -224,6 +281,49 @@ def test_the_objective_is_what_is_minimised(said: dict[str, str]) -> None:
     assert gamma0[1]["loss"] == pytest.approx(plain[1]["loss"], rel=1e-6)
     assert 0.9 * plain[0]["eval_loss"] < focal[0]["eval_loss"] < 0.9999 * plain[0]["eval_loss"]
     assert focal[-1]["eval_loss"] < focal[0]["eval_loss"]
+
+
+def test_pairs_with_a_reference_are_trained_by_one_file_and_one_line(said: dict[str, str], bench: Bench) -> None:
+    whole, split = ([line for line in records(said[name]) if "loss" in line] for name in ("pairs", "pairs-split"))
+    assert whole[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the adapters start as nothing"
+    assert whole[0]["margin"] == pytest.approx(0, abs=1e-5)
+    for name in ("loss", "grad_norm", "margin", "accuracy", "tokens_loss"):
+        assert [line[name] for line in split] == pytest.approx([line[name] for line in whole], rel=1e-4, abs=1e-5), name
+    assert whole[0]["tokens_loss"] > 50, "tokens are counted as tokens, whatever the loss is divided by"
+    last = [line for line in records(said["pairs"]) if "eval_loss" in line][-1]
+    assert last["eval_loss"] < 0.66, "good answers have become likelier beside bad ones"
+    rows = [json.loads(line) for line in (bench.folder / "choices-valid.jsonl").read_text().splitlines()]
+    gains = [0.5 * gain for gain in reference_gains(said["pairs"] + "/final", bench.folder / "model", rows)]
+    margins = torch.tensor([good - bad for good, bad in zip(gains[::2], gains[1::2], strict=True)])
+    assert last["eval_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), rel=1e-4)
+    assert last["eval_margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
+    assert last["eval_accuracy"] == pytest.approx((margins > 0).float().mean().item())
+
+
+def reference_gains(adapter: str, base: Path, rows: list[dict[str, str]]) -> list[float]:
+    """log p(answer) of the trained model minus that of the base, by PEFT and transformers, one text at a time."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    gains = []
+    for row in rows:
+        for answer in (row["good"], row["bad"]):
+            start = len(tokenizer(row["q"]).input_ids)
+            ids = torch.tensor([[*tokenizer(row["q"] + answer).input_ids, tokenizer.eos_token_id]])
+            logprobs = []
+            for context in (contextlib.nullcontext, model.disable_adapter):
+                with torch.no_grad(), context():
+                    logp = model(input_ids=ids).logits[0].float().log_softmax(-1)
+                logprobs.append(logp[start - 1 : -1].gather(1, ids[0, start:, None]).sum().item())
+            gains.append(logprobs[0] - logprobs[1])
+    return gains
+
+
+def test_what_an_objective_cannot_have_is_said(said: dict[str, str]) -> None:
+    assert 'compares with the base model, which method = "full" changes' in said["pairs-full"]
+    assert '"sft" trains 1 document(s) a row together, and the format choice' in said["pairs-sft"]
 
 
 def test_figures_of_an_objective_are_logged_and_evaluated(said: dict[str, str]) -> None:

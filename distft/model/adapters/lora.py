@@ -6,6 +6,7 @@ https://arxiv.org/abs/2402.09353 (DoRA)
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import types
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from distft.core.errors import Problem, RecipeError
+from distft.core.errors import MachineError, Problem, RecipeError
 from distft.core.registry import Params
 from distft.model.adapters import products, targets
 from distft.model.adapters.spec import MethodSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
     from torch import Tensor, nn
@@ -251,6 +252,37 @@ def base_name(name: str) -> str:
     return name.replace(".original_module.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
 
 
+@contextlib.contextmanager
+def base_alone(module: nn.Module) -> Iterator[None]:
+    """Leave the adapters out of forwards; parameters stay as they are, also where engines have sharded them.
+
+    PEFT's own `disable_adapter` switches `requires_grad` as well, which engines have looked at by then.
+
+    Raises:
+        MachineError: something trained is read past PEFT's layers: an adapted head, layers trained whole, experts.
+    """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.utils import ModulesToSaveWrapper
+
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    lm: Any = module
+    past = [layer for layer in layers if isinstance(layer, ParamWrapper)]
+    past += [part for part in module.modules() if isinstance(part, ModulesToSaveWrapper)]
+    past += [lm.head] if isinstance(lm.head, LoraLayer) else []
+    if past:
+        raise MachineError(
+            f"the base model alone cannot be computed beside {type(past[0]).__name__}: leave the head, experts and "
+            "modules_to_save out of what is trained"
+        )
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 SPEC = MethodSpec(
     name="lora",
     params=LoraParams,
@@ -260,5 +292,6 @@ SPEC = MethodSpec(
     base_name=base_name,
     adapted=adapted_layers,
     adapter=True,
+    base_alone=base_alone,
     library="peft",
 )

@@ -52,5 +52,6 @@ SPEC = MethodSpec(
     quant=_quant,
     quantized=True,
     adapter=True,
+    base_alone=lora.base_alone,
     library="bitsandbytes",
 )

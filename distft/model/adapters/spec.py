@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,5 +43,8 @@ class MethodSpec:
     """Attached model -> (layers, expert tensors) that have an adapter."""
     adapter: bool = False
     """final/ holds an adapter folder instead of a whole model."""
+    base_alone: Callable[[nn.Module], AbstractContextManager[None]] | None = None
+    """Filled model (`distft.model.causal.CausalLM`) -> context in which its forwards compute with the base's weights
+    alone; what a preference objective takes for its reference. None: the method changes the base itself."""
     library: str | None = None
     """Importable name of the package it needs beyond torch and transformers."""

@@ -1,0 +1,13 @@
+"""Columns that objectives read beside the tokens: one file per supplier, one line here.
+
+In: a step's micro-batches and the model as it is; out: the same micro-batches with named tensors.
+"""
+
+from distft.columns import reference
+from distft.columns.spec import ColumnFiller, ColumnInputs, ColumnSpec
+from distft.core.registry import Registry
+
+COLUMNS: Registry[ColumnSpec] = Registry("column")  # type: ignore[type-var]  # no params: objectives ask by name
+COLUMNS.add(reference.SPEC)
+
+__all__ = ["COLUMNS", "ColumnFiller", "ColumnInputs", "ColumnSpec"]
