@@ -40,8 +40,8 @@ ITEM_BYTES = {
     "unsigned char": 1,
     "signed char": 1,
 }
-CONTROL_BYTES = 1024
-"""Smaller ones carry losses, counts and words, not tensors of the model."""
+CONTROL_BYTES = 128
+"""Smaller ones carry losses, counts and figures, not tensors of the model: the smallest norm has more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,9 +65,9 @@ def alone(bench: Bench) -> dict[str, Run]:
 @pytest.fixture(scope="module")
 def two(bench: Bench) -> dict[str, Run]:
     """Two rows at a time of nine: in the last round one rank has nothing to do, and must not be missed."""
-    cases = {f"full-{engine}": case(engine, batch_size="2") for engine in ("ddp", "zero2", "zero3", "fsdp2")}
-    cases |= {f"lora-{engine}": case(engine, *LORA, batch_size="2") for engine in ("zero3", "fsdp2")}
-    cases |= {f"qlora-{engine}": case(engine, *QLORA, batch_size="2") for engine in ("zero3", "fsdp2")}
+    cases = {f"full-{engine}": case(engine, batch_size="2") for engine in ("ddp", "zero3", "fsdp2")}
+    cases["lora-zero3"] = case("zero3", *LORA, batch_size="2")
+    cases["qlora-zero3"] = case("fsdp2", *QLORA, batch_size="2")
     cases["unwritable"] = case("fsdp2")
     (bench.folder / "runs/two-unwritable").mkdir(parents=True)
     (bench.folder / "runs/two-unwritable/eval").write_text("a file where the folder should be")

@@ -1,7 +1,9 @@
 """Real runs that go wrong: what is left out is left out on every rank, under every engine, and after a resume."""
 
+import functools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from harness import BATCH, Bench, Run
 
 SPIKE = 8
 """The step whose rows are unlike all others."""
-LAYOUTS = [("solo", 1), ("zero1", 2), ("zero3", 2), ("fsdp2", 2)]
+WORLDS = {"solo": 1, "zero1": 2, "zero3": 2, "fsdp2": 2}
+ENGINES = ["solo", "zero3", "fsdp2", pytest.param("zero1", marks=pytest.mark.slow)]
 PLAIN = ["data.packing=false", "data.shuffle=false", "train.max_steps=10", 'schedule.name="constant"']
 PLAIN += ["schedule.warmup_steps=", "train.micro_batch_size=2", "checkpoint.every_steps=3", "optim.learning_rate=5e-3"]
 GUARDS = {
@@ -41,10 +44,13 @@ def rows(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def runs(bench: Bench) -> dict[str, dict[str, Run]]:
+def runs(bench: Bench) -> Callable[[str], dict[str, Run]]:
+    """Engine -> its runs by name, made when they are first asked for."""
     spiky, without = rows(bench.folder)
-    found = {}
-    for engine, world in LAYOUTS:
+
+    @functools.cache
+    def of(engine: str) -> dict[str, Run]:
+        world = WORLDS[engine]
         common = [*PLAIN, f'engine.name="{engine}"']
         on = f'data.train.0.path="{spiky}"'
         cases = {
@@ -55,10 +61,11 @@ def runs(bench: Bench) -> dict[str, dict[str, Run]]:
             **{name: [*common, on, guard] for name, guard in GUARDS.items()},
         }
         fault = {"cut": {"fault": "raise:point=step,step=9"}}
-        found[engine] = bench.launch(world, cases, tag=f"guard-{engine}", extra=fault)
+        found = bench.launch(world, cases, tag=f"guard-{engine}", extra=fault)
         again = bench.launch(world, {"cut": cases["cut"]}, tag=f"guard-{engine}")
-        found[engine]["again"] = again["cut"]
-    return found
+        return found | {"again": again["cut"]}
+
+    return of
 
 
 def events(run: Run, name: str) -> list[dict]:
@@ -76,9 +83,9 @@ def close(a: list[float], b: list[float]) -> bool:
 
 
 @pytest.mark.row(22, 23)
-@pytest.mark.parametrize("engine", [engine for engine, _ in LAYOUTS])
-def test_a_step_that_is_not_finite_is_left_out_and_counted(runs: dict, engine: str) -> None:
-    run, reference = runs[engine]["nan"], runs["solo"]["nan"]
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_that_is_not_finite_is_left_out_and_counted(runs: Callable[[str], dict[str, Run]], engine: str) -> None:
+    run, reference = runs(engine)["nan"], runs("solo")["nan"]
     seen = losses(run)
     assert str(seen[1]) == "nan", "logged, and not hidden"
     assert all(loss == loss for loss in seen[:1] + seen[2:])
@@ -88,35 +95,35 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(runs: dict, engine: s
     assert f"poisoned.jsonl row {BATCH + 6}" in left_out["samples"]
 
 
-@pytest.mark.parametrize("engine", [engine for engine, _ in LAYOUTS])
-def test_a_spike_is_left_out_or_gone_back_from_or_stops_the_run(runs: dict, engine: str) -> None:
-    off, skip, back = (runs[engine][name] for name in ("off", "skip", "rollback"))
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_spike_is_left_out_or_gone_back_from_or_stops_the_run(runs: Callable[[str], dict[str, Run]], engine: str) -> None:
+    off, skip, back = (runs(engine)[name] for name in ("off", "skip", "rollback"))
     assert losses(off)[SPIKE - 1] > 1.3 * losses(off)[SPIKE - 2], "there is a spike to be seen"
     assert losses(skip)[:SPIKE] == losses(off)[:SPIKE]
     assert losses(skip)[SPIKE] != losses(off)[SPIKE], "its update was left out"
     assert [event["step"] for event in events(skip, "left_out")] == [SPIKE]
     assert "times the median" in events(skip, "left_out")[0]["why"]
     for name in ("skip", "rollback"):
-        assert close(losses(runs[engine][name]), losses(runs["solo"][name])), name
+        assert close(losses(runs(engine)[name]), losses(runs("solo")[name])), name
 
     [rolled] = events(back, "rolled_back")
     assert (rolled["step"], rolled["spike"]) == (6, SPIKE)
     assert [event["step"] for event in events(back, "left_out")] == [SPIKE - 1, SPIKE]
     assert [record["step"] for record in back.steps] == list(range(1, 11)), "no step twice"
-    assert losses(back)[8:] == losses(runs[engine]["never-seen"])[6:], "as if those rows had never been there"
+    assert losses(back)[8:] == losses(runs(engine)["never-seen"])[6:], "as if those rows had never been there"
 
-    said = runs[engine]["stop"].error
+    said = runs(engine)["stop"].error
     assert f"NumericError: step {SPIKE}: loss" in said
     assert "times the median" in said
     assert "spiky.jsonl row" in said
 
 
 @pytest.mark.row(22)
-@pytest.mark.parametrize("engine", [engine for engine, _ in LAYOUTS])
-def test_a_run_with_a_step_left_out_resumes_bit_for_bit(runs: dict, engine: str) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_with_a_step_left_out_resumes_bit_for_bit(runs: Callable[[str], dict[str, Run]], engine: str) -> None:
     """The optimizer's own count of steps is one less than the run's."""
-    assert "InjectedFault" in runs[engine]["cut"].error
-    again, whole = runs[engine]["again"], runs[engine]["skip"]
+    assert "InjectedFault" in runs(engine)["cut"].error
+    again, whole = runs(engine)["again"], runs(engine)["skip"]
     assert losses(again) == losses(whole)
     final = "final/model.safetensors"
     assert (again.folder / final).read_bytes() == (whole.folder / final).read_bytes()

@@ -110,7 +110,9 @@ CELLS = {
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",))
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
     + VARIANTS,
-    3: SUMS[3] + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit"), every=5),
+    3: SUMS[3]
+    + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit"), every=5)
+    + ([] if WHOLE else [cell("qwen", "zero2", "full", "paged_adamw_8bit", "bfloat16")]),
 }
 
 
