@@ -248,14 +248,14 @@ def commit(asked: argparse.Namespace) -> dict[str, Any]:
 def _commit(size: str, asked: argparse.Namespace, ranks: int) -> dict[str, Any]:
     from distft.checkpoint.intervals import Chunk, index_bytes, parse_index
     from distft.checkpoint.manifest import FileEntry, Manifest, parse_manifest
-    from distft.checkpoint.saving import Written, merge
+    from distft.checkpoint.saving import WrittenFiles, merge
     from distft.checkpoint.shards import DCP_METADATA, write_dcp_metadata
 
     planner = _planner(size, asked, "zero3")
     params = [(param.name, param.numel) for param in planner.inventory(planner.recipe()).params]
     names = [(f"{kind}.{name}", numel) for kind in ("param", "exp_avg", "exp_avg_sq") for name, numel in params]
 
-    def written(rank: int) -> Written:
+    def written(rank: int) -> WrittenFiles:
         file, offset, parts = f"__{rank}_0.distcp", 0, []
         for name, numel in names:
             share = -(-numel // ranks)
@@ -263,7 +263,9 @@ def _commit(size: str, asked: argparse.Namespace, ranks: int) -> dict[str, Any]:
             chunk = Chunk(start, stop - start, file, offset, 4 * (stop - start) + 1200) if stop > start else None
             parts.append((name, numel, "float32", chunk))
             offset += 4 * (stop - start) + 1200
-        return Written([FileEntry(file, offset, "0" * 64), FileEntry(f"rank-{rank:05d}.json", 900, "0" * 64)], parts)
+        return WrittenFiles(
+            [FileEntry(file, offset, "0" * 64), FileEntry(f"rank-{rank:05d}.json", 900, "0" * 64)], parts
+        )
 
     took: dict[str, float] = {}
 

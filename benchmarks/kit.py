@@ -99,13 +99,13 @@ class Run:
 
     def __post_init__(self) -> None:
         from distft import assemble
-        from distft.best import Best
+        from distft.best import BestTracker
         from distft.catalog import REGISTRIES
         from distft.core.given import Every
         from distft.core.log import quiet_libraries
         from distft.demo.files import locate
         from distft.engine import processes
-        from distft.guard import Guard
+        from distft.guard import DivergenceGuard
         from distft.objectives.spec import Objective
         from distft.recipe import load_recipe
         from distft.run_folder import RunFolder
@@ -124,7 +124,10 @@ class Run:
         placed = processes.join(timeout_s=120)
         self.engine = assemble.open_engine(recipe, placed, quiet)
         self.model = assemble.model(located, placed, cut, self.rows, quiet)
-        guard, best = Guard(recipe.guard, self.engine, say=quiet, note=folder.note), Best(keep=False, patience=None)
+        guard, best = (
+            DivergenceGuard(recipe.guard, self.engine, say=quiet, note=folder.note),
+            BestTracker(keep=False, patience=None),
+        )
         checkpoints, self.state, _ = assemble.checkpoints(
             recipe,
             located,

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from distft.core.types import TrainState
 
 
-class Best:
+class BestTracker:
     """Told of every evaluation."""
 
     def __init__(

@@ -20,7 +20,7 @@ from distft.demo.files import locate_path
 from distft.model import skeleton
 from distft.model.adapters import targets
 from distft.recipe import Recipe
-from distft.recipe.origin import Fault
+from distft.recipe.origin import RecipeMistake
 
 
 def refuse_missing_folder(recipe: Recipe) -> None:
@@ -30,7 +30,7 @@ def refuse_missing_folder(recipe: Recipe) -> None:
         RecipeError: with the line of the path.
     """
     found = [
-        Fault(key=("model", key), message=message, fix=fix)
+        RecipeMistake(key=("model", key), message=message, fix=fix)
         for key, path in (("path", recipe.model.path), ("tokenizer", recipe.model.tokenizer))
         if path is not None
         for message, fix in _missing(path, key)
@@ -85,7 +85,7 @@ def refuse_long_rows(located: Recipe, longest: int, split: str) -> None:
         limit = skeleton.num_positions(load.read_config(folder))
     if limit is None or longest <= limit:
         return
-    fault = Fault(
+    fault = RecipeMistake(
         key=("data", "max_length"),
         message=f"lets [[data.{split}]] rows of {longest:,} tokens through, and the model has {limit:,} positions",
         fix=f"set [data] max_length = {limit}; a model that is to learn longer texts says so itself, in its "
@@ -159,6 +159,6 @@ def placed(recipe: Recipe) -> Iterator[None]:
         raise RecipeError(recipe.source, problems) from error
 
 
-def _refuse(recipe: Recipe, faults: list[Fault]) -> None:
+def _refuse(recipe: Recipe, faults: list[RecipeMistake]) -> None:
     if faults:
         raise RecipeError(recipe.source, [recipe.origin.problem(fault) for fault in faults])

@@ -31,7 +31,7 @@ class RollBack(Exception):
         super().__init__(why)
 
 
-class Guard:
+class DivergenceGuard:
     """Asked before every update and told after every step."""
 
     def __init__(self, table: GuardTable, engine: Engine, *, say: Callable[[str], None], note: Note) -> None:

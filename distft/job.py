@@ -31,15 +31,15 @@ from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from distft.answers.exam import Exam
-    from distft.best import Best
+    from distft.best import BestTracker
     from distft.checkpoint.lock import RunLock
     from distft.core.types import Engine
     from distft.engine.processes import Processes
-    from distft.guard import Guard
+    from distft.guard import DivergenceGuard
     from distft.looks import Looks
     from distft.metrics import RunFacts
     from distft.objectives.spec import Objective
-    from distft.resume import Checkpoints
+    from distft.resume import CheckpointManager
     from distft.watch.watchdog import Watch
 
 
@@ -162,14 +162,14 @@ class _Run:
             raise told from error
 
     def _under(self, engine: Engine, placed: Processes) -> TrainState:
-        from distft.guard import Guard, RollBack
+        from distft.guard import DivergenceGuard, RollBack
         from distft.objectives.spec import Objective
 
         recipe, steps = self.recipe, self.rows.steps
         PULSE.at("model")
         model = assemble.model(self.located, placed, self.cut, self.rows, self.say)
         facts = assemble.manifest(recipe, self.located, model, engine, placed, self.cut, self.rows)
-        guard = Guard(recipe.guard, engine, say=self.say, note=self.folder.note)
+        guard = DivergenceGuard(recipe.guard, engine, say=self.say, note=self.folder.note)
         best = assemble.best(recipe, self.asked)
         checkpoints, state, reader = assemble.checkpoints(
             recipe,
@@ -229,7 +229,7 @@ class _Run:
             early()
         write()
 
-    def _at_its_best(self, engine: Engine, checkpoints: Checkpoints, looks: Looks, state: TrainState) -> None:
+    def _at_its_best(self, engine: Engine, checkpoints: CheckpointManager, looks: Looks, state: TrainState) -> None:
         """Go to the best state, where one is kept and wanted, and look at it; the engine holds its weights then.
 
         Raises:
@@ -280,9 +280,9 @@ class _Run:
         engine: Engine,
         placed: Processes,
         objective: Objective,
-        checkpoints: Checkpoints,
-        guard: Guard,
-        best: Best,
+        checkpoints: CheckpointManager,
+        guard: DivergenceGuard,
+        best: BestTracker,
         looks: Looks,
         facts: RunFacts,
     ) -> TrainState:
@@ -346,7 +346,7 @@ class _Run:
         return STOP.asked()
 
     def _leave_early(
-        self, engine: Engine, checkpoints: Checkpoints, state: TrainState, *, saves: bool = True
+        self, engine: Engine, checkpoints: CheckpointManager, state: TrainState, *, saves: bool = True
     ) -> NoReturn:
         if any(engine.gather(self.lock is not None and self.lock.lost)):
             raise BusyError(f"{self.folder.path}: another run has taken over, this one was frozen; it saves nothing")

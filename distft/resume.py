@@ -45,7 +45,7 @@ ALLOWED = (
 """Keys that may change in mid-run when the user says so (`--allow-changes`)."""
 
 
-class Checkpoints:
+class CheckpointManager:
     """What the loop saves through; every method is collective."""
 
     def __init__(

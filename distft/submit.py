@@ -112,7 +112,7 @@ def _checked(own: argparse.Namespace, site: Site, train: Sequence[str]) -> Recip
     return recipe
 
 
-def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> script.Wanted:
+def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> script.SlurmRequest:
     """What to ask of Slurm.
 
     Raises:
@@ -123,7 +123,7 @@ def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> script.Wanted
         same = [recipe.source for recipe in recipes if recipe.run_dir == twice]
         raise RecipeError(" and ".join(same), [Problem(message=f"both write {twice}", fix="give each its own name")])
     alone = len(recipes) == 1
-    return script.Wanted(
+    return script.SlurmRequest(
         name=recipes[0].name if alone else "distft",
         nodes=own.nodes,
         gpus_per_node=own.gpus_per_node,

@@ -38,14 +38,14 @@ def case(
     if change != "none" and (why := CHANGES[change].why_not()):
         raise NotHere(why)
     made = [*overrides, *(CHANGES[change].overrides if change != "none" else ())]
-    wanted = cases.Wanted(
+    wanted = cases.BenchGrid(
         recipe=str(recipe), overrides=tuple(made), steps=steps, warmup=warmup, rows="full", profile=profile,
         nproc=context.ranks, engines=(engine,),
     )  # fmt: skip
     (only,) = cases.grid(wanted)
     timeout = context.left_s()
 
-    def run(one: cases.Case, folder: Path) -> dict[str, Any]:
+    def run(one: cases.BenchCase, folder: Path) -> dict[str, Any]:
         module = ("-m", "benchmarks.first_hour.case", change)
         return launch.run_case(one, folder, timeout_s=timeout, module=module)
 

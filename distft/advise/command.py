@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.advise.rules import GOALS, Asked
+from distft.advise.rules import GOALS, Situation
 from distft.core.errors import DONE, DistftError, FileSystemError, Problem, RecipeError
 from distft.core.registry import nearest
 
@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         care, train_format = _look(options)
         from distft.advise.advice import Names, advise, parameters_in_name, tell
 
-        asked = Asked(
+        asked = Situation(
             goal=options.goal,
             rows=care.splits["train"].num_rows if care else options.rows,
             parameters=parameters or parameters_in_name(options.model),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from distft.answers.words import Prompt, Writing, Written
+from distft.answers.words import Completion, Prompt, Writing
 from distft.core.first import by_first
 from distft.core.pulse import PULSE
 from distft.data.questions import Question, rows_hash
@@ -145,7 +145,7 @@ class RowsExam:
     def take(self, speaker: Speaker, engine: Engine) -> Taken | None:
         """See `Exam`."""
         questions, room = self.questions, self.writing.max_new_tokens
-        texts: list[Written] | None = [Written(text="", num_tokens=0, ended=True)] * len(questions)
+        texts: list[Completion] | None = [Completion(text="", num_tokens=0, ended=True)] * len(questions)
         seconds, cut = 0.0, 0
         if self.writes:
             prompts = [Prompt(name=f"{one.id}\n{one.prompt}", ids=speaker.fitted(one.ids, room)) for one in questions]

@@ -17,7 +17,7 @@ import torch
 
 from distft.answers.batches import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS, Limits, cut, padded
 from distft.answers.sampling import draws, next_tokens
-from distft.answers.words import Prompt, Writing, Written
+from distft.answers.words import Completion, Prompt, Writing
 from distft.core.errors import MachineError
 from distft.core.memory import held, is_out_of_memory
 from distft.core.pulse import PULSE
@@ -72,7 +72,7 @@ class Speaker:
         most = len(ids) if self.longest is None else max(1, self.longest - room)
         return ids[-most:]
 
-    def write(self, prompts: Sequence[Prompt], how: Writing) -> list[Written] | None:
+    def write(self, prompts: Sequence[Prompt], how: Writing) -> list[Completion] | None:
         """An answer to each prompt, in order; None when some rank was asked to stop before the end."""
         return self._shared_out(
             [len(prompt.ids) for prompt in prompts],
@@ -168,7 +168,7 @@ class Speaker:
                 self._forward([[0]])
 
     def _written(
-        self, prompts: Sequence[Prompt], names: Sequence[int], how: Writing, keep: dict[int, Written]
+        self, prompts: Sequence[Prompt], names: Sequence[int], how: Writing, keep: dict[int, Completion]
     ) -> Iterator[None]:
         device, longest = self._engine.device, how.max_new_tokens
         draw_BN = draws([one.name for one in prompts], longest, how.seed, device) if how.temperature else None
@@ -245,10 +245,10 @@ class Speaker:
             labels_S=None if labels_S is None else labels_S.to(device),
         )
 
-    def _answer(self, row: _Row, stop: tuple[str, ...]) -> Written:
+    def _answer(self, row: _Row, stop: tuple[str, ...]) -> Completion:
         text = self._decode(row.ids)
         ends = [at for one in stop if (at := text.find(one)) >= 0]
-        return Written(text=text[: min(ends)] if ends else text, num_tokens=row.num_tokens, ended=row.done)
+        return Completion(text=text[: min(ends)] if ends else text, num_tokens=row.num_tokens, ended=row.done)
 
     def _says_stop(self, ids: list[int], stop: tuple[str, ...]) -> bool:
         """Looks at the last tokens only: a token writes a byte at least, and the one before it may hold the start."""

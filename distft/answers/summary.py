@@ -11,7 +11,7 @@ from typing import Any
 from distft.answers.record import HELD_OUT, Records
 from distft.core.errors import FileSystemError
 from distft.scores import Scored
-from distft.scores.paired import Change, compare
+from distft.scores.paired import PairedComparison, compare
 
 LABELS = ("before", "after", "best")
 SHOWN_REGRESSIONS = 100
@@ -77,7 +77,7 @@ def _entries(records: Records, name: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _worse(change: Change | None, ids: list[str]) -> list[str]:
+def _worse(change: PairedComparison | None, ids: list[str]) -> list[str]:
     worst = () if change is None else change.regressions[:SHOWN_REGRESSIONS]
     return [ids[one.index] for one in worst if one.index < len(ids)]
 
@@ -90,7 +90,7 @@ def _score(said: dict[str, Any] | None, score: str, rows_sha256: str) -> dict[st
     return None if found is None else {**found, "step": said["step"]}
 
 
-def _changes(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Change]:
+def _changes(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, PairedComparison]:
     if before is None or after is None:
         return {}
     with contextlib.suppress(ValueError):  # the recipe's figures have changed in between

@@ -31,7 +31,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class Completion:
     """An answer."""
 
     text: str

@@ -13,7 +13,7 @@ from distft.recipe.answers import EVAL_LOSS
 if TYPE_CHECKING:
     from distft.answers.exam import Exam
     from distft.answers.speaker import Speaker
-    from distft.best import Best
+    from distft.best import BestTracker
     from distft.core.types import Engine
     from distft.data.render import Renderer
     from distft.looks import Looks
@@ -41,13 +41,13 @@ def exams(located: Recipe, say: Say) -> list[Exam]:
     return made
 
 
-def best(recipe: Recipe, asked: list[Exam]) -> Best:
+def best(recipe: Recipe, asked: list[Exam]) -> BestTracker:
     """What knows the best evaluation, by the figure that the recipe names.
 
     Raises:
         RecipeError: no set gives this figure.
     """
-    from distft.best import Best
+    from distft.best import BestTracker
 
     by = recipe.eval.best_by
     figures = {f"{exam.name}.{name}": figure for exam in asked for name, figure in exam.figures().items()}
@@ -56,7 +56,7 @@ def best(recipe: Recipe, asked: list[Exam]) -> Best:
         problem = Problem(message=f'[eval] best_by = "{by}"  is measured nowhere', fix=f"allowed: {known}", line=key)
         raise RecipeError(recipe.source, [problem])
     higher = figures[by].higher_is_better if by in figures else False
-    return Best(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop, by=by, higher_is_better=higher)
+    return BestTracker(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop, by=by, higher_is_better=higher)
 
 
 def renderer(located: Recipe) -> Renderer:

@@ -10,11 +10,11 @@ from distft.assemble.rows import Data, Say, tokenizer_of
 from distft.recipe import Recipe
 
 if TYPE_CHECKING:
-    from distft.best import Best
+    from distft.best import BestTracker
     from distft.core.types import Engine, StateReader, TrainState
-    from distft.guard import Guard
+    from distft.guard import DivergenceGuard
     from distft.model.load import MetaModel
-    from distft.resume import Checkpoints, Resume
+    from distft.resume import CheckpointManager, Resume
     from distft.run_folder import RunFolder
 
 
@@ -26,10 +26,10 @@ def checkpoints(
     rows: Data,
     say: Say,
     *,
-    judges: dict[str, Guard | Best],
+    judges: dict[str, DivergenceGuard | BestTracker],
     resume: Resume,
     allow_changes: bool,
-) -> tuple[Checkpoints, TrainState, StateReader | None]:
+) -> tuple[CheckpointManager, TrainState, StateReader | None]:
     """Where state is saved, and where this run starts: at zero, or at a checkpoint with a reader for its tensors.
 
     Raises:
@@ -38,7 +38,7 @@ def checkpoints(
     """
     from distft.checkpoint.store import CheckpointStore
     from distft.core.types import TrainState
-    from distft.resume import Checkpoints, about, check_fits
+    from distft.resume import CheckpointManager, about, check_fits
 
     base = _base_hash(located, engine) if located.method.spec.adapter else ""
     says = about(recipe, rows.fingerprint, base, rows.steps.num_steps) | {"date": located.data.date}
@@ -49,7 +49,7 @@ def checkpoints(
     engine.barrier()
     hashes = {"recipe": recipe.digest(), "base": base, **rows.fingerprint}
     store = CheckpointStore(root, engine, keep=recipe.checkpoint.keep, engine=engine.name, hashes=hashes)
-    keeper = Checkpoints(
+    keeper = CheckpointManager(
         store,
         engine,
         says,

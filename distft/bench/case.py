@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class BenchCaseSpec:
     """What the processes of a case are told."""
 
     recipe: str
@@ -45,7 +45,7 @@ class Spec:
     """Of each process on a CPU; see `memory.set_limit`."""
 
     @classmethod
-    def read(cls, path: Path) -> Spec:
+    def read(cls, path: Path) -> BenchCaseSpec:
         """From the JSON that `write` left."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -58,7 +58,7 @@ class Spec:
         return Path(f"{self.out}.failed.{rank}")
 
 
-def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
+def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
     """Train; (rank 0's record of it, equal on the others but for times; the closed engine).
 
     Raises:
@@ -124,7 +124,7 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
 class _Measurement:
     """Everything between opening the engine and leaving it."""
 
-    spec: Spec
+    spec: BenchCaseSpec
     recipe: Recipe
     located: Recipe
     cut: Any
@@ -331,7 +331,7 @@ def main(argv: list[str]) -> NoReturn:
     from distft.core.leave import leave
 
     die_with_parent()
-    spec = Spec.read(Path(argv[0]))
+    spec = BenchCaseSpec.read(Path(argv[0]))
     rank = int(os.environ.get("RANK", "0"))
     if spec.limit_gib is not None:
         set_limit(spec.limit_gib)

@@ -23,7 +23,7 @@ BESIDE_THE_POINT = ("name", "output_dir", "checkpoint", "log", "eval")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class BenchGrid:
     """What the command was asked for."""
 
     recipe: str
@@ -45,7 +45,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class BenchCase:
     """One measurement."""
 
     method: str
@@ -112,7 +112,7 @@ class Case:
         return f"{self.method}, {self.engine}{ranks}, micro-batch {self.micro_batch_size}, length {self.max_length}"
 
 
-def grid(wanted: Wanted) -> list[Case]:
+def grid(wanted: BenchGrid) -> list[BenchCase]:
     """All of them, those of one length together.
 
     Raises:
@@ -122,7 +122,7 @@ def grid(wanted: Wanted) -> list[Case]:
     return list(_grid(wanted, own))
 
 
-def _grid(wanted: Wanted, own: Recipe) -> Iterator[Case]:
+def _grid(wanted: BenchGrid, own: Recipe) -> Iterator[BenchCase]:
     for length, method, engine, micro in product(
         wanted.lengths or [own.data.max_length],
         wanted.methods or [own.method.name],
@@ -133,7 +133,7 @@ def _grid(wanted: Wanted, own: Recipe) -> Iterator[Case]:
 
 
 def one(
-    wanted: Wanted,
+    wanted: BenchGrid,
     own: Recipe,
     *,
     method: str,
@@ -141,7 +141,7 @@ def one(
     micro: int | str,
     length: int,
     extra: Sequence[str] = (),
-) -> Case:
+) -> BenchCase:
     """One case; what the recipe's rules refuse is a case too, that says why.
 
     Engine `solo` runs in one process whatever `wanted.nproc` is.
@@ -167,11 +167,11 @@ def one(
         recipe = load_recipe(wanted.recipe, registries=REGISTRIES, overrides=overrides)
         check_world(recipe, world)
     except RecipeError as error:
-        return Case(**asked, refused="; ".join(problem.message for problem in error.problems))
-    return Case(**asked, content=_timed(recipe, wanted))
+        return BenchCase(**asked, refused="; ".join(problem.message for problem in error.problems))
+    return BenchCase(**asked, content=_timed(recipe, wanted))
 
 
-def _timed(recipe: Recipe, wanted: Wanted) -> dict[str, Any]:
+def _timed(recipe: Recipe, wanted: BenchGrid) -> dict[str, Any]:
     """The recipe for as many steps as are measured and discarded, without evaluations."""
     content = recipe.resolved()
     content["train"].pop("epochs", None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distft.core.errors import DONE, BusyError, DistftError, Problem, RecipeError
 
 if TYPE_CHECKING:
-    from distft.bench.cases import Wanted
+    from distft.bench.cases import BenchGrid
     from distft.recipe import Recipe
 
 AXES = {"micro": "micro-batch", "length": "length"}
@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     fits.refuse_misfits(locate(own))
-    wanted = cases.Wanted(
+    wanted = cases.BenchGrid(
         recipe=options.recipe,
         overrides=tuple(options.overrides),
         methods=tuple(_words(options.methods)),
@@ -120,7 +120,7 @@ def _alone(folder: Path) -> Iterator[None]:
         raise BusyError(f"{folder}: another bench is measuring here; wait for it, or give another --output") from None
 
 
-def _measured(options: argparse.Namespace, wanted: Wanted, own: Recipe, folder: Path) -> int:
+def _measured(options: argparse.Namespace, wanted: BenchGrid, own: Recipe, folder: Path) -> int:
     from distft.bench import cases, launch
     from distft.bench.runner import Runner
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distft.bench.case import Spec
-from distft.bench.cases import Case
+from distft.bench.case import BenchCaseSpec
+from distft.bench.cases import BenchCase
 from distft.core import supervise
 from distft.core.errors import Preempted
 
@@ -30,7 +30,7 @@ MODULE = ("-m", "distft.bench.case")
 """What the processes of a case run."""
 
 
-def run_case(case: Case, folder: Path, *, timeout_s: float, module: Sequence[str] = MODULE) -> dict[str, Any]:
+def run_case(case: BenchCase, folder: Path, *, timeout_s: float, module: Sequence[str] = MODULE) -> dict[str, Any]:
     """{outcome: measured | memory | refused | failed, reason} and, when measured, rank 0's record.
 
     Files go to `folder`, under the case's key: recipe, log. `module`: what is run, if not `distft.bench.case` itself.
@@ -39,7 +39,7 @@ def run_case(case: Case, folder: Path, *, timeout_s: float, module: Sequence[str
     recipe, log = stem.with_name(f"{case.key}.toml"), stem.with_name(f"{case.key}.log")
     out, told = stem.with_name(f".{case.key}.out"), stem.with_name(f".{case.key}.spec")
     recipe.write_text(case.text, encoding="utf-8")
-    spec = Spec(
+    spec = BenchCaseSpec(
         recipe=str(recipe), out=str(out), rows=case.rows, warmup=case.warmup, steps=case.steps, profile=case.profile,
         limit_gib=case.limit_gib,
     )  # fmt: skip

@@ -8,21 +8,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from distft.data.samples import FormatSpec, PromptCompletion, Row, RowError, text_column
-from distft.data.sources import Source, decide_format, find
+from distft.data.sources import RowSource, decide_format, find
 from distft.recipe.answers import has_own_rows
 
 if TYPE_CHECKING:
     from distft.recipe.evaluation import AnswersTable, SourceTable
 
 
-def asked_sources(answers: Sequence[AnswersTable], held_out: Sequence[SourceTable]) -> list[tuple[Source, FormatSpec]]:
+def asked_sources(
+    answers: Sequence[AnswersTable], held_out: Sequence[SourceTable]
+) -> list[tuple[RowSource, FormatSpec]]:
     """Each file once, with what reads its rows; those of `held_out` are looked at anyway.
 
     Raises:
         DataError: a source cannot be read.
     """
     known = {_place(table) for table in held_out}
-    found: list[tuple[Source, FormatSpec]] = []
+    found: list[tuple[RowSource, FormatSpec]] = []
     for one in answers:
         table = one.source
         if table is None or not has_own_rows(one) or _place(table) in known:

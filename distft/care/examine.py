@@ -25,7 +25,7 @@ from distft.core.turns import turn
 from distft.data.fingerprint import sources_key
 from distft.data.prepare import with_distinct_labels
 from distft.data.samples import FormatSpec
-from distft.data.sources import Source, decide_format, find
+from distft.data.sources import RowSource, decide_format, find
 from distft.recipe.answers import has_own_rows
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ def told(one: Shared) -> str:
     return f"{one.eval_row} {kinds[one.kind]} {one.train_row}"
 
 
-_Split = tuple[list[Source], list[FormatSpec]]
+_Split = tuple[list[RowSource], list[FormatSpec]]
 
 
-def _found(tables: Sequence[SourceTable], merge: bool, more: Sequence[tuple[Source, FormatSpec]] = ()) -> _Split:
+def _found(tables: Sequence[SourceTable], merge: bool, more: Sequence[tuple[RowSource, FormatSpec]] = ()) -> _Split:
     sources = [find(table, merge_turns=merge) for table in tables]
     found = [(source, decide_format(source)) for source in sources] + list(more)
     return with_distinct_labels([source for source, _ in found]), [spec for _, spec in found]

@@ -13,7 +13,7 @@ from itertools import chain, islice
 import numpy as np
 
 from distft.care import patterns, shingles, similar
-from distft.care.report import SHOWN, Found, Split
+from distft.care.report import SHOWN, SensitiveText, Split
 from distft.care.similar import EvalIndex, Pairs
 from distft.care.texts import RowText
 
@@ -49,7 +49,7 @@ class Gathered:
     answers: Counter[str] | None = field(default_factory=Counter)
     """None: too many different ones to be labels."""
     num_found: Counter[str] = field(default_factory=Counter)
-    found: list[Found] = field(default_factory=list)
+    found: list[SensitiveText] = field(default_factory=list)
     num_rows: int = 0
 
     def joined(self, name: str) -> np.ndarray:
@@ -132,7 +132,7 @@ def _look_through(made: Gathered, chunk: list[RowText]) -> None:
         for hit in hits:
             if sum(one.kind == hit.kind for one in made.found) < SHOWN:
                 name = f"{made.labels_of_files[row.file]} row {row.number}"
-                made.found.append(Found(row=name, kind=hit.kind, secret=hit.secret, masked=hit.masked))
+                made.found.append(SensitiveText(row=name, kind=hit.kind, secret=hit.secret, masked=hit.masked))
 
 
 def _count_answers(made: Gathered, chunk: list[RowText]) -> None:

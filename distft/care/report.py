@@ -33,7 +33,7 @@ class Shared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SensitiveText:
     """Personal data or a secret; the text itself is not kept anywhere."""
 
     row: str
@@ -76,7 +76,7 @@ class CareReport:
     shared: tuple[Shared, ...]
     num_found: dict[str, int]
     """Kind of personal data or secret -> rows with it, in both splits."""
-    found: tuple[Found, ...]
+    found: tuple[SensitiveText, ...]
     notes: tuple[str, ...] = field(default=())
     """Warnings, each with its reason."""
 
@@ -98,7 +98,7 @@ class CareReport:
                 "splits": {name: Split(**split) for name, split in stored["splits"].items()},
                 "repeats": tuple(Repeat(**one) for one in stored["repeats"]),
                 "shared": tuple(Shared(**one) for one in stored["shared"]),
-                "found": tuple(Found(**one) for one in stored["found"]),
+                "found": tuple(SensitiveText(**one) for one in stored["found"]),
                 "notes": tuple(stored["notes"]),
             }
         )

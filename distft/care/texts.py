@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from distft.data.samples import Conversation, FormatSpec, Message, PromptCompletion, RowError, Sample
-from distft.data.sources import Source
+from distft.data.sources import RowSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Unread:
     num_rows: int = 0
 
 
-def row_texts(sources: Sequence[Source], specs: Sequence[FormatSpec], unread: Unread) -> Iterator[RowText]:
+def row_texts(sources: Sequence[RowSource], specs: Sequence[FormatSpec], unread: Unread) -> Iterator[RowText]:
     """Every row that a format can read, in order; the others are counted.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 
 from distft.checkpoint import durable
 from distft.checkpoint.folders import Folders
-from distft.checkpoint.group import Group, RankErrors, together
+from distft.checkpoint.group import RankErrors, RankGroup, together
 from distft.checkpoint.manifest import Manifest
 from distft.checkpoint.saving import Job, merge, write_manifest
 from distft.core.errors import FileSystemError
@@ -44,7 +44,7 @@ class Saved:
 class Committer:
     """Commits saves and remembers what retention must spare; all public methods are collective."""
 
-    def __init__(self, folders: Folders, group: Group, faults: Faults, *, keep: int) -> None:
+    def __init__(self, folders: Folders, group: RankGroup, faults: Faults, *, keep: int) -> None:
         self._folders, self._group, self._faults, self._keep = folders, group, faults, keep
         self._best_due: dict[str, Any] | None = None
         """A best.json that could not be written yet."""

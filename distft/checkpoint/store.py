@@ -14,12 +14,12 @@ from typing import Any
 from distft.checkpoint import durable
 from distft.checkpoint.commit import Committer, Saved, SaveFailed
 from distft.checkpoint.folders import Folders
-from distft.checkpoint.group import Group, RankErrors, together
+from distft.checkpoint.group import RankErrors, RankGroup, together
 from distft.checkpoint.intervals import Piece
 from distft.checkpoint.loading import STATE, Loaded, check_shared, load_newest, load_path, num_bytes_of, rank_state_name
 from distft.checkpoint.manifest import canonical
 from distft.checkpoint.saving import MARGIN, Job, check_space
-from distft.checkpoint.staging import Stage
+from distft.checkpoint.staging import StagingBuffer
 from distft.core.errors import CheckpointError, FileSystemError
 from distft.core.faults import Faults, FromEnvironment
 
@@ -30,7 +30,7 @@ class CheckpointStore:
     def __init__(
         self,
         folder: Path,
-        group: Group,
+        group: RankGroup,
         *,
         keep: int = 2,
         engine: str = "",
@@ -56,7 +56,7 @@ class CheckpointStore:
         self._engine, self._hashes = engine, dict(hashes or {})
         self._faults = faults or FromEnvironment()
         self._folders = Folders(folder)
-        self._stage = Stage()
+        self._stage = StagingBuffer()
         self._job: Job | None = None
         self._outcomes: deque[Saved | SaveFailed] = deque()
         self._ours: set[int] = set()

@@ -15,7 +15,7 @@ from distft.recipe.text import toml_value
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class BatchArgs:
     """One command line."""
 
     recipe: Recipe
@@ -32,7 +32,7 @@ class Asked:
     floors: Floors
 
 
-def read(argv: Sequence[str]) -> Asked:
+def read(argv: Sequence[str]) -> BatchArgs:
     """`[--launcher srun|torchrun] [--max-stalled-restarts K] [--no-doctor] RECIPE [train options]`.
 
     Raises:
@@ -55,7 +55,7 @@ def read(argv: Sequence[str]) -> Asked:
     if not own.train or own.train[0].startswith("-"):
         parser.error("a recipe is needed, and comes before the options of distft.train")
     path, *options = own.train
-    return Asked(
+    return BatchArgs(
         recipe=load_recipe(path, registries=REGISTRIES, overrides=_overrides(options)),
         train=tuple(own.train),
         max_stalled=own.max_stalled_restarts,

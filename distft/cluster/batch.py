@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 from distft.cluster import asked, preflight, slurm, step, verdict
-from distft.cluster.starts import End, Start, Starts
-from distft.cluster.verdict import Ended, Phase, Then, Verdict
+from distft.cluster.starts import End, JobStart, Starts
+from distft.cluster.verdict import JobEnd, Phase, RestartDecision, Then
 from distft.core.errors import DistftError, MachineError
 from distft.run_folder import RunFolder
 
@@ -64,7 +64,7 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
     if starts.stalled(given.job) > want.max_stalled:  # lost nodes come back here without a verdict
         return _give_up(given, starts)
     starts.add(
-        Start(
+        JobStart(
             job=given.job,
             restart=given.restart,
             nodes=list(given.nodes[:num_nodes]),
@@ -82,7 +82,7 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
         step.command(want.launcher, given, num_nodes, train, port), step.environment(env, given, port), warned
     )
     decided = verdict.judge(
-        Ended(
+        JobEnd(
             status=status,
             record=verdict.record_of(before, verdict.read_exit(run_dir)),
             asked=warned.to_stop,
@@ -96,7 +96,7 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
     return _finish(decided, given, starts)
 
 
-def _finish(decided: Verdict, given: slurm.Allocation, starts: Starts) -> int:
+def _finish(decided: RestartDecision, given: slurm.Allocation, starts: Starts) -> int:
     starts.add(
         End(
             job=given.job,
@@ -127,7 +127,7 @@ def _give_up(given: slurm.Allocation, starts: Starts) -> int:
 
 
 def _examine(
-    want: asked.Asked,
+    want: asked.BatchArgs,
     given: slurm.Allocation,
     num_nodes: int,
     env: Mapping[str, str],
@@ -228,7 +228,7 @@ def _phase(job: str, warned: Warned) -> Phase:
         return Phase.ENDING if warned.ending else Phase.RUNNING
 
 
-def _carry_out(decided: Verdict, job: str) -> int:
+def _carry_out(decided: RestartDecision, job: str) -> int:
     ended = f"job {job}: the run ended with code {decided.code}"
     _say(f"{ended}: {decided.reason}" if decided.code else ended)
     _say(decided.why)  # before the requeue: Slurm ends this process then
@@ -242,7 +242,7 @@ def _carry_out(decided: Verdict, job: str) -> int:
     return decided.exit_code
 
 
-def _say_where(want: asked.Asked, given: slurm.Allocation, num_nodes: int, checkpoint: int) -> None:
+def _say_where(want: asked.BatchArgs, given: slurm.Allocation, num_nodes: int, checkpoint: int) -> None:
     again = f", restart {given.restart}" if given.restart else ""
     gpus = f"{given.gpus_per_node} GPUs" if given.gpus_per_node else "no GPU"
     _say(

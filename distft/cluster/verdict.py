@@ -35,7 +35,7 @@ class Then(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
+class JobEnd:
     """All that is known when the run's processes are gone."""
 
     status: int
@@ -56,7 +56,7 @@ class Ended:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class RestartDecision:
     """The decision, and why, for the job's output."""
 
     then: Then
@@ -70,14 +70,14 @@ class Verdict:
     """Of the decision."""
 
 
-def judge(ended: Ended) -> Verdict:
+def judge(ended: JobEnd) -> RestartDecision:
     """Requeue exactly the runs that were asked to stop, saved, and get on."""
     if ended.status == 0:
-        return Verdict(then=Then.END, code=DONE, reason="done", exit_code=DONE, why="the run is complete")
+        return RestartDecision(then=Then.END, code=DONE, reason="done", exit_code=DONE, why="the run is complete")
     code, reason = _own_word(ended)
 
-    def end(why: str, exit_code: int = code) -> Verdict:
-        return Verdict(then=Then.END, code=code, reason=reason, exit_code=exit_code, why=why)
+    def end(why: str, exit_code: int = code) -> RestartDecision:
+        return RestartDecision(then=Then.END, code=code, reason=reason, exit_code=exit_code, why=why)
 
     if ended.phase is Phase.ENDING:
         return end("Slurm is ending the job, and starts it again by itself if a node failed or another job needed it")
@@ -90,17 +90,17 @@ def judge(ended: Ended) -> Verdict:
     if ended.stalled > ended.max_stalled:
         return end(stall_text(ended.stalled), CRASHED)  # not 75: a site's RequeueExit would start it again
     why = "requeued: the same command continues"
-    return Verdict(then=Then.REQUEUE, code=code, reason=reason, exit_code=code, why=why)
+    return RestartDecision(then=Then.REQUEUE, code=code, reason=reason, exit_code=code, why=why)
 
 
-def follows_from(records: Sequence[dict[str, Any]], before: str) -> Verdict | None:
+def follows_from(records: Sequence[dict[str, Any]], before: str) -> RestartDecision | None:
     """What a job of a chain does without starting anything, after how the job `before` it ended; None: it goes on."""
     last = next((one for one in reversed(records) if "ended" in one and one.get("job") == before), None)
     if last is None or last["code"] == PREEMPTED_AND_SAVED:  # a lost node says no last word
         return None
     code = last["code"]
     why = "the run is complete" if code == DONE else f"not continued: job {before} ended by its own fault"
-    return Verdict(then=Then.END, code=code, reason=str(last.get("reason", "")), exit_code=code, why=why)
+    return RestartDecision(then=Then.END, code=code, reason=str(last.get("reason", "")), exit_code=code, why=why)
 
 
 def stall_text(stalled: int) -> str:
@@ -130,7 +130,7 @@ def record_of(before: str | None, after: str | None) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("code"), int) else None
 
 
-def _own_word(ended: Ended) -> tuple[int, str]:
+def _own_word(ended: JobEnd) -> tuple[int, str]:
     if ended.record is not None:
         return ended.record["code"], str(ended.record.get("reason", ""))
     if ended.asked:  # nothing is lost but time: the last checkpoint is whole, and the count of starts limits this

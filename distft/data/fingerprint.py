@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from distft.core.turns import turn
 from distft.data.samples import FormatSpec
-from distft.data.sources import Source, hub_dataset
+from distft.data.sources import RowSource, hub_dataset
 from distft.data.templates import read_template
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ FORMAT_VERSION = 3
 
 def cache_key(
     table: DataTable,
-    sources: Sequence[Source],
+    sources: Sequence[RowSource],
     specs: Sequence[FormatSpec],
     tokenizer_files: Sequence[Path],
     memory: Path,
@@ -70,7 +70,7 @@ def today() -> str:
 
 
 def sources_key(
-    sources: Sequence[Source],
+    sources: Sequence[RowSource],
     specs: Sequence[FormatSpec],
     memory: Path,
     waiting: Callable[[], None] = lambda: None,

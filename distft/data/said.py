@@ -19,7 +19,7 @@ _MOST_WORDS = 20_000
 
 
 @dataclass(frozen=True)
-class Piece:
+class MessagePart:
     """A part of a message."""
 
     kind: str
@@ -42,16 +42,16 @@ def says_nothing(message: Message) -> bool:
     return not (thought or answer.strip() or message.get("tool_calls"))
 
 
-def pieces(message: Message) -> list[Piece]:
+def pieces(message: Message) -> list[MessagePart]:
     """Everything that a message says, in the order in which templates write it."""
     if message["role"] != "assistant":
-        return [Piece(CONTENT, message["content"].strip())] if message["content"].strip() else []
+        return [MessagePart(CONTENT, message["content"].strip())] if message["content"].strip() else []
     thought, answer = thought_and_answer(message)
-    said = [Piece(REASONING, thought), Piece(CONTENT, answer.strip())]
+    said = [MessagePart(REASONING, thought), MessagePart(CONTENT, answer.strip())]
     for call in message.get("tool_calls", ()):
         said += [
-            Piece(CALL, call["function"]["name"]),
-            *(Piece(CALL, leaf) for leaf in _leaves(call["function"]["arguments"])),
+            MessagePart(CALL, call["function"]["name"]),
+            *(MessagePart(CALL, leaf) for leaf in _leaves(call["function"]["arguments"])),
         ]
     return [piece for piece in said if piece.text]
 
@@ -69,22 +69,22 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Found:
+class MessageMatch:
     """Where a text says what a message says."""
 
-    missing: tuple[Piece, ...]
+    missing: tuple[MessagePart, ...]
     """What it does not say."""
     end: int
     """Behind the last piece."""
 
 
-def find(text: str, message: Message, begin: int = 0, end: int | None = None) -> Found:
+def find(text: str, message: Message, begin: int = 0, end: int | None = None) -> MessageMatch:
     """Look for every piece of a message between two places of a text.
 
     Reasoning and content each have a place of their own; parts of tool calls may repeat.
     """
     end = len(text) if end is None else end
-    missing: list[Piece] = []
+    missing: list[MessagePart] = []
     first, behind, last = end, begin, begin
     for piece in pieces(message):
         if piece.kind == CALL:
@@ -99,7 +99,7 @@ def find(text: str, message: Message, begin: int = 0, end: int | None = None) ->
             missing.append(piece)
         else:
             last = max(last, place[1])
-    return Found(tuple(missing), last)
+    return MessageMatch(tuple(missing), last)
 
 
 def _place(text: str, wanted: str, begin: int, end: int) -> tuple[int, int] | None:

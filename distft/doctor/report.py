@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distft.core.errors import DONE, MachineError
-from distft.doctor.finding import Finding, Verdict
+from distft.doctor.finding import Finding, Severity
 
 WIDTH = 100
 """Of the table's last column's end."""
-ORDER = (Verdict.OK, Verdict.WARN, Verdict.FAIL)
+ORDER = (Severity.OK, Severity.WARN, Severity.FAIL)
 
 
 @dataclass
@@ -29,19 +29,19 @@ class Report:
         self.rows += [(check, finding) for finding in findings]
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Severity:
         """The worst."""
-        return max((finding.verdict for _, finding in self.rows), key=ORDER.index, default=Verdict.OK)
+        return max((finding.verdict for _, finding in self.rows), key=ORDER.index, default=Severity.OK)
 
     @property
     def code(self) -> int:
         """The exit code: 9 when a run would fail."""
-        return MachineError.exit_code if self.verdict is Verdict.FAIL else DONE
+        return MachineError.exit_code if self.verdict is Severity.FAIL else DONE
 
     @property
     def bad_hosts(self) -> list[str]:
         """Those a run would do better without."""
-        failed = [host for _, finding in self.rows if finding.verdict is Verdict.FAIL for host in finding.hosts]
+        failed = [host for _, finding in self.rows if finding.verdict is Severity.FAIL for host in finding.hosts]
         return list(dict.fromkeys(failed))
 
     def to_json(self) -> dict[str, Any]:
@@ -78,15 +78,15 @@ class Report:
             yield from textwrap.wrap(
                 finding.found, WIDTH, initial_indent=head, subsequent_indent=blank, break_on_hyphens=False
             )
-            if finding.fix and finding.verdict is not Verdict.OK:
+            if finding.fix and finding.verdict is not Severity.OK:
                 yield from textwrap.wrap(
                     finding.fix, WIDTH, initial_indent=f"{blank}fix: ", subsequent_indent=f"{blank}     ",
                     break_on_hyphens=False,
                 )  # fmt: skip
         counts = {verdict: sum(f.verdict is verdict for _, f in self.rows) for verdict in ORDER}
         end = {
-            Verdict.OK: "ready",
-            Verdict.WARN: f"ready, with {counts[Verdict.WARN]} to look at",
-            Verdict.FAIL: f"a run would fail here: {counts[Verdict.FAIL]} to mend",
+            Severity.OK: "ready",
+            Severity.WARN: f"ready, with {counts[Severity.WARN]} to look at",
+            Severity.FAIL: f"a run would fail here: {counts[Severity.FAIL]} to mend",
         }
         yield f"doctor: {end[self.verdict]}"

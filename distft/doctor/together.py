@@ -88,14 +88,14 @@ class Together:
     def _measure(self, meeting: Meeting) -> int:
         """All: become a group, and make the checks that need one."""
         from distft.engine import processes
-        from distft.engine.bandwidth import Group
+        from distft.engine.bandwidth import ProbeGroup
 
         limit_s = SHORT_LIMIT_S if self._here.asked.short else LIMIT_S
         self._now = "network"
         with Deadline(self._join_s, self._stuck):
             try:
                 placed = processes.join(10 * limit_s, store=meeting.store)
-                group = Group(placed)
+                group = ProbeGroup(placed)
                 group.gather(None)
             except (MachineError, RuntimeError) as error:
                 return self._broken(error)

@@ -17,7 +17,7 @@ _OF_THE_STEP = ("data", "agree", "forward", "backward", "update", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class StartupTimes:
     """One rank's start. Its phases add up to the time since its process was started."""
 
     rank: int
@@ -56,7 +56,7 @@ class StartUp:
         if PULSE.stepped:
             return
         PULSE.stepped = True
-        mine = Start(rank=self._rank, host=socket.gethostname(), seconds=phases())
+        mine = StartupTimes(rank=self._rank, host=socket.gethostname(), seconds=phases())
         starts = self._gather(mine)
         worst = slowest(starts)
         launch = {} if self._launched_s is None else {"launch_s": round(self._launched_s, 3)}
@@ -102,7 +102,7 @@ def launched_s(env: Mapping[str, str]) -> float | None:
     return max(0.0, time.time() - age - int(began))
 
 
-def slowest(starts: Sequence[Start]) -> dict[str, Start]:
+def slowest(starts: Sequence[StartupTimes]) -> dict[str, StartupTimes]:
     """By phase, the rank that was in it longest."""
     every = dict.fromkeys(phase for start in starts for phase in start.seconds)
     return {
@@ -111,7 +111,7 @@ def slowest(starts: Sequence[Start]) -> dict[str, Start]:
     }
 
 
-def text(mine: Start, worst: Mapping[str, Start], launched: float | None) -> str:
+def text(mine: StartupTimes, worst: Mapping[str, StartupTimes], launched: float | None) -> str:
     """`first step 21.4 s after the process's start: imports 9.1, rows 0.4 (rank 3 on node2: 6.0), …`."""
     parts = []
     for phase, seconds in mine.seconds.items():

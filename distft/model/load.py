@@ -27,7 +27,7 @@ from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
 from distft.model.tensor_files import mistake
 from distft.model.towers import text_parameters
-from distft.model.weights import NoSource, RandomSource, SafetensorsSource, Source, meta_params, seed_of
+from distft.model.weights import NoSource, RandomSource, SafetensorsSource, WeightSource, meta_params, seed_of
 from distft.recipe.schema import ModelTable
 
 WRAPPER = "lm."
@@ -92,7 +92,7 @@ class MetaModel:
         self,
         module: CausalLM,
         blocks: list[nn.Module],
-        source: Source,
+        source: WeightSource,
         method: MethodSpec,
         *,
         tied: Mapping[str, tuple[str, nn.Module]],
@@ -311,5 +311,5 @@ def untrained(config: Any, kernel: str) -> Any:
     return auto_class(config).from_config(config, attn_implementation=kernel)
 
 
-def _source(table: ModelTable, folder: Path, lm: Any, seed: int, dtype: torch.dtype) -> Source:
+def _source(table: ModelTable, folder: Path, lm: Any, seed: int, dtype: torch.dtype) -> WeightSource:
     return RandomSource(lm, seed, dtype) if table.init == "random" else SafetensorsSource(folder, lm, dtype)

@@ -23,7 +23,7 @@ from distft.model.paths import VARLEN, ForwardPath, Generation, training_paths
 from distft.model.reference import NotEqualError, Reference
 from distft.model.shrink import distinct_depth, small_copies
 from distft.model.towers import text_parameters
-from distft.model.verdict import Attempt, Verdict
+from distft.model.verdict import Attempt, ProofVerdict
 
 MOST_PARAMETERS = 150_000_000
 """A copy larger than this is not built."""
@@ -38,7 +38,7 @@ def prove(
     dtype: torch.dtype,
     max_length: int,
     precision: torch.dtype | None = None,
-) -> Verdict:
+) -> ProofVerdict:
     """Find the first path whose numbers are those of transformers' own model.
 
     Args:
@@ -62,7 +62,7 @@ def prove(
             path, attempts, reason = _first_path(reference, tuple(attentions), half)
         except MachineError as error:
             path, attempts, reason = None, [], str(error)
-        return Verdict(architecture=name, path=path, attempts=tuple(attempts), reason=reason)
+        return ProofVerdict(architecture=name, path=path, attempts=tuple(attempts), reason=reason)
 
 
 def _reference(

@@ -30,7 +30,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ProofVerdict:
     """What a proof found; kept in the cache."""
 
     architecture: str
@@ -58,14 +58,14 @@ class Verdict:
         return asdict(self)
 
     @staticmethod
-    def from_json(content: dict[str, Any]) -> Verdict:
+    def from_json(content: dict[str, Any]) -> ProofVerdict:
         """Read what `to_json` gave."""
         path = content["path"]
         attempts = tuple(Attempt(**attempt) for attempt in content["attempts"])
-        return Verdict(**{**content, "path": None if path is None else ForwardPath(**path), "attempts": attempts})
+        return ProofVerdict(**{**content, "path": None if path is None else ForwardPath(**path), "attempts": attempts})
 
 
-def kept(key: str, find: Callable[[], Verdict], *, waiting: Callable[[], None] = lambda: None) -> Verdict:
+def kept(key: str, find: Callable[[], ProofVerdict], *, waiting: Callable[[], None] = lambda: None) -> ProofVerdict:
     """Return the verdict named `key` from the cache, or find it and keep it there.
 
     Of several processes that ask together one works and the others wait.
@@ -87,7 +87,7 @@ def kept(key: str, find: Callable[[], Verdict], *, waiting: Callable[[], None] =
                 part = file.with_suffix(".part")
                 part.write_text(json.dumps(find().to_json(), indent=1), encoding="utf-8")
                 part.replace(file)
-        return Verdict.from_json(json.loads(file.read_text(encoding="utf-8")))
+        return ProofVerdict.from_json(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise FileSystemError(
             f"{folder}: the proof of the model cannot be kept: {error.strerror or error}  "

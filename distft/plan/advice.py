@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 
 from distft.core.errors import DistftError
 from distft.engine.grad_dtype import error_of_bf16_sums
-from distft.plan.case import Case
+from distft.plan.case import PlanCase
 from distft.plan.setup import Machine
 
-Replan = Callable[[Sequence[str], Machine], Case]
+Replan = Callable[[Sequence[str], Machine], PlanCase]
 """(overrides "table.key=value", machine) -> the case they give."""
 
 GPU_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class RecipeChange:
     """One way to make it fit."""
 
     what: str
@@ -26,7 +26,7 @@ class Change:
     overrides: tuple[str, ...]
     """What to paste after `--set`."""
     machine: Machine
-    case: Case
+    case: PlanCase
     """Planned with it."""
     cost: float
     """Share of tokens/s per GPU that is lost; negative when it is faster."""
@@ -46,7 +46,7 @@ class Change:
         return f"{self.what}: {gib:.1f} GiB, {lost} (predicted)" + (f"\n      {sets}" if sets else "")
 
 
-def changes(case: Case, replan: Replan) -> list[Change]:
+def changes(case: PlanCase, replan: Replan) -> list[RecipeChange]:
     """Single changes, and where none is enough pairs of them, that make `case` fit, in order of their cost.
 
     Savers of memory come first, in order of tokens/s per GPU; then more GPUs; then methods that train something else.
@@ -62,7 +62,7 @@ def changes(case: Case, replan: Replan) -> list[Change]:
     return [*found, *_more_gpus(case, replan), *_methods(case, replan)]
 
 
-def _savers(case: Case) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _savers(case: PlanCase) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What costs time and leaves the training as it is (8-bit moments: nearly)."""
     setup = case.setup
     recipe, world = setup.recipe, setup.machine.world
@@ -93,15 +93,15 @@ def _savers(case: Case) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _tried(
-    case: Case, replan: Replan, what: str, overrides: tuple[str, ...], machine: Machine, *, other: bool = False
-) -> Change | None:
+    case: PlanCase, replan: Replan, what: str, overrides: tuple[str, ...], machine: Machine, *, other: bool = False
+) -> RecipeChange | None:
     """None when the recipe's rules or the engine refuse the change."""
     try:
         planned = replan(_pinned(case, overrides, machine), machine)
     except DistftError:
         return None
     before, after = case.speed.tokens_per_s_per_gpu, planned.speed.tokens_per_s_per_gpu
-    return Change(
+    return RecipeChange(
         what=what,
         overrides=overrides,
         machine=machine,
@@ -111,7 +111,7 @@ def _tried(
     )
 
 
-def _pinned(case: Case, overrides: tuple[str, ...], machine: Machine) -> tuple[str, ...]:
+def _pinned(case: PlanCase, overrides: tuple[str, ...], machine: Machine) -> tuple[str, ...]:
     """On the same machine, what `auto` chose before stays as it is, so that a change is that one change."""
     if machine != case.setup.machine:
         return overrides
@@ -123,9 +123,9 @@ def _pinned(case: Case, overrides: tuple[str, ...], machine: Machine) -> tuple[s
     return (*(f"{key}={value}" for key, value in kept.items() if key not in keys), *overrides)
 
 
-def _pairs(case: Case, replan: Replan, helpful: list[Change]) -> Iterator[Change]:
+def _pairs(case: PlanCase, replan: Replan, helpful: list[RecipeChange]) -> Iterator[RecipeChange]:
     """Two, three, … of the changes that save most, until it fits."""
-    taken: list[Change] = []
+    taken: list[RecipeChange] = []
     for change in helpful:
         tables = {override.split("=")[0] for one in taken for override in one.overrides}
         if any(override.split("=")[0] in tables for override in change.overrides):
@@ -141,7 +141,7 @@ def _pairs(case: Case, replan: Replan, helpful: list[Change]) -> Iterator[Change
             return
 
 
-def _more_gpus(case: Case, replan: Replan) -> Iterator[Change]:
+def _more_gpus(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
     """The smallest larger number of GPUs on which the recipe fits, its engine left to `auto` where one process ran."""
     machine = case.setup.machine
     overrides = ('engine={name="zero3"}',) if machine.world == 1 or case.setup.engine in ("solo", "ddp") else ()
@@ -156,7 +156,7 @@ def _more_gpus(case: Case, replan: Replan) -> Iterator[Change]:
             return
 
 
-def _methods(case: Case, replan: Replan) -> Iterator[Change]:
+def _methods(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
     """LoRA, then QLoRA: what is trained changes, so they come last."""
     now = case.setup.recipe.method.name
     for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(now, ()):

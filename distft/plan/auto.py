@@ -23,7 +23,7 @@ ROOM = 0.94
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class AutoSetup:
     """A setup and the reason for what was left open in the recipe."""
 
     setup: Setup
@@ -40,7 +40,7 @@ class Choice:
         return self.setup.checkpointing
 
 
-def for_job(recipe: Recipe, folder: Path, machine: Machine, *, wants: str, path: ForwardPath) -> Choice:
+def for_job(recipe: Recipe, folder: Path, machine: Machine, *, wants: str, path: ForwardPath) -> AutoSetup:
     """What a job on this machine runs with.
 
     Args:
@@ -67,7 +67,7 @@ def choose(
     engine: str,
     liger: bool,
     document_tokens: int | None = None,
-) -> Choice:
+) -> AutoSetup:
     """The recipe's own values, and for `auto` the pair that is predicted to be fastest among those that fit.
 
     When nothing fits, what needs least: one sequence, and full checkpointing. `document_tokens`: see `Setup`.
@@ -94,7 +94,7 @@ def choose(
 
     setups = [setup_of(size, mode) for mode in modes for size in micros]
     if len(setups) == 1:
-        return Choice(setup=setups[0], reason="as the recipe says")
+        return AutoSetup(setup=setups[0], reason="as the recipe says")
     best: tuple[float, Setup] | None = None
     for mode in modes:
         for setup in (one for one in setups if one.checkpointing == mode):  # large micro-batches first
@@ -106,12 +106,12 @@ def choose(
                 best = (fast, setup)
             break
     if best is None:
-        return Choice(
+        return AutoSetup(
             setup=setups[-1],
             reason=f"nothing fits {limit / GIB:.1f} GiB ({ROOM:.0%} of the device): the smallest there is",
         )
     rate, setup = best
-    return Choice(
+    return AutoSetup(
         setup=setup,
         reason=f"fastest that fits {limit / GIB:.1f} GiB ({ROOM:.0%} of the device): "
         f"{rate / machine.world:,.0f} tokens/s per GPU predicted",

@@ -14,7 +14,7 @@ from distft.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class PlanCase:
     """What is predicted for one setup."""
 
     setup: Setup
@@ -106,7 +106,7 @@ def plan(
     liger: bool | None = None,
     wants: str = "",
     document_tokens: int | None = None,
-) -> Case:
+) -> PlanCase:
     """The recipe on the machine, with what it leaves to `auto` chosen.
 
     Args:
@@ -125,7 +125,7 @@ def plan(
     fused = has_liger() if liger is None else liger
     chosen = auto.choose(recipe, inventory, machine, engine=engine, liger=fused, document_tokens=document_tokens)
     held = memory.of_setup(inventory, chosen.setup)
-    return Case(
+    return PlanCase(
         setup=chosen.setup,
         parameters=inventory.total,
         trained=inventory.trained,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distft.plan.case import Case
+from distft.plan.case import PlanCase
 
 MOST = 2**24
 """Where doubling stops: no model has sequences of more tokens, no micro-batch more rows."""
@@ -17,16 +17,16 @@ class Limit:
 
     what: str
     value: int
-    case: Case | None
+    case: PlanCase | None
     """Planned with that value; None when not even the smallest fits."""
 
 
-def largest(what: str, planned: Callable[[int], Case], *, step: int) -> Limit:
+def largest(what: str, planned: Callable[[int], PlanCase], *, step: int) -> Limit:
     """The largest multiple of `step` for which the case fits: doubled until it does not, then bisected.
 
     `planned` must not fit less for smaller values.
     """
-    best: Case | None = None
+    best: PlanCase | None = None
     low, high = 0, step
     while high <= MOST:
         case = planned(high)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from distft.core.registry import Params
 from distft.recipe.evaluation import AnswersTable
 from distft.recipe.explain import did_you_mean
-from distft.recipe.origin import Fault
+from distft.recipe.origin import RecipeMistake
 from distft.recipe.schema import Recipe, Registries
 from distft.recipe.text import toml_value
 
@@ -38,7 +38,7 @@ _OF_WRITING = ("max_new_tokens", "temperature", "top_p", "stop")
 _NOT_OF_TASKS = ("format", "split", "subset", "columns", "prompt", "reference", "scores", *_OF_WRITING)
 
 
-def names_are_plain_and_distinct(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def names_are_plain_and_distinct(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """A set's name is the name of its files, and the first half of its figures'."""
     seen: set[str] = set()
     for at, one in enumerate(recipe.eval.answers):
@@ -46,13 +46,13 @@ def names_are_plain_and_distinct(recipe: Recipe, _: Registries) -> Iterator[Faul
         if not _NAME.fullmatch(one.name) or one.name in ("summary", "held_out"):
             safe = re.sub(r"[^A-Za-z0-9_-]+", "-", one.name).strip("-")[:60]
             message = "must be up to 60 letters, digits, dashes and underscores, and not summary or held_out"
-            yield Fault(key=key, message=message, fix=f"try {toml_value(safe)}" if safe else "")
+            yield RecipeMistake(key=key, message=message, fix=f"try {toml_value(safe)}" if safe else "")
         elif one.name in seen:
-            yield Fault(key=key, message="is the name of an earlier set", fix="name each set differently")
+            yield RecipeMistake(key=key, message="is the name of an earlier set", fix="name each set differently")
         seen.add(one.name)
 
 
-def answers_have_rows(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+def answers_have_rows(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """Rows come from a path of the set's own, or from the held-out rows."""
     formats = ["auto", *registries.formats]
     trained = {(source.path, source.subset, source.split) for source in recipe.data.train}
@@ -60,66 +60,74 @@ def answers_have_rows(recipe: Recipe, registries: Registries) -> Iterator[Fault]
         where = ("eval", "answers", at)
         if one.path is None:
             if not recipe.data.eval:
-                yield Fault(
+                yield RecipeMistake(
                     key=(*where, "path"), message="is required without a [[data.eval]] source", also=(("data", "eval"),)
                 )
             for key in ("format", "split", "subset", "columns"):
                 if _is_set(one, key):
-                    yield Fault(key=(*where, key), message="has no effect without path", fix="remove it, or add path")
+                    yield RecipeMistake(
+                        key=(*where, key), message="has no effect without path", fix="remove it, or add path"
+                    )
         elif one.path == TASK:
-            yield Fault(key=(*where, "path"), message="names no task", fix='for example "lm-eval:gsm8k"')
+            yield RecipeMistake(key=(*where, "path"), message="names no task", fix='for example "lm-eval:gsm8k"')
         elif one.path.startswith(SPOT) and one.path not in SPOT_SETS:
             message = f"is no set of the project's{did_you_mean(one.path, list(SPOT_SETS))}"
-            yield Fault(key=(*where, "path"), message=message, fix=f"allowed: {', '.join(SPOT_SETS)}, or rows of yours")
+            yield RecipeMistake(
+                key=(*where, "path"), message=message, fix=f"allowed: {', '.join(SPOT_SETS)}, or rows of yours"
+            )
         elif (one.path, one.subset, one.split) in trained:
-            yield Fault(
+            yield RecipeMistake(
                 key=(*where, "path"),
                 message="is also trained on, in [[data.train]]",
                 fix="ask about rows that are not trained",
             )
         if one.format not in formats:
             message = f"unknown format{did_you_mean(one.format, formats)}"
-            yield Fault(key=(*where, "format"), message=message, fix=f"allowed: {', '.join(formats)}")
+            yield RecipeMistake(key=(*where, "format"), message=message, fix=f"allowed: {', '.join(formats)}")
         elif one.format == "text":
-            yield Fault(
+            yield RecipeMistake(
                 key=(*where, "format"),
                 message="is plain text, which asks nothing",
                 fix="its loss is measured as [[data.eval]]",
             )
 
 
-def questions_are_found_one_way(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def questions_are_found_one_way(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """A row is of a data format, or its columns are named."""
     for at, one in enumerate(recipe.eval.answers):
         where = ("eval", "answers", at)
         if one.num_fewshot is not None and not is_task(one):
-            yield Fault(key=(*where, "num_fewshot"), message="has no effect but on tasks of lm-eval", fix="remove it")
+            yield RecipeMistake(
+                key=(*where, "num_fewshot"), message="has no effect but on tasks of lm-eval", fix="remove it"
+            )
         if is_task(one):
             for key in _NOT_OF_TASKS:
                 if _is_set(one, key):
-                    yield Fault(key=(*where, key), message=f"has no effect: {one.path} says it itself", fix="remove it")
+                    yield RecipeMistake(
+                        key=(*where, key), message=f"has no effect: {one.path} says it itself", fix="remove it"
+                    )
         elif one.prompt is None:
             for key, is_set in (
                 ("reference", one.reference is not None),
                 ("ask_as", one.ask_as != "auto" and not _is_spot(one)),
             ):
                 if is_set:
-                    yield Fault(
+                    yield RecipeMistake(
                         key=(*where, key),
                         message="has no effect without prompt",
                         fix="name the column of the question, or remove it",
                     )
         elif one.format != "auto":
-            yield Fault(
+            yield RecipeMistake(
                 key=(*where, "prompt"), message="cannot be set together with format", fix="remove one of the two"
             )
         elif _is_spot(one):
-            yield Fault(
+            yield RecipeMistake(
                 key=(*where, "prompt"), message=f"has no effect on {one.path}, whose columns are known", fix="remove it"
             )
 
 
-def answers_are_scored(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+def answers_are_scored(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """Each score once, no two figures of one name, and settings that the scores make use of."""
     for at, one in enumerate(recipe.eval.answers):
         where = ("eval", "answers", at)
@@ -127,12 +135,12 @@ def answers_are_scored(recipe: Recipe, registries: Registries) -> Iterator[Fault
             continue
         if not one.scores and not _is_spot(one):
             fix = f'allowed: {", ".join(registries.scores)}  for example: scores = [{{ name = "exact_match" }}]'
-            yield Fault(key=(*where, "scores"), message="is required: what makes an answer right?", fix=fix)
+            yield RecipeMistake(key=(*where, "scores"), message="is required: what makes an answer right?", fix=fix)
         owner: dict[str, str] = {}
         for number, (name, params) in enumerate(_parts(one, registries)):
             for figure in registries.scores[name].figures(params):
                 if figure.name in owner:
-                    yield Fault(
+                    yield RecipeMistake(
                         key=(*where, "scores", number),
                         message=f'gives "{figure.name}", which {owner[figure.name]} of this set gives already',
                         fix="put it into a second set",
@@ -143,21 +151,21 @@ def answers_are_scored(recipe: Recipe, registries: Registries) -> Iterator[Fault
         if list(_parts(one, registries)) and not written:
             for key in _OF_WRITING:
                 if _is_set(one, key):
-                    yield Fault(
+                    yield RecipeMistake(
                         key=(*where, key),
                         message="has no effect: these scores weigh choices, nothing is written",
                         fix="remove it",
                     )
         elif one.temperature == 0 and _is_set(one, "top_p"):
-            yield Fault(
+            yield RecipeMistake(
                 key=(*where, "top_p"), message="has no effect with temperature = 0", fix="remove it, or set temperature"
             )
 
 
-def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """The figure that decides must exist, be measured during training, and decide something."""
     if recipe.train.load_best and not recipe.checkpoint.best:
-        yield Fault(
+        yield RecipeMistake(
             key=("train", "load_best"),
             message="needs the best state to be kept",
             fix="set [checkpoint] best = true",
@@ -176,7 +184,7 @@ def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[Faul
             owners[by] = at
     if by not in owners:
         known = [EVAL_LOSS, *owners]
-        yield Fault(
+        yield RecipeMistake(
             key=key,
             message=f"is measured nowhere{did_you_mean(by, known)}",
             fix=f"allowed: {', '.join(known)}",
@@ -184,14 +192,14 @@ def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[Faul
         )
         return
     if not (recipe.checkpoint.best or recipe.eval.early_stop):
-        yield Fault(
+        yield RecipeMistake(
             key=key,
             message="decides nothing",
             fix="set [checkpoint] best = true or [eval] early_stop, or remove it",
             also=also,
         )
     if recipe.eval.answers[owners[by]].every_steps is None:
-        yield Fault(
+        yield RecipeMistake(
             key=key,
             message="is not measured during training",
             fix=f'set every_steps in the set "{recipe.eval.answers[owners[by]].name}"',

@@ -13,7 +13,7 @@ from distft.report.page import footer, skip
 from distft.report.results import picture, verdict
 from distft.report.setup import money
 from distft.report.tables import fold, missing, section, table
-from distft.run_record import Result, RunRecord, number
+from distft.run_record import EvalFigure, RunRecord, number
 
 _IGNORED = ("name", "output_dir")
 
@@ -185,7 +185,7 @@ def _quality(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]
         )
 
 
-def _figure(kind: Result, found: Sequence[Result | None], called: Sequence[str]) -> Html:
+def _figure(kind: EvalFigure, found: Sequence[EvalFigure | None], called: Sequence[str]) -> Html:
     bounds = [
         number(told.get(at))
         for one in found
@@ -212,11 +212,11 @@ def _called(at: int, name: str) -> Html:
     return h("span", sign(at), f" {name}", class_="nowrap")
 
 
-def _of(run: RunRecord, key: str) -> Result | None:
+def _of(run: RunRecord, key: str) -> EvalFigure | None:
     return next((one for one in run.results if _key(one) == key), None)
 
 
-def _cell(one: Result | None) -> str:
+def _cell(one: EvalFigure | None) -> str:
     return words.NOTHING if one is None else words.interval(one, one.tuned)
 
 
@@ -225,7 +225,7 @@ def _same_held_out(runs: Sequence[RunRecord]) -> bool:
     return len({str((run.manifest.get("data") or {}).get("eval", "")) for run in runs} - {""}) <= 1
 
 
-def _tuned(one: Result | None) -> float | None:
+def _tuned(one: EvalFigure | None) -> float | None:
     return None if one is None else number((one.tuned or {}).get("value"))
 
 
@@ -322,7 +322,7 @@ def _flat(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
         yield at, str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _shared(runs: Sequence[RunRecord]) -> list[Result]:
+def _shared(runs: Sequence[RunRecord]) -> list[EvalFigure]:
     """Figures that every run has of the same rows, in the first run's order."""
     keys = [{_key(one) for one in run.results if _tuned(one) is not None} for run in runs]
     return [one for one in runs[0].results if _same(runs, one.name) and all(_key(one) in known for known in keys)]
@@ -333,5 +333,5 @@ def _same(runs: Sequence[RunRecord], name: str) -> bool:
     return len({run.rows_sha256(name) for run in runs} - {""}) <= 1
 
 
-def _key(one: Result) -> str:
+def _key(one: EvalFigure) -> str:
     return f"{one.name}, {one.title}"

@@ -11,7 +11,7 @@ from distft.report import words
 from distft.report.charts import whisker
 from distft.report.html import Html, h
 from distft.report.tables import missing, table
-from distft.run_record import Result, RunRecord, number
+from distft.run_record import EvalFigure, RunRecord, number
 
 SHOWN = 20
 """Rows that got worse, of each set."""
@@ -45,7 +45,7 @@ def results(run: RunRecord) -> Iterator[Html]:
     yield from _regressions(run)
 
 
-def verdict(result: Result) -> Html | str:
+def verdict(result: EvalFigure) -> Html | str:
     """In colour, and by a shape for those who do not see it."""
     change = result.change or {}
     bounds = (change.get("difference") or {}).get("low")
@@ -55,7 +55,7 @@ def verdict(result: Result) -> Html | str:
     return h("span", text, class_=f"verdict {kind}")
 
 
-def _scores(found: Sequence[Result]) -> Html:
+def _scores(found: Sequence[EvalFigure]) -> Html:
     heads = ("rows", "score", "(picture)", "before", "after", "change", "verdict")
     body = []
     for one in found:
@@ -86,7 +86,7 @@ def _p_value(change: Any) -> Html | None:
     return h("span", f" {test['gained']} gained, {test['lost']} lost{told}", class_="under")
 
 
-def picture(one: Result, style: int = 1, scale: tuple[float, float] | None = None) -> Html | None:
+def picture(one: EvalFigure, style: int = 1, scale: tuple[float, float] | None = None) -> Html | None:
     """Before above after, on a scale from 0 to 1 where both lie in it."""
     marks = []
     for told, of in ((one.before, 0), (one.tuned, style)):
@@ -137,12 +137,12 @@ def _regressions(run: RunRecord) -> Iterator[Html]:
             yield _row(one, row, old.get(row), new.get(row), opened=at == 0 and place < _OPEN)
 
 
-def _mark(one: Result, value: Any) -> str:
+def _mark(one: EvalFigure, value: Any) -> str:
     known = number(value)
     return words.of(one, value) if not one.binary or known not in (0, 1) else "right" if known else "wrong"
 
 
-def _row(one: Result, row: str, old: Any, new: Any, *, opened: bool) -> Html:
+def _row(one: EvalFigure, row: str, old: Any, new: Any, *, opened: bool) -> Html:
     told = [_mark(one, ((said or {}).get("scores") or {}).get(one.figure)) for said in (old, new)]
     summary = h("summary", h("strong", row), " ", h("span", f"{told[0]} \u2192 {told[1]}", class_="soft nowrap"))
     if old is None and new is None:

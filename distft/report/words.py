@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from distft.run_record import Result, number
+from distft.run_record import EvalFigure, number
 
 NOTHING = "–"
 
@@ -68,13 +68,13 @@ def moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def of(result: Result, value: Any) -> str:
+def of(result: EvalFigure, value: Any) -> str:
     """A value of this figure: shares in percent."""
     known = number(value)
     return percent(known) if result.binary else figure(known)
 
 
-def interval(result: Result, told: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+def interval(result: EvalFigure, told: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     """`88.1 % [81.0, 93.0]`, to be broken before its bounds alone; without bounds where there are none."""
     if told is None:
         return NOTHING

@@ -36,7 +36,7 @@ class Regression:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class PairedComparison:
     """One figure, before and after."""
 
     figure: Figure
@@ -74,7 +74,7 @@ class Change:
 
 def compare(
     before: Scored, after: Scored, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[Change, ...]:
+) -> tuple[PairedComparison, ...]:
     """Every figure of one score, before and after, on the same rows in the same order.
 
     Raises:
@@ -126,13 +126,13 @@ def regressions(
     return tuple(sorted(found, key=lambda one: (-one.worse_by, one.index)))
 
 
-def _change(figure: Figure, before: Scored, after: Scored, options: dict[str, Any]) -> Change:
+def _change(figure: Figure, before: Scored, after: Scored, options: dict[str, Any]) -> PairedComparison:
     first, second = interval(before, figure, **options), interval(after, figure, **options)
     if not figure.per_row:
         gap = _bare(second.value - first.value, second.num_rows, options["confidence"])
-        return Change(figure=figure, before=first, after=second, difference=gap, mcnemar=None, regressions=())
+        return PairedComparison(figure=figure, before=first, after=second, difference=gap, mcnemar=None, regressions=())
     old, new = before.rows[figure.name], after.rows[figure.name]
-    return Change(
+    return PairedComparison(
         figure=figure,
         before=first,
         after=second,

@@ -9,12 +9,12 @@ from distft import assemble
 from distft.core.accelerators import GIB, named
 from distft.core.errors import RecipeError
 from distft.plan import auto, memory
-from distft.plan.auto import ROOM, Choice
+from distft.plan.auto import ROOM, AutoSetup
 from distft.plan.machine import of_size
 from distft.plan.setup import Machine
 
 
-def choose(model: Path, gib: float, *overrides: str) -> Choice:
+def choose(model: Path, gib: float, *overrides: str) -> AutoSetup:
     recipe = recipe_of(model, 'method.name="lora"', *overrides)
     machine = Machine(gpu=of_size(gib), gpus_per_node=1)
     return auto.choose(recipe, read(recipe), machine, engine="ddp", liger=False)

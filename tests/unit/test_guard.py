@@ -5,7 +5,7 @@ import pytest
 from distft.core.errors import NumericError
 from distft.core.pulse import PULSE
 from distft.core.types import StepReport, TrainState
-from distft.guard import Guard, RollBack
+from distft.guard import DivergenceGuard, RollBack
 from distft.recipe.schema import GuardTable, SpikeParams, StragglerParams
 from distft.watch.straggler import Timing, slow_rank, slowest
 
@@ -22,7 +22,7 @@ class Told:
     def __init__(self, **table) -> None:
         self.said: list[str] = []
         self.events: list[tuple[str, dict]] = []
-        self.guard = Guard(
+        self.guard = DivergenceGuard(
             GuardTable(**table), Alone(), say=self.said.append, note=lambda name, **f: self.events.append((name, f))
         )
         self.state = TrainState()

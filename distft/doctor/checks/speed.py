@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, names, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, names, ok, warn
 
 FACTOR = 1.5
 
@@ -21,7 +21,7 @@ def look(here: Here) -> Facts:
     return {"ms": 1000 * timing.probe_s, "device": str(device)}
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """Nobody is much slower than the others."""
     times = sorted(one.facts["ms"] for one in seen)
     usual = times[(len(times) - 1) // 2]

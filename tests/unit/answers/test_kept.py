@@ -17,8 +17,8 @@ from distft.answers.build import exams
 from distft.answers.exam import RowsExam, Scoring, Taken
 from distft.answers.record import Records, perplexity
 from distft.answers.summary import summary, write_summary
-from distft.answers.words import Writing, Written
-from distft.best import Best
+from distft.answers.words import Completion, Writing
+from distft.best import BestTracker
 from distft.core.errors import DataError
 from distft.core.types import TrainState
 from distft.data.questions import Question
@@ -42,7 +42,7 @@ class Said:
 
     def write(self, prompts, how):
         self.asked += 1
-        return [Written(text=text, num_tokens=len(text), ended=True) for text in self.texts]
+        return [Completion(text=text, num_tokens=len(text), ended=True) for text in self.texts]
 
     def weigh(self, pairs, batch_size=None):
         self.asked += 1
@@ -191,7 +191,7 @@ def test_a_mistake_in_a_row_ends_the_run_in_words() -> None:
 
 @pytest.mark.parametrize(("higher", "wanted"), [(True, 3), (False, 2)])
 def test_the_figure_that_decides_has_a_direction(higher: bool, wanted: int) -> None:
-    best = Best(keep=True, patience=2, by="set.f1", higher_is_better=higher)
+    best = BestTracker(keep=True, patience=2, by="set.f1", higher_is_better=higher)
     said = [best.see(TrainState(step=step), {"set.f1": value}) for step, value in enumerate((0.3, 0.1, 0.7, 0.5), 1)]
     assert best.step == wanted
     assert said[wanted - 1] == {"step": wanted, "set.f1": {3: 0.7, 2: 0.1}[wanted]}

@@ -7,11 +7,11 @@ import pytest
 from bench_kit import cases, wanted
 
 from distft.bench import facts
-from distft.bench.cases import Case, grid
+from distft.bench.cases import BenchCase, grid
 from distft.core.errors import RecipeError
 
 
-def only(folder: Path, *overrides: str, **asked: object) -> Case:
+def only(folder: Path, *overrides: str, **asked: object) -> BenchCase:
     (case,) = cases(folder, **{"overrides": overrides} | asked)
     return case
 

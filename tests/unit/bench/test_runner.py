@@ -13,7 +13,7 @@ from bench_kit import became, cases
 from harness import until
 
 from distft.bench import launch
-from distft.bench.cases import Case
+from distft.bench.cases import BenchCase
 from distft.bench.runner import Runner
 
 
@@ -24,7 +24,7 @@ class Fake:
         self.ran: list[str] = []
         self._dies_at, self._outcome = dies_at, outcome
 
-    def __call__(self, case: Case, folder: Path) -> dict[str, Any]:
+    def __call__(self, case: BenchCase, folder: Path) -> dict[str, Any]:
         if len(self.ran) == self._dies_at:
             raise KeyboardInterrupt
         self.ran.append(case.key)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from distft.cluster.verdict import Ended, Phase, Then, judge, read_exit, record_of
+from distft.cluster.verdict import JobEnd, Phase, Then, judge, read_exit, record_of
 
 SAVED = {"code": 75, "reason": "preempted: stopped by SIGUSR1 after step 7; the state is saved", "step": 7}
-PREEMPTED = Ended(
+PREEMPTED = JobEnd(
     status=75, record=SAVED, asked=True, stop_file=False, phase=Phase.RUNNING, stalled=1, max_stalled=3
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from distft.core import host
 from distft.core.pulse import PULSE
 from distft.core.types import StepReport, TrainState
 from distft.metrics import startup
-from distft.metrics.startup import Start, StartUp, launched_s, phases, slowest, text
+from distft.metrics.startup import StartUp, StartupTimes, launched_s, phases, slowest, text
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +19,8 @@ def begun():
     PULSE.begin()
 
 
-def start(rank: int, **seconds: float) -> Start:
-    return Start(rank=rank, host=f"node{rank // 2}", seconds=seconds)
+def start(rank: int, **seconds: float) -> StartupTimes:
+    return StartupTimes(rank=rank, host=f"node{rank // 2}", seconds=seconds)
 
 
 def test_phases_add_up_to_the_age_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from distft.core.errors import RecipeError
 from distft.model import attention, cross_entropy, load, proof, reference
 from distft.model.paths import SINGLE, VARLEN
 from distft.model.proving import path_of, verdict_on
-from distft.model.verdict import Verdict
+from distft.model.verdict import ProofVerdict
 from distft.recipe import ModelTable
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def proven(
     config: Any, *, wanted: str = "auto", max_length: int = 256, precision: torch.dtype | None = None
-) -> Verdict:
+) -> ProofVerdict:
     attention.register()
     names = proof.attentions(wanted, CPU, torch.float32)
     given: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "max_length": max_length, "precision": precision}
