@@ -1,4 +1,4 @@
-"""Answers per second: `distft.answers` against transformers' own batched `generate`, on the same rows, greedy.
+"""Answers per second: `distft.evaluation` against transformers' own batched `generate`, on the same rows, greedy.
 
 usage: python benchmarks/answers.py MODEL_FOLDER ROWS.jsonl COLUMN [--rows N] [--new-tokens N] [--rounds N]
 
@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from distft.answers.batches import MAX_ROWS
-from distft.answers.speaker import Speaker
-from distft.answers.words import Prompt, Writing
-from distft.core.pulse import PULSE
+from distft.core.phase import PULSE
 from distft.core.types import UpdateRule
 from distft.data.render import load_renderer
 from distft.data.samples import PromptCompletion
 from distft.engine import processes
 from distft.engine.solo import SoloEngine
+from distft.generation.batching import MAX_ROWS
+from distft.generation.completion import Prompt, Writing
+from distft.generation.generator import Speaker
 from distft.model import load
 from distft.model.adapters import METHODS
 from distft.recipe import ModelTable

@@ -44,7 +44,7 @@ def stat(path):
 files._path_stat = stat
 sys.addaudithook(lambda event, given: opened.add(str(given[0])) if event == "open" else None)
 sys.argv = json.loads(sys.argv[1])
-from distft.core.leave import leave
+from distft.core.hard_exit import leave
 from distft.job import main
 code = main(sys.argv[1:])
 roots = tuple(sys.path[1:]) + (sys.prefix, sys.base_prefix)
@@ -169,7 +169,7 @@ def collectives(asked: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
     import torch.distributed as dist
 
-    from distft.engine.doubling import summed
+    from distft.engine.recursive_doubling import summed
 
     def timed(repeat: int, work: Callable[[], object]) -> dict[str, float]:
         took = []
@@ -207,8 +207,8 @@ def _slope(rows: list[dict[str, Any]], key: str) -> float:
 def records(asked: argparse.Namespace) -> dict[str, Any]:
     """The watch's files: what is written each beat, and what looking at all of them costs when nobody gets on."""
     from distft.core import host
-    from distft.watch.records import PLACE, SIZE, Board, Record
-    from distft.watch.watchdog import MAX_BEAT_S
+    from distft.health.heartbeat import PLACE, SIZE, Board, Record
+    from distft.health.watchdog import MAX_BEAT_S
 
     with tempfile.TemporaryDirectory() as text:
         boards = [Board(Path(text), rank) for rank in range(RANKS)]

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def facts() -> dict[str, Any]:
     """Date, commit, hardware and versions."""
-    from distft.bench.facts import code, hardware
-    from distft.core.surroundings import versions
+    from distft.bench.provenance import code, hardware
+    from distft.core.environment import versions
 
     built = code()
     commit = f"{str(built['commit'])[:9]}{'+changes' if built['dirty'] else ''}"
@@ -101,8 +101,8 @@ class Run:
         from distft import assemble
         from distft.best import BestTracker
         from distft.catalog import REGISTRIES
-        from distft.core.given import Every
         from distft.core.log import quiet_libraries
+        from distft.core.protocols import Every
         from distft.demo.files import locate
         from distft.engine import processes
         from distft.guard import DivergenceGuard
@@ -128,7 +128,7 @@ class Run:
             DivergenceGuard(recipe.guard, self.engine, say=quiet, note=folder.note),
             BestTracker(keep=False, patience=None),
         )
-        checkpoints, self.state, _ = assemble.checkpoints(
+        checkpoints, self.state, _ = assemble.open_checkpoints(
             recipe,
             located,
             folder,

@@ -61,7 +61,7 @@ def launched(world: int, methods: list[str]) -> list[dict[str, Any]]:
 
 def work(folder: Path, methods: list[str]) -> None:
     """One rank of a launch."""
-    from distft.core.leave import leave
+    from distft.core.hard_exit import leave
     from distft.engine import deepspeed, processes
 
     deepspeed.BUCKET_ELEMENTS = BUCKET

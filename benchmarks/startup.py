@@ -26,7 +26,7 @@ LISTED = """
 import json, sys
 from pathlib import Path
 sys.argv = json.loads(sys.argv[1])
-from distft.core.leave import leave
+from distft.core.hard_exit import leave
 from distft.job import main
 code = main(sys.argv[1:])
 def kept(name, module):

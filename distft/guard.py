@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import NumericError
-from distft.core.pulse import PULSE
-from distft.watch.straggler import Pace, slowest
-from distft.watch.tempo import Metronome
+from distft.core.phase import PULSE
+from distft.health.slowdown import Metronome
+from distft.health.straggler import Pace, slowest
 
 if TYPE_CHECKING:
     from distft.core.types import Engine, StepReport, TrainState

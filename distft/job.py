@@ -14,33 +14,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from distft import assemble, fits
+from distft import assemble, compatibility
 from distft.catalog import REGISTRIES
 from distft.core.ending import exit_code, reason, report_error
 from distft.core.errors import DONE, BusyError, MachineError, PeerEnded, Preempted
-from distft.core.leave import keep, promise
+from distft.core.hard_exit import keep, promise
 from distft.core.log import quiet_libraries
-from distft.core.pulse import PULSE
+from distft.core.phase import PULSE
 from distft.core.stop import STOP
 from distft.core.types import TrainState
 from distft.demo.files import locate
 from distft.recipe import Recipe, load_recipe
-from distft.recipe.text import toml_value
+from distft.recipe.toml_text import toml_value
 from distft.resume import Resume
 from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from distft.answers.exam import Exam
     from distft.best import BestTracker
     from distft.checkpoint.lock import RunLock
     from distft.core.types import Engine
     from distft.engine.processes import Processes
+    from distft.evaluation.eval_sets import Exam
+    from distft.evaluator import Looks
     from distft.guard import DivergenceGuard
-    from distft.looks import Looks
+    from distft.health.watchdog import Watch
     from distft.metrics import RunFacts
     from distft.objectives.spec import Objective
     from distft.resume import CheckpointManager
-    from distft.watch.watchdog import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
     from distft.checkpoint.lock import RunLock
     from distft.engine import processes
     from distft.engine.determinism import deterministic, expandable_segments
-    from distft.watch.watchdog import Watch
+    from distft.health.watchdog import Watch
 
     expandable_segments()
     quiet_libraries()
@@ -101,7 +101,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
         STOP.watch(folder.path / "STOP")
         try:
             PULSE.at("rows")
-            fits.refuse_misfits(located)
+            compatibility.refuse_misfits(located)
             cut = assemble.layout(recipe, world, say)
             say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
             rows, asked = assemble.data(located, cut, rank, world, say), assemble.exams(located, say)
@@ -140,7 +140,7 @@ class _Run:
 
     def to_its_end(self) -> TrainState:
         """Join, train, export."""
-        from distft.engine import flight, processes
+        from distft.engine import flight_recorder, processes
 
         PULSE.at("fetch")
         assemble.fetch(self.located)
@@ -149,7 +149,7 @@ class _Run:
         traces = self.folder.path / "ranks"
         placed = processes.join(timeout_s=60 + 2 * self.recipe.guard.hang_timeout_s, record_in=traces)
         self.group.callback(processes.leave, placed)
-        self.watch.on(str(placed.device), lambda: flight.write(traces, placed.rank))
+        self.watch.on(str(placed.device), lambda: flight_recorder.write(traces, placed.rank))
         engine = assemble.open_engine(self.recipe, placed, self.say)
         self.group.callback(engine.close)
         keep(engine)
@@ -171,7 +171,7 @@ class _Run:
         facts = assemble.manifest(recipe, self.located, model, engine, placed, self.cut, self.rows)
         guard = DivergenceGuard(recipe.guard, engine, say=self.say, note=self.folder.note)
         best = assemble.best(recipe, self.asked)
-        checkpoints, state, reader = assemble.checkpoints(
+        checkpoints, state, reader = assemble.open_checkpoints(
             recipe,
             self.located,
             self.folder,
@@ -255,7 +255,7 @@ class _Run:
 
     def _too_large(self, error: RuntimeError | MemoryError, world: int) -> MachineError | None:
         """Memory ran out: where, and what to change; None for any other error."""
-        from distft.core.memory import held, is_out_of_memory
+        from distft.core.out_of_memory import held, is_out_of_memory
 
         if not is_out_of_memory(error):
             return None
@@ -267,7 +267,7 @@ class _Run:
         return MachineError(f"{short}\n{advice}{hint}")
 
     def _rehearse(self, engine: Engine, objective: Objective) -> None:
-        from distft.rehearsal import rehearse
+        from distft.memory_preflight import rehearse
 
         worst = assemble.worst(self.recipe, self.cut, self.rows)
         self.say(f"rehearsal: a step of {worst.sequences} x {worst.longest:,} tokens")
@@ -291,7 +291,7 @@ class _Run:
         Raises:
             Preempted: asked to stop; the state is saved.
         """
-        from distft.core.given import Every
+        from distft.core.protocols import Every
         from distft.loop import fit
 
         recipe, state, steps, when = self.recipe, facts.start, self.rows.steps, self.recipe.eval

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from distft.core.given import Best, Checkpoints, Every, Guard, StepSource
-from distft.core.pulse import PULSE
+from distft.core.phase import PULSE
+from distft.core.protocols import Best, Checkpoints, Every, Guard, StepSource
 from distft.core.types import Engine, TrainState
 from distft.metrics import Meters
 from distft.objectives.spec import Objective

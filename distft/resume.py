@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distft.core.errors import CheckpointError, DataError, NumericError
-from distft.core.pulse import PULSE
+from distft.core.phase import PULSE
 
 if TYPE_CHECKING:
     from distft.checkpoint.commit import Saved

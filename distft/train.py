@@ -4,7 +4,7 @@ From Python it is `from distft import train`, a function: importing this module 
 """
 
 from distft.core import faults
-from distft.core.leave import leave
+from distft.core.hard_exit import leave
 from distft.core.stop import STOP
 
 if __name__ == "distft.train":

@@ -31,7 +31,7 @@ def case(
         OutOfTime: it took longer than there was.
         StepFailed: it ended otherwise.
     """
-    from distft.bench import cases, launch
+    from distft.bench import case_launcher, cases
     from distft.bench.planned import Planning, peak_bytes, planned_peak
     from distft.bench.runner import Runner
 
@@ -47,7 +47,7 @@ def case(
 
     def run(one: cases.BenchCase, folder: Path) -> dict[str, Any]:
         module = ("-m", "benchmarks.first_hour.case", change)
-        return launch.run_case(one, folder, timeout_s=timeout, module=module)
+        return case_launcher.run_case(one, folder, timeout_s=timeout, module=module)
 
     record = Runner(context.work / "bench" / change, run, lambda line: None).record(only)
     if record["outcome"] == "memory":

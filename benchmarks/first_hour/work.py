@@ -131,14 +131,14 @@ def out_of_memory(told: Told) -> Told:
     import transformers.models.llama.modeling_llama  # noqa: F401  # before there is a limit
 
     from distft import job
-    from distft.bench import memory
-    from distft.core.leave import leave
+    from distft.bench import memory_meter
+    from distft.core.hard_exit import leave
 
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(told["limit_bytes"] / torch.cuda.mem_get_info()[1])
     else:
-        gib = (memory.host()["data_bytes"] + told["limit_bytes"]) / 2**30
-        memory.set_limit(gib)
+        gib = (memory_meter.host()["data_bytes"] + told["limit_bytes"]) / 2**30
+        memory_meter.set_limit(gib)
     leave(job.main([told["recipe"], *told["arguments"]]))
 
 
@@ -279,7 +279,7 @@ TASKS: dict[str, Callable[[Told], Told]] = {
 
 
 def main(argv: list[str]) -> None:
-    from distft.core.leave import leave
+    from distft.core.hard_exit import leave
 
     task, told, found = argv
     said = TASKS[task](json.loads(Path(told).read_text(encoding="utf-8")))

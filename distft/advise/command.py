@@ -15,7 +15,7 @@ from distft.core.errors import DONE, DistftError, FileSystemError, Problem, Reci
 from distft.core.registry import nearest
 
 if TYPE_CHECKING:
-    from distft.care import CareReport
+    from distft.data_quality import CareReport
 
 _SOMEWHERE = "data/train.jsonl"
 
@@ -147,7 +147,7 @@ def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack)
     from distft.plan.machine import read_machine
     from distft.plan.source import config_folder
     from distft.recipe import parse_recipe
-    from distft.recipe.text import toml_value
+    from distft.recipe.toml_text import toml_value
 
     machine = read_machine(options.gpu, options.gpus, options.nodes) if options.gpu else None
     least = f'name = "x"\n[model]\npath = {toml_value(options.model)}\n[[data.train]]\npath = "x"\n'
@@ -168,9 +168,9 @@ def _look(options: argparse.Namespace) -> tuple[CareReport | None, str]:
     """What is in the rows, and their format; (None, "") without --data."""
     if options.data is None:
         return None, ""
-    from distft.care import examine
-    from distft.data.cache import cache_folder
+    from distft.data.prepared_folder import cache_folder
     from distft.data.sources import decide_format, find
+    from distft.data_quality import examine
     from distft.demo import locate_path
     from distft.recipe import DataTable
 

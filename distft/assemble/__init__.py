@@ -1,9 +1,8 @@
 """Each part of a run made from its table of the recipe, for `distft.job` to put together in order."""
 
-from distft.assemble.answers import best, exams, looks, renderer
-from distft.assemble.keeping import checkpoints, export, saved_shapes
-from distft.assemble.origins import remember
-from distft.assemble.parts import (
+from distft.assemble.batch_layout import Layout, advice, agreed, layout, on_all, planned, worst
+from distft.assemble.checkpoints import export, open_checkpoints, saved_shapes
+from distft.assemble.components import (
     adopt,
     device_name,
     fetch,
@@ -14,8 +13,9 @@ from distft.assemble.parts import (
     run_facts,
     update_rule,
 )
-from distft.assemble.rows import Data, HeldOut, Say, data, dated, held_out
-from distft.assemble.sizes import Layout, advice, agreed, layout, on_all, planned, worst
+from distft.assemble.evaluation import best, exams, looks, renderer
+from distft.assemble.input_hashes import remember
+from distft.assemble.training_data import Data, HeldOut, Say, data, dated, held_out
 
 __all__ = [
     "Data",
@@ -26,7 +26,6 @@ __all__ = [
     "advice",
     "agreed",
     "best",
-    "checkpoints",
     "data",
     "dated",
     "device_name",
@@ -40,6 +39,7 @@ __all__ = [
     "meters",
     "model",
     "on_all",
+    "open_checkpoints",
     "open_engine",
     "planned",
     "remember",

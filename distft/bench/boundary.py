@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distft.bench import facts
+from distft.bench import provenance
 from distft.bench.cases import BenchCase, BenchGrid, one
 from distft.bench.planned import Planning, peak_bytes, planned_peak
 from distft.bench.runner import Runner
@@ -139,10 +139,10 @@ def _so_far(shown: list[dict[str, Any]]) -> MemoryBoundary:
 
 
 def _limit(wanted: BenchGrid) -> str:
-    if facts.gpus():
-        return f"the GPU's own memory ({facts.gpus()[0]})"
+    if provenance.gpus():
+        return f"the GPU's own memory ({provenance.gpus()[0]})"
     if wanted.limit_gib is None:
-        return f"this machine's memory ({facts.hardware()['memory_gib']} GiB), no limit on the process"
+        return f"this machine's memory ({provenance.hardware()['memory_gib']} GiB), no limit on the process"
     return (
         f"{wanted.limit_gib:g} GiB of private memory for each process (RLIMIT_DATA: heap and anonymous maps, Python "
         "and the libraries included)"

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from distft.bench import facts
+from distft.bench import provenance
 from distft.bench.meter import MOST_WARMUP
 from distft.catalog import REGISTRIES
+from distft.core.environment import versions
 from distft.core.errors import RecipeError
-from distft.core.surroundings import versions
 from distft.plan.planner import engine_override, method_override
 from distft.recipe import Recipe, check_world, load_recipe, parse_recipe
-from distft.recipe.text import toml_text
+from distft.recipe.toml_text import toml_text
 
 BESIDE_THE_POINT = ("name", "output_dir", "checkpoint", "log", "eval")
 """Top keys of a recipe that change nothing that is measured."""
@@ -80,7 +80,7 @@ class BenchCase:
         said = {key: value for key, value in self.content.items() if key not in BESIDE_THE_POINT}
         what = [said, self.refused, self.world, self.rows, self.steps, self.warmup, self.limit_gib]
         what += ["profile"] * self.profile
-        where = [facts.hardware(), versions(), facts.code()["source_sha256"]]
+        where = [provenance.hardware(), versions(), provenance.code()["source_sha256"]]
         digest = hashlib.sha256(json.dumps([what, where], sort_keys=True).encode()).hexdigest()[:12]
         size = f"m{self.micro_batch_size}-l{self.max_length}"
         return f"{self.method}-{self.engine}x{self.world}-{size}-{self.rows}-{digest}"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distft.bench import facts
+from distft.bench import provenance
 from distft.bench.cases import BenchCase
-from distft.core.surroundings import versions
+from distft.core.environment import versions
 from distft.run_folder import write_atomic
 
 SCHEMA = 1
@@ -75,9 +75,9 @@ class Runner:
             "reason": became["reason"],
             "wall_s": round(time.monotonic() - began, 2),
             "case": case.facts(),
-            "hardware": facts.hardware(),
+            "hardware": provenance.hardware(),
             "versions": versions(),
-            "code": facts.code(),
+            "code": provenance.code(),
             **became,
         }
         write_atomic(self._path(case), json.dumps(record, indent=1) + "\n")

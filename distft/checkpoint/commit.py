@@ -12,8 +12,8 @@ from typing import Any
 
 from distft.checkpoint import durable
 from distft.checkpoint.folders import Folders
-from distft.checkpoint.group import RankErrors, RankGroup, together
 from distft.checkpoint.manifest import Manifest
+from distft.checkpoint.rank_group import RankErrors, RankGroup, together
 from distft.checkpoint.saving import Job, merge, write_manifest
 from distft.core.errors import FileSystemError
 from distft.core.faults import Faults

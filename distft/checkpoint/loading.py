@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from distft.checkpoint.durable import explain, read_regular
 from distft.checkpoint.folders import Folders
-from distft.checkpoint.group import RankErrors, RankGroup, together
 from distft.checkpoint.intervals import INDEX, parse_index
 from distft.checkpoint.manifest import (
     Manifest,
@@ -26,6 +25,7 @@ from distft.checkpoint.manifest import (
     read_verified,
     share_of,
 )
+from distft.checkpoint.rank_group import RankErrors, RankGroup, together
 from distft.checkpoint.reader import Reader
 from distft.core.errors import CheckpointError
 

@@ -14,10 +14,10 @@ from typing import Any
 from distft.checkpoint import durable
 from distft.checkpoint.commit import Committer, Saved, SaveFailed
 from distft.checkpoint.folders import Folders
-from distft.checkpoint.group import RankErrors, RankGroup, together
 from distft.checkpoint.intervals import Piece
 from distft.checkpoint.loading import STATE, Loaded, check_shared, load_newest, load_path, num_bytes_of, rank_state_name
 from distft.checkpoint.manifest import canonical
+from distft.checkpoint.rank_group import RankErrors, RankGroup, together
 from distft.checkpoint.saving import MARGIN, Job, check_space
 from distft.checkpoint.staging import StagingBuffer
 from distft.core.errors import CheckpointError, FileSystemError

@@ -10,7 +10,7 @@
 
 What is left out matches anything; `times=N` limits a fault to its first N matches in a process (1 unless told), and
 `skip=N` lets N of them pass before.
-Points: P0 to P9 of a save (`distft.checkpoint`), everything `distft.core.pulse` is told, and `import` (before it).
+Points: P0 to P9 of a save (`distft.checkpoint`), everything `distft.core.phase` is told, and `import` (before it).
 """
 
 from __future__ import annotations

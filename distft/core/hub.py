@@ -18,8 +18,8 @@ from typing import Any
 from uuid import uuid4
 
 from distft.core import host
-from distft.core.pulse import PULSE
-from distft.core.turns import patiently, turn
+from distft.core.file_lock import patiently, turn
+from distft.core.phase import PULSE
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

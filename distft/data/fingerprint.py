@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from distft.core.turns import turn
+from distft.core.file_lock import turn
 from distft.data.samples import FormatSpec
 from distft.data.sources import RowSource, hub_dataset
 from distft.data.templates import read_template

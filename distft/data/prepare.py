@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from distft.core.errors import DataError, FileSystemError
-from distft.core.turns import turn
+from distft.core.file_lock import turn
 from distft.data.fingerprint import cache_key, today
+from distft.data.preparation_report import SHOWN_FAULTS, PrepareReport, SourceReport
 from distft.data.readers import Payload
-from distft.data.report import SHOWN_FAULTS, PrepareReport, SourceReport
 from distft.data.rows import Made, RowMaker
 from distft.data.samples import FormatSpec
 from distft.data.sources import RowSource, decide_format, find

@@ -18,9 +18,9 @@ from distft.core import hub
 from distft.core.errors import DataError
 from distft.core.registry import nearest
 from distft.data.chat import merge_turns, message_list
-from distft.data.folders import data_files
+from distft.data.compressed_files import PACKED
+from distft.data.dataset_folders import data_files
 from distft.data.formats import FORMATS
-from distft.data.opening import PACKED
 from distft.data.readers import READERS, Payload, file_type, parse_line, without_nulls
 from distft.data.samples import FormatSpec, Row, RowError, columns_of
 

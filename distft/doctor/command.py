@@ -15,7 +15,7 @@ from distft.core.errors import DistftError, MachineError
 from distft.core.log import quiet_libraries
 from distft.doctor.checks import CHECKS
 from distft.doctor.finding import DoctorOptions, Here, Seen, fail, run_judge, run_look
-from distft.doctor.report import Report
+from distft.doctor.findings_table import Report
 from distft.doctor.together import Together
 from distft.engine.processes import placed_by
 from distft.recipe import Recipe, load_recipe
@@ -97,6 +97,6 @@ def _asked(own: argparse.Namespace) -> DoctorOptions:
 
 
 def _toml(text: str) -> str:
-    from distft.recipe.text import toml_value
+    from distft.recipe.toml_text import toml_value
 
     return toml_value(text)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from distft.core.errors import MachineError
 from distft.doctor.checks import CHECKS
 from distft.doctor.finding import Check, Facts, Finding, Here, Seen, fail, names, run_judge, run_look
-from distft.doctor.report import Report
+from distft.doctor.findings_table import Report
 
 if TYPE_CHECKING:
-    from distft.engine.meeting import Meeting
+    from distft.engine.rendezvous import Meeting
 
 LIMIT_S, SHORT_LIMIT_S = 180.0, 60.0
 """For one check of those that are made together; after that somebody hangs in it."""
@@ -43,7 +43,7 @@ class Together:
 
     def examine(self) -> int:
         """From the first look to the printed table; the exit code, equal on all ranks that got that far."""
-        from distft.engine.meeting import Meeting
+        from distft.engine.rendezvous import Meeting
 
         facts = {check.name: run_look(check, self._here) for check in self._checks if not check.together}
         try:

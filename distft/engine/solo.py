@@ -16,10 +16,10 @@ from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
 from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
-from distft.engine.owned import OwnedParameters
+from distft.engine.gradient_sums import GradientSums, warn_of_bf16_sums
+from distft.engine.master_weights import OwnedParameters
 from distft.engine.processes import Processes
 from distft.engine.spec import EngineParams
-from distft.engine.sums import GradientSums, warn_of_bf16_sums
 
 
 class SoloEngine(BaseEngine):

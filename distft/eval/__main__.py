@@ -1,6 +1,6 @@
 """`python -m distft.eval RECIPE_OR_RUN`, for launchers that start modules."""
 
-from distft.core.leave import leave
+from distft.core.hard_exit import leave
 from distft.core.stop import STOP
 
 if __name__ == "__main__":

@@ -13,22 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft import assemble, fits
+from distft import assemble, compatibility
 from distft.core.ending import exit_code, report_error
 from distft.core.errors import DONE, Preempted, Problem, RecipeError
 from distft.core.log import quiet_libraries
-from distft.core.pulse import PULSE
+from distft.core.phase import PULSE
 from distft.core.stop import STOP
 from distft.core.types import TrainState
 from distft.eval.subject import Subject, choose, read, trained_rows
 from distft.recipe import AnswersTable, Recipe
-from distft.recipe.answers import TASK
+from distft.recipe.eval_rules import TASK
 from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from distft.answers.exam import Exam
     from distft.core.types import Engine
     from distft.engine.processes import Processes
+    from distft.evaluation.eval_sets import Exam
     from distft.model.load import MetaModel
 
 MICRO_TOKENS = 8192
@@ -52,7 +52,7 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     if not (subject.asked.eval.answers or subject.asked.data.eval):
         problem = Problem(message="nothing to look at", fix="add [[data.eval]], [[eval.answers]], or --lm-eval TASK")
         raise RecipeError(subject.asked.source, [problem])
-    fits.refuse_misfits(subject.built)
+    compatibility.refuse_misfits(subject.built)
     asked, built = _cut_for(subject.asked, world), _cut_for(subject.built, world)
     cut = assemble.layout(built, world, say)
     known = trained_rows(subject)
@@ -166,7 +166,7 @@ def _with_tasks(subject: Subject, names: Sequence[str], limit: int | None, num_f
 
 def show(found: dict[str, Any]) -> Iterator[str]:
     """What was found, as lines."""
-    from distft.looks import told
+    from distft.evaluator import told
 
     yield f"{found['label']} (step {found['step']}): {found['folder']}"
     for name, value in found["figures"].items():

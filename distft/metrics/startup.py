@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distft.core import host
-from distft.core.pulse import PULSE
+from distft.core.phase import PULSE
 from distft.core.types import Batch, LossTerms, StepReport, TrainState
 
 FIRST_STEP = "first_step"
@@ -23,7 +23,7 @@ class StartupTimes:
     rank: int
     host: str
     seconds: dict[str, float]
-    """By phase, in the order they are passed (see `core.pulse`); `imports` comes before the first."""
+    """By phase, in the order they are passed (see `core.phase`); `imports` comes before the first."""
 
     @property
     def total_s(self) -> float:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from distft.core.errors import MachineError
-from distft.core.pulse import PULSE
-from distft.model import attention, cross_entropy, head, quantize, router, skeleton
+from distft.core.phase import PULSE
+from distft.model import attention, cross_entropy, head, load_balancing, quantize, skeleton
 from distft.model.adapters import MethodSpec
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
@@ -257,7 +257,7 @@ def build(
     if quant is not None:
         quantize.store_in_4bit(lm, quant, dtype)
     blocks = blocks_of(lm)
-    observed, router_loss = head.observe(lm), router.find(lm)
+    observed, router_loss = head.observe(lm), load_balancing.find(lm)
     path = path or ForwardPath(attention=kernel, head="chunked" if observed is not None else "own")
     loss = cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     reached = text_parameters(lm)

@@ -20,10 +20,10 @@ from distft.model import attention
 from distft.model.blocks import blocks_of
 from distft.model.bugs import raise_mistakes
 from distft.model.paths import VARLEN, ForwardPath, Generation, training_paths
+from distft.model.proof_verdict import Attempt, ProofVerdict
 from distft.model.reference import NotEqualError, Reference
 from distft.model.shrink import distinct_depth, small_copies
 from distft.model.towers import text_parameters
-from distft.model.verdict import Attempt, ProofVerdict
 
 MOST_PARAMETERS = 150_000_000
 """A copy larger than this is not built."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distft.core.errors import Problem, RecipeError
 from distft.model.paths import ForwardPath
-from distft.model.verdict import ProofVerdict, cache_key, kept
+from distft.model.proof_verdict import ProofVerdict, cache_key, kept
 from distft.recipe.schema import ModelTable
 
 

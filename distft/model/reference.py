@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
-from distft.model import cross_entropy, head, router
-from distft.model.answering import answering, new_cache
+from distft.model import cross_entropy, head, load_balancing
 from distft.model.causal import CausalLM
+from distft.model.inference import answering, new_cache
 from distft.model.paths import ForwardPath
 from distft.model.precision import in_double
 from distft.model.shrink import PROBE_LENGTHS, VOCABULARY
@@ -225,7 +225,7 @@ class Reference:
             loss: cross_entropy.HeadLoss = functools.partial(_small_chunks, cross_entropy.chunked_sum)
         else:
             loss = cross_entropy.choose("auto", self._device)
-        module = CausalLM(lm, loss, path=path, observed=observed, router=router.find(lm))
+        module = CausalLM(lm, loss, path=path, observed=observed, router=load_balancing.find(lm))
         return module.eval()
 
     def hold_training(self, path: ForwardPath, half: torch.dtype | None) -> None:

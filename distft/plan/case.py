@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distft.plan import auto, memory, speed
+from distft.plan import auto_setup, memory, speed
 from distft.plan.inventory import Inventory
 from distft.plan.memory import Memory
 from distft.plan.setup import Machine, Setup, has_liger, resolve_engine
@@ -123,7 +123,7 @@ def plan(
     """
     engine = resolve_engine(recipe, machine, wants=wants)
     fused = has_liger() if liger is None else liger
-    chosen = auto.choose(recipe, inventory, machine, engine=engine, liger=fused, document_tokens=document_tokens)
+    chosen = auto_setup.choose(recipe, inventory, machine, engine=engine, liger=fused, document_tokens=document_tokens)
     held = memory.of_setup(inventory, chosen.setup)
     return PlanCase(
         setup=chosen.setup,

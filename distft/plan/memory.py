@@ -14,7 +14,7 @@ from distft.core.accelerators import GIB
 from distft.engine.deepspeed import bucket_elements
 from distft.model.attention_shape import largest_attention
 from distft.plan import state as states
-from distft.plan.answering import Asking, asking
+from distft.plan.generation_memory import Asking, asking
 from distft.plan.inventory import ROOT, Inventory
 from distft.plan.kernels import EAGER
 from distft.plan.setup import Setup

@@ -14,13 +14,13 @@ from distft.core.errors import DistftError, MachineError, RecipeError
 from distft.model.paths import ForwardPath
 from distft.model.proving import path_of, verdict_on
 from distft.plan import inventory as inventories
-from distft.plan.advice import RecipeChange, changes
 from distft.plan.case import PlanCase, plan
 from distft.plan.inventory import Inventory
-from distft.plan.limits import Limit, largest
+from distft.plan.max_size import Limit, largest
 from distft.plan.setup import Machine
+from distft.plan.suggestions import RecipeChange, changes
 from distft.recipe import Recipe, load_recipe
-from distft.recipe.text import toml_value
+from distft.recipe.toml_text import toml_value
 
 
 @dataclass(frozen=True, kw_only=True)

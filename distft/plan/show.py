@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distft.core.accelerators import GIB
-from distft.plan.advice import RecipeChange
 from distft.plan.case import PlanCase
-from distft.plan.limits import Limit
+from distft.plan.max_size import Limit
 from distft.plan.memory import Part
 from distft.plan.planner import Refused
+from distft.plan.suggestions import RecipeChange
 
 _COLUMNS = ("method", "engine", "micro", "ckpt", "weights", "grads", "master", "optim", "gather", "acts", "logits",
             "peak", "of", "fits", "tok/s/GPU", "MFU")  # fmt: skip

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from distft.core.registry import Params, nearest
 from distft.recipe.lines import KeyPath
 from distft.recipe.origin import RecipeMistake
-from distft.recipe.text import is_array, is_table, toml_key, toml_value
-from distft.recipe.words import Schema, allowed_words, in_words, node_at
+from distft.recipe.schema_text import Schema, allowed_words, in_words, node_at
+from distft.recipe.toml_text import is_array, is_table, toml_key, toml_value
 
 ParamsT = TypeVar("ParamsT", bound=Params)
 ExplainUnknown = Callable[[KeyPath, list[str]], RecipeMistake]

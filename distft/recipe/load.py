@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params, nearest
-from distft.recipe.answers import SPOT_SETS
+from distft.recipe.eval_rules import SPOT_SETS
 from distft.recipe.evaluation import AnswersTable, EvalTable
 from distft.recipe.explain import did_you_mean, read_table
 from distft.recipe.lines import KeyPath, find_lines
@@ -29,7 +29,7 @@ from distft.recipe.schema import (
     fill_dependent_defaults,
     fixed_tables,
 )
-from distft.recipe.text import is_array, is_table, toml_value
+from distft.recipe.toml_text import is_array, is_table, toml_value
 from distft.recipe.unknown import unknown_key, unknown_top
 
 ParamsT = TypeVar("ParamsT", bound=Params)

@@ -8,7 +8,7 @@ from typing import Any
 
 from distft.core.errors import Problem
 from distft.recipe.lines import KeyPath
-from distft.recipe.text import is_table, toml_key, toml_value
+from distft.recipe.toml_text import is_table, toml_key, toml_value
 
 _WIDEST = 72
 """Characters of a value that a message shows."""

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distft.core.errors import RecipeError
-from distft.recipe.answers import ANSWER_RULES, has_own_rows
+from distft.recipe.eval_rules import ANSWER_RULES, has_own_rows
 from distft.recipe.explain import did_you_mean
 from distft.recipe.origin import RecipeMistake
 from distft.recipe.schema import Recipe, Registries, SourceTable
-from distft.recipe.text import toml_value
+from distft.recipe.toml_text import toml_value
 
 Rule = Callable[[Recipe, Registries], Iterator[RecipeMistake]]
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")

@@ -14,7 +14,7 @@ from distft.recipe.schema import (
     chosen_tables,
     fixed_tables,
 )
-from distft.recipe.text import toml_value
+from distft.recipe.toml_text import toml_value
 
 OTHER_WORDS = {
     "base_model": "[model] path",

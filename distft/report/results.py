@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from distft.report import words
+from distft.report import formatting
 from distft.report.charts import whisker
 from distft.report.html import Html, h
 from distft.report.tables import missing, table
@@ -50,8 +50,8 @@ def verdict(result: EvalFigure) -> Html | str:
     change = result.change or {}
     bounds = (change.get("difference") or {}).get("low")
     if bounds is None and change.get("mcnemar") is None:  # a figure of all rows together: nothing to judge by
-        return words.NOTHING
-    kind, text = _VERDICTS.get(result.verdict, ("unclear", result.verdict or words.NOTHING))
+        return formatting.NOTHING
+    kind, text = _VERDICTS.get(result.verdict, ("unclear", result.verdict or formatting.NOTHING))
     return h("span", text, class_=f"verdict {kind}")
 
 
@@ -65,12 +65,12 @@ def _scores(found: Sequence[EvalFigure]) -> Html:
                 one.name,
                 [one.title, h("span", "" if one.higher_is_better else " (less is better)", class_="soft")],
                 picture(one),
-                words.interval(one, one.before),
+                formatting.interval(one, one.before),
                 [
-                    words.interval(one, one.tuned),
+                    formatting.interval(one, one.tuned),
                     h("span", " best" if one.label == "best" and one.tuned else "", class_="soft"),
                 ],
-                [words.interval(one, change.get("difference"), signed=True), _p_value(change)],
+                [formatting.interval(one, change.get("difference"), signed=True), _p_value(change)],
                 verdict(one),
             ]
         )
@@ -108,15 +108,18 @@ def _held_out(run: RunRecord) -> Iterator[Html]:
         return
 
     def perplexity(loss: float | None) -> str:
-        return words.NOTHING if loss is None or loss > 50 else words.figure(math.exp(loss))
+        return formatting.NOTHING if loss is None or loss > 50 else formatting.figure(math.exp(loss))
 
     best = None if run.final_label == "best" else number(run.best.get("eval_loss"))
-    rows = [["loss", words.figure(before), words.figure(after)], ["perplexity", perplexity(before), perplexity(after)]]
+    rows = [
+        ["loss", formatting.figure(before), formatting.figure(after)],
+        ["perplexity", perplexity(before), perplexity(after)],
+    ]
     final = "after" if run.final_label == "after" else f"final/ (best, step {run.best.get('step')})"
     heads = ["figure", "before", final]
     if best is not None:
         heads.append(f"best, step {run.best.get('step')}")
-        rows = [[*rows[0], words.figure(best)], [*rows[1], perplexity(best)]]
+        rows = [[*rows[0], formatting.figure(best)], [*rows[1], perplexity(best)]]
     yield table("Held-out rows: mean loss over the trained tokens, less is better", heads, rows, numbers=(1, 2, 3))
 
 
@@ -131,7 +134,7 @@ def _regressions(run: RunRecord) -> Iterator[Html]:
     for at, one in enumerate(lost):
         num = one.num_worse
         more = f", the worst {SHOWN} shown" if num > SHOWN else ""
-        yield h("p", f"{one.name}, {one.title}: {words.noun(num, 'row')}{more}, worst first.")
+        yield h("p", f"{one.name}, {one.title}: {formatting.noun(num, 'row')}{more}, worst first.")
         old, new = run.answers("before", one.name), run.answers(one.label, one.name)
         for place, row in enumerate(islice(one.regressions, SHOWN)):
             yield _row(one, row, old.get(row), new.get(row), opened=at == 0 and place < _OPEN)
@@ -139,7 +142,7 @@ def _regressions(run: RunRecord) -> Iterator[Html]:
 
 def _mark(one: EvalFigure, value: Any) -> str:
     known = number(value)
-    return words.of(one, value) if not one.binary or known not in (0, 1) else "right" if known else "wrong"
+    return formatting.of(one, value) if not one.binary or known not in (0, 1) else "right" if known else "wrong"
 
 
 def _row(one: EvalFigure, row: str, old: Any, new: Any, *, opened: bool) -> Html:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.scores.intervals import CONFIDENCE, RESAMPLES, Interval, of_difference, of_mean, of_share
+from distft.scores.confidence_intervals import CONFIDENCE, RESAMPLES, Interval, of_difference, of_mean, of_share
 from distft.scores.spec import Figure, Scored
 
 

@@ -2,7 +2,7 @@
 
 import worker
 
-from distft.core.leave import leave
+from distft.core.hard_exit import leave
 from distft.model import cross_entropy
 
 if __name__ == "__main__":

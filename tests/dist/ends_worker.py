@@ -9,7 +9,7 @@ import threading
 
 import torch.distributed as dist
 
-from distft.core.leave import leave
+from distft.core.hard_exit import leave
 from distft.engine import processes
 from distft.engine.solo import SoloEngine
 from distft.job import main

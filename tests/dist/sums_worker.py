@@ -15,7 +15,7 @@ import torch
 from tiny import batch, documents
 from torch import Tensor
 
-from distft.core.leave import leave
+from distft.core.hard_exit import leave
 from distft.core.types import Batch, TrainState, UpdateRule
 from distft.engine import ENGINES, processes
 from distft.model import load

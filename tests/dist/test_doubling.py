@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from distft.engine import doubling
 from distft.engine.base import BaseEngine
-from distft.engine.doubling import summed
+from distft.engine.recursive_doubling import summed
 from distft.engine.processes import Processes
 
 def rank_of(world, rank, port):

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from distft import load_recipe, train
-from distft.core.leave import leave
+from distft.core.hard_exit import leave
 from distft.core.stop import STOP
 from distft.engine import processes
 

@@ -8,7 +8,7 @@ import torch
 from speaking import opened
 from tiny import documents
 
-from distft.answers.words import Prompt, Writing
+from distft.generation.completion import Prompt, Writing
 
 pytestmark = pytest.mark.gpu
 

@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from distft.model import attention, proof
 from distft.model.blocks import blocks_of
 from distft.model.load import untrained
+from distft.model.proof_verdict import ProofVerdict
 from distft.model.reference import drawn_weights
 from distft.model.shrink import distinct_depth, small_copies
-from distft.model.verdict import ProofVerdict
 
 _LETTERS = " .,abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 TEXTS = [

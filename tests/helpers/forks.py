@@ -127,7 +127,7 @@ def fork(rank: int, port: int, start: dict) -> int:
 
 def become_script(command: list[str]) -> NoReturn:
     """As `python FILE ARGUMENTS` goes on once it has imported everything."""
-    from distft.core.leave import leave
+    from distft.core.hard_exit import leave
 
     code = 1
     try:
@@ -145,7 +145,7 @@ def become_script(command: list[str]) -> NoReturn:
 
 def become(arguments: list[str]) -> NoReturn:
     """As `python -m distft.train` goes on once it has imported everything."""
-    from distft.core.leave import leave
+    from distft.core.hard_exit import leave
     from distft.job import main
 
     code = 1

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from distft.demo.files import locate_path
-from distft.watch.records import Board, Record
+from distft.health.heartbeat import Board, Record
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6

@@ -10,9 +10,9 @@ from plan_kit import read, recipe_of
 
 from distft.core.accelerators import GIB, named
 from distft.core.errors import RecipeError
-from distft.plan.advice import changes
 from distft.plan.case import PlanCase, plan
 from distft.plan.setup import Machine
+from distft.plan.suggestions import changes
 
 ONE = Machine(gpu=named("h100-80gb"), gpus_per_node=1)
 EIGHT = Machine(gpu=named("h100-80gb"), gpus_per_node=8)

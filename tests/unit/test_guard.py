@@ -3,11 +3,11 @@
 import pytest
 
 from distft.core.errors import NumericError
-from distft.core.pulse import PULSE
+from distft.core.phase import PULSE
 from distft.core.types import StepReport, TrainState
 from distft.guard import DivergenceGuard, RollBack
+from distft.health.straggler import Timing, slow_rank, slowest
 from distft.recipe.schema import GuardTable, SpikeParams, StragglerParams
-from distft.watch.straggler import Timing, slow_rank, slowest
 
 NAN = float("nan")
 

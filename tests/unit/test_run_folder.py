@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distft.core.errors import FileSystemError
-from distft.core.pulse import PULSE
+from distft.core.phase import PULSE
 from distft.core.types import TrainState
 from distft.run_folder import RunFolder, write_atomic
 

@@ -87,7 +87,7 @@ class _Watch:
         self.ended: float | None = None
 
     def __call__(self) -> None:
-        from distft.watch.records import Board
+        from distft.health.heartbeat import Board
 
         record = Board(self._folder / "ranks", 0).read([1]).get(1)
         if record is None:

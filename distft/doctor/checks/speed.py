@@ -13,7 +13,7 @@ def look(here: Here) -> Facts:
     """Milliseconds of one matrix product, the fastest of some."""
     import torch
 
-    from distft.watch.straggler import Pace
+    from distft.health.straggler import Pace
 
     device = here.group.placed.device if here.group is not None else _own(torch.cuda.is_available())
     here.gather(None)  # all at the same time, as in a run

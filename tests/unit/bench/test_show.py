@@ -9,7 +9,7 @@ from bench_kit import became, cases
 
 from distft.bench import plots, table
 from distft.bench.cases import BenchCase
-from distft.bench.judge import judge
+from distft.bench.loss_agreement import judge
 from distft.bench.planned import Planning
 from distft.bench.runner import Runner
 

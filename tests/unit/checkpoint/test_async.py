@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from distft.checkpoint.commit import SaveFailed
-from distft.checkpoint.group import Alone
 from distft.checkpoint.intervals import CHUNK_BYTES, Piece
+from distft.checkpoint.rank_group import Alone
 from distft.checkpoint.staging import StagingBuffer
 from distft.checkpoint.store import CheckpointStore
 from distft.core.types import Deferred

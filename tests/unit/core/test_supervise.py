@@ -39,7 +39,7 @@ import os, signal, sys, time
 os.environ["TORCHELASTIC_RUN_ID"] = "x"
 rank = os.environ["RANK"]
 time.sleep(float(os.environ["STARTS_S"]))  # its signals are held until it can take them
-from distft.core.leave import leave
+from distft.core.hard_exit import leave
 from distft.core.stop import STOP
 STOP.install()
 open(f"ready{rank}", "w").write(str(os.getpid()))

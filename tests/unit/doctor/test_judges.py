@@ -10,7 +10,7 @@ from distft.catalog import REGISTRIES
 from distft.core.accelerators import BY_NAME
 from distft.doctor.checks import CHECKS, clock, gpus, host, libraries, limits, link, network, shared, world
 from distft.doctor.finding import Check, DoctorOptions, Finding, Here, Seen, Severity, run_judge, run_look
-from distft.doctor.report import Report
+from distft.doctor.findings_table import Report
 from distft.engine.bandwidth import pairs
 from distft.recipe import load_recipe
 

@@ -14,14 +14,14 @@ from tiny import CPU, batch, build, documents
 from torch import Tensor, nn
 
 from distft.core.types import TrainState, UpdateRule
-from distft.engine import owned
+from distft.engine import master_weights
 from distft.engine.ddp import AveragedSums
 from distft.engine.grad_dtype import BF16_ERRORS, keeps_fp32_gradients
-from distft.engine.owned import OwnedParameters
+from distft.engine.gradient_sums import GradientSums
+from distft.engine.master_weights import OwnedParameters
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
 from distft.engine.spec import EngineParams
-from distft.engine.sums import GradientSums
 from distft.engine.update_groups import update_groups
 from distft.optim import OPTIMIZERS
 
@@ -250,7 +250,7 @@ def test_fp32_copies_of_one_group_exist_at_a_time(monkeypatch: pytest.MonkeyPatc
         most[0] = max(most[0], sum(one() is not None for one in alive))
         return copy
 
-    monkeypatch.setattr(owned.torch, "empty_like", counted)
+    monkeypatch.setattr(master_weights.torch, "empty_like", counted)
     ours.update(lambda group: None)
     assert len(alive) == 6
     assert most[0] == 2, "a group of two tensors"

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from distft.core.types import UpdateRule
 from distft.engine.fsdp2 import open_engine
-from distft.engine.owned import OwnedParameters
+from distft.engine.master_weights import OwnedParameters
 from distft.engine.processes import Processes
 from distft.engine.spec import Fsdp2Params
 from distft.model import load, stats

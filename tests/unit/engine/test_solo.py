@@ -10,7 +10,7 @@ from tiny import CPU, batch, build, documents
 from torch import nn
 
 from distft.core.types import Batch, TrainState, UpdateRule
-from distft.engine.owned import OwnedParameters
+from distft.engine.master_weights import OwnedParameters
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
 from distft.engine.spec import EngineParams

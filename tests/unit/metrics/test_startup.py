@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distft.core import host
-from distft.core.pulse import PULSE
+from distft.core.phase import PULSE
 from distft.core.types import StepReport, TrainState
 from distft.metrics import startup
 from distft.metrics.startup import StartUp, StartupTimes, launched_s, phases, slowest, text

@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING
 from distft.core.errors import RecipeError
 from distft.model import attention, cross_entropy, load, proof, reference
 from distft.model.paths import SINGLE, VARLEN
+from distft.model.proof_verdict import ProofVerdict
 from distft.model.proving import path_of, verdict_on
-from distft.model.verdict import ProofVerdict
 from distft.recipe import ModelTable
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.scores import Figure, Scored
-from distft.scores.intervals import of_difference, of_mean, of_share
+from distft.scores.confidence_intervals import of_difference, of_mean, of_share
 from distft.scores.paired import compare, mcnemar, regressions
 
 SKEWED = [float(value) for value in np.random.default_rng(3).exponential(size=80)]

@@ -1,0 +1,8 @@
+"""What should be known of rows before they are trained on: repeats, overlap with evaluation, personal data, balance."""
+
+from distft.data_quality.card import card
+from distft.data_quality.examine import examine, refuse_overlap
+from distft.data_quality.findings import CareReport
+from distft.data_quality.summary import summary
+
+__all__ = ["CareReport", "card", "examine", "refuse_overlap", "summary"]

@@ -1,0 +1,82 @@
+"""A task of lm-eval as a set of questions: asked by the library, kept and compared like every other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from distft.core.errors import Preempted
+from distft.core.ranks import by_first
+from distft.evaluation.eval_sets import Taken
+from distft.evaluation.lm_eval_backend import Texts
+from distft.scores import Figure
+from distft.scores.harness import Tasks
+
+if TYPE_CHECKING:
+    from distft.core.types import Engine
+    from distft.data.render import Renderer
+    from distft.generation.generator import Speaker
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskExam:
+    """See `Exam`."""
+
+    name: str
+    tasks: Tasks
+    renderer: Renderer
+    seed: int
+    as_chat: bool
+    batch_size: int | None = None
+    every_steps: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """See `Exam`."""
+        return self.tasks.rows
+
+    @property
+    def rows_sha256(self) -> str:
+        """Of the requests in full: rows, those shown before them, and what the library makes of both."""
+        return self.tasks.sha256
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Exam`; scores change with the library's version."""
+        return {
+            "task": self.tasks.name,
+            "lm_eval": version("lm-eval"),
+            "seed": self.seed,
+            "ask_as": "chat" if self.as_chat else "text",
+        }
+
+    @property
+    def first_prompt(self) -> str:
+        """See `Exam`."""
+        return self.tasks.prompts[0]
+
+    @property
+    def longest_prompt(self) -> int:
+        """See `Exam`; the answer of a likelihood counts as an answer."""
+        return max(len(self.renderer.tokens(one, as_chat=self.as_chat)) for one in set(self.tasks.prompts) if one)
+
+    def figures(self) -> dict[str, Figure]:
+        """See `Exam`."""
+        return {figure.name: figure for figure in self.tasks.planned}
+
+    def take(self, speaker: Speaker, engine: Engine) -> Taken | None:
+        """See `Exam`. Every rank runs the library; what rank 0's says is what counts."""
+        texts = Texts(speaker, self.renderer, seed=self.seed, as_chat=self.as_chat, batch_size=self.batch_size)
+        try:
+            answers, scored = self.tasks.run(texts)
+        except Preempted:
+            return None
+        scored = by_first(engine, lambda: scored)
+        return Taken(
+            answers=answers,
+            scored=[(self.tasks.name, scored)],
+            seconds=texts.seconds,
+            answer_tokens=texts.answer_tokens,
+            cut_prompts=texts.cut_prompts,
+        )

@@ -1,0 +1,195 @@
+"""How good is the model now: the loss on held-out rows, and its answers; before, during and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from distft.core.ranks import by_first
+from distft.core.types import Batch, Engine, TrainState
+from distft.evaluation.answer_records import HELD_OUT, Records, perplexity, step_label
+from distft.evaluation.eval_sets import Exam
+from distft.evaluation.held_out import evaluate
+from distft.evaluation.summary import write_summary
+from distft.generation.generator import Speaker
+from distft.objectives.spec import Objective
+
+T = TypeVar("T")
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class When:
+    """At which steps the loss is measured during training; a set of answers says its own."""
+
+    every_steps: int | None
+    at_end: bool
+    num_steps: int
+
+    def is_due(self, step: int, every_steps: int | None) -> bool:
+        """Whether it is looked at here; what the end looks at anyway is not looked at twice."""
+        return bool(every_steps and step % every_steps == 0 and not (self.at_end and step == self.num_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """Every method is collective, and gives None when some rank was asked to stop before the end."""
+
+    engine: Engine
+    objective: Objective
+    held_out: Collection[Batch]
+    held_out_sha256: str
+    exams: Sequence[Exam]
+    speaker: Speaker
+    records: Records
+    base: str
+    """Name of the weights that training starts from (`record.model_key`)."""
+    when: When
+    stop: Callable[[], bool]
+    say: Callable[[str], None]
+
+    def due(self, step: int) -> bool:
+        """Whether anything is looked at after this step."""
+        return bool(self.held_out and self.when.is_due(step, self.when.every_steps)) or any(self._due_exams(step))
+
+    def during(self, state: TrainState) -> Figures | None:
+        """What is due at this step."""
+        figures: Figures = {}
+        if self.held_out and self.when.is_due(state.step, self.when.every_steps):
+            found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
+            if found is None:
+                return None
+            figures |= _with_perplexity(found)
+        return self._examine(self._due_exams(state.step), step_label(state.step), state, figures)
+
+    def before(self, state: TrainState) -> Figures | None:
+        """The base model. What an earlier start has kept of the same rows and settings is not made again."""
+        return self._all("before", state, reuse=True)
+
+    def under(self, label: str, state: TrainState) -> Figures | None:
+        """The model as the engine holds it, kept under any label; writes the summary."""
+        figures = self._all(label, state)
+        if figures is not None:
+            self._sum_up(say=label if label in ("after", "best") else None)
+        return figures
+
+    def after(self, state: TrainState) -> Figures | None:
+        """The trained model; writes the summary."""
+        return self.under("after", state)
+
+    def best(self, state: TrainState) -> Figures | None:
+        """The best state, whose weights the engine holds; writes the summary."""
+        last = self.records.about("after", HELD_OUT) or next(
+            (said for exam in self.exams if (said := self.records.about("after", exam.name))), None
+        )
+        if self._first(lambda: last is not None and last.get("step") == state.step):
+            self._first(self._copy_after)
+            figures: Figures | None = {}
+        else:
+            figures = self._all("best", state)
+        if figures is not None:
+            self._sum_up(say="best" if figures else None)
+        return figures
+
+    def _all(self, label: str, state: TrainState, *, reuse: bool = False) -> Figures | None:
+        figures: Figures = {}
+        if self.held_out:
+            found = self._loss(label, state, reuse=reuse)
+            if found is None:
+                return None
+            figures |= found
+        return self._examine(self.exams, label, state, figures, reuse=reuse)
+
+    def _loss(self, label: str, state: TrainState, *, reuse: bool) -> Figures | None:
+        facts = {"rows_sha256": self.held_out_sha256, "model": self._model(label), "step": state.step}
+
+        def kept() -> Figures | None:
+            said = self.records.about(label, HELD_OUT) if reuse else None
+            if said is None or said.get("loss") is None or any(said.get(key) != fact for key, fact in facts.items()):
+                return None
+            return {"eval_loss": said["loss"], "eval_tokens": float(said["tokens"])}
+
+        found = self._first(kept)
+        if found is None:
+            found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
+            if found is None:
+                return None
+            figures = found
+            self._first(lambda: self.records.write_held_out(figures, label=label, **facts))
+        return _with_perplexity(found)
+
+    def _examine(
+        self, exams: Sequence[Exam], label: str, state: TrainState, figures: Figures, *, reuse: bool = False
+    ) -> Figures | None:
+        about: dict[str, Any] = {"label": label, "step": state.step, "model": self._model(label)}
+        for exam in exams:
+
+            def kept(exam: Exam = exam) -> Figures | None:
+                is_kept = reuse and self.records.holds(exam, **about)
+                return self.records.totals(label, exam.name) if is_kept else None
+
+            totals = self._first(kept)
+            if totals is None:
+                taken = exam.take(self.speaker, self.engine)
+                if taken is None:
+                    return None
+                if taken.cut_prompts:
+                    self.say(f"{exam.name}: {taken.cut_prompts} prompts lost their start: too long for the model")
+                if self.speaker.share < 1:
+                    self.say(f"{exam.name}: memory ran out, so {self.speaker.share:.3g} of a batch is answered at once")
+                self._first(lambda exam=exam, taken=taken: self.records.write(exam, taken, **about))
+                totals = taken.totals
+            figures |= {f"{exam.name}.{name}": value for name, value in totals.items()}
+        return figures
+
+    def _due_exams(self, step: int) -> list[Exam]:
+        return [exam for exam in self.exams if self.when.is_due(step, exam.every_steps)]
+
+    def _model(self, label: str) -> str:
+        return self.base if label == "before" else f"{self.base}+trained"
+
+    def _first(self, work: Callable[[], T]) -> T:
+        """Files are written and looked at by one, so that all ranks decide alike."""
+        return by_first(self.engine, work)
+
+    def _copy_after(self) -> None:
+        for name in (HELD_OUT, *(exam.name for exam in self.exams)):
+            self.records.copy(name, old="after", new="best")
+
+    def _sum_up(self, *, say: str | None) -> None:
+        """Write the summary, and say how the first figure of each score has changed."""
+        if not (self.held_out or self.exams):
+            return
+        summary = self._first(lambda: write_summary(self.records))
+        firsts: set[tuple[str, str]] = set()
+        for entry in summary["sets"]:
+            score = (entry["name"], entry["score"])
+            if say is not None and score not in firsts and (line := told(entry, say)) is not None:
+                self.say(line)
+            firsts.add(score)
+
+
+def told(entry: dict[str, Any], label: str = "after") -> str | None:
+    """An entry of the summary as a line, `label` against before; None where one of the two is missing."""
+    change, now = entry["change_best" if label == "best" else "change"], entry[label]
+    if change is None or entry["before"] is None or now is None:
+        return None
+    mcnemar = change["mcnemar"]
+    gap, low, high = (change["difference"][key] for key in ("value", "low", "high"))
+    bounds = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+    test = "" if mcnemar is None else f", McNemar p = {mcnemar['p_value']:.2g}"
+    worse = len(change["regressions"])
+    return (
+        f"{entry['name']}.{entry['figure']}: {_value(entry['before'])} before, {_value(now)} {label}: "
+        f"{change['verdict']} ({'?' if gap is None else f'{gap:+.3f}'}{bounds}{test})"
+        + (f"; {worse} row{'s' if worse > 1 else ''} got worse" if worse else "")
+    )
+
+
+def _value(interval: dict[str, Any]) -> str:
+    return "?" if interval["value"] is None else f"{interval['value']:.3f}"
+
+
+def _with_perplexity(figures: Figures) -> Figures:
+    return {**figures, "eval_perplexity": perplexity(figures["eval_loss"])}

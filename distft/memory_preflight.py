@@ -1,0 +1,98 @@
+"""The worst step first: what will run out of memory does so in the first minute, and says in which part of a step.
+
+Nothing of it stays: no update is applied, the optimizer's state is as before its first, random numbers are seeded per
+micro-batch anyway. What is left is warmed-up kernels and caches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from distft.core.errors import MachineError
+from distft.core.out_of_memory import held, is_out_of_memory
+from distft.core.phase import PULSE
+from distft.core.types import IGNORE, Batch, Engine, TrainState
+
+if TYPE_CHECKING:
+    from distft.objectives.spec import Objective
+
+MICROS = 2
+"""Gradients of an earlier micro-batch lie around while a later one runs; a third adds nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """The largest micro-batch that the run can meet."""
+
+    sequences: int
+    """Sequences of a micro-batch."""
+    longest: int
+    """Tokens in the longest sequence."""
+    micros: int
+    """Micro-batches of a step on one rank."""
+    evaluates: bool
+    """Evaluations happen."""
+
+    def batch(self) -> Batch:
+        """Every sequence one document of full length, every token but the first supervised."""
+        ids_T = torch.zeros(self.sequences * self.longest, dtype=torch.int64)
+        labels_T = torch.zeros_like(ids_T)
+        labels_T[self.longest - 1 :: self.longest] = IGNORE
+        return Batch(
+            input_ids_T=ids_T,
+            labels_T=labels_T,
+            position_ids_T=torch.arange(self.longest).repeat(self.sequences),
+            cu_seqlens=torch.arange(0, len(ids_T) + 1, self.longest, dtype=torch.int32),
+            max_seqlen=self.longest,
+            num_supervised=self.sequences * (self.longest - 1),
+            num_tokens=len(ids_T),
+            sample_ids=("the rehearsal",),
+        )
+
+
+def rehearse(worst: Worst, engine: Engine, objective: Objective, *, advice: Callable[[], str]) -> None:
+    """Run one step of the worst micro-batches, an update that changes nothing, and an evaluation of one batch.
+
+    Args:
+        worst: see there.
+        engine: holding the model; state is as before afterwards.
+        objective: the run's.
+        advice: what to change, asked for only when memory runs out.
+
+    Raises:
+        MachineError: memory ran out; says in which part, how much was held, and what to change.
+    """
+    micros = [worst.batch()] * min(MICROS, worst.micros)
+    weight = sum(engine.sum_over_ranks(objective.weight(micros)))
+    for index, micro in enumerate(micros):
+        with engine.accumulating(last=index == len(micros) - 1, seed=0):
+            with _part("forward", worst, advice):
+                terms = objective.terms(engine.model, engine.place(micro))
+            with _part("backward", worst, advice):
+                engine.backward(terms.loss_sum, divide_by=weight, samples=micro.sample_ids)
+        del terms
+    with _part("update", worst, advice):
+        engine.step(TrainState(), weight, lambda loss: False)
+        engine.create_state()
+    if worst.evaluates:
+        with _part("eval", worst, advice), engine.evaluating():
+            objective.terms(engine.model, engine.place(micros[0]))
+
+
+@contextlib.contextmanager
+def _part(name: str, worst: Worst, advice: Callable[[], str]) -> Iterator[None]:
+    PULSE.at(name)
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = f"{worst.sequences} x {worst.longest:,} tokens"
+        raise MachineError(
+            f"the rehearsal ran out of memory in the {name} of a full micro-batch ({size}){held()}\n{advice()}"
+        ) from error
