@@ -44,7 +44,7 @@ def stat(path):
 files._path_stat = stat
 sys.addaudithook(lambda event, given: opened.add(str(given[0])) if event == "open" else None)
 sys.argv = json.loads(sys.argv[1])
-from distft.core.hard_exit import leave
+from distft.core.hard_exit import hard_exit
 from distft.job import main
 code = main(sys.argv[1:])
 roots = tuple(sys.path[1:]) + (sys.prefix, sys.base_prefix)
@@ -54,7 +54,7 @@ libraries = [path for path in mapped if ".so" in path and os.path.isfile(path)]
 size = lambda paths: sum(os.path.getsize(path) for path in paths)
 json.dump({"files": len(kept), "bytes": size(kept), "libraries": len(libraries), "library_bytes": size(libraries),
            "stats": counts["stats"], "code": code}, open("opened.json", "w"))
-leave(code)
+hard_exit(code)
 """
 
 
@@ -207,17 +207,17 @@ def _slope(rows: list[dict[str, Any]], key: str) -> float:
 def records(asked: argparse.Namespace) -> dict[str, Any]:
     """The watch's files: what is written each beat, and what looking at all of them costs when nobody gets on."""
     from distft.core import host
-    from distft.health.heartbeat import PLACE, SIZE, Board, Record
+    from distft.health.heartbeat import PLACE, SIZE, Heartbeat, HeartbeatFile
     from distft.health.watchdog import MAX_BEAT_S
 
     with tempfile.TemporaryDirectory() as text:
-        boards = [Board(Path(text), rank) for rank in range(RANKS)]
+        boards = [HeartbeatFile(Path(text), rank) for rank in range(RANKS)]
         for rank, board in enumerate(boards):
             board.open()
-            board.write(Record(rank=rank, process=host.identity(), phase="forward", step=5))
+            board.write(Heartbeat(rank=rank, process=host.identity(), phase="forward", step=5))
         began = time.perf_counter()
         for rank, board in enumerate(boards):
-            board.write(Record(rank=rank, process=host.identity(), phase="forward", step=6))
+            board.write(Heartbeat(rank=rank, process=host.identity(), phase="forward", step=6))
             board.flush()
         wrote = time.perf_counter() - began
         began = time.perf_counter()

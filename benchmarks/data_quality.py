@@ -1,6 +1,6 @@
 """How long `distft.data_quality` takes: made-up chats with repeats, overlap and secrets planted, one process.
 
-`python benchmarks/data_quality.py [ROWS]` prints a Markdown row; planted finds are checked, so a fast wrong answer shows.
+`python benchmarks/data_quality.py [ROWS]` prints a Markdown row; a wrong count is an error.
 """
 
 from __future__ import annotations

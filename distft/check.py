@@ -27,9 +27,9 @@ from distft.data.prepared_folder import cache_folder
 from distft.data.render import load_renderer, settings_of
 from distft.data.store import Prepared
 from distft.data.tokenizer import load_decoder
-from distft.data_quality import CareReport, card, examine, refuse_overlap, summary
+from distft.data_quality import DataQualityReport, card, examine, refuse_overlap, summary
 from distft.demo.files import locate
-from distft.evaluation.build import exams
+from distft.evaluation.build import build_eval_sets
 from distft.recipe import Recipe, check_steps, load_recipe
 
 MARKS = ("⟦", "⟧")
@@ -94,7 +94,7 @@ class CheckReport:
     model: str | None
     """What is proven of the model's arithmetic, then a line for each path that was tried before and not taken; None for
     a folder that holds a tokenizer alone."""
-    care: CareReport
+    care: DataQualityReport
     """What the rows hold that should be known: repeats, overlap, personal data, balance."""
     tokens_per_epoch: int
     supervised_per_epoch: int
@@ -201,7 +201,7 @@ def _sets(recipe: Recipe, tokenizer: str, revision: str | None) -> Iterator[SetV
         return
     table = recipe.data
     renderer = load_renderer(tokenizer, revision=revision, **settings_of(table))
-    for exam in exams(recipe.eval.answers, table, renderer, seed=recipe.seed, progress=_tell):
+    for exam in build_eval_sets(recipe.eval.answers, table, renderer, seed=recipe.seed, progress=_tell):
         yield SetView(
             name=exam.name,
             num_rows=exam.rows,
@@ -321,7 +321,7 @@ def _line(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _write_card(path: Path, care: CareReport, recipe: Recipe) -> None:
+def _write_card(path: Path, care: DataQualityReport, recipe: Recipe) -> None:
     sources = [(split, source.path) for split in ("train", "eval") for source in getattr(recipe.data, split)]
     try:
         path.write_text(card(care, name=recipe.name, sources=sources), encoding="utf-8")

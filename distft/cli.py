@@ -154,10 +154,10 @@ def status(context: typer.Context) -> None:
 @app.command(context_settings=PASSED_ON)
 def doctor(context: typer.Context) -> None:
     """Is this machine, or are these machines, ready: versions, GPUs, network, shared folder, disk, clocks."""
-    from distft.core.hard_exit import leave
+    from distft.core.hard_exit import hard_exit
     from distft.doctor.command import main as run
 
-    leave(run(context.args))
+    hard_exit(run(context.args))
 
 
 @app.command(context_settings=PASSED_ON)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from distft.core.ranks import by_first
+from distft.core.ranks import on_rank_zero
 from distft.core.types import Batch, Engine, TrainState
-from distft.evaluation.answer_records import HELD_OUT, Records, perplexity, step_label
-from distft.evaluation.eval_sets import Exam
-from distft.evaluation.held_out import evaluate
+from distft.evaluation.answer_records import HELD_OUT, AnswerRecords, perplexity, step_label
+from distft.evaluation.eval_sets import EvalSet
+from distft.evaluation.held_out import held_out_loss
 from distft.evaluation.summary import write_summary
-from distft.generation.generator import Speaker
+from distft.generation.generator import Generator
 from distft.objectives.spec import Objective
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ Figures = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class When:
+class EvalSchedule:
     """At which steps the loss is measured during training; a set of answers says its own."""
 
     every_steps: int | None
@@ -33,35 +33,37 @@ class When:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looks:
+class Evaluator:
     """Every method is collective, and gives None when some rank was asked to stop before the end."""
 
     engine: Engine
     objective: Objective
     held_out: Collection[Batch]
     held_out_sha256: str
-    exams: Sequence[Exam]
-    speaker: Speaker
-    records: Records
+    eval_sets: Sequence[EvalSet]
+    generator: Generator
+    records: AnswerRecords
     base: str
     """Name of the weights that training starts from (`record.model_key`)."""
-    when: When
+    schedule: EvalSchedule
     stop: Callable[[], bool]
     say: Callable[[str], None]
 
     def due(self, step: int) -> bool:
         """Whether anything is looked at after this step."""
-        return bool(self.held_out and self.when.is_due(step, self.when.every_steps)) or any(self._due_exams(step))
+        return bool(self.held_out and self.schedule.is_due(step, self.schedule.every_steps)) or any(
+            self._due_eval_sets(step)
+        )
 
     def during(self, state: TrainState) -> Figures | None:
         """What is due at this step."""
         figures: Figures = {}
-        if self.held_out and self.when.is_due(state.step, self.when.every_steps):
-            found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
+        if self.held_out and self.schedule.is_due(state.step, self.schedule.every_steps):
+            found = held_out_loss(self.engine, self.objective, self.held_out, stop=self.stop)
             if found is None:
                 return None
             figures |= _with_perplexity(found)
-        return self._examine(self._due_exams(state.step), step_label(state.step), state, figures)
+        return self._run_eval_sets(self._due_eval_sets(state.step), step_label(state.step), state, figures)
 
     def before(self, state: TrainState) -> Figures | None:
         """The base model. What an earlier start has kept of the same rows and settings is not made again."""
@@ -81,7 +83,7 @@ class Looks:
     def best(self, state: TrainState) -> Figures | None:
         """The best state, whose weights the engine holds; writes the summary."""
         last = self.records.about("after", HELD_OUT) or next(
-            (said for exam in self.exams if (said := self.records.about("after", exam.name))), None
+            (said for eval_set in self.eval_sets if (said := self.records.about("after", eval_set.name))), None
         )
         if self._first(lambda: last is not None and last.get("step") == state.step):
             self._first(self._copy_after)
@@ -99,7 +101,7 @@ class Looks:
             if found is None:
                 return None
             figures |= found
-        return self._examine(self.exams, label, state, figures, reuse=reuse)
+        return self._run_eval_sets(self.eval_sets, label, state, figures, reuse=reuse)
 
     def _loss(self, label: str, state: TrainState, *, reuse: bool) -> Figures | None:
         facts = {"rows_sha256": self.held_out_sha256, "model": self._model(label), "step": state.step}
@@ -112,65 +114,67 @@ class Looks:
 
         found = self._first(kept)
         if found is None:
-            found = evaluate(self.engine, self.objective, self.held_out, stop=self.stop)
+            found = held_out_loss(self.engine, self.objective, self.held_out, stop=self.stop)
             if found is None:
                 return None
             figures = found
             self._first(lambda: self.records.write_held_out(figures, label=label, **facts))
         return _with_perplexity(found)
 
-    def _examine(
-        self, exams: Sequence[Exam], label: str, state: TrainState, figures: Figures, *, reuse: bool = False
+    def _run_eval_sets(
+        self, eval_sets: Sequence[EvalSet], label: str, state: TrainState, figures: Figures, *, reuse: bool = False
     ) -> Figures | None:
         about: dict[str, Any] = {"label": label, "step": state.step, "model": self._model(label)}
-        for exam in exams:
+        for eval_set in eval_sets:
 
-            def kept(exam: Exam = exam) -> Figures | None:
-                is_kept = reuse and self.records.holds(exam, **about)
-                return self.records.totals(label, exam.name) if is_kept else None
+            def kept(eval_set: EvalSet = eval_set) -> Figures | None:
+                is_kept = reuse and self.records.holds(eval_set, **about)
+                return self.records.totals(label, eval_set.name) if is_kept else None
 
             totals = self._first(kept)
             if totals is None:
-                taken = exam.take(self.speaker, self.engine)
-                if taken is None:
+                result = eval_set.run(self.generator, self.engine)
+                if result is None:
                     return None
-                if taken.cut_prompts:
-                    self.say(f"{exam.name}: {taken.cut_prompts} prompts lost their start: too long for the model")
-                if self.speaker.share < 1:
-                    self.say(f"{exam.name}: memory ran out, so {self.speaker.share:.3g} of a batch is answered at once")
-                self._first(lambda exam=exam, taken=taken: self.records.write(exam, taken, **about))
-                totals = taken.totals
-            figures |= {f"{exam.name}.{name}": value for name, value in totals.items()}
+                if result.cut_prompts:
+                    self.say(f"{eval_set.name}: {result.cut_prompts} prompts lost their start: too long for the model")
+                if self.generator.share < 1:
+                    self.say(
+                        f"{eval_set.name}: memory ran out, so {self.generator.share:.3g} of a batch is answered at once"
+                    )
+                self._first(lambda eval_set=eval_set, result=result: self.records.write(eval_set, result, **about))
+                totals = result.totals
+            figures |= {f"{eval_set.name}.{name}": value for name, value in totals.items()}
         return figures
 
-    def _due_exams(self, step: int) -> list[Exam]:
-        return [exam for exam in self.exams if self.when.is_due(step, exam.every_steps)]
+    def _due_eval_sets(self, step: int) -> list[EvalSet]:
+        return [eval_set for eval_set in self.eval_sets if self.schedule.is_due(step, eval_set.every_steps)]
 
     def _model(self, label: str) -> str:
         return self.base if label == "before" else f"{self.base}+trained"
 
     def _first(self, work: Callable[[], T]) -> T:
         """Files are written and looked at by one, so that all ranks decide alike."""
-        return by_first(self.engine, work)
+        return on_rank_zero(self.engine, work)
 
     def _copy_after(self) -> None:
-        for name in (HELD_OUT, *(exam.name for exam in self.exams)):
+        for name in (HELD_OUT, *(eval_set.name for eval_set in self.eval_sets)):
             self.records.copy(name, old="after", new="best")
 
     def _sum_up(self, *, say: str | None) -> None:
         """Write the summary, and say how the first figure of each score has changed."""
-        if not (self.held_out or self.exams):
+        if not (self.held_out or self.eval_sets):
             return
         summary = self._first(lambda: write_summary(self.records))
         firsts: set[tuple[str, str]] = set()
         for entry in summary["sets"]:
             score = (entry["name"], entry["score"])
-            if say is not None and score not in firsts and (line := told(entry, say)) is not None:
+            if say is not None and score not in firsts and (line := summary_line(entry, say)) is not None:
                 self.say(line)
             firsts.add(score)
 
 
-def told(entry: dict[str, Any], label: str = "after") -> str | None:
+def summary_line(entry: dict[str, Any], label: str = "after") -> str | None:
     """An entry of the summary as a line, `label` against before; None where one of the two is missing."""
     change, now = entry["change_best" if label == "best" else "change"], entry[label]
     if change is None or entry["before"] is None or now is None:

@@ -15,7 +15,7 @@ import torch
 
 from distft.core.errors import MachineError
 from distft.core.out_of_memory import held, is_out_of_memory
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import IGNORE, Batch, Engine, TrainState
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MICROS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worst:
+class LargestMicroBatch:
     """The largest micro-batch that the run can meet."""
 
     sequences: int
@@ -55,7 +55,7 @@ class Worst:
         )
 
 
-def rehearse(worst: Worst, engine: Engine, objective: Objective, *, advice: Callable[[], str]) -> None:
+def run_preflight(worst: LargestMicroBatch, engine: Engine, objective: Objective, *, advice: Callable[[], str]) -> None:
     """Run one step of the worst micro-batches, an update that changes nothing, and an evaluation of one batch.
 
     Args:
@@ -85,8 +85,8 @@ def rehearse(worst: Worst, engine: Engine, objective: Objective, *, advice: Call
 
 
 @contextlib.contextmanager
-def _part(name: str, worst: Worst, advice: Callable[[], str]) -> Iterator[None]:
-    PULSE.at(name)
+def _part(name: str, worst: LargestMicroBatch, advice: Callable[[], str]) -> Iterator[None]:
+    PHASE.enter(name)
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -94,7 +94,7 @@ class RunRecord:
     results: tuple[EvalFigure, ...] = ()
     held_out: Mapping[str, Any] = field(default_factory=dict)
     care: Mapping[str, Any] | None = None
-    """`CareReport.to_json()`."""
+    """`DataQualityReport.to_json()`."""
     plan: Mapping[str, Any] | None = None
     """One case of `distft plan --json`."""
     best: Mapping[str, Any] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from distft.core.errors import DONE, DistftError, FileSystemError, Problem, Reci
 from distft.core.registry import nearest
 
 if TYPE_CHECKING:
-    from distft.data_quality import CareReport
+    from distft.data_quality import DataQualityReport
 
 _SOMEWHERE = "data/train.jsonl"
 
@@ -164,7 +164,7 @@ def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack)
     return machine, folder, parameters_of(options.model, folder)
 
 
-def _look(options: argparse.Namespace) -> tuple[CareReport | None, str]:
+def _look(options: argparse.Namespace) -> tuple[DataQualityReport | None, str]:
     """What is in the rows, and their format; (None, "") without --data."""
     if options.data is None:
         return None, ""
@@ -182,7 +182,7 @@ def _look(options: argparse.Namespace) -> tuple[CareReport | None, str]:
     return report, decide_format(find(table.train[0])).name
 
 
-def _chars(care: CareReport | None, percentile: str) -> int | None:
+def _chars(care: DataQualityReport | None, percentile: str) -> int | None:
     """Of prompt and answer together; None when the rows were not looked at."""
     if care is None or not care.splits["train"].num_rows:
         return None

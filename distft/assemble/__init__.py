@@ -1,6 +1,6 @@
 """Each part of a run made from its table of the recipe, for `distft.job` to put together in order."""
 
-from distft.assemble.batch_layout import Layout, advice, agreed, layout, on_all, planned, worst
+from distft.assemble.batch_layout import Layout, advice, agreed, largest_micro_batch, layout, on_all, planned
 from distft.assemble.checkpoints import export, open_checkpoints, saved_shapes
 from distft.assemble.components import (
     adopt,
@@ -13,7 +13,7 @@ from distft.assemble.components import (
     run_facts,
     update_rule,
 )
-from distft.assemble.evaluation import best, exams, looks, renderer
+from distft.assemble.evaluation import best, eval_sets, evaluator, renderer
 from distft.assemble.input_hashes import remember
 from distft.assemble.training_data import Data, HeldOut, Say, data, dated, held_out
 
@@ -29,12 +29,13 @@ __all__ = [
     "data",
     "dated",
     "device_name",
-    "exams",
+    "eval_sets",
+    "evaluator",
     "export",
     "fetch",
     "held_out",
+    "largest_micro_batch",
     "layout",
-    "looks",
     "manifest",
     "meters",
     "model",
@@ -47,5 +48,4 @@ __all__ = [
     "run_facts",
     "saved_shapes",
     "update_rule",
-    "worst",
 ]

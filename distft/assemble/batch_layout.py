@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from distft.assemble.training_data import Data, Say, agree, data
 from distft.core.accelerators import GIB
 from distft.core.errors import MachineError, Problem, RecipeError
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.model.paths import ForwardPath
 from distft.recipe import Recipe, check_world
 
 if TYPE_CHECKING:
     from distft.core.types import Engine
-    from distft.memory_preflight import Worst
+    from distft.memory_preflight import LargestMicroBatch
     from distft.plan.setup import Machine
 
 
@@ -65,7 +65,7 @@ def forward_path(located: Recipe, say: Say) -> ForwardPath:
         find_folder(model),
         max_length=located.data.max_length,
         device=device,
-        waiting=lambda: PULSE.at("rows", patient=True),
+        waiting=lambda: PHASE.enter("rows", patient=True),
     )
     path = path_of(verdict, source=located.source, line=line, attention=model.attention)
     say(verdict.describe())
@@ -204,15 +204,15 @@ def _accelerators(world: int) -> Machine | None:
     return Machine(gpu=replace(known, memory_gib=gib), gpus_per_node=per_node, nodes=nodes, rates=rates)
 
 
-def worst(recipe: Recipe, cut: Layout, rows: Data) -> Worst:
+def largest_micro_batch(recipe: Recipe, cut: Layout, rows: Data) -> LargestMicroBatch:
     """The largest micro-batch of the run: packed sequences may be full, rows alone are as long as the longest."""
-    from distft.memory_preflight import Worst
+    from distft.memory_preflight import LargestMicroBatch
 
     longest = recipe.data.max_length if recipe.data.packing or recipe.train.compile else rows.longest
     # Documents alone: a sequence of several has as many forwards.
     sequences = cut.micros_per_step * cut.micro_batch_size
     alone = sequences + 1 if recipe.data.packing and rows.longest < recipe.data.max_length else sequences
-    return Worst(
+    return LargestMicroBatch(
         sequences=1 if cut.single else cut.micro_batch_size,
         longest=rows.longest if cut.single else longest,
         micros=alone if cut.single else cut.micros_per_step,

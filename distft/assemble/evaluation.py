@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from distft.best import BestTracker
     from distft.core.types import Engine
     from distft.data.render import Renderer
-    from distft.evaluation.eval_sets import Exam
-    from distft.evaluator import Looks
-    from distft.generation.generator import Speaker
+    from distft.evaluation.eval_sets import EvalSet
+    from distft.evaluator import Evaluator
+    from distft.generation.generator import Generator
     from distft.model.load import MetaModel
     from distft.objectives.spec import Objective
     from distft.run_folder import RunFolder
 
 
-def exams(located: Recipe, say: Say) -> list[Exam]:
+def eval_sets(located: Recipe, say: Say) -> list[EvalSet]:
     """The recipe's sets of questions, read before any process group exists.
 
     Raises:
@@ -32,16 +32,16 @@ def exams(located: Recipe, say: Say) -> list[Exam]:
         return []
     from distft.evaluation import build
 
-    made = build.exams(
+    built = build.build_eval_sets(
         located.eval.answers, located.data, renderer(located), seed=located.seed, progress=Preparing(say)
     )
-    for exam in made:
-        figures = ", ".join(exam.figures())
-        say(f"answers {exam.name}: {exam.rows:,} rows, {figures}")
-    return made
+    for eval_set in built:
+        figures = ", ".join(eval_set.figures())
+        say(f"answers {eval_set.name}: {eval_set.rows:,} rows, {figures}")
+    return built
 
 
-def best(recipe: Recipe, asked: list[Exam]) -> BestTracker:
+def best(recipe: Recipe, asked: list[EvalSet]) -> BestTracker:
     """What knows the best evaluation, by the figure that the recipe names.
 
     Raises:
@@ -50,7 +50,7 @@ def best(recipe: Recipe, asked: list[Exam]) -> BestTracker:
     from distft.best import BestTracker
 
     by = recipe.eval.best_by
-    figures = {f"{exam.name}.{name}": figure for exam in asked for name, figure in exam.figures().items()}
+    figures = {f"{eval_set.name}.{name}": figure for eval_set in asked for name, figure in eval_set.figures().items()}
     if by not in figures and by != EVAL_LOSS:  # a task of lm-eval, whose figures nobody knew before
         key, known = recipe.line_of("eval.best_by"), ", ".join([EVAL_LOSS, *figures])
         problem = Problem(message=f'[eval] best_by = "{by}"  is measured nowhere', fix=f"allowed: {known}", line=key)
@@ -67,17 +67,17 @@ def renderer(located: Recipe) -> Renderer:
     return load_renderer(tokenizer, revision=revision, **settings_of(located.data))
 
 
-def speaker(
+def generator(
     located: Recipe, engine: Engine, built: MetaModel, stop_ids: tuple[int, ...], stop: Callable[[], bool]
-) -> Speaker:
+) -> Generator:
     """The model with its tokenizer; it stops at what trained rows end with, and at what the base stops at."""
-    from distft.generation.generator import Speaker
+    from distft.generation.generator import Generator
 
     own = renderer(located)
     ends = getattr(built.module.transformer.generation_config, "eos_token_id", None)
     more = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
     known = dict.fromkeys([*stop_ids, *more, own.tokenizer.eos_token_id])
-    return Speaker(engine, built.module, decode=own.write, stop_ids=list(known), stop=stop)
+    return Generator(engine, built.module, decode=own.write, stop_ids=list(known), stop=stop)
 
 
 def base_key(located: Recipe) -> str:
@@ -95,33 +95,33 @@ def base_key(located: Recipe) -> str:
     return model_key(model.path, model.revision, stats, model.dtype, stored)
 
 
-def looks(
+def evaluator(
     located: Recipe,
     folder: RunFolder,
     engine: Engine,
     built: MetaModel,
     rows: HeldOut,
-    asked: list[Exam],
+    asked: list[EvalSet],
     objective: Objective,
     *,
     num_steps: int,
     stop: Callable[[], bool],
     say: Say,
-) -> Looks:
+) -> Evaluator:
     """Who looks at the model, and when."""
-    from distft.evaluation.answer_records import Records
-    from distft.evaluator import Looks, When
+    from distft.evaluation.answer_records import AnswerRecords
+    from distft.evaluator import EvalSchedule, Evaluator
 
-    return Looks(
+    return Evaluator(
         engine=engine,
         objective=objective,
         held_out=rows.eval_steps or (),
         held_out_sha256=rows.fingerprint.get("eval", ""),
-        exams=asked,
-        speaker=speaker(located, engine, built, rows.stop_ids, stop),
-        records=Records(folder.path / "eval"),
+        eval_sets=asked,
+        generator=generator(located, engine, built, rows.stop_ids, stop),
+        records=AnswerRecords(folder.path / "eval"),
         base=base_key(located),
-        when=When(every_steps=located.eval.every_steps, at_end=located.eval.at_end, num_steps=num_steps),
+        schedule=EvalSchedule(every_steps=located.eval.every_steps, at_end=located.eval.at_end, num_steps=num_steps),
         stop=stop,
         say=say,
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft import compatibility
 from distft.core.errors import DataError
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.recipe import Recipe, check_steps
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _common(located: Recipe, say: Say) -> dict[str, Any]:
     tokenizer, revision = tokenizer_of(located)
     common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(located.data)}
     common["progress"] = Preparing(say)
-    common["waiting"] = lambda: PULSE.at("rows", patient=True)
+    common["waiting"] = lambda: PHASE.enter("rows", patient=True)
     return common
 
 
@@ -198,7 +198,7 @@ class Preparing:
         Raises:
             Preempted: this process has been asked to stop.
         """
-        PULSE.at("rows")
+        PHASE.enter("rows")
         if time.monotonic() - self._said_at >= PREPARING_SAYS_S:
             self._said_at = time.monotonic()
             self._say(f"preparing rows: {rows:,}")

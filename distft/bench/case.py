@@ -159,12 +159,12 @@ class _Measurement:
             graphs=graphs,
             edge=lambda: device.phase("first_steps"),
         )
-        gradients = GradientBytes(lambda: state_bytes.gradients(engine))
+        gradients = GradientBytes(lambda: state_bytes.gradient_bytes(engine))
         began = time.perf_counter()
         state = self._fit(TrainState(), clock, facts, gradients)
         device.phase("steady_step")
         self.say(f"{len(clock.losses)} steps in {time.perf_counter() - began:.1f} s")
-        after = state_bytes.count(engine)
+        after = state_bytes.measure(engine)
         mine: dict[str, Any] = {
             "held": {f"{name}_bytes": value for name, value in vars(after).items()}
             | {"gradients_bytes": gradients.held},
@@ -327,10 +327,10 @@ def why(error: BaseException) -> dict[str, str]:
 def main(argv: list[str]) -> NoReturn:
     """One process of a case.
 
-    It ends by `leave` while the engine, or the error whose frames hold it, is still referred to: the destructor of a
+    It ends by `hard_exit` while the engine, or the error whose frames hold it, is still referred to: a destructor of a
     gloo group whose other ranks have gone may wait for ever (torch 2.13; under ddp in one of eight ends).
     """
-    from distft.core.hard_exit import leave
+    from distft.core.hard_exit import hard_exit
 
     die_with_parent()
     spec = BenchCaseSpec.read(Path(argv[0]))
@@ -343,12 +343,12 @@ def main(argv: list[str]) -> NoReturn:
         traceback.print_exc()
         with contextlib.suppress(OSError, MemoryError):
             spec.failure(rank).write_text(json.dumps(why(error)), encoding="utf-8")
-        leave(1)
+        hard_exit(1)
     if engine.rank == 0:
         from distft.run_folder import write_atomic
 
         write_atomic(Path(spec.out), json.dumps(record))
-    leave(0)
+    hard_exit(0)
 
 
 if __name__ == "__main__":

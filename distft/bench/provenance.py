@@ -13,7 +13,7 @@ from typing import Any
 from distft.core.accelerators import GIB
 
 PACKAGE = Path(__file__).resolve().parents[1]
-SHOWING = ("command.py", "judge.py", "planned.py", "table.py", "plots.py")
+SHOWING = ("command.py", "loss_agreement.py", "planned.py", "table.py", "plots.py")
 """Files of this room that no measurement passes through: a change in them makes no figure old."""
 ASKING_S = 20.0
 

@@ -13,7 +13,7 @@ from typing import Any
 from distft.checkpoint import durable
 from distft.checkpoint.folders import Folders
 from distft.checkpoint.manifest import Manifest
-from distft.checkpoint.rank_group import RankErrors, RankGroup, together
+from distft.checkpoint.rank_group import RankErrors, RankGroup, on_all_ranks
 from distft.checkpoint.saving import Job, merge, write_manifest
 from distft.core.errors import FileSystemError
 from distft.core.faults import Faults
@@ -62,7 +62,7 @@ class Committer:
         """
         try:
             # A chunk of each tensor of each rank: a hundred megabytes of 512, and only rank 0 looks at them.
-            written = together(self._group, lambda: (job.result(), self._at("P4", job.step))[0], for_first=True)
+            written = on_all_ranks(self._group, lambda: (job.result(), self._at("P4", job.step))[0], for_first=True)
         except RankErrors as error:
             return self.give_up(job.step, error)
         manifest: Manifest | None = None

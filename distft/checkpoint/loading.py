@@ -25,7 +25,7 @@ from distft.checkpoint.manifest import (
     read_verified,
     share_of,
 )
-from distft.checkpoint.rank_group import RankErrors, RankGroup, together
+from distft.checkpoint.rank_group import RankErrors, RankGroup, on_all_ranks
 from distft.checkpoint.reader import Reader
 from distft.core.errors import CheckpointError
 
@@ -80,7 +80,7 @@ def check_shared(root: Path, group: RankGroup) -> None:
         CheckpointError: some rank does not see it.
         RankErrors: rank 0 cannot write here.
     """
-    token = together(group, lambda: _write_probe(root) if group.rank == 0 else "")[0]
+    token = on_all_ranks(group, lambda: _write_probe(root) if group.rank == 0 else "")[0]
     probe, seen = root / token, False
     for attempt in range(SHARED_TRIES):  # a network file system may need a moment
         seen = _sees(probe)
@@ -201,7 +201,7 @@ def _same_listing(folders: Folders, group: RankGroup) -> list[int]:
 
 def _quarantine(folders: Folders, group: RankGroup, step: int, reasons: list[str]) -> str:
     try:
-        homes = together(group, lambda: folders.quarantine(step, reasons).name if group.rank == 0 else "")
+        homes = on_all_ranks(group, lambda: folders.quarantine(step, reasons).name if group.rank == 0 else "")
     except RankErrors as error:
         return f" (cannot be renamed: {error})"
     return f" (kept as {homes[0]})"

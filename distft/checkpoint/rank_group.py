@@ -70,7 +70,7 @@ class RankErrors(Exception):
         super().__init__("; ".join(f"rank {rank}: {text}" for rank, text in errors.items()))
 
 
-def together(group: RankGroup, work: Callable[[], T], *, for_first: bool = False) -> list[T]:
+def on_all_ranks(group: RankGroup, work: Callable[[], T], *, for_first: bool = False) -> list[T]:
     """Collective: do `work` on every rank and tell all ranks how it went, so that none waits for one that failed.
 
     Errors of the group itself (a peer died) are not caught: nothing can be agreed on any more.

@@ -38,7 +38,7 @@ MAX_DIFF_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkout:
+class GitState:
     """The git repository around a folder."""
 
     commit: str
@@ -84,7 +84,7 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def environment(env: Mapping[str, str]) -> dict[str, str]:
+def library_variables(env: Mapping[str, str]) -> dict[str, str]:
     """Variables that libraries read; none whose name or form looks like a secret."""
     return {
         name: _LOGIN.sub("://…@", value)
@@ -93,14 +93,14 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def checkout(folder: Path) -> Checkout | None:
+def git_state(folder: Path) -> GitState | None:
     """The repository that `folder` is in; None outside of any, or where git is missing or slow."""
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None
     diff = _git(folder, "diff", "--no-ext-diff", "HEAD") or ""
     untracked = _git(folder, "ls-files", "--others", "--exclude-standard") or ""
-    return Checkout(
+    return GitState(
         commit=commit.strip(),
         diff=diff if len(diff) <= MAX_DIFF_BYTES else f"a diff of {len(diff)} bytes is not kept\n",
         untracked=tuple(untracked.splitlines()[:100]),

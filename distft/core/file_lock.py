@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 
 FIRST_S, LAST_S = 0.05, 8.0
 """Between two looks, at the beginning and after a long time."""
@@ -26,7 +26,7 @@ WORD_S = 1.0
 
 
 @contextmanager
-def turn(
+def locked_once(
     lock: Path, waiting: Callable[[], None] = lambda: None, *, done: Callable[[], bool] = lambda: False
 ) -> Generator[bool]:
     """Wait for the lock or until somebody else has done the work; the lock dies with its holder.
@@ -58,13 +58,13 @@ def turn(
     yield False
 
 
-def patiently() -> None:
+def wait_hook() -> None:
     """The `waiting` of a run: waits for another process, which is no hang, as long as nobody asks it to stop.
 
     Raises:
         Preempted: somebody does.
     """
-    PULSE.at(PULSE.phase, patient=True)
+    PHASE.enter(PHASE.phase, patient=True)
 
 
 def _sleep(seconds: float, waiting: Callable[[], None]) -> None:

@@ -14,13 +14,13 @@ from distft.core import launched
 _kept: list[object] | None = None
 
 
-def promise() -> None:
-    """This process will end by `leave`, so what is handed to `keep` until then is not given back."""
+def plan_hard_exit() -> None:
+    """This process will end by `hard_exit`, so what is handed to `keep_alive` until then is not given back."""
     global _kept
     _kept = []
 
 
-def keep(thing: object) -> None:
+def keep_alive(thing: object) -> None:
     """Do not destroy `thing` before the process ends.
 
     For DDP's module and gloo's groups: one rank in eight did not come back from their destructors after the group was
@@ -30,7 +30,7 @@ def keep(thing: object) -> None:
         _kept.append(thing)
 
 
-def leave(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """End the process with `code`, whatever libraries would still do to it.
 
     A process that used FSDP2 over gloo dies of SIGABRT in about one of five ends (torch 2.13): parameters keep their

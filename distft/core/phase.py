@@ -15,7 +15,7 @@ from distft.core.errors import Preempted
 from distft.core.stop import STOP
 
 
-class Pulse:
+class PhaseTracker:
     """One per process. Written by the main thread only; readers see whole words, so there is nothing to lock."""
 
     def __init__(self) -> None:
@@ -33,9 +33,9 @@ class Pulse:
         self.since = self.began
         self.patient = False
         """Waiting for something that another process does outside any collective: not a hang, however long."""
-        self.spent: defaultdict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         """Seconds by phase."""
-        self.moved: Callable[[], None] | None = None
+        self.on_enter: Callable[[], None] | None = None
         """Called at every point, before anything may happen there."""
         self.stepped = False
         """This run has finished a step: what comes now is no start-up any more."""
@@ -45,22 +45,22 @@ class Pulse:
         """From here on all ranks agree on a stop at the next step; before, there was nothing to save."""
         self._training = True
 
-    def at(self, phase: str, step: int | None = None, *, patient: bool = False) -> None:
+    def enter(self, phase: str, step: int | None = None, *, patient: bool = False) -> None:
         """The main thread has come to `phase` (of the step that is being made).
 
         Raises:
             Preempted: asked to stop before training began.
         """
         now = time.monotonic()
-        self.spent[self.phase] += now - self.since
+        self.seconds[self.phase] += now - self.since
         self.phase, self.step, self.patient, self.since = phase, self.step if step is None else step, patient, now
         self.count += 1
-        if self.moved is not None:
-            self.moved()
+        if self.on_enter is not None:
+            self.on_enter()
         faults.at(phase, step=self.step)
         if not self._training and STOP.asked():
             raise Preempted(f"stopped by {STOP.reason} before training began ({phase}), so there is nothing to save")
 
 
-PULSE = Pulse()
+PHASE = PhaseTracker()
 """This process's."""

@@ -17,7 +17,7 @@ class _Group(Protocol):
     def gather(self, value: Any) -> list[Any]: ...
 
 
-def by_first(group: _Group, work: Callable[[], T]) -> T:
+def on_rank_zero(group: _Group, work: Callable[[], T]) -> T:
     """What `work` gives on rank 0, on every rank; collective. Without it ranks would wait for one that has ended.
 
     Raises:

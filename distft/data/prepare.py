@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from distft.core.errors import DataError, FileSystemError
-from distft.core.file_lock import turn
+from distft.core.file_lock import locked_once
 from distft.data.fingerprint import cache_key, today
 from distft.data.preparation_report import SHOWN_FAULTS, PrepareReport, SourceReport
 from distft.data.readers import Payload
@@ -169,7 +169,7 @@ def _build_once(job: _Job, target: Path) -> bool:
     def done() -> bool:
         return target.is_dir() or _identity(failure) != failed_before
 
-    with turn(target.with_suffix(".lock"), job.waiting, done=done) as ours:
+    with locked_once(target.with_suffix(".lock"), job.waiting, done=done) as ours:
         if target.is_dir():
             return False
         if not ours:

@@ -2,7 +2,7 @@
 
 from distft.data_quality.card import card
 from distft.data_quality.examine import examine, refuse_overlap
-from distft.data_quality.findings import CareReport
+from distft.data_quality.findings import DataQualityReport
 from distft.data_quality.summary import summary
 
-__all__ = ["CareReport", "card", "examine", "refuse_overlap", "summary"]
+__all__ = ["DataQualityReport", "card", "examine", "refuse_overlap", "summary"]

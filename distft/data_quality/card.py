@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distft.data_quality.examine import told
-from distft.data_quality.findings import CareReport, Split
+from distft.data_quality.findings import DataQualityReport, Split
 
 _SHOWN = 10
 _SHOWN_LABELS = 20
 
 
-def card(report: CareReport, *, name: str, sources: Sequence[tuple[str, str]]) -> str:
+def card(report: DataQualityReport, *, name: str, sources: Sequence[tuple[str, str]]) -> str:
     """The page; `sources` are (split, path) in the recipe's order.
 
     Everything in it is counted from the rows, but for what only people know: origin, licence and consent are asked for
@@ -20,7 +20,7 @@ def card(report: CareReport, *, name: str, sources: Sequence[tuple[str, str]]) -
     return "\n".join(_lines(report, name, sources)) + "\n"
 
 
-def _lines(report: CareReport, name: str, sources: Sequence[tuple[str, str]]) -> Iterator[str]:
+def _lines(report: DataQualityReport, name: str, sources: Sequence[tuple[str, str]]) -> Iterator[str]:
     yield from (f"# Data card: {_plain(name)}", "")
     if report.notes:
         yield from ("## Look at this first", "", *(f"- {_plain(note)}" for note in report.notes), "")
@@ -61,7 +61,7 @@ def _labels(splits: dict[str, Split]) -> Iterator[str]:
     yield ""
 
 
-def _repeats(report: CareReport) -> Iterator[str]:
+def _repeats(report: DataQualityReport) -> Iterator[str]:
     searched = report.near_searched
     among = "" if searched >= report.splits["train"].num_rows else f" (searched among the first {searched:,} rows)"
     yield from ("## Repeats and overlap", "")
@@ -76,7 +76,7 @@ def _repeats(report: CareReport) -> Iterator[str]:
         yield from (*(f"- {_plain(told(one))}" for one in report.shared[:_SHOWN]), "")
 
 
-def _finds(report: CareReport) -> Iterator[str]:
+def _finds(report: DataQualityReport) -> Iterator[str]:
     yield from ("## Personal data and secrets", "")
     if not report.num_found:
         yield from ("None found by shape; names and addresses of people have none.", "")

@@ -14,7 +14,7 @@ from uuid import uuid4
 import numpy as np
 
 from distft.core.errors import DataError, FileSystemError
-from distft.core.file_lock import turn
+from distft.core.file_lock import locked_once
 from distft.data.fingerprint import sources_key
 from distft.data.prepare import with_distinct_labels
 from distft.data.samples import FormatSpec
@@ -22,7 +22,7 @@ from distft.data.sources import RowSource, decide_format, find
 from distft.data_quality import gather as gathering
 from distft.data_quality import similar
 from distft.data_quality.eval_rows import asked_sources
-from distft.data_quality.findings import SHOWN, CareReport, Repeat, Shared
+from distft.data_quality.findings import SHOWN, DataQualityReport, Repeat, Shared
 from distft.data_quality.gather import Gathered
 from distft.data_quality.notes import notes
 from distft.data_quality.row_texts import Unread, row_texts
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from distft.recipe.schema import DataTable
 
 _CODE = (
-    "asked.py",
-    "texts.py",
+    "eval_rows.py",
+    "row_texts.py",
     "gather.py",
     "shingles.py",
     "similar.py",
     "patterns.py",
     "notes.py",
-    "report.py",
+    "findings.py",
     "examine.py",
 )
 _SHOWN_OVERLAP = 5
@@ -55,7 +55,7 @@ def examine(
     cache_dir: Path,
     progress: Callable[[int], None] = lambda rows: None,
     waiting: Callable[[], None] = lambda: None,
-) -> CareReport:
+) -> DataQualityReport:
     """What is to be known of the recipe's rows; from the cache where the same files were looked at before.
 
     Of several processes that ask together one works and the others wait.
@@ -80,7 +80,7 @@ def examine(
         folder.mkdir(parents=True, exist_ok=True)
         key = _key(splits, cache_dir / "hashes")
         note = folder / f"{key[:40]}.json"
-        with turn(note.with_suffix(".lock"), waiting, done=lambda: _read(note) is not None):
+        with locked_once(note.with_suffix(".lock"), waiting, done=lambda: _read(note) is not None):
             if (known := _read(note)) is None:
                 known = _examine(splits, progress)
                 aside = note.with_suffix(f".{uuid4().hex}.tmp")
@@ -94,7 +94,7 @@ def examine(
         ) from None
 
 
-def refuse_overlap(report: CareReport, table: DataTable) -> None:
+def refuse_overlap(report: DataQualityReport, table: DataTable) -> None:
     """Hold to the recipe's `[data] overlap`.
 
     Raises:
@@ -134,14 +134,14 @@ def _key(splits: dict[str, _Split], memory: Path) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read(note: Path) -> CareReport | None:
+def _read(note: Path) -> DataQualityReport | None:
     try:
-        return CareReport.from_json(json.loads(note.read_text(encoding="utf-8")))
+        return DataQualityReport.from_json(json.loads(note.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
         return None  # not looked at yet, or a torn note
 
 
-def _examine(splits: dict[str, _Split], progress: Callable[[int], None]) -> CareReport:
+def _examine(splits: dict[str, _Split], progress: Callable[[int], None]) -> DataQualityReport:
     unread = {name: Unread() for name in splits}
     rows = {name: row_texts(*split, unread[name]) for name, split in splits.items()}
     labels = {
@@ -165,7 +165,7 @@ def _examine(splits: dict[str, _Split], progress: Callable[[int], None]) -> Care
     every = [train, *([held_out] if held_out else [])]
     num_shared, shared = _overlap(train, held_out)
     num_found = sum((one.num_found for one in every), start=Counter[str]())
-    report = CareReport(
+    report = DataQualityReport(
         splits={name: one.split(unread[name].num_rows) for name, one in zip(splits, every, strict=True)},
         num_same=len(same.row_P),
         num_near=int(near_only.sum()),

@@ -57,7 +57,7 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CareReport:
+class DataQualityReport:
     """All that a look at the rows says."""
 
     splits: dict[str, Split]
@@ -90,7 +90,7 @@ class CareReport:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> CareReport:
+    def from_json(cls, stored: dict[str, Any]) -> DataQualityReport:
         """The report that `to_json` gave."""
         return cls(
             **stored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distft.data_quality.findings import FEW_ROWS, CareReport
+from distft.data_quality.findings import FEW_ROWS, DataQualityReport
 from distft.scores.confidence_intervals import of_share
 
 _SHARE_THAT_MATTERS = 0.01
@@ -12,7 +12,7 @@ _MOSTLY = 0.8
 _RARE = 10
 
 
-def notes(report: CareReport) -> Iterator[str]:
+def notes(report: DataQualityReport) -> Iterator[str]:
     """Warnings, gravest first."""
     train, held_out = report.splits["train"], report.splits.get("eval")
     secrets = sorted({one.kind for one in report.found if one.secret})

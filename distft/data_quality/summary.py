@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distft.data_quality.examine import told
-from distft.data_quality.findings import CareReport
+from distft.data_quality.findings import DataQualityReport
 
 _SHOWN = 3
 
 
-def summary(report: CareReport) -> Iterator[str]:
+def summary(report: DataQualityReport) -> Iterator[str]:
     """Counts with the first few rows of each, then the warnings; never what a secret says."""
     train = report.splits["train"]
     yield f"{'repeats':<20} {report.num_same:,} equal, {report.num_near:,} nearly, of {train.num_rows:,} training rows"

@@ -39,7 +39,7 @@ class _Owned:
         return self.local.data_ptr() == self.master.data_ptr()
 
 
-class OwnedParameters:
+class MasterWeights:
     """fp32 stand-ins for the trainable parameters, by name.
 
     `sums`: where gradients are found that are added up in fp32; None: on the parameters, in their type. `per_tensor`:
@@ -90,7 +90,7 @@ class OwnedParameters:
             step([owned.master for owned in members if owned.master.grad is not None])
             for owned in members:
                 owned.master.grad = None
-            self._publish(members)
+            self._copy_to_model(members)
 
     def for_each_group(self, run: Callable[[list[nn.Parameter]], None]) -> None:
         """Call `run` with the masters of each group."""
@@ -104,9 +104,9 @@ class OwnedParameters:
             if self._sums is not None:
                 self._sums.drop(owned.param)
 
-    def publish(self) -> None:
+    def copy_to_model(self) -> None:
         """Write masters back into the parameters they stand for."""
-        self._publish(self._all)
+        self._copy_to_model(self._all)
 
     def _stored(self, owned: _Owned) -> Tensor | None:
         total = self._sums.of(owned.param) if self._sums is not None else None
@@ -115,7 +115,7 @@ class OwnedParameters:
         return None if owned.param.grad is None else local(owned.param.grad)
 
     @torch.no_grad()
-    def _publish(self, members: list[_Owned]) -> None:
+    def _copy_to_model(self, members: list[_Owned]) -> None:
         stale = [owned for owned in members if not owned.shares]
         if stale:
             torch._foreach_copy_([owned.local for owned in stale], [owned.master for owned in stale])  # pyright: ignore[reportPrivateImportUsage]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import MachineError
-from distft.core.hard_exit import keep
+from distft.core.hard_exit import keep_alive
 from distft.engine import affinity, flight_recorder
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def leaving() -> Iterator[contextlib.ExitStack]:
         yield stack
     except BaseException:
         if _shares_accelerators():
-            keep(stack.pop_all())
+            keep_alive(stack.pop_all())
         else:
             stack.close()
         raise

@@ -19,14 +19,14 @@ ANSWER_S = 10.0
 """A store that was reached answers at once, or is gone."""
 
 
-class Meeting:
-    """`open` it, `say` something, `hear` the others, and go on into a group with `store`."""
+class Rendezvous:
+    """`open` it, `put` something, `wait_for` the others, and go on into a group with `store`."""
 
     def __init__(self, store: Any, rank: int) -> None:
         self.store, self._rank = store, rank
 
     @classmethod
-    def open(cls, rank: int, world: int, timeout_s: float, env: Mapping[str, str] = os.environ) -> Meeting:
+    def open(cls, rank: int, world: int, timeout_s: float, env: Mapping[str, str] = os.environ) -> Rendezvous:
         """Reach the store at MASTER_ADDR:MASTER_PORT; rank 0 makes it, except under torchrun, which has one there.
 
         Raises:
@@ -52,26 +52,26 @@ class Meeting:
         attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(dist.PrefixStore(f"distft/{attempt}", store), rank)  # type: ignore[reportPrivateImportUsage]
 
-    def arrive(self, who: str) -> None:
+    def announce(self, who: str) -> None:
         """Say that this rank is here.
 
         Raises:
             MachineError: another process says that it is this rank too.
         """
-        self.say(f"who/{self._rank}/{self.store.add(f'came/{self._rank}', 1)}", who)
+        self.put(f"who/{self._rank}/{self.store.add(f'came/{self._rank}', 1)}", who)
         if self.store.check([f"who/{self._rank}/2"]):
             both = " and ".join(self._get(f"who/{self._rank}/{number}") for number in (1, 2))
             raise MachineError(f"two processes say that they are rank {self._rank}: on {both}")
 
-    def say(self, key: str, text: str) -> None:
+    def put(self, key: str, text: str) -> None:
         """Leave a word under `key`."""
         self.store.set(key, text)
 
-    def hear(self, key: str, timeout_s: float) -> str | None:
+    def wait_for(self, key: str, timeout_s: float) -> str | None:
         """The word under `key`; None when nobody left one in that time."""
-        return self.hear_all([key], timeout_s).get(key)
+        return self.wait_for_all([key], timeout_s).get(key)
 
-    def hear_all(self, keys: Iterable[str], timeout_s: float) -> dict[str, str]:
+    def wait_for_all(self, keys: Iterable[str], timeout_s: float) -> dict[str, str]:
         """The words under `keys`: of all, or of those that came in that time."""
         until, found, wanted = time.monotonic() + timeout_s, dict[str, str](), list(keys)
         while wanted:

@@ -5,7 +5,7 @@ every figure is the size of a storage that exists, counted once however many vie
 a view uses a part of it (padding is memory too).
 
 Gradients exist between the last backward of a step and its update, optimizer state from the first update on: call
-`gradients` before `step` and `count` after it.
+`gradient_bytes` before `step` and `measure` after it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PAGED_NUMEL = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class MeasuredStateBytes:
     """Bytes on one rank, by component; no byte is in two of them, but `pageable` is a part of `optimizer`."""
 
     weights: int
@@ -38,7 +38,7 @@ class Held:
     """Moments that a paged optimizer keeps in managed memory on a GPU."""
 
 
-def count(engine: Any) -> Held:
+def measure(engine: Any) -> MeasuredStateBytes:
     """State after an optimizer step.
 
     `engine` is any that has adopted a model.
@@ -49,7 +49,7 @@ def count(engine: Any) -> Held:
     master = _bytes(_masters(engine), seen)
     inner = _inner(engine)
     state = [tensor for slots in inner.state.values() for key, tensor in slots.items() if key != "step"]
-    return Held(
+    return MeasuredStateBytes(
         weights=weights,
         quant_constants=constants,
         master=master,
@@ -63,7 +63,7 @@ def count(engine: Any) -> Held:
     )
 
 
-def gradients(engine: Any) -> int:
+def gradient_bytes(engine: Any) -> int:
     """Bytes of gradients between the last backward of a step and its update."""
     seen: set[int] = set()
     params = list(_model(engine).parameters())

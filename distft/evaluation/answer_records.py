@@ -1,4 +1,4 @@
-"""What is kept of an exam: `eval/LABEL/NAME.jsonl`, a line per row, and `NAME.json`; the loss in `held_out.json`.
+"""What is kept of an eval_set: `eval/LABEL/NAME.jsonl`, a line per row, and `NAME.json`; the loss in `held_out.json`.
 
 Labels: `before`, `after`, `best`, `step-%08d`, or what `distft eval --label` says.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from distft.core.errors import FileSystemError
-from distft.evaluation.eval_sets import Exam, Taken, known
-from distft.scores import Scored
+from distft.evaluation.eval_sets import EvalResult, EvalSet, known
+from distft.scores import ScoreResult
 from distft.scores.paired import interval
 
 HELD_OUT = "held_out"
@@ -26,40 +26,40 @@ def step_label(step: int) -> str:
     return f"step-{step:08d}"
 
 
-class Records:
+class AnswerRecords:
     """The folder `RUN/eval`. Rank 0 writes; reading is for everyone."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, exam: Exam, taken: Taken, *, label: str, step: int, model: str) -> None:
+    def write(self, eval_set: EvalSet, result: EvalResult, *, label: str, step: int, model: str) -> None:
         """Keep it; the .json comes last, so that where it is all of it is.
 
         Raises:
             FileSystemError: the folder cannot be written.
         """
         intervals = [
-            {figure.name: interval(one, figure).to_json() for figure in one.figures} for _, one in taken.scored
+            {figure.name: interval(one, figure).to_json() for figure in one.figures} for _, one in result.scored
         ]
         about = {
-            "name": exam.name,
+            "name": eval_set.name,
             "label": label,
             "step": step,
-            "rows": exam.rows,
-            "rows_sha256": exam.rows_sha256,
+            "rows": eval_set.rows,
+            "rows_sha256": eval_set.rows_sha256,
             "model": model,
-            "seconds": round(taken.seconds, 3),
-            "answer_tokens": taken.answer_tokens,
-            "cut_prompts": taken.cut_prompts,
-            "settings": exam.settings,
+            "seconds": round(result.seconds, 3),
+            "answer_tokens": result.answer_tokens,
+            "cut_prompts": result.cut_prompts,
+            "settings": eval_set.settings,
             "scores": [
                 {"score": name, "scored": one.to_json(), "intervals": at}
-                for (name, one), at in zip(taken.scored, intervals, strict=True)
+                for (name, one), at in zip(result.scored, intervals, strict=True)
             ],
         }
-        lines = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in _lines(taken))
-        self._put(label, f"{exam.name}.jsonl", lines)
-        self._put(label, f"{exam.name}.json", _pretty(about))
+        lines = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in _lines(result))
+        self._put(label, f"{eval_set.name}.jsonl", lines)
+        self._put(label, f"{eval_set.name}.json", _pretty(about))
 
     def write_held_out(self, figures: dict[str, float], *, label: str, step: int, rows_sha256: str, model: str) -> None:
         """Keep the loss on the held-out rows.
@@ -91,17 +91,19 @@ class Records:
             return None
         return found if isinstance(found, dict) else None
 
-    def holds(self, exam: Exam, *, label: str, step: int, model: str) -> bool:
+    def holds(self, eval_set: EvalSet, *, label: str, step: int, model: str) -> bool:
         """Whether this very model's answers to these very rows are kept already."""
-        said = self.about(label, exam.name)
-        wanted = {"step": step, "rows_sha256": exam.rows_sha256, "model": model, "settings": exam.settings}
+        said = self.about(label, eval_set.name)
+        wanted = {"step": step, "rows_sha256": eval_set.rows_sha256, "model": model, "settings": eval_set.settings}
         return said is not None and all(said.get(key) == value for key, value in wanted.items())
 
     def totals(self, label: str, name: str) -> dict[str, float]:
         """Figures of answers that are kept."""
         said = self.about(label, name)
         assert said is not None, "asked for after `holds`"
-        return {key: value for one in said["scores"] for key, value in Scored.from_json(one["scored"]).totals.items()}
+        return {
+            key: value for one in said["scores"] for key, value in ScoreResult.from_json(one["scored"]).totals.items()
+        }
 
     def row_ids(self, label: str, name: str) -> list[str]:
         """Ids of the rows, in order; none when they are not there."""
@@ -132,9 +134,9 @@ def model_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _lines(taken: Taken) -> Iterator[dict[str, Any]]:
-    for index, answer in enumerate(taken.answers):
-        scores = {name: known(values[index]) for _, one in taken.scored for name, values in one.rows.items()}
+def _lines(result: EvalResult) -> Iterator[dict[str, Any]]:
+    for index, answer in enumerate(result.answers):
+        scores = {name: known(values[index]) for _, one in result.scored for name, values in one.rows.items()}
         line: dict[str, Any] = {
             "id": answer.id,
             "prompt": answer.prompt,

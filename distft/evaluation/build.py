@@ -9,22 +9,22 @@ from distft.core.errors import DataError, RecipeError
 from distft.data.questions import Columns, Question, followed_by, questions, trained_as_chat
 from distft.data.render import Renderer
 from distft.evaluation import sanity_sets
-from distft.evaluation.eval_sets import Exam, RowsExam, Scoring, choices
-from distft.generation.completion import Writing
+from distft.evaluation.eval_sets import BoundScore, EvalSet, RowEvalSet, choices
+from distft.generation.completion import SamplingParams
 from distft.recipe import AnswersTable, score_params
 from distft.recipe.eval_rules import SPOT, TASK, is_task
 from distft.recipe.schema import DataTable, SourceTable
 from distft.scores import SCORES, Answer
 
 
-def exams(
+def build_eval_sets(
     tables: Sequence[AnswersTable],
     data: DataTable,
     renderer: Renderer,
     *,
     seed: int,
     progress: Callable[[int], None],
-) -> list[Exam]:
+) -> list[EvalSet]:
     """One for each table, in order. Paths are real ones, or `spot:NAME`.
 
     Raises:
@@ -35,18 +35,20 @@ def exams(
     return [_any(table, data, renderer, seed, progress) for table in tables]
 
 
-def _any(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int, progress: Callable[[int], None]) -> Exam:
+def _any(
+    table: AnswersTable, data: DataTable, renderer: Renderer, seed: int, progress: Callable[[int], None]
+) -> EvalSet:
     return _task(table, data, renderer, seed) if is_task(table) else _exam(table, data, renderer, seed, progress)
 
 
-def _task(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int) -> Exam:
-    from distft.evaluation.lm_eval_set import TaskExam  # imports torch
-    from distft.scores.harness import Tasks
+def _task(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int) -> EvalSet:
+    from distft.evaluation.lm_eval_set import LmEvalSet  # imports torch
+    from distft.scores.harness import LmEvalTasks
 
     assert table.path is not None
     as_chat = _as_chat(table, data)
     try:
-        tasks = Tasks(
+        tasks = LmEvalTasks(
             table.path.removeprefix(TASK),
             limit=table.max_rows,
             num_fewshot=table.num_fewshot,
@@ -57,7 +59,7 @@ def _task(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int) -
         raise DataError(f'[[eval.answers]] "{table.name}": {error}') from None
     except RecipeError as error:
         raise RecipeError(f'[[eval.answers]] "{table.name}"', error.problems) from None
-    return TaskExam(
+    return LmEvalSet(
         name=table.name,
         tasks=tasks,
         renderer=renderer,
@@ -76,7 +78,7 @@ def _as_chat(table: AnswersTable, data: DataTable) -> bool:
 
 def _exam(
     table: AnswersTable, data: DataTable, renderer: Renderer, seed: int, progress: Callable[[int], None]
-) -> RowsExam:
+) -> RowEvalSet:
     own = table.source
     if own is not None and own.path.startswith(SPOT):
         own = SourceTable(path=sanity_sets.path_of(own.path))
@@ -92,7 +94,7 @@ def _exam(
         scorings = tuple(_scoring(raw, asked, renderer) for raw in table.scores)
     except DataError as error:
         raise DataError(f'[[eval.answers]] "{table.name}": {error}') from None
-    writing = Writing(
+    writing = SamplingParams(
         max_new_tokens=table.max_new_tokens,
         temperature=table.temperature,
         top_p=table.top_p,
@@ -100,7 +102,9 @@ def _exam(
         seed=seed,
         batch_size=None if table.batch_size == "auto" else table.batch_size,
     )
-    return RowsExam(name=table.name, questions=asked, scorings=scorings, writing=writing, every_steps=table.every_steps)
+    return RowEvalSet(
+        name=table.name, questions=asked, scorings=scorings, writing=writing, every_steps=table.every_steps
+    )
 
 
 def _columns(table: AnswersTable, data: DataTable) -> Columns | None:
@@ -111,16 +115,16 @@ def _columns(table: AnswersTable, data: DataTable) -> Columns | None:
     return Columns(prompt=prompt, reference=reference, as_chat=_as_chat(table, data))
 
 
-def _scoring(raw: dict[str, Any], asked: Sequence[Question], renderer: Renderer) -> Scoring:
+def _scoring(raw: dict[str, Any], asked: Sequence[Question], renderer: Renderer) -> BoundScore:
     spec = SCORES[raw["name"]]
     params = score_params(raw, spec.params)
-    scoring = Scoring(spec=spec, params=params, scorer=spec.build(params))
+    scoring = BoundScore(spec=spec, params=params, scorer=spec.build(params))
     if spec.choices is None:
         return scoring
     pairs = tuple(
         tuple(followed_by(renderer, one, choice) for choice in choices(scoring, _unanswered(one))) for one in asked
     )
-    return Scoring(spec=spec, params=params, scorer=scoring.scorer, pairs=pairs)
+    return BoundScore(spec=spec, params=params, scorer=scoring.scorer, pairs=pairs)
 
 
 def _unanswered(one: Question) -> Answer:

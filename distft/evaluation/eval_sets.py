@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from distft.core.phase import PULSE
-from distft.core.ranks import by_first
+from distft.core.phase import PHASE
+from distft.core.ranks import on_rank_zero
 from distft.data.questions import Question, rows_hash
-from distft.generation.completion import Completion, Prompt, Writing
-from distft.scores import Answer, Figure, Scored, Scorer, ScoreSpec
+from distft.generation.completion import Completion, Prompt, SamplingParams
+from distft.scores import Answer, MetricInfo, Scorer, ScoreResult, ScoreSpec
 
 if TYPE_CHECKING:
     from distft.core.types import Engine
-    from distft.generation.generator import Speaker
+    from distft.generation.generator import Generator
 
 Pair: TypeAlias = tuple[Sequence[int], Sequence[int]]
 """Context and continuation, as tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
+class BoundScore:
     """A score with its settings."""
 
     spec: ScoreSpec
@@ -33,7 +33,7 @@ class Scoring:
     """Of a score that weighs: for each question, prompt and choice as tokens, a pair for each choice."""
 
 
-class Exam(Protocol):
+class EvalSet(Protocol):
     """A set of questions, wherever they come from."""
 
     @property
@@ -71,11 +71,11 @@ class Exam(Protocol):
         """Tokens."""
         ...
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, MetricInfo]:
         """Every figure it gives, by name."""
         ...
 
-    def take(self, speaker: Speaker, engine: Engine) -> Taken | None:
+    def run(self, generator: Generator, engine: Engine) -> EvalResult | None:
         """Ask and judge; collective, and every rank gets what rank 0's judges say.
 
         Returns:
@@ -88,28 +88,28 @@ class Exam(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsExam:
+class RowEvalSet:
     """Rows that the recipe names: how they are answered, how answers are judged."""
 
     name: str
     questions: Sequence[Question]
-    scorings: tuple[Scoring, ...]
-    writing: Writing
+    scorings: tuple[BoundScore, ...]
+    writing: SamplingParams
     every_steps: int | None = None
 
     @property
     def rows(self) -> int:
-        """See `Exam`."""
+        """See `EvalSet`."""
         return len(self.questions)
 
     @property
     def rows_sha256(self) -> str:
-        """See `Exam`."""
+        """See `EvalSet`."""
         return rows_hash(self.questions)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `Exam`."""
+        """See `EvalSet`."""
         how = self.writing
         written = {
             "max_new_tokens": how.max_new_tokens,
@@ -125,12 +125,12 @@ class RowsExam:
 
     @property
     def first_prompt(self) -> str:
-        """See `Exam`."""
+        """See `EvalSet`."""
         return self.questions[0].prompt
 
     @property
     def longest_prompt(self) -> int:
-        """See `Exam`."""
+        """See `EvalSet`."""
         return max(len(one.ids) for one in self.questions)
 
     @property
@@ -138,46 +138,49 @@ class RowsExam:
         """Whether any score looks at text."""
         return any(one.spec.choices is None for one in self.scorings)
 
-    def figures(self) -> dict[str, Figure]:
-        """See `Exam`."""
+    def figures(self) -> dict[str, MetricInfo]:
+        """See `EvalSet`."""
         return {figure.name: figure for one in self.scorings for figure in one.spec.figures(one.params)}
 
-    def take(self, speaker: Speaker, engine: Engine) -> Taken | None:
-        """See `Exam`."""
+    def run(self, generator: Generator, engine: Engine) -> EvalResult | None:
+        """See `EvalSet`."""
         questions, room = self.questions, self.writing.max_new_tokens
         texts: list[Completion] | None = [Completion(text="", num_tokens=0, ended=True)] * len(questions)
         seconds, cut = 0.0, 0
         if self.writes:
-            prompts = [Prompt(name=f"{one.id}\n{one.prompt}", ids=speaker.fitted(one.ids, room)) for one in questions]
+            prompts = [
+                Prompt(seed_key=f"{one.id}\n{one.prompt}", ids=generator.truncate_prompt(one.ids, room))
+                for one in questions
+            ]
             cut = sum(len(prompt.ids) < len(one.ids) for prompt, one in zip(prompts, questions, strict=True))
-            texts = speaker.write(prompts, self.writing)
-            seconds += speaker.seconds
+            texts = generator.generate(prompts, self.writing)
+            seconds += generator.seconds
         if texts is None:
             return None
         answers = [
             Answer(id=one.id, row=one.row, reference=one.reference, text=said.text, prompt=one.prompt)
             for one, said in zip(questions, texts, strict=True)
         ]
-        scored: list[tuple[str, Scored]] = []
+        scored: list[tuple[str, ScoreResult]] = []
         for scoring in self.scorings:
             judged = answers
             if scoring.spec.choices is not None:
-                weighed = _weighed(self, scoring, answers, speaker)
+                weighed = _with_loglikelihoods(self, scoring, answers, generator)
                 if weighed is None:
                     return None
                 judged = answers = weighed
-                seconds += speaker.seconds
+                seconds += generator.seconds
             scored.append((scoring.spec.name, _judged(scoring, judged, engine)))
         tokens = sum(said.num_tokens for said in texts)
-        return Taken(answers=answers, scored=scored, seconds=seconds, answer_tokens=tokens, cut_prompts=cut)
+        return EvalResult(answers=answers, scored=scored, seconds=seconds, answer_tokens=tokens, cut_prompts=cut)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
-    """An exam as one model took it. Answers are in the order of the questions."""
+class EvalResult:
+    """An eval_set as one model took it. Answers are in the order of the questions."""
 
     answers: list[Answer]
-    scored: list[tuple[str, Scored]]
+    scored: list[tuple[str, ScoreResult]]
     """(name of the score, what it says)."""
     seconds: float
     answer_tokens: int
@@ -190,10 +193,12 @@ class Taken:
         return {name: value for _, one in self.scored for name, value in one.totals.items()}
 
 
-def _weighed(exam: RowsExam, scoring: Scoring, answers: list[Answer], speaker: Speaker) -> list[Answer] | None:
+def _with_loglikelihoods(
+    eval_set: RowEvalSet, scoring: BoundScore, answers: list[Answer], generator: Generator
+) -> list[Answer] | None:
     """The answers with the log-likelihood of each choice; where nothing was written, the likeliest is the text."""
-    pairs = [(speaker.fitted(asked, len(choice)), choice) for row in scoring.pairs for asked, choice in row]
-    found = speaker.weigh(pairs, batch_size=exam.writing.batch_size)
+    pairs = [(generator.truncate_prompt(asked, len(choice)), choice) for row in scoring.pairs for asked, choice in row]
+    found = generator.loglikelihood(pairs, batch_size=eval_set.writing.batch_size)
     if found is None:
         return None
     likelihoods = iter(found)
@@ -206,7 +211,7 @@ def _weighed(exam: RowsExam, scoring: Scoring, answers: list[Answer], speaker: S
     return weighed
 
 
-def choices(scoring: Scoring, answer: Answer) -> tuple[str, ...]:
+def choices(scoring: BoundScore, answer: Answer) -> tuple[str, ...]:
     """The texts whose likelihood a score asks for.
 
     Raises:
@@ -215,11 +220,11 @@ def choices(scoring: Scoring, answer: Answer) -> tuple[str, ...]:
     return () if scoring.spec.choices is None else scoring.spec.choices(scoring.params, answer)
 
 
-def _judged(scoring: Scoring, answers: list[Answer], engine: Engine) -> Scored:
+def _judged(scoring: BoundScore, answers: list[Answer], engine: Engine) -> ScoreResult:
     """On rank 0, for a judge may cost money and a function may count its calls; a mistake ends all ranks alike."""
-    PULSE.at("eval", patient=True)
-    said = by_first(engine, lambda: scoring.scorer(answers))
-    PULSE.at("eval")
+    PHASE.enter("eval", patient=True)
+    said = on_rank_zero(engine, lambda: scoring.scorer(answers))
+    PHASE.enter("eval")
     return said
 
 

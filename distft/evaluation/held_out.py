@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import Batch, Engine
 from distft.objectives.spec import Objective
 
@@ -14,7 +14,7 @@ AGREE_EVERY = 16
 """Batches between two looks at whether somebody wants to stop: a stop must not wait for a long evaluation."""
 
 
-def evaluate(
+def held_out_loss(
     engine: Engine, objective: Objective, batches: Iterable[Batch], *, stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """`eval_loss` over all ranks' batches: the sum over supervised tokens divided by their count.
@@ -28,7 +28,7 @@ def evaluate(
     weight = 0.0
     with engine.evaluating():
         for index, batch in enumerate(batches):
-            PULSE.at("eval")
+            PHASE.enter("eval")
             if index % AGREE_EVERY == 0 and any(engine.sum_over_ranks(stop())):
                 return None
             total += objective.terms(engine.model, engine.place(batch)).loss_sum.double()

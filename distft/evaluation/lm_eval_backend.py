@@ -1,4 +1,4 @@
-"""A speaker that is asked in text: what tasks of lm-eval want (`distft.scores.harness.Answerer`)."""
+"""A generator that is asked in text: what tasks of lm-eval want (`distft.scores.harness.TextGenerator`)."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from typing import TypeVar
 
 from distft.core.errors import Preempted
 from distft.data.render import Renderer
-from distft.generation.completion import Prompt, Writing
-from distft.generation.generator import Speaker
+from distft.generation.completion import Prompt, SamplingParams
+from distft.generation.generator import Generator
 
 T = TypeVar("T")
 
 
-class Texts:
-    """Collective, as the speaker is: every rank asks the same, and gets every answer."""
+class LmEvalBackend:
+    """Collective, as the generator is: every rank asks the same, and gets every answer."""
 
     def __init__(
-        self, speaker: Speaker, renderer: Renderer, *, seed: int, as_chat: bool = False, batch_size: int | None = None
+        self,
+        generator: Generator,
+        renderer: Renderer,
+        *,
+        seed: int,
+        as_chat: bool = False,
+        batch_size: int | None = None,
     ) -> None:
         """`as_chat`: texts come with a chat template's special tokens."""
-        self._speaker, self._renderer, self._seed = speaker, renderer, seed
+        self._generator, self._renderer, self._seed = generator, renderer, seed
         self._as_chat, self._batch_size = as_chat, batch_size
         self.seconds, self.answer_tokens, self.cut_prompts = 0.0, 0, 0
         """So far."""
 
-    def weigh(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation after its context, and whether it is what the model would write.
 
         Raises:
@@ -34,19 +40,19 @@ class Texts:
         # White space goes over to the continuation in chats too, where the library's figures have it.
         cut = [(bare := one.rstrip(), one[len(bare) :] + two) for one, two in pairs]
         tokens = [self._renderer.pair(one, two, as_chat=self._as_chat) for one, two in cut]
-        return self._weighed([(self._fitted(one, len(two)), two) for one, two in tokens])
+        return self._loglikelihoods([(self._truncate(one, len(two)), two) for one, two in tokens])
 
-    def weigh_whole(self, texts: Sequence[str]) -> list[float]:
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """Log-likelihood of each text, in windows as lm-eval cuts them (`get_rolling_token_windows`).
 
         Raises:
             Preempted: asked to stop.
         """
         windows = [self._windows(text) for text in texts]
-        found = iter(self._weighed([window for own in windows for window in own]))
+        found = iter(self._loglikelihoods([window for own in windows for window in own]))
         return [sum(next(found)[0] for _ in own) for own in windows]
 
-    def write(
+    def generate(
         self, prompts: Sequence[str], *, stop: tuple[str, ...], max_new_tokens: int, temperature: float
     ) -> list[str]:
         """What the model writes after each prompt.
@@ -56,27 +62,28 @@ class Texts:
         """
         ids = [self._renderer.tokens(prompt, as_chat=self._as_chat) for prompt in prompts]
         asked = [
-            Prompt(name=prompt, ids=self._fitted(one, max_new_tokens)) for prompt, one in zip(prompts, ids, strict=True)
+            Prompt(seed_key=prompt, ids=self._truncate(one, max_new_tokens))
+            for prompt, one in zip(prompts, ids, strict=True)
         ]
-        how = Writing(
+        how = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             stop=stop,
             seed=self._seed,
             batch_size=self._batch_size,
         )
-        written = _all(self._speaker.write(asked, how))
-        self.seconds += self._speaker.seconds
+        written = _all(self._generator.generate(asked, how))
+        self.seconds += self._generator.seconds
         self.answer_tokens += sum(one.num_tokens for one in written)
         return [one.text for one in written]
 
-    def _weighed(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-        found = _all(self._speaker.weigh(pairs, batch_size=self._batch_size))
-        self.seconds += self._speaker.seconds
+    def _loglikelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+        found = _all(self._generator.loglikelihood(pairs, batch_size=self._batch_size))
+        self.seconds += self._generator.seconds
         return found
 
-    def _fitted(self, ids: Sequence[int], room: int) -> Sequence[int]:
-        kept = self._speaker.fitted(ids, room)
+    def _truncate(self, ids: Sequence[int], room: int) -> Sequence[int]:
+        kept = self._generator.truncate_prompt(ids, room)
         self.cut_prompts += len(kept) < len(ids)
         return kept
 
@@ -85,7 +92,7 @@ class Texts:
         adds counts as one of the text's, after another: as in lm-eval, whose figures these are."""  # noqa: D205, D209
         before, _ = self._renderer.pair("", text)
         ids = self._renderer.tokens(text)
-        most = self._speaker.longest or len(ids)
+        most = self._generator.longest or len(ids)
         first = min(most, len(ids))
         windows: list[tuple[Sequence[int], Sequence[int]]] = [(before[:1], ids[:first])]
         for begin in range(first, len(ids), most):

@@ -7,24 +7,24 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import Preempted
-from distft.core.ranks import by_first
-from distft.evaluation.eval_sets import Taken
-from distft.evaluation.lm_eval_backend import Texts
-from distft.scores import Figure
-from distft.scores.harness import Tasks
+from distft.core.ranks import on_rank_zero
+from distft.evaluation.eval_sets import EvalResult
+from distft.evaluation.lm_eval_backend import LmEvalBackend
+from distft.scores import MetricInfo
+from distft.scores.harness import LmEvalTasks
 
 if TYPE_CHECKING:
     from distft.core.types import Engine
     from distft.data.render import Renderer
-    from distft.generation.generator import Speaker
+    from distft.generation.generator import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskExam:
+class LmEvalSet:
     """See `Exam`."""
 
     name: str
-    tasks: Tasks
+    tasks: LmEvalTasks
     renderer: Renderer
     seed: int
     as_chat: bool
@@ -61,19 +61,21 @@ class TaskExam:
         """See `Exam`; the answer of a likelihood counts as an answer."""
         return max(len(self.renderer.tokens(one, as_chat=self.as_chat)) for one in set(self.tasks.prompts) if one)
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, MetricInfo]:
         """See `Exam`."""
         return {figure.name: figure for figure in self.tasks.planned}
 
-    def take(self, speaker: Speaker, engine: Engine) -> Taken | None:
+    def run(self, generator: Generator, engine: Engine) -> EvalResult | None:
         """See `Exam`. Every rank runs the library; what rank 0's says is what counts."""
-        texts = Texts(speaker, self.renderer, seed=self.seed, as_chat=self.as_chat, batch_size=self.batch_size)
+        texts = LmEvalBackend(
+            generator, self.renderer, seed=self.seed, as_chat=self.as_chat, batch_size=self.batch_size
+        )
         try:
             answers, scored = self.tasks.run(texts)
         except Preempted:
             return None
-        scored = by_first(engine, lambda: scored)
-        return Taken(
+        scored = on_rank_zero(engine, lambda: scored)
+        return EvalResult(
             answers=answers,
             scored=[(self.tasks.name, scored)],
             seconds=texts.seconds,

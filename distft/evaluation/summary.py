@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from distft.core.errors import FileSystemError
-from distft.evaluation.answer_records import HELD_OUT, Records
-from distft.scores import Scored
+from distft.evaluation.answer_records import HELD_OUT, AnswerRecords
+from distft.scores import ScoreResult
 from distft.scores.paired import PairedComparison, compare
 
 LABELS = ("before", "after", "best")
@@ -18,7 +18,7 @@ SHOWN_REGRESSIONS = 100
 """Rows named in the summary; all of them follow from the files beside it."""
 
 
-def summary(records: Records) -> dict[str, Any]:
+def summary(records: AnswerRecords) -> dict[str, Any]:
     """Made of the kept answers alone, so it can be made again at any time."""
     held_out = {label: records.about(label, HELD_OUT) for label in LABELS}
     shown = {
@@ -27,7 +27,7 @@ def summary(records: Records) -> dict[str, Any]:
     return {"sets": [entry for name in _names(records) for entry in _entries(records, name)], "held_out": shown}
 
 
-def write_summary(records: Records) -> dict[str, Any]:
+def write_summary(records: AnswerRecords) -> dict[str, Any]:
     """Write it, whole or not at all; returns it.
 
     Raises:
@@ -45,7 +45,7 @@ def write_summary(records: Records) -> dict[str, Any]:
     return made
 
 
-def _names(records: Records) -> list[str]:
+def _names(records: AnswerRecords) -> list[str]:
     found: dict[str, None] = {}
     for label in LABELS:
         for path in sorted((records.folder / label).glob("*.json")):
@@ -54,14 +54,14 @@ def _names(records: Records) -> list[str]:
     return list(found)
 
 
-def _entries(records: Records, name: str) -> Iterator[dict[str, Any]]:
+def _entries(records: AnswerRecords, name: str) -> Iterator[dict[str, Any]]:
     said = {label: records.about(label, name) for label in LABELS}
     newest = next(one for label in ("after", "best", "before") if (one := said[label]) is not None)
     ids = records.row_ids(newest["label"], name)
     for score in newest["scores"]:
         of = {label: _score(one, score["score"], newest["rows_sha256"]) for label, one in said.items()}
         changes = {label: _changes(of["before"], of[label]) for label in ("after", "best")}
-        for figure in Scored.from_json(score["scored"]).figures:
+        for figure in ScoreResult.from_json(score["scored"]).figures:
             change, best = changes["after"].get(figure.name), changes["best"].get(figure.name)
             yield {
                 "name": name,
@@ -94,7 +94,7 @@ def _changes(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dic
     if before is None or after is None:
         return {}
     with contextlib.suppress(ValueError):  # the recipe's figures have changed in between
-        made = compare(Scored.from_json(before["scored"]), Scored.from_json(after["scored"]))
+        made = compare(ScoreResult.from_json(before["scored"]), ScoreResult.from_json(after["scored"]))
         return {change.figure.name: change for change in made}
     return {}
 

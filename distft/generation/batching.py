@@ -19,7 +19,7 @@ CACHE_SHARE = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class BatchLimits:
     """How large a batch may be."""
 
     rows: int
@@ -29,7 +29,7 @@ class Limits:
     """Padding and room for the answers included: what the cache holds."""
 
 
-def cut(lengths: Sequence[int], new_tokens: int, limits: Limits, world: int) -> list[list[int]]:
+def split_batches(lengths: Sequence[int], new_tokens: int, limits: BatchLimits, world: int) -> list[list[int]]:
     """Indices of the prompts, longest first (of equals the earlier), in batches; at least `world` of them if it can be.
 
     The first batch is the largest that any rank will hold, so memory that does not suffice is missed at once.
@@ -47,7 +47,7 @@ def cut(lengths: Sequence[int], new_tokens: int, limits: Limits, world: int) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Padded:
+class PaddedBatch:
     """Rows filled up on the left, so that all end at the same position."""
 
     ids_BL: Tensor
@@ -57,7 +57,7 @@ class Padded:
     lengths_B: Tensor
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device, *, filler: int = 0, room: int = 0) -> Padded:
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device, *, filler: int = 0, room: int = 0) -> PaddedBatch:
     """`rows` as tensors; the mask has `room` more positions, for what the model will write."""
     longest = max(len(row) for row in rows)
     ids_BL = torch.tensor([[filler] * (longest - len(row)) + list(row) for row in rows])
@@ -68,7 +68,7 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device, *, filler: int =
         mask_BL = torch.ones(len(rows), longest + room, dtype=torch.int64)
         mask_BL[:, :longest] = positions_BL >= 0
         mask_BL = mask_BL.to(device)
-    return Padded(
+    return PaddedBatch(
         ids_BL=ids_BL.to(device),
         mask_BL=mask_BL,
         positions_BL=positions_BL.clamp(min=0).to(device),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class SamplingParams:
     """How answers are written."""
 
     max_new_tokens: int = 256
@@ -25,7 +25,7 @@ class Writing:
 class Prompt:
     """What is asked, as tokens."""
 
-    name: str
+    seed_key: str
     """Seeds its draws: equal names are answered alike."""
     ids: Sequence[int]
 

@@ -17,10 +17,10 @@ import torch
 
 from distft.core.errors import MachineError
 from distft.core.out_of_memory import held, is_out_of_memory
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import Engine
-from distft.generation.batching import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS, Limits, cut, padded
-from distft.generation.completion import Completion, Prompt, Writing
+from distft.generation.batching import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS, BatchLimits, pad_left, split_batches
+from distft.generation.completion import Completion, Prompt, SamplingParams
 from distft.generation.sampling import draws, next_tokens
 from distft.model import inference as modes
 from distft.model.causal import CausalLM
@@ -36,7 +36,7 @@ Work = Callable[[list[int], dict[int, Any]], Iterator[None]]
 """(rows, where their results go): runs one forward each time it is asked to go on."""
 
 
-class Speaker:
+class Generator:
     """Engine, model and tokenizer together. Every method is collective: all ranks ask the same."""
 
     def __init__(
@@ -66,34 +66,34 @@ class Speaker:
         self.share = 1.0
         """Of a batch that is answered at once: less after memory ran out."""
 
-    def fitted(self, ids: Sequence[int], room: int) -> Sequence[int]:
+    def truncate_prompt(self, ids: Sequence[int], room: int) -> Sequence[int]:
         """A prompt that leaves `room` tokens for its answer, at least one token long: its start is left out if need
         be."""  # noqa: D205, D209
         most = len(ids) if self.longest is None else max(1, self.longest - room)
         return ids[-most:]
 
-    def write(self, prompts: Sequence[Prompt], how: Writing) -> list[Completion] | None:
+    def generate(self, prompts: Sequence[Prompt], how: SamplingParams) -> list[Completion] | None:
         """An answer to each prompt, in order; None when some rank was asked to stop before the end."""
-        return self._shared_out(
+        return self._run_batches(
             [len(prompt.ids) for prompt in prompts],
             how.max_new_tokens,
             how.batch_size,
-            lambda batch, keep: self._written([prompts[index] for index in batch], batch, how, keep),
+            lambda batch, keep: self._generate_batch([prompts[index] for index in batch], batch, how, keep),
         )
 
-    def weigh(
+    def loglikelihood(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int | None = None
     ) -> list[tuple[float, bool]] | None:
         """For each (context, continuation): its log-likelihood in nats, summed over its tokens, and whether it is what
         the model would write; None when some rank was asked to stop. Neither part may be empty."""  # noqa: D205, D209
-        return self._shared_out(
+        return self._run_batches(
             [len(context) + len(continuation) for context, continuation in pairs],
             0,
             batch_size,
-            lambda batch, keep: self._weighed([pairs[index] for index in batch], batch, keep),
+            lambda batch, keep: self._loglikelihoods([pairs[index] for index in batch], batch, keep),
         )
 
-    def _shared_out(
+    def _run_batches(
         self,
         lengths: Sequence[int],
         new_tokens: int,
@@ -106,8 +106,8 @@ class Speaker:
         """
         engine, mine = self._engine, {}
         began = time.monotonic()
-        with engine.evaluating(), modes.answering(self._module):
-            batches = cut(lengths, new_tokens, self._limits(rows), engine.world)
+        with engine.evaluating(), modes.generation_mode(self._module):
+            batches = split_batches(lengths, new_tokens, self._limits(rows), engine.world)
             for first in range(0, len(batches), engine.world):
                 own = first + engine.rank
                 if not self._together(self._in_parts(batches[own], mine, work) if own < len(batches) else None):
@@ -155,7 +155,7 @@ class Speaker:
         engine, number = self._engine, 0
         while True:
             if number % AGREE_EVERY == 0:
-                PULSE.at("eval")
+                PHASE.enter("eval")
                 busy, stops = engine.sum_over_ranks(work is not None, self._stop())
                 if stops or not busy:
                     return not stops
@@ -167,12 +167,12 @@ class Speaker:
             if work is None and engine.lockstep:
                 self._forward([[0]])
 
-    def _written(
-        self, prompts: Sequence[Prompt], names: Sequence[int], how: Writing, keep: dict[int, Completion]
+    def _generate_batch(
+        self, prompts: Sequence[Prompt], names: Sequence[int], how: SamplingParams, keep: dict[int, Completion]
     ) -> Iterator[None]:
         device, longest = self._engine.device, how.max_new_tokens
-        draw_BN = draws([one.name for one in prompts], longest, how.seed, device) if how.temperature else None
-        read = padded([prompt.ids for prompt in prompts], device, room=longest)
+        draw_BN = draws([prompt.seed_key for prompt in prompts], longest, how.seed, device) if how.temperature else None
+        read = pad_left([prompt.ids for prompt in prompts], device, room=longest)
         cache = None if self._module.path.generation == "uncached" else modes.new_cache(self._module)
         ids_BL, positions_BL, mask_BK, width = read.ids_BL, read.positions_BL, read.mask_BL, read.ids_BL.shape[1]
         rows = [_Row(name) for name in names]
@@ -211,7 +211,7 @@ class Speaker:
             else:
                 ids_BL, positions_BL = token_B[:, None], positions_B1
 
-    def _weighed(
+    def _loglikelihoods(
         self,
         pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
         names: Sequence[int],
@@ -236,7 +236,7 @@ class Speaker:
     ) -> torch.Tensor:
         """One forward of whole rows, without a cache."""
         device = self._engine.device
-        read = padded(rows, device)
+        read = pad_left(rows, device)
         return self._engine.forward_only(
             input_ids_BL=read.ids_BL,
             attention_mask_BK=read.mask_BL,
@@ -255,18 +255,18 @@ class Speaker:
         last = self._decode(ids[-(max(len(one.encode()) for one in stop) + 4) :])
         return any(one in last for one in stop)
 
-    def _limits(self, rows: int | None) -> Limits:
+    def _limits(self, rows: int | None) -> BatchLimits:
         """The same on every rank, or they would cut other batches: the least that any of them has free."""
         engine, config = self._engine, self._module.transformer.config
         if self._module.path.generation != "batched":
-            return Limits(rows=1, prompt_tokens=PROMPT_TOKENS, cache_tokens=PROMPT_TOKENS)
+            return BatchLimits(rows=1, prompt_tokens=PROMPT_TOKENS, cache_tokens=PROMPT_TOKENS)
         free = float(HOST_CACHE_BYTES)
         if engine.device.type == "cuda":
             unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             free = CACHE_SHARE * (torch.cuda.mem_get_info()[0] + unused)
         dtype = next(self._module.parameters()).dtype
         cache_tokens = int(min(engine.gather(free))) // modes.cache_bytes_per_token(config, dtype)
-        return Limits(rows=rows or MAX_ROWS, prompt_tokens=PROMPT_TOKENS, cache_tokens=cache_tokens)
+        return BatchLimits(rows=rows or MAX_ROWS, prompt_tokens=PROMPT_TOKENS, cache_tokens=cache_tokens)
 
 
 class _Row:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from distft.health.heartbeat import Record
+from distft.health.heartbeat import Heartbeat
 
 SHOWN_HOSTS = 8
 """More would hide what is said of them."""
 
 
-def blame(before: Mapping[int, Record], after: Mapping[int, Record], world: int) -> str:
+def diagnose_hang(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat], world: int) -> str:
     """The ranks that are to blame when nobody gets on, as a person would name them.
 
     Args:
@@ -40,7 +40,7 @@ def blame(before: Mapping[int, Record], after: Mapping[int, Record], world: int)
     return f"{named}; all of them wait inside collectives, so it may be {between}" if wait else named
 
 
-def _between(records: Iterable[Record]) -> str:
+def _between(records: Iterable[Heartbeat]) -> str:
     """`the network between node1 and node2`; of many hosts the first ones."""
     hosts = sorted({str(record.process.get("host")) for record in records})
     if len(hosts) == 1:
@@ -49,9 +49,9 @@ def _between(records: Iterable[Record]) -> str:
     return f"the network between {', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def _left(record: Record) -> str:
+def _left(record: Heartbeat) -> str:
     return f"{record.who} has ended with code {record.ended}: {record.reason or 'it did not say why'}"
 
 
-def _doing(record: Record) -> str:
+def _doing(record: Heartbeat) -> str:
     return record.place + (f" (at {record.at})" if record.at else "")

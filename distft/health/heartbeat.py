@@ -27,7 +27,7 @@ PLACE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Heartbeat:
     """One rank at one moment."""
 
     rank: int
@@ -64,7 +64,7 @@ class Record:
         return f"{self.phase} of step {self.step}" if self.step else self.phase
 
 
-class Board:
+class HeartbeatFile:
     """The records of one run's ranks."""
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -85,7 +85,7 @@ class Board:
         with contextlib.suppress(OSError, ValueError):  # some network file systems map nothing
             self._map = mmap.mmap(self._descriptor, SIZE + PLACE)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Heartbeat) -> None:
         """Replace this rank's record."""
         assert self._descriptor is not None, "open() comes first"
         text = json.dumps(asdict(record))
@@ -103,9 +103,9 @@ class Board:
         if self._map is not None:
             self._map.flush()
 
-    def read(self, ranks: Iterable[int]) -> dict[int, Record]:
+    def read(self, ranks: Iterable[int]) -> dict[int, Heartbeat]:
         """The records there are of these ranks; one that cannot be read is left out."""
-        found: dict[int, Record] = {}
+        found: dict[int, Heartbeat] = {}
         for rank in ranks:
             with contextlib.suppress(OSError, ValueError, TypeError):
                 text, _, mark = self._path(rank).read_bytes().rstrip().partition(b"\n")
@@ -113,7 +113,7 @@ class Board:
                 if mark.strip():
                     phase, step, passed = mark.split()
                     said |= {"phase": phase.decode(), "step": int(step), "passed": int(passed)}
-                found[rank] = Record(**said)
+                found[rank] = Heartbeat(**said)
         return found
 
     def stacks(self, rank: int) -> Path:
@@ -133,6 +133,6 @@ class Board:
         return self.folder / f"{rank:05d}.json"
 
 
-def is_dead(record: Record) -> bool:
+def is_dead(record: Heartbeat) -> bool:
     """Whether it says that it lives and its process, on this machine, does not."""
     return record.ended is None and host.is_neighbour(record.process) and host.is_gone(record.process)

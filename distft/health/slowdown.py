@@ -21,7 +21,7 @@ LEAST_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tempo:
+class StepTimes:
     """One look."""
 
     step_s: float
@@ -46,7 +46,7 @@ class Tempo:
         )
 
 
-class Metronome:
+class SlowdownDetector:
     """One per run and rank."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Metronome:
         self._step = 0
         self._looks: deque[dict[str, float]] = deque(maxlen=KEPT)
 
-    def look(self, spent: Mapping[str, float], step: int) -> Tempo | None:
+    def look(self, spent: Mapping[str, float], step: int) -> StepTimes | None:
         """Compare with before; None at the first look, which only begins to count.
 
         Args:
@@ -71,7 +71,7 @@ class Metronome:
         whole = statistics.median(sum(look.values()) for look in self._looks) if known else None
         self._looks.append(took)
         phase = max(PHASES, key=lambda name: took[name] - usual[name])
-        return Tempo(
+        return StepTimes(
             step_s=sum(took.values()),
             usual_s=whole,
             phase=phase,

@@ -33,7 +33,7 @@ class Timing:
     """Fastest of ROUNDS products."""
 
 
-class Pace:
+class StragglerProbe:
     """This rank's."""
 
     def __init__(self) -> None:

@@ -21,18 +21,18 @@ from types import FrameType, TracebackType
 
 from distft.core import host, launched
 from distft.core.errors import DistftError, HangError, PeerEnded
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.core.stop import LAUNCHER_GONE, STOP
-from distft.health.hang_diagnosis import blame
-from distft.health.heartbeat import Board, Record, is_dead
+from distft.health.hang_diagnosis import diagnose_hang
+from distft.health.heartbeat import Heartbeat, HeartbeatFile, is_dead
 
 MAX_BEAT_S = 5.0
 HANG = HangError.exit_code
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/", "/distft/engine/")
 
 
-class Watch:
-    """`with Watch(...):` around a run."""
+class Watchdog:
+    """`with Watchdog(...):` around a run."""
 
     def __init__(
         self,
@@ -56,29 +56,29 @@ class Watch:
             launched: a launcher started this process and is to outlive it.
             end: told (exit code, reason) just before this process is ended from here; whether it was the first to know.
         """
-        self._board = Board(folder / "ranks", rank)
+        self._heartbeats = HeartbeatFile(folder / "ranks", rank)
         self._exit = folder / "exit.json"
         self._world, self._timeout_s, self._end = world, timeout_s, end
         self._neighbours = [other for other in neighbours if other != rank]
         self._beat_s = min(MAX_BEAT_S, max(0.1, timeout_s / 6))
-        self._record = Record(rank=rank, process=host.this_start(PULSE.runs))
+        self._record = Heartbeat(rank=rank, process=host.this_start(PHASE.runs))
         self._parent = STOP.launcher or os.getppid() if launched else None
         self._main = threading.main_thread().ident
         self._stop = threading.Event()
         self._stacks = None
         self._collectives: Callable[[], None] | None = None
-        self._earlier: dict[int, Record] = {}
+        self._earlier: dict[int, Heartbeat] = {}
         """What an earlier start left: a process found dead in it says nothing of this one."""
         self._exit_before = _text(self._exit)
         self._thread = threading.Thread(target=self._watch, name="distft-watch", daemon=True)
 
-    def __enter__(self) -> Watch:
-        self._earlier = self._board.read(self._neighbours)
+    def __enter__(self) -> Watchdog:
+        self._earlier = self._heartbeats.read(self._neighbours)
         with contextlib.suppress(OSError):  # a run on a full disk is watched less well, and goes on
-            self._board.open()
-            self._stacks = self._board.stacks(self._record.rank).open("w", encoding="utf-8")
+            self._heartbeats.open()
+            self._stacks = self._heartbeats.stacks(self._record.rank).open("w", encoding="utf-8")
             self._write()
-            PULSE.moved = self._mark
+            PHASE.on_enter = self._mark
             self._thread.start()
         return self
 
@@ -88,7 +88,7 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
-        PULSE.moved = None
+        PHASE.on_enter = None
         if self._thread.ident is not None:
             self._thread.join(2 * self._beat_s)
         faulthandler.cancel_dump_traceback_later()
@@ -96,10 +96,10 @@ class Watch:
         self._record = replace(self._record, ended=code, reason=str(error).split("\n")[0][:300] if error else "")
         with contextlib.suppress(OSError, AssertionError):
             self._write()
-        self._board.close()
+        self._heartbeats.close()
         if self._stacks is not None:
             self._stacks.close()
-            path = self._board.stacks(self._record.rank)
+            path = self._heartbeats.stacks(self._record.rank)
             with contextlib.suppress(OSError):
                 if path.stat().st_size == 0:
                     path.unlink()
@@ -116,11 +116,11 @@ class Watch:
         return error
 
     def _watch(self) -> None:
-        idle_from, passed, peer_from = time.monotonic(), PULSE.count, None
+        idle_from, passed, peer_from = time.monotonic(), PHASE.count, None
         while not self._stop.wait(self._beat_s):
             now = time.monotonic()
-            if PULSE.count != passed or PULSE.patient:
-                idle_from, passed = now, PULSE.count
+            if PHASE.count != passed or PHASE.patient:
+                idle_from, passed = now, PHASE.count
             with contextlib.suppress(OSError):
                 self._write(idle_s=now - idle_from)
             if self._parent is not None and os.getppid() != self._parent:
@@ -136,22 +136,22 @@ class Watch:
                 self._leave(HANG, self._hang(now - idle_from))
 
     def _mark(self) -> None:
-        self._board.mark(PULSE.phase, PULSE.step, PULSE.count)
+        self._heartbeats.mark(PHASE.phase, PHASE.step, PHASE.count)
 
     def _write(self, idle_s: float = 0.0) -> None:
         at, waits = _innermost(self._main)
         self._record = replace(
             self._record,
-            phase=PULSE.phase,
-            step=PULSE.step,
-            passed=PULSE.count,
+            phase=PHASE.phase,
+            step=PHASE.step,
+            passed=PHASE.count,
             idle_s=round(idle_s, 1),
             at=at,
             waits=waits,
             beats=self._record.beats + 1,
         )
-        self._board.write(self._record)
-        self._board.flush()
+        self._heartbeats.write(self._record)
+        self._heartbeats.flush()
         if self._stacks is not None:
             faulthandler.dump_traceback_later(self._timeout_s + self._beat_s, exit=True, file=self._stacks)
 
@@ -164,11 +164,11 @@ class Watch:
                 if record["code"] != 0 and record["rank"] != self._record.rank:
                     who = f"rank {record['rank']} on {record['host']}"
                     return PeerEnded(record["code"], f"{who} ended the run: {record['reason']}")
-        for rank, record in self._board.read(self._neighbours).items():
+        for rank, record in self._heartbeats.read(self._neighbours).items():
             if record.ended and record.process.get("start") == self._record.process["start"]:
                 return PeerEnded(record.ended, f"{record.who} ended the run: {record.reason}")  # before we came
             if record != self._earlier.get(rank) and is_dead(record):
-                stacks = self._board.stacks(rank)
+                stacks = self._heartbeats.stacks(rank)
                 if stacks.exists() and stacks.stat().st_size:
                     kept = f"; it did not let go of the interpreter for {self._timeout_s:.0f} s, its stacks: {stacks}"
                 else:
@@ -177,12 +177,13 @@ class Watch:
         return None
 
     def _hang(self, idle_s: float) -> str:
-        before = self._board.read(range(self._world))
+        before = self._heartbeats.read(range(self._world))
         time.sleep(2.5 * self._beat_s)  # a rank that lives has beaten twice by then
         with contextlib.suppress(OSError):
             self._write(idle_s=idle_s)
-        after = self._board.read(range(self._world))
-        return f"no progress for {idle_s:.0f} s: {blame(before, after, self._world)}; stacks in {self._board.folder}"
+        after = self._heartbeats.read(range(self._world))
+        why = diagnose_hang(before, after, self._world)
+        return f"no progress for {idle_s:.0f} s: {why}; stacks in {self._heartbeats.folder}"
 
     def _dump(self) -> None:
         if self._stacks is not None:
@@ -200,7 +201,7 @@ class Watch:
             print(f"rank {self._record.rank}: {reason}", file=sys.stderr, flush=True)
         self._record = replace(self._record, ended=code, reason=reason[:300])
         with contextlib.suppress(OSError):
-            self._board.write(self._record)
+            self._heartbeats.write(self._record)
         launched.tell(code)
         os._exit(code)
 

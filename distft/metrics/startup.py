@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distft.core import host
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import Batch, LossTerms, StepReport, TrainState
 
 FIRST_STEP = "first_step"
@@ -53,9 +53,9 @@ class StartUp:
 
     def step(self, state: TrainState, report: StepReport) -> None:
         """Collective, once."""
-        if PULSE.stepped:
+        if PHASE.stepped:
             return
-        PULSE.stepped = True
+        PHASE.stepped = True
         mine = StartupTimes(rank=self._rank, host=socket.gethostname(), seconds=phases())
         starts = self._gather(mine)
         worst = slowest(starts)
@@ -81,9 +81,9 @@ class StartUp:
 def phases() -> dict[str, float]:
     """Seconds of this process by phase up to now; evaluations before the first step count as `eval`."""
     now = time.monotonic()
-    age = host.age_s() if PULSE.runs == 1 else None
-    spent = {"imports": max(0.0, age - (now - PULSE.began))} if age is not None else {}
-    for phase, seconds in [*PULSE.spent.items(), (PULSE.phase, now - PULSE.since)]:
+    age = host.age_s() if PHASE.runs == 1 else None
+    spent = {"imports": max(0.0, age - (now - PHASE.began))} if age is not None else {}
+    for phase, seconds in [*PHASE.seconds.items(), (PHASE.phase, now - PHASE.since)]:
         name = FIRST_STEP if phase in _OF_THE_STEP else phase
         spent[name] = spent.get(name, 0.0) + seconds
     return {phase: seconds for phase, seconds in spent.items() if phase != FIRST_STEP} | {

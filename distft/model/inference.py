@@ -13,7 +13,7 @@ from distft.model.causal import CausalLM
 
 
 @contextlib.contextmanager
-def answering(module: CausalLM) -> Iterator[None]:
+def generation_mode(module: CausalLM) -> Iterator[None]:
     """While it lasts the model's attention takes padding masks and a cache, and compiled blocks run uncompiled.
 
     Every answer has another length: compiled blocks would be compiled anew at each.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distft.core.errors import MachineError
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.model import attention, cross_entropy, head, load_balancing, quantize, skeleton
 from distft.model.adapters import MethodSpec
 from distft.model.blocks import blocks_of, ends_of
@@ -121,7 +121,7 @@ class MetaModel:
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
         """Give every parameter below `unit` that is still meta its value on `device`; tied tensors stay tied."""
-        PULSE.at("weights")
+        PHASE.enter("weights")
         for module in unit.modules():
             if any(True for _ in meta_params(module)):
                 self._fill_one(module, device)

@@ -16,7 +16,7 @@ from typing import Any
 
 from distft.core.cache import cache_root
 from distft.core.errors import FileSystemError
-from distft.core.file_lock import turn
+from distft.core.file_lock import locked_once
 from distft.model.paths import ForwardPath
 
 
@@ -82,7 +82,7 @@ def kept(key: str, find: Callable[[], ProofVerdict], *, waiting: Callable[[], No
     file = folder / f"{key}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with turn(folder / f"{key}.lock", waiting, done=file.is_file) as mine:
+        with locked_once(folder / f"{key}.lock", waiting, done=file.is_file) as mine:
             if mine:
                 part = file.with_suffix(".part")
                 part.write_text(json.dumps(find().to_json(), indent=1), encoding="utf-8")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distft.core.types import IGNORE
 from distft.model import cross_entropy, head, load_balancing
 from distft.model.causal import CausalLM
-from distft.model.inference import answering, new_cache
+from distft.model.inference import generation_mode, new_cache
 from distft.model.paths import ForwardPath
 from distft.model.precision import in_double
 from distft.model.shrink import PROBE_LENGTHS, VOCABULARY
@@ -290,7 +290,7 @@ class Reference:
         groups = [range(len(prompts))] if path.generation == "batched" else [[index] for index in range(len(prompts))]
         with self._computing(), torch.no_grad():
             module = self._wrapped(replace(path, attention="eager"))
-            with answering(module):
+            with generation_mode(module):
                 for group in groups:
                     self._hold_group(module, path, [prompts[index] for index in group], list(group))
 

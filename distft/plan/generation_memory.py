@@ -16,7 +16,7 @@ from distft.recipe import AnswersTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class GenerationMemory:
     """The set of questions that needs most."""
 
     name: str
@@ -35,7 +35,7 @@ class Asking:
         return self.cache + self.forward
 
 
-def asking(inventory: Inventory, setup: Setup, kept: Activations, *, held: int) -> Asking | None:
+def generation_memory(inventory: Inventory, setup: Setup, kept: Activations, *, held: int) -> GenerationMemory | None:
     """None where the recipe asks nothing.
 
     Args:
@@ -49,7 +49,7 @@ def asking(inventory: Inventory, setup: Setup, kept: Activations, *, held: int) 
     return max(found, key=lambda one: one.num_bytes, default=None)
 
 
-def _of(one: AnswersTable, inventory: Inventory, setup: Setup, kept: Activations, free: int) -> Asking:
+def _of(one: AnswersTable, inventory: Inventory, setup: Setup, kept: Activations, free: int) -> GenerationMemory:
     """`batch_size = "auto"` takes as many rows as the cache's share of free memory holds, at least one."""
     new = one.max_new_tokens  # a task's own limit is known when it has been loaded
     longest = longest_text(inventory.config)
@@ -72,7 +72,7 @@ def _of(one: AnswersTable, inventory: Inventory, setup: Setup, kept: Activations
         # Scores, and their softmax in fp32, that the training's attention does not keep.
         heads = largest_attention(inventory.config).heads
         mask += rows * heads * read * read * (inventory.dtype.itemsize + FP32)
-    return Asking(
+    return GenerationMemory(
         name=one.name,
         rows=rows,
         prompt=prompt,

@@ -125,7 +125,7 @@ def _machine(then: Mapping[str, Any], device: str) -> Iterator[Difference]:
 
 
 def _code(then: Mapping[str, Any]) -> Iterator[Difference]:
-    here = environment.checkout(Path.cwd())
+    here = environment.git_state(Path.cwd())
     now = {} if here is None else here.to_json()
     if then and (then.get("commit"), then.get("diff_sha256")) != (now.get("commit"), now.get("diff_sha256")):
         told = [
@@ -136,7 +136,7 @@ def _code(then: Mapping[str, Any]) -> Iterator[Difference]:
 
 
 def _variables(then: Mapping[str, str]) -> Iterator[Difference]:
-    now = environment.environment(os.environ)
+    now = environment.library_variables(os.environ)
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name) and not name.startswith(_IGNORED):
             pair = [one.get(name, "not set") for one in (then, now)]

@@ -15,7 +15,7 @@ import torch
 from tiny import batch, build, documents
 from torch.profiler import ProfilerActivity, profile
 
-from distft.core.hard_exit import leave
+from distft.core.hard_exit import hard_exit
 from distft.core.types import UpdateRule
 from distft.engine import ENGINES, processes
 from distft.model import activation_checkpointing
@@ -61,4 +61,4 @@ if __name__ == "__main__":
         for mode in ("off", "selective", "full")
     }
     out.write_text(json.dumps(found))
-    leave(0)
+    hard_exit(0)

@@ -13,7 +13,7 @@ from distft.assemble import batch_layout
 from distft.assemble.training_data import agree
 from distft.catalog import REGISTRIES
 from distft.core.errors import DataError, MachineError, Preempted
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.core.stop import STOP
 from distft.demo.files import locate
 from distft.model.paths import ForwardPath
@@ -39,7 +39,7 @@ def test_preparing_says_that_it_has_begun(tmp_path: Path) -> None:
 
 
 def test_a_preempted_process_does_not_prepare_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    PULSE.begin()
+    PHASE.begin()
     monkeypatch.setattr(STOP, "reason", "SIGUSR1")
     with pytest.raises(Preempted, match=r"stopped by SIGUSR1 before training began \(rows\)"):
         prepared(tmp_path, [])
@@ -210,6 +210,6 @@ def test_the_rehearsal_is_of_a_forward_that_comes(
     )
     recipe = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES)
     cut = assemble.Layout(micro_batch_size=2, micros_per_step=1, path=ForwardPath(documents=documents))
-    worst = assemble.worst(recipe, cut, replace(prepared(tmp_path, []), longest=48))
+    worst = assemble.largest_micro_batch(recipe, cut, replace(prepared(tmp_path, []), longest=48))
     assert worst.micros >= micros
     assert worst.sequences * worst.longest == worst.batch().num_tokens == tokens

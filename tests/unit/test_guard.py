@@ -3,7 +3,7 @@
 import pytest
 
 from distft.core.errors import NumericError
-from distft.core.phase import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import StepReport, TrainState
 from distft.guard import DivergenceGuard, RollBack
 from distft.health.straggler import Timing, slow_rank, slowest
@@ -29,7 +29,7 @@ class Told:
 
     def step(self, loss: float, norm: float = 1.0) -> bool:
         """As an engine does it; whether weights changed."""
-        PULSE.step = self.state.step + 1
+        PHASE.step = self.state.step + 1
         finite = loss == loss and norm == norm
         updated = finite and self.guard.accepts(loss)
         report = StepReport(

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from distft.core.errors import MachineError
-from distft.core.phase import PULSE
-from distft.memory_preflight import Worst, rehearse
+from distft.core.phase import PHASE
+from distft.memory_preflight import LargestMicroBatch, run_preflight
 
-WORST = Worst(sequences=2, longest=16, micros=4, evaluates=True)
+WORST = LargestMicroBatch(sequences=2, longest=16, micros=4, evaluates=True)
 
 
 class Objective:
@@ -57,14 +57,14 @@ def test_the_worst_micro_batch_is_full_and_all_supervised() -> None:
     ],
 )
 def test_out_of_memory_says_where_and_what_to_change(error: Exception) -> None:
-    PULSE.training()
+    PHASE.training()
     with pytest.raises(
         MachineError, match=r"in the forward of a full micro-batch \(2 x 16 tokens\).*\ntry this"
     ) as said:
-        rehearse(WORST, Engine(), Objective(error), advice=lambda: "try this")
+        run_preflight(WORST, Engine(), Objective(error), advice=lambda: "try this")
     assert said.value.exit_code == 9
 
 
 def test_other_errors_are_themselves() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
-        rehearse(WORST, Engine(), Objective(RuntimeError("shapes do not match")), advice=lambda: pytest.fail("no"))
+        run_preflight(WORST, Engine(), Objective(RuntimeError("shapes do not match")), advice=lambda: pytest.fail("no"))

@@ -13,11 +13,11 @@ def look(here: Here) -> Facts:
     """Milliseconds of one matrix product, the fastest of some."""
     import torch
 
-    from distft.health.straggler import Pace
+    from distft.health.straggler import StragglerProbe
 
     device = here.group.placed.device if here.group is not None else _own(torch.cuda.is_available())
     here.gather(None)  # all at the same time, as in a run
-    timing = Pace().read(0.0, torch.device(device))
+    timing = StragglerProbe().read(0.0, torch.device(device))
     return {"ms": 1000 * timing.probe_s, "device": str(device)}
 
 

@@ -10,8 +10,8 @@ from filelock import FileLock
 
 from distft.core import file_lock
 from distft.core.errors import Preempted
-from distft.core.file_lock import patiently, turn
-from distft.core.phase import PULSE
+from distft.core.file_lock import locked_once, wait_hook
+from distft.core.phase import PHASE
 from distft.core.stop import STOP
 
 
@@ -19,7 +19,7 @@ def test_the_first_works_and_the_others_see_it_done(tmp_path: Path) -> None:
     made, worked, saw = tmp_path / "made", [], []
 
     def go() -> None:
-        with turn(tmp_path / "lock", done=made.exists) as ours:
+        with locked_once(tmp_path / "lock", done=made.exists) as ours:
             if ours:
                 worked.append(1)
                 time.sleep(0.3)
@@ -45,7 +45,7 @@ def test_waiting_asks_less_and_less_often(tmp_path: Path, monkeypatch: pytest.Mo
         looks.append(now[0])
         return now[0] >= 3600
 
-    with FileLock(tmp_path / "lock"), turn(tmp_path / "lock", lambda: words.append(now[0]), done=done) as ours:
+    with FileLock(tmp_path / "lock"), locked_once(tmp_path / "lock", lambda: words.append(now[0]), done=done) as ours:
         assert not ours
     assert len(looks) < 3600 / (file_lock.LAST_S / 2) + 40
     gaps = [later - before for before, later in itertools.pairwise(looks)]
@@ -57,19 +57,19 @@ def test_waiting_asks_less_and_less_often(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_waiter_that_is_asked_to_stop_stops(tmp_path: Path) -> None:
-    PULSE.begin()
+    PHASE.begin()
     STOP.ask("SIGTERM")
     try:
-        with FileLock(tmp_path / "lock"), pytest.raises(Preempted) as raised, turn(tmp_path / "lock", patiently):
+        with FileLock(tmp_path / "lock"), pytest.raises(Preempted) as raised, locked_once(tmp_path / "lock", wait_hook):
             raise AssertionError("it is not our turn")
     finally:
         STOP.clear()
-        PULSE.begin()
+        PHASE.begin()
     assert raised.value.exit_code == 75
 
 
 def test_a_workers_error_frees_the_lock(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="bad"), turn(tmp_path / "lock"):
+    with pytest.raises(ValueError, match="bad"), locked_once(tmp_path / "lock"):
         raise ValueError("bad")
-    with turn(tmp_path / "lock") as ours:
+    with locked_once(tmp_path / "lock") as ours:
         assert ours

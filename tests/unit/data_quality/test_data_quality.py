@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.core.errors import DataError
-from distft.data_quality import CareReport, card, examine, refuse_overlap, similar, summary
+from distft.data_quality import DataQualityReport, card, examine, refuse_overlap, similar, summary
 from distft.data_quality.shingles import WORDS, boilerplate, shingle, signatures, similarity
 from distft.recipe import AnswersTable, DataTable
 
@@ -32,7 +32,7 @@ def pair(prompt: str | None = None, completion: str | None = None) -> dict[str, 
     return {"prompt": prompt or text(40), "completion": completion or text(60)}
 
 
-def look(folder: Path, train: list[Any], held_out: list[Any] | None = None, **settings: Any) -> CareReport:
+def look(folder: Path, train: list[Any], held_out: list[Any] | None = None, **settings: Any) -> DataQualityReport:
     splits = {"train": train} | ({} if held_out is None else {"eval": held_out})
     for split, rows in splits.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is kept of an exam, when it is made again, the summary, and the sets that come with the project."""
+"""What is kept of an eval_set, when it is made again, the summary, and the sets that come with the project."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from distft.core.errors import DataError
 from distft.core.types import TrainState
 from distft.data.questions import Question
 from distft.evaluation import sanity_sets
-from distft.evaluation.answer_records import Records, perplexity
-from distft.evaluation.build import exams
-from distft.evaluation.eval_sets import RowsExam, Scoring, Taken
+from distft.evaluation.answer_records import AnswerRecords, perplexity
+from distft.evaluation.build import build_eval_sets
+from distft.evaluation.eval_sets import BoundScore, EvalResult, RowEvalSet
 from distft.evaluation.summary import summary, write_summary
-from distft.evaluator import Looks, When, told
-from distft.generation.completion import Completion, Writing
+from distft.evaluator import EvalSchedule, Evaluator, summary_line
+from distft.generation.completion import Completion, SamplingParams
 from distft.recipe import AnswersTable
 from distft.recipe.eval_rules import SPOT_SETS
-from distft.scores import SCORES, Scored
+from distft.scores import SCORES, ScoreResult
 
 ONE = SimpleNamespace(rank=0, world=1, gather=lambda value: [value])
 STATE = TrainState(step=4)
 
 
 class Said:
-    """A speaker that says what the test wants, and counts."""
+    """A generator that says what the test wants, and counts."""
 
     def __init__(self, texts: list[str]) -> None:
         self.texts, self.asked, self.seconds, self.longest, self.share = texts, 0, 0.5, None, 1.0
 
-    def fitted(self, ids, room):
+    def truncate_prompt(self, ids, room):
         return ids
 
-    def write(self, prompts, how):
+    def generate(self, prompts, how):
         self.asked += 1
         return [Completion(text=text, num_tokens=len(text), ended=True) for text in self.texts]
 
-    def weigh(self, pairs, batch_size=None):
+    def loglikelihood(self, pairs, batch_size=None):
         self.asked += 1
         return [(float(-len(continuation)), False) for _, continuation in pairs]
 
 
-def scoring(name: str, **params: Any) -> Scoring:
+def scoring(name: str, **params: Any) -> BoundScore:
     spec = SCORES[name]
     built = spec.params.model_validate_json(json.dumps(params))
-    return Scoring(spec=spec, params=built, scorer=spec.build(built))
+    return BoundScore(spec=spec, params=built, scorer=spec.build(built))
 
 
 def questions(*references: str) -> list[Question]:
@@ -62,28 +62,30 @@ def questions(*references: str) -> list[Question]:
     ]
 
 
-def exam(*references: str, **how: Any) -> RowsExam:
+def eval_set(*references: str, **how: Any) -> RowEvalSet:
     settings = {"name": "set", "questions": questions(*references), "scorings": (scoring("exact_match"),)}
-    return RowsExam(**(settings | {"writing": Writing(max_new_tokens=8)} | how))
+    return RowEvalSet(**(settings | {"writing": SamplingParams(max_new_tokens=8)} | how))
 
 
-def taken(one: RowsExam, *texts: str) -> Taken:
-    found = one.take(Said(list(texts)), ONE)  # type: ignore[arg-type]
+def taken(one: RowEvalSet, *texts: str) -> EvalResult:
+    found = one.run(Said(list(texts)), ONE)  # type: ignore[arg-type]
     assert found is not None
     return found
 
 
-def looks(tmp_path: Path, said: Said, *sets: RowsExam, say: Callable[[str], None] = print, **changed: Any) -> Looks:
+def looks(
+    tmp_path: Path, said: Said, *sets: RowEvalSet, say: Callable[[str], None] = print, **changed: Any
+) -> Evaluator:
     about = {
-        "engine": ONE, "objective": None, "held_out": (), "held_out_sha256": "", "exams": sets, "speaker": said,
-        "records": Records(tmp_path / "eval"), "base": "base", "stop": lambda: False, "say": say,
-        "when": When(every_steps=None, at_end=True, num_steps=10),
+        "engine": ONE, "objective": None, "held_out": (), "held_out_sha256": "", "eval_sets": sets, "generator": said,
+        "records": AnswerRecords(tmp_path / "eval"), "base": "base", "stop": lambda: False, "say": say,
+        "schedule": EvalSchedule(every_steps=None, at_end=True, num_steps=10),
     }  # fmt: skip
-    return Looks(**(about | changed))
+    return Evaluator(**(about | changed))
 
 
 def test_the_files_are_as_the_contract_says(tmp_path: Path) -> None:
-    records, one = Records(tmp_path), exam("a", "b", "c")
+    records, one = AnswerRecords(tmp_path), eval_set("a", "b", "c")
     records.write(one, taken(one, "a", "x", "c "), label="before", step=0, model="m")
     lines = [json.loads(line) for line in (tmp_path / "before/set.jsonl").read_text().splitlines()]
     assert lines[0] == {
@@ -96,12 +98,12 @@ def test_the_files_are_as_the_contract_says(tmp_path: Path) -> None:
     )
     assert (about["rows"], about["answer_tokens"], about["settings"]["max_new_tokens"]) == (3, 4, 8)
     (score,) = about["scores"]
-    assert Scored.from_json(score["scored"]).totals["exact_match"] == pytest.approx(2 / 3)
+    assert ScoreResult.from_json(score["scored"]).totals["exact_match"] == pytest.approx(2 / 3)
     assert score["intervals"]["exact_match"]["method"] == "wilson"
 
 
 def test_the_summary_compares_and_names_rows_that_got_worse(tmp_path: Path) -> None:
-    records, one = Records(tmp_path), exam("a", "b", "c", "d")
+    records, one = AnswerRecords(tmp_path), eval_set("a", "b", "c", "d")
     records.write(one, taken(one, "a", "b", "x", "x"), label="before", step=0, model="m")
     records.write(one, taken(one, "a", "x", "c", "d"), label="after", step=9, model="m")
     records.write_held_out({"eval_loss": 2.0, "eval_tokens": 7.0}, label="after", step=9, rows_sha256="", model="m")
@@ -119,14 +121,14 @@ def test_the_summary_compares_and_names_rows_that_got_worse(tmp_path: Path) -> N
     assert entry["regressions"] == ["v.jsonl row 2"]
     assert (entry["change"]["mcnemar"]["gained"], entry["change"]["mcnemar"]["lost"]) == (2, 1)
     assert made["held_out"]["after"] == {"loss": 2.0, "perplexity": math.exp(2.0), "step": 9}
-    line = told(entry)
+    line = summary_line(entry)
     assert line is not None
     assert "set.exact_match: 0.500 before, 0.750 after" in line
     assert "1 row got worse" in line
 
 
 def test_other_rows_are_not_compared(tmp_path: Path) -> None:
-    records, first, second = Records(tmp_path), exam("a", "b"), exam("a", "c")
+    records, first, second = AnswerRecords(tmp_path), eval_set("a", "b"), eval_set("a", "c")
     records.write(first, taken(first, "a", "b"), label="before", step=0, model="m")
     records.write(second, taken(second, "a", "c"), label="after", step=9, model="m")
     (entry,) = summary(records)["sets"]
@@ -135,19 +137,19 @@ def test_other_rows_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_before_is_made_once(tmp_path: Path) -> None:
-    one, said = exam("a", "b"), Said(["a", "x"])
+    one, said = eval_set("a", "b"), Said(["a", "x"])
     first = looks(tmp_path, said, one).before(TrainState())
     again = looks(tmp_path, said, one).before(TrainState())
     assert first == again == {"set.exact_match": 0.5}
     assert said.asked == 1
     for other in (
-        {"writing": Writing(max_new_tokens=9)},
+        {"writing": SamplingParams(max_new_tokens=9)},
         {"questions": questions("a", "c")},
         {"scorings": (scoring("exact_match", ignore_case=True),)},
     ):
         looks(tmp_path / "x", said, one).before(TrainState())
         count = said.asked
-        looks(tmp_path / "x", said, exam("a", "b", **other)).before(TrainState())
+        looks(tmp_path / "x", said, eval_set("a", "b", **other)).before(TrainState())
         assert said.asked == count + 1, other
     count = said.asked
     looks(tmp_path, said, one, base="other weights").before(TrainState())
@@ -155,7 +157,7 @@ def test_before_is_made_once(tmp_path: Path) -> None:
 
 
 def test_a_torn_record_is_made_again(tmp_path: Path) -> None:
-    one, said = exam("a", "b"), Said(["a", "x"])
+    one, said = eval_set("a", "b"), Said(["a", "x"])
     looks(tmp_path, said, one).before(TrainState())
     (tmp_path / "eval/before/set.json").write_text('{"name": ')
     looks(tmp_path, said, one).before(TrainState())
@@ -163,7 +165,7 @@ def test_a_torn_record_is_made_again(tmp_path: Path) -> None:
 
 
 def test_sets_have_their_own_steps_and_the_end_is_not_looked_at_twice(tmp_path: Path) -> None:
-    often, never = exam("a", "b", every_steps=2), exam("a", "b", name="end")
+    often, never = eval_set("a", "b", every_steps=2), eval_set("a", "b", name="end")
     said = Said(["a", "b"])
     own = looks(tmp_path, said, often, never)
     assert [step for step in range(1, 11) if own.due(step)] == [2, 4, 6, 8]
@@ -174,7 +176,7 @@ def test_sets_have_their_own_steps_and_the_end_is_not_looked_at_twice(tmp_path: 
 
 def test_the_best_state_that_is_the_last_is_not_asked_again(tmp_path: Path) -> None:
     said = Said(["a", "x"])
-    own = looks(tmp_path, said, exam("a", "b"))
+    own = looks(tmp_path, said, eval_set("a", "b"))
     own.after(STATE)
     own.best(STATE)
     assert said.asked == 1
@@ -184,7 +186,7 @@ def test_the_best_state_that_is_the_last_is_not_asked_again(tmp_path: Path) -> N
 
 
 def test_a_mistake_in_a_row_ends_the_run_in_words() -> None:
-    one = exam("a", scorings=(scoring("exact_match", reference="gold"),))
+    one = eval_set("a", scorings=(scoring("exact_match", reference="gold"),))
     with pytest.raises(DataError, match=r'v.jsonl row 1: no column "gold"'):
         taken(one, "a")
 
@@ -232,12 +234,12 @@ def test_the_spot_sets_are_asked_and_scored(tiny_renderer, tmp_path: Path) -> No
         AnswersTable(name=path.removeprefix("spot:"), path=path, ask_as="text", scores=scores)
         for path, scores in SPOT_SETS.items()
     ]
-    general, refusals = exams(tables, data, tiny_renderer, seed=0, progress=lambda rows: None)
+    general, refusals = build_eval_sets(tables, data, tiny_renderer, seed=0, progress=lambda rows: None)
     assert len(general.questions) >= 20
     assert len(refusals.questions) >= 15
     rights = {question.row["choices"].index(question.row["label"]) for question in general.questions}
     assert rights == {0, 1, 2, 3}, "the right choice stands anywhere"
-    found = general.take(Said([]), ONE)  # type: ignore[arg-type]
+    found = general.run(Said([]), ONE)  # type: ignore[arg-type]
     assert found is not None
     assert 0 < found.totals["acc"] < 1
     assert {question.row["refuse"] for question in refusals.questions} == {True, False}

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on our speaker: what the library's own model class answers on the same weights."""
+"""Tasks of lm-eval on our generator: what the library's own model class answers on the same weights."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from data_kit import save_tokenizer, table_of
+from generating import ALONE, RULE, generator
 from lm_tasks import need_library, task_files
-from speaking import ALONE, RULE, speaker
 from tiny import build
 
 from distft.core.errors import DataError, RecipeError
 from distft.data.render import Renderer, load_renderer
 from distft.engine.solo import SoloEngine, open_engine
 from distft.engine.spec import EngineParams
-from distft.evaluation.build import exams
-from distft.evaluation.eval_sets import Exam, Taken
+from distft.evaluation.build import build_eval_sets
+from distft.evaluation.eval_sets import EvalResult, EvalSet
 from distft.recipe import AnswersTable
 
 
@@ -48,9 +48,9 @@ def renderer(folder: Path) -> Renderer:
     return load_renderer(folder, chat_template="chatml")
 
 
-def asked(folder: Path, renderer: Renderer, task: str, **settings: Any) -> Exam:
+def asked(folder: Path, renderer: Renderer, task: str, **settings: Any) -> EvalSet:
     table = AnswersTable(name="set", path=f"lm-eval:{folder / task}.yaml", **settings)
-    (made,) = exams(
+    (made,) = build_eval_sets(
         [table],
         table_of({"path": str(folder / "pairs.jsonl"), "format": "prompt_completion"}),
         renderer,
@@ -60,10 +60,10 @@ def asked(folder: Path, renderer: Renderer, task: str, **settings: Any) -> Exam:
     return made
 
 
-def taken(exam: Exam, engine: SoloEngine, renderer: Renderer) -> Taken:
-    own = speaker(engine, engine.model, stop_ids=(renderer.tokenizer.eos_token_id,))
+def taken(eval_set: EvalSet, engine: SoloEngine, renderer: Renderer) -> EvalResult:
+    own = generator(engine, engine.model, stop_ids=(renderer.tokenizer.eos_token_id,))
     own._decode = renderer.write
-    found = exam.take(own, engine)
+    found = eval_set.run(own, engine)
     assert found is not None
     return found
 
@@ -78,8 +78,8 @@ def test_as_the_librarys_own_model(
 
     if as_chat and task == "text":
         return  # a whole text is no chat
-    exam = asked(folder, renderer, task, ask_as="chat" if as_chat else "text")
-    found = taken(exam, engine, renderer)
+    eval_set = asked(folder, renderer, task, ask_as="chat" if as_chat else "text")
+    found = taken(eval_set, engine, renderer)
 
     tokenizer = renderer.tokenizer
     tokenizer.chat_template = renderer.template.text
@@ -98,7 +98,7 @@ def test_as_the_librarys_own_model(
     finally:
         lm.set_attn_implementation(before)
     samples = {one["doc_id"]: one for one in theirs["samples"][task]}
-    assert len(found.answers) == exam.rows == len(samples) == 6
+    assert len(found.answers) == eval_set.rows == len(samples) == 6
     for number, answer in enumerate(found.answers):
         right = samples[number]
         assert answer.prompt == right["arguments"][0][0]
@@ -107,11 +107,11 @@ def test_as_the_librarys_own_model(
         if task == "choose":
             assert answer.logprobs == pytest.approx([one[0][0] for one in right["resps"]], abs=1e-3)
     ((_, scored),) = found.scored
-    assert list(scored.totals) == list(exam.figures())
+    assert list(scored.totals) == list(eval_set.figures())
     for name, value in scored.totals.items():
         assert value == pytest.approx(theirs["results"][task][f"{name},none"], rel=1e-5), name
     if task == "write":
-        assert ("<|im_start|>" in exam.first_prompt) == as_chat
+        assert ("<|im_start|>" in eval_set.first_prompt) == as_chat
         assert len({answer.text for answer in found.answers}) > 1
         assert found.answer_tokens > 6
 
@@ -122,15 +122,15 @@ def test_a_second_time_shows_the_same_rows_and_draws_nothing_of_ours(
     random.seed(8)
     torch.manual_seed(8)
     expected = (random.getstate(), torch.random.get_rng_state())
-    exam = asked(folder, renderer, "write")
-    first, second = (taken(exam, engine, renderer) for _ in range(2))
+    eval_set = asked(folder, renderer, "write")
+    first, second = (taken(eval_set, engine, renderer) for _ in range(2))
     assert random.getstate() == expected[0]
     assert torch.equal(torch.random.get_rng_state(), expected[1])
     assert [one.prompt for one in first.answers] == [one.prompt for one in second.answers]
     assert first.totals == second.totals
     again = asked(folder, renderer, "write")
-    assert (again.rows_sha256, again.settings) == (exam.rows_sha256, exam.settings)
-    assert asked(folder, renderer, "write", num_fewshot=1).rows_sha256 != exam.rows_sha256
+    assert (again.rows_sha256, again.settings) == (eval_set.rows_sha256, eval_set.settings)
+    assert asked(folder, renderer, "write", num_fewshot=1).rows_sha256 != eval_set.rows_sha256
     assert asked(folder, renderer, "write", max_rows=3).rows == 3
 
 
@@ -144,6 +144,6 @@ def test_mistakes_name_the_set(folder: Path, renderer: Renderer, tmp_path: Path)
 
 
 def test_a_wish_to_stop_ends_a_task(folder: Path, engine: SoloEngine, renderer: Renderer) -> None:
-    exam = asked(folder, renderer, "write")
-    own = speaker(engine, engine.model, stop=lambda: True)
-    assert exam.take(own, engine) is None
+    eval_set = asked(folder, renderer, "write")
+    own = generator(engine, engine.model, stop=lambda: True)
+    assert eval_set.run(own, engine) is None

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from speaking import opened, speaker
+from generating import generator, opened
 from tiny import CPU, batch, documents
 
 from distft.core.errors import MachineError
 from distft.engine.solo import SoloEngine
-from distft.generation.batching import Limits, cut, padded
-from distft.generation.completion import Prompt, Writing
+from distft.generation.batching import BatchLimits, pad_left, split_batches
+from distft.generation.completion import Prompt, SamplingParams
 from distft.generation.sampling import draws, next_tokens
 from distft.model.inference import cache_bytes_per_token
 
@@ -22,7 +22,7 @@ PROMPTS = documents([9, 30, 4, 17, 1, 22], seed=5)
 
 
 def prompts(rows=PROMPTS) -> list[Prompt]:
-    return [Prompt(name=str(index), ids=ids) for index, ids in enumerate(rows)]
+    return [Prompt(seed_key=str(index), ids=ids) for index, ids in enumerate(rows)]
 
 
 def texts(said) -> list[str]:
@@ -31,7 +31,7 @@ def texts(said) -> list[str]:
 
 def test_greedy_answers_are_those_of_transformers_generate(tiny_config: Path) -> None:
     engine, own = opened(tiny_config)
-    said = own.write(prompts(), Writing(max_new_tokens=25))
+    said = own.generate(prompts(), SamplingParams(max_new_tokens=25))
     lm = engine.model.lm
     lm.config._attn_implementation = "sdpa"
     lm.eval()
@@ -48,19 +48,19 @@ def test_greedy_answers_are_those_of_transformers_generate(tiny_config: Path) ->
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.3}, {"temperature": 0.8, "top_p": 0.7}])
 def test_batches_and_order_change_nothing(tiny_config: Path, how: dict) -> None:
     _, own = opened(tiny_config)
-    whole = own.write(prompts(), Writing(max_new_tokens=20, **how))
+    whole = own.generate(prompts(), SamplingParams(max_new_tokens=20, **how))
     for size in (1, 2, 4):
-        assert own.write(prompts(), Writing(max_new_tokens=20, batch_size=size, **how)) == whole
-    assert own.write(prompts()[::-1], Writing(max_new_tokens=20, **how))[::-1] == whole
+        assert own.generate(prompts(), SamplingParams(max_new_tokens=20, batch_size=size, **how)) == whole
+    assert own.generate(prompts()[::-1], SamplingParams(max_new_tokens=20, **how))[::-1] == whole
     if how:
-        assert own.write(prompts(), Writing(max_new_tokens=20, seed=1, **how)) != whole
+        assert own.generate(prompts(), SamplingParams(max_new_tokens=20, seed=1, **how)) != whole
 
 
 def test_a_stop_text_ends_an_answer_and_is_left_out(tiny_config: Path) -> None:
     _, own = opened(tiny_config)
-    plain = texts(own.write(prompts(), Writing(max_new_tokens=20)))
+    plain = texts(own.generate(prompts(), SamplingParams(max_new_tokens=20)))
     mark = plain[0].split()[6]
-    stopped = own.write(prompts(), Writing(max_new_tokens=20, stop=(mark,)))
+    stopped = own.generate(prompts(), SamplingParams(max_new_tokens=20, stop=(mark,)))
     for whole, one in zip(plain, stopped, strict=True):
         assert one.text == whole.split(mark)[0]
         assert one.ended == (mark in whole) or one.num_tokens == 20
@@ -70,8 +70,10 @@ def test_a_stop_text_ends_an_answer_and_is_left_out(tiny_config: Path) -> None:
 def test_likelihoods_are_those_of_transformers(tiny_config: Path) -> None:
     engine, own = opened(tiny_config)
     pairs = [(ids[:-3] or [1], ids[-3:]) for ids in PROMPTS if len(ids) > 3]
-    found = own.weigh(pairs)
-    assert own.weigh(pairs, batch_size=1) == [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in found]
+    found = own.loglikelihood(pairs)
+    assert own.loglikelihood(pairs, batch_size=1) == [
+        (pytest.approx(value, abs=1e-4), greedy) for value, greedy in found
+    ]
     engine.model.lm.config._attn_implementation = "eager"
     for (before, after), (value, greedy) in zip(pairs, found, strict=True):
         with torch.no_grad():
@@ -83,9 +85,9 @@ def test_likelihoods_are_those_of_transformers(tiny_config: Path) -> None:
 
 def test_what_a_model_writes_greedily_is_weighed_as_greedy(tiny_config: Path) -> None:
     _, own = opened(tiny_config)
-    said = own.write(prompts(), Writing(max_new_tokens=6))
+    said = own.generate(prompts(), SamplingParams(max_new_tokens=6))
     pairs = [(ids, list(map(int, one.text.split()))) for ids, one in zip(PROMPTS, said, strict=True)]
-    assert all(greedy for _, greedy in own.weigh(pairs))
+    assert all(greedy for _, greedy in own.loglikelihood(pairs))
 
 
 def test_dropout_is_off_and_training_goes_on_as_before(tiny_config: Path) -> None:
@@ -94,7 +96,7 @@ def test_dropout_is_off_and_training_goes_on_as_before(tiny_config: Path) -> Non
         if "lora_B" in name:
             torch.nn.init.normal_(param, std=0.5)
     state = torch.random.get_rng_state()
-    first, again = (own.write(prompts(), Writing(max_new_tokens=12)) for _ in range(2))
+    first, again = (own.generate(prompts(), SamplingParams(max_new_tokens=12)) for _ in range(2))
     assert first == again
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(module.training for module in engine.model.modules())
@@ -107,8 +109,8 @@ def test_dropout_is_off_and_training_goes_on_as_before(tiny_config: Path) -> Non
 def test_a_wish_to_stop_is_granted_in_the_middle(tiny_config: Path) -> None:
     engine, own = opened(tiny_config)
     asked = iter([False, False, True])
-    stopped = speaker(engine, own._module, stop=lambda: next(asked))
-    assert stopped.write(prompts(), Writing(max_new_tokens=100)) is None
+    stopped = generator(engine, own._module, stop=lambda: next(asked))
+    assert stopped.generate(prompts(), SamplingParams(max_new_tokens=100)) is None
     assert engine.model.training
     assert engine.model.transformer.config._attn_implementation == "distft_varlen"
 
@@ -116,29 +118,34 @@ def test_a_wish_to_stop_is_granted_in_the_middle(tiny_config: Path) -> None:
 def test_a_prompt_that_leaves_no_room_loses_its_start(tiny_config: Path) -> None:
     _, own = opened(tiny_config)
     longest = json.loads((tiny_config / "config.json").read_text())["max_position_embeddings"]
-    assert own.fitted(range(longest + 5), 10) == range(15, longest + 5)
-    assert own.fitted(range(20), 10) == range(20)
+    assert own.truncate_prompt(range(longest + 5), 10) == range(15, longest + 5)
+    assert own.truncate_prompt(range(20), 10) == range(20)
 
 
 def test_batches_are_cut_by_length_and_dealt_to_all_ranks() -> None:
-    roomy = Limits(rows=4, prompt_tokens=1000, cache_tokens=1000)
-    batches = cut([5, 9, 1, 9, 7], 10, roomy, world=1)
+    roomy = BatchLimits(rows=4, prompt_tokens=1000, cache_tokens=1000)
+    batches = split_batches([5, 9, 1, 9, 7], 10, roomy, world=1)
     assert batches == [[1, 3, 4, 0], [2]]
-    assert cut([5, 9, 1, 9, 7], 10, roomy, world=2) == [[1, 3, 4], [0, 2]]
-    assert cut([50, 3, 3], 10, Limits(rows=4, prompt_tokens=60, cache_tokens=1000), world=1) == [[0], [1, 2]]
-    tight = cut([50, 40, 3, 3], 10, Limits(rows=4, prompt_tokens=1000, cache_tokens=60), world=1)
+    assert split_batches([5, 9, 1, 9, 7], 10, roomy, world=2) == [[1, 3, 4], [0, 2]]
+    assert split_batches([50, 3, 3], 10, BatchLimits(rows=4, prompt_tokens=60, cache_tokens=1000), world=1) == [
+        [0],
+        [1, 2],
+    ]
+    tight = split_batches([50, 40, 3, 3], 10, BatchLimits(rows=4, prompt_tokens=1000, cache_tokens=60), world=1)
     assert tight == [[0], [1], [2, 3]]
-    assert cut([500], 10, Limits(rows=1, prompt_tokens=1, cache_tokens=1), world=4) == [[0]], "one row is always tried"
-    assert cut([], 10, roomy, world=2) == []
+    assert split_batches([500], 10, BatchLimits(rows=1, prompt_tokens=1, cache_tokens=1), world=4) == [[0]], (
+        "one row is always tried"
+    )
+    assert split_batches([], 10, roomy, world=2) == []
 
 
 def test_padding_is_on_the_left_and_positions_count_real_tokens() -> None:
-    read = padded([[4, 5, 6], [7]], CPU, room=2)
+    read = pad_left([[4, 5, 6], [7]], CPU, room=2)
     assert read.ids_BL.tolist() == [[4, 5, 6], [0, 0, 7]]
     assert read.mask_BL is not None
     assert read.mask_BL.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
     assert read.positions_BL.tolist() == [[0, 1, 2], [0, 0, 0]]
-    assert padded([[4, 5], [6, 7]], CPU).mask_BL is None
+    assert pad_left([[4, 5], [6, 7]], CPU).mask_BL is None
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -158,10 +165,10 @@ def test_draws_follow_the_distribution() -> None:
 def test_the_cache_is_counted_as_it_is(tiny_config: Path) -> None:
     engine, own = opened(tiny_config)
     config = engine.model.transformer.config
-    from distft.model.inference import answering, new_cache
+    from distft.model.inference import generation_mode, new_cache
 
     cache = new_cache(own._module)
-    with engine.evaluating(), answering(own._module):
+    with engine.evaluating(), generation_mode(own._module):
         own._engine.forward_only(
             input_ids_BL=torch.ones(2, 5, dtype=torch.int64), attention_mask_BK=None,
             position_ids_BL=torch.arange(5)[None], at_S=torch.tensor([4]), cache=cache,
@@ -191,17 +198,17 @@ class Small:
 def test_where_memory_runs_out_less_is_answered_at_once(tiny_config: Path) -> None:
     engine, own = opened(tiny_config)
     rows = PROMPTS * 3
-    whole = own.write(prompts(rows), Writing(max_new_tokens=10))
+    whole = own.generate(prompts(rows), SamplingParams(max_new_tokens=10))
     pairs = [(ids[:-1] or [1], ids[-1:]) for ids in rows]
-    weighed = own.weigh(pairs)
+    weighed = own.loglikelihood(pairs)
     small = Small(engine, 5)
-    less = speaker(small, engine.model)
-    assert less.write(prompts(rows), Writing(max_new_tokens=10)) == whole
+    less = generator(small, engine.model)
+    assert less.generate(prompts(rows), SamplingParams(max_new_tokens=10)) == whole
     assert (less.share, small.failed) == (0.25, 3), "18 and 9 rows do not fit, nor the other 9; 4 and 5 do"
-    assert [value for value, _ in less.weigh(pairs)] == pytest.approx([value for value, _ in weighed], abs=1e-4)
+    assert [value for value, _ in less.loglikelihood(pairs)] == pytest.approx([value for value, _ in weighed], abs=1e-4)
     assert small.failed == 3, "what was learnt is kept"
 
     with pytest.raises(MachineError, match=r"memory ran out while 1 rows were answered at once.*max_new_tokens"):
-        speaker(Small(engine, 0), engine.model).write(prompts(), Writing(max_new_tokens=4))
+        generator(Small(engine, 0), engine.model).generate(prompts(), SamplingParams(max_new_tokens=4))
     with pytest.raises(MachineError, match=r"while 6 rows were answered.*set batch_size = 3 in \[\[eval.answers\]\]"):
-        speaker(Small(engine, 5, lockstep=True), engine.model).write(prompts(), Writing(max_new_tokens=4))
+        generator(Small(engine, 5, lockstep=True), engine.model).generate(prompts(), SamplingParams(max_new_tokens=4))

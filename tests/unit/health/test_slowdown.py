@@ -1,6 +1,6 @@
 """A run that becomes slower is told so, with the phase; one that is as it was is not."""
 
-from distft.health.slowdown import FEWEST, KEPT, Metronome
+from distft.health.slowdown import FEWEST, KEPT, SlowdownDetector
 
 USUAL = {"data": 0.01, "forward": 0.1, "backward": 0.2}
 
@@ -10,7 +10,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {"eval": 100.0}
-        self.step, self.metronome = 0, Metronome()
+        self.step, self.metronome = 0, SlowdownDetector()
 
     def steps(self, number: int, **times: float):
         for phase, seconds in (USUAL | times).items():

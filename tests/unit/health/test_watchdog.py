@@ -7,9 +7,9 @@ import pytest
 
 from distft.core import host
 from distft.core.errors import PeerEnded
-from distft.core.phase import PULSE
-from distft.health.heartbeat import Board, Record
-from distft.health.watchdog import Watch
+from distft.core.phase import PHASE
+from distft.health.heartbeat import Heartbeat, HeartbeatFile
+from distft.health.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -17,11 +17,11 @@ def seen(tmp_path: Path) -> Callable[..., BaseException | None]:
     """What rank 0 makes of a record that rank 1 has left before rank 0 began to look."""
 
     def of(**said) -> BaseException | None:
-        board = Board(tmp_path / "ranks", 1)
+        board = HeartbeatFile(tmp_path / "ranks", 1)
         board.open()
-        board.write(Record(rank=1, phase="rows", **({"process": host.this_start(PULSE.runs)} | said)))
+        board.write(Heartbeat(rank=1, phase="rows", **({"process": host.this_start(PHASE.runs)} | said)))
         board.close()
-        watch = Watch(
+        watch = Watchdog(
             tmp_path, rank=0, world=2, neighbours=[1], timeout_s=60, launched=False, end=lambda code, reason: True
         )
         with watch:
