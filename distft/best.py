@@ -1,4 +1,4 @@
-"""The best evaluation so far, and when there have been enough without a better one. Equal on all ranks."""
+"""Tracks the best evaluation and decides about early stopping; its state is equal on all ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class BestTracker:
-    """Told of every evaluation."""
+    """Compares every evaluation with the best one so far."""
 
     def __init__(
         self, *, keep: bool, patience: int | None, by: str = "eval_loss", higher_is_better: bool = False
@@ -36,12 +36,13 @@ class BestTracker:
         return self._patience is not None and self._evals_without_improvement >= self._patience
 
     def see(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
-        """Compare an evaluation (None: it was broken off) with the best; one without the figure that decides is no
-        news.
+        """Compare an evaluation with the best so far.
+
+        An evaluation that was interrupted (None), or lacks the deciding figure, changes nothing.
 
         Returns:
             What best.json is to say, when this state is the best so far and is to be kept. NaN never is.
-        """  # noqa: D205
+        """
         if figures is None:
             return None
         self.last_eval_step = state.step

@@ -1,4 +1,4 @@
-"""How good is the model now: the loss on held-out rows, and its answers; before, during and after training."""
+"""Evaluates the model before, during and after training: held-out loss, and the answers to evaluation sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSchedule:
-    """At which steps the loss is measured during training; a set of answers says its own."""
+    """Says at which steps the held-out loss is measured; an evaluation set has its own interval."""
 
     every_steps: int | None
     at_end: bool
@@ -34,7 +34,7 @@ class EvalSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Every method is collective, and gives None when some rank was asked to stop before the end."""
+    """Evaluates the model; methods are collective, and return None when some rank was asked to stop before the end."""
 
     engine: Engine
     objective: Objective

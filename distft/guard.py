@@ -1,4 +1,4 @@
-"""What is done when training goes wrong: an update that is left out, a run that stops or goes back, a slow rank named.
+"""Decides about steps that go wrong: skips an update, stops the run or rolls it back; names a straggler.
 
 Decisions are made from numbers that are equal on all ranks, so that all ranks decide alike.
 """
@@ -32,7 +32,7 @@ class RollBack(Exception):
 
 
 class DivergenceGuard:
-    """Asked before every update and told after every step."""
+    """Accepts or skips each update, and sees the report of each step."""
 
     def __init__(self, table: GuardTable, engine: Engine, *, say: Callable[[str], None], note: Note) -> None:
         self._table, self._engine, self._say, self._note = table, engine, say, note

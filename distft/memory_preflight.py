@@ -1,4 +1,4 @@
-"""The worst step first: what will run out of memory does so in the first minute, and says in which part of a step.
+"""Runs the largest micro-batch once before training, so that a lack of memory shows in the first minute.
 
 Nothing of it stays: no update is applied, the optimizer's state is as before its first, random numbers are seeded per
 micro-batch anyway. What is left is warmed-up kernels and caches.

@@ -1,4 +1,4 @@
-"""How large a micro-batch is, what the largest one weighs, and what to do when it is too much."""
+"""Chooses the micro-batch size, finds the largest micro-batch, and advises when it does not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run is saved and continued from, and what it leaves in final/."""
+"""Opens a run's checkpoints, resumes from them, and exports the model to final/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engine, model, optimizer and metrics, each from its table of the recipe."""
+"""Builds engine, model, optimizer and metrics, each from its table of the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the model is asked, and who looks when."""
+"""Builds the evaluation sets, the generator and the evaluator of a run from its recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared rows, cut into the steps of this rank."""
+"""Prepares the rows of a run and splits them into the steps of this rank."""
 
 from __future__ import annotations
 

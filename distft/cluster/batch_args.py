@@ -1,4 +1,4 @@
-"""What the command line asks for, read as the training processes will read it: which recipe, which run folder."""
+"""Parses the batch script's command line as the training processes will: which recipe, which run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's result depends on besides recipe, rows and weights: versions, hardware, code, environment variables.
+"""Collects what a run's result depends on besides recipe, rows and weights: versions, hardware, code, variables.
 
 Nothing here imports a heavy library; what torch alone knows is told only where torch is loaded already.
 """

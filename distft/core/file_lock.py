@@ -1,4 +1,4 @@
-"""One process at a time, of one machine or of a shared file system: the first works, the others wait for what it makes.
+"""Lets one process do a piece of work under a file lock while others wait for the result.
 
 512 processes that ask for one lock twenty times a second are ten thousand requests a second to one file server. So a
 waiting process looks for the finished work before it looks at the lock, each at a moment of its own, and the less often

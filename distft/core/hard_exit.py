@@ -1,4 +1,4 @@
-"""The end of a command's process, with the exit code that was decided."""
+"""Ends a command's process with its exit code without running C++ destructors."""
 
 from __future__ import annotations
 

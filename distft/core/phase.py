@@ -1,4 +1,4 @@
-"""Where the main thread is: it says so at named points, and others (the watch, a fault on demand) can tell.
+"""Records which phase of a run the main thread is in, so that the watchdog and injected faults can tell.
 
 Points of a run, in order: `rows` `fetch` `join` `model` `weights` `restore`; then per step `data` `agree` `forward`
 `backward` `update` `step`, with `eval` and `save` in between; at the end `export`.

@@ -1,4 +1,4 @@
-"""What the loop is given besides an engine: where steps come from, when what happens, who judges and who saves."""
+"""Declares the protocols of what the loop is given: step source, guard, best tracker, checkpoints."""
 
 from __future__ import annotations
 

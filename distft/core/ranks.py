@@ -1,4 +1,4 @@
-"""What one rank does for all of them: its result, or its mistake, is everybody's."""
+"""Runs work on rank 0 and gives its result, or its error, to every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages of a chat -> the text that a Jinja chat template writes: dialects of messages, special tokens, dates."""
+"""Renders the messages of a chat with a Jinja template: dialects of messages, special tokens, dates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files opened by what they are: plain, or packed by gzip, bzip2, xz or zstd."""
+"""Opens files by what they are: plain, or compressed by gzip, bzip2, xz or zstd."""
 
 from __future__ import annotations
 

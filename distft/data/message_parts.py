@@ -1,4 +1,4 @@
-"""What a message says, piece by piece, and whether a rendered chat still says it."""
+"""Splits a message into parts and checks whether a rendered chat still contains them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What should be known of rows before they are trained on: repeats, overlap with evaluation, personal data, balance."""
+"""Examines rows before they are trained on: duplicates, contamination, personal data, balance; returns a report."""
 
 from distft.data_quality.card import card
 from distft.data_quality.examine import examine, refuse_overlap

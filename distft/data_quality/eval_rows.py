@@ -1,4 +1,4 @@
-"""Rows of `[[eval.answers]]` with files of their own: evaluation rows, like those of `[[data.eval]]`."""
+"""Finds the sources of `[[eval.answers]]` that have files of their own: they are evaluation rows too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors an optimizer updates: fp32, local, plain.
+"""Holds the fp32, local, plain tensors that an optimizer updates.
 
 Under solo, ddp and fsdp2 the optimizer never sees a bf16 parameter or a DTensor. Each trainable parameter is
 represented by the fp32 tensor this rank owns of it: the parameter itself, its local shard (sharing storage), or an

@@ -1,4 +1,4 @@
-"""Before there is a process group: who has come to the meeting place, and what each has to say.
+"""Checks before a process group is formed which ranks have come, through the key-value store of the group.
 
 A group is formed by all or by none, and after its timeout says only that somebody is missing. Here every process leaves
 its word in the key-value store that the group would be made from, so that those who came can be named.

@@ -1,4 +1,4 @@
-"""The bytes of training state that this rank really holds, counted on the engine's own tensors.
+"""Measures the bytes of training state that this rank really holds, on the engine's own tensors.
 
 What a plan predicts is compared with this (`tests/dist/test_plan_exact.py`), so nothing here is computed from shapes:
 every figure is the size of a storage that exists, counted once however many views of it there are, whole even where

@@ -1,4 +1,4 @@
-"""What is kept of an eval_set: `eval/LABEL/NAME.jsonl`, a line per row, and `NAME.json`; the loss in `held_out.json`.
+"""Keeps the answers of an evaluation set in `eval/LABEL/NAME.jsonl` and `NAME.json`, the loss in `held_out.json`.
 
 Labels: `before`, `after`, `best`, `step-%08d`, or what `distft eval --label` says.
 """

@@ -1,4 +1,4 @@
-"""Exams made from `[[eval.answers]]`: rows read and rendered, scores built, every mistake told before training."""
+"""Builds the evaluation sets of `[[eval.answers]]`, and reports every mistake in them before training starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A set of questions and its scores: asked of a model, what comes back is judged and counted."""
+"""Defines evaluation sets: questions that a generator answers and scores that judge the answers."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class BoundScore:
 
 
 class EvalSet(Protocol):
-    """A set of questions, wherever they come from."""
+    """An evaluation set: questions with their scores, wherever they come from."""
 
     @property
     def name(self) -> str:
-        """Of its files, and the first half of its figures' names."""
+        """The name of its files, and the first half of its figures' names."""
         ...
 
     @property
@@ -89,7 +89,7 @@ class EvalSet(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RowEvalSet:
-    """Rows that the recipe names: how they are answered, how answers are judged."""
+    """An evaluation set of rows that the recipe names."""
 
     name: str
     questions: Sequence[Question]

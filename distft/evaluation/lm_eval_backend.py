@@ -1,4 +1,4 @@
-"""A generator that is asked in text: what tasks of lm-eval want (`distft.scores.harness.TextGenerator`)."""
+"""Serves lm-eval's requests, which are text, with a `Generator` (see `distft.scores.harness.TextGenerator`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class LmEvalBackend:
-    """Collective, as the generator is: every rank asks the same, and gets every answer."""
+    """Tokenizes and answers requests; collective: every rank asks the same, and gets every answer."""
 
     def __init__(
         self,

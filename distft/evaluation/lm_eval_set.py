@@ -1,4 +1,4 @@
-"""A task of lm-eval as a set of questions: asked by the library, kept and compared like every other."""
+"""Wraps a task of lm-eval as an evaluation set, so that its answers are kept and compared like all others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LmEvalSet:
-    """See `Exam`."""
+    """An evaluation set that is a task of lm-eval."""
 
     name: str
     tasks: LmEvalTasks
@@ -33,7 +33,7 @@ class LmEvalSet:
 
     @property
     def rows(self) -> int:
-        """See `Exam`."""
+        """See `EvalSet`."""
         return self.tasks.rows
 
     @property
@@ -43,7 +43,7 @@ class LmEvalSet:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `Exam`; scores change with the library's version."""
+        """See `EvalSet`; scores change with the library's version."""
         return {
             "task": self.tasks.name,
             "lm_eval": version("lm-eval"),
@@ -53,20 +53,20 @@ class LmEvalSet:
 
     @property
     def first_prompt(self) -> str:
-        """See `Exam`."""
+        """See `EvalSet`."""
         return self.tasks.prompts[0]
 
     @property
     def longest_prompt(self) -> int:
-        """See `Exam`; the answer of a likelihood counts as an answer."""
+        """See `EvalSet`; the answer of a likelihood counts as an answer."""
         return max(len(self.renderer.tokens(one, as_chat=self.as_chat)) for one in set(self.tasks.prompts) if one)
 
     def figures(self) -> dict[str, MetricInfo]:
-        """See `Exam`."""
+        """See `EvalSet`."""
         return {figure.name: figure for figure in self.tasks.planned}
 
     def run(self, generator: Generator, engine: Engine) -> EvalResult | None:
-        """See `Exam`. Every rank runs the library; what rank 0's says is what counts."""
+        """See `EvalSet`. Every rank runs the library; what rank 0's says is what counts."""
         texts = LmEvalBackend(
             generator, self.renderer, seed=self.seed, as_chat=self.as_chat, batch_size=self.batch_size
         )

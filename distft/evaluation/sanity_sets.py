@@ -1,4 +1,4 @@
-"""Small sets that come with the project, to see forgetting: `spot:general` and `spot:refusals`.
+"""Finds the small sets that come with the package and show forgetting: `spot:general` and `spot:refusals`.
 
 They are spot checks, not benchmarks: a few rows each, enough to see that something broke. To extend one, put rows of
 the same columns into a file of yours and name it in another `[[eval.answers]]`.

@@ -1,4 +1,4 @@
-"""Prompts of very different lengths -> batches of similar ones, dealt out to ranks; and a batch as padded tensors.
+"""Groups prompts of similar length into batches for the ranks, and pads a batch on the left as tensors.
 
 Shape letters: B rows, L positions.
 """

@@ -1,4 +1,4 @@
-"""What is asked of a speaker, and what it gives back; without torch, so that a recipe's questions can be checked."""
+"""Defines a generator's input and output: prompt, sampling parameters, completion. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How answers are written."""
+    """Says how completions are sampled."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -23,16 +23,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What is asked, as tokens."""
+    """A prompt as token ids."""
 
     seed_key: str
-    """Seeds its draws: equal names are answered alike."""
+    """Seeds its draws: prompts with equal keys get equal completions."""
     ids: Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """An answer."""
+    """A generated text."""
 
     text: str
     num_tokens: int

@@ -1,4 +1,4 @@
-"""A model that writes and weighs text, in batches, under any engine.
+"""Generates completions and scores log-likelihoods with the trained model, in batches, under any engine.
 
 Rows are spread over ranks. Where a forward gathers weights, every rank has to run as many: ranks that have nothing
 left run forwards of one token until all are done. Every few forwards all ranks agree on whether to go on, so that a
@@ -37,7 +37,7 @@ Work = Callable[[list[int], dict[int, Any]], Iterator[None]]
 
 
 class Generator:
-    """Engine, model and tokenizer together. Every method is collective: all ranks ask the same."""
+    """Generates with the engine's model. Every method is collective: all ranks pass the same arguments."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""Is every rank alive and getting on? Each writes a small record beside the run, and looks at the others' in need."""
+"""Watches over a running job: every rank writes heartbeats; hangs, stragglers and slowdowns are named from them."""

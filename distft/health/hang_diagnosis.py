@@ -1,4 +1,4 @@
-"""Who holds the others up, from two looks at everybody's record: pure, so that every case has a test."""
+"""Names the ranks that the others wait for, from two readings of all heartbeats; a pure function."""
 
 from __future__ import annotations
 

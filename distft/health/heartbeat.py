@@ -1,4 +1,4 @@
-"""RUN/ranks/00003.json: what a rank says of itself every few seconds, padded to one size and overwritten in place.
+"""Reads and writes RUN/ranks/00003.json: a rank's heartbeat, padded to one size and overwritten in place.
 
 A last line, through a memory map, says at every point of the loop where the main thread is: it costs a microsecond, and
 what was written there outlives a process that is killed the next moment.
@@ -28,7 +28,7 @@ PLACE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """One rank at one moment."""
+    """The state of one rank at one moment."""
 
     rank: int
     process: dict[str, Any]
@@ -65,7 +65,7 @@ class Heartbeat:
 
 
 class HeartbeatFile:
-    """The records of one run's ranks."""
+    """Holds the heartbeat files of one run: writes this rank's, reads the others'."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         """Nothing happens yet."""

@@ -1,4 +1,4 @@
-"""Steps that take longer than they did while no rank is behind the others: a slow link shows nowhere else.
+"""Detects steps that take longer than they did although no rank is behind: a slow link shows nowhere else.
 
 In a collective all ranks wait alike, so a straggler is looked for where ranks work alone (`straggler`). Here the run is
 compared with itself: the time of a step, by phase, with that of the looks before.
@@ -22,7 +22,7 @@ LEAST_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """One look."""
+    """The time of the steps since the last look, against the usual time."""
 
     step_s: float
     """Mean of the steps since the look before."""
@@ -47,7 +47,7 @@ class StepTimes:
 
 
 class SlowdownDetector:
-    """One per run and rank."""
+    """Compares the time of steps with earlier ones; one per run and rank."""
 
     def __init__(self) -> None:
         self._spent: dict[str, float] | None = None

@@ -1,4 +1,4 @@
-"""Which rank is slower than the others, when in a collective all of them take equally long.
+"""Finds the rank that is slower than the others, which a collective hides: there all take equally long.
 
 Waiting hides who is waited for, so only what a rank does alone is timed: waiting for its own data, and a fixed matrix
 product on its own device (a throttled or shared accelerator is slow at that too). Both are local under every engine.
@@ -34,7 +34,7 @@ class Timing:
 
 
 class StragglerProbe:
-    """This rank's."""
+    """Times what this rank does alone."""
 
     def __init__(self) -> None:
         self._data_s = 0.0
@@ -47,7 +47,7 @@ class StragglerProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class Slowest:
-    """Who is behind, however little."""
+    """The slowest rank, however small its lag."""
 
     rank: int
     who: str

@@ -1,4 +1,4 @@
-"""A thread beside the one that trains: beats, and ends this process when the run can no longer go on.
+"""Watches a run from a thread of its own: writes heartbeats, and ends the process when the run cannot go on.
 
 What it looks for, every beat: a rank of this machine whose process is gone; another rank's exit.json; a main thread
 (its own) that has not got on for `timeout_s`; a launcher that is gone. It needs the interpreter's lock, so a main

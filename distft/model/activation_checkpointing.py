@@ -1,4 +1,4 @@
-"""What trades time for memory, or warm-up for time: activation checkpointing and compilation, per block."""
+"""Applies activation checkpointing and compilation to the blocks of a model."""
 
 from __future__ import annotations
 

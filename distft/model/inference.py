@@ -1,4 +1,4 @@
-"""From training to answering and back: attention that takes masks and a key-value cache, and the cache itself."""
+"""Switches a model between training and generation: attention with padding masks, and the key-value cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of asking the model: a key-value cache, and a forward over prompts beside it."""
+"""Predicts the memory of generation: a key-value cache, and a forward over prompts beside it."""
 
 from __future__ import annotations
 

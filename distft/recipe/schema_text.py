@@ -1,4 +1,4 @@
-"""JSON Schema nodes in plain words: what a key allows, as a message says it."""
+"""Describes a JSON Schema node in plain words, for messages that say what a key allows."""
 
 from __future__ import annotations
 
