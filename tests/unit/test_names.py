@@ -1,6 +1,7 @@
 """A class name means one thing in the whole package, so a search for it finds one thing."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -35,3 +36,13 @@ def test_classes_are_found_wherever_a_module_defines_them() -> None:
     )
     assert sorted(public_classes(source)) == ["A", "B", "D"]
     assert public_classes("def f():\n    class Local: ...\nclass Outer:\n    class Inner: ...\n") == ["Outer"]
+
+
+def test_the_glossary_names_what_exists() -> None:
+    text = (ROOT.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
+    places = re.findall(r"\| `([a-z_/]+\.py)`(?: `(\w+)`)? \|$", text, flags=re.MULTILINE)
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(places) == len(rows) > 20, "every row ends with a file, and a name in it"
+    for file, name in places:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^(?:class|def) {name}\b|^{name} = ", source, flags=re.MULTILINE), (file, name)
