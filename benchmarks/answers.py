@@ -1,4 +1,4 @@
-"""Answers per second: `distft.answers` against transformers' own batched `generate`, on the same rows, greedy.
+"""Answers per second: `distft.evaluation` against transformers' own batched `generate`, on the same rows, greedy.
 
 usage: python benchmarks/answers.py MODEL_FOLDER ROWS.jsonl COLUMN [--rows N] [--new-tokens N] [--rounds N]
 
@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from distft.answers.batches import MAX_ROWS
-from distft.answers.speaker import Speaker
-from distft.answers.words import Prompt, Writing
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import UpdateRule
 from distft.data.render import load_renderer
 from distft.data.samples import PromptCompletion
 from distft.engine import processes
 from distft.engine.solo import SoloEngine
+from distft.generation.batching import MAX_ROWS
+from distft.generation.completion import Prompt, SamplingParams
+from distft.generation.generator import Generator
 from distft.model import load
 from distft.model.adapters import METHODS
 from distft.recipe import ModelTable
@@ -47,15 +47,17 @@ def main() -> None:
         texts = [json.loads(line)[given.column] for line in islice(lines, given.count)]
     asked = [renderer.ask(PromptCompletion(prompt=text, completion=""))[1] for text in texts]
     placed = processes.join()
-    speaker = _speaker(given.model, dtype, placed, renderer)
-    asked = [list(speaker.fitted(ids, given.new_tokens)) for ids in asked]
+    generator = _generator(given.model, dtype, placed, renderer)
+    asked = [list(generator.truncate_prompt(ids, given.new_tokens)) for ids in asked]
     plain = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, dtype)).to(placed.device).eval()
     eos = renderer.tokenizer.eos_token_id
-    PULSE.training()
+    PHASE.training()
 
     def ours() -> list[str]:
-        prompts = [Prompt(name=str(index), ids=ids) for index, ids in enumerate(asked)]
-        return [said.text for said in speaker.write(prompts, Writing(max_new_tokens=given.new_tokens)) or ()]
+        prompts = [Prompt(seed_key=str(index), ids=ids) for index, ids in enumerate(asked)]
+        return [
+            said.text for said in generator.generate(prompts, SamplingParams(max_new_tokens=given.new_tokens)) or ()
+        ]
 
     def theirs(order: list[int]) -> list[str]:
         written = [""] * len(asked)
@@ -92,7 +94,7 @@ def main() -> None:
     print(f"{same} of {len(asked)} answers are equal to generate's")
 
 
-def _speaker(folder: str, dtype: str, placed: processes.Processes, renderer: Any) -> Speaker:
+def _generator(folder: str, dtype: str, placed: processes.Processes, renderer: Any) -> Generator:
     table, spec = ModelTable(path=folder, dtype=dtype), METHODS["full"]  # type: ignore[arg-type]
     built = load.build(table, Path(folder), spec, spec.params(), seed=0, device=placed.device)
     for param in list(built.module.parameters())[1:]:
@@ -104,7 +106,7 @@ def _speaker(folder: str, dtype: str, placed: processes.Processes, renderer: Any
     )  # fmt: skip
     engine.adopt(built, rule, micros_per_step=1)
     stop_ids = [renderer.tokenizer.eos_token_id]
-    return Speaker(engine, built.module, decode=renderer.write, stop_ids=stop_ids, stop=lambda: False)
+    return Generator(engine, built.module, decode=renderer.write, stop_ids=stop_ids, stop=lambda: False)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def stat(path):
 files._path_stat = stat
 sys.addaudithook(lambda event, given: opened.add(str(given[0])) if event == "open" else None)
 sys.argv = json.loads(sys.argv[1])
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.job import main
 code = main(sys.argv[1:])
 roots = tuple(sys.path[1:]) + (sys.prefix, sys.base_prefix)
@@ -54,7 +54,7 @@ libraries = [path for path in mapped if ".so" in path and os.path.isfile(path)]
 size = lambda paths: sum(os.path.getsize(path) for path in paths)
 json.dump({"files": len(kept), "bytes": size(kept), "libraries": len(libraries), "library_bytes": size(libraries),
            "stats": counts["stats"], "code": code}, open("opened.json", "w"))
-leave(code)
+hard_exit(code)
 """
 
 
@@ -169,7 +169,7 @@ def collectives(asked: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
     import torch.distributed as dist
 
-    from distft.engine.doubling import summed
+    from distft.engine.recursive_doubling import summed
 
     def timed(repeat: int, work: Callable[[], object]) -> dict[str, float]:
         took = []
@@ -207,17 +207,17 @@ def _slope(rows: list[dict[str, Any]], key: str) -> float:
 def records(asked: argparse.Namespace) -> dict[str, Any]:
     """The watch's files: what is written each beat, and what looking at all of them costs when nobody gets on."""
     from distft.core import host
-    from distft.watch.records import PLACE, SIZE, Board, Record
-    from distft.watch.watchdog import MAX_BEAT_S
+    from distft.health.heartbeat import PLACE, SIZE, Heartbeat, HeartbeatFile
+    from distft.health.watchdog import MAX_BEAT_S
 
     with tempfile.TemporaryDirectory() as text:
-        boards = [Board(Path(text), rank) for rank in range(RANKS)]
+        boards = [HeartbeatFile(Path(text), rank) for rank in range(RANKS)]
         for rank, board in enumerate(boards):
             board.open()
-            board.write(Record(rank=rank, process=host.identity(), phase="forward", step=5))
+            board.write(Heartbeat(rank=rank, process=host.identity(), phase="forward", step=5))
         began = time.perf_counter()
         for rank, board in enumerate(boards):
-            board.write(Record(rank=rank, process=host.identity(), phase="forward", step=6))
+            board.write(Heartbeat(rank=rank, process=host.identity(), phase="forward", step=6))
             board.flush()
         wrote = time.perf_counter() - began
         began = time.perf_counter()
@@ -248,14 +248,14 @@ def commit(asked: argparse.Namespace) -> dict[str, Any]:
 def _commit(size: str, asked: argparse.Namespace, ranks: int) -> dict[str, Any]:
     from distft.checkpoint.intervals import Chunk, index_bytes, parse_index
     from distft.checkpoint.manifest import FileEntry, Manifest, parse_manifest
-    from distft.checkpoint.saving import Written, merge
+    from distft.checkpoint.saving import WrittenFiles, merge
     from distft.checkpoint.shards import DCP_METADATA, write_dcp_metadata
 
     planner = _planner(size, asked, "zero3")
     params = [(param.name, param.numel) for param in planner.inventory(planner.recipe()).params]
     names = [(f"{kind}.{name}", numel) for kind in ("param", "exp_avg", "exp_avg_sq") for name, numel in params]
 
-    def written(rank: int) -> Written:
+    def written(rank: int) -> WrittenFiles:
         file, offset, parts = f"__{rank}_0.distcp", 0, []
         for name, numel in names:
             share = -(-numel // ranks)
@@ -263,7 +263,9 @@ def _commit(size: str, asked: argparse.Namespace, ranks: int) -> dict[str, Any]:
             chunk = Chunk(start, stop - start, file, offset, 4 * (stop - start) + 1200) if stop > start else None
             parts.append((name, numel, "float32", chunk))
             offset += 4 * (stop - start) + 1200
-        return Written([FileEntry(file, offset, "0" * 64), FileEntry(f"rank-{rank:05d}.json", 900, "0" * 64)], parts)
+        return WrittenFiles(
+            [FileEntry(file, offset, "0" * 64), FileEntry(f"rank-{rank:05d}.json", 900, "0" * 64)], parts
+        )
 
     took: dict[str, float] = {}
 

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def facts() -> dict[str, Any]:
     """Date, commit, hardware and versions."""
-    from distft.bench.facts import code, hardware
-    from distft.core.surroundings import versions
+    from distft.bench.provenance import code, hardware
+    from distft.core.environment import versions
 
     built = code()
     commit = f"{str(built['commit'])[:9]}{'+changes' if built['dirty'] else ''}"
@@ -99,13 +99,13 @@ class Run:
 
     def __post_init__(self) -> None:
         from distft import assemble
-        from distft.best import Best
+        from distft.best import BestTracker
         from distft.catalog import REGISTRIES
-        from distft.core.given import Every
         from distft.core.log import quiet_libraries
+        from distft.core.protocols import Every
         from distft.demo.files import locate
         from distft.engine import processes
-        from distft.guard import Guard
+        from distft.guard import DivergenceGuard
         from distft.recipe import load_recipe
         from distft.run_folder import RunFolder
 
@@ -123,8 +123,11 @@ class Run:
         placed = processes.join(timeout_s=120)
         self.engine = assemble.open_engine(recipe, placed, quiet)
         self.model = assemble.model(located, placed, cut, self.rows, quiet)
-        guard, best = Guard(recipe.guard, self.engine, say=quiet, note=folder.note), Best(keep=False, patience=None)
-        checkpoints, self.state, _ = assemble.checkpoints(
+        guard, best = (
+            DivergenceGuard(recipe.guard, self.engine, say=quiet, note=folder.note),
+            BestTracker(keep=False, patience=None),
+        )
+        checkpoints, self.state, _ = assemble.open_checkpoints(
             recipe,
             located,
             folder,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from distft.bench import table
 from distft.bench.command import main as bench
-from distft.bench.facts import gpus
+from distft.bench.provenance import gpus
 
 ROOT = Path(__file__).resolve().parent
 TINY = "recipes/tiny-full.toml"

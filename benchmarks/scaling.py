@@ -61,7 +61,7 @@ def launched(world: int, methods: list[str]) -> list[dict[str, Any]]:
 
 def work(folder: Path, methods: list[str]) -> None:
     """One rank of a launch."""
-    from distft.core.leave import leave
+    from distft.core.hard_exit import hard_exit
     from distft.engine import deepspeed, processes
 
     deepspeed.BUCKET_ELEMENTS = BUCKET
@@ -77,7 +77,7 @@ def work(folder: Path, methods: list[str]) -> None:
                 rows.append(about | {"micros": micros} | counts(run, placed.world, micros))
     if placed.rank == 0:
         (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    leave(0)
+    hard_exit(0)
 
 
 def counts(run: kit.Run, world: int, micros: int) -> dict[str, Any]:

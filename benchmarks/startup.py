@@ -26,7 +26,7 @@ LISTED = """
 import json, sys
 from pathlib import Path
 sys.argv = json.loads(sys.argv[1])
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.job import main
 code = main(sys.argv[1:])
 def kept(name, module):
@@ -34,7 +34,7 @@ def kept(name, module):
     ours = root in sys.stdlib_module_names or name.startswith(("distft", "_"))
     return not ours and getattr(module, "__file__", None)
 Path("modules.json").write_text(json.dumps([name for name, module in list(sys.modules.items()) if kept(name, module)]))
-leave(code)
+hard_exit(code)
 """
 BARE = """
 import importlib, json, sys

@@ -1,4 +1,4 @@
-"""The best evaluation so far, and when there have been enough without a better one. Equal on all ranks."""
+"""Tracks the best evaluation and decides about early stopping; its state is equal on all ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from distft.core.types import TrainState
 
 
-class Best:
-    """Told of every evaluation."""
+class BestTracker:
+    """Compares every evaluation with the best one so far."""
 
     def __init__(
         self, *, keep: bool, patience: int | None, by: str = "eval_loss", higher_is_better: bool = False
@@ -25,34 +25,35 @@ class Best:
         self._keep, self._patience, self._by, self._sign = keep, patience, by, -1.0 if higher_is_better else 1.0
         self._figure: float | None = None
         self._step = 0
-        self._since = 0
+        self._evals_without_improvement = 0
         """Evaluations after the best one."""
-        self.seen = 0
+        self.last_eval_step = 0
         """Step of the last evaluation that was not broken off."""
 
     @property
     def enough(self) -> bool:
         """Whether training may end early."""
-        return self._patience is not None and self._since >= self._patience
+        return self._patience is not None and self._evals_without_improvement >= self._patience
 
     def see(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
-        """Compare an evaluation (None: it was broken off) with the best; one without the figure that decides is no
-        news.
+        """Compare an evaluation with the best so far.
+
+        An evaluation that was interrupted (None), or lacks the deciding figure, changes nothing.
 
         Returns:
             What best.json is to say, when this state is the best so far and is to be kept. NaN never is.
-        """  # noqa: D205
+        """
         if figures is None:
             return None
-        self.seen = state.step
+        self.last_eval_step = state.step
         if self._by not in figures:
             return None
         figure = figures[self._by]
         is_number = figure == figure
         if is_number and (self._figure is None or self._sign * figure < self._sign * self._figure):
-            self._figure, self._step, self._since = figure, state.step, 0
+            self._figure, self._step, self._evals_without_improvement = figure, state.step, 0
             return {"step": state.step, self._by: figure} if self._keep and state.step else None
-        self._since += 1
+        self._evals_without_improvement += 1
         return None
 
     @property
@@ -62,8 +63,15 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """What a continued run must know; JSON."""
-        return {"figure": self._figure, "step": self._step, "since": self._since, "seen": self.seen}
+        return {
+            "figure": self._figure,
+            "step": self._step,
+            "since": self._evals_without_improvement,
+            "seen": self.last_eval_step,
+        }
 
     def restore(self, said: dict[str, Any]) -> None:
         """Go on from `state()`."""
-        self._figure, self._step, self._since, self.seen = (said[key] for key in ("figure", "step", "since", "seen"))
+        self._figure, self._step, self._evals_without_improvement, self.last_eval_step = (
+            said[key] for key in ("figure", "step", "since", "seen")
+        )

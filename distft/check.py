@@ -17,19 +17,19 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from distft import fits
-from distft.answers.build import exams
-from distft.care import CareReport, card, examine, refuse_overlap, summary
+from distft import compatibility
 from distft.catalog import REGISTRIES
 from distft.core.errors import DONE, DistftError, FileSystemError
-from distft.data.cache import cache_folder
 from distft.data.loader import EvalSteps, Steps
+from distft.data.preparation_report import SourceReport
 from distft.data.prepare import prepare
+from distft.data.prepared_folder import cache_folder
 from distft.data.render import load_renderer, settings_of
-from distft.data.report import SourceReport
 from distft.data.store import Prepared
 from distft.data.tokenizer import load_decoder
+from distft.data_quality import DataQualityReport, card, examine, refuse_overlap, summary
 from distft.demo.files import locate
+from distft.evaluation.build import build_eval_sets
 from distft.recipe import Recipe, check_steps, load_recipe
 
 MARKS = ("⟦", "⟧")
@@ -94,7 +94,7 @@ class CheckReport:
     model: str | None
     """What is proven of the model's arithmetic, then a line for each path that was tried before and not taken; None for
     a folder that holds a tokenizer alone."""
-    care: CareReport
+    care: DataQualityReport
     """What the rows hold that should be known: repeats, overlap, personal data, balance."""
     tokens_per_epoch: int
     supervised_per_epoch: int
@@ -121,9 +121,9 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         DataError: rows that cannot be trained on, or that the recipe's `[data] overlap` refuses.
         RecipeError: the recipe does not fit its model or these rows.
     """
-    has_config = fits.has_config(recipe)  # a tokenizer's folder is enough to look at rows
+    has_config = compatibility.has_config(recipe)  # a tokenizer's folder is enough to look at rows
     if has_config:
-        fits.refuse_misfits(recipe)
+        compatibility.refuse_misfits(recipe)
     folder = cache_dir or cache_folder(recipe.data)
     tokenizer, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
     decode = load_decoder(tokenizer, revision) if samples else str
@@ -144,16 +144,16 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         micro_batch_size=1,
     )
     check_steps(recipe, steps.num_steps)
-    fits.refuse_other_groups(recipe, train.report, "train")
+    compatibility.refuse_other_groups(recipe, train.report, "train")
     if has_config:
-        fits.refuse_long_rows(recipe, int(train.lengths.max()), "train")
+        compatibility.refuse_long_rows(recipe, int(train.lengths.max()), "train")
     first_rows = steps.order.epoch(0).rows_N[:samples]
     splits = [_split("train", train, steps.order.per_epoch, steps.fill, first_rows, decode)]
     if recipe.data.eval:
         held_out = prepared("eval", recipe.data.eval)
-        fits.refuse_other_groups(recipe, held_out.report, "eval")
+        compatibility.refuse_other_groups(recipe, held_out.report, "eval")
         if has_config:
-            fits.refuse_long_rows(recipe, int(held_out.lengths.max()), "eval")
+            compatibility.refuse_long_rows(recipe, int(held_out.lengths.max()), "eval")
         sequences = EvalSteps(held_out, recipe.data, micro_batch_size=1).num_samples
         fill = held_out.report.num_tokens / (sequences * recipe.data.max_length)
         splits.append(_split("eval", held_out, sequences, fill, np.arange(min(samples, held_out.num_rows)), decode))
@@ -186,7 +186,7 @@ def _verdict(recipe: Recipe) -> str:
     table = recipe.model
     if table.attention == "flash":  # where the run is, not here
         table = table.model_copy(update={"attention": "auto"})
-    with fits.placed(recipe):
+    with compatibility.placed(recipe):
         verdict = verdict_on(table, skeleton.find_config(recipe.model), max_length=recipe.data.max_length)
     line = recipe.line_of("model.path")
     path_of(verdict, source=recipe.source, line=line, attention=table.attention)
@@ -203,7 +203,7 @@ def _sets(recipe: Recipe, tokenizer: str, revision: str | None) -> Iterator[SetV
         return
     table = recipe.data
     renderer = load_renderer(tokenizer, revision=revision, **settings_of(table))
-    for exam in exams(recipe.eval.answers, table, renderer, seed=recipe.seed, progress=_tell):
+    for exam in build_eval_sets(recipe.eval.answers, table, renderer, seed=recipe.seed, progress=_tell):
         yield SetView(
             name=exam.name,
             num_rows=exam.rows,
@@ -323,7 +323,7 @@ def _line(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _write_card(path: Path, care: CareReport, recipe: Recipe) -> None:
+def _write_card(path: Path, care: DataQualityReport, recipe: Recipe) -> None:
     sources = [(split, source.path) for split in ("train", "eval") for source in getattr(recipe.data, split)]
     try:
         path.write_text(card(care, name=recipe.name, sources=sources), encoding="utf-8")
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
         located = locate(named)
         report = run_check(located, samples=options.samples)
-        if not fits.has_config(located):
+        if not compatibility.has_config(located):
             print(f"check: {named.model.path} holds no config.json: its tokenizer was used", file=sys.stderr)
         if options.card:
             _write_card(Path(options.card), report.care, named)

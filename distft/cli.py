@@ -35,8 +35,8 @@ def train(
 ) -> None:
     """Fine-tune: becomes `accelerate launch -m distft.train` with one process per accelerator."""
     from distft import load_recipe
+    from distft.compatibility import refuse_missing_folder
     from distft.core.errors import RecipeError
-    from distft.fits import refuse_missing_folder
     from distft.launch import become, launch_command, launch_env, num_accelerators
 
     try:  # once, and before any process is started
@@ -154,10 +154,10 @@ def status(context: typer.Context) -> None:
 @app.command(context_settings=PASSED_ON)
 def doctor(context: typer.Context) -> None:
     """Is this machine, or are these machines, ready: versions, GPUs, network, shared folder, disk, clocks."""
-    from distft.core.leave import leave
+    from distft.core.hard_exit import hard_exit
     from distft.doctor.command import main as run
 
-    leave(run(context.args))
+    hard_exit(run(context.args))
 
 
 @app.command(context_settings=PASSED_ON)

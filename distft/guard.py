@@ -1,4 +1,4 @@
-"""What is done when training goes wrong: an update that is left out, a run that stops or goes back, a slow rank named.
+"""Decides about steps that go wrong: skips an update, stops the run or rolls it back; names a straggler.
 
 Decisions are made from numbers that are equal on all ranks, so that all ranks decide alike.
 """
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import NumericError
-from distft.core.pulse import PULSE
-from distft.watch.straggler import Pace, slowest
-from distft.watch.tempo import Metronome
+from distft.core.phase import PHASE
+from distft.health.slowdown import SlowdownDetector
+from distft.health.straggler import StragglerProbe, slowest
 
 if TYPE_CHECKING:
     from distft.core.types import Engine, StepReport, TrainState
@@ -31,8 +31,8 @@ class RollBack(Exception):
         super().__init__(why)
 
 
-class Guard:
-    """Asked before every update and told after every step."""
+class DivergenceGuard:
+    """Accepts or skips each update, and sees the report of each step."""
 
     def __init__(self, table: GuardTable, engine: Engine, *, say: Callable[[str], None], note: Note) -> None:
         self._table, self._engine, self._say, self._note = table, engine, say, note
@@ -40,26 +40,26 @@ class Guard:
         """Of the last steps that were no spikes."""
         self._in_a_row = 0
         self._rollbacks = 0
-        self._without: list[int] = []
+        self._steps_to_skip: list[int] = []
         """Steps to leave out when they come again after a rollback."""
         self._why = ""
         """Why the step that is being made is left out."""
-        self._pace, self._metronome = Pace(), Metronome()
+        self._straggler_probe, self._slowdowns = StragglerProbe(), SlowdownDetector()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold so that a continued run decides as this one would; JSON."""
-        return {"losses": self._losses, "in_a_row": self._in_a_row, "without": self._without}
+        return {"losses": self._losses, "in_a_row": self._in_a_row, "without": self._steps_to_skip}
 
     def restore(self, said: dict[str, Any], *, without: list[int] | None = None) -> None:
         """Continue from `state()`, with further steps to leave out."""
         self._losses = list(said.get("losses", ()))
         self._in_a_row = said.get("in_a_row", 0)
-        self._without = sorted({*said.get("without", ()), *(without or ())})
+        self._steps_to_skip = sorted({*said.get("without", ()), *(without or ())})
 
     def accepts(self, loss: float) -> bool:
         """Whether this step's finite loss, equal on all ranks, may change weights."""
-        step, spike = PULSE.step, self._table.loss_spike
-        if step in self._without:
+        step, spike = PHASE.step, self._table.loss_spike
+        if step in self._steps_to_skip:
             self._why = "left out since the rollback"
             return False
         if spike is None:
@@ -89,8 +89,8 @@ class Guard:
             return
         finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
         why = self._why if finite else _not_finite(report)
-        if finite and report.step in self._without:
-            self._leave_out(report, why)
+        if finite and report.step in self._steps_to_skip:
+            self._skip_step(report, why)
             return
         spike = self._table.loss_spike
         action = self._table.non_finite if not finite or spike is None else spike.action
@@ -108,16 +108,16 @@ class Guard:
                 f"{many}step {report.step}: {why}, no weight was changed ({report.samples}). "
                 "Try a lower learning_rate, a longer warm-up, or leave the named rows out."
             )
-        self._leave_out(report, why)
+        self._skip_step(report, why)
 
-    def _leave_out(self, report: StepReport, why: str) -> None:
+    def _skip_step(self, report: StepReport, why: str) -> None:
         self._say(f"step {report.step} is left out: {why} ({report.samples})")
         self._note("left_out", step=report.step, why=why, samples=report.samples)
 
     def _look_for_stragglers(self, step: int, factor: float) -> None:
-        mine = self._pace.read(PULSE.spent["data"], self._engine.device)
+        mine = self._straggler_probe.read(PHASE.seconds["data"], self._engine.device)
         worst = slowest(self._engine.gather(mine))
-        tempo = self._metronome.look(PULSE.spent, step)
+        tempo = self._slowdowns.look(PHASE.seconds, step)
         host, _, device = worst.who.partition(", ")
         self._note(
             "pace",

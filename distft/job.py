@@ -14,33 +14,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from distft import assemble, fits
+from distft import assemble, compatibility
 from distft.catalog import REGISTRIES
 from distft.core.ending import exit_code, reason, report_error
 from distft.core.errors import DONE, BusyError, MachineError, PeerEnded, Preempted
-from distft.core.leave import keep, promise
+from distft.core.hard_exit import keep_alive, plan_hard_exit
 from distft.core.log import quiet_libraries
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 from distft.core.stop import STOP
 from distft.core.types import TrainState
 from distft.demo.files import locate
 from distft.recipe import Recipe, load_recipe
-from distft.recipe.text import toml_value
+from distft.recipe.toml_text import toml_value
 from distft.resume import Resume
 from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from distft.answers.exam import Exam
-    from distft.best import Best
+    from distft.best import BestTracker
     from distft.checkpoint.lock import RunLock
     from distft.core.types import Engine
     from distft.engine.processes import Processes
-    from distft.guard import Guard
-    from distft.looks import Looks
+    from distft.evaluation.eval_sets import EvalSet
+    from distft.evaluator import Evaluator
+    from distft.guard import DivergenceGuard
+    from distft.health.watchdog import Watchdog
     from distft.metrics import RunFacts
     from distft.objectives.spec import Objective
-    from distft.resume import Checkpoints
-    from distft.watch.watchdog import Watch
+    from distft.resume import CheckpointManager
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,11 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
     from distft.checkpoint.lock import RunLock
     from distft.engine import processes
     from distft.engine.determinism import deterministic, expandable_segments
-    from distft.watch.watchdog import Watch
+    from distft.health.watchdog import Watchdog
 
     expandable_segments()
     quiet_libraries()
-    PULSE.begin()
+    PHASE.begin()
     launcher, rank, world, local_rank = processes.placed_by(os.environ)
     say = _say if rank == 0 else _say_nothing
     located = locate(recipe)
@@ -87,7 +87,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             lock.release()
         return first
 
-    watch = Watch(
+    watch = Watchdog(
         folder.path,
         rank=rank,
         world=world,
@@ -100,11 +100,11 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
     with lock or contextlib.nullcontext(), watch, fixed, processes.leaving() as group:
         STOP.watch(folder.path / "STOP")
         try:
-            PULSE.at("rows")
-            fits.refuse_misfits(located)
+            PHASE.enter("rows")
+            compatibility.refuse_misfits(located)
             cut = assemble.layout(recipe, world, say)
             say(f"run {recipe.name} -> {folder.path} ({world} process{'es' if world > 1 else ''}, {launcher})")
-            rows, asked = assemble.data(located, cut, rank, world, say), assemble.exams(located, say)
+            rows, asked = assemble.data(located, cut, rank, world, say), assemble.eval_sets(located, say)
             run = _Run(recipe, located, folder, cut, rows, asked, say, resume, allow_changes, watch, lock, end, group)
             state = run.to_its_end()
         except BaseException as found:
@@ -129,30 +129,30 @@ class _Run:
     folder: RunFolder
     cut: assemble.Layout
     rows: assemble.Data
-    asked: list[Exam]
+    asked: list[EvalSet]
     say: assemble.Say
     resume: Resume
     allow_changes: bool
-    watch: Watch
+    watch: Watchdog
     lock: RunLock | None
     end: Callable[[int, str], bool]  # writes exit.json
     group: contextlib.ExitStack  # leaves the processes that have been joined
 
     def to_its_end(self) -> TrainState:
         """Join, train, export."""
-        from distft.engine import flight, processes
+        from distft.engine import flight_recorder, processes
 
-        PULSE.at("fetch")
+        PHASE.enter("fetch")
         assemble.fetch(self.located)
-        PULSE.at("join")
+        PHASE.enter("join")
         # Longer than the watch's patience: it ends a hang first, and knows whose it is.
         traces = self.folder.path / "ranks"
         placed = processes.join(timeout_s=60 + 2 * self.recipe.guard.hang_timeout_s, record_in=traces)
         self.group.callback(processes.leave, placed)
-        self.watch.on(str(placed.device), lambda: flight.write(traces, placed.rank))
+        self.watch.on(str(placed.device), lambda: flight_recorder.write(traces, placed.rank))
         engine = assemble.open_engine(self.recipe, placed, self.say)
         self.group.callback(engine.close)
-        keep(engine)
+        keep_alive(engine)
         try:
             cut, rows = assemble.on_all(self.located, self.cut, self.rows, engine, self.say)
             return replace(self, cut=cut, rows=rows)._under(engine, placed)
@@ -162,15 +162,15 @@ class _Run:
             raise told from error
 
     def _under(self, engine: Engine, placed: Processes) -> TrainState:
-        from distft.guard import Guard, RollBack
+        from distft.guard import DivergenceGuard, RollBack
 
         recipe, steps = self.recipe, self.rows.steps
-        PULSE.at("model")
+        PHASE.enter("model")
         model = assemble.model(self.located, placed, self.cut, self.rows, self.say)
         facts = assemble.manifest(recipe, self.located, model, engine, placed, self.cut, self.rows)
-        guard = Guard(recipe.guard, engine, say=self.say, note=self.folder.note)
+        guard = DivergenceGuard(recipe.guard, engine, say=self.say, note=self.folder.note)
         best = assemble.best(recipe, self.asked)
-        checkpoints, state, reader = assemble.checkpoints(
+        checkpoints, state, reader = assemble.open_checkpoints(
             recipe,
             self.located,
             self.folder,
@@ -194,9 +194,9 @@ class _Run:
         if recipe.train.rehearse:
             self._rehearse(engine, objective)
         told = {"num_steps": steps.num_steps, "stop": self._stop, "say": self.say}
-        looks = assemble.looks(self.located, self.folder, engine, model, self.rows, self.asked, objective, **told)
+        looks = assemble.evaluator(self.located, self.folder, engine, model, self.rows, self.asked, objective, **told)
         while True:
-            PULSE.at("restore")
+            PHASE.enter("restore")
             if reader is not None:
                 engine.restore(reader, state)
             try:
@@ -223,12 +223,12 @@ class _Run:
 
     def _export(self, engine: Engine, early: Callable[[], NoReturn], write: Callable[[], None]) -> None:
         """Write final/, unless some rank was asked to stop: it may take minutes, and the next start begins it anew."""
-        PULSE.at("export")
+        PHASE.enter("export")
         if any(engine.gather(self._stop())):
             early()
         write()
 
-    def _at_its_best(self, engine: Engine, checkpoints: Checkpoints, looks: Looks, state: TrainState) -> None:
+    def _at_its_best(self, engine: Engine, checkpoints: CheckpointManager, looks: Evaluator, state: TrainState) -> None:
         """Go to the best state, where one is kept and wanted, and look at it; the engine holds its weights then.
 
         Raises:
@@ -242,9 +242,9 @@ class _Run:
             return
         kept = TrainState(**best.state["train"])
         if kept.step != state.step:
-            PULSE.at("save")
+            PHASE.enter("save")
             checkpoints.save_now(state)
-            PULSE.at("restore")
+            PHASE.enter("restore")
             engine.restore(best.reader, kept)
         if self.recipe.train.load_best:
             self.folder.note("load_best", best=kept.step)
@@ -254,11 +254,11 @@ class _Run:
 
     def _too_large(self, error: RuntimeError | MemoryError, world: int) -> MachineError | None:
         """Memory ran out: where, and what to change; None for any other error."""
-        from distft.core.memory import held, is_out_of_memory
+        from distft.core.out_of_memory import held, is_out_of_memory
 
         if not is_out_of_memory(error):
             return None
-        where = f"the {PULSE.phase} of step {PULSE.step}" if PULSE.step else f"the phase {PULSE.phase}"
+        where = f"the {PHASE.phase} of step {PHASE.step}" if PHASE.step else f"the phase {PHASE.phase}"
         short = MachineError(f"memory ran out in {where}{held()}")
         self.end(exit_code(short), reason(short))  # planning what to change takes seconds, in which peers would wait
         hint = "" if self.recipe.train.rehearse else "\n[train] rehearse = true finds this out in the first minute"
@@ -266,12 +266,12 @@ class _Run:
         return MachineError(f"{short}\n{advice}{hint}")
 
     def _rehearse(self, engine: Engine, objective: Objective) -> None:
-        from distft.rehearsal import rehearse
+        from distft.memory_preflight import run_preflight
 
-        worst = assemble.worst(self.recipe, self.cut, self.rows)
+        worst = assemble.largest_micro_batch(self.recipe, self.cut, self.rows)
         self.say(f"rehearsal: a step of {worst.sequences} x {worst.longest:,} tokens")
         found = (self.recipe, self.located, engine.world, self.cut)
-        rehearse(worst, engine, objective, advice=lambda: assemble.advice(*found))
+        run_preflight(worst, engine, objective, advice=lambda: assemble.advice(*found))
         self.say("rehearsal: done")
 
     def _train(
@@ -279,10 +279,10 @@ class _Run:
         engine: Engine,
         placed: Processes,
         objective: Objective,
-        checkpoints: Checkpoints,
-        guard: Guard,
-        best: Best,
-        looks: Looks,
+        checkpoints: CheckpointManager,
+        guard: DivergenceGuard,
+        best: BestTracker,
+        looks: Evaluator,
         facts: RunFacts,
     ) -> TrainState:
         """From a state to the end of the steps, with the evaluations around them.
@@ -290,7 +290,7 @@ class _Run:
         Raises:
             Preempted: asked to stop; the state is saved.
         """
-        from distft.core.given import Every
+        from distft.core.protocols import Every
         from distft.loop import fit
 
         recipe, state, steps, when = self.recipe, facts.start, self.rows.steps, self.recipe.eval
@@ -300,9 +300,9 @@ class _Run:
             save=lambda step: isinstance(saves := recipe.checkpoint.every_steps, int) and step % saves == 0,
         )
         meters = assemble.meters(recipe, self.folder, facts, engine, placed, steps, self.say)
-        PULSE.training()
+        PHASE.training()
         try:
-            broken_off = looks.due(state.step) and best.seen != state.step and not best.enough
+            broken_off = looks.due(state.step) and best.last_eval_step != state.step and not best.enough
             if broken_off if state.step else when.at_start:
                 figures = looks.during(state) if state.step else looks.before(state)
                 meters.evaluated(state, figures)
@@ -333,7 +333,7 @@ class _Run:
                 meters.evaluated(state, figures)
                 if not best.enough and (keep := best.see(state, figures)):
                     checkpoints.save(state, keep)
-            PULSE.at("save")
+            PHASE.enter("save")
             checkpoints.close()
         finally:
             meters.close()
@@ -345,11 +345,11 @@ class _Run:
         return STOP.asked()
 
     def _leave_early(
-        self, engine: Engine, checkpoints: Checkpoints, state: TrainState, *, saves: bool = True
+        self, engine: Engine, checkpoints: CheckpointManager, state: TrainState, *, saves: bool = True
     ) -> NoReturn:
         if any(engine.gather(self.lock is not None and self.lock.lost)):
             raise BusyError(f"{self.folder.path}: another run has taken over, this one was frozen; it saves nothing")
-        PULSE.at("save")
+        PHASE.enter("save")
         if state.step > 0 and saves:
             checkpoints.save_now(state)
         STOP.granted()
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     import argparse
 
     STOP.install()
-    promise()
+    plan_hard_exit()
     parser = argparse.ArgumentParser(prog="distft.train", description="Fine-tune as a recipe says.")
     parser.add_argument("recipe", help="TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change one key; repeat")

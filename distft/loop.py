@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from distft.core.given import Best, Checkpoints, Every, Guard, StepSource
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
+from distft.core.protocols import Best, Checkpoints, Every, Guard, StepSource
 from distft.core.types import Engine, TrainState
 from distft.metrics import Meters
 from distft.objectives.spec import Objective
@@ -34,7 +34,7 @@ def fit(
         NumericError: a step's numbers are such that the recipe says to stop; the weights are those of the step before.
         RollBack: they are such that the recipe says to go back to a checkpoint.
     """
-    at = PULSE.at
+    at = PHASE.enter
     meters.start()
     at("data", state.step + 1)
     for micros in steps.from_step(state.step):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distft.core.errors import CheckpointError, DataError, NumericError
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 
 if TYPE_CHECKING:
     from distft.checkpoint.commit import Saved
@@ -45,7 +45,7 @@ ALLOWED = (
 """Keys that may change in mid-run when the user says so (`--allow-changes`)."""
 
 
-class Checkpoints:
+class CheckpointManager:
     """What the loop saves through; every method is collective."""
 
     def __init__(
@@ -103,7 +103,7 @@ class Checkpoints:
     def poll(self, state: TrainState) -> None:
         """Commit what was written in the background, if every rank has written its part."""
         self._reached(state.step)
-        PULSE.at("step")
+        PHASE.enter("step")
         if self._store.in_flight:
             self._guarded(self._store.poll)
 

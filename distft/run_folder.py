@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.core import host, surroundings
+from distft.core import environment, host
 from distft.core.errors import FileSystemError, Problem, RecipeError
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 
 if TYPE_CHECKING:
     from distft.core.types import TrainState
@@ -45,7 +45,7 @@ class RunFolder:
         self._earlier = self._exit_text()
         """How an earlier start of this run ended."""
         self._step: int | None = None
-        self._start = host.this_start(PULSE.runs)["start"]
+        self._start = host.this_start(PHASE.runs)["start"]
         try:
             path.mkdir(parents=True, exist_ok=True)
             if writes:
@@ -78,15 +78,15 @@ class RunFolder:
             return
         (self.path / "exit.json").unlink(missing_ok=True)  # how an earlier start ended says nothing of this one
         write_atomic(self.path / "recipe.toml", recipe_toml)
-        code = surroundings.checkout(Path.cwd())
+        code = environment.git_state(Path.cwd())
         if code is not None and code.diff:
             write_atomic(self.path / DIFF, code.diff)
         else:
             (self.path / DIFF).unlink(missing_ok=True)
-        here = surroundings.hardware()
+        here = environment.hardware()
         facts = facts | {
             "started": _now(),
-            "versions": surroundings.versions() | surroundings.built_with(),
+            "versions": environment.versions() | environment.built_with(),
             "host": here["host"],
             "platform": here["platform"],
             "cpus": here["cpus"],
@@ -94,7 +94,7 @@ class RunFolder:
             "slurm_job": host.slurm_job(os.environ),
             "git_commit": None if code is None else code.commit,
             "git": None if code is None else code.to_json(),
-            "environment": surroundings.environment(os.environ),
+            "environment": environment.library_variables(os.environ),
             "cwd": str(Path.cwd()),
         }
         write_atomic(self.path / "manifest.json", json.dumps(facts, indent=2, default=str) + "\n")

@@ -22,7 +22,7 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class EvalFigure:
     """One figure of one set of evaluation rows: an element of `sets` in eval/summary.json."""
 
     name: str
@@ -91,10 +91,10 @@ class RunRecord:
     """Records of metrics.jsonl of evaluations: the loss, figures of answers, or both."""
     events: tuple[Mapping[str, Any], ...] = ()
     starts: tuple[Mapping[str, Any], ...] = ()
-    results: tuple[Result, ...] = ()
+    results: tuple[EvalFigure, ...] = ()
     held_out: Mapping[str, Any] = field(default_factory=dict)
     care: Mapping[str, Any] | None = None
-    """`CareReport.to_json()`."""
+    """`DataQualityReport.to_json()`."""
     plan: Mapping[str, Any] | None = None
     """One case of `distft plan --json`."""
     best: Mapping[str, Any] = field(default_factory=dict)
@@ -289,7 +289,7 @@ def seconds_of(told: Any) -> float | None:
         return None
 
 
-def _in_order(results: Iterator[Result], recipe: Mapping[str, Any]) -> tuple[Result, ...]:
+def _in_order(results: Iterator[EvalFigure], recipe: Mapping[str, Any]) -> tuple[EvalFigure, ...]:
     """The recipe's own sets first, in its order: spot checks that every run has are not what it was made for."""
     table = recipe.get("eval")
     asked = (table.get("answers") if isinstance(table, dict) else None) or []
@@ -301,14 +301,14 @@ def _final_label(events: Iterable[Mapping[str, Any]]) -> str:
     return "best" if any(event.get("event") == "load_best" for event in events) else "after"
 
 
-def _results(summary: Mapping[str, Any], final: str) -> Iterator[Result]:
+def _results(summary: Mapping[str, Any], final: str) -> Iterator[EvalFigure]:
     for one in summary.get("sets") or []:
         if not isinstance(one, dict) or "name" not in one:
             continue
         figure = str(one.get("figure", ""))
         label = next((at for at in (final, "after", "best") if one.get(at)), final)
         of_best = "_best" if label == "best" else ""
-        yield Result(
+        yield EvalFigure(
             name=str(one["name"]),
             score=str(one.get("score", figure)),
             figure=figure,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distft.cluster import asked, script
-from distft.cluster.fits import refuse_what_cannot_fit
+from distft.cluster import batch_args, script
+from distft.cluster.memory_check import refuse_what_cannot_fit
 from distft.cluster.site import Site, read_site
 from distft.core.errors import DONE, DistftError, MachineError, Problem, RecipeError
 from distft.recipe import Recipe, check_world
@@ -100,7 +100,7 @@ def _checked(own: argparse.Namespace, site: Site, train: Sequence[str]) -> Recip
     Raises:
         RecipeError: it is not, or does not.
     """
-    recipe = asked.read(train).recipe
+    recipe = batch_args.read(train).recipe
     if own.nodes.isdecimal():  # of a range, a start uses as many as the global batch allows
         check_world(recipe, int(own.nodes) * max(1, own.gpus_per_node))
     gpu = own.gpu or site.gpu
@@ -112,7 +112,7 @@ def _checked(own: argparse.Namespace, site: Site, train: Sequence[str]) -> Recip
     return recipe
 
 
-def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> script.Wanted:
+def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> script.SlurmRequest:
     """What to ask of Slurm.
 
     Raises:
@@ -123,7 +123,7 @@ def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> script.Wanted
         same = [recipe.source for recipe in recipes if recipe.run_dir == twice]
         raise RecipeError(" and ".join(same), [Problem(message=f"both write {twice}", fix="give each its own name")])
     alone = len(recipes) == 1
-    return script.Wanted(
+    return script.SlurmRequest(
         name=recipes[0].name if alone else "distft",
         nodes=own.nodes,
         gpus_per_node=own.gpus_per_node,

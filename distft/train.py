@@ -4,7 +4,7 @@ From Python it is `from distft import train`, a function: importing this module 
 """
 
 from distft.core import faults
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.core.stop import STOP
 
 if __name__ == "distft.train":
@@ -14,4 +14,4 @@ if __name__ == "__main__":
     faults.at("import")
     from distft.job import main
 
-    leave(main())
+    hard_exit(main())

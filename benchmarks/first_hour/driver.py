@@ -33,7 +33,7 @@ FINAL = ("measured", "not here")
 
 def main(argv: list[str]) -> int:
     """Returns 0 when every phase is done, 1 when something is wrong or ran out of time, 130 if stopped."""
-    from distft.bench.facts import gpus
+    from distft.bench.provenance import gpus
 
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=25.0, help="for all phases together")
@@ -188,8 +188,8 @@ def key_of(context: Context, phase: Phase | None) -> str:
 
     None: what all phases have in common, for the files they share.
     """
-    from distft.bench.facts import code, hardware
-    from distft.core.surroundings import versions
+    from distft.bench.provenance import code, hardware
+    from distft.core.environment import versions
 
     files = [*Path(__file__).parent.glob("*.py"), *(ROOT / "tests/gpu").glob("*.py")]
     if phase is not None:
@@ -203,8 +203,8 @@ def key_of(context: Context, phase: Phase | None) -> str:
 
 def about() -> dict[str, Any]:
     """Date, commit, versions, hardware."""
-    from distft.bench.facts import code, hardware
-    from distft.core.surroundings import versions
+    from distft.bench.provenance import code, hardware
+    from distft.core.environment import versions
 
     built = code()
     commit = f"{built['commit'] or 'no commit'}{'+changes' if built['dirty'] else ''}"

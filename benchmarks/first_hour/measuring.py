@@ -31,23 +31,23 @@ def case(
         OutOfTime: it took longer than there was.
         StepFailed: it ended otherwise.
     """
-    from distft.bench import cases, launch
+    from distft.bench import case_launcher, cases
     from distft.bench.planned import Planning, peak_bytes, planned_peak
     from distft.bench.runner import Runner
 
     if change != "none" and (why := CHANGES[change].why_not()):
         raise NotHere(why)
     made = [*overrides, *(CHANGES[change].overrides if change != "none" else ())]
-    wanted = cases.Wanted(
+    wanted = cases.BenchGrid(
         recipe=str(recipe), overrides=tuple(made), steps=steps, warmup=warmup, rows="full", profile=profile,
         nproc=context.ranks, engines=(engine,),
     )  # fmt: skip
     (only,) = cases.grid(wanted)
     timeout = context.left_s()
 
-    def run(one: cases.Case, folder: Path) -> dict[str, Any]:
+    def run(one: cases.BenchCase, folder: Path) -> dict[str, Any]:
         module = ("-m", "benchmarks.first_hour.case", change)
-        return launch.run_case(one, folder, timeout_s=timeout, module=module)
+        return case_launcher.run_case(one, folder, timeout_s=timeout, module=module)
 
     record = Runner(context.work / "bench" / change, run, lambda line: None).record(only)
     if record["outcome"] == "memory":

@@ -108,7 +108,7 @@ class Context:
             OutOfTime: it did not end within the phase's time, or within `limit_s`.
             KeyboardInterrupt: this process was asked to stop meanwhile.
         """
-        from distft.bench.launch import OWN_PREFIXES
+        from distft.bench.case_launcher import OWN_PREFIXES
         from distft.core import supervise
 
         timeout = min(self.left_s(), limit_s or self.left_s())

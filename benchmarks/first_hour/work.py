@@ -131,15 +131,15 @@ def out_of_memory(told: Told) -> Told:
     import transformers.models.llama.modeling_llama  # noqa: F401  # before there is a limit
 
     from distft import job
-    from distft.bench import memory
-    from distft.core.leave import leave
+    from distft.bench import memory_meter
+    from distft.core.hard_exit import hard_exit
 
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(told["limit_bytes"] / torch.cuda.mem_get_info()[1])
     else:
-        gib = (memory.host()["data_bytes"] + told["limit_bytes"]) / 2**30
-        memory.set_limit(gib)
-    leave(job.main([told["recipe"], *told["arguments"]]))
+        gib = (memory_meter.host()["data_bytes"] + told["limit_bytes"]) / 2**30
+        memory_meter.set_limit(gib)
+    hard_exit(job.main([told["recipe"], *told["arguments"]]))
 
 
 # -- a full card -----------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ TASKS: dict[str, Callable[[Told], Told]] = {
 
 
 def main(argv: list[str]) -> None:
-    from distft.core.leave import leave
+    from distft.core.hard_exit import hard_exit
 
     task, told, found = argv
     said = TASKS[task](json.loads(Path(told).read_text(encoding="utf-8")))
@@ -287,7 +287,7 @@ def main(argv: list[str]) -> None:
         Path(found).write_text(json.dumps(said), encoding="utf-8")
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    leave(0)
+    hard_exit(0)
 
 
 if __name__ == "__main__":

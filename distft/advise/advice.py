@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.advise.draft import recipe_text
-from distft.advise.rules import Asked, Decided, decide
+from distft.advise.rules import Decided, Situation, decide
 
 if TYPE_CHECKING:
     from distft.advise.fit import Fit
@@ -38,7 +38,7 @@ class Names:
 class Advice:
     """What to do, in the order it was decided."""
 
-    asked: Asked
+    asked: Situation
     decided: tuple[Decided, ...]
     fits: tuple[Fit, ...]
     """Methods that were planned; empty when nothing was known to plan with."""
@@ -64,7 +64,7 @@ class Advice:
         }  # fmt: skip
 
 
-def advise(asked: Asked, names: Names, *, folder: Path | None, machine: Machine | None) -> Advice:
+def advise(asked: Situation, names: Names, *, folder: Path | None, machine: Machine | None) -> Advice:
     """Apply the rules.
 
     Args:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.advise.rules import GOALS, Asked
+from distft.advise.rules import GOALS, Situation
 from distft.core.errors import DONE, DistftError, FileSystemError, Problem, RecipeError
 from distft.core.registry import nearest
 
 if TYPE_CHECKING:
-    from distft.care import CareReport
+    from distft.data_quality import DataQualityReport
 
 _SOMEWHERE = "data/train.jsonl"
 
@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         care, train_format = _look(options)
         from distft.advise.advice import Names, advise, parameters_in_name, tell
 
-        asked = Asked(
+        asked = Situation(
             goal=options.goal,
             rows=care.splits["train"].num_rows if care else options.rows,
             parameters=parameters or parameters_in_name(options.model),
@@ -147,7 +147,7 @@ def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack)
     from distft.plan.machine import read_machine
     from distft.plan.source import config_folder
     from distft.recipe import parse_recipe
-    from distft.recipe.text import toml_value
+    from distft.recipe.toml_text import toml_value
 
     machine = read_machine(options.gpu, options.gpus, options.nodes) if options.gpu else None
     least = f'name = "x"\n[model]\npath = {toml_value(options.model)}\n[[data.train]]\npath = "x"\n'
@@ -164,13 +164,13 @@ def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack)
     return machine, folder, parameters_of(options.model, folder)
 
 
-def _look(options: argparse.Namespace) -> tuple[CareReport | None, str]:
+def _look(options: argparse.Namespace) -> tuple[DataQualityReport | None, str]:
     """What is in the rows, and their format; (None, "") without --data."""
     if options.data is None:
         return None, ""
-    from distft.care import examine
-    from distft.data.cache import cache_folder
+    from distft.data.prepared_folder import cache_folder
     from distft.data.sources import decide_format, find
+    from distft.data_quality import examine
     from distft.demo import locate_path
     from distft.recipe import DataTable
 
@@ -182,7 +182,7 @@ def _look(options: argparse.Namespace) -> tuple[CareReport | None, str]:
     return report, decide_format(find(table.train[0])).name
 
 
-def _chars(care: CareReport | None, percentile: str) -> int | None:
+def _chars(care: DataQualityReport | None, percentile: str) -> int | None:
     """Of prompt and answer together; None when the rows were not looked at."""
     if care is None or not care.splits["train"].num_rows:
         return None

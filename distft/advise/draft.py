@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from distft.advise.rules import Decided
-from distft.recipe.text import toml_value
+from distft.recipe.toml_text import toml_value
 
 _ROOM = 44
 

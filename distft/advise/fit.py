@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distft.plan.case import Case
+    from distft.plan.case import PlanCase
     from distft.plan.setup import Machine
 
 
@@ -70,7 +70,7 @@ def parameters_of(model_path: str, folder: Path) -> int:
     return inventory.read(ModelTable(path=model_path), folder, full, full.params()).total
 
 
-def _fit(method: str, case: Case, changes: list[str]) -> Fit:
+def _fit(method: str, case: PlanCase, changes: list[str]) -> Fit:
     return Fit(
         method=method,
         fits=case.fits,

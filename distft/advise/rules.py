@@ -22,7 +22,7 @@ SoFar: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Situation:
     """What the rules look at."""
 
     goal: Goal
@@ -48,8 +48,8 @@ class Rule:
     says: str
     why: str
     source: str
-    when: Callable[[Asked, SoFar], bool]
-    gives: Callable[[Asked, SoFar], Any]
+    when: Callable[[Situation, SoFar], bool]
+    gives: Callable[[Situation, SoFar], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,11 @@ _UNSEEN_TOKENS = 300
 """What a row is taken for that was not looked at."""
 
 
-def _always(asked: Asked, so_far: SoFar) -> bool:
+def _always(asked: Situation, so_far: SoFar) -> bool:
     return True
 
 
-def _is(value: Any) -> Callable[[Asked, SoFar], Any]:
+def _is(value: Any) -> Callable[[Situation, SoFar], Any]:
     return lambda asked, so_far: value
 
 
@@ -88,15 +88,15 @@ def _adapter(so_far: SoFar) -> bool:
     return so_far["method"] in ADAPTERS
 
 
-def _below(rows: int) -> Callable[[Asked, SoFar], bool]:
+def _below(rows: int) -> Callable[[Situation, SoFar], bool]:
     return lambda asked, so_far: asked.rows < rows
 
 
-def _rank_below(rows: int) -> Callable[[Asked, SoFar], bool]:
+def _rank_below(rows: int) -> Callable[[Situation, SoFar], bool]:
     return lambda asked, so_far: _adapter(so_far) and asked.rows < rows
 
 
-def _batch(asked: Asked, so_far: SoFar) -> int:
+def _batch(asked: Situation, so_far: SoFar) -> int:
     """The largest of 8 to 64 that leaves 100 steps, made a multiple of the GPUs."""
     tokens = _UNSEEN_TOKENS if asked.typical_chars is None else asked.typical_chars / _CHARS_PER_TOKEN
     sequences = asked.rows * so_far["epochs"] * min(1.0, tokens / so_far["max_length"])  # packed
@@ -105,7 +105,7 @@ def _batch(asked: Asked, so_far: SoFar) -> int:
     return -(-size // asked.world) * asked.world
 
 
-def _length(asked: Asked, so_far: SoFar) -> int:
+def _length(asked: Situation, so_far: SoFar) -> int:
     if asked.longest_chars is None:
         return 2048
     return next((size for size in (512, 1024, 2048, 4096) if size >= asked.longest_chars / _CHARS_PER_TOKEN), 8192)
@@ -338,7 +338,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def decide(asked: Asked, names: tuple[str, ...], so_far: dict[str, Any]) -> list[Decided]:
+def decide(asked: Situation, names: tuple[str, ...], so_far: dict[str, Any]) -> list[Decided]:
     """For each of `names` the first rule that applies, none where none does; `so_far` is filled in."""
     made = []
     for name in names:

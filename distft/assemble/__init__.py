@@ -1,9 +1,8 @@
 """Each part of a run made from its table of the recipe, for `distft.job` to put together in order."""
 
-from distft.assemble.answers import best, exams, looks, renderer
-from distft.assemble.keeping import checkpoints, export, saved_shapes
-from distft.assemble.origins import remember
-from distft.assemble.parts import (
+from distft.assemble.batch_layout import Layout, advice, agreed, largest_micro_batch, layout, on_all, planned
+from distft.assemble.checkpoints import export, open_checkpoints, saved_shapes
+from distft.assemble.components import (
     adopt,
     device_name,
     fetch,
@@ -15,8 +14,9 @@ from distft.assemble.parts import (
     run_facts,
     update_rule,
 )
-from distft.assemble.rows import Data, HeldOut, Say, data, dated, held_out
-from distft.assemble.sizes import Layout, advice, agreed, layout, on_all, planned, worst
+from distft.assemble.evaluation import best, eval_sets, evaluator, renderer
+from distft.assemble.input_hashes import remember
+from distft.assemble.training_data import Data, HeldOut, Say, data, dated, held_out
 
 __all__ = [
     "Data",
@@ -27,21 +27,22 @@ __all__ = [
     "advice",
     "agreed",
     "best",
-    "checkpoints",
     "data",
     "dated",
     "device_name",
-    "exams",
+    "eval_sets",
+    "evaluator",
     "export",
     "fetch",
     "held_out",
+    "largest_micro_batch",
     "layout",
-    "looks",
     "manifest",
     "meters",
     "model",
     "objective",
     "on_all",
+    "open_checkpoints",
     "open_engine",
     "planned",
     "remember",
@@ -49,5 +50,4 @@ __all__ = [
     "run_facts",
     "saved_shapes",
     "update_rule",
-    "worst",
 ]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distft.bench import facts
-from distft.bench.cases import Case, Wanted, one
+from distft.bench import provenance
+from distft.bench.cases import BenchCase, BenchGrid, one
 from distft.bench.planned import Planning, peak_bytes, planned_peak
 from distft.bench.runner import Runner
 from distft.core.errors import MachineError
@@ -27,7 +27,7 @@ class _Refused(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class MemoryBoundary:
     """Where the boundary is."""
 
     largest: int | None
@@ -38,7 +38,7 @@ class Found:
     """(size, whether it ran), in order."""
 
 
-def bisect(runs: Callable[[int], bool], first: int, *, unit: int = 1) -> Found:
+def bisect(runs: Callable[[int], bool], first: int, *, unit: int = 1) -> MemoryBoundary:
     """The boundary in multiples of `unit`, to within one: `first` (a multiple) and up, or down from it.
 
     `runs` is taken to be true up to the boundary and false beyond it; each size is tried once.
@@ -58,12 +58,12 @@ def bisect(runs: Callable[[int], bool], first: int, *, unit: int = 1) -> Found:
     while bad and bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if tried(middle) else (good, middle)
-    return Found(largest=good * unit or None, smallest_too_large=bad * unit or None, tries=tuple(tries))
+    return MemoryBoundary(largest=good * unit or None, smallest_too_large=bad * unit or None, tries=tuple(tries))
 
 
 def search(
-    runner: Runner, wanted: Wanted, own: Recipe, axis: str, say: Callable[[str], None]
-) -> tuple[dict[str, Any], list[tuple[Case, dict[str, Any]]]]:
+    runner: Runner, wanted: BenchGrid, own: Recipe, axis: str, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[tuple[BenchCase, dict[str, Any]]]]:
     """The boundary along `axis` ("micro" or "length") of the first method, engine, micro-batch and length wanted.
 
     Returns:
@@ -131,25 +131,25 @@ def _shown(value: int, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _so_far(shown: list[dict[str, Any]]) -> Found:
+def _so_far(shown: list[dict[str, Any]]) -> MemoryBoundary:
     ran = [one["value"] for one in shown if one["outcome"] == "runs"]
     not_run = [one["value"] for one in shown if one["outcome"] == "out of memory"]
     tries = tuple((one["value"], one["outcome"] == "runs") for one in shown)
-    return Found(largest=max(ran, default=None), smallest_too_large=min(not_run, default=None), tries=tries)
+    return MemoryBoundary(largest=max(ran, default=None), smallest_too_large=min(not_run, default=None), tries=tries)
 
 
-def _limit(wanted: Wanted) -> str:
-    if facts.gpus():
-        return f"the GPU's own memory ({facts.gpus()[0]})"
+def _limit(wanted: BenchGrid) -> str:
+    if provenance.gpus():
+        return f"the GPU's own memory ({provenance.gpus()[0]})"
     if wanted.limit_gib is None:
-        return f"this machine's memory ({facts.hardware()['memory_gib']} GiB), no limit on the process"
+        return f"this machine's memory ({provenance.hardware()['memory_gib']} GiB), no limit on the process"
     return (
         f"{wanted.limit_gib:g} GiB of private memory for each process (RLIMIT_DATA: heap and anonymous maps, Python "
         "and the libraries included)"
     )
 
 
-def _said(what: str, found: Found) -> str:
+def _said(what: str, found: MemoryBoundary) -> str:
     if found.largest is None:
         return f"not even {what} {found.smallest_too_large:,} runs"
     if found.smallest_too_large is None:

@@ -1,7 +1,7 @@
 """`python -m distft.bench.case SPEC.json`: one case in processes of its own, through the job's parts and its loop.
 
 What happens is what `distft.job` does from its rows to its last step; nothing is evaluated, saved or exported. Rank 0
-writes the measurement; a rank that fails writes why. See `distft.bench.launch` for who starts this.
+writes the measurement; a rank that fails writes why. See `distft.bench.case_launcher` for who starts this.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distft.bench.memory import die_with_parent, set_limit
+from distft.bench.memory_meter import die_with_parent, set_limit
 
 if TYPE_CHECKING:
     from distft.bench.meter import Clock, Count
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class BenchCaseSpec:
     """What the processes of a case are told."""
 
     recipe: str
@@ -45,7 +45,7 @@ class Spec:
     """Of each process on a CPU; see `memory.set_limit`."""
 
     @classmethod
-    def read(cls, path: Path) -> Spec:
+    def read(cls, path: Path) -> BenchCaseSpec:
         """From the JSON that `write` left."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -58,14 +58,14 @@ class Spec:
         return Path(f"{self.out}.failed.{rank}")
 
 
-def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
+def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
     """Train; (rank 0's record of it, equal on the others but for times; the closed engine).
 
     Raises:
         DistftError: the recipe cannot run like this here.
     """
-    from distft import assemble, fits
-    from distft.bench.rows import FullSteps
+    from distft import assemble, compatibility
+    from distft.bench.mock_rows import FullSteps
     from distft.catalog import REGISTRIES
     from distft.core.errors import MachineError
     from distft.core.log import quiet_libraries
@@ -106,7 +106,7 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
             longest=recipe.data.max_length,
             mean_tokens=recipe.data.max_length,
         )
-        fits.refuse_long_rows(located, recipe.data.max_length, "train")
+        compatibility.refuse_long_rows(located, recipe.data.max_length, "train")
     with processes.leaving() as group:
         placed = processes.join()
         group.callback(processes.leave, placed)
@@ -124,7 +124,7 @@ def measure(spec: Spec) -> tuple[dict[str, Any], Engine]:
 class _Measurement:
     """Everything between opening the engine and leaving it."""
 
-    spec: Spec
+    spec: BenchCaseSpec
     recipe: Recipe
     located: Recipe
     cut: Any
@@ -136,15 +136,15 @@ class _Measurement:
     def record(self) -> dict[str, Any]:
         """Adopt, train, count, gather."""
         from distft import assemble
-        from distft.bench import memory, profile
+        from distft.bench import memory_meter, profile
         from distft.bench.meter import Clock, Count, GradientBytes
         from distft.core.types import TrainState
-        from distft.engine import held
+        from distft.engine import state_bytes
         from distft.model import stats
 
         recipe, engine, placed = self.recipe, self.engine, self.placed
-        device = memory.Device(placed.device)
-        own = memory.host()["data_bytes"]
+        device = memory_meter.Device(placed.device)
+        own = memory_meter.host()["data_bytes"]
         built = assemble.model(self.located, placed, self.cut, self.rows, self.say)
         facts = assemble.run_facts(built, placed, TrainState())
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
@@ -160,30 +160,30 @@ class _Measurement:
             graphs=graphs,
             edge=lambda: device.phase("first_steps"),
         )
-        gradients = GradientBytes(lambda: held.gradients(engine))
+        gradients = GradientBytes(lambda: state_bytes.gradient_bytes(engine))
         began = time.perf_counter()
         state = self._fit(objective, TrainState(), clock, facts, gradients)
         device.phase("steady_step")
         self.say(f"{len(clock.losses)} steps in {time.perf_counter() - began:.1f} s")
-        after = held.count(engine)
+        after = state_bytes.measure(engine)
         mine: dict[str, Any] = {
             "held": {f"{name}_bytes": value for name, value in vars(after).items()}
             | {"gradients_bytes": gradients.held},
             "device": device.read() | {"peaks": device.peaks},
-            "host": memory.host() | {"own_data_bytes": own},
+            "host": memory_meter.host() | {"own_data_bytes": own},
             "slots": clock.slots,
             "squares": clock.squares,
         }
         if placed.device.type == "cpu":
-            memory.lift_limit()  # the profiler needs memory of its own
+            memory_meter.lift_limit()  # the profiler needs memory of its own
             once = Count(1)
-            mine["tensors_bytes"] = memory.cpu_tensors()
+            mine["tensors_bytes"] = memory_meter.cpu_tensors()
 
             def one_more() -> None:
                 nonlocal state
                 state = self._fit(objective, state, once, facts)
 
-            mine["tensor_growth_bytes"] = memory.cpu_growth(one_more)
+            mine["tensor_growth_bytes"] = memory_meter.cpu_growth(one_more)
         ranks = engine.gather(mine)
         profiled = {}
         if self.spec.profile:
@@ -191,7 +191,7 @@ class _Measurement:
             profiled = {"profile": profile.of(lambda: self._fit(objective, state, again, facts), placed.device)}
         return profiled | {
             "ran": ran | {"parameters": counts.total, "trained_parameters": counts.trainable},
-            "speed": self._speed(clock, facts, ranks, products, memory.matmul_rate(placed.device)),
+            "speed": self._speed(clock, facts, ranks, products, memory_meter.matmul_rate(placed.device)),
             "loss": clock.losses,
             "grad_norm": clock.grad_norms,
             "left_out": clock.left_out,
@@ -201,7 +201,7 @@ class _Measurement:
     def _fit(self, objective: Any, state: Any, clock: Clock | Count, facts: Any, *more: Any) -> Any:
         """The job's loop, with the job's metrics and the clock, until the clock is done."""
         from distft.bench.meter import Nobody
-        from distft.core.given import Every
+        from distft.core.protocols import Every
         from distft.loop import fit
         from distft.metrics import METRICS, Meters
 
@@ -225,7 +225,7 @@ class _Measurement:
         """What was left open in the recipe, as it was decided here."""
         import torch
 
-        from distft.model import savers
+        from distft.model import activation_checkpointing
 
         recipe, device = self.recipe, self.placed.device
         wanted = recipe.train.activation_checkpointing
@@ -235,7 +235,9 @@ class _Measurement:
             "world": self.placed.world,
             "micro_batch_size": self.cut.micro_batch_size,
             "micros_per_step": self.cut.micros_per_step,
-            "activation_checkpointing": savers.choose_checkpointing(wanted, self.cut.checkpointing, "")[0],
+            "activation_checkpointing": activation_checkpointing.choose_checkpointing(
+                wanted, self.cut.checkpointing, ""
+            )[0],
             "attention": built.module.transformer.config._attn_implementation,
             "cross_entropy": _head_loss(recipe, device),
             "path": self.cut.path.to_json(),
@@ -312,7 +314,7 @@ def _say_nothing(line: str) -> None:
 def why(error: BaseException) -> dict[str, str]:
     """{kind: memory | refused | failed, reason} of what ended a case."""
     from distft.core.errors import DistftError
-    from distft.core.memory import is_out_of_memory
+    from distft.core.out_of_memory import is_out_of_memory
 
     problems = getattr(error, "problems", ())
     said = "; ".join(problem.message for problem in problems) or str(error).strip() or type(error).__name__
@@ -325,13 +327,13 @@ def why(error: BaseException) -> dict[str, str]:
 def main(argv: list[str]) -> NoReturn:
     """One process of a case.
 
-    It ends by `leave` while the engine, or the error whose frames hold it, is still referred to: the destructor of a
+    It ends by `hard_exit` while the engine, or the error whose frames hold it, is still referred to: a destructor of a
     gloo group whose other ranks have gone may wait for ever (torch 2.13; under ddp in one of eight ends).
     """
-    from distft.core.leave import leave
+    from distft.core.hard_exit import hard_exit
 
     die_with_parent()
-    spec = Spec.read(Path(argv[0]))
+    spec = BenchCaseSpec.read(Path(argv[0]))
     rank = int(os.environ.get("RANK", "0"))
     if spec.limit_gib is not None:
         set_limit(spec.limit_gib)
@@ -341,12 +343,12 @@ def main(argv: list[str]) -> NoReturn:
         traceback.print_exc()
         with contextlib.suppress(OSError, MemoryError):
             spec.failure(rank).write_text(json.dumps(why(error)), encoding="utf-8")
-        leave(1)
+        hard_exit(1)
     if engine.rank == 0:
         from distft.run_folder import write_atomic
 
         write_atomic(Path(spec.out), json.dumps(record))
-    leave(0)
+    hard_exit(0)
 
 
 if __name__ == "__main__":

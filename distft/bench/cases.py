@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from distft.bench import facts
+from distft.bench import provenance
 from distft.bench.meter import MOST_WARMUP
 from distft.catalog import REGISTRIES
+from distft.core.environment import versions
 from distft.core.errors import RecipeError
-from distft.core.surroundings import versions
 from distft.plan.planner import engine_override, method_override
 from distft.recipe import Recipe, check_world, load_recipe, parse_recipe
-from distft.recipe.text import toml_text
+from distft.recipe.toml_text import toml_text
 
 BESIDE_THE_POINT = ("name", "output_dir", "checkpoint", "log", "eval")
 """Top keys of a recipe that change nothing that is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class BenchGrid:
     """What the command was asked for."""
 
     recipe: str
@@ -45,7 +45,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class BenchCase:
     """One measurement."""
 
     method: str
@@ -80,7 +80,7 @@ class Case:
         said = {key: value for key, value in self.content.items() if key not in BESIDE_THE_POINT}
         what = [said, self.refused, self.world, self.rows, self.steps, self.warmup, self.limit_gib]
         what += ["profile"] * self.profile
-        where = [facts.hardware(), versions(), facts.code()["source_sha256"]]
+        where = [provenance.hardware(), versions(), provenance.code()["source_sha256"]]
         digest = hashlib.sha256(json.dumps([what, where], sort_keys=True).encode()).hexdigest()[:12]
         size = f"m{self.micro_batch_size}-l{self.max_length}"
         return f"{self.method}-{self.engine}x{self.world}-{size}-{self.rows}-{digest}"
@@ -112,7 +112,7 @@ class Case:
         return f"{self.method}, {self.engine}{ranks}, micro-batch {self.micro_batch_size}, length {self.max_length}"
 
 
-def grid(wanted: Wanted) -> list[Case]:
+def grid(wanted: BenchGrid) -> list[BenchCase]:
     """All of them, those of one length together.
 
     Raises:
@@ -122,7 +122,7 @@ def grid(wanted: Wanted) -> list[Case]:
     return list(_grid(wanted, own))
 
 
-def _grid(wanted: Wanted, own: Recipe) -> Iterator[Case]:
+def _grid(wanted: BenchGrid, own: Recipe) -> Iterator[BenchCase]:
     for length, method, engine, micro in product(
         wanted.lengths or [own.data.max_length],
         wanted.methods or [own.method.name],
@@ -133,7 +133,7 @@ def _grid(wanted: Wanted, own: Recipe) -> Iterator[Case]:
 
 
 def one(
-    wanted: Wanted,
+    wanted: BenchGrid,
     own: Recipe,
     *,
     method: str,
@@ -141,7 +141,7 @@ def one(
     micro: int | str,
     length: int,
     extra: Sequence[str] = (),
-) -> Case:
+) -> BenchCase:
     """One case; what the recipe's rules refuse is a case too, that says why.
 
     Engine `solo` runs in one process whatever `wanted.nproc` is.
@@ -167,11 +167,11 @@ def one(
         recipe = load_recipe(wanted.recipe, registries=REGISTRIES, overrides=overrides)
         check_world(recipe, world)
     except RecipeError as error:
-        return Case(**asked, refused="; ".join(problem.message for problem in error.problems))
-    return Case(**asked, content=_timed(recipe, wanted))
+        return BenchCase(**asked, refused="; ".join(problem.message for problem in error.problems))
+    return BenchCase(**asked, content=_timed(recipe, wanted))
 
 
-def _timed(recipe: Recipe, wanted: Wanted) -> dict[str, Any]:
+def _timed(recipe: Recipe, wanted: BenchGrid) -> dict[str, Any]:
     """The recipe for as many steps as are measured and discarded, without evaluations."""
     content = recipe.resolved()
     content["train"].pop("epochs", None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distft.core.errors import DONE, BusyError, DistftError, Problem, RecipeError
 
 if TYPE_CHECKING:
-    from distft.bench.cases import Wanted
+    from distft.bench.cases import BenchGrid
     from distft.recipe import Recipe
 
 AXES = {"micro": "micro-batch", "length": "length"}
@@ -68,23 +68,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from distft.bench import facts
+    from distft.bench import provenance
     from distft.catalog import REGISTRIES
     from distft.recipe import load_recipe
 
     # Mistakes of the user are told before anything heavy is imported.
-    problems = list(_mistakes(options, facts.gpus()))
+    problems = list(_mistakes(options, provenance.gpus()))
     if problems:
         raise RecipeError("distft bench", problems)
     own = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
-    from distft import fits
+    from distft import compatibility
     from distft.bench import cases
     from distft.core.log import quiet_libraries
     from distft.demo.files import locate
 
     quiet_libraries()
-    fits.refuse_misfits(locate(own))
-    wanted = cases.Wanted(
+    compatibility.refuse_misfits(locate(own))
+    wanted = cases.BenchGrid(
         recipe=options.recipe,
         overrides=tuple(options.overrides),
         methods=tuple(_words(options.methods)),
@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
         micros=tuple(map(int, _words(options.micro))),
         lengths=tuple(map(int, _words(options.lengths))),
         profile=options.profile,
-        nproc=options.nproc or max(1, len(facts.gpus())),
+        nproc=options.nproc or max(1, len(provenance.gpus())),
         steps=options.steps,
         warmup=options.warmup,
         rows=options.rows,
@@ -120,11 +120,11 @@ def _alone(folder: Path) -> Iterator[None]:
         raise BusyError(f"{folder}: another bench is measuring here; wait for it, or give another --output") from None
 
 
-def _measured(options: argparse.Namespace, wanted: Wanted, own: Recipe, folder: Path) -> int:
-    from distft.bench import cases, launch
+def _measured(options: argparse.Namespace, wanted: BenchGrid, own: Recipe, folder: Path) -> int:
+    from distft.bench import case_launcher, cases
     from distft.bench.runner import Runner
 
-    runner = Runner(folder, lambda case, at: launch.run_case(case, at, timeout_s=options.timeout_s), _say)
+    runner = Runner(folder, lambda case, at: case_launcher.run_case(case, at, timeout_s=options.timeout_s), _say)
     name = f"Bench of {own.name}"
     if options.oom:
         from distft.bench.boundary import search
@@ -137,7 +137,7 @@ def _measured(options: argparse.Namespace, wanted: Wanted, own: Recipe, folder: 
 
 def _show(folder: Path, name: str, pairs: Sequence[Any], boundary: Any, options: argparse.Namespace) -> int:
     from distft.bench import plots, table
-    from distft.bench.judge import judge
+    from distft.bench.loss_agreement import judge
     from distft.bench.planned import Planning
     from distft.run_folder import write_atomic
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distft.bench.cases import Case
+from distft.bench.cases import BenchCase
 from distft.core import accelerators
 from distft.core.accelerators import GIB
 from distft.core.errors import DistftError
@@ -21,7 +21,7 @@ class Planning:
     def __init__(self) -> None:
         self._planners: dict[str, Any] = {}
 
-    def beside(self, case: Case, record: dict[str, Any]) -> dict[str, Any]:
+    def beside(self, case: BenchCase, record: dict[str, Any]) -> dict[str, Any]:
         """The record with `planned`; with why there is none where the planner cannot plan it.
 
         A case that ran out of memory is planned as the recipe says, for nobody lived to tell what was chosen.
@@ -33,7 +33,7 @@ class Planning:
         except DistftError as error:
             return record | {"planned": None, "not_planned": str(error).splitlines()[0]}
 
-    def _plan(self, case: Case, record: dict[str, Any]) -> dict[str, Any]:
+    def _plan(self, case: BenchCase, record: dict[str, Any]) -> dict[str, Any]:
         from distft.model import load
         from distft.model.paths import ForwardPath
         from distft.plan import state

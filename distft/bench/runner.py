@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distft.bench import facts
-from distft.bench.cases import Case
-from distft.core.surroundings import versions
+from distft.bench import provenance
+from distft.bench.cases import BenchCase
+from distft.core.environment import versions
 from distft.run_folder import write_atomic
 
 SCHEMA = 1
@@ -19,7 +19,7 @@ SCHEMA = 1
 FINAL = ("measured", "memory", "refused")
 """Outcomes that another run would repeat; a case that failed otherwise is tried again."""
 
-Run = Callable[[Case, Path], dict[str, Any]]
+Run = Callable[[BenchCase, Path], dict[str, Any]]
 """Runs a case whose files go to a folder; see `launch.run_case`."""
 Say = Callable[[str], None]
 
@@ -33,7 +33,7 @@ class Runner:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._run, self._say = run, say
 
-    def all(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def all(self, cases: Sequence[BenchCase]) -> list[dict[str, Any]]:
         """The records of `cases`, measured now or before."""
         kept = {case.key: record for case in cases if (record := self.kept(case)) is not None}
         if kept:
@@ -53,7 +53,7 @@ class Runner:
             records.append(record)
         return records
 
-    def kept(self, case: Case) -> dict[str, Any] | None:
+    def kept(self, case: BenchCase) -> dict[str, Any] | None:
         """The record of an earlier run, if it is one to keep."""
         try:
             record = json.loads(self._path(case).read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ class Runner:
             return None
         return record if record.get("schema") == SCHEMA and record.get("outcome") in FINAL else None
 
-    def record(self, case: Case) -> dict[str, Any]:
+    def record(self, case: BenchCase) -> dict[str, Any]:
         """Kept, or measured now and then written in one piece."""
         if (kept := self.kept(case)) is not None:
             return kept
@@ -75,15 +75,15 @@ class Runner:
             "reason": became["reason"],
             "wall_s": round(time.monotonic() - began, 2),
             "case": case.facts(),
-            "hardware": facts.hardware(),
+            "hardware": provenance.hardware(),
             "versions": versions(),
-            "code": facts.code(),
+            "code": provenance.code(),
             **became,
         }
         write_atomic(self._path(case), json.dumps(record, indent=1) + "\n")
         return record
 
-    def _path(self, case: Case) -> Path:
+    def _path(self, case: BenchCase) -> Path:
         return self.folder / f"{case.key}.json"
 
 

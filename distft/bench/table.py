@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distft.bench.judge import EARLY
+from distft.bench.loss_agreement import EARLY
 from distft.bench.planned import peak_bytes, planned_peak, state_bytes
 from distft.bench.runner import OUTCOMES
 from distft.core.accelerators import GIB

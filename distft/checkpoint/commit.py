@@ -12,8 +12,8 @@ from typing import Any
 
 from distft.checkpoint import durable
 from distft.checkpoint.folders import Folders
-from distft.checkpoint.group import Group, RankErrors, together
 from distft.checkpoint.manifest import Manifest
+from distft.checkpoint.rank_group import RankErrors, RankGroup, on_all_ranks
 from distft.checkpoint.saving import Job, merge, write_manifest
 from distft.core.errors import FileSystemError
 from distft.core.faults import Faults
@@ -44,7 +44,7 @@ class Saved:
 class Committer:
     """Commits saves and remembers what retention must spare; all public methods are collective."""
 
-    def __init__(self, folders: Folders, group: Group, faults: Faults, *, keep: int) -> None:
+    def __init__(self, folders: Folders, group: RankGroup, faults: Faults, *, keep: int) -> None:
         self._folders, self._group, self._faults, self._keep = folders, group, faults, keep
         self._best_due: dict[str, Any] | None = None
         """A best.json that could not be written yet."""
@@ -62,7 +62,7 @@ class Committer:
         """
         try:
             # A chunk of each tensor of each rank: a hundred megabytes of 512, and only rank 0 looks at them.
-            written = together(self._group, lambda: (job.result(), self._at("P4", job.step))[0], for_first=True)
+            written = on_all_ranks(self._group, lambda: (job.result(), self._at("P4", job.step))[0], for_first=True)
         except RankErrors as error:
             return self.give_up(job.step, error)
         manifest: Manifest | None = None

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from distft.checkpoint.durable import explain, read_regular
 from distft.checkpoint.folders import Folders
-from distft.checkpoint.group import Group, RankErrors, together
 from distft.checkpoint.intervals import INDEX, parse_index
 from distft.checkpoint.manifest import (
     Manifest,
@@ -26,6 +25,7 @@ from distft.checkpoint.manifest import (
     read_verified,
     share_of,
 )
+from distft.checkpoint.rank_group import RankErrors, RankGroup, on_all_ranks
 from distft.checkpoint.reader import Reader
 from distft.core.errors import CheckpointError
 
@@ -73,14 +73,14 @@ class Loaded:
         return [parse_json(read_verified(self.path, self.manifest, name), name) for name in names]
 
 
-def check_shared(root: Path, group: Group) -> None:
+def check_shared(root: Path, group: RankGroup) -> None:
     """Have every rank read a file that rank 0 makes.
 
     Raises:
         CheckpointError: some rank does not see it.
         RankErrors: rank 0 cannot write here.
     """
-    token = together(group, lambda: _write_probe(root) if group.rank == 0 else "")[0]
+    token = on_all_ranks(group, lambda: _write_probe(root) if group.rank == 0 else "")[0]
     probe, seen = root / token, False
     for attempt in range(SHARED_TRIES):  # a network file system may need a moment
         seen = _sees(probe)
@@ -94,7 +94,7 @@ def check_shared(root: Path, group: Group) -> None:
         raise CheckpointError(f"{NOT_SHARED}; rank {', '.join(map(str, blind))} does not see rank 0's {root}")
 
 
-def load_newest(folders: Folders, group: Group) -> Loaded | None:
+def load_newest(folders: Folders, group: RankGroup) -> Loaded | None:
     """See `CheckpointStore.load_newest`."""
     steps = _same_listing(folders, group)
     rejected: list[str] = []
@@ -115,7 +115,7 @@ def load_newest(folders: Folders, group: Group) -> Loaded | None:
     return None
 
 
-def load_path(path: Path, group: Group) -> Loaded:
+def load_path(path: Path, group: RankGroup) -> Loaded:
     """See `CheckpointStore.load`."""
     loaded, reasons = examine(path, group, expected_step=None)
     if loaded is None:
@@ -123,7 +123,7 @@ def load_path(path: Path, group: Group) -> Loaded:
     return loaded
 
 
-def examine(path: Path, group: Group, *, expected_step: int | None) -> tuple[Loaded | None, list[str]]:
+def examine(path: Path, group: RankGroup, *, expected_step: int | None) -> tuple[Loaded | None, list[str]]:
     """Check every byte of one checkpoint, the ranks sharing the hashing, then open it.
 
     Returns:
@@ -159,7 +159,7 @@ def _open(path: Path, manifest: Manifest) -> Loaded:
     )
 
 
-def _agreed(group: Group, work: Callable[[], T]) -> tuple[T | None, list[str]]:
+def _agreed(group: RankGroup, work: Callable[[], T]) -> tuple[T | None, list[str]]:
     """This rank's result, and the reasons why some rank has none."""
     mine: T | None = None
     reason = ""
@@ -185,7 +185,7 @@ def _sees(probe: Path) -> bool:
     return probe.exists()
 
 
-def _same_listing(folders: Folders, group: Group) -> list[int]:
+def _same_listing(folders: Folders, group: RankGroup) -> list[int]:
     listings: list[list[int]] = []
     for attempt in range(SHARED_TRIES):
         listings = group.gather(folders.steps())
@@ -199,9 +199,9 @@ def _same_listing(folders: Folders, group: Group) -> list[int]:
     )
 
 
-def _quarantine(folders: Folders, group: Group, step: int, reasons: list[str]) -> str:
+def _quarantine(folders: Folders, group: RankGroup, step: int, reasons: list[str]) -> str:
     try:
-        homes = together(group, lambda: folders.quarantine(step, reasons).name if group.rank == 0 else "")
+        homes = on_all_ranks(group, lambda: folders.quarantine(step, reasons).name if group.rank == 0 else "")
     except RankErrors as error:
         return f" (cannot be renamed: {error})"
     return f" (kept as {homes[0]})"

@@ -21,7 +21,7 @@ MARGIN = 1.2
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFiles:
     """What one rank put into the folder."""
 
     files: list[FileEntry]
@@ -49,7 +49,7 @@ class Job:
     """Seconds that training has waited so far."""
     write_s: float = 0.0
     thread: threading.Thread | None = None
-    written: Written | None = None
+    written: WrittenFiles | None = None
     error: BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -69,7 +69,7 @@ class Job:
         self.write_s = time.monotonic() - began
         self.done.set()
 
-    def result(self) -> Written:
+    def result(self) -> WrittenFiles:
         """What was written, waiting for the thread.
 
         Raises:
@@ -89,7 +89,7 @@ class Job:
         """The error that names both numbers."""
         return disk_full(self.folder.parent, self.need_bytes)
 
-    def _write(self) -> Written:
+    def _write(self) -> WrittenFiles:
         for name, text in self.texts.items():
             (self.folder / name).write_bytes(text)
         at = {"rank": self.rank, "step": self.step}
@@ -98,7 +98,7 @@ class Job:
         names = sorted({chunk.file for *_, chunk in parts if chunk is not None} | set(self.texts))
         for name in names:
             durable.sync_file(self.folder / name)
-        return Written([entry_of(self.folder / name) for name in names], parts)
+        return WrittenFiles([entry_of(self.folder / name) for name in names], parts)
 
 
 def check_space(root: Path, need_bytes: int) -> None:
@@ -113,7 +113,7 @@ def disk_full(root: Path, need_bytes: int) -> OSError:
     return OSError(errno.ENOSPC, f"disk full: need {need}, have {have}")
 
 
-def merge(written: list[Written]) -> dict[str, TensorEntry]:
+def merge(written: list[WrittenFiles]) -> dict[str, TensorEntry]:
     """All ranks' chunks as whole tensors.
 
     Raises:
@@ -122,7 +122,7 @@ def merge(written: list[Written]) -> dict[str, TensorEntry]:
     return tensor_entries(part for one_rank in written for part in one_rank.parts)
 
 
-def write_manifest(job: Job, written: list[Written], entries: Mapping[str, TensorEntry]) -> Manifest:
+def write_manifest(job: Job, written: list[WrittenFiles], entries: Mapping[str, TensorEntry]) -> Manifest:
     """Rank 0: index, DCP's metadata and the manifest (P5); after this only the folder's name is missing."""
     durable.write_new(job.folder / INDEX, index_bytes(entries))
     own = [entry_of(job.folder / INDEX)]

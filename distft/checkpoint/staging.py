@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ALIGN_BYTES = 64
 
 
-class Stage:
+class StagingBuffer:
     """Blocks of CHUNK_BYTES, kept from save to save: allocating (and pinning) them costs more than the copy.
 
     Blocks have that size because torch's pinned allocator rounds up to a power of two.

@@ -14,12 +14,12 @@ from typing import Any
 from distft.checkpoint import durable
 from distft.checkpoint.commit import Committer, Saved, SaveFailed
 from distft.checkpoint.folders import Folders
-from distft.checkpoint.group import Group, RankErrors, together
 from distft.checkpoint.intervals import Piece
 from distft.checkpoint.loading import STATE, Loaded, check_shared, load_newest, load_path, num_bytes_of, rank_state_name
 from distft.checkpoint.manifest import canonical
+from distft.checkpoint.rank_group import RankErrors, RankGroup, on_all_ranks
 from distft.checkpoint.saving import MARGIN, Job, check_space
-from distft.checkpoint.staging import Stage
+from distft.checkpoint.staging import StagingBuffer
 from distft.core.errors import CheckpointError, FileSystemError
 from distft.core.faults import Faults, FromEnvironment
 
@@ -30,7 +30,7 @@ class CheckpointStore:
     def __init__(
         self,
         folder: Path,
-        group: Group,
+        group: RankGroup,
         *,
         keep: int = 2,
         engine: str = "",
@@ -56,16 +56,16 @@ class CheckpointStore:
         self._engine, self._hashes = engine, dict(hashes or {})
         self._faults = faults or FromEnvironment()
         self._folders = Folders(folder)
-        self._stage = Stage()
+        self._stage = StagingBuffer()
         self._job: Job | None = None
         self._outcomes: deque[Saved | SaveFailed] = deque()
         self._ours: set[int] = set()
         """Steps written or loaded by this process: the history it is on."""
         self._committer = Committer(self._folders, group, self._faults, keep=keep)
         try:
-            together(group, self._on_first(lambda: folder.mkdir(parents=True, exist_ok=True)))
+            on_all_ranks(group, self._on_first(lambda: folder.mkdir(parents=True, exist_ok=True)))
             check_shared(folder, group)
-            together(group, self._on_first(self._folders.clean))
+            on_all_ranks(group, self._on_first(self._folders.clean))
         except RankErrors as error:
             raise FileSystemError(f"{folder}: cannot be written ({error}); choose another output_dir") from error
 
@@ -234,7 +234,7 @@ class CheckpointStore:
             SaveFailed: it cannot be written.
         """
         try:
-            together(self._group, self._on_first(lambda: self._folders.write_best(best)))
+            on_all_ranks(self._group, self._on_first(lambda: self._folders.write_best(best)))
         except RankErrors as error:
             raise SaveFailed(f"{self.folder}: best.json cannot be written: {error}") from error
 
@@ -250,7 +250,7 @@ class CheckpointStore:
         self._settle()
         later = [found for found in self._folders.steps() if found > step]
         try:
-            names = together(
+            names = on_all_ranks(
                 self._group, self._on_first(lambda: [self._folders.set_aside(found).name for found in later])
             )
         except RankErrors as error:
@@ -291,12 +291,12 @@ class CheckpointStore:
             return step, mine, step in self._ours and self._folders.step(step).exists()
 
         try:
-            told = together(self._group, agree_to_save)
+            told = on_all_ranks(self._group, agree_to_save)
             if len({at_step for at_step, *_ in told}) > 1:
                 raise RankErrors(dict(enumerate(f"is at step {at_step}" for at_step, *_ in told)))
             if told[0][2]:
                 return None
-            need = together(self._group, lambda: self._prepare(step, sum(size for _, size, _ in told)))[0]
+            need = on_all_ranks(self._group, lambda: self._prepare(step, sum(size for _, size, _ in told)))[0]
         except RankErrors as error:
             raise self._committer.give_up(step, error) from error
         return Job(

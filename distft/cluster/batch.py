@@ -1,8 +1,8 @@
 """The batch script's process: `python -m distft.cluster.batch RECIPE [train options]`, inside a Slurm job.
 
 Starts the run's processes on the job's nodes, passes Slurm's warning (`--signal=B:USR1@SECONDS`) on to them, and when
-they have ended asks `distft.cluster.verdict` whether the job goes back into the queue. Everything it decides is said in
-the job's output.
+they have ended asks `distft.cluster.restart_policy` whether the job goes back into the queue. Everything it decides is
+said in the job's output.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from distft.cluster import asked, preflight, slurm, step, verdict
-from distft.cluster.starts import End, Start, Starts
-from distft.cluster.verdict import Ended, Phase, Then, Verdict
+from distft.cluster import batch_args, preflight, restart_policy, slurm, step
+from distft.cluster.restart_policy import JobEnd, Phase, RestartDecision, Then
+from distft.cluster.starts import End, JobStart, Starts
 from distft.core.errors import DistftError, MachineError
 from distft.run_folder import RunFolder
 
@@ -53,18 +53,18 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
     Raises:
         DistftError: it cannot be started; the job ends, and is not requeued.
     """
-    want = asked.read(argv)
+    want = batch_args.read(argv)
     given = slurm.allocation(env, slurm.host_names(env.get("SLURM_JOB_NODELIST", "")))
     run_dir = RunFolder(want.recipe.run_dir, writes=True).path
     starts = Starts(run_dir)
-    num_nodes = asked.nodes_that_divide(want.recipe, len(given.nodes), given.per_node)
+    num_nodes = batch_args.nodes_that_divide(want.recipe, len(given.nodes), given.per_node)
     _say_where(want, given, num_nodes, starts.checkpoint())
-    if want.after is not None and (over := verdict.follows_from(starts.records(), want.after)) is not None:
+    if want.after is not None and (over := restart_policy.follows_from(starts.records(), want.after)) is not None:
         return _finish(over, given, starts)
     if starts.stalled(given.job) > want.max_stalled:  # lost nodes come back here without a verdict
         return _give_up(given, starts)
     starts.add(
-        Start(
+        JobStart(
             job=given.job,
             restart=given.restart,
             nodes=list(given.nodes[:num_nodes]),
@@ -74,17 +74,17 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
     )
     if (end := _examine(want, given, num_nodes, env, starts, warned)) is not None:
         return end
-    before = verdict.read_exit(run_dir)
-    train = asked.without_resume(want.train) if _got_on(run_dir, given.job, starts) else want.train
+    before = restart_policy.read_exit(run_dir)
+    train = batch_args.without_resume(want.train) if _got_on(run_dir, given.job, starts) else want.train
     port = slurm.rendezvous_port(given.job, given.restart)
     _say(f"processes meet at {given.nodes[0]}:{port}")
     status = _run(
         step.command(want.launcher, given, num_nodes, train, port), step.environment(env, given, port), warned
     )
-    decided = verdict.judge(
-        Ended(
+    decided = restart_policy.judge(
+        JobEnd(
             status=status,
-            record=verdict.record_of(before, verdict.read_exit(run_dir)),
+            record=restart_policy.record_of(before, restart_policy.read_exit(run_dir)),
             asked=warned.to_stop,
             stop_file=(run_dir / "STOP").exists(),
             phase=_phase(given.job, warned),
@@ -96,7 +96,7 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
     return _finish(decided, given, starts)
 
 
-def _finish(decided: Verdict, given: slurm.Allocation, starts: Starts) -> int:
+def _finish(decided: RestartDecision, given: slurm.Allocation, starts: Starts) -> int:
     starts.add(
         End(
             job=given.job,
@@ -111,23 +111,23 @@ def _finish(decided: Verdict, given: slurm.Allocation, starts: Starts) -> int:
 
 
 def _give_up(given: slurm.Allocation, starts: Starts) -> int:
-    why, now = verdict.stall_text(starts.stalled(given.job)), starts.checkpoint()
+    why, now = restart_policy.stall_text(starts.stalled(given.job)), starts.checkpoint()
     _say(f"job {given.job} {why}")
     starts.add(
         End(
             job=given.job,
             restart=given.restart,
-            code=verdict.CRASHED,
+            code=restart_policy.CRASHED,
             reason=why,
             checkpoint=now,
             then=Then.END.value,
         )
     )
-    return verdict.CRASHED
+    return restart_policy.CRASHED
 
 
 def _examine(
-    want: asked.Asked,
+    want: batch_args.BatchArgs,
     given: slurm.Allocation,
     num_nodes: int,
     env: Mapping[str, str],
@@ -209,7 +209,7 @@ def _run(command: Sequence[str], env: Mapping[str, str], warned: Warned) -> int:
     """Run the step to its end; its exit status."""
     if warned.to_stop:
         _say("asked to stop before anything was started")
-        return verdict.CRASHED
+        return restart_policy.CRASHED
     running, passed_on, status = step.Step(command, env), False, None
     while status is None:
         status = running.poll(0.5)
@@ -228,7 +228,7 @@ def _phase(job: str, warned: Warned) -> Phase:
         return Phase.ENDING if warned.ending else Phase.RUNNING
 
 
-def _carry_out(decided: Verdict, job: str) -> int:
+def _carry_out(decided: RestartDecision, job: str) -> int:
     ended = f"job {job}: the run ended with code {decided.code}"
     _say(f"{ended}: {decided.reason}" if decided.code else ended)
     _say(decided.why)  # before the requeue: Slurm ends this process then
@@ -242,7 +242,7 @@ def _carry_out(decided: Verdict, job: str) -> int:
     return decided.exit_code
 
 
-def _say_where(want: asked.Asked, given: slurm.Allocation, num_nodes: int, checkpoint: int) -> None:
+def _say_where(want: batch_args.BatchArgs, given: slurm.Allocation, num_nodes: int, checkpoint: int) -> None:
     again = f", restart {given.restart}" if given.restart else ""
     gpus = f"{given.gpus_per_node} GPUs" if given.gpus_per_node else "no GPU"
     _say(

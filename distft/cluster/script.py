@@ -12,7 +12,7 @@ from distft.cluster.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class SlurmRequest:
     """What is asked of the scheduler."""
 
     name: str
@@ -32,7 +32,7 @@ class Wanted:
     """The job before this one in its chain."""
 
 
-def render(site: Site, wanted: Wanted, *trains: Sequence[str]) -> str:
+def render(site: Site, wanted: SlurmRequest, *trains: Sequence[str]) -> str:
     """A whole batch script; each of `trains` is a recipe and the options of distft.train, several are an array."""
     cpus = site.cpus_per_gpu * max(1, wanted.gpus_per_node)
     partition = wanted.partition or site.partition

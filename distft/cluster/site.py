@@ -12,7 +12,7 @@ from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params
 from distft.recipe.explain import did_you_mean, read_table
 from distft.recipe.lines import KeyPath, find_lines
-from distft.recipe.origin import Fault, Origin
+from distft.recipe.origin import Origin, RecipeMistake
 
 
 class Site(Params):
@@ -83,5 +83,7 @@ def read_site(path: Path) -> Site:
     return site
 
 
-def _unknown(key: KeyPath, known: list[str]) -> Fault:
-    return Fault(key=key, message=f"unknown setting{did_you_mean(key[-1], known)}", fix=f"allowed: {', '.join(known)}")
+def _unknown(key: KeyPath, known: list[str]) -> RecipeMistake:
+    return RecipeMistake(
+        key=key, message=f"unknown setting{did_you_mean(key[-1], known)}", fix=f"allowed: {', '.join(known)}"
+    )

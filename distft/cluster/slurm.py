@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distft.cluster.verdict import Phase
+from distft.cluster.restart_policy import Phase
 from distft.core.errors import MachineError
 from distft.core.host import slurm_job
 

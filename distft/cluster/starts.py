@@ -20,7 +20,7 @@ FILE = "starts.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class JobStart:
     """One start."""
 
     job: str
@@ -63,7 +63,7 @@ class Starts:
         except OSError:
             return 0
 
-    def add(self, event: Start | End) -> None:
+    def add(self, event: JobStart | End) -> None:
         """Append it; safe from a power cut once this returns, and never a reason to fail: a full disk forgets it."""
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event)) + "\n")

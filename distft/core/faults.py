@@ -10,7 +10,7 @@
 
 What is left out matches anything; `times=N` limits a fault to its first N matches in a process (1 unless told), and
 `skip=N` lets N of them pass before.
-Points: P0 to P9 of a save (`distft.checkpoint`), everything `distft.core.pulse` is told, and `import` (before it).
+Points: P0 to P9 of a save (`distft.checkpoint`), everything `distft.core.phase` is told, and `import` (before it).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Faults(Protocol):
 
 
 @dataclass
-class Fault:
+class PlannedFault:
     """One planned failure; None matches anything."""
 
     kind: str
@@ -77,7 +77,7 @@ class Fault:
 class Injector:
     """Fires planned faults."""
 
-    planned: list[Fault] = field(default_factory=list[Fault])
+    planned: list[PlannedFault] = field(default_factory=list[PlannedFault])
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
@@ -97,7 +97,7 @@ class Injector:
                 _fire(fault, f"injected at {point} of rank {rank}" + (f", step {step}" if step is not None else ""))
 
 
-def parse(text: str) -> list[Fault]:
+def parse(text: str) -> list[PlannedFault]:
     """The faults that `text` plans.
 
     Raises:
@@ -137,9 +137,9 @@ def _injector_of(text: str) -> Injector:
     return _injectors[text]
 
 
-def _parse_one(part: str) -> Fault:
+def _parse_one(part: str) -> PlannedFault:
     kind, _, rest = part.partition(":")
-    fault = Fault(kind.strip())
+    fault = PlannedFault(kind.strip())
     problem = "" if fault.kind in KINDS else f'unknown fault "{fault.kind}"'
     for pair in filter(None, (item.strip() for item in rest.split(","))):
         key, _, value = (text.strip() for text in pair.partition("="))
@@ -158,7 +158,7 @@ def _parse_one(part: str) -> Fault:
     return fault
 
 
-def _fire(fault: Fault, where: str) -> None:
+def _fire(fault: PlannedFault, where: str) -> None:
     if fault.kind in SIGNALS:
         os.kill(os.getpid(), SIGNALS[fault.kind])
     elif fault.kind == "raise":

@@ -18,8 +18,8 @@ from typing import Any
 from uuid import uuid4
 
 from distft.core import host
-from distft.core.pulse import PULSE
-from distft.core.turns import patiently, turn
+from distft.core.file_lock import locked_once, wait_hook
+from distft.core.phase import PHASE
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -71,14 +71,14 @@ def once(cache: Path, name: str, work: Callable[[], str], *, good: Callable[[str
     except OSError:
         return work()
     try:
-        with turn(notes / f"{key}.lock", patiently, done=lambda: known() is not None) as ours:
+        with locked_once(notes / f"{key}.lock", wait_hook, done=lambda: known() is not None) as ours:
             gave = None if ours else known()
             if gave is None:
-                patiently()  # what the hub takes its time for is no hang of ours
+                wait_hook()  # what the hub takes its time for is no hang of ours
                 gave = work()
                 probe.write_text(json.dumps({"name": name, "gave": gave}), encoding="utf-8")
                 probe.replace(note)
-        PULSE.at(PULSE.phase)  # from here on a silence is ours again
+        PHASE.enter(PHASE.phase)  # from here on a silence is ours again
         return gave
     finally:
         probe.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ _LIBC: Any = ctypes.CDLL(None)
 
 
 @dataclass(kw_only=True)
-class Ended:
+class CommandExit:
     """How a command ended."""
 
     code: int
@@ -63,7 +63,7 @@ def run(
     output: Any = None,
     timeout_s: float | None = None,
     meanwhile: Callable[[], None] | None = None,
-) -> Ended:
+) -> CommandExit:
     """Run `command` to its end; every signal that this process is sent meanwhile goes to its ranks.
 
     Args:
@@ -83,7 +83,7 @@ def run(
     with _taken_over() as signals, _keeper(mark, codes) as done:
         try:
             if signals.sent:  # before anything was started
-                return Ended(code=_code_of_signal(signals.sent[0]), asked=signals.sent)
+                return CommandExit(code=_code_of_signal(signals.sent[0]), asked=signals.sent)
             process = subprocess.Popen(
                 _quietly(command) if launcher else list(command), env={**env, **held}, cwd=cwd,
                 stdin=subprocess.DEVNULL if output else None, stdout=output, stderr=output, start_new_session=True,
@@ -198,7 +198,7 @@ class _Running:
     timeout_s: float | None
     meanwhile: Callable[[], None] | None
 
-    def to_its_end(self) -> Ended:
+    def to_its_end(self) -> CommandExit:
         """Pass signals on until it has ended."""
         passed, began = 0, time.monotonic()
         while self._goes_on():
@@ -215,7 +215,7 @@ class _Running:
                 return ended
             if self.meanwhile is not None:
                 self.meanwhile()
-        return Ended(code=self._code(), asked=self.signals.sent)
+        return CommandExit(code=self._code(), asked=self.signals.sent)
 
     def _goes_on(self) -> bool:
         """Whether the command, or a rank whose launcher has died, is still there; waits a little."""
@@ -240,12 +240,12 @@ class _Running:
             launched.send(ranks, number)
         return True
 
-    def _killed(self, code: int) -> Ended:
+    def _killed(self, code: int) -> CommandExit:
         launched.kill(self.mark)
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        return Ended(code=code, asked=self.signals.sent)
+        return CommandExit(code=code, asked=self.signals.sent)
 
     def _code(self) -> int:
         """Of the first rank that failed; else the command's own."""

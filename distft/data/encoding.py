@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from distft.data.boundaries import ByteLengths, byte_lengths
-from distft.data.control import MARKED
+from distft.data.chat_template import ChatTemplate, Drawn, LossOn
 from distft.data.samples import RowError
+from distft.data.special_tokens import MARKED
 from distft.data.template_probe import Span
-from distft.data.turns import ChatTemplate, Drawn, LossOn
 
 APART = "answers whose first characters merge with the template's header: tokenised apart, as they will be generated"
 _NEAR_CHARS = 256

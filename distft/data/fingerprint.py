@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from distft.core.turns import turn
+from distft.core.file_lock import locked_once
 from distft.data.samples import FormatSpec
-from distft.data.sources import Source, hub_dataset
+from distft.data.sources import RowSource, hub_dataset
 from distft.data.templates import read_template
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ FORMAT_VERSION = 3
 
 def cache_key(
     table: DataTable,
-    sources: Sequence[Source],
+    sources: Sequence[RowSource],
     specs: Sequence[FormatSpec],
     tokenizer_files: Sequence[Path],
     memory: Path,
@@ -70,7 +70,7 @@ def today() -> str:
 
 
 def sources_key(
-    sources: Sequence[Source],
+    sources: Sequence[RowSource],
     specs: Sequence[FormatSpec],
     memory: Path,
     waiting: Callable[[], None] = lambda: None,
@@ -105,7 +105,7 @@ def file_hash(path: Path, memory: Path, waiting: Callable[[], None] = lambda: No
     if (known := _noted(note, state)) is not None:
         return known
     memory.mkdir(parents=True, exist_ok=True)
-    with turn(note.with_suffix(".lock"), waiting, done=lambda: _noted(note, state) is not None):
+    with locked_once(note.with_suffix(".lock"), waiting, done=lambda: _noted(note, state) is not None):
         if (known := _noted(note, state)) is not None:
             return known
         with path.open("rb") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.core.errors import DataError
-from distft.data.opening import MAX_ROW_BYTES, excerpt, opened
+from distft.data.compressed_files import MAX_ROW_BYTES, excerpt, opened
 from distft.data.samples import JSON, RowError
 
 _CHUNK_BYTES = 1 << 20

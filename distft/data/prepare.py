@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from distft.core.errors import DataError, FileSystemError
-from distft.core.turns import turn
+from distft.core.file_lock import locked_once
 from distft.data.fingerprint import cache_key, today
+from distft.data.preparation_report import SHOWN_FAULTS, PrepareReport, SourceReport
 from distft.data.readers import Payload
-from distft.data.report import SHOWN_FAULTS, PrepareReport, SourceReport
 from distft.data.rows import Made, RowMaker
 from distft.data.samples import FormatSpec
-from distft.data.sources import Source, decide_format, find
+from distft.data.sources import RowSource, decide_format, find
 from distft.data.store import Prepared, Writer
 from distft.data.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES, tokenizer_folder
 
@@ -115,7 +115,7 @@ def prepare(
         ) from None
 
 
-def _refuse_twice(found: Sequence[Source], held_out: Sequence[SourceTable], split: str) -> None:
+def _refuse_twice(found: Sequence[RowSource], held_out: Sequence[SourceTable], split: str) -> None:
     """Globs and folders may name a file that another source names too.
 
     Raises:
@@ -146,7 +146,7 @@ class _Job:
     """What is to be prepared."""
 
     table: DataTable
-    sources: list[Source]
+    sources: list[RowSource]
     specs: list[FormatSpec]
     """The format of each source."""
     tokenizer: str
@@ -169,7 +169,7 @@ def _build_once(job: _Job, target: Path) -> bool:
     def done() -> bool:
         return target.is_dir() or _identity(failure) != failed_before
 
-    with turn(target.with_suffix(".lock"), job.waiting, done=done) as ours:
+    with locked_once(target.with_suffix(".lock"), job.waiting, done=done) as ours:
         if target.is_dir():
             return False
         if not ours:
@@ -242,7 +242,7 @@ def _group_size(job: _Job) -> int:
     return size
 
 
-def _tasks(sources: list[Source], reports: list[SourceReport]) -> Iterator[Task]:
+def _tasks(sources: list[RowSource], reports: list[SourceReport]) -> Iterator[Task]:
     file_index = 0
     for index, source in enumerate(sources):
         limit = source.table.max_rows
@@ -383,7 +383,7 @@ def _add_percentiles(writer: Writer, reports: list[SourceReport]) -> None:
 _PERCENTILES = {"p10": 0.10, "p50": 0.50, "p90": 0.90, "p99": 0.99, "max": 1.0}
 
 
-def with_distinct_labels(sources: list[Source]) -> list[Source]:
+def with_distinct_labels(sources: list[RowSource]) -> list[RowSource]:
     """Two files of one name are called by their whole path, or messages would name either."""
     labels = [file.label for source in sources for file in source.files]
     twice = {label for label in labels if labels.count(label) > 1}

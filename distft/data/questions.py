@@ -14,7 +14,7 @@ from distft.data.prepare import with_distinct_labels
 from distft.data.readers import Payload
 from distft.data.render import Renderer
 from distft.data.samples import Conversation, PromptCompletion, Row, RowError, Sample, columns_of, text_column
-from distft.data.sources import Source, decide_format, find
+from distft.data.sources import RowSource, decide_format, find
 
 if TYPE_CHECKING:
     from distft.recipe.schema import SourceTable
@@ -134,7 +134,7 @@ def followed_by(renderer: Renderer, asked: Question, choice: str) -> tuple[tuple
     return renderer.pair(asked.prompt, joined, as_chat=asked.as_chat)
 
 
-def _payloads(source: Source) -> Iterator[tuple[str, int, Payload]]:
+def _payloads(source: RowSource) -> Iterator[tuple[str, int, Payload]]:
     for file in source.files:
         for number, payload in source.rows(file):
             yield file.label, number, payload

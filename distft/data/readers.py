@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from distft.core.errors import DataError
+from distft.data.compressed_files import MAX_ROW_BYTES, bare, excerpt, opened
 from distft.data.json_text import JsonText
-from distft.data.opening import MAX_ROW_BYTES, bare, excerpt, opened
 from distft.data.samples import Row, RowError, kind_of, parse_json
 
 Payload: TypeAlias = Row | bytes | RowError

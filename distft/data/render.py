@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distft.core.errors import DataError
-from distft.data.control import MARKED, TYPED, Typed, control_tokens, kept_text, without_marks
-from distft.data.drawing import TemplateDrawing
+from distft.data.chat_rendering import TemplateDrawing
+from distft.data.chat_template import ChatTemplate, Drawn, LossOn
 from distft.data.encoding import Encoder, Rendered, valid
 from distft.data.samples import Conversation, Document, Group, Message, PromptCompletion, RowError, Sample, Text
+from distft.data.special_tokens import MARKED, TYPED, Typed, control_tokens, kept_text, without_marks
 from distft.data.templates import BUILT_IN, read_template
 from distft.data.tokenizer import load_tokenizer
-from distft.data.turns import ChatTemplate, Drawn, LossOn
 
 if TYPE_CHECKING:
     from distft.recipe.schema import DataTable

@@ -12,13 +12,13 @@ import numpy as np
 
 from distft.core.errors import DataError
 from distft.data.columns import unread_columns
-from distft.data.control import without_marks
 from distft.data.encoding import Rendered
+from distft.data.preparation_report import BAD, EMPTY, SHOWN_FAULTS, TOO_LONG, TRUNCATED_AWAY, UNTRAINED, Note
 from distft.data.readers import Payload
 from distft.data.render import Renderer, is_empty, load_renderer, settings_of
-from distft.data.report import BAD, EMPTY, SHOWN_FAULTS, TOO_LONG, TRUNCATED_AWAY, UNTRAINED, Note
 from distft.data.samples import Group, Row, RowError, Sample, documents_of
-from distft.data.sources import Source
+from distft.data.sources import RowSource
+from distft.data.special_tokens import without_marks
 from distft.data.store import Rows
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class RowMaker:
     """Everything needed to prepare rows, small enough to send to a worker; the tokenizer is loaded on first use."""
 
     table: DataTable
-    sources: list[Source]
+    sources: list[RowSource]
     converts: list[Callable[[Row], Sample]]
     """Of each source's format."""
     tokenizer: str

@@ -18,9 +18,9 @@ from distft.core import hub
 from distft.core.errors import DataError
 from distft.core.registry import nearest
 from distft.data.chat import merge_turns, message_list
-from distft.data.folders import data_files
+from distft.data.compressed_files import PACKED
+from distft.data.dataset_folders import data_files
 from distft.data.formats import FORMATS
-from distft.data.opening import PACKED
 from distft.data.readers import READERS, Payload, file_type, parse_line, without_nulls
 from distft.data.samples import FormatSpec, Row, RowError, columns_of
 
@@ -52,7 +52,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class RowSource:
     """A source whose files were found."""
 
     table: SourceTable
@@ -119,7 +119,7 @@ def _without_keys(messages: Any, keys: tuple[str, ...]) -> Any:
     ]
 
 
-def find(table: SourceTable, *, merge_turns: bool = False) -> Source:
+def find(table: SourceTable, *, merge_turns: bool = False) -> RowSource:
     """The files of a source, by name; nothing is read yet.
 
     Args:
@@ -131,20 +131,20 @@ def find(table: SourceTable, *, merge_turns: bool = False) -> Source:
     """
     path = Path(table.path).expanduser()
     if path.is_dir():
-        return Source(table=table, files=_files_of(path, table), merge_turns=merge_turns)
+        return RowSource(table=table, files=_files_of(path, table), merge_turns=merge_turns)
     if path.is_file():
         _refuse_split(table, "a file")
-        return Source(table=table, files=(_readable(path, path.name),), merge_turns=merge_turns)
+        return RowSource(table=table, files=(_readable(path, path.name),), merge_turns=merge_turns)
     if glob.has_magic(table.path):
         _refuse_split(table, "a glob")
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         files = tuple(_readable(one, one.name) for one in found if one.is_file())
         if not files:
             raise DataError(f"{table.path}: no file matches{_relative_to(path)}")
-        return Source(table=table, files=files, merge_turns=merge_turns)
+        return RowSource(table=table, files=files, merge_turns=merge_turns)
     if _HUB_ID.fullmatch(table.path) and file_type(path) is None and not path.parent.is_dir():
         label = "/".join(filter(None, (table.path, table.subset, table.split or "train")))
-        return Source(table=table, files=(SourceFile(label=label, path=None),), merge_turns=merge_turns)
+        return RowSource(table=table, files=(SourceFile(label=label, path=None),), merge_turns=merge_turns)
     if "://" in table.path:
         raise DataError(f"{table.path}: rows are read from files here and from the hub (owner/name)  download it first")
     raise DataError(f"{path}: no such file or folder{_relative_to(path)}{_nearest_name(path)}")
@@ -178,7 +178,7 @@ def _relative_to(path: Path) -> str:
     return "" if path.is_absolute() else f" (relative to {Path.cwd()}, the folder that the command runs in)"
 
 
-def decide_format(source: Source) -> FormatSpec:
+def decide_format(source: RowSource) -> FormatSpec:
     """The source's format: as named, or, for `auto`, the one that its first rows fit.
 
     Raises:

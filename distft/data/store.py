@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from distft.data.report import PrepareReport
+from distft.data.preparation_report import PrepareReport
 
 _ARRAYS = {
     "ids": np.int32,  # flat

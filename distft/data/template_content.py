@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from distft.core.errors import DataError
 from distft.data.chat import REASONING as REASONING_KEYS
-from distft.data.control import without_marks
-from distft.data.said import CALL, REASONING, Piece, find, form_of, pieces, stand_in
+from distft.data.message_parts import CALL, REASONING, MessagePart, find, form_of, pieces, stand_in
 from distft.data.samples import Conversation, Message, RowError
+from distft.data.special_tokens import without_marks
 from distft.data.template_probe import TemplateProbe
 
 _WITH_TOOLS = ': chat_template = "chatml", "llama3" or "plain"'
@@ -71,7 +71,7 @@ class TemplateContent(TemplateProbe, ABC):
                 notes.setdefault(CUT.format(lost.kind), f"message {index + 1}: {short(lost.text)}")
         return notes
 
-    def _missing(self, chat: Conversation, text: str, index: int) -> list[Piece]:
+    def _missing(self, chat: Conversation, text: str, index: int) -> list[MessagePart]:
         """What the message at `index` says and the text of the whole chat does not.
 
         Short texts are found anywhere: the template is also asked about a chat of the same form that says other things.

@@ -32,7 +32,7 @@ HELD_OUT: dict[Style, str] = {"lines": "demo:incidents/valid", "json": "demo:inc
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class DemoStage:
     """One launch of the main job."""
 
     recipe: str
@@ -44,17 +44,21 @@ class Stage:
     min_all_right: float
 
 
-FULL = Stage(
+FULL = DemoStage(
     recipe="tiny-full", launch="cpu-zero3", style="lines", min_conforms=0.95, min_severity=0.85, min_all_right=0.5
 )
 ADAPTERS = (
-    Stage(recipe="tiny-lora", launch="cpu-ddp", style="json", min_conforms=0.9, min_severity=0.8, min_all_right=0.4),
-    Stage(recipe="tiny-qlora", launch="cpu-ddp", style="json", min_conforms=0.9, min_severity=0.8, min_all_right=0.4),
+    DemoStage(
+        recipe="tiny-lora", launch="cpu-ddp", style="json", min_conforms=0.9, min_severity=0.8, min_all_right=0.4
+    ),
+    DemoStage(
+        recipe="tiny-qlora", launch="cpu-ddp", style="json", min_conforms=0.9, min_severity=0.8, min_all_right=0.4
+    ),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exam:
+class DemoScores:
     """How one model answered the held-out reports of one format."""
 
     label: str
@@ -81,13 +85,13 @@ class Tour:
 
     console: Console
     folder: Path
-    exams: list[Exam] = field(default_factory=list)
+    exams: list[DemoScores] = field(default_factory=list)
 
-    def final(self, stage: Stage) -> Path:
+    def final(self, stage: DemoStage) -> Path:
         """The model folder a stage leaves."""
         return self.folder / stage.recipe / "final"
 
-    def train(self, stage: Stage, *settings: str) -> float:
+    def train(self, stage: DemoStage, *settings: str) -> float:
         """Run the main job, its output passed through; returns wall seconds.
 
         Raises:
@@ -106,7 +110,7 @@ class Tour:
             raise TourError(f"{stage.recipe} stopped{_reason(self.folder / stage.recipe, ended.code)}")
         return time.monotonic() - start
 
-    def examine(self, label: str, model: Path, style: Style, train_s: float | None = None) -> Exam:
+    def examine(self, label: str, model: Path, style: Style, train_s: float | None = None) -> DemoScores:
         """Let the model answer every held-out report of a format, and mark the answers."""
         from transformers.utils import logging
 
@@ -118,7 +122,7 @@ class Tour:
         with self.console.status(f"{label}: answering {len(rows)} held-out reports"):
             written = answers(model, [row["prompt"] for row in rows])
         marks = [score(row, text, style) for row, text in zip(rows, written, strict=True)]
-        exam = Exam(
+        exam = DemoScores(
             label=label,
             style=style,
             conforms=sum(mark.conforms for mark in marks) / len(marks),
@@ -134,7 +138,7 @@ class Tour:
         self.exams.append(exam)
         return exam
 
-    def learn(self, stage: Stage, label: str, *settings: str) -> None:
+    def learn(self, stage: DemoStage, label: str, *settings: str) -> None:
         """Train a stage and hold it to what it must reach.
 
         Raises:

@@ -2,7 +2,7 @@
 
 import sys
 
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.doctor.command import main
 
-leave(main(sys.argv[1:]))
+hard_exit(main(sys.argv[1:]))

@@ -14,8 +14,8 @@ from distft.cluster.site import Site, read_site
 from distft.core.errors import DistftError, MachineError
 from distft.core.log import quiet_libraries
 from distft.doctor.checks import CHECKS
-from distft.doctor.finding import Asked, Here, Seen, fail, run_judge, run_look
-from distft.doctor.report import Report
+from distft.doctor.finding import DoctorOptions, Here, Seen, fail, run_judge, run_look
+from distft.doctor.findings_table import Report
 from distft.doctor.together import Together
 from distft.engine.processes import placed_by
 from distft.recipe import Recipe, load_recipe
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _asked(own: argparse.Namespace) -> Asked:
+def _asked(own: argparse.Namespace) -> DoctorOptions:
     recipe: Recipe | None = None
     if own.recipe is not None:
         folder = [] if own.output_dir is None else [f"output_dir={_toml(str(own.output_dir))}"]
@@ -84,7 +84,7 @@ def _asked(own: argparse.Namespace) -> Asked:
         raise MachineError("--set changes a recipe: give --recipe FILE")
     site = Site() if own.site is None else read_site(own.site)
     output = recipe.run_dir if recipe is not None else own.output_dir or Path()
-    return Asked(
+    return DoctorOptions(
         recipe=recipe,
         output=output,
         shared=own.shared_folder or output,
@@ -97,6 +97,6 @@ def _asked(own: argparse.Namespace) -> Asked:
 
 
 def _toml(text: str) -> str:
-    from distft.recipe.text import toml_value
+    from distft.recipe.toml_text import toml_value
 
     return toml_value(text)

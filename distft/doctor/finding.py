@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from distft.core.errors import MachineError
 
 if TYPE_CHECKING:
-    from distft.engine.bandwidth import Group
+    from distft.engine.bandwidth import ProbeGroup
     from distft.recipe import Recipe
 
 Facts = dict[str, Any]
 """What one process has seen; JSON."""
 
 
-class Verdict(enum.Enum):
+class Severity(enum.Enum):
     """What a finding means for a run."""
 
     OK = "ok"
@@ -32,7 +32,7 @@ class Verdict(enum.Enum):
 class Finding:
     """One row of the table."""
 
-    verdict: Verdict
+    verdict: Severity
     found: str
     fix: str = ""
     hosts: tuple[str, ...] = ()
@@ -41,21 +41,21 @@ class Finding:
 
 def ok(found: str) -> Finding:
     """As it should be."""
-    return Finding(verdict=Verdict.OK, found=found)
+    return Finding(verdict=Severity.OK, found=found)
 
 
 def warn(found: str, fix: str, hosts: Iterable[str] = ()) -> Finding:
     """Worth knowing."""
-    return Finding(verdict=Verdict.WARN, found=found, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
+    return Finding(verdict=Severity.WARN, found=found, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
 
 
 def fail(found: str, fix: str, hosts: Iterable[str] = ()) -> Finding:
     """In a run's way."""
-    return Finding(verdict=Verdict.FAIL, found=found, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
+    return Finding(verdict=Severity.FAIL, found=found, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class DoctorOptions:
     """The command line."""
 
     recipe: Recipe | None = None
@@ -81,10 +81,10 @@ class Here:
     world: int
     local_rank: int
     env: Mapping[str, str]
-    asked: Asked
+    asked: DoctorOptions
     hosts: tuple[str, ...]
     """Of every rank; before the processes have met, of this one alone."""
-    group: Group | None = None
+    group: ProbeGroup | None = None
     """None: alone, or not yet."""
 
     @property
@@ -126,7 +126,7 @@ class Check:
 
     name: str
     look: Callable[[Here], Facts]
-    judge: Callable[[Sequence[Seen], Asked], Iterator[Finding]]
+    judge: Callable[[Sequence[Seen], DoctorOptions], Iterator[Finding]]
     together: bool = False
     """It needs the processes to have met, or takes long."""
     short: bool = True
@@ -143,7 +143,7 @@ def run_look(check: Check, here: Here) -> Facts:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
-def run_judge(check: Check, seen: Sequence[Seen], asked: Asked) -> list[Finding]:
+def run_judge(check: Check, seen: Sequence[Seen], asked: DoctorOptions) -> list[Finding]:
     """Its findings; a process that could not look is one too."""
     broken = [one for one in seen if "error" in one.facts]
     found = [

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from distft.core.errors import MachineError
 from distft.doctor.checks import CHECKS
 from distft.doctor.finding import Check, Facts, Finding, Here, Seen, fail, names, run_judge, run_look
-from distft.doctor.report import Report
+from distft.doctor.findings_table import Report
 
 if TYPE_CHECKING:
-    from distft.engine.meeting import Meeting
+    from distft.engine.rendezvous import Rendezvous
 
 LIMIT_S, SHORT_LIMIT_S = 180.0, 60.0
 """For one check of those that are made together; after that somebody hangs in it."""
@@ -43,31 +43,31 @@ class Together:
 
     def examine(self) -> int:
         """From the first look to the printed table; the exit code, equal on all ranks that got that far."""
-        from distft.engine.meeting import Meeting
+        from distft.engine.rendezvous import Rendezvous
 
         facts = {check.name: run_look(check, self._here) for check in self._checks if not check.together}
         try:
-            meeting = Meeting.open(self._here.rank, self._here.world, self._join_s)
-            meeting.arrive(self._here.hosts[0])
-            meeting.say(f"facts/{self._here.rank}", json.dumps({"host": self._here.hosts[0], "facts": facts}))
-            told = self._decide(meeting) if self._here.rank == 0 else meeting.hear("told", 2 * self._join_s)
+            rendezvous = Rendezvous.open(self._here.rank, self._here.world, self._join_s)
+            rendezvous.announce(self._here.hosts[0])
+            rendezvous.put(f"facts/{self._here.rank}", json.dumps({"host": self._here.hosts[0], "facts": facts}))
+            told = self._decide(rendezvous) if self._here.rank == 0 else rendezvous.wait_for("told", 2 * self._join_s)
             if told is None:
                 raise MachineError("rank 0 has looked at nothing and said nothing")
         except (MachineError, RuntimeError) as error:
             return self._alone(facts, str(error).splitlines()[0])
         word = json.loads(told)
         if not word["go"]:
-            meeting.say(f"bye/{self._here.rank}", "")
+            rendezvous.put(f"bye/{self._here.rank}", "")
             if self._here.rank == 0:
-                meeting.hear_all((f"bye/{rank}" for rank in word["came"]), LINGER_S)
+                rendezvous.wait_for_all((f"bye/{rank}" for rank in word["came"]), LINGER_S)
             return word["code"]
         self._report.hosts = tuple(word["hosts"])
-        return self._measure(meeting)
+        return self._measure(rendezvous)
 
-    def _decide(self, meeting: Meeting) -> str:
+    def _decide(self, rendezvous: Rendezvous) -> str:
         """Rank 0: wait for all, judge what they saw alone, say whether they go on."""
         world = range(self._here.world)
-        heard = meeting.hear_all((f"facts/{rank}" for rank in world), self._join_s)
+        heard = rendezvous.wait_for_all((f"facts/{rank}" for rank in world), self._join_s)
         said = {rank: json.loads(heard[f"facts/{rank}"]) for rank in world if f"facts/{rank}" in heard}
         self._report.hosts = tuple(word["host"] for word in said.values())
         stop = len(said) < len(world)
@@ -82,20 +82,20 @@ class Together:
         if stop:
             self._print()
         told = {"go": not stop, "code": self._report.code, "came": list(said), "hosts": self._report.hosts}
-        meeting.say("told", json.dumps(told))
+        rendezvous.put("told", json.dumps(told))
         return json.dumps(told)
 
-    def _measure(self, meeting: Meeting) -> int:
+    def _measure(self, rendezvous: Rendezvous) -> int:
         """All: become a group, and make the checks that need one."""
         from distft.engine import processes
-        from distft.engine.bandwidth import Group
+        from distft.engine.bandwidth import ProbeGroup
 
         limit_s = SHORT_LIMIT_S if self._here.asked.short else LIMIT_S
         self._now = "network"
         with Deadline(self._join_s, self._stuck):
             try:
-                placed = processes.join(10 * limit_s, store=meeting.store)
-                group = Group(placed)
+                placed = processes.join(10 * limit_s, store=rendezvous.store)
+                group = ProbeGroup(placed)
                 group.gather(None)
             except (MachineError, RuntimeError) as error:
                 return self._broken(error)

@@ -22,14 +22,14 @@ ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
+class BusBandwidth:
     """Bus bandwidth in bytes per second, the best of ROUNDS."""
 
     all_reduce: float
     all_gather: float
 
 
-class Group:
+class ProbeGroup:
     """The processes, once they have joined."""
 
     def __init__(self, placed: Processes) -> None:
@@ -42,7 +42,7 @@ class Group:
         dist.all_gather_object(everyone, value, group=self._host)
         return everyone
 
-    def rates(self, num_bytes: int) -> Rates:
+    def rates(self, num_bytes: int) -> BusBandwidth:
         """All-reduce and all-gather of `num_bytes` on the device."""
         world = self.placed.world
         count = max(1, num_bytes // 4 // world) * world
@@ -51,7 +51,7 @@ class Group:
         reduce_s = self._best_s(lambda: dist.all_reduce(whole))
         gather_s = self._best_s(lambda: dist.all_gather_into_tensor(whole, part))
         share = (world - 1) / world
-        return Rates(all_reduce=2 * share * 4 * count / reduce_s, all_gather=share * 4 * count / gather_s)
+        return BusBandwidth(all_reduce=2 * share * 4 * count / reduce_s, all_gather=share * 4 * count / gather_s)
 
     def ring(self, num_bytes: int, ranks: Sequence[int]) -> dict[int, float]:
         """Bytes per second, each way at once, between this rank and its two neighbours in the ring of `ranks`.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distft.core.errors import MachineError
 from distft.core.types import Batch, LossTerms, StepReport, TrainState, UpdateRule
-from distft.engine import doubling, processes
+from distft.engine import processes, recursive_doubling
 from distft.engine.processes import Processes
 
 
@@ -72,8 +72,8 @@ class BaseEngine:
         if self.world == 1:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)
-        if self.world > doubling.RING_RANKS:
-            return doubling.summed(total, self.rank, self.world).tolist()
+        if self.world > recursive_doubling.RING_RANKS:
+            return recursive_doubling.summed(total, self.rank, self.world).tolist()
         dist.all_reduce(total)
         return total.tolist()
 

@@ -27,10 +27,10 @@ from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
 from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
+from distft.engine.gradient_sums import warn_of_bf16_sums
 from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.engine.spec import Zero3Params, Zero12Params
-from distft.engine.sums import warn_of_bf16_sums
 
 BUCKET_ELEMENTS = 50_000_000
 """Largest communication bucket: 100 MB in bf16, enough to fill an NVLink or a 400 Gb/s link."""

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import MachineError
-from distft.core.leave import keep
-from distft.engine import affinity, flight
+from distft.core.hard_exit import keep_alive
+from distft.engine import affinity, flight_recorder
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
     Args:
         timeout_s: of the rendezvous, and of every collective after it.
         store: where processes that have met already go on; None: at MASTER_ADDR and MASTER_PORT.
-        record_in: folder for the last collectives of each rank, should one of them never end (see `flight`).
+        record_in: folder for the last collectives of each rank, should one of them never end (see `flight_recorder`).
 
     Raises:
         MachineError: more processes on this host than accelerators, or the rendezvous failed.
@@ -151,7 +151,7 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
         if launcher == "plain":  # a whole launch, so that `placed_by` reads it back; nobody dials the port
             ours |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
         if record_in is not None and world > 1:
-            ours |= flight.variables(record_in, os.environ)
+            ours |= flight_recorder.variables(record_in, os.environ)
         if device.type == "cuda":
             ours |= nccl_variables(timeout_s, os.environ)
         exported = {key: os.environ.get(key) for key in ours if os.environ.get(key) != ours[key]}
@@ -281,7 +281,7 @@ def leaving() -> Iterator[contextlib.ExitStack]:
         yield stack
     except BaseException:
         if _shares_accelerators():
-            keep(stack.pop_all())
+            keep_alive(stack.pop_all())
         else:
             stack.close()
         raise

@@ -16,10 +16,10 @@ from distft.engine import fragments
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
 from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
-from distft.engine.owned import OwnedParameters
+from distft.engine.gradient_sums import GradientSums, warn_of_bf16_sums
+from distft.engine.master_weights import MasterWeights
 from distft.engine.processes import Processes
 from distft.engine.spec import EngineParams
-from distft.engine.sums import GradientSums, warn_of_bf16_sums
 
 
 class SoloEngine(BaseEngine):
@@ -46,7 +46,7 @@ class SoloEngine(BaseEngine):
         if self._sums_apart:
             self._sums = self._add_in_fp32()
         named = self._unwrapped().named_parameters()
-        self._owned = OwnedParameters(named, sums=self._sums, per_tensor=rule.per_tensor)
+        self._owned = MasterWeights(named, sums=self._sums, per_tensor=rule.per_tensor)
         self._optimizer = rule.build(rule.groups(self._owned))
 
     def _add_in_fp32(self) -> GradientSums | None:
@@ -120,7 +120,7 @@ class SoloEngine(BaseEngine):
         """Every rank reads what it owns, and where all own everything, everything."""
         self.create_state()
         fragments.load(self._fragments(whole=True), self._optimizer, reader, optimizer_step=state.updates)
-        self._owned.publish()
+        self._owned.copy_to_model()
 
     def _step_once(self) -> None:
         self._optimizer.step()

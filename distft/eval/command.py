@@ -13,22 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft import assemble, fits
+from distft import assemble, compatibility
 from distft.core.ending import exit_code, report_error
 from distft.core.errors import DONE, Preempted, Problem, RecipeError
 from distft.core.log import quiet_libraries
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 from distft.core.stop import STOP
 from distft.core.types import TrainState
 from distft.eval.subject import Subject, choose, read, trained_rows
 from distft.recipe import AnswersTable, Recipe
-from distft.recipe.answers import TASK
+from distft.recipe.eval_rules import TASK
 from distft.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from distft.answers.exam import Exam
     from distft.core.types import Engine
     from distft.engine.processes import Processes
+    from distft.evaluation.eval_sets import EvalSet
     from distft.model.load import MetaModel
 
 MICRO_TOKENS = 8192
@@ -46,13 +46,13 @@ def evaluate(subject: Subject) -> dict[str, Any]:
 
     expandable_segments()
     quiet_libraries()
-    PULSE.begin()
+    PHASE.begin()
     _, rank, world, _ = processes.placed_by(os.environ)
     say = _say if rank == 0 else _say_nothing
     if not (subject.asked.eval.answers or subject.asked.data.eval):
         problem = Problem(message="nothing to look at", fix="add [[data.eval]], [[eval.answers]], or --lm-eval TASK")
         raise RecipeError(subject.asked.source, [problem])
-    fits.refuse_misfits(subject.built)
+    compatibility.refuse_misfits(subject.built)
     asked, built = _cut_for(subject.asked, world), _cut_for(subject.built, world)
     cut = assemble.layout(built, world, say)
     known = trained_rows(subject)
@@ -61,14 +61,14 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     else:
         rows = assemble.held_out(asked, cut, rank, world, tuple(known["stop_ids"]), say)
         asked = _asked_as(asked, chats=known["chats"])
-    exams = assemble.exams(asked, say)
+    eval_sets = assemble.eval_sets(asked, say)
     with processes.leaving() as group:
         placed = processes.join()
         group.callback(processes.leave, placed)
         engine = assemble.open_engine(built, placed, say)
         group.callback(engine.close)
         model = _held(replace(subject, built=built), engine, placed, cut, rows, say)
-        return _look(subject, engine, model, rows, exams, say)
+        return _look(subject, engine, model, rows, eval_sets, say)
 
 
 def _asked_as(recipe: Recipe, *, chats: bool) -> Recipe:
@@ -120,7 +120,7 @@ def _look(
     engine: Engine,
     model: MetaModel,
     rows: assemble.HeldOut,
-    exams: list[Exam],
+    eval_sets: list[EvalSet],
     say: assemble.Say,
 ) -> dict[str, Any]:
     from distft.export.model_card import refresh
@@ -129,8 +129,10 @@ def _look(
     recipe = subject.asked
     objective = assemble.objective(recipe, engine, model)
     folder = RunFolder(subject.folder, writes=engine.rank == 0)
-    PULSE.training()  # from here on a stop is agreed on
-    looks = assemble.looks(recipe, folder, engine, model, rows, exams, objective, num_steps=0, stop=STOP.asked, say=say)
+    PHASE.training()  # from here on a stop is agreed on
+    looks = assemble.evaluator(
+        recipe, folder, engine, model, rows, eval_sets, objective, num_steps=0, stop=STOP.asked, say=say
+    )
     figures = looks.under(subject.label, TrainState(step=subject.step))
     if figures is None:
         raise Preempted(f"stopped by {STOP.reason or 'another rank'}; sets that were finished are kept")
@@ -165,14 +167,14 @@ def _with_tasks(subject: Subject, names: Sequence[str], limit: int | None, num_f
 
 def show(found: dict[str, Any]) -> Iterator[str]:
     """What was found, as lines."""
-    from distft.looks import told
+    from distft.evaluator import summary_line
 
     yield f"{found['label']} (step {found['step']}): {found['folder']}"
     for name, value in found["figures"].items():
         yield f"  {name:<40} {value:.6g}"
     for entry in (found["summary"] or {}).get("sets", []):
         for label in ("after", "best"):
-            if (line := told(entry, label)) is not None:
+            if (line := summary_line(entry, label)) is not None:
                 yield line
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distft.run_record import Result, RunRecord, number
+from distft.run_record import EvalFigure, RunRecord, number
 
 CARD = "README.md"
 YOURS = "<!-- distft writes what is above anew; what is below is yours -->"
@@ -169,7 +169,7 @@ def _scores(run: RunRecord) -> Iterator[str]:
         yield ""
 
 
-def _interval(one: Result, told: Any) -> str:
+def _interval(one: EvalFigure, told: Any) -> str:
     value = None if not told else number(told.get("value"))
     if value is None:
         return ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distft.core import host
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import Batch, LossTerms, StepReport, TrainState
 
 FIRST_STEP = "first_step"
@@ -17,13 +17,13 @@ _OF_THE_STEP = ("data", "agree", "forward", "backward", "update", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class StartupTimes:
     """One rank's start. Its phases add up to the time since its process was started."""
 
     rank: int
     host: str
     seconds: dict[str, float]
-    """By phase, in the order they are passed (see `core.pulse`); `imports` comes before the first."""
+    """By phase, in the order they are passed (see `core.phase`); `imports` comes before the first."""
 
     @property
     def total_s(self) -> float:
@@ -53,10 +53,10 @@ class StartUp:
 
     def step(self, state: TrainState, report: StepReport) -> None:
         """Collective, once."""
-        if PULSE.stepped:
+        if PHASE.stepped:
             return
-        PULSE.stepped = True
-        mine = Start(rank=self._rank, host=socket.gethostname(), seconds=phases())
+        PHASE.stepped = True
+        mine = StartupTimes(rank=self._rank, host=socket.gethostname(), seconds=phases())
         starts = self._gather(mine)
         worst = slowest(starts)
         launch = {} if self._launched_s is None else {"launch_s": round(self._launched_s, 3)}
@@ -81,9 +81,9 @@ class StartUp:
 def phases() -> dict[str, float]:
     """Seconds of this process by phase up to now; evaluations before the first step count as `eval`."""
     now = time.monotonic()
-    age = host.age_s() if PULSE.runs == 1 else None
-    spent = {"imports": max(0.0, age - (now - PULSE.began))} if age is not None else {}
-    for phase, seconds in [*PULSE.spent.items(), (PULSE.phase, now - PULSE.since)]:
+    age = host.age_s() if PHASE.runs == 1 else None
+    spent = {"imports": max(0.0, age - (now - PHASE.began))} if age is not None else {}
+    for phase, seconds in [*PHASE.seconds.items(), (PHASE.phase, now - PHASE.since)]:
         name = FIRST_STEP if phase in _OF_THE_STEP else phase
         spent[name] = spent.get(name, 0.0) + seconds
     return {phase: seconds for phase, seconds in spent.items() if phase != FIRST_STEP} | {
@@ -102,7 +102,7 @@ def launched_s(env: Mapping[str, str]) -> float | None:
     return max(0.0, time.time() - age - int(began))
 
 
-def slowest(starts: Sequence[Start]) -> dict[str, Start]:
+def slowest(starts: Sequence[StartupTimes]) -> dict[str, StartupTimes]:
     """By phase, the rank that was in it longest."""
     every = dict.fromkeys(phase for start in starts for phase in start.seconds)
     return {
@@ -111,7 +111,7 @@ def slowest(starts: Sequence[Start]) -> dict[str, Start]:
     }
 
 
-def text(mine: Start, worst: Mapping[str, Start], launched: float | None) -> str:
+def text(mine: StartupTimes, worst: Mapping[str, StartupTimes], launched: float | None) -> str:
     """`first step 21.4 s after the process's start: imports 9.1, rows 0.4 (rank 3 on node2: 6.0), …`."""
     parts = []
     for phase, seconds in mine.seconds.items():

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from distft.core.types import IGNORE
 from distft.model.cross_entropy import HeadLoss, LogitRule, chunked_loss, judged, likelihoods, with_adapter
 from distft.model.head import Observation
+from distft.model.load_balancing import RouterLoss
 from distft.model.paths import ForwardPath
-from distft.model.router import RouterLoss
 
 
 class CausalLM(nn.Module):

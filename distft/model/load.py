@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from distft.core.errors import MachineError
-from distft.core.pulse import PULSE
-from distft.model import attention, cross_entropy, head, quantize, router, skeleton
+from distft.core.phase import PHASE
+from distft.model import attention, cross_entropy, head, load_balancing, quantize, skeleton
 from distft.model.adapters import MethodSpec
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
@@ -27,7 +27,7 @@ from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
 from distft.model.tensor_files import mistake
 from distft.model.towers import text_parameters
-from distft.model.weights import NoSource, RandomSource, SafetensorsSource, Source, meta_params, seed_of
+from distft.model.weights import NoSource, RandomSource, SafetensorsSource, WeightSource, meta_params, seed_of
 from distft.recipe.schema import ModelTable
 
 WRAPPER = "lm."
@@ -92,7 +92,7 @@ class MetaModel:
         self,
         module: CausalLM,
         blocks: list[nn.Module],
-        source: Source,
+        source: WeightSource,
         method: MethodSpec,
         *,
         tied: Mapping[str, tuple[str, nn.Module]],
@@ -121,7 +121,7 @@ class MetaModel:
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
         """Give every parameter below `unit` that is still meta its value on `device`; tied tensors stay tied."""
-        PULSE.at("weights")
+        PHASE.enter("weights")
         for module in unit.modules():
             if any(True for _ in meta_params(module)):
                 self._fill_one(module, device)
@@ -257,7 +257,7 @@ def build(
     if quant is not None:
         quantize.store_in_4bit(lm, quant, dtype)
     blocks = blocks_of(lm)
-    observed, router_loss = head.observe(lm), router.find(lm)
+    observed, router_loss = head.observe(lm), load_balancing.find(lm)
     path = path or ForwardPath(attention=kernel, head="chunked" if observed is not None else "own")
     loss = cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     reached = text_parameters(lm)
@@ -311,5 +311,5 @@ def untrained(config: Any, kernel: str) -> Any:
     return auto_class(config).from_config(config, attn_implementation=kernel)
 
 
-def _source(table: ModelTable, folder: Path, lm: Any, seed: int, dtype: torch.dtype) -> Source:
+def _source(table: ModelTable, folder: Path, lm: Any, seed: int, dtype: torch.dtype) -> WeightSource:
     return RandomSource(lm, seed, dtype) if table.init == "random" else SafetensorsSource(folder, lm, dtype)

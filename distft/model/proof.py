@@ -20,10 +20,10 @@ from distft.model import attention
 from distft.model.blocks import blocks_of
 from distft.model.bugs import raise_mistakes
 from distft.model.paths import VARLEN, ForwardPath, Generation, training_paths
+from distft.model.proof_verdict import Attempt, ProofVerdict
 from distft.model.reference import NotEqualError, Reference
 from distft.model.shrink import distinct_depth, small_copies
 from distft.model.towers import text_parameters
-from distft.model.verdict import Attempt, Verdict
 
 MOST_PARAMETERS = 150_000_000
 """A copy larger than this is not built."""
@@ -39,7 +39,7 @@ def prove(
     max_length: int,
     precision: torch.dtype | None = None,
     compiled: bool = False,
-) -> Verdict:
+) -> ProofVerdict:
     """Find the first path whose numbers are those of transformers' own model.
 
     Args:
@@ -66,7 +66,7 @@ def prove(
                 path = _compiled(reference, path, half, attempts)
         except MachineError as error:
             path, attempts, reason = None, [], str(error)
-        return Verdict(architecture=name, path=path, attempts=tuple(attempts), reason=reason)
+        return ProofVerdict(architecture=name, path=path, attempts=tuple(attempts), reason=reason)
 
 
 def _reference(

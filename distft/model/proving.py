@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distft.core.errors import Problem, RecipeError
 from distft.model.paths import ForwardPath
-from distft.model.verdict import Verdict, cache_key, kept
+from distft.model.proof_verdict import ProofVerdict, cache_key, kept
 from distft.recipe.schema import ModelTable
 
 
@@ -20,7 +20,7 @@ def verdict_on(
     device: str = "cpu",
     compiled: bool = False,
     waiting: Callable[[], None] = lambda: None,
-) -> Verdict:
+) -> ProofVerdict:
     """Return what is known of the model in `folder`, or find it out: seconds, without its weights.
 
     Args:
@@ -37,7 +37,7 @@ def verdict_on(
         FileSystemError: the cache cannot be written.
     """
 
-    def find() -> Verdict:
+    def find() -> ProofVerdict:
         import torch
 
         from distft.core.log import quiet_libraries
@@ -63,7 +63,7 @@ def verdict_on(
     return kept(key, find, waiting=waiting)
 
 
-def path_of(verdict: Verdict, *, source: str, line: int | None, attention: str) -> ForwardPath:
+def path_of(verdict: ProofVerdict, *, source: str, line: int | None, attention: str) -> ForwardPath:
     """Return the path that a verdict allows.
 
     Args:

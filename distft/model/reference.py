@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
-from distft.model import cross_entropy, head, router
-from distft.model.answering import answering, new_cache
+from distft.model import cross_entropy, head, load_balancing
+from distft.model.activation_checkpointing import compile_blocks
 from distft.model.blocks import blocks_of
 from distft.model.causal import CausalLM
+from distft.model.inference import generation_mode, new_cache
 from distft.model.paths import ForwardPath
 from distft.model.precision import in_double
-from distft.model.savers import compile_blocks
 from distft.model.shrink import PROBE_LENGTHS, VOCABULARY
 from distft.model.towers import text_parameters
 
@@ -227,7 +227,7 @@ class Reference:
             loss: cross_entropy.HeadLoss = functools.partial(_small_chunks, cross_entropy.chunked_sum)
         else:
             loss = cross_entropy.choose("auto", self._device)
-        module = CausalLM(lm, loss, path=path, observed=observed, router=router.find(lm))
+        module = CausalLM(lm, loss, path=path, observed=observed, router=load_balancing.find(lm))
         if path.compiled:
             compile_blocks(blocks_of(lm))
         return module.eval()
@@ -294,7 +294,7 @@ class Reference:
         groups = [range(len(prompts))] if path.generation == "batched" else [[index] for index in range(len(prompts))]
         with self._computing(), torch.no_grad():
             module = self._wrapped(replace(path, attention="eager"))
-            with answering(module):
+            with generation_mode(module):
                 for group in groups:
                     self._hold_group(module, path, [prompts[index] for index in group], list(group))
 

@@ -30,7 +30,7 @@ _SAID = 6
 """Names that a message lists."""
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Where base weights come from."""
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:

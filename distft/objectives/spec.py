@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distft.core.given import NO_COLUMNS, Columns
+from distft.core.protocols import NO_COLUMNS, Columns
 from distft.core.registry import Params
 
 if TYPE_CHECKING:

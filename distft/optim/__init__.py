@@ -1,7 +1,7 @@
 """Update rules and learning-rate schedules; one file each, one line here.
 
-The optimizer sees plain local tensors only (see `distft.engine.owned`), so any `torch.optim.Optimizer` works under
-every engine as long as it treats elements, or blocks of them, independently.
+The optimizer sees plain local tensors only (see `distft.engine.master_weights`), so any `torch.optim.Optimizer` works
+under every engine as long as it treats elements, or blocks of them, independently.
 """
 
 from distft.core.registry import Registry

@@ -22,7 +22,7 @@ from distft.core import accelerators
 from distft.core.accelerators import GIB, Accelerator
 from distft.core.cache import cache_root
 from distft.core.errors import Problem, RecipeError
-from distft.plan.rates import ASSUMED, Rates, Work, times
+from distft.plan.rates import ASSUMED, HardwareRates, Work, times
 
 SCHEMA = 1
 VARIABLE = "DISTFT_CALIBRATION"
@@ -87,7 +87,7 @@ class Calibration:
     """Rates of one GPU and how well they say what was measured."""
 
     gpu: Accelerator
-    rates: Rates
+    rates: HardwareRates
     cases: int
     error_before: float | None
     """Mean relative error of the step times that were predicted with the assumed rates; None without cases."""
@@ -97,7 +97,7 @@ class Calibration:
     def lines(self) -> Iterator[str]:
         """What changed."""
         yield f"{self.gpu.name}: {self.rates.source}"
-        for field in fields(Rates):
+        for field in fields(HardwareRates):
             before, now = getattr(ASSUMED, field.name), getattr(self.rates, field.name)
             if field.name != "source" and before != now:
                 yield f"  {field.name:<24} {_shown(field.name, before)} -> {_shown(field.name, now)}"
@@ -259,7 +259,7 @@ _HOLD = 0.02
 _ROUNDS = 60
 
 
-def fit(steps: Sequence[tuple[Work, float]], begin: Rates, gpu: Accelerator) -> Rates:
+def fit(steps: Sequence[tuple[Work, float]], begin: HardwareRates, gpu: Accelerator) -> HardwareRates:
     """The rates, at most the peaks, whose predictions are nearest to the measured (work, seconds): least squares.
 
     In logarithms of rates and times (Levenberg and Marquardt), so that every case counts alike.
@@ -279,7 +279,7 @@ def fit(steps: Sequence[tuple[Work, float]], begin: Rates, gpu: Accelerator) -> 
     return _with(begin, _least_squares(off, start, top))
 
 
-def _with(begin: Rates, point: Any) -> Rates:
+def _with(begin: HardwareRates, point: Any) -> HardwareRates:
     return replace(begin, **{name: math.exp(value) for name, value in zip(FITTED, point, strict=True)})
 
 
@@ -303,7 +303,7 @@ def _least_squares(off: Callable[[Any], Any], start: Any, top: Any) -> Any:
     return point
 
 
-def _error(steps: Sequence[tuple[Work, float]], rates: Rates, gpu: Accelerator) -> float | None:
+def _error(steps: Sequence[tuple[Work, float]], rates: HardwareRates, gpu: Accelerator) -> float | None:
     if not steps:
         return None
     return statistics.fmean(abs(times(work, rates, gpu).step_s / seconds - 1) for work, seconds in steps)
@@ -326,7 +326,7 @@ def keep(found: Calibration, path: Path) -> None:
     own.replace(path)
 
 
-def of_gpu(gpu: Accelerator, path: Path | None = None) -> Rates:
+def of_gpu(gpu: Accelerator, path: Path | None = None) -> HardwareRates:
     """The rates that plans for `gpu` use: its calibration's where one is kept, else those that are assumed.
 
     Raises:
@@ -336,13 +336,13 @@ def of_gpu(gpu: Accelerator, path: Path | None = None) -> Rates:
     kept = _kept(path).get(gpu.name)
     if kept is None:
         return ASSUMED
-    names = {field.name for field in fields(Rates)}
+    names = {field.name for field in fields(HardwareRates)}
     sound = isinstance(kept, dict) and set(kept) == names and isinstance(kept["source"], str)
     numbers = [value for key, value in kept.items() if key != "source"] if sound else []
     if not sound or not all(isinstance(value, int | float) and value >= 0 for value in numbers):
         message = f"gpus.{gpu.name}: not the rates of this version"
         raise RecipeError(str(path), [Problem(message=message, fix="calibrate again, or delete the file")])
-    return Rates(**kept)
+    return HardwareRates(**kept)
 
 
 def _kept(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distft.plan import auto, memory, speed
+from distft.plan import auto_setup, memory, speed
 from distft.plan.inventory import Inventory
 from distft.plan.memory import Memory
 from distft.plan.setup import Machine, Setup, has_liger, resolve_engine
@@ -14,7 +14,7 @@ from distft.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class PlanCase:
     """What is predicted for one setup."""
 
     setup: Setup
@@ -106,7 +106,7 @@ def plan(
     liger: bool | None = None,
     wants: str = "",
     document_tokens: int | None = None,
-) -> Case:
+) -> PlanCase:
     """The recipe on the machine, with what it leaves to `auto` chosen.
 
     Args:
@@ -123,9 +123,9 @@ def plan(
     """
     engine = resolve_engine(recipe, machine, wants=wants)
     fused = has_liger() if liger is None else liger
-    chosen = auto.choose(recipe, inventory, machine, engine=engine, liger=fused, document_tokens=document_tokens)
+    chosen = auto_setup.choose(recipe, inventory, machine, engine=engine, liger=fused, document_tokens=document_tokens)
     held = memory.of_setup(inventory, chosen.setup)
-    return Case(
+    return PlanCase(
         setup=chosen.setup,
         parameters=inventory.total,
         trained=inventory.trained,

@@ -86,13 +86,13 @@ def _run(options: argparse.Namespace) -> int:
         micro = recipe.train.micro_batch_size
         check_world(recipe, machine.world, 1 if micro == "auto" else micro)
     quiet_libraries()
-    from distft import fits
+    from distft import compatibility
     from distft.plan import show
     from distft.plan.planner import Planner
     from distft.plan.source import config_folder
 
     with config_folder(recipe, options.config) as folder:
-        fits.refuse_misfits(recipe, folder)
+        compatibility.refuse_misfits(recipe, folder)
         planner = Planner(
             path=options.recipe,
             overrides=options.overrides,

@@ -14,7 +14,7 @@ from distft.core.accelerators import GIB
 from distft.engine.deepspeed import bucket_elements
 from distft.model.attention_shape import largest_attention
 from distft.plan import state as states
-from distft.plan.answering import Asking, asking
+from distft.plan.generation_memory import GenerationMemory, generation_memory
 from distft.plan.inventory import ROOT, Inventory
 from distft.plan.kernels import EAGER
 from distft.plan.setup import Setup
@@ -78,7 +78,7 @@ class Memory:
 
 def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     """Memory of a rank that holds most."""
-    recipe, world = setup.recipe, setup.machine.world
+    recipe, world, rates = setup.recipe, setup.machine.world, setup.machine.rates
     optim_params: Any = recipe.optim.params
     state = states.of_rank(
         inventory,
@@ -98,10 +98,10 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     )
     gathered = _gathered(inventory, setup)
     block = _block_workspace(inventory, setup, kept)
-    rates = setup.machine.rates
     fixed = rates.context_bytes + (rates.nccl_bytes if world > 1 else 0)
     model = state.weights + state.quant_constants + state.master + state.optimizer + state.kept_gradients
-    asks = asking(inventory, setup, kept, held=fixed + int((model + gathered.num_bytes) * (1 + rates.fragmentation)))
+    lasting = fixed + int((model + gathered.num_bytes) * (1 + rates.fragmentation))
+    asks = generation_memory(inventory, setup, kept, held=lasting)
     phases = _phases(inventory, setup, state, kept, asks, gathered.num_bytes, block.num_bytes, fixed)
     allocated = phases.peak - fixed
     slack = Part(
@@ -145,7 +145,7 @@ def _phases(
     setup: Setup,
     state: State,
     kept: Activations,
-    asks: Asking | None,
+    asks: GenerationMemory | None,
     gathered: int,
     block: int,
     fixed: int,
@@ -386,7 +386,7 @@ def _activation_parts(setup: Setup, kept: Activations) -> tuple[Part, ...]:
     )
 
 
-def _asking_part(asks: Asking | None) -> tuple[Part, ...]:
+def _asking_part(asks: GenerationMemory | None) -> tuple[Part, ...]:
     if asks is None:
         return ()
     formula = (

@@ -14,13 +14,13 @@ from distft.core.errors import DistftError, MachineError, RecipeError
 from distft.model.paths import ForwardPath
 from distft.model.proving import path_of, verdict_on
 from distft.plan import inventory as inventories
-from distft.plan.advice import Change, changes
-from distft.plan.case import Case, plan
+from distft.plan.case import PlanCase, plan
 from distft.plan.inventory import Inventory
-from distft.plan.limits import Limit, largest
+from distft.plan.max_size import Limit, largest
 from distft.plan.setup import Machine
+from distft.plan.suggestions import RecipeChange, changes
 from distft.recipe import Recipe, load_recipe
-from distft.recipe.text import toml_value
+from distft.recipe.toml_text import toml_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Planner:
         """
         return load_recipe(self.path, registries=REGISTRIES, overrides=[*self.overrides, *extra])
 
-    def case(self, extra: Sequence[str] = (), machine: Machine | None = None) -> Case:
+    def case(self, extra: Sequence[str] = (), machine: Machine | None = None) -> PlanCase:
         """Planned with further overrides, on this machine or another.
 
         Raises:
@@ -93,7 +93,7 @@ class Planner:
             self._proven[key] = path_of(verdict, source=recipe.source, line=line, attention=model.attention)
         return self._proven[key]
 
-    def cases(self, methods: Sequence[str], engines: Sequence[str]) -> tuple[list[Case], list[Refused]]:
+    def cases(self, methods: Sequence[str], engines: Sequence[str]) -> tuple[list[PlanCase], list[Refused]]:
         """Every method under every engine; the recipe's own where a list is empty.
 
         Raises:
@@ -101,7 +101,7 @@ class Planner:
             MachineError: the same.
         """
         own = self.recipe()
-        planned: list[Case] = []
+        planned: list[PlanCase] = []
         refused: list[Refused] = []
         pairs = [(method, engine) for method in methods or [own.method.name] for engine in engines or [""]]
         for method, engine in pairs:
@@ -114,14 +114,14 @@ class Planner:
                 refused.append(Refused(method=method, engine=engine or own.engine.name, reason=_one_line(error)))
         return planned, refused
 
-    def changes(self, case: Case) -> list[Change]:
+    def changes(self, case: PlanCase) -> list[RecipeChange]:
         """What would make `case` fit."""
         recipe = case.setup.recipe
         own = self.recipe()
         base = [*method_override(own, recipe.method.name), *engine_override(own, case.setup.engine)]
         return changes(case, lambda extra, machine: self.case([*base, *extra], machine))
 
-    def limit(self, what: str, case: Case) -> Limit:
+    def limit(self, what: str, case: PlanCase) -> Limit:
         """The largest sequence (`seq`), micro-batch (`micro`) or model (`model`) with which `case` fits.
 
         What the recipe leaves to `auto` stays as `case` has it, but for the micro-batch under `seq` and `model`: one.
@@ -135,7 +135,7 @@ class Planner:
                 return self._longest([*base, "train.micro_batch_size=1"])
             case "micro":
 
-                def of(micro: int) -> Case:
+                def of(micro: int) -> PlanCase:
                     batch = f"train.global_batch_size={world * micro}"
                     return self.case([*base, f"train.micro_batch_size={micro}", batch])
 
@@ -144,7 +144,7 @@ class Planner:
                 recipe = self.recipe([*base, "train.micro_batch_size=1"])
                 model = self.inventory(recipe)
 
-                def deep(blocks: int) -> Case:
+                def deep(blocks: int) -> PlanCase:
                     deeper = inventories.resized(model, blocks)
                     return plan(recipe, deeper, self.machine, document_tokens=self.document_tokens)
 

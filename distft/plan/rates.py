@@ -11,7 +11,7 @@ from distft.core.accelerators import GIB, Accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
+class HardwareRates:
     """Shares of data-sheet peaks that good code reaches, host times, and bytes beside what torch allocates."""
 
     matmul: float = 0.78
@@ -43,7 +43,7 @@ class Rates:
         return bool(self.source)
 
 
-ASSUMED = Rates()
+ASSUMED = HardwareRates()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Times:
     """The whole step."""
 
 
-def times(work: Work, rates: Rates, gpu: Accelerator, *, link_bytes_per_s: float | None = None) -> Times:
+def times(work: Work, rates: HardwareRates, gpu: Accelerator, *, link_bytes_per_s: float | None = None) -> Times:
     """How long `work` takes. `link_bytes_per_s`: of the slowest link; None: the one inside a node."""
     compute = work.matmul_flops / (rates.matmul * gpu.bf16_flops)
     compute += work.attention_flops / (rates.attention * gpu.bf16_flops)

@@ -18,7 +18,7 @@ from distft.model import cross_entropy
 from distft.model.cross_entropy import HeadLoss
 from distft.model.paths import ForwardPath
 from distft.plan import kernels
-from distft.plan.rates import ASSUMED, Rates
+from distft.plan.rates import ASSUMED, HardwareRates
 from distft.recipe import Recipe, check_world
 
 
@@ -29,7 +29,7 @@ class Machine:
     gpu: Accelerator
     gpus_per_node: int
     nodes: int = 1
-    rates: Rates = ASSUMED
+    rates: HardwareRates = ASSUMED
     """What these GPUs reach."""
     on_cpu: bool = False
     """Processes compute on a CPU, whose kernels keep other tensors."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distft.core.accelerators import GIB
-from distft.plan.advice import Change
-from distft.plan.case import Case
-from distft.plan.limits import Limit
+from distft.plan.case import PlanCase
+from distft.plan.max_size import Limit
 from distft.plan.memory import Part
 from distft.plan.planner import Refused
+from distft.plan.suggestions import RecipeChange
 
 _COLUMNS = ("method", "engine", "micro", "ckpt", "weights", "grads", "master", "optim", "gather", "acts", "logits",
             "peak", "of", "fits", "tok/s/GPU", "MFU")  # fmt: skip
 
 
-def table(cases: Sequence[Case], refused: Sequence[Refused]) -> Iterator[str]:
+def table(cases: Sequence[PlanCase], refused: Sequence[Refused]) -> Iterator[str]:
     """One line for each case, GiB per GPU."""
     rows = [_COLUMNS, *map(_row, cases)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
@@ -32,7 +32,7 @@ def table(cases: Sequence[Case], refused: Sequence[Refused]) -> Iterator[str]:
         yield f"  {one.method} x {one.engine}: not possible: {one.reason}"
 
 
-def _row(case: Case) -> tuple[str, ...]:
+def _row(case: PlanCase) -> tuple[str, ...]:
     state, kept, setup = case.memory.state, case.memory.activations, case.setup
     sizes = (state.weights + state.quant_constants, state.gradients, state.master, state.optimizer,
              case.memory.gathered, kept.saved, kept.head, case.memory.peak, setup.machine.gpu.memory_bytes)  # fmt: skip
@@ -48,13 +48,13 @@ def _row(case: Case) -> tuple[str, ...]:
     )
 
 
-def _fits(case: Case) -> str:
+def _fits(case: PlanCase) -> str:
     if not case.fits:
         return "no"
     return "paged" if case.paged_bytes else "yes"
 
 
-def details(case: Case, *, price: float | None, explain: bool) -> Iterator[str]:
+def details(case: PlanCase, *, price: float | None, explain: bool) -> Iterator[str]:
     """Memory by component and phase, host and disk, speed."""
     setup, machine, held, fast = case.setup, case.setup.machine, case.memory, case.speed
     where = f"{machine.gpus_per_node} x {machine.gpu.name}" + (f" x {machine.nodes} nodes" if machine.nodes > 1 else "")
@@ -105,7 +105,7 @@ def _line(part: Part, explain: bool) -> str:
     return f"{text}  {part.num_bytes:>16,} bytes = {part.formula}" if explain else text
 
 
-def _verdict(case: Case) -> str:
+def _verdict(case: PlanCase) -> str:
     peak, usable = case.memory.peak / GIB, case.setup.machine.gpu.memory_gib
     if not case.fits:
         return (
@@ -117,7 +117,7 @@ def _verdict(case: Case) -> str:
     return f"fits: {peak:.1f} GiB of {usable:.1f} usable, {case.spare_bytes / GIB:.1f} GiB to spare"
 
 
-def _length(case: Case, price: float | None) -> str:
+def _length(case: PlanCase, price: float | None) -> str:
     fast, world = case.speed, case.setup.machine.world
     hours = fast.hours_per_billion_tokens if fast.hours is None else fast.hours
     of = "per billion tokens (how many an epoch has, distft check tells)" if fast.hours is None else "for the run"
@@ -125,7 +125,7 @@ def _length(case: Case, price: float | None) -> str:
     return f"time (predicted): {hours:,.2f} hours {of}{cost}"
 
 
-def advice(changes: Sequence[Change]) -> Iterator[str]:
+def advice(changes: Sequence[RecipeChange]) -> Iterator[str]:
     """Numbered, cheapest first."""
     if not changes:
         yield "no single change, nor the savers together, make it fit: a smaller model, or more memory"
@@ -135,7 +135,7 @@ def advice(changes: Sequence[Change]) -> Iterator[str]:
         yield f"  {number}. {change}"
 
 
-def limit(found: Limit, case: Case) -> str:
+def limit(found: Limit, case: PlanCase) -> str:
     """One sentence."""
     gpu = case.setup.machine.gpu
     if found.case is None:

@@ -1,7 +1,7 @@
 """Bytes of training state that one rank holds, exactly: weights, constants, gradients, masters, optimizer state.
 
 Each engine is a rule for which elements of which tensors a rank has; the rules follow the libraries' code, and
-`tests/dist/test_plan_exact.py` compares every figure with the bytes counted in running processes (`engine.held`).
+`tests/dist/test_plan_exact.py` compares every figure with bytes counted in processes (`engine.state_bytes`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ZERO12_ALIGNMENT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Bytes on one rank's device unless `on_host`; see `engine.held.Held` for what each word covers."""
+    """Bytes on one rank's device unless `on_host`; see `engine.state_bytes.Held` for what each word covers."""
 
     weights: int
     quant_constants: int
@@ -124,7 +124,7 @@ def _whole(inventory: Inventory, world: int, rank: int, how: _How) -> tuple[Stat
 
 
 def _copied(numels: list[int], stored: list[int], how: _How, *, frees: bool) -> int:
-    """Most bytes beside all stored gradients, as `OwnedParameters.update` makes fp32 copies of those that are not.
+    """Most bytes beside all stored gradients, as `MasterWeights.update` makes fp32 copies of those that are not.
 
     `frees`: a gradient's memory is free once its copy has been used; else it stays.
     """

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distft.core.errors import DistftError, MachineError
-from distft.model import savers
+from distft.model import activation_checkpointing
 from distft.model.causal import CausalLM
 from distft.model.cross_entropy import GATHERED_CHUNKS, HeadLoss, chunk_tokens, chunked_loss, chunked_sum, full_loss
 from distft.model.load import MetaModel
@@ -311,7 +311,7 @@ def _ready(
     module.train()
     with warnings.catch_warnings():  # transformers renames the switch; both names work in what we support
         warnings.simplefilter("ignore", FutureWarning)
-        savers.checkpoint_blocks(transformer, checkpointing)  # type: ignore[arg-type]
+        activation_checkpointing.checkpoint_blocks(transformer, checkpointing)  # type: ignore[arg-type]
     try:
         with stand_ins.standing_in(kernel, packed=module.path.documents == "packed"):
             yield

@@ -13,18 +13,18 @@ from pydantic import ValidationError
 
 from distft.core.registry import Params, nearest
 from distft.recipe.lines import KeyPath
-from distft.recipe.origin import Fault
-from distft.recipe.text import is_array, is_table, toml_key, toml_value
-from distft.recipe.words import Schema, allowed_words, in_words, node_at
+from distft.recipe.origin import RecipeMistake
+from distft.recipe.schema_text import Schema, allowed_words, in_words, node_at
+from distft.recipe.toml_text import is_array, is_table, toml_key, toml_value
 
 ParamsT = TypeVar("ParamsT", bound=Params)
-ExplainUnknown = Callable[[KeyPath, list[str]], Fault]
+ExplainUnknown = Callable[[KeyPath, list[str]], RecipeMistake]
 """Explains a key nobody knows, given the keys that are known beside it."""
 
 
 def read_table(
     kind: type[ParamsT], raw: dict[str, Any], at: KeyPath, explain_unknown: ExplainUnknown
-) -> tuple[ParamsT, list[Fault]]:
+) -> tuple[ParamsT, list[RecipeMistake]]:
     """`raw` as a `kind`, and what is wrong with it.
 
     With faults, the table holds defaults where they are, so that rules between tables can still look at the rest.
@@ -89,18 +89,18 @@ def _key(detail: Any, raw: dict[str, Any]) -> KeyPath:
     return key
 
 
-def _fault(key: KeyPath, detail: dict[str, Any], schema: Schema, raw: dict[str, Any], at: KeyPath) -> Fault:
+def _fault(key: KeyPath, detail: dict[str, Any], schema: Schema, raw: dict[str, Any], at: KeyPath) -> RecipeMistake:
     node = node_at(schema, key)
     if detail["type"] == "missing" and key[-1] not in _value(raw, key[:-1]):  # else elements of an array are missing
-        return Fault(key=(*at, *key), message="is required", fix=_example((*at, *key), node))
+        return RecipeMistake(key=(*at, *key), message="is required", fix=_example((*at, *key), node))
     if detail["type"] in ("value_error", "assertion_error"):
         said = str(detail["ctx"]["error"])
         named = [name for name in raw if name in re.findall(r"\w+", said)] if not key else []
-        return Fault(key=(*at, *key, *named[:1]), message=said)
+        return RecipeMistake(key=(*at, *key, *named[:1]), message=said)
     value = _value(raw, key)
     expected = in_words(schema, node)
     message = f"must be {expected}{did_you_mean(value, allowed_words(schema, node))}"
-    return Fault(key=(*at, *key), message=message, fix=_rewritten(value, expected))
+    return RecipeMistake(key=(*at, *key), message=message, fix=_rewritten(value, expected))
 
 
 def _example(key: KeyPath, node: Schema) -> str:

@@ -22,8 +22,8 @@ from distft.recipe.schema import (
     chosen_tables,
     fixed_tables,
 )
-from distft.recipe.text import is_array, is_table
-from distft.recipe.words import Schema
+from distft.recipe.schema_text import Schema
+from distft.recipe.toml_text import is_array, is_table
 
 
 def schema_text(registries: Registries) -> str:

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params, nearest
-from distft.recipe.answers import SPOT_SETS
+from distft.recipe.eval_rules import SPOT_SETS
 from distft.recipe.evaluation import AnswersTable, EvalTable
 from distft.recipe.explain import did_you_mean, read_table
 from distft.recipe.lines import KeyPath, find_lines
-from distft.recipe.origin import Fault, Origin, shown
+from distft.recipe.origin import Origin, RecipeMistake, shown
 from distft.recipe.overrides import apply_overrides
 from distft.recipe.rules import broken_rules
 from distft.recipe.schema import (
@@ -29,7 +29,7 @@ from distft.recipe.schema import (
     fill_dependent_defaults,
     fixed_tables,
 )
-from distft.recipe.text import is_array, is_table, toml_value
+from distft.recipe.toml_text import is_array, is_table, toml_value
 from distft.recipe.unknown import unknown_key, unknown_top
 
 ParamsT = TypeVar("ParamsT", bound=Params)
@@ -124,7 +124,7 @@ class _Reader:
         name = raw.pop("name", None)
         if not isinstance(name, str) or name not in registry:
             message = "a score needs a name" if name is None else f"unknown score{did_you_mean(name, list(registry))}"
-            self.report(Fault(key=(*at, "name"), message=message, fix=f"allowed: {', '.join(registry)}"))
+            self.report(RecipeMistake(key=(*at, "name"), message=message, fix=f"allowed: {', '.join(registry)}"))
             return {"name": name, **raw}
         params = self.read(registry[name].params, raw, at, part=name)
         return {"name": name, **params.model_dump(mode="json", exclude_none=True)}
@@ -138,7 +138,7 @@ class _Reader:
         else:
             known = list(registry)
             message = f"unknown {registry.noun}{did_you_mean(name, known)}"
-            self.report(Fault(key=(table, "name"), message=message, fix=f"allowed: {', '.join(known)}"))
+            self.report(RecipeMistake(key=(table, "name"), message=message, fix=f"allowed: {', '.join(known)}"))
             self.report_keys_of_no_part(table, raw)
             spec = next(iter(registry.values()))
             params = spec.params.model_construct()
@@ -157,11 +157,11 @@ class _Reader:
         if is_table(raw):
             return dict(raw)
         pair = f"name = {toml_value(raw)}" if name in chosen_tables() else "its keys"
-        self.report(Fault(key=(name,), message="must be a table", fix=f"write [{name}] and below it {pair}"))
+        self.report(RecipeMistake(key=(name,), message="must be a table", fix=f"write [{name}] and below it {pair}"))
         return {}
 
     def read(self, kind: type[ParamsT], raw: dict[str, Any], at: KeyPath, part: str | None = None) -> ParamsT:
-        def explain(key: KeyPath, known: list[str]) -> Fault:
+        def explain(key: KeyPath, known: list[str]) -> RecipeMistake:
             if len(key) == 1:
                 return unknown_top(key, self.registries, is_table=isinstance(raw[str(key[0])], dict | list))
             return unknown_key(key, known, self.registries, part=part)
@@ -171,23 +171,23 @@ class _Reader:
             self.report(fault)
         return table
 
-    def report(self, fault: Fault) -> None:
+    def report(self, fault: RecipeMistake) -> None:
         """Keep the fault, unless its key was reported before: what follows from a removed value is no news."""
         if not fault.touches(known.key for known in self.faults):
             self.faults.append(fault)
 
 
-def _unusable_values(value: object, key: KeyPath) -> Iterator[Fault]:
+def _unusable_values(value: object, key: KeyPath) -> Iterator[RecipeMistake]:
     """Values that TOML can write and no setting can have."""
     inside = value.items() if is_table(value) else enumerate(value) if is_array(value) else ()
     if why := _unusable(value):
-        yield Fault(key=key, message=why)
+        yield RecipeMistake(key=key, message=why)
     elif inside and len(key) > _DEEPEST:
-        yield Fault(key=key, message="is nested too deeply")
+        yield RecipeMistake(key=key, message="is nested too deeply")
     else:
         for step, inner in inside:
             if why := _unusable(step):
-                yield Fault(key=(*key, step), message=f"is a key that {why}")
+                yield RecipeMistake(key=(*key, step), message=f"is a key that {why}")
             else:
                 yield from _unusable_values(inner, (*key, step))
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from distft.core.errors import Problem
 from distft.recipe.lines import KeyPath
-from distft.recipe.text import is_table, toml_key, toml_value
+from distft.recipe.toml_text import is_table, toml_key, toml_value
 
 _WIDEST = 72
 """Characters of a value that a message shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
+class RecipeMistake:
     """A mistake, by key; `Origin` knows its line."""
 
     key: KeyPath
@@ -51,7 +51,7 @@ class Origin:
                 return None
         return value
 
-    def problem(self, fault: Fault) -> Problem:
+    def problem(self, fault: RecipeMistake) -> Problem:
         """The fault with its place: the line of its key, else of the table around it, else none."""
         for depth in range(len(fault.key), -1, -1):
             place = fault.key[:depth]

@@ -9,7 +9,7 @@ from typing import Any
 from distft.core.errors import Problem
 from distft.recipe.lines import KeyPath
 from distft.recipe.origin import shown
-from distft.recipe.text import is_array, is_table
+from distft.recipe.toml_text import is_array, is_table
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> tuple[dict[KeyPath, str], list[Problem]]:

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distft.core.errors import RecipeError
-from distft.recipe.answers import ANSWER_RULES, has_own_rows
+from distft.recipe.eval_rules import ANSWER_RULES, has_own_rows
 from distft.recipe.explain import did_you_mean
-from distft.recipe.origin import Fault
+from distft.recipe.origin import RecipeMistake
 from distft.recipe.schema import Recipe, Registries, SourceTable
-from distft.recipe.text import toml_value
+from distft.recipe.toml_text import toml_value
 
-Rule = Callable[[Recipe, Registries], Iterator[Fault]]
+Rule = Callable[[Recipe, Registries], Iterator[RecipeMistake]]
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
-def broken_rules(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+def broken_rules(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """Every fault that any rule finds."""
     for rule in RULES:
         yield from rule(recipe, registries)
@@ -42,7 +42,7 @@ def check_world(recipe: Recipe, world: int, micro_batch_size: int | None = None)
     micros = _divisors(total // world) if total % world == 0 else []
     batches = [count for count in (total // (world * micro) * world * micro, _round_up(total, world * micro)) if count]
     by_micro = f" x micro_batch_size {micro}" if micro > 1 else ""
-    fault = Fault(
+    fault = RecipeMistake(
         key=("train", "global_batch_size"),
         message=f"{total} sequences do not split evenly over {world} processes{by_micro}",
         fix=f"numbers of processes that fit{by_micro}: {_listed(worlds)}; "
@@ -63,7 +63,7 @@ def check_steps(recipe: Recipe, num_steps: int) -> None:
         raise RecipeError(recipe.source, [recipe.origin.problem(fault) for fault in faults])
 
 
-def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[Fault]:
+def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[RecipeMistake]:
     params: Any = recipe.schedule.params
     how = "max_steps" if recipe.train.max_steps is not None else "epochs"
     said = f"{how} = {getattr(recipe.train, how):g}"
@@ -73,7 +73,7 @@ def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[Fault]:
     warmup: int = params.num_warmup(num_steps) if hasattr(params, "num_warmup") else 0
     one_of_one = key == "warmup_ratio" and num_steps == 1  # a share of one step is none or all of it
     if warmup >= max(1, num_steps) and not one_of_one:
-        yield Fault(
+        yield RecipeMistake(
             key=("schedule", key),
             message=f"is not shorter than the run: {said}",
             fix="3 % to 10 % of the steps is usual",
@@ -81,7 +81,7 @@ def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[Fault]:
         )
     decay = round(getattr(params, "decay_ratio", 0.0) * num_steps)
     if decay < num_steps and warmup < num_steps < warmup + decay:
-        yield Fault(
+        yield RecipeMistake(
             key=("schedule", key),
             message=f"is {warmup:,} steps, and the decay of {decay:,} does not fit behind it: {said}",
             fix="lower one of the two",
@@ -89,7 +89,7 @@ def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[Fault]:
         )
     every, wanted = recipe.eval.every_steps, recipe.checkpoint.best or recipe.eval.early_stop is not None
     if wanted and not recipe.eval.at_end and recipe.eval.best_by == "eval_loss" and (every or 0) > num_steps:
-        yield Fault(
+        yield RecipeMistake(
             key=("eval", "every_steps"),
             message=f"is longer than the run, so no evaluation finds a best state: {said}",
             fix=f"at most {num_steps}",
@@ -97,11 +97,11 @@ def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[Fault]:
         )
 
 
-def name_is_a_folder_name(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def name_is_a_folder_name(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """The run's folder must stay inside output_dir, and be typed without quoting."""
     if not _FOLDER_NAME.fullmatch(recipe.name):
         safe = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.name).strip(".-")[:100]
-        yield Fault(
+        yield RecipeMistake(
             key=("name",),
             message="must be a plain folder name: up to 100 letters, digits, dots, dashes and underscores, "
             "and no dot in front",
@@ -109,51 +109,51 @@ def name_is_a_folder_name(recipe: Recipe, _: Registries) -> Iterator[Fault]:
         )
 
 
-def chat_template_is_known(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+def chat_template_is_known(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """A template is the tokenizer's, a built-in one, or a file."""
     template, known = recipe.data.chat_template, ["auto", *registries.templates]
     if template not in known and not template.endswith(".jinja"):
-        yield Fault(
+        yield RecipeMistake(
             key=("data", "chat_template"),
             message=f"unknown template{did_you_mean(template, known)}",
             fix=f"allowed: {', '.join(known)}, or a file ending in .jinja",
         )
 
 
-def date_is_a_day(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def date_is_a_day(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """Chat templates are given a day of the calendar."""
     try:
         datetime.date.fromisoformat(recipe.data.date or "2026-01-31")
     except ValueError:
-        yield Fault(key=("data", "date"), message="is no day of the calendar", fix="write it as YYYY-MM-DD")
+        yield RecipeMistake(key=("data", "date"), message="is no day of the calendar", fix="write it as YYYY-MM-DD")
 
 
-def formats_are_known(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+def formats_are_known(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """A row format is one that somebody registered."""
     known = list(dict.fromkeys(["auto", *registries.formats]))
     for part, sources in _sources(recipe):
         for position, source in enumerate(sources):
             if source.format not in known:
-                yield Fault(
+                yield RecipeMistake(
                     key=("data", part, position, "format"),
                     message=f"unknown format{did_you_mean(source.format, known)}",
                     fix="allowed: " + ", ".join(known),
                 )
 
 
-def one_way_to_say_how_long(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def one_way_to_say_how_long(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """`epochs` and `max_steps` would overrule each other."""
     if recipe.train.epochs is not None and recipe.train.max_steps is not None:
-        yield Fault(
+        yield RecipeMistake(
             key=("train", "max_steps"), message="cannot be set together with epochs", fix="remove one of the two"
         )
 
 
-def micro_batch_divides_global_batch(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def micro_batch_divides_global_batch(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """An optimizer step is a whole number of micro-batches."""
     total, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     if micro != "auto" and total % micro:
-        yield Fault(
+        yield RecipeMistake(
             key=("train", "micro_batch_size"),
             message=f"does not divide global_batch_size = {total}",
             fix=f"try {_listed(_nearest_divisors(total, micro))}",
@@ -161,10 +161,10 @@ def micro_batch_divides_global_batch(recipe: Recipe, _: Registries) -> Iterator[
         )
 
 
-def gradients_are_of_the_models_type(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def gradients_are_of_the_models_type(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """An fp32 model has fp32 gradients."""
     if getattr(recipe.engine.params, "grad_dtype", "auto") == "bfloat16" and recipe.model.dtype == "float32":
-        yield Fault(
+        yield RecipeMistake(
             key=("engine", "grad_dtype"),
             message="has no effect: the model computes in float32, and so do its gradients",
             fix='remove it, or set [model] dtype = "bfloat16"',
@@ -172,11 +172,11 @@ def gradients_are_of_the_models_type(recipe: Recipe, _: Registries) -> Iterator[
         )
 
 
-def warm_up_ends(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def warm_up_ends(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """A warm-up as long as the run never reaches the learning rate."""
     warmup: Any = getattr(recipe.schedule.params, "warmup_steps", None)
     if warmup and recipe.train.max_steps is not None and warmup >= recipe.train.max_steps:
-        yield Fault(
+        yield RecipeMistake(
             key=("schedule", "warmup_steps"),
             message=f"is not shorter than the run: max_steps = {recipe.train.max_steps}",
             fix="3 % to 10 % of the steps is usual",
@@ -184,18 +184,18 @@ def warm_up_ends(recipe: Recipe, _: Registries) -> Iterator[Fault]:
         )
 
 
-def weight_or_share(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def weight_or_share(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """A source's rows are counted by repetition or by share."""
     for position, source in enumerate(recipe.data.train):
         if source.weight is not None and source.share is not None:
-            yield Fault(
+            yield RecipeMistake(
                 key=("data", "train", position, "weight"),
                 message="cannot be set together with share",
                 fix="remove one of the two",
             )
 
 
-def shares_leave_room(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def shares_leave_room(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """Shares are fractions of an epoch whose length the other sources give."""
     shares = [(position, source.share) for position, source in enumerate(recipe.data.train) if source.share]
     if not shares:
@@ -203,14 +203,14 @@ def shares_leave_room(recipe: Recipe, _: Registries) -> Iterator[Fault]:
     last, keys = shares[-1][0], tuple(("data", "train", position, "share") for position, _ in shares)
     total = sum(share for _, share in shares)
     if len(shares) == len(recipe.data.train):
-        yield Fault(
+        yield RecipeMistake(
             key=keys[0],
             message="leaves no source whose rows give the length of an epoch",
             fix="remove share from the main source",
             also=(("data", "train"),),
         )
     elif total >= 1:
-        yield Fault(
+        yield RecipeMistake(
             key=("data", "train", last, "share"),
             message=f"brings the shares to {total:g} of an epoch, and other sources have no share",
             fix="shares must sum to less than 1",
@@ -218,13 +218,13 @@ def shares_leave_room(recipe: Recipe, _: Registries) -> Iterator[Fault]:
         )
 
 
-def sources_are_distinct(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def sources_are_distinct(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """Rows are repeated by weight, not by naming them twice."""
     for part, sources in _sources(recipe):
         seen: set[tuple[str | None, ...]] = set()
         for position, source in enumerate(sources):
             if _identity(source) in seen:
-                yield Fault(
+                yield RecipeMistake(
                     key=("data", part, position, "path"),
                     message=f"is already a source of [[data.{part}]]",
                     fix="to repeat rows set weight" if part == "train" else "remove one of the two",
@@ -232,12 +232,12 @@ def sources_are_distinct(recipe: Recipe, _: Registries) -> Iterator[Fault]:
             seen.add(_identity(source))
 
 
-def held_out_rows_are_held_out(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def held_out_rows_are_held_out(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """A loss on rows that were trained says nothing."""
     trained = {_identity(source): position for position, source in enumerate(recipe.data.train)}
     for position, source in enumerate(recipe.data.eval):
         if _identity(source) in trained:
-            yield Fault(
+            yield RecipeMistake(
                 key=("data", "eval", position, "path"),
                 message="is also trained on, in [[data.train]]",
                 fix="evaluate on rows that are not trained",
@@ -245,14 +245,14 @@ def held_out_rows_are_held_out(recipe: Recipe, _: Registries) -> Iterator[Fault]
             )
 
 
-def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """When to evaluate means nothing without rows to evaluate on."""
     if recipe.data.eval:
         return
     helped = {"answers", "best_by", "at_start", "at_end", "early_stop"} if recipe.eval.answers else set[str]()
     for key in recipe.origin.raw.get("eval", ()):
         if key not in helped:
-            yield Fault(
+            yield RecipeMistake(
                 key=("eval", key),
                 message="has no effect without a [[data.eval]] source",
                 fix="add one, or remove the key",
@@ -260,11 +260,11 @@ def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[Fault]:
             )
 
 
-def overlap_needs_two_sides(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def overlap_needs_two_sides(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """Without evaluation rows none of them can be trained on."""
     asked = any(map(has_own_rows, recipe.eval.answers))
     if recipe.data.overlap == "error" and not recipe.data.eval and not asked:
-        yield Fault(
+        yield RecipeMistake(
             key=("data", "overlap"),
             message="has no effect without a [[data.eval]] source",
             fix="add one, or remove the key",
@@ -272,7 +272,7 @@ def overlap_needs_two_sides(recipe: Recipe, _: Registries) -> Iterator[Fault]:
         )
 
 
-def best_is_measured(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def best_is_measured(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """The best state is found by evaluations during training."""
     if recipe.eval.best_by != "eval_loss" or (recipe.data.eval and recipe.eval.every_steps):
         return  # other figures: see `answers.best_by_is_measured`
@@ -281,7 +281,7 @@ def best_is_measured(recipe: Recipe, _: Registries) -> Iterator[Fault]:
         (("eval", "early_stop"), recipe.eval.early_stop),
     ):
         if wanted and (key[0] == "checkpoint" or recipe.data.eval):  # without rows, [eval] itself is the mistake
-            yield Fault(
+            yield RecipeMistake(
                 key=key,
                 message="needs evaluations during training",
                 fix="set [eval] every_steps"
@@ -291,11 +291,11 @@ def best_is_measured(recipe: Recipe, _: Registries) -> Iterator[Fault]:
             )
 
 
-def plain_text_is_trained_whole(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def plain_text_is_trained_whole(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """Plain text has no turns to choose from."""
     loss_on, formats = recipe.data.loss_on, {source.format for source in recipe.data.train}
     if formats == {"text"} and loss_on != "all":
-        yield Fault(
+        yield RecipeMistake(
             key=("data", "loss_on"),
             message='cannot be found in rows of format = "text"',
             fix='use loss_on = "all", or another format',
@@ -303,14 +303,14 @@ def plain_text_is_trained_whole(recipe: Recipe, _: Registries) -> Iterator[Fault
         )
 
 
-def optimizer_fits_engine(recipe: Recipe, registries: Registries) -> Iterator[Fault]:
+def optimizer_fits_engine(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """An optimizer that looks at whole matrices cannot run where ranks hold pieces of them."""
     optim, engine = recipe.optim, recipe.engine
     if _elementwise(optim.spec) or not _flattens(engine.spec):
         return
     engines = [name for name, spec in registries.engine.items() if name != "auto" and not _flattens(spec)]
     optimizers = [name for name, spec in registries.optim.items() if _elementwise(spec)]
-    yield Fault(
+    yield RecipeMistake(
         key=("optim", "name"),
         message=f"needs whole matrices (rows and columns), but engine {toml_value(engine.name)} gives each rank pieces",
         fix=f"allowed: engine {', '.join(engines)}, or optimizer {', '.join(optimizers)}",
@@ -318,11 +318,11 @@ def optimizer_fits_engine(recipe: Recipe, registries: Registries) -> Iterator[Fa
     )
 
 
-def adapters_recompute_outside_gathers(recipe: Recipe, _: Registries) -> Iterator[Fault]:
+def adapters_recompute_outside_gathers(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """ZeRO-3 gathers layers with adapters one by one, and selective recomputation cannot replay gathers in a block."""
     adapter = getattr(recipe.method.spec, "adapter", False)
     if (adapter, recipe.engine.name, recipe.train.activation_checkpointing) == (True, "zero3", "selective"):
-        yield Fault(
+        yield RecipeMistake(
             key=("train", "activation_checkpointing"),
             message="cannot be selective for adapters under zero3",
             fix='use "full" or "off", or engine fsdp2 or ddp',

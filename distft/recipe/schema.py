@@ -18,7 +18,7 @@ from pydantic import Field
 from distft.core.registry import Params, Registry, Spec
 from distft.recipe.evaluation import EvalTable, SourceTable
 from distft.recipe.origin import Origin, key_path
-from distft.recipe.text import is_array, is_table, toml_text
+from distft.recipe.toml_text import is_array, is_table, toml_text
 
 SpecT = TypeVar("SpecT", bound=Spec)
 

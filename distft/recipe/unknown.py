@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distft.core.registry import Params, nearest
 from distft.recipe.lines import KeyPath
-from distft.recipe.origin import Fault
+from distft.recipe.origin import RecipeMistake
 from distft.recipe.schema import (
     Registries,
     RunKeys,
@@ -14,7 +14,7 @@ from distft.recipe.schema import (
     chosen_tables,
     fixed_tables,
 )
-from distft.recipe.text import toml_value
+from distft.recipe.toml_text import toml_value
 
 OTHER_WORDS = {
     "base_model": "[model] path",
@@ -49,19 +49,19 @@ OTHER_WORDS = {
 """Names of the same thing in other trainers."""
 
 
-def unknown_top(key: KeyPath, registries: Registries, *, is_table: bool) -> Fault:
+def unknown_top(key: KeyPath, registries: Registries, *, is_table: bool) -> RecipeMistake:
     """Explains a name at the top of a recipe that is neither a key nor a table."""
     word, tables = str(key[0]), all_tables()
     if is_table:
         near = nearest(word, tables)
         hint = f", did you mean [{near}]?" if near else ""
         allowed = ", ".join(f"[{name}]" for name in tables)
-        return Fault(key=key, message=f"unknown table{hint}", fix=f"allowed: {allowed}")
+        return RecipeMistake(key=key, message=f"unknown table{hint}", fix=f"allowed: {allowed}")
     known = list(RunKeys.model_fields)
     return _stray(key, known, registries, f"allowed above the tables: {', '.join(known)}")
 
 
-def unknown_key(key: KeyPath, known: list[str], registries: Registries, *, part: str | None = None) -> Fault:
+def unknown_key(key: KeyPath, known: list[str], registries: Registries, *, part: str | None = None) -> RecipeMistake:
     """Explains a key of a table; `known` is what the table has, `part` the name it chose, if it chooses one."""
     word, table = str(key[-1]), str(key[0])
     allowed = "allowed: " + (", ".join(known) if known else "nothing")
@@ -69,7 +69,7 @@ def unknown_key(key: KeyPath, known: list[str], registries: Registries, *, part:
         owners = [name for name, spec in registries.part(table).items() if word in spec.params.model_fields]
         if owners:
             message = f"has no effect with name = {toml_value(part)}; it belongs to {', '.join(owners)}"
-            return Fault(key=key, message=message, fix=f"remove it, or choose name = {toml_value(owners[0])}")
+            return RecipeMistake(key=key, message=message, fix=f"remove it, or choose name = {toml_value(owners[0])}")
         allowed = f"allowed with name = {toml_value(part)}: {', '.join(['name', *known])}"
     return _stray(key, known, registries, allowed)
 
@@ -83,7 +83,7 @@ def _homes_of(word: str, registries: Registries) -> list[str]:
     return homes
 
 
-def _stray(key: KeyPath, known: list[str], registries: Registries, allowed: str) -> Fault:
+def _stray(key: KeyPath, known: list[str], registries: Registries, allowed: str) -> RecipeMistake:
     word = str(key[-1])
     if word in OTHER_WORDS:
         hint = f"unknown key, here it is called {OTHER_WORDS[word]}"
@@ -93,7 +93,7 @@ def _stray(key: KeyPath, known: list[str], registries: Registries, allowed: str)
         hint = f"unknown key here; it belongs to {' or '.join(homes)}"
     else:
         hint = "unknown key"
-    return Fault(key=key, message=hint, fix=allowed)
+    return RecipeMistake(key=key, message=hint, fix=allowed)
 
 
 def _all_params(table: str, registries: Registries) -> set[str]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from distft.report.formatting import short
 from distft.report.html import Html, h
-from distft.report.words import short
 
 _WIDE, _HIGH = 1000, 400
 MOST_POINTS = 400

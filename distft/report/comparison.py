@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.report import words
+from distft.report import formatting
 from distft.report.charts import Series, line_chart, scatter, sign
 from distft.report.html import Child, Html, h, page
 from distft.report.page import footer, skip
 from distft.report.results import picture, verdict
-from distft.report.setup import money
+from distft.report.run_setup import money
 from distft.report.tables import fold, missing, section, table
-from distft.run_record import Result, RunRecord, number
+from distft.run_record import EvalFigure, RunRecord, number
 
 _IGNORED = ("name", "output_dir")
 
@@ -123,21 +123,21 @@ def _best(what: str, values: Mapping[str, float | None], *, largest: bool = Fals
 
 def _side_by_side(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html]:
     columns = {
-        "held-out loss": ("held_out_loss", words.figure),
-        "peak memory": ("peak_memory_gib", words.gib),
-        "tokens/s": ("tokens_per_s", words.count),
-        "time": ("wall_s", words.duration),
-        "process hours": ("gpu_hours", words.figure),
-        "cost": ("cost", lambda value: words.NOTHING if value is None else money(value)),
+        "held-out loss": ("held_out_loss", formatting.figure),
+        "peak memory": ("peak_memory_gib", formatting.gib),
+        "tokens/s": ("tokens_per_s", formatting.count),
+        "time": ("wall_s", formatting.duration),
+        "process hours": ("gpu_hours", formatting.figure),
+        "cost": ("cost", lambda value: formatting.NOTHING if value is None else money(value)),
     }
     if all(one.cost is None for one in lines):
         del columns["cost"]
     rows: list[list[Child]] = []
     for at, (name, one) in enumerate(zip(called, lines, strict=True), start=1):
-        engine = f"{one.engine} × {one.world}" if one.engine else words.NOTHING
+        engine = f"{one.engine} × {one.world}" if one.engine else formatting.NOTHING
         cells = [how(getattr(one, column)) for column, how in columns.values()]
-        trained = words.count(one.trained_parameters)
-        rows.append([_called(at, name), one.method, engine, trained, words.count(one.tokens), *cells])
+        trained = formatting.count(one.trained_parameters)
+        rows.append([_called(at, name), one.method, engine, trained, formatting.count(one.tokens), *cells])
     heads = ["run", "method", "engine", "trained parameters", "tokens", *columns]
     yield table("What each run gave, and what it took", heads, rows, numbers=range(3, len(heads)))
     if not _same_held_out(runs):
@@ -185,7 +185,7 @@ def _quality(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]
         )
 
 
-def _figure(kind: Result, found: Sequence[Result | None], called: Sequence[str]) -> Html:
+def _figure(kind: EvalFigure, found: Sequence[EvalFigure | None], called: Sequence[str]) -> Html:
     bounds = [
         number(told.get(at))
         for one in found
@@ -199,9 +199,9 @@ def _figure(kind: Result, found: Sequence[Result | None], called: Sequence[str])
     rows: list[list[Child]] = []
     for at, (name, one) in enumerate(zip(called, found, strict=True), start=1):
         if one is None:
-            rows.append([_called(at, name), "", words.NOTHING, words.NOTHING, words.NOTHING])
+            rows.append([_called(at, name), "", formatting.NOTHING, formatting.NOTHING, formatting.NOTHING])
             continue
-        cells = (words.interval(one, one.before), words.interval(one, one.tuned), verdict(one))
+        cells = (formatting.interval(one, one.before), formatting.interval(one, one.tuned), verdict(one))
         rows.append([_called(at, name), picture(one, (at - 1) % 6 + 1, scale), *cells])
     less = "" if kind.higher_is_better else ", less is better"
     heads = ("run", "(picture)", "before", "after, with its 95 % interval", "against its own base")
@@ -212,12 +212,12 @@ def _called(at: int, name: str) -> Html:
     return h("span", sign(at), f" {name}", class_="nowrap")
 
 
-def _of(run: RunRecord, key: str) -> Result | None:
+def _of(run: RunRecord, key: str) -> EvalFigure | None:
     return next((one for one in run.results if _key(one) == key), None)
 
 
-def _cell(one: Result | None) -> str:
-    return words.NOTHING if one is None else words.interval(one, one.tuned)
+def _cell(one: EvalFigure | None) -> str:
+    return formatting.NOTHING if one is None else formatting.interval(one, one.tuned)
 
 
 def _same_held_out(runs: Sequence[RunRecord]) -> bool:
@@ -225,7 +225,7 @@ def _same_held_out(runs: Sequence[RunRecord]) -> bool:
     return len({str((run.manifest.get("data") or {}).get("eval", "")) for run in runs} - {""}) <= 1
 
 
-def _tuned(one: Result | None) -> float | None:
+def _tuned(one: EvalFigure | None) -> float | None:
     return None if one is None else number((one.tuned or {}).get("value"))
 
 
@@ -251,7 +251,7 @@ def _against(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[L
             if value is not None and (taken := getattr(one, column)) is not None
         ]
         if len(dots) > 1:
-            says = "; ".join(f"{who}: {words.figure(x)}, {words.figure(y)}" for who, x, y in dots)
+            says = "; ".join(f"{who}: {formatting.figure(x)}, {formatting.figure(y)}" for who, x, y in dots)
             charts.append(scatter(title, dots, says=says, across=unit, up=name))
     if charts:
         yield h("div", charts, class_="charts")
@@ -272,7 +272,7 @@ def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
             for at, (name, line) in enumerate(zip(called, points, strict=True), 1)
         ]
         says = "; ".join(
-            f"{name} from {words.figure(line[0][1])} to {words.figure(line[-1][1])}"
+            f"{name} from {formatting.figure(line[0][1])} to {formatting.figure(line[-1][1])}"
             for name, line in zip(called, points, strict=True)
             if line
         )
@@ -284,7 +284,7 @@ def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
     rows = [
         [
             _called(at, name),
-            *(words.figure(value) for value in (*(run.losses or (None, None)), *run.held_out_losses)),
+            *(formatting.figure(value) for value in (*(run.losses or (None, None)), *run.held_out_losses)),
         ]
         for at, (name, run) in enumerate(zip(called, runs, strict=True), start=1)
     ]
@@ -298,7 +298,8 @@ def _settings(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html
         yield h("p", "None, but for names and folders.")
         return
     rows = [
-        [h("code", key), *(h("code", value) if value else words.NOTHING for value in found)] for key, found in differing
+        [h("code", key), *(h("code", value) if value else formatting.NOTHING for value in found)]
+        for key, found in differing
     ]
     yield table("Keys of the recipe that are not the same everywhere", ("key", *called), rows)
 
@@ -322,7 +323,7 @@ def _flat(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
         yield at, str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _shared(runs: Sequence[RunRecord]) -> list[Result]:
+def _shared(runs: Sequence[RunRecord]) -> list[EvalFigure]:
     """Figures that every run has of the same rows, in the first run's order."""
     keys = [{_key(one) for one in run.results if _tuned(one) is not None} for run in runs]
     return [one for one in runs[0].results if _same(runs, one.name) and all(_key(one) in known for known in keys)]
@@ -333,5 +334,5 @@ def _same(runs: Sequence[RunRecord], name: str) -> bool:
     return len({run.rows_sha256(name) for run in runs} - {""}) <= 1
 
 
-def _key(one: Result) -> str:
+def _key(one: EvalFigure) -> str:
     return f"{one.name}, {one.title}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distft.report import words
+from distft.report import formatting
 from distft.report.charts import STYLES, Series, line_chart
 from distft.report.html import Html, h
 from distft.report.tables import fold, missing, table
@@ -39,9 +39,13 @@ def _loss(run: RunRecord) -> Html | None:
     series = [Series(name="training, each step and its running mean", points=loss, kind="noisy")]
     if held_out:
         series.append(Series(name="held-out rows", points=held_out, style=2, kind="dots"))
-    says = f"from {words.figure(loss[0][1])} to {words.figure(loss[-1][1])} over {len(loss)} steps" if loss else ""
+    says = (
+        f"from {formatting.figure(loss[0][1])} to {formatting.figure(loss[-1][1])} over {len(loss)} steps"
+        if loss
+        else ""
+    )
     if held_out:
-        says += f"; held-out loss from {words.figure(held_out[0][1])} to {words.figure(held_out[-1][1])}"
+        says += f"; held-out loss from {formatting.figure(held_out[0][1])} to {formatting.figure(held_out[-1][1])}"
     values = [value for one in series for _, value in one.points]
     steep = min(values, default=0) > 0 and max(values) > _STEEP * min(values)
     return line_chart("Loss", series, says=says, wide=True, logarithmic=steep)
@@ -65,7 +69,7 @@ def _scores(run: RunRecord) -> Iterator[Html | None]:
             Series(name=figure, points=points, style=style) for style, (figure, points) in enumerate(together, start=1)
         ]
         says = "; ".join(
-            f"{figure} from {words.figure(points[0][1])} to {words.figure(points[-1][1])}"
+            f"{figure} from {formatting.figure(points[0][1])} to {formatting.figure(points[-1][1])}"
             for figure, points in together
         )
         title = "Scores" if together[0] in shares else together[0][0]
@@ -77,7 +81,8 @@ def _one(run: RunRecord, column: str, title: str, *, unit: str = "", from_zero: 
     if not points:
         return None
     values = [value for _, value in points]
-    says = f"from {words.figure(values[0])} to {words.figure(values[-1])}, at most {words.figure(max(values))}"
+    first, last, most = (formatting.figure(value) for value in (values[0], values[-1], max(values)))
+    says = f"from {first} to {last}, at most {most}"
     kind = "line" if column == "lr" else "noisy"
     return line_chart(title, [Series(name=title, points=points, kind=kind)], says=says, unit=unit, from_zero=from_zero)
 
@@ -88,10 +93,10 @@ def _memory(run: RunRecord) -> Html | None:
         return None
     what = "allocated on rank 0's GPU" if run.on_gpu else "resident set of rank 0, no GPU"
     series = [Series(name="measured", points=measured)]
-    says = f"{what}, at most {words.gib(run.peak_gib)}"
+    says = f"{what}, at most {formatting.gib(run.peak_gib)}"
     if planned is not None:
         series.append(Series(name="planned peak", points=[(0, planned)], style=2, kind="level"))
-        says += f"; planned peak {words.gib(planned)}"
+        says += f"; planned peak {formatting.gib(planned)}"
     return line_chart("Memory", series, says=says, unit=f"GiB, {what}", from_zero=True)
 
 
@@ -101,16 +106,17 @@ def _steps(run: RunRecord) -> Html:
     last = len(run.steps) - 1
     chosen = sorted({round(at * last / (_TABLE_ROWS - 1)) for at in range(_TABLE_ROWS)})
     rows = [
-        [run.steps[at]["step"], *(words.figure(number(run.steps[at].get(name))) for name in columns)] for at in chosen
+        [run.steps[at]["step"], *(formatting.figure(number(run.steps[at].get(name))) for name in columns)]
+        for at in chosen
     ]
-    caption = f"{len(chosen)} of {words.noun(len(run.steps), 'step')}; all are in metrics.jsonl"
+    caption = f"{len(chosen)} of {formatting.noun(len(run.steps), 'step')}; all are in metrics.jsonl"
     return table(caption, heads, rows, numbers=range(len(heads)))
 
 
 def _evals(run: RunRecord) -> Html | None:
     figures = [name for name in ("eval_loss", *_firsts(run)) if run.looked(name)]
     rows = [
-        [record["step"], *(words.figure(number(record.get(name))) for name in figures)]
+        [record["step"], *(formatting.figure(number(record.get(name))) for name in figures)]
         for record in run.looks
         if any(name in record for name in figures)
     ]

@@ -1,4 +1,4 @@
-"""What the rows are, from the look that `distft.care` takes at them: kept in the run folder, else taken now."""
+"""What the rows are, from the look that `distft.data_quality` takes at them: kept in the run folder, else taken now."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distft.report import words
+from distft.report import formatting
 from distft.report.charts import meter
 from distft.report.html import Child, Html, h
 from distft.report.tables import missing, table
@@ -30,13 +30,13 @@ def with_care(run: RunRecord) -> tuple[RunRecord, str]:
         return run, ""
     if not run.recipe_text:
         return run, "the run folder has no recipe.toml"
-    from distft.care import card, examine
     from distft.catalog import REGISTRIES
     from distft.core.errors import DistftError
-    from distft.data.cache import cache_folder
+    from distft.data.prepared_folder import cache_folder
+    from distft.data_quality import card, examine
     from distft.demo.files import locate
     from distft.recipe import load_recipe
-    from distft.recipe.answers import has_own_rows
+    from distft.recipe.eval_rules import has_own_rows
 
     try:
         located = locate(load_recipe(run.folder / "recipe.toml", registries=REGISTRIES))
@@ -81,7 +81,7 @@ def _sources(run: RunRecord) -> Html:
             known = hashed.get(split) or []
             files = known[at].get("files", {}) if at < len(known) else {}
             digests = [h("div", h("code", digest[:16]), f" {label}") for label, digest in list(files.items())[:5]]
-            shown = digests or [h("span", words.NOTHING)]
+            shown = digests or [h("span", formatting.NOTHING)]
             rows.append([source.get("path", ""), split, source.get("format", "auto"), shown])
     if not rows:
         return missing("The recipe in the run folder names no rows.")
@@ -92,10 +92,10 @@ def _lengths(splits: Mapping[str, Any]) -> Html:
     rows = [
         [
             split,
-            words.count(told["num_rows"]),
-            words.count(told["num_unread"]),
+            formatting.count(told["num_rows"]),
+            formatting.count(told["num_unread"]),
             *(
-                words.count(told[part].get(at))
+                formatting.count(told[part].get(at))
                 for part in ("prompt_chars", "answer_chars")
                 for at in ("p50", "p90", "max")
             ),
@@ -108,15 +108,15 @@ def _lengths(splits: Mapping[str, Any]) -> Html:
 
 def _counts(care: Mapping[str, Any]) -> Html:
     rows = [
-        ["training rows equal to an earlier one", words.count(care["num_same"])],
-        ["training rows nearly equal to an earlier one", words.count(care["num_near"])],
-        ["training rows that answer an earlier row's question otherwise", words.count(care["num_conflicting"])],
+        ["training rows equal to an earlier one", formatting.count(care["num_same"])],
+        ["training rows nearly equal to an earlier one", formatting.count(care["num_near"])],
+        ["training rows that answer an earlier row's question otherwise", formatting.count(care["num_conflicting"])],
     ]
     if "eval" in care["splits"]:
         shared = sum(care["num_shared"].values())
         kinds = ", ".join(f"{count:,} by {kind}" for kind, count in care["num_shared"].items() if count)
         rows.append(
-            ["evaluation rows that are also trained on", words.count(shared) + (f" ({kinds})" if kinds else "")]
+            ["evaluation rows that are also trained on", formatting.count(shared) + (f" ({kinds})" if kinds else "")]
         )
     return table("Repeats and overlap", ("what", "rows"), rows, numbers=(1,))
 
@@ -131,8 +131,8 @@ def _labels(splits: Mapping[str, Any]) -> Iterator[Html]:
         [
             label or "(empty)",
             h("div", meter(count / most), class_="bar"),
-            words.count(count),
-            words.percent(count / train["num_rows"]),
+            formatting.count(count),
+            formatting.percent(count / train["num_rows"]),
         ]
         for label, count in list(labels.items())[:_LABELS]
     ]
@@ -148,7 +148,7 @@ def _finds(care: Mapping[str, Any]) -> Iterator[Html]:
         return
     first = {one["kind"]: one for one in reversed(care.get("found") or [])}
     rows = [
-        [kind, words.count(count), f"{first[kind]['row']}: {first[kind]['masked']}" if kind in first else ""]
+        [kind, formatting.count(count), f"{first[kind]['row']}: {first[kind]['masked']}" if kind in first else ""]
         for kind, count in found.items()
     ]
     yield table("Personal data and secrets by shape, masked", ("kind", "rows", "for example"), rows, numbers=(1,))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from distft.report import words
+from distft.report import formatting
 from distft.report.curves import curves
 from distft.report.data_card import data_card
 from distft.report.html import Child, Html, h, page
 from distft.report.results import results, verdict
-from distft.report.setup import cost, environment, going_back, money, recipe
+from distft.report.run_setup import cost, environment, going_back, money, recipe
 from distft.report.tables import facts, section
 from distft.report.timeline import timeline
 from distft.run_record import RunRecord
@@ -64,7 +64,7 @@ def skip() -> Html:
 
 def footer(where: str) -> Html:
     """Where and when the page was made."""
-    return h("footer", f"Made by distft from {where}, {words.moment(datetime.now(UTC).timestamp())}.")
+    return h("footer", f"Made by distft from {where}, {formatting.moment(datetime.now(UTC).timestamp())}.")
 
 
 def _where(run: RunRecord) -> str:
@@ -78,20 +78,20 @@ def _where(run: RunRecord) -> str:
 def _lead(run: RunRecord, status: Status) -> str:
     """One sentence for somebody with ten seconds."""
     step = f"{status.step or 0:,}" + (f" of {status.num_steps:,}" if status.num_steps else "")
-    told = f"after step {step}" if status.state != "complete" else f"after {words.noun(status.step or 0, 'step')}"
+    told = f"after step {step}" if status.state != "complete" else f"after {formatting.noun(status.step or 0, 'step')}"
     tokens = run.last.get("tokens")
     if tokens:
-        told += f" and {words.count(tokens)} tokens"
+        told += f" and {formatting.count(tokens)} tokens"
     told += "."
     first = run.results[0] if run.results else None
     if first is not None and first.before and first.tuned:
-        told += f" On {first.name}, {first.title} went from {words.of(first, first.before.get('value'))} to "
-        told += f"{words.of(first, (first.tuned or {}).get('value'))}"
+        told += f" On {first.name}, {first.title} went from {formatting.of(first, first.before.get('value'))} to "
+        told += f"{formatting.of(first, (first.tuned or {}).get('value'))}"
         told += f": {first.verdict}." if first.verdict else "."
     else:
         before, after = run.held_out_losses
         if before is not None and after is not None:
-            told += f" The held-out loss went from {words.figure(before)} to {words.figure(after)}."
+            told += f" The held-out loss went from {formatting.figure(before)} to {formatting.figure(after)}."
     return told
 
 
@@ -104,21 +104,25 @@ def _keys(run: RunRecord, price: float | None) -> Html:
     cells = []
     if first is not None:
         change = (first.change or {}).get("difference")
-        told = [words.interval(first, change, signed=True), " ", verdict(first)] if change else None
-        cells.append(key(f"{first.name}, {first.title}", words.of(first, (first.last or {}).get("value")), told))
+        told = [formatting.interval(first, change, signed=True), " ", verdict(first)] if change else None
+        cells.append(key(f"{first.name}, {first.title}", formatting.of(first, (first.last or {}).get("value")), told))
     if after is not None:
-        cells.append(key("Held-out loss", words.figure(after), f"before {words.figure(before)}"))
+        cells.append(key("Held-out loss", formatting.figure(after), f"before {formatting.figure(before)}"))
     elif run.losses:
-        cells.append(key("Training loss", words.figure(run.losses[1]), f"at first {words.figure(run.losses[0])}"))
-    cells.append(key("Time", words.duration(run.wall_s), f"{words.duration(run.training_s)} in steps"))
+        cells.append(
+            key("Training loss", formatting.figure(run.losses[1]), f"at first {formatting.figure(run.losses[0])}")
+        )
+    cells.append(key("Time", formatting.duration(run.wall_s), f"{formatting.duration(run.training_s)} in steps"))
     speed = run.tokens_per_s
-    cells.append(key("Speed", words.count(speed), "tokens/s, median") if speed else key("Speed", words.NOTHING))
+    cells.append(
+        key("Speed", formatting.count(speed), "tokens/s, median") if speed else key("Speed", formatting.NOTHING)
+    )
     planned = run.planned_gib
-    told = f"planned {words.gib(planned)}" if planned else ("on a GPU" if run.on_gpu else "host memory, no GPU")
-    cells.append(key("Peak memory, rank 0", words.gib(run.peak_gib), told))
+    told = f"planned {formatting.gib(planned)}" if planned else ("on a GPU" if run.on_gpu else "host memory, no GPU")
+    cells.append(key("Peak memory, rank 0", formatting.gib(run.peak_gib), told))
     hours = run.gpu_hours
     if price is not None and hours is not None:
-        cells.append(key("Cost", money(hours * price), f"{words.figure(hours)} hours at {price:g}"))
+        cells.append(key("Cost", money(hours * price), f"{formatting.figure(hours)} hours at {price:g}"))
     return h("dl", cells, class_="keys")
 
 
@@ -131,7 +135,9 @@ def _facts(run: RunRecord, status: Status, price: float | None) -> Iterator[tupl
     trained, total = parameters.get("trainable"), parameters.get("total")
     yield "what", f"{run.table('objective').get('name', '')} on {run.base}" if run.base else ""
     method = _METHODS.get(run.method, run.method)
-    share = f", {words.count(trained)} of {words.count(total)} parameters trained" if total and trained else ""
+    share = (
+        f", {formatting.count(trained)} of {formatting.count(total)} parameters trained" if total and trained else ""
+    )
     yield "method", f"{method}{share}" if method else ""
     yield "engine", _where(run)
     optim, schedule = run.table("optim"), run.table("schedule")
@@ -141,27 +147,33 @@ def _facts(run: RunRecord, status: Status, price: float | None) -> Iterator[tupl
         yield "steps", f"{status.step:,}" + (f" of {status.num_steps:,}" if status.num_steps else "")
     last = run.last
     if last.get("tokens"):
-        yield "tokens", f"{words.count(last['tokens'])}, {words.count(last.get('tokens_loss'))} of them trained"
+        yield (
+            "tokens",
+            f"{formatting.count(last['tokens'])}, {formatting.count(last.get('tokens_loss'))} of them trained",
+        )
     if last.get("epoch"):
-        yield "epochs", words.figure(last["epoch"])
-    yield "time", words.duration(run.wall_s) if run.wall_s is not None else ""
+        yield "epochs", formatting.figure(last["epoch"])
+    yield "time", formatting.duration(run.wall_s) if run.wall_s is not None else ""
     if run.losses:
-        yield "training loss", f"{words.figure(run.losses[0])} at first, {words.figure(run.losses[1])} at the end"
+        yield (
+            "training loss",
+            f"{formatting.figure(run.losses[0])} at first, {formatting.figure(run.losses[1])} at the end",
+        )
     before, after = run.held_out_losses
     if after is not None:
-        yield "held-out loss", f"{words.figure(before)} before, {words.figure(after)} after"
+        yield "held-out loss", f"{formatting.figure(before)} before, {formatting.figure(after)} after"
     for one in run.results[:1]:
         yield (
             f"{one.name}, {one.title}",
             [
-                f"{words.interval(one, one.before)} before, {words.interval(one, one.tuned)} after ",
+                f"{formatting.interval(one, one.before)} before, {formatting.interval(one, one.tuned)} after ",
                 verdict(one),
             ],
         )
     if run.best:
         yield "best checkpoint", f"step {run.best.get('step')}"
-    yield "peak memory", words.gib(run.peak_gib) if run.peak_gib else ""
+    yield "peak memory", formatting.gib(run.peak_gib) if run.peak_gib else ""
     hours = run.gpu_hours
     if hours is not None and price is not None:
-        yield "cost", f"{money(hours * price)} ({words.figure(hours)} hours at {price:g})"
-    yield "restarts", words.count(len(run.spans) - 1) if run.spans else ""
+        yield "cost", f"{money(hours * price)} ({formatting.figure(hours)} hours at {price:g})"
+    yield "restarts", formatting.count(len(run.spans) - 1) if run.spans else ""

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from distft.report import words
+from distft.report import formatting
 from distft.report.charts import whisker
 from distft.report.html import Html, h
 from distft.report.tables import missing, table
-from distft.run_record import Result, RunRecord, number
+from distft.run_record import EvalFigure, RunRecord, number
 
 SHOWN = 20
 """Rows that got worse, of each set."""
@@ -45,17 +45,17 @@ def results(run: RunRecord) -> Iterator[Html]:
     yield from _regressions(run)
 
 
-def verdict(result: Result) -> Html | str:
+def verdict(result: EvalFigure) -> Html | str:
     """In colour, and by a shape for those who do not see it."""
     change = result.change or {}
     bounds = (change.get("difference") or {}).get("low")
     if bounds is None and change.get("mcnemar") is None:  # a figure of all rows together: nothing to judge by
-        return words.NOTHING
-    kind, text = _VERDICTS.get(result.verdict, ("unclear", result.verdict or words.NOTHING))
+        return formatting.NOTHING
+    kind, text = _VERDICTS.get(result.verdict, ("unclear", result.verdict or formatting.NOTHING))
     return h("span", text, class_=f"verdict {kind}")
 
 
-def _scores(found: Sequence[Result]) -> Html:
+def _scores(found: Sequence[EvalFigure]) -> Html:
     heads = ("rows", "score", "(picture)", "before", "after", "change", "verdict")
     body = []
     for one in found:
@@ -65,12 +65,12 @@ def _scores(found: Sequence[Result]) -> Html:
                 one.name,
                 [one.title, h("span", "" if one.higher_is_better else " (less is better)", class_="soft")],
                 picture(one),
-                words.interval(one, one.before),
+                formatting.interval(one, one.before),
                 [
-                    words.interval(one, one.tuned),
+                    formatting.interval(one, one.tuned),
                     h("span", " best" if one.label == "best" and one.tuned else "", class_="soft"),
                 ],
-                [words.interval(one, change.get("difference"), signed=True), _p_value(change)],
+                [formatting.interval(one, change.get("difference"), signed=True), _p_value(change)],
                 verdict(one),
             ]
         )
@@ -86,7 +86,7 @@ def _p_value(change: Any) -> Html | None:
     return h("span", f" {test['gained']} gained, {test['lost']} lost{told}", class_="under")
 
 
-def picture(one: Result, style: int = 1, scale: tuple[float, float] | None = None) -> Html | None:
+def picture(one: EvalFigure, style: int = 1, scale: tuple[float, float] | None = None) -> Html | None:
     """Before above after, on a scale from 0 to 1 where both lie in it."""
     marks = []
     for told, of in ((one.before, 0), (one.tuned, style)):
@@ -108,15 +108,18 @@ def _held_out(run: RunRecord) -> Iterator[Html]:
         return
 
     def perplexity(loss: float | None) -> str:
-        return words.NOTHING if loss is None or loss > 50 else words.figure(math.exp(loss))
+        return formatting.NOTHING if loss is None or loss > 50 else formatting.figure(math.exp(loss))
 
     best = None if run.final_label == "best" else number(run.best.get("eval_loss"))
-    rows = [["loss", words.figure(before), words.figure(after)], ["perplexity", perplexity(before), perplexity(after)]]
+    rows = [
+        ["loss", formatting.figure(before), formatting.figure(after)],
+        ["perplexity", perplexity(before), perplexity(after)],
+    ]
     final = "after" if run.final_label == "after" else f"final/ (best, step {run.best.get('step')})"
     heads = ["figure", "before", final]
     if best is not None:
         heads.append(f"best, step {run.best.get('step')}")
-        rows = [[*rows[0], words.figure(best)], [*rows[1], perplexity(best)]]
+        rows = [[*rows[0], formatting.figure(best)], [*rows[1], perplexity(best)]]
     yield table("Held-out rows: mean loss over the trained tokens, less is better", heads, rows, numbers=(1, 2, 3))
 
 
@@ -131,18 +134,18 @@ def _regressions(run: RunRecord) -> Iterator[Html]:
     for at, one in enumerate(lost):
         num = one.num_worse
         more = f", the worst {SHOWN} shown" if num > SHOWN else ""
-        yield h("p", f"{one.name}, {one.title}: {words.noun(num, 'row')}{more}, worst first.")
+        yield h("p", f"{one.name}, {one.title}: {formatting.noun(num, 'row')}{more}, worst first.")
         old, new = run.answers("before", one.name), run.answers(one.label, one.name)
         for place, row in enumerate(islice(one.regressions, SHOWN)):
             yield _row(one, row, old.get(row), new.get(row), opened=at == 0 and place < _OPEN)
 
 
-def _mark(one: Result, value: Any) -> str:
+def _mark(one: EvalFigure, value: Any) -> str:
     known = number(value)
-    return words.of(one, value) if not one.binary or known not in (0, 1) else "right" if known else "wrong"
+    return formatting.of(one, value) if not one.binary or known not in (0, 1) else "right" if known else "wrong"
 
 
-def _row(one: Result, row: str, old: Any, new: Any, *, opened: bool) -> Html:
+def _row(one: EvalFigure, row: str, old: Any, new: Any, *, opened: bool) -> Html:
     told = [_mark(one, ((said or {}).get("scores") or {}).get(one.figure)) for said in (old, new)]
     summary = h("summary", h("strong", row), " ", h("span", f"{told[0]} \u2192 {told[1]}", class_="soft nowrap"))
     if old is None and new is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distft.report import words
+from distft.report import formatting
 from distft.report.html import Child, Html, h
 from distft.report.tables import fold, missing, table
 from distft.run_record import RunRecord, seconds_of
@@ -49,9 +49,9 @@ def timeline(run: RunRecord) -> Iterator[Html]:
     restarts = len(run.spans) - 1
     rows = [
         [
-            h("span", words.moment(at), class_="nowrap"),
-            f"+{words.duration(at - first)}",
-            "" if step is None else words.count(step),
+            h("span", formatting.moment(at), class_="nowrap"),
+            f"+{formatting.duration(at - first)}",
+            "" if step is None else formatting.count(step),
             [h("span", kind.sign, aria_hidden="true"), f" {name}"],
             told,
         ]
@@ -68,18 +68,20 @@ def _sentence(run: RunRecord) -> str:
     saves = [event for event in run.events if event.get("event") == "saved"]
     blocked = sum(float(event.get("blocked_s", 0)) for event in saves)
     restarts = len(run.spans) - 1
-    told = f"{words.noun(len(run.spans), 'start')}, {words.duration(run.wall_s)} in all, of which "
-    told += f"{words.duration(run.training_s)} in optimizer steps. "
-    told += f"{words.noun(len(saves), 'checkpoint')} saved"
-    told += f", training waited {words.duration(blocked)} for them. " if saves else ". "
+    told = f"{formatting.noun(len(run.spans), 'start')}, {formatting.duration(run.wall_s)} in all, of which "
+    told += f"{formatting.duration(run.training_s)} in optimizer steps. "
+    told += f"{formatting.noun(len(saves), 'checkpoint')} saved"
+    told += f", training waited {formatting.duration(blocked)} for them. " if saves else ". "
     lost = sum(int(bool(span.code is None)) for span in run.spans[:-1])
-    return told + (f"{words.noun(restarts, 'restart')}, {lost} after a start without a last word." if restarts else "")
+    return told + (
+        f"{formatting.noun(restarts, 'restart')}, {lost} after a start without a last word." if restarts else ""
+    )
 
 
 def _happened(run: RunRecord) -> Iterator[tuple[float, int | None, _Kind, str, Child]]:
     """(when, step, kind, name, why)."""
     for span in run.spans:
-        where = f"{span.engine} × {words.noun(span.world, 'process', 'processes')}"
+        where = f"{span.engine} × {formatting.noun(span.world, 'process', 'processes')}"
         begun = _Kind(sign="▶", name="started")
         yield span.began, span.step, begun, begun.name, where
         last = span is run.spans[-1]
@@ -119,13 +121,12 @@ def _strip(run: RunRecord, happened: list[Any], first: float, last: float) -> Ht
         for at, _, kind, _, _ in happened[:_SHOWN]
     ]
     ends = [
-        h("span", words.moment(first), class_="tick begin", style="left:0"),
-        h("span", words.moment(last), class_="tick end", style="left:100%"),
+        h("span", formatting.moment(first), class_="tick begin", style="left:0"),
+        h("span", formatting.moment(last), class_="tick end", style="left:100%"),
     ]
     faults = sum(int(kind.bad) for _, _, kind, _, _ in happened)
-    says = (
-        f"Time line: {words.noun(len(run.spans), 'start')}, {words.noun(faults, 'fault')}; each is in the table below"
-    )
+    starts, faults_text = formatting.noun(len(run.spans), "start"), formatting.noun(faults, "fault")
+    says = f"Time line: {starts}, {faults_text}; each is in the table below"
     return h("div", h("span", class_="base"), ends, bars, signs, class_="strip", role="img", aria_label=says)
 
 

@@ -175,7 +175,7 @@ class _Until:
 def _pinned(first: RunRecord, nproc: int) -> list[str]:
     """What the recipe left to `auto` and the first run chose, as far as it can be on this number of processes."""
     from distft.catalog import REGISTRIES
-    from distft.recipe.text import toml_value
+    from distft.recipe.toml_text import toml_value
 
     settings = []
     if (date := first.manifest.get("date")) and "date" not in first.table("data"):

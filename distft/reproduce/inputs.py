@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distft.core import surroundings
+from distft.core import environment
 from distft.recipe import Recipe
 
 DATA, MODEL, COMPUTES, TOLD = "data", "model", "computes", "told"
@@ -69,12 +69,12 @@ def differences(manifest: Mapping[str, Any], located: Recipe, device: str) -> li
 
 
 def _rows(then: Mapping[str, Any], located: Recipe) -> Iterator[Difference]:
-    from distft.assemble import origins
+    from distft.assemble import input_hashes
 
     if not then:
         yield Difference(kind=TOLD, what="[data]", then="no hash was written", now="not compared")
         return
-    now = origins.rows(located)
+    now = input_hashes.rows(located)
     for split, sources in then.items():
         for at, source in enumerate(sources):
             here = now.get(split, [])
@@ -83,12 +83,12 @@ def _rows(then: Mapping[str, Any], located: Recipe) -> Iterator[Difference]:
 
 
 def _weights(then: Mapping[str, Any], located: Recipe) -> Iterator[Difference]:
-    from distft.assemble import origins
+    from distft.assemble import input_hashes
 
     if not then.get("files"):
         yield Difference(kind=TOLD, what="[model]", then="no hash was written", now="not compared")
         return
-    now = origins.weights(located)
+    now = input_hashes.weights(located)
     yield from _hashes(MODEL, f"[model] {then['path']}", then["files"], now["files"])
     yield from _hashes(MODEL, f"tokenizer of {then['path']}", then.get("tokenizer") or {}, now["tokenizer"])
 
@@ -102,11 +102,11 @@ def _hashes(kind: str, what: str, then: Mapping[str, str], now: Mapping[str, str
 
 
 def _versions(then: Mapping[str, str | None]) -> Iterator[Difference]:
-    now = surroundings.versions() | surroundings.built_with()
+    now = environment.versions() | environment.built_with()
     for name, before in then.items():
         after = now.get(name)
         if before != after and name in now:
-            kind = COMPUTES if name in surroundings.COMPUTES else TOLD
+            kind = COMPUTES if name in environment.COMPUTES else TOLD
             yield Difference(kind=kind, what=name, then=before or "not installed", now=after or "not installed")
 
 
@@ -115,7 +115,7 @@ def _machine(then: Mapping[str, Any], device: str) -> Iterator[Difference]:
     if before and before != device:
         yield Difference(kind=COMPUTES, what="device", then=before, now=device)
     cpu = (then.get("hardware") or {}).get("cpu")
-    here = surroundings.hardware()
+    here = environment.hardware()
     if cpu and cpu != here["cpu"]:
         kind = COMPUTES if before == "cpu" else TOLD
         yield Difference(kind=kind, what="processor", then=cpu, now=here["cpu"])
@@ -125,7 +125,7 @@ def _machine(then: Mapping[str, Any], device: str) -> Iterator[Difference]:
 
 
 def _code(then: Mapping[str, Any]) -> Iterator[Difference]:
-    here = surroundings.checkout(Path.cwd())
+    here = environment.git_state(Path.cwd())
     now = {} if here is None else here.to_json()
     if then and (then.get("commit"), then.get("diff_sha256")) != (now.get("commit"), now.get("diff_sha256")):
         told = [
@@ -136,7 +136,7 @@ def _code(then: Mapping[str, Any]) -> Iterator[Difference]:
 
 
 def _variables(then: Mapping[str, str]) -> Iterator[Difference]:
-    now = surroundings.environment(os.environ)
+    now = environment.library_variables(os.environ)
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name) and not name.startswith(_IGNORED):
             pair = [one.get(name, "not set") for one in (then, now)]

@@ -14,7 +14,7 @@ from distft.scores import (
     rouge,
     translation,
 )
-from distft.scores.spec import Answer, Figure, Scored, Scorer, ScoreSpec
+from distft.scores.spec import Answer, MetricInfo, Scorer, ScoreResult, ScoreSpec
 
 SCORES: Registry[ScoreSpec] = Registry("score")
 SCORES.add(exact_match.SPEC)
@@ -30,4 +30,4 @@ SCORES.add(translation.CHRF)
 SCORES.add(function.SPEC)
 SCORES.add(judge.SPEC)
 
-__all__ = ["SCORES", "Answer", "Figure", "ScoreSpec", "Scored", "Scorer"]
+__all__ = ["SCORES", "Answer", "MetricInfo", "ScoreResult", "ScoreSpec", "Scorer"]

@@ -11,9 +11,9 @@ import string
 
 from pydantic import field_validator
 
-from distft.scores.spec import Answer, Figure, ReferenceParams, Scorer, ScoreSpec, by_row, references
+from distft.scores.spec import Answer, MetricInfo, ReferenceParams, Scorer, ScoreSpec, by_row, references
 
-FIGURE = Figure(name="exact_match", binary=True)
+FIGURE = MetricInfo(name="exact_match", binary=True)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _DIGITS = str.maketrans("", "", string.digits)
 

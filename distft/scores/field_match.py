@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from distft.core.errors import DataError
-from distft.scores.spec import Answer, Figure, ReferenceParams, Scorer, ScoreSpec, by_row, references
+from distft.scores.spec import Answer, MetricInfo, ReferenceParams, Scorer, ScoreSpec, by_row, references
 
 _LINE = re.compile(r"^\s*([^:\n]{1,100}?)\s*:[ \t]*(.*?)\s*$", re.MULTILINE)
 _MISSING = object()
@@ -27,10 +27,10 @@ class FieldMatchParams(ReferenceParams):
     """For texts, not for names."""
 
 
-def figures(params: FieldMatchParams) -> tuple[Figure, ...]:
+def figures(params: FieldMatchParams) -> tuple[MetricInfo, ...]:
     """All fields right; the share of fields that are; each by itself."""
-    each = (Figure(name=f"field_match.{name}", binary=True) for name in params.fields)
-    return Figure(name="field_match", binary=True), Figure(name="fields_right"), *each
+    each = (MetricInfo(name=f"field_match.{name}", binary=True) for name in params.fields)
+    return MetricInfo(name="field_match", binary=True), MetricInfo(name="fields_right"), *each
 
 
 def read_fields(text: str, form: str) -> Mapping[str, Any] | None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from distft.core.errors import DataError, Problem, RecipeError
 from distft.core.registry import Params, nearest
-from distft.scores.spec import Answer, Figure, Scorer, ScoreSpec, by_row
+from distft.scores.spec import Answer, MetricInfo, Scorer, ScoreSpec, by_row
 
 GROUP = "distft.scores"
 
@@ -35,10 +35,10 @@ class FunctionParams(Params):
     """Passed to it as keyword arguments."""
 
 
-def figures(params: FunctionParams) -> tuple[Figure, ...]:
+def figures(params: FunctionParams) -> tuple[MetricInfo, ...]:
     """As the recipe names them."""
     names = params.figures or (params.function.rpartition(":")[2].rpartition(".")[2],)
-    return tuple(Figure(name=name, higher_is_better=params.higher_is_better) for name in names)
+    return tuple(MetricInfo(name=name, higher_is_better=params.higher_is_better) for name in names)
 
 
 def build(params: FunctionParams) -> Scorer:

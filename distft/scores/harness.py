@@ -1,7 +1,7 @@
 """Tasks of lm-eval, run by the library itself on a model of ours: its prompts, its filters, its figures.
 
 A task is more than a score: it brings rows, few-shot prompts and requests. So the library is given a model, and what
-it says of the rows comes back as `Scored`, to be compared and shown like every other score.
+it says of the rows comes back as `ScoreResult`, to be compared and shown like every other score.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from distft.core import hub
 from distft.core.errors import DataError, MachineError, Problem, RecipeError
 from distft.core.registry import nearest
-from distft.scores.spec import Answer, Figure, Scored, mean
+from distft.scores.spec import Answer, MetricInfo, ScoreResult, mean
 
 MAX_NEW_TOKENS = 256
 """Where a task does not say."""
@@ -33,28 +33,28 @@ Chat = Callable[[list[dict[str, str]], bool], str]
 """(messages, whether the assistant's turn is opened) -> the text that the model reads."""
 
 
-class Answerer(Protocol):
+class TextGenerator(Protocol):
     """A model that can be asked. Collective where the model is sharded: every rank runs the same tasks, brings the
     same requests in the same order, and gets the same answers."""  # noqa: D205, D209
 
-    def weigh(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): its log-likelihood in nats, summed over tokens, and whether greedy
         decoding would give it. The two are tokenised together; an empty context starts with the start-of-text
         token."""  # noqa: D205, D209
         ...
 
-    def weigh_whole(self, texts: Sequence[str]) -> list[float]:
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """Log-likelihood of each text from its first token on, in windows where it is longer than the model reads."""
         ...
 
-    def write(
+    def generate(
         self, prompts: Sequence[str], *, stop: tuple[str, ...], max_new_tokens: int, temperature: float
     ) -> list[str]:
         """What the model writes after each prompt, up to the first of `stop` (left out) or its end of text."""
         ...
 
 
-class Tasks:
+class LmEvalTasks:
     """A task, or a group or tag of them whose rows are taken together: loaded, its rows read, its prompts written."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Tasks:
         self.planned = self._planned()
         """Figures it will give, as its configuration says."""
 
-    def run(self, model: Answerer) -> tuple[list[Answer], Scored]:
+    def run(self, model: TextGenerator) -> tuple[list[Answer], ScoreResult]:
         """Each row with its prompt, the right answer and the model's, and what the library says of them."""
         library: Any = importlib.import_module("lm_eval")
         with _seeded(self._seed):
@@ -116,7 +116,7 @@ class Tasks:
                 fewshot_as_multiturn=self._chat is not None,
             )
         better: dict[str, bool] = {}
-        parts: list[Scored] = []
+        parts: list[ScoreResult] = []
         answers: list[Answer] = []
         for leaf in self._tasks:
             better |= found["higher_is_better"].get(leaf, {})
@@ -150,12 +150,12 @@ class Tasks:
         assert self._chat is not None
         return self._chat(chat_history, add_generation_prompt)
 
-    def _planned(self) -> tuple[Figure, ...]:
-        shared: dict[str, Figure] | None = None
+    def _planned(self) -> tuple[MetricInfo, ...]:
+        shared: dict[str, MetricInfo] | None = None
         for task in self._tasks.values():
             better = task.higher_is_better()
             own = {
-                name: Figure(name=name, higher_is_better=better.get(metric, True))
+                name: MetricInfo(name=name, higher_is_better=better.get(metric, True))
                 for metric in task.aggregation()
                 for one in task._filters
                 for name in [_figure(metric, one.name)]
@@ -250,7 +250,7 @@ def _seeded(seed: int) -> Iterator[None]:
         np.random.set_state(numpy_before)
 
 
-def _wrapped(model: Answerer, drawn: Callable[..., str]) -> Any:
+def _wrapped(model: TextGenerator, drawn: Callable[..., str]) -> Any:
     """`model` as the library's abstract class, which can be named only once the library is there."""
     base: Any = importlib.import_module("lm_eval.api.model").LM
 
@@ -261,10 +261,10 @@ def _wrapped(model: Answerer, drawn: Callable[..., str]) -> Any:
             return drawn(chat_history, add_generation_prompt)
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return model.weigh([request.args for request in requests])
+            return model.loglikelihood([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return model.weigh_whole([request.args[0] for request in requests])
+            return model.loglikelihood_rolling([request.args[0] for request in requests])
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             """Requests of equal settings together; answers in the order of requests."""
@@ -274,7 +274,7 @@ def _wrapped(model: Answerer, drawn: Callable[..., str]) -> Any:
             answers = [""] * len(requests)
             for (stop, max_new_tokens, temperature), rows in groups.items():
                 prompts = [requests[row].args[0] for row in rows]
-                written = model.write(prompts, stop=stop, max_new_tokens=max_new_tokens, temperature=temperature)
+                written = model.generate(prompts, stop=stop, max_new_tokens=max_new_tokens, temperature=temperature)
                 for row, text in zip(rows, written, strict=True):
                     answers[row] = text
             return answers
@@ -295,8 +295,8 @@ def _figure(metric: str, filter_name: str) -> str:
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
-def _scored(result: Mapping[str, Any], samples: list[Mapping[str, Any]], better: Mapping[str, bool]) -> Scored:
-    figures: list[Figure] = []
+def _scored(result: Mapping[str, Any], samples: list[Mapping[str, Any]], better: Mapping[str, bool]) -> ScoreResult:
+    figures: list[MetricInfo] = []
     rows: dict[str, tuple[float, ...]] = {}
     totals: dict[str, float] = {}
     for key, value in result.items():
@@ -311,15 +311,15 @@ def _scored(result: Mapping[str, Any], samples: list[Mapping[str, Any]], better:
         totals[name] = float(value) if math.isfinite(value) else math.nan
         if per_row:
             rows[name] = tuple(values)
-        figures.append(Figure(name=name, higher_is_better=better.get(metric, True), binary=binary, per_row=per_row))
-    return Scored(figures=tuple(figures), rows=rows, totals=totals)
+        figures.append(MetricInfo(name=name, higher_is_better=better.get(metric, True), binary=binary, per_row=per_row))
+    return ScoreResult(figures=tuple(figures), rows=rows, totals=totals)
 
 
-def _together(parts: Sequence[Scored], of_group: Mapping[str, Any]) -> Scored:
+def _together(parts: Sequence[ScoreResult], of_group: Mapping[str, Any]) -> ScoreResult:
     """Rows end to end. The total is the library's own where it has one for the group; where that is another mean than
     that of the rows, because each task counts alike, the figure has no interval."""  # noqa: D205, D209
     shared = [one for one in parts[0].figures if all(one.name in part.totals for part in parts)]
-    figures: list[Figure] = []
+    figures: list[MetricInfo] = []
     rows: dict[str, tuple[float, ...]] = {}
     totals: dict[str, float] = {}
     for one in shared:
@@ -336,8 +336,8 @@ def _together(parts: Sequence[Scored], of_group: Mapping[str, Any]) -> Scored:
         if per_row:
             rows[one.name] = values
         binary = per_row and set(values) <= _TWO_VALUES
-        figures.append(Figure(name=one.name, higher_is_better=one.higher_is_better, binary=binary, per_row=per_row))
-    return Scored(figures=tuple(figures), rows=rows, totals=totals)
+        figures.append(MetricInfo(name=one.name, higher_is_better=one.higher_is_better, binary=binary, per_row=per_row))
+    return ScoreResult(figures=tuple(figures), rows=rows, totals=totals)
 
 
 def _answers(task: str, samples: list[Mapping[str, Any]]) -> list[Answer]:

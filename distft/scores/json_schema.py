@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 
 from distft.core.errors import MachineError, Problem, RecipeError
 from distft.core.registry import Params
-from distft.scores.spec import Answer, Figure, Scorer, ScoreSpec, by_row
+from distft.scores.spec import Answer, MetricInfo, Scorer, ScoreSpec, by_row
 
-FIGURES = (Figure(name="conforms", binary=True), Figure(name="valid_json", binary=True))
+FIGURES = (MetricInfo(name="conforms", binary=True), MetricInfo(name="valid_json", binary=True))
 _FENCE = re.compile(r"\A\s*```[a-zA-Z]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 
 

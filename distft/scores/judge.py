@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from distft.core.errors import MachineError
 from distft.scores.endpoint import Endpoint, Unanswered, read_key
 from distft.scores.exact_match import check_pattern
-from distft.scores.spec import Answer, Figure, ReferenceParams, Scored, Scorer, ScoreSpec, mean, references
+from distft.scores.spec import Answer, MetricInfo, ReferenceParams, Scorer, ScoreResult, ScoreSpec, mean, references
 
 PROMPT = """\
 You grade answers. Compare the answer with the reference: is it correct, complete, and nothing beside the point?
@@ -37,7 +37,7 @@ You grade answers. Compare the answer with the reference: is it correct, complet
 First give one sentence of explanation. Then write on a line of its own: Score: N, a number from {lowest} (useless)
 to {highest} (as good as the reference)."""
 _WORDS = frozenset({"prompt", "reference", "answer", "lowest", "highest"})
-FIGURE = Figure(name="judge")
+FIGURE = MetricInfo(name="judge")
 
 
 class JudgeParams(ReferenceParams):
@@ -125,7 +125,7 @@ def judge(params: JudgeParams, endpoint: Endpoint) -> Scorer:
             return f"mark {found[-1]} is not between {params.lowest:g} and {params.highest:g}"
         return value
 
-    def scored(answers: Sequence[Answer]) -> Scored:
+    def scored(answers: Sequence[Answer]) -> ScoreResult:
         with ThreadPoolExecutor(params.concurrency) as pool:
             futures = [pool.submit(mark, answer) for answer in answers]
             try:
@@ -141,7 +141,7 @@ def judge(params: JudgeParams, endpoint: Endpoint) -> Scorer:
                 f"(max_unscored = {params.max_unscored:g}); {row}: {why}"
             )
         values = tuple(math.nan if isinstance(one, str) else one for one in marks)
-        return Scored(figures=(FIGURE,), rows={"judge": values}, totals={"judge": mean(values)}, unscored=unscored)
+        return ScoreResult(figures=(FIGURE,), rows={"judge": values}, totals={"judge": mean(values)}, unscored=unscored)
 
     return scored
 

@@ -15,9 +15,9 @@ from pydantic import Field
 
 from distft.core.errors import DataError
 from distft.core.registry import Params
-from distft.scores.spec import Answer, Figure, Scorer, ScoreSpec, by_row
+from distft.scores.spec import Answer, MetricInfo, Scorer, ScoreSpec, by_row
 
-FIGURES = tuple(Figure(name=name, binary=True) for name in ("acc", "acc_norm", "acc_bytes"))
+FIGURES = tuple(MetricInfo(name=name, binary=True) for name in ("acc", "acc_norm", "acc_bytes"))
 
 
 class MultipleChoiceParams(Params):

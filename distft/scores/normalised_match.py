@@ -12,9 +12,9 @@ import re
 import string
 from collections import Counter
 
-from distft.scores.spec import Answer, Figure, ReferenceParams, Scorer, ScoreSpec, by_row, references
+from distft.scores.spec import Answer, MetricInfo, ReferenceParams, Scorer, ScoreSpec, by_row, references
 
-FIGURES = (Figure(name="normalised_match", binary=True), Figure(name="f1"))
+FIGURES = (MetricInfo(name="normalised_match", binary=True), MetricInfo(name="f1"))
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -17,9 +17,9 @@ from pydantic import Field
 
 from distft.core.errors import DataError
 from distft.scores.exact_match import ExactMatchParams, plain
-from distft.scores.spec import Answer, Figure, ReferenceParams, Scorer, ScoreSpec, by_row, references
+from distft.scores.spec import Answer, MetricInfo, ReferenceParams, Scorer, ScoreSpec, by_row, references
 
-FIGURES = tuple(Figure(name=name, binary=True) for name in ("numeric", "strict_match", "flexible_extract"))
+FIGURES = tuple(MetricInfo(name=name, binary=True) for name in ("numeric", "strict_match", "flexible_extract"))
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 INVALID = "[invalid]"

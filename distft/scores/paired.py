@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.scores.intervals import CONFIDENCE, RESAMPLES, Interval, of_difference, of_mean, of_share
-from distft.scores.spec import Figure, Scored
+from distft.scores.confidence_intervals import CONFIDENCE, RESAMPLES, Interval, of_difference, of_mean, of_share
+from distft.scores.spec import MetricInfo, ScoreResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class Regression:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class PairedComparison:
     """One figure, before and after."""
 
-    figure: Figure
+    figure: MetricInfo
     before: Interval
     after: Interval
     difference: Interval
@@ -73,8 +73,13 @@ class Change:
 
 
 def compare(
-    before: Scored, after: Scored, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[Change, ...]:
+    before: ScoreResult,
+    after: ScoreResult,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[PairedComparison, ...]:
     """Every figure of one score, before and after, on the same rows in the same order.
 
     Raises:
@@ -88,7 +93,7 @@ def compare(
     )
 
 
-def interval(scored: Scored, figure: Figure, *, confidence: float = CONFIDENCE, **bootstrap: int) -> Interval:
+def interval(scored: ScoreResult, figure: MetricInfo, *, confidence: float = CONFIDENCE, **bootstrap: int) -> Interval:
     """Of one figure: Wilson's where rows are right or wrong, else the bootstrap's; none where rows have no figure."""
     if not figure.per_row:
         counted = max((len(values) for values in scored.rows.values()), default=0)
@@ -126,13 +131,13 @@ def regressions(
     return tuple(sorted(found, key=lambda one: (-one.worse_by, one.index)))
 
 
-def _change(figure: Figure, before: Scored, after: Scored, options: dict[str, Any]) -> Change:
+def _change(figure: MetricInfo, before: ScoreResult, after: ScoreResult, options: dict[str, Any]) -> PairedComparison:
     first, second = interval(before, figure, **options), interval(after, figure, **options)
     if not figure.per_row:
         gap = _bare(second.value - first.value, second.num_rows, options["confidence"])
-        return Change(figure=figure, before=first, after=second, difference=gap, mcnemar=None, regressions=())
+        return PairedComparison(figure=figure, before=first, after=second, difference=gap, mcnemar=None, regressions=())
     old, new = before.rows[figure.name], after.rows[figure.name]
-    return Change(
+    return PairedComparison(
         figure=figure,
         before=first,
         after=second,

@@ -8,9 +8,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from distft.scores.exact_match import check_pattern
-from distft.scores.spec import Answer, Figure, ReferenceParams, Scorer, ScoreSpec, by_row, references
+from distft.scores.spec import Answer, MetricInfo, ReferenceParams, Scorer, ScoreSpec, by_row, references
 
-FIGURE = Figure(name="regex", binary=True)
+FIGURE = MetricInfo(name="regex", binary=True)
 
 
 class RegexParams(ReferenceParams):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from distft.core.errors import MachineError
-from distft.scores.spec import Answer, Figure, ReferenceParams, Scorer, ScoreSpec, by_row, references
+from distft.scores.spec import Answer, MetricInfo, ReferenceParams, Scorer, ScoreSpec, by_row, references
 
 
 class RougeParams(ReferenceParams):
@@ -24,9 +24,9 @@ class RougeParams(ReferenceParams):
     """Compare English word stems (Porter)."""
 
 
-def figures(params: RougeParams) -> tuple[Figure, ...]:
+def figures(params: RougeParams) -> tuple[MetricInfo, ...]:
     """One for each kind."""
-    return tuple(Figure(name=kind) for kind in params.kinds)
+    return tuple(MetricInfo(name=kind) for kind in params.kinds)
 
 
 def build(params: RougeParams) -> Scorer:

@@ -36,7 +36,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
+class MetricInfo:
     """One number that a score gives."""
 
     name: str
@@ -48,10 +48,10 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ScoreResult:
     """What a score says of N answers."""
 
-    figures: tuple[Figure, ...]
+    figures: tuple[MetricInfo, ...]
     """The first is the one to look at: the list of regressions and the best checkpoint go by it."""
     rows: dict[str, tuple[float, ...]]
     """Figure -> N values, for figures that rows have; NaN where a row could not be scored (see `unscored`)."""
@@ -70,17 +70,17 @@ class Scored:
         }
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Scored:
+    def from_json(cls, stored: Mapping[str, Any]) -> ScoreResult:
         """What `to_json` gave."""
         return cls(
-            figures=tuple(Figure(**figure) for figure in stored["figures"]),
+            figures=tuple(MetricInfo(**figure) for figure in stored["figures"]),
             rows={name: tuple(map(_number, values)) for name, values in stored["rows"].items()},
             totals={name: _number(value) for name, value in stored["totals"].items()},
             unscored=dict(stored["unscored"]),
         )
 
 
-Scorer: TypeAlias = Callable[[Sequence[Answer]], Scored]
+Scorer: TypeAlias = Callable[[Sequence[Answer]], ScoreResult]
 """Judges answers. Raises DataError for a row that cannot be judged by its own fault (no such column)."""
 
 
@@ -90,7 +90,7 @@ class ScoreSpec:
 
     name: str
     params: type[Params]
-    figures: Callable[[Any], tuple[Figure, ...]]
+    figures: Callable[[Any], tuple[MetricInfo, ...]]
     """(params) -> what it will give; known before anything is generated."""
     build: Callable[[Any], Scorer]
     """(params) -> the score. Raises RecipeError (params that cannot work), MachineError (a library is missing)."""
@@ -123,13 +123,15 @@ def references(answer: Answer, column: str | None) -> tuple[str, ...]:
     return tuple(one for one in found if one is not None)
 
 
-def by_row(figures: Sequence[Figure], judge: Callable[[Answer], Sequence[float]]) -> Scorer:
+def by_row(figures: Sequence[MetricInfo], judge: Callable[[Answer], Sequence[float]]) -> Scorer:
     """A scorer that looks at one answer at a time and averages; `judge` gives a value for each of `figures`."""
 
-    def scored(answers: Sequence[Answer]) -> Scored:
+    def scored(answers: Sequence[Answer]) -> ScoreResult:
         table = [tuple(float(value) for value in judge(answer)) for answer in answers]
         rows = {figure.name: tuple(line[at] for line in table) for at, figure in enumerate(figures)}
-        return Scored(figures=tuple(figures), rows=rows, totals={name: mean(values) for name, values in rows.items()})
+        return ScoreResult(
+            figures=tuple(figures), rows=rows, totals={name: mean(values) for name, values in rows.items()}
+        )
 
     return scored
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from distft.core.errors import MachineError
-from distft.scores.spec import Answer, Figure, ReferenceParams, Scored, Scorer, ScoreSpec, mean, references
+from distft.scores.spec import Answer, MetricInfo, ReferenceParams, Scorer, ScoreResult, ScoreSpec, mean, references
 
 
 class BleuParams(ReferenceParams):
@@ -38,9 +38,9 @@ class ChrfParams(ReferenceParams):
     """Compare in lower case."""
 
 
-def figures(name: str) -> tuple[Figure, ...]:
+def figures(name: str) -> tuple[MetricInfo, ...]:
     """The rows', then the corpus'."""
-    return Figure(name=f"{name}_sentence"), Figure(name=name, per_row=False)
+    return MetricInfo(name=f"{name}_sentence"), MetricInfo(name=name, per_row=False)
 
 
 def build_bleu(params: BleuParams) -> Scorer:
@@ -68,7 +68,7 @@ def _library(score: str) -> Any:
 def _scorer(name: str, sentence: Any, corpus: Any, column: str | None) -> Scorer:
     rows_name = f"{name}_sentence"
 
-    def scored(answers: Sequence[Answer]) -> Scored:
+    def scored(answers: Sequence[Answer]) -> ScoreResult:
         right = [references(answer, column) for answer in answers]
         said = [answer.text for answer in answers]
         values = tuple(
@@ -76,7 +76,9 @@ def _scorer(name: str, sentence: Any, corpus: Any, column: str | None) -> Scorer
         )
         streams = [list(stream) for stream in zip_longest(*right)]  # sacrebleu takes None for a reference too few
         total = float(corpus.corpus_score(said, streams).score) if answers else math.nan
-        return Scored(figures=figures(name), rows={rows_name: values}, totals={rows_name: mean(values), name: total})
+        return ScoreResult(
+            figures=figures(name), rows={rows_name: values}, totals={rows_name: mean(values), name: total}
+        )
 
     return scored
 

@@ -12,17 +12,17 @@ from distft.core.errors import DataError
 from distft.data.formats import FORMATS
 from distft.data.rows import RowMaker
 from distft.data.samples import FormatSpec, RowError, Text, text_column
-from distft.data.sources import Source, decide_format, find
+from distft.data.sources import RowSource, decide_format, find
 from distft.recipe.schema import DataTable, TrainSourceTable
 
 
-def source_of(rows: list[Any], folder: Path, **table: Any) -> Source:
+def source_of(rows: list[Any], folder: Path, **table: Any) -> RowSource:
     path = folder / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return find(TrainSourceTable(path=str(path), **table))
 
 
-def maker_of(source: Source, spec: FormatSpec) -> RowMaker:
+def maker_of(source: RowSource, spec: FormatSpec) -> RowMaker:
     table = DataTable(train=(source.table,))  # pyright: ignore[reportArgumentType]
     return RowMaker(table, [source], [spec.convert], "no tokenizer is needed to refuse a row")
 

@@ -2,10 +2,10 @@
 
 import worker
 
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.model import cross_entropy
 
 if __name__ == "__main__":
     cross_entropy.CHUNK_BYTES = 4 * 1024 * 20
     worker.main()
-    leave(0)
+    hard_exit(0)

@@ -9,7 +9,7 @@ import threading
 
 import torch.distributed as dist
 
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.engine import processes
 from distft.engine.solo import SoloEngine
 from distft.job import main
@@ -29,4 +29,4 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "1":
         SoloEngine.step = full
     recipe, *settings = sys.argv[1:]
-    leave(main([recipe, *(word for setting in settings for word in ("--set", setting))]))
+    hard_exit(main([recipe, *(word for setting in settings for word in ("--set", setting))]))

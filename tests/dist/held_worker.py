@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from tiny import batch, documents
 
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.core.types import LossTerms, TrainState, UpdateRule
-from distft.engine import ENGINES, held, processes
+from distft.engine import ENGINES, processes, state_bytes
 from distft.model import load
 from distft.model.adapters import METHODS
 from distft.optim import OPTIMIZERS
@@ -42,16 +42,16 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
         engine.adopt(built, rule, micros_per_step=micros)
         rows = batch(documents([17, 9], seed=placed.rank))
         for micro in range(micros):
-            accumulating = held.gradients(engine)
+            accumulating = state_bytes.gradient_bytes(engine)
             with engine.accumulating(last=micro == micros - 1, seed=0):
                 loss = engine.model(**rows.inputs()).sum()
                 engine.backward(
                     LossTerms(loss_sum=loss), divide_by=float(rows.num_supervised * placed.world * micros), samples=()
                 )
-        gradients = held.gradients(engine)
+        gradients = state_bytes.gradient_bytes(engine)
         report = engine.step(TrainState(), float(rows.num_supervised * placed.world), lambda loss: True)
         assert report.updated
-        after = held.count(engine)
+        after = state_bytes.measure(engine)
     finally:
         engine.close()
     return {
@@ -85,4 +85,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    hard_exit(0)

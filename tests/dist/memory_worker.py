@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.core.types import UpdateRule
 from distft.engine import ENGINES, processes
 from distft.model import load
@@ -90,4 +90,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    hard_exit(0)

@@ -15,10 +15,10 @@ import torch
 from tiny import batch, build, documents
 from torch.profiler import ProfilerActivity, profile
 
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.core.types import LossTerms, UpdateRule
 from distft.engine import ENGINES, processes
-from distft.model import savers
+from distft.model import activation_checkpointing
 
 RULE = UpdateRule(
     build=lambda groups: torch.optim.SGD(groups, lr=0.0), lr_at=lambda step: 0.0, weight_decay=0.0,
@@ -32,13 +32,13 @@ def measure(folder: Path, engine_name: str, mode: str, compiled: bool) -> dict[s
     spec = ENGINES[engine_name]
     engine = spec.open(spec.params(), placed)
     built = build(folder, fill=False)
-    savers.checkpoint_blocks(built.module.transformer, mode)
+    activation_checkpointing.checkpoint_blocks(built.module.transformer, mode)
     engine.adopt(built, RULE, micros_per_step=1)
     arrived: list[str] = []
     for name, param in engine.model.named_parameters():
         param.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
     if compiled:
-        savers.compile_blocks(built.blocks)
+        activation_checkpointing.compile_blocks(built.blocks)
     micro = batch(documents([40, 88, 64, 64], seed=1))
     for measured in (False, True):  # the first forward compiles, and libraries allocate what they keep
         with engine.accumulating(last=True, seed=0):
@@ -61,4 +61,4 @@ if __name__ == "__main__":
         for mode in ("off", "selective", "full")
     }
     out.write_text(json.dumps(found))
-    leave(0)
+    hard_exit(0)

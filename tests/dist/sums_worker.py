@@ -15,7 +15,7 @@ import torch
 from tiny import batch, documents
 from torch import Tensor
 
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.core.types import Batch, LossTerms, TrainState, UpdateRule
 from distft.engine import ENGINES, processes
 from distft.model import load
@@ -117,4 +117,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    hard_exit(0)

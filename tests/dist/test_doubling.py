@@ -13,9 +13,9 @@ WORKER = """
 import os, pickle, socket, sys
 import torch
 import torch.distributed as dist
-from distft.engine import doubling
+from distft.engine import recursive_doubling
 from distft.engine.base import BaseEngine
-from distft.engine.doubling import summed
+from distft.engine.recursive_doubling import summed
 from distft.engine.processes import Processes
 
 def rank_of(world, rank, port):
@@ -29,7 +29,7 @@ def rank_of(world, rank, port):
     placed = Processes(
         rank=rank, world=world, local_rank=rank, device=torch.device("cpu"), launcher="torchrun", wants="", joined=True
     )
-    engine, doubling.RING_RANKS = BaseEngine(placed), 4
+    engine, recursive_doubling.RING_RANKS = BaseEngine(placed), 4
     assert engine.all_say(True)
     assert not engine.all_say(rank != world - 1)
     found.append((engine.sum_over_ranks(rank, 0.1, 1), engine.collect({"rank": rank})))

@@ -11,7 +11,7 @@ from harness import Bench, run, torchrun
 
 from distft import assemble, load_recipe, train
 from distft.core.errors import MachineError
-from distft.core.memory import is_out_of_memory
+from distft.core.out_of_memory import is_out_of_memory
 from distft.engine import processes
 from distft.engine.solo import SoloEngine
 

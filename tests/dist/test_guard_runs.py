@@ -12,6 +12,7 @@ from harness import BATCH, Bench, Run
 SPIKE = 8
 """The step whose rows are unlike all others."""
 WORLDS = {"solo": 1, "zero1": 2, "zero3": 2, "fsdp2": 2}
+Runs = Callable[[str], dict[str, Run]]
 ENGINES = ["solo", "zero3", "fsdp2", pytest.param("zero1", marks=pytest.mark.slow)]
 PLAIN = ["data.packing=false", "data.shuffle=false", "train.max_steps=10", 'schedule.name="constant"']
 PLAIN += ["schedule.warmup_steps=", "train.micro_batch_size=2", "checkpoint.every_steps=3", "optim.learning_rate=5e-3"]
@@ -44,7 +45,7 @@ def rows(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def runs(bench: Bench) -> Callable[[str], dict[str, Run]]:
+def runs(bench: Bench) -> Runs:
     """Engine -> its runs by name, made when they are first asked for."""
     spiky, without = rows(bench.folder)
 
@@ -84,7 +85,7 @@ def close(a: list[float], b: list[float]) -> bool:
 
 @pytest.mark.row(22, 23)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_step_that_is_not_finite_is_left_out_and_counted(runs: Callable[[str], dict[str, Run]], engine: str) -> None:
+def test_a_step_that_is_not_finite_is_left_out_and_counted(runs: Runs, engine: str) -> None:
     run, reference = runs(engine)["nan"], runs("solo")["nan"]
     seen = losses(run)
     assert str(seen[1]) == "nan", "logged, and not hidden"
@@ -96,7 +97,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(runs: Callable[[str],
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_spike_is_left_out_or_gone_back_from_or_stops_the_run(runs: Callable[[str], dict[str, Run]], engine: str) -> None:
+def test_a_spike_is_left_out_or_gone_back_from_or_stops_the_run(runs: Runs, engine: str) -> None:
     off, skip, back = (runs(engine)[name] for name in ("off", "skip", "rollback"))
     assert losses(off)[SPIKE - 1] > 1.3 * losses(off)[SPIKE - 2], "there is a spike to be seen"
     assert losses(skip)[:SPIKE] == losses(off)[:SPIKE]
@@ -120,7 +121,7 @@ def test_a_spike_is_left_out_or_gone_back_from_or_stops_the_run(runs: Callable[[
 
 @pytest.mark.row(22)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_run_with_a_step_left_out_resumes_bit_for_bit(runs: Callable[[str], dict[str, Run]], engine: str) -> None:
+def test_a_run_with_a_step_left_out_resumes_bit_for_bit(runs: Runs, engine: str) -> None:
     """The optimizer's own count of steps is one less than the run's."""
     assert "InjectedFault" in runs(engine)["cut"].error
     again, whole = runs(engine)["again"], runs(engine)["skip"]

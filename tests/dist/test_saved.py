@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import ROOT, run
 
-from distft.model.savers import _KeepHalf
+from distft.model.activation_checkpointing import _KeepHalf
 
 ENGINES = ["solo", "ddp", "fsdp2", "zero3"]
 

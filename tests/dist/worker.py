@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from distft import load_recipe, train
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.core.stop import STOP
 from distft.engine import processes
 
@@ -39,4 +39,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    hard_exit(0)

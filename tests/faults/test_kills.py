@@ -11,10 +11,10 @@ import pytest
 from forks import Forks
 from harness import STEPS, Bench, End, Job, until
 
-from distft.checkpoint.group import Alone
 from distft.checkpoint.loading import load_path
+from distft.checkpoint.rank_group import Alone
 from distft.core.errors import CheckpointError, HangError
-from distft.watch.records import is_dead
+from distft.health.heartbeat import is_dead
 
 Oracle = Callable[..., End]
 LOOP = ("data", "agree", "forward", "backward", "update", "step")

@@ -12,7 +12,7 @@ from tiny import batch as made
 from tiny import build, documents
 
 from distft.metrics.throughput import peak_flops
-from distft.model import savers
+from distft.model import activation_checkpointing
 
 pytestmark = pytest.mark.gpu
 
@@ -86,7 +86,7 @@ def test_activation_checkpointing_lowers_the_peak_and_keeps_the_loss(device: tor
     peaks, losses, norms = {}, {}, {}
     for mode in ("off", "selective", "full"):
         model = build(tmp_path, device=device, dtype="bfloat16").module.train()
-        savers.checkpoint_blocks(model.transformer, mode)  # type: ignore[arg-type]
+        activation_checkpointing.checkpoint_blocks(model.transformer, mode)  # type: ignore[arg-type]
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from distft.model import attention, proof
 from distft.model.blocks import blocks_of
 from distft.model.load import untrained
+from distft.model.proof_verdict import ProofVerdict
 from distft.model.reference import drawn_weights
 from distft.model.shrink import distinct_depth, small_copies
-from distft.model.verdict import Verdict
 
 _LETTERS = " .,abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 TEXTS = [
@@ -117,7 +117,7 @@ def documents(folder: Path) -> list[Tensor]:
     return [torch.tensor([*tokenizer(text, add_special_tokens=False).input_ids, 2]) for text in TEXTS]
 
 
-def proven(kind: str, *, max_length: int = 512) -> Verdict:
+def proven(kind: str, *, max_length: int = 512) -> ProofVerdict:
     """Return the verdict on the default config of a kind, on this machine's CPU in fp32."""
     attention.register()
     cpu = torch.device("cpu")
@@ -127,7 +127,7 @@ def proven(kind: str, *, max_length: int = 512) -> Verdict:
         config.architectures = [name]
     except Exception as error:
         reason = f"its default config is not valid: {str(error).strip().splitlines()[0]}"
-        return Verdict(architecture=name, path=None, attempts=(), reason=reason)
+        return ProofVerdict(architecture=name, path=None, attempts=(), reason=reason)
     names = proof.attentions("auto", cpu, torch.float32)
     return proof.prove(config, untrained, attentions=names, device=cpu, dtype=torch.float32, max_length=max_length)
 

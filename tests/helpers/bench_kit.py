@@ -5,24 +5,24 @@ from typing import Any
 
 from plan_kit import SMALL, recipe_text, write
 
-from distft.bench.cases import Case, Wanted, grid
+from distft.bench.cases import BenchCase, BenchGrid, grid
 
 TRAIN = "max_steps = 100\nglobal_batch_size = 8\nmicro_batch_size = 1"
 
 
-def wanted(folder: Path, **asked: Any) -> Wanted:
+def wanted(folder: Path, **asked: Any) -> BenchGrid:
     """A recipe of a small model that is never run."""
     model = write(folder / "model", SMALL)
     (folder / "recipe.toml").write_text(recipe_text(model, train=TRAIN))
-    return Wanted(recipe=str(folder / "recipe.toml"), **asked)
+    return BenchGrid(recipe=str(folder / "recipe.toml"), **asked)
 
 
-def cases(folder: Path, **asked: Any) -> list[Case]:
+def cases(folder: Path, **asked: Any) -> list[BenchCase]:
     return grid(wanted(folder, **asked))
 
 
 def became(
-    case: Case,
+    case: BenchCase,
     *,
     step_s: float = 0.1,
     loss: tuple[float, ...] = (3.0, 2.5, 2.0),

@@ -127,7 +127,7 @@ def fork(rank: int, port: int, start: dict) -> int:
 
 def become_script(command: list[str]) -> NoReturn:
     """As `python FILE ARGUMENTS` goes on once it has imported everything."""
-    from distft.core.leave import leave
+    from distft.core.hard_exit import hard_exit
 
     code = 1
     try:
@@ -140,19 +140,19 @@ def become_script(command: list[str]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        leave(code)
+        hard_exit(code)
 
 
 def become(arguments: list[str]) -> NoReturn:
     """As `python -m distft.train` goes on once it has imported everything."""
-    from distft.core.leave import leave
+    from distft.core.hard_exit import hard_exit
     from distft.job import main
 
     code = 1
     try:
         code = main(arguments)
     finally:
-        leave(code)
+        hard_exit(code)
 
 
 def codes_of(ranks: list[int], limit_s: float, *, together: bool = False) -> list[int | None]:

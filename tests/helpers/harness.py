@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from distft.demo.files import locate_path
-from distft.watch.records import Board, Record
+from distft.health.heartbeat import Heartbeat, HeartbeatFile
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -213,9 +213,9 @@ class Job:
     def exit(self) -> dict:
         return json.loads((self.folder / "exit.json").read_text())
 
-    def records(self) -> dict[int, Record]:
+    def records(self) -> dict[int, Heartbeat]:
         """What each rank last said of itself."""
-        return Board(self.folder / "ranks", 0).read(range(2))
+        return HeartbeatFile(self.folder / "ranks", 0).read(range(2))
 
     def checkpoints(self) -> list[int]:
         return sorted(int(path.name[-8:]) for path in (self.folder / "checkpoints").glob("step-" + 8 * "[0-9]"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.scores.paired import compare
-from distft.scores.spec import Figure, Scored
+from distft.scores.spec import MetricInfo, ScoreResult
 
 BEGAN = datetime(2026, 11, 25, 8, 0, 0, tzinfo=UTC)
 RECIPE = """name = "{name}"
@@ -127,9 +127,11 @@ class Made:
         score: str = "exact_match",
     ) -> Made:
         """Right and wrong answers, as the contract between evaluation and report has them."""
-        figure = Figure(name=score, binary=True)
+        figure = MetricInfo(name=score, binary=True)
         scored = {
-            label: Scored(figures=(figure,), rows={score: tuple(values)}, totals={score: sum(values) / len(values)})
+            label: ScoreResult(
+                figures=(figure,), rows={score: tuple(values)}, totals={score: sum(values) / len(values)}
+            )
             for label, values in (("before", before), ("after", after))
         }
         (change,) = compare(scored["before"], scored["after"], resamples=200)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from distft.scores import SCORES, Answer, Scored
+from distft.scores import SCORES, Answer, ScoreResult
 
 
 def answer(text: str = "", reference: str = "", number: int = 1, **row: Any) -> Answer:
@@ -17,7 +17,7 @@ def scorer(name: str, **params: Any):
     return spec.build(spec.params.model_validate_json(json.dumps(params)))
 
 
-def score(name: str, pairs: list[tuple[str, str]], **params: Any) -> Scored:
+def score(name: str, pairs: list[tuple[str, str]], **params: Any) -> ScoreResult:
     """Of (text, reference) pairs."""
     answers = [answer(text, reference, number) for number, (text, reference) in enumerate(pairs, 1)]
     return scorer(name, **params)(answers)

@@ -8,16 +8,16 @@ from plan_kit import read, recipe_of
 from distft import assemble
 from distft.core.accelerators import GIB, named
 from distft.core.errors import RecipeError
-from distft.plan import auto, memory
-from distft.plan.auto import ROOM, Choice
+from distft.plan import auto_setup, memory
+from distft.plan.auto_setup import ROOM, AutoSetup
 from distft.plan.machine import of_size
 from distft.plan.setup import Machine
 
 
-def choose(model: Path, gib: float, *overrides: str) -> Choice:
+def choose(model: Path, gib: float, *overrides: str) -> AutoSetup:
     recipe = recipe_of(model, 'method.name="lora"', *overrides)
     machine = Machine(gpu=of_size(gib), gpus_per_node=1)
-    return auto.choose(recipe, read(recipe), machine, engine="ddp", liger=False)
+    return auto_setup.choose(recipe, read(recipe), machine, engine="ddp", liger=False)
 
 
 def test_more_memory_means_less_recomputation(llama8b: Path) -> None:
@@ -50,14 +50,14 @@ def test_a_batch_that_does_not_split_is_refused(llama8b: Path) -> None:
     recipe = recipe_of(llama8b, "train.global_batch_size=3")
     two = Machine(gpu=named("h100-80gb"), gpus_per_node=2)
     with pytest.raises(RecipeError, match="do not split evenly"):
-        auto.choose(recipe, read(recipe), two, engine="zero3", liger=False)
+        auto_setup.choose(recipe, read(recipe), two, engine="zero3", liger=False)
 
 
 def test_adapters_under_zero3_are_never_selective(llama8b: Path) -> None:
     recipe = recipe_of(llama8b, 'method.name="lora"', 'engine.name="zero3"')
     for gib in (8, 24, 40):
         machine = Machine(gpu=of_size(gib), gpus_per_node=8)
-        found = auto.choose(recipe, read(recipe), machine, engine="zero3", liger=False)
+        found = auto_setup.choose(recipe, read(recipe), machine, engine="zero3", liger=False)
         assert found.checkpointing in ("off", "full")
 
 
@@ -71,7 +71,7 @@ def test_on_accelerators_the_job_asks_the_planner(llama8b: Path, monkeypatch: py
     monkeypatch.setattr(assemble.sizes, "_accelerators", lambda world: machine)
     recipe = recipe_of(llama8b, 'method.name="lora"')
     cut = assemble.layout(recipe, 1)
-    planned = auto.choose(recipe, read(recipe), machine, engine="solo", liger=False)
+    planned = auto_setup.choose(recipe, read(recipe), machine, engine="solo", liger=False)
     assert (cut.micro_batch_size, cut.checkpointing) == (planned.micro_batch_size, planned.checkpointing)
     assert cut.micros_per_step * cut.micro_batch_size == 64
     fixed = assemble.layout(

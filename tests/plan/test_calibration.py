@@ -14,7 +14,7 @@ from distft.plan import calibration
 from distft.plan.case import plan
 from distft.plan.command import main
 from distft.plan.machine import read_machine
-from distft.plan.rates import ASSUMED, Rates, Work
+from distft.plan.rates import ASSUMED, HardwareRates, Work
 from distft.plan.setup import Machine
 
 H200 = named("h200-141gb")
@@ -137,7 +137,9 @@ def test_the_planner_predicts_with_what_is_kept_and_says_so(
     recipe = recipe_of(model, "train.micro_batch_size=1")
     inventory = read(recipe)
     slow, fast = (
-        plan(recipe, inventory, Machine(gpu=H200, gpus_per_node=1, rates=Rates(launch_s=launch)), liger=False).speed
+        plan(
+            recipe, inventory, Machine(gpu=H200, gpus_per_node=1, rates=HardwareRates(launch_s=launch)), liger=False
+        ).speed
         for launch in (12e-6, 3e-6)
     )
     assert slow.micro_s == pytest.approx(4 * fast.micro_s), "a tiny model waits for launches"
@@ -213,7 +215,7 @@ def test_another_gpu_than_the_one_meant_a_damaged_file_and_no_file_are_refused(
 def test_a_second_gpu_is_kept_beside_the_first(tmp_path: Path) -> None:
     kept = tmp_path / "kept.json"
     for name, share in (("h200-141gb", 0.6), ("h100-80gb", 0.5), ("h200-141gb", 0.7)):
-        rates = Rates(matmul=share, source="calibrated")
+        rates = HardwareRates(matmul=share, source="calibrated")
         gpu = named(name)
         calibration.keep(calibration.Calibration(gpu=gpu, rates=rates, cases=0, error_before=None, error=None), kept)
     assert calibration.of_gpu(named("h100-80gb"), kept).matmul == 0.5

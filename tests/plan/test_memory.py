@@ -10,21 +10,21 @@ from plan_kit import read, recipe_of
 
 from distft.core.accelerators import GIB, named
 from distft.core.errors import RecipeError
-from distft.plan.advice import changes
-from distft.plan.case import Case, plan
+from distft.plan.case import PlanCase, plan
 from distft.plan.setup import Machine
+from distft.plan.suggestions import changes
 
 ONE = Machine(gpu=named("h100-80gb"), gpus_per_node=1)
 EIGHT = Machine(gpu=named("h100-80gb"), gpus_per_node=8)
 FULL = ("train.micro_batch_size=1", 'train.activation_checkpointing="full"')
 
 
-def case(model: Path, machine: Machine, *overrides: str, liger: bool = False) -> Case:
+def case(model: Path, machine: Machine, *overrides: str, liger: bool = False) -> PlanCase:
     recipe = recipe_of(model, *overrides)
     return plan(recipe, read(recipe), machine, liger=liger)
 
 
-def zero3(model: Path, machine: Machine, *overrides: str) -> Case:
+def zero3(model: Path, machine: Machine, *overrides: str) -> PlanCase:
     return case(model, machine, 'engine.name="zero3"', *FULL, *overrides)
 
 
@@ -118,7 +118,7 @@ def test_fp32_sums_of_8b_are_two_bytes_more_and_advice_says_what_saves_them(llam
     assert lossy.fits
     assert several.to_json()["gradients_in"] == "float32"
 
-    def replan(extra: Sequence[str], machine: Machine) -> Case:
+    def replan(extra: Sequence[str], machine: Machine) -> PlanCase:
         return case(llama8b, machine, *extra)
 
     found = {change.overrides: change for change in changes(several, replan)}
@@ -179,7 +179,7 @@ def test_eager_attention_keeps_square_matrices(llama8b: Path) -> None:
 def test_paged_moments_let_a_run_fit_that_otherwise_does_not(llama8b: Path) -> None:
     """Managed memory moves to the host: the peak may be over the device's size by what is pageable."""
 
-    def on(gib: float, name: str) -> Case:
+    def on(gib: float, name: str) -> PlanCase:
         from distft.plan.machine import of_size
 
         machine = Machine(gpu=of_size(gib), gpus_per_node=1)

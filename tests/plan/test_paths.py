@@ -19,7 +19,7 @@ from distft.model import cross_entropy, load
 from distft.model.adapters import METHODS
 from distft.model.paths import SINGLE, ForwardPath
 from distft.plan import inventory, kernels, storages, trace
-from distft.plan.case import Case, plan
+from distft.plan.case import PlanCase, plan
 from distft.plan.setup import Machine
 from distft.recipe import ModelTable
 
@@ -119,7 +119,7 @@ def test_what_does_not_loop_is_traced_as_it_is(tmp_path: Path, kind: str) -> Non
 TWO = Machine(gpu=named("h100-80gb"), gpus_per_node=2)
 
 
-def planned(folder: Path, path: ForwardPath, *overrides: str, tokens: int | None = None) -> Case:
+def planned(folder: Path, path: ForwardPath, *overrides: str, tokens: int | None = None) -> PlanCase:
     recipe = recipe_of(folder, 'engine.name="zero3"', 'train.activation_checkpointing="off"', *overrides)
     method = recipe.method
     found = inventory.read(recipe.model, folder, method.spec, method.params, path=path)

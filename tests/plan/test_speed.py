@@ -7,13 +7,13 @@ from plan_kit import read, recipe_of
 
 from distft.core.accelerators import named
 from distft.model import stats
-from distft.plan.case import Case, plan
+from distft.plan.case import PlanCase, plan
 from distft.plan.setup import Machine
 
 H200 = named("h200-141gb")
 
 
-def case(model: Path, world: int, *overrides: str, liger: bool = True, nodes: int = 1) -> Case:
+def case(model: Path, world: int, *overrides: str, liger: bool = True, nodes: int = 1) -> PlanCase:
     recipe = recipe_of(model, "train.micro_batch_size=1", *overrides)
     return plan(recipe, read(recipe), Machine(gpu=H200, gpus_per_node=world, nodes=nodes), liger=liger)
 

@@ -8,7 +8,7 @@ import torch
 from plan_kit import LLAMA_8B, SMALL, note_row, read, recipe_of, write
 from tiny import batch, build
 
-from distft.model import cross_entropy, savers
+from distft.model import activation_checkpointing, cross_entropy
 from distft.plan import kernels, storages, trace
 from distft.plan.trace import Activations
 
@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"r": 8, "dropout": 0.
 def really_saved(folder: Path, method: str, mode: str, dtype: str, tokens: int) -> int:
     """Bytes of the storages that autograd's hooks see in a forward on the CPU, parameters and inputs left out."""
     built = build(folder, method, dtype=dtype, attention="varlen", cross_entropy="full", params=METHODS[method])
-    savers.checkpoint_blocks(built.module.transformer, mode)  # type: ignore[arg-type]
+    activation_checkpointing.checkpoint_blocks(built.module.transformer, mode)  # type: ignore[arg-type]
     built.module.train()
     rows = batch([torch.randint(3, 200, (tokens,)).tolist()])
     given = rows.inputs() | {"labels_T": rows.input_ids_T, "num_supervised": tokens}
@@ -125,7 +125,7 @@ def test_peaks_are_those_of_a_real_step(small: Path, method: str, mode: str) -> 
     tokens = 256
     built = build(small, method, attention="varlen", cross_entropy="full", params=METHODS[method] | NO_DROPOUT[method])
     module: Any = built.module
-    savers.checkpoint_blocks(module.transformer, mode)  # type: ignore[arg-type]
+    activation_checkpointing.checkpoint_blocks(module.transformer, mode)  # type: ignore[arg-type]
     module.train()
     rows = batch([torch.randint(3, 200, (tokens,)).tolist()])
     given = rows.inputs() | {"labels_T": rows.input_ids_T, "num_supervised": tokens}

@@ -9,11 +9,11 @@ from typing import Literal
 import pytest
 
 from distft import assemble
-from distft.assemble import sizes
-from distft.assemble.rows import agree
+from distft.assemble import batch_layout
+from distft.assemble.training_data import agree
 from distft.catalog import REGISTRIES
 from distft.core.errors import DataError, MachineError, Preempted
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 from distft.core.stop import STOP
 from distft.demo.files import locate
 from distft.model.paths import ForwardPath
@@ -39,7 +39,7 @@ def test_preparing_says_that_it_has_begun(tmp_path: Path) -> None:
 
 
 def test_a_preempted_process_does_not_prepare_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    PULSE.begin()
+    PHASE.begin()
     monkeypatch.setattr(STOP, "reason", "SIGUSR1")
     with pytest.raises(Preempted, match=r"stopped by SIGUSR1 before training began \(rows\)"):
         prepared(tmp_path, [])
@@ -99,7 +99,7 @@ def test_a_run_that_goes_on_keeps_its_date(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_run_on_gpus_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `distft plan --json` has it; on a CPU there is none to keep."""
-    from distft.assemble import sizes
+    from distft.assemble import batch_layout
     from distft.plan.machine import read_machine
 
     (tmp_path / "recipe.toml").write_text(
@@ -110,7 +110,7 @@ def test_a_run_on_gpus_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.Monkey
     recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES))
     cut = assemble.Layout(micro_batch_size=1, micros_per_step=2)
     assert assemble.planned(recipe, 2, cut, 32) is None
-    monkeypatch.setattr(sizes, "_accelerators", lambda world: read_machine("80", world, 1))
+    monkeypatch.setattr(batch_layout, "_accelerators", lambda world: read_machine("80", world, 1))
     plan = assemble.planned(recipe, 2, cut, 32)
     assert plan is not None
     assert (plan["method"], plan["world"], plan["fits"]) == ("full", 2, True)
@@ -119,7 +119,7 @@ def test_a_run_on_gpus_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.Monkey
     plan = assemble.planned(recipe, 2, alone, 32)
     assert plan is not None
     assert (plan["path"]["documents"], plan["tokens_per_forward"], plan["micros_per_step"]) == ("single", 32, 4)
-    monkeypatch.setattr(sizes, "_accelerators", lambda world: read_machine("80", 3, 1))
+    monkeypatch.setattr(batch_layout, "_accelerators", lambda world: read_machine("80", 3, 1))
     refused = assemble.planned(recipe, 3, cut, 32)
     assert refused is not None
     assert "global_batch_size" in refused["why"], "4 sequences do not split over 3; that is no reason not to run"
@@ -155,7 +155,7 @@ def test_ranks_on_cards_of_several_sizes_take_the_smallest_ones_layout(
     recipe = locate(
         load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=["train.global_batch_size=4"])
     )
-    monkeypatch.setattr(sizes, "_device", lambda: (80, "NVIDIA A100-SXM4-80GB"))
+    monkeypatch.setattr(batch_layout, "_device", lambda: (80, "NVIDIA A100-SXM4-80GB"))
     cut, anew = assemble.on_all(recipe, large, rows, Others((40, "NVIDIA A100-SXM4-40GB", small)), lambda line: None)
     assert cut == small
     assert anew is not rows
@@ -166,14 +166,14 @@ def test_ranks_on_cards_of_several_sizes_take_the_smallest_ones_layout(
 def test_ranks_that_compute_by_other_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = assemble.Layout(micro_batch_size=1, micros_per_step=1)
     other = replace(mine, path=ForwardPath(attention="sdpa"))
-    monkeypatch.setattr(sizes, "_device", lambda: (80, "NVIDIA A100"))
+    monkeypatch.setattr(batch_layout, "_device", lambda: (80, "NVIDIA A100"))
     with pytest.raises(MachineError, match=r"NVIDIA V100 computes this model by .*sdpa.*, NVIDIA A100 by another path"):
         assemble.agreed(mine, Others((32, "NVIDIA V100", other)).gather)
 
 
 def test_files_of_the_hubs_cache_are_taken_at_their_name(tmp_path: Path) -> None:
     """Its large files are called by their sha256: 140 GB are not read again to learn it."""
-    from distft.assemble import origins
+    from distft.assemble import input_hashes
     from distft.demo.files import locate_path
 
     source, snapshot, blobs = Path(locate_path("demo:tiny-llama")), tmp_path / "snapshots/c0ffee", tmp_path / "blobs"
@@ -188,11 +188,11 @@ def test_files_of_the_hubs_cache_are_taken_at_their_name(tmp_path: Path) -> None
         '[[data.train]]\npath = "demo:incidents/train"\n'
     )
     recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES))
-    found = origins.weights(recipe)
+    found = input_hashes.weights(recipe)
     assert found["files"]["model.safetensors"] == "5a" * 32
     assert found["files"]["config.json"] == hashlib.sha256((snapshot / "config.json").read_bytes()).hexdigest()
     assert set(found["tokenizer"]) == {"tokenizer.json", "tokenizer_config.json"}
-    assert len(origins.rows(recipe)["train"][0]["files"]["train.jsonl"]) == 64
+    assert len(input_hashes.rows(recipe)["train"][0]["files"]["train.jsonl"]) == 64
 
 
 @pytest.mark.parametrize(
@@ -210,6 +210,6 @@ def test_the_rehearsal_is_of_a_forward_that_comes(
     )
     recipe = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES)
     cut = assemble.Layout(micro_batch_size=2, micros_per_step=1, path=ForwardPath(documents=documents))
-    worst = assemble.worst(recipe, cut, replace(prepared(tmp_path, []), longest=48))
+    worst = assemble.largest_micro_batch(recipe, cut, replace(prepared(tmp_path, []), longest=48))
     assert worst.micros >= micros
     assert worst.sequences * worst.longest == worst.batch().num_tokens == tokens

@@ -3,11 +3,11 @@
 import pytest
 
 from distft.core.errors import NumericError
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import StepReport, TrainState
-from distft.guard import Guard, RollBack
+from distft.guard import DivergenceGuard, RollBack
+from distft.health.straggler import Timing, slow_rank, slowest
 from distft.recipe.schema import GuardTable, SpikeParams, StragglerParams
-from distft.watch.straggler import Timing, slow_rank, slowest
 
 NAN = float("nan")
 
@@ -22,14 +22,14 @@ class Told:
     def __init__(self, **table) -> None:
         self.said: list[str] = []
         self.events: list[tuple[str, dict]] = []
-        self.guard = Guard(
+        self.guard = DivergenceGuard(
             GuardTable(**table), Alone(), say=self.said.append, note=lambda name, **f: self.events.append((name, f))
         )
         self.state = TrainState()
 
     def step(self, loss: float, norm: float = 1.0) -> bool:
         """As an engine does it; whether weights changed."""
-        PULSE.step = self.state.step + 1
+        PHASE.step = self.state.step + 1
         finite = loss == loss and norm == norm
         updated = finite and self.guard.accepts(loss)
         report = StepReport(

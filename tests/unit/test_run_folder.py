@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distft.core.errors import FileSystemError
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import TrainState
 from distft.run_folder import RunFolder, write_atomic
 
@@ -65,7 +65,7 @@ def test_how_an_earlier_start_ended_is_forgotten_once_training_starts(tmp_path: 
 
 def test_a_start_that_fails_before_training_replaces_what_an_earlier_one_said(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", writes=True).end(code=3, reason="data: no rows", rank=0)
-    PULSE.begin()  # what every start does
+    PHASE.begin()  # what every start does
     RunFolder(tmp_path / "run", writes=True).end(code=2, reason="recipe: no such model", rank=0)
     assert ended(tmp_path / "run")["code"] == 2
 

@@ -87,9 +87,9 @@ class _Watch:
         self.ended: float | None = None
 
     def __call__(self) -> None:
-        from distft.watch.records import Board
+        from distft.health.heartbeat import HeartbeatFile
 
-        record = Board(self._folder / "ranks", 0).read([1]).get(1)
+        record = HeartbeatFile(self._folder / "ranks", 0).read([1]).get(1)
         if record is None:
             return
         pid = record.process["pid"]

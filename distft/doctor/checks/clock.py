@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distft.core import faults
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, by_host, fail, names, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, by_host, fail, names, ok, warn
 from distft.doctor.places import Probe
 
 LARGE_S, FATAL_S = 1.0, 60.0
@@ -28,7 +28,7 @@ def look(here: Here) -> Facts:
     return facts
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """Close enough together."""
     ahead = {seen[0].host: 0.0} | {
         next(one.host for one in seen if one.rank == int(rank)): seconds

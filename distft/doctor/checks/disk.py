@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, fail, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, fail, ok, warn
 from distft.doctor.places import Probe
 
 MIB = 2**20
@@ -30,7 +30,7 @@ def look(here: Here) -> Facts:
         return {"rate": done / took, "bytes": done, "folder": str(probe.parent)}
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """Against the floor that was given, else against what makes saves tedious."""
     writers = [one for one in seen if one.facts["rate"]]
     if not writers:

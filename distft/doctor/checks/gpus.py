@@ -7,7 +7,20 @@ import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, by_host, fail, names, odd_ones, ok, warn
+from distft.doctor.finding import (
+    Check,
+    DoctorOptions,
+    Facts,
+    Finding,
+    Here,
+    Seen,
+    by_host,
+    fail,
+    names,
+    odd_ones,
+    ok,
+    warn,
+)
 
 ASK_S = 60.0
 """A driver with a GPU that has fallen off the bus answers late or never."""
@@ -81,7 +94,7 @@ def visible(gpus: list[Facts], env: Mapping[str, str]) -> list[Facts]:
     return [gpu for gpu in gpus if any(w == str(gpu["index"]) or gpu["uuid"].startswith(w) for w in words)]
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """Healthy, free, as many and the same on every host."""
     leaders = by_host(seen)
     found = [finding for one in leaders for finding in _of_host(one)]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, by_host, fail, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, by_host, fail, ok, warn
 
 GIB = 2**30
 LEAST_MEMORY = 1 * GIB
@@ -28,7 +28,7 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """Enough of each for every process of a host."""
     found = list[Finding]()
     for first in by_host(seen):

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator, Sequence
 
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, fail, names, odd_ones, ok
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, fail, names, odd_ones, ok
 
 PACKAGES = (
     "distft", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers",
@@ -19,7 +19,7 @@ def look(here: Here) -> Facts:
     return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """Whatever differs between ranks computes differently, or does not understand the others."""
     bad = False
     for package in seen[0].facts:

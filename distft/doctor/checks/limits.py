@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, fail, names, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, fail, names, ok, warn
 
 FEW_FILES, LEAST_FILES = 4096, 512
 
@@ -20,7 +20,7 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """An adapter that moves memory by itself must lock it; connections and checkpoint files are open files."""
     locked = [one for one in seen if one.facts["fabric"] and one.facts["memlock"] != resource.RLIM_INFINITY]
     if locked:

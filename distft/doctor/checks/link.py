@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from distft.core.accelerators import of_device
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, fail, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, fail, ok, warn
 
 EXPECTED_SHARE = 0.5
 """Of a link's rate on paper; below, something is configured badly: a fallback to sockets, a missing adapter."""
@@ -35,7 +35,7 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """A floor that was given, half of what the GPUs' links have on paper, and nobody far below the others."""
     facts = seen[0].facts
     if facts["alone"]:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, by_host, fail, names, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, by_host, fail, names, ok, warn
 
 NET = Path("/sys/class/net")
 INFINIBAND = Path("/sys/class/infiniband")
@@ -34,7 +34,7 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """Every process finds the meeting place, and every interface that is named exists and is up."""
     bad = False
     for finding in [*_meeting(seen), *_names(seen), *_interfaces(seen), *_adapters(seen)]:

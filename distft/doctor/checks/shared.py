@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from distft.core import faults
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, fail, names, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, fail, names, ok, warn
 from distft.doctor.places import Probe
 
 GIB = 2**30
@@ -40,7 +40,7 @@ def look(here: Here) -> Facts:
     return facts
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """One folder, writable by all, with room."""
     folder, found = seen[0].facts["folder"], list[Finding]()
     unable = [one for one in seen if one.facts["wrote"]]

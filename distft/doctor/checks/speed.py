@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, names, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, names, ok, warn
 
 FACTOR = 1.5
 
@@ -13,15 +13,15 @@ def look(here: Here) -> Facts:
     """Milliseconds of one matrix product, the fastest of some."""
     import torch
 
-    from distft.watch.straggler import Pace
+    from distft.health.straggler import StragglerProbe
 
     device = here.group.placed.device if here.group is not None else _own(torch.cuda.is_available())
     here.gather(None)  # all at the same time, as in a run
-    timing = Pace().read(0.0, torch.device(device))
+    timing = StragglerProbe().read(0.0, torch.device(device))
     return {"ms": 1000 * timing.probe_s, "device": str(device)}
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """Nobody is much slower than the others."""
     times = sorted(one.facts["ms"] for one in seen)
     usual = times[(len(times) - 1) // 2]

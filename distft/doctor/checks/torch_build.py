@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, fail, names, odd_ones, ok
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, fail, names, odd_ones, ok
 
 
 def look(here: Here) -> Facts:
@@ -25,7 +25,7 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """The same on every rank, and GPUs where there are some."""
     blind = [one for one in seen if one.facts["driver"] and not one.facts["gpus"]]
     if blind:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from distft.core.errors import RecipeError
-from distft.doctor.finding import Asked, Check, Facts, Finding, Here, Seen, fail, names, odd_ones, ok, warn
+from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, fail, names, odd_ones, ok, warn
 
 
 def look(here: Here) -> Facts:
@@ -14,7 +14,7 @@ def look(here: Here) -> Facts:
     return {"world": here.world, "nodes": int(here.env.get("SLURM_JOB_NUM_NODES", "0"))}
 
 
-def judge(seen: Sequence[Seen], asked: Asked) -> Iterator[Finding]:
+def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
     """All hosts have as many, and the global batch splits over them."""
     hosts = Counter(one.host for one in seen)
     world, per_host = len(seen), asked.per_host or max(hosts.values())

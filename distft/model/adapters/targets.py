@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from distft.recipe.origin import Fault
+from distft.recipe.origin import RecipeMistake
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,7 +115,7 @@ def exact(lm: nn.Module, names: Sequence[str]) -> list[str]:
     return told
 
 
-def faults(listed: Listing, params: Any) -> list[Fault]:
+def faults(listed: Listing, params: Any) -> list[RecipeMistake]:
     """What is wrong with the names of an adapter method for this model, before anything is attached to it."""
     if not hasattr(params, "target_modules"):
         return []
@@ -179,7 +179,7 @@ class _Names:
         return list(dict.fromkeys(module.rpartition(".")[2] for module in inside))
 
 
-def _of_targets(names: _Names, params: Any) -> Iterator[Fault]:
+def _of_targets(names: _Names, params: Any) -> Iterator[RecipeMistake]:
     targets = params.target_modules
     if targets == ALL_LINEAR:
         return
@@ -187,7 +187,9 @@ def _of_targets(names: _Names, params: Any) -> Iterator[Fault]:
         yield from _of_pattern(names, targets, dora=getattr(params, "dora", False))
         return
     if not targets:
-        yield Fault(key=_TARGETS, message="names no module", fix=f'"{ALL_LINEAR}" is every linear layer but the head')
+        yield RecipeMistake(
+            key=_TARGETS, message="names no module", fix=f'"{ALL_LINEAR}" is every linear layer but the head'
+        )
     for at, name in enumerate(targets):
         key = (*_TARGETS, at)
         meant = names.matched(name)
@@ -200,33 +202,37 @@ def _of_targets(names: _Names, params: Any) -> Iterator[Fault]:
                 if is_pattern
                 else names.nearest(name, adapted=True)
             )
-            yield Fault(key=key, message=f'"{name}" is no module of the model', fix=fix)
+            yield RecipeMistake(key=key, message=f'"{name}" is no module of the model', fix=fix)
             continue
         yield from _of_kinds(names, key, f'"{name}"', meant, dora=getattr(params, "dora", False))
 
 
-def _of_pattern(names: _Names, pattern: str, *, dora: bool) -> Iterator[Fault]:
+def _of_pattern(names: _Names, pattern: str, *, dora: bool) -> Iterator[RecipeMistake]:
     try:
         meant = names.fitting(pattern)
     except re.error as error:
-        yield Fault(key=_TARGETS, message=f"is no regular expression: {error}", fix='a list of names: ["q_proj"]')
+        yield RecipeMistake(
+            key=_TARGETS, message=f"is no regular expression: {error}", fix='a list of names: ["q_proj"]'
+        )
         return
     if meant:
         yield from _of_kinds(names, _TARGETS, "the expression", meant, dora=dora)
     elif names.matched(pattern):
         fix = f'write a list, ["{pattern}"], or ".*{pattern}"'
-        yield Fault(key=_TARGETS, message="is one text, so a regular expression for whole names; it fits none", fix=fix)
+        yield RecipeMistake(
+            key=_TARGETS, message="is one text, so a regular expression for whole names; it fits none", fix=fix
+        )
     elif difflib.SequenceMatcher(None, pattern.lower(), ALL_LINEAR).ratio() > 0.75:
-        yield Fault(key=_TARGETS, message="fits no module of the model", fix=f'did you mean "{ALL_LINEAR}"?')
+        yield RecipeMistake(key=_TARGETS, message="fits no module of the model", fix=f'did you mean "{ALL_LINEAR}"?')
     else:
-        yield Fault(
+        yield RecipeMistake(
             key=_TARGETS,
             message="fits no module of the model: it must fit a whole name",
             fix=f"such as {next(filter(names.has_adapter, names.modules), '')}; {names.nearest(pattern, adapted=True)}",
         )
 
 
-def _of_kinds(names: _Names, key: Any, said: str, meant: list[str], *, dora: bool) -> Iterator[Fault]:
+def _of_kinds(names: _Names, key: Any, said: str, meant: list[str], *, dora: bool) -> Iterator[RecipeMistake]:
     """Of modules that were found, the first one that takes no adapter."""
     without = next((module for module in meant if not names.has_adapter(module)), None)
     if without is not None:
@@ -236,50 +242,52 @@ def _of_kinds(names: _Names, key: Any, said: str, meant: list[str], *, dora: boo
             fix = "leave it out, or train it whole: modules_to_save"
         kind = names.modules[without].kind
         message = f"{said} means {without}, a {kind}: only linear layers and embeddings take an adapter"
-        yield Fault(key=key, message=message, fix=fix)
+        yield RecipeMistake(key=key, message=message, fix=fix)
         return
     without_dora = [module for module in meant if names.modules[module].adapts == "embedding" or names.is_head(module)]
     if dora and without_dora:
-        yield Fault(
+        yield RecipeMistake(
             key=key, message=f"{said} means {without_dora[0]}: embeddings and the head take no DoRA",
             fix="leave it out, or dora = false", also=(("method", "dora"),),
         )  # fmt: skip
 
 
-def _of_saved(names: _Names, params: Any) -> Iterator[Fault]:
+def _of_saved(names: _Names, params: Any) -> Iterator[RecipeMistake]:
     for at, name in enumerate(_saved(params)):
         key, meant = (*_SAVED, at), names.matched(name)
         if not meant:
             fix = names.nearest(name, adapted=False)
-            yield Fault(key=key, message=f'"{name}" is no module of the model', fix=fix)
+            yield RecipeMistake(key=key, message=f'"{name}" is no module of the model', fix=fix)
             continue
         empty = next((one for one in meant if not names.modules[one].trains), None)
         if empty is not None:
             message = f'"{name}" means {empty}, a {names.modules[empty].kind}, which has nothing to train'
-            yield Fault(key=key, message=message, fix="leave it out")
+            yield RecipeMistake(key=key, message=message, fix="leave it out")
             continue
         block = next((one for one in names.blocks if any(one == m or one.startswith(f"{m}.") for m in meant)), None)
         if block is not None:
-            yield Fault(
+            yield RecipeMistake(
                 key=key, message=f'"{name}" holds whole blocks, such as {block}',
                 fix='name layers in them, or train all of the model: name = "full"',
             )  # fmt: skip
             continue
         packed = next((one for one in names.in_4bit if any(one == m or one.startswith(f"{m}.") for m in meant)), None)
         if packed is not None:
-            yield Fault(
+            yield RecipeMistake(
                 key=key, message=f'"{name}" holds {packed}, which is stored in 4 bits and cannot be trained whole',
                 fix='leave it out, or name = "lora"', also=(("method", "name"),),
             )  # fmt: skip
 
 
-def _of_both(names: _Names, params: Any) -> Iterator[Fault]:
+def _of_both(names: _Names, params: Any) -> Iterator[RecipeMistake]:
     """A module is trained whole, or gets an adapter; PEFT would leave the adapter out."""
     whole = [module for name in _saved(params) for module in names.matched(name)]
     for inner in whole:
         outer = next((module for module in whole if inner.startswith(f"{module}.")), None)
         if outer is not None:
-            yield Fault(key=_SAVED, message=f"names {outer} and, inside of it, {inner}", fix="leave one of the two out")
+            yield RecipeMistake(
+                key=_SAVED, message=f"names {outer} and, inside of it, {inner}", fix="leave one of the two out"
+            )
             return
     if params.target_modules == ALL_LINEAR:
         return
@@ -290,7 +298,7 @@ def _of_both(names: _Names, params: Any) -> Iterator[Fault]:
     for key, name in targets:
         meant = names.fitting(name) if patterns else names.matched(name)
         if meant and all(any(one == w or one.startswith(f"{w}.") for w in whole) for one in meant):
-            yield Fault(
+            yield RecipeMistake(
                 key=key, message=f'"{name}" is trained whole by modules_to_save, so its adapter would have no effect',
                 fix="name it in one of the two", also=(_SAVED,),
             )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 
 from distft.advise.advice import Names, advise, parameters_in_name
 from distft.advise.command import main
-from distft.advise.rules import ADAPTERS, GOALS, RULES, Asked, Goal
+from distft.advise.rules import ADAPTERS, GOALS, RULES, Goal, Situation
 from distft.catalog import REGISTRIES
 from distft.recipe import parse_recipe
 
@@ -22,7 +22,7 @@ ROWS = (0, 49, 50, 999, 1000, 9_999, 10_000, 49_999, 50_000, 2_000_000)
 
 
 def decided(**asked: Any) -> dict[str, Any]:
-    return {one.rule.decides: one.value for one in advise(Asked(**asked), NAMES, folder=None, machine=None).decided}
+    return {one.rule.decides: one.value for one in advise(Situation(**asked), NAMES, folder=None, machine=None).decided}
 
 
 def test_the_page_lists_every_rule_with_its_reason_and_source() -> None:
@@ -40,7 +40,7 @@ def test_no_rule_is_without_effect() -> None:
     seen = set()
     for goal, rows, size in itertools.product(GOALS, ROWS, (1e9, 70e9)):
         for names in (NAMES,):
-            made = advise(Asked(goal=goal, rows=rows, parameters=size), names, folder=None, machine=None)
+            made = advise(Situation(goal=goal, rows=rows, parameters=size), names, folder=None, machine=None)
             seen |= {one.rule.name for one in made.decided}
     needs_a_plan = {"four-bits-when-short-of-memory", "paged-moments-beside-four-bits"}
     assert seen == {rule.name for rule in RULES} - needs_a_plan
@@ -50,7 +50,9 @@ def test_no_rule_is_without_effect() -> None:
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_combination_is_a_recipe_that_loads(goal: Goal, rows: int) -> None:
     for world, size, longest in itertools.product((1, 6, 8, 512), (None, 70e9), (None, 10, 5_000, 10**6)):
-        asked = Asked(goal=goal, rows=rows, parameters=size, world=world, longest_chars=longest, typical_chars=longest)
+        asked = Situation(
+            goal=goal, rows=rows, parameters=size, world=world, longest_chars=longest, typical_chars=longest
+        )
         made = advise(asked, NAMES, folder=None, machine=None)
         recipe = parse_recipe(made.recipe, source="advised", registries=REGISTRIES)
         assert recipe.train.global_batch_size % world == 0

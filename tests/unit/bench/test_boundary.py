@@ -8,7 +8,7 @@ from bench_kit import became, wanted
 
 from distft.bench import boundary
 from distft.bench.boundary import bisect
-from distft.bench.cases import Case
+from distft.bench.cases import BenchCase
 from distft.bench.runner import Runner
 from distft.catalog import REGISTRIES
 from distft.core.errors import MachineError
@@ -37,12 +37,12 @@ def test_without_a_limit_it_ends() -> None:
     assert found.largest == 2 ** (boundary.MOST_DOUBLINGS - 1)
 
 
-def searched(folder: Path, axis: str, outcome: Any, **asked: Any) -> tuple[dict[str, Any], list[Case]]:
+def searched(folder: Path, axis: str, outcome: Any, **asked: Any) -> tuple[dict[str, Any], list[BenchCase]]:
     asked_for = wanted(folder, engines=("solo",), **asked)
     own = load_recipe(asked_for.recipe, registries=REGISTRIES)
-    seen: list[Case] = []
+    seen: list[BenchCase] = []
 
-    def run(case: Case, at: Path) -> dict[str, Any]:
+    def run(case: BenchCase, at: Path) -> dict[str, Any]:
         seen.append(case)
         said = outcome(case)
         return became(case) if said == "measured" else {"outcome": said, "reason": "because"}
@@ -52,7 +52,7 @@ def searched(folder: Path, axis: str, outcome: Any, **asked: Any) -> tuple[dict[
 
 
 def test_each_try_is_a_case_of_full_rows_and_two_micro_batches(tmp_path: Path) -> None:
-    def fits(case: Case) -> str:
+    def fits(case: BenchCase) -> str:
         return "measured" if int(case.micro_batch_size) <= 5 else "memory"
 
     shown, seen = searched(tmp_path, "micro", fits, lengths=(64,), limit_gib=2.0)

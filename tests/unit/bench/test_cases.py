@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from bench_kit import cases, wanted
 
-from distft.bench import facts
-from distft.bench.cases import Case, grid
+from distft.bench import provenance
+from distft.bench.cases import BenchCase, grid
 from distft.bench.meter import MOST_WARMUP
 from distft.core.errors import RecipeError
 
 
-def only(folder: Path, *overrides: str, **asked: object) -> Case:
+def only(folder: Path, *overrides: str, **asked: object) -> BenchCase:
     (case,) = cases(folder, **{"overrides": overrides} | asked)
     return case
 
@@ -69,7 +69,7 @@ def test_other_versions_code_or_hardware_are_other_keys(tmp_path: Path, monkeypa
         keys.add(case.key)
     for name, said in (("code", {"source_sha256": "0"}), ("hardware", {"cpu": "another"})):
         with monkeypatch.context() as patched:
-            patched.setattr(facts, name, lambda said=said: said)
+            patched.setattr(provenance, name, lambda said=said: said)
             keys.add(case.key)
     assert len(keys) == 4
     assert case.key in keys
@@ -90,7 +90,7 @@ def test_a_recipe_that_is_wrong_itself_is_no_case(tmp_path: Path) -> None:
 
 
 def test_only_gpus_that_processes_see_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "_output", lambda command: "NVIDIA H100\nNVIDIA H200\n")
+    monkeypatch.setattr(provenance, "_output", lambda command: "NVIDIA H100\nNVIDIA H200\n")
     for visible, seen in (
         (None, ["NVIDIA H100", "NVIDIA H200"]),
         ("1", ["NVIDIA H200"]),
@@ -101,6 +101,6 @@ def test_only_gpus_that_processes_see_are_counted(monkeypatch: pytest.MonkeyPatc
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert facts.gpus() == seen
-    monkeypatch.setattr(facts, "_output", lambda command: "")
-    assert facts.gpus() == []
+        assert provenance.gpus() == seen
+    monkeypatch.setattr(provenance, "_output", lambda command: "")
+    assert provenance.gpus() == []

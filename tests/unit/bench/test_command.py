@@ -7,12 +7,12 @@ import pytest
 from bench_kit import wanted
 from filelock import FileLock
 
-from distft.bench import facts
+from distft.bench import provenance
 from distft.bench.command import main
 
 
 def test_every_mistake_at_once(tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "gpus", list)
+    monkeypatch.setattr(provenance, "gpus", list)
     recipe = wanted(tmp_path).recipe
     code = main(
         [recipe, "--methods", "lorra", "--engines", "solo,zero", "--micro", "0", "--lengths", "a", "--steps", "0"]
@@ -26,7 +26,7 @@ def test_every_mistake_at_once(tmp_path, capsys: pytest.CaptureFixture[str], mon
 
 
 def test_a_gpu_is_its_own_limit(tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "gpus", lambda: ["NVIDIA H100"])
+    monkeypatch.setattr(provenance, "gpus", lambda: ["NVIDIA H100"])
     assert main([wanted(tmp_path).recipe, "--limit-gib", "4"]) == 2
     assert "the GPU's own memory is the limit" in capsys.readouterr().err
 

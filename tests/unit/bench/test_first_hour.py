@@ -94,7 +94,7 @@ def test_what_fails_stops_nothing_and_only_it_is_tried_again(run: Any, tmp_path:
 def test_another_machine_or_version_measures_anew(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Counted()
     assert run(phase("some", Step(name="one", run=step))) == 0
-    monkeypatch.setattr("distft.core.surroundings.versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr("distft.core.environment.versions", lambda: {"torch": "9.9"})
     assert run(phase("some", Step(name="one", run=step))) == 0
     assert step.times == 2
     assert record(tmp_path, "some")["versions"] == {"torch": "9.9"}

@@ -6,7 +6,7 @@ from tiny import batch, documents
 
 from distft.bench import meter
 from distft.bench.meter import Clock, spread
-from distft.bench.rows import FullSteps
+from distft.bench.mock_rows import FullSteps
 from distft.core.types import IGNORE, LossTerms, StepReport, TrainState
 
 TERMS = LossTerms(loss_sum=torch.zeros(()))

@@ -12,8 +12,8 @@ import pytest
 from bench_kit import became, cases
 from harness import until
 
-from distft.bench import launch
-from distft.bench.cases import Case
+from distft.bench import case_launcher
+from distft.bench.cases import BenchCase
 from distft.bench.runner import Runner
 
 
@@ -24,7 +24,7 @@ class Fake:
         self.ran: list[str] = []
         self._dies_at, self._outcome = dies_at, outcome
 
-    def __call__(self, case: Case, folder: Path) -> dict[str, Any]:
+    def __call__(self, case: BenchCase, folder: Path) -> dict[str, Any]:
         if len(self.ran) == self._dies_at:
             raise KeyboardInterrupt
         self.ran.append(case.key)
@@ -93,7 +93,7 @@ def alive(session: int) -> bool:
 
 def test_what_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
     began = time.monotonic()
-    code = launch.start([sys.executable, "-c", SLEEPS], tmp_path / "log", timeout_s=0.5)
+    code = case_launcher.start([sys.executable, "-c", SLEEPS], tmp_path / "log", timeout_s=0.5)
     assert code is None
     assert time.monotonic() - began < 10
 
@@ -111,7 +111,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        launch.start([sys.executable, "-c", SLEEPS], tmp_path / "log", timeout_s=60)
+        case_launcher.start([sys.executable, "-c", SLEEPS], tmp_path / "log", timeout_s=60)
     monkeypatch.undo()
     until(lambda: not alive(groups[0]), 5.0)
 
@@ -133,6 +133,6 @@ def test_why_a_case_ended(tmp_path: Path, code: int | None, said: dict | None, p
     log.write_text(printed)
     if said is not None:
         failure.write_text(json.dumps(said))
-    found = launch._became(code, [tmp_path / "no such file", failure], log, 60.0)
+    found = case_launcher._became(code, [tmp_path / "no such file", failure], log, 60.0)
     assert found["outcome"] == outcome
     assert (said["reason"] if said and said["kind"] == outcome else printed) in found["reason"]

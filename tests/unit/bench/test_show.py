@@ -8,13 +8,13 @@ import pytest
 from bench_kit import became, cases
 
 from distft.bench import plots, table
-from distft.bench.cases import Case
-from distft.bench.judge import judge
+from distft.bench.cases import BenchCase
+from distft.bench.loss_agreement import judge
 from distft.bench.planned import Planning
 from distft.bench.runner import Runner
 
 
-def records(folder: Path, changed: Any = lambda case: {}, **asked: Any) -> tuple[list[Case], list[dict[str, Any]]]:
+def records(folder: Path, changed: Any = lambda case: {}, **asked: Any) -> tuple[list[BenchCase], list[dict[str, Any]]]:
     listed = cases(folder, **asked)
     runner = Runner(folder / "out", lambda case, at: became(case, **changed(case)), lambda line: None)
     return listed, runner.all(listed)

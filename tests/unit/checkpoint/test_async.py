@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from distft.checkpoint.commit import SaveFailed
-from distft.checkpoint.group import Alone
 from distft.checkpoint.intervals import CHUNK_BYTES, Piece
-from distft.checkpoint.staging import Stage
+from distft.checkpoint.rank_group import Alone
+from distft.checkpoint.staging import StagingBuffer
 from distft.checkpoint.store import CheckpointStore
 from distft.core.types import Deferred
 from distft.engine.fragments import Fragment
@@ -124,7 +124,7 @@ def test_a_failure_is_told_even_when_the_next_save_comes_first(kit, tmp_path: Pa
 
 
 def test_staging_cuts_reuses_and_keeps_every_element() -> None:
-    stage = Stage()
+    stage = StagingBuffer()
     big = torch.arange(CHUNK_BYTES // 4 + 1000, dtype=torch.int32)
     pieces = [Piece("odd", 7, 10, torch.ones(3, dtype=torch.uint8)), Piece("big", 0, big.numel(), big)]
     pieces.append(Piece("none", 0, 0, torch.zeros(0)))

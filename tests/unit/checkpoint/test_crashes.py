@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distft.checkpoint.commit import SaveFailed
-from distft.checkpoint.group import Alone
+from distft.checkpoint.rank_group import Alone
 from distft.checkpoint.store import CheckpointStore
 from distft.core.faults import InjectedFault
 

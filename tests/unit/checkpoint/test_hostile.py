@@ -13,9 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distft.checkpoint.group import Alone
 from distft.checkpoint.intervals import parse_index
 from distft.checkpoint.manifest import FileEntry, Manifest, canonical, parse_manifest, read_manifest
+from distft.checkpoint.rank_group import Alone
 from distft.checkpoint.reader import Reader
 from distft.checkpoint.store import CheckpointStore
 from distft.core.errors import CheckpointError

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from distft.checkpoint import intervals, saving
 from distft.checkpoint.commit import SaveFailed
-from distft.checkpoint.group import Alone
 from distft.checkpoint.intervals import Piece, parse_index
+from distft.checkpoint.rank_group import Alone
 from distft.checkpoint.shards import write_dcp_metadata
 from distft.checkpoint.store import CheckpointStore
 from distft.core.errors import CheckpointError, FileSystemError

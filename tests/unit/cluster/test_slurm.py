@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distft.cluster import slurm
-from distft.cluster.verdict import Phase
+from distft.cluster.restart_policy import Phase
 from distft.core.errors import MachineError
 
 TWO = ("n1", "n2")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distft.cluster.starts import End, Start, Starts
+from distft.cluster.starts import End, JobStart, Starts
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def starts(tmp_path: Path) -> Starts:
 
 def begin(starts: Starts, job: str = "7", restart: int = 0) -> None:
     now = starts.checkpoint()
-    starts.add(Start(job=job, restart=restart, nodes=["n1"], processes=8, checkpoint=now))
+    starts.add(JobStart(job=job, restart=restart, nodes=["n1"], processes=8, checkpoint=now))
 
 
 def save(run_dir: Path, step: int) -> None:

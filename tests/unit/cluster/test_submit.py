@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from distft import submit
-from distft.cluster.script import Wanted, render
+from distft.cluster.script import SlurmRequest, render
 from distft.cluster.site import Site, read_site
 from distft.core.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = str(ROOT / "recipes/llama8b-full.toml")
-WANTED = Wanted(
+WANTED = SlurmRequest(
     name="r", nodes="2", gpus_per_node=8, time="1-00:00:00", partition=None, output_dir=Path("/runs/r")
 )  # fmt: skip
 

@@ -39,7 +39,7 @@ import os, signal, sys, time
 os.environ["TORCHELASTIC_RUN_ID"] = "x"
 rank = os.environ["RANK"]
 time.sleep(float(os.environ["STARTS_S"]))  # its signals are held until it can take them
-from distft.core.leave import leave
+from distft.core.hard_exit import hard_exit
 from distft.core.stop import STOP
 STOP.install()
 open(f"ready{rank}", "w").write(str(os.getpid()))
@@ -51,8 +51,8 @@ while time.monotonic() < until and (not STOP.asked() or os.environ["DEAF"] == ra
 if STOP.asked():
     time.sleep(0.3)
     open(f"saved{rank}", "w").write(f"{STOP.reason} {STOP._count}")
-    leave(75)
-leave(int(os.environ["CODE"]) if rank == "1" else 0)
+    hard_exit(75)
+hard_exit(int(os.environ["CODE"]) if rank == "1" else 0)
 """
 
 

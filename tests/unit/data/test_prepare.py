@@ -18,8 +18,8 @@ from data_kit import save_tokenizer, table_of, texts
 
 from distft.core.errors import DataError, FileSystemError
 from distft.data import fingerprint, rows
-from distft.data.cache import cache_folder
 from distft.data.prepare import prepare
+from distft.data.prepared_folder import cache_folder
 from distft.data.render import load_renderer
 from distft.data.rows import RowMaker
 from distft.data.samples import PromptCompletion

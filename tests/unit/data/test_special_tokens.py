@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from distft.core.errors import DataError
 from distft.data.chat import conversation
-from distft.data.control import TYPED
 from distft.data.render import Renderer, load_renderer
 from distft.data.samples import PromptCompletion, RowError, Text
+from distft.data.special_tokens import TYPED
 from distft.data.store import Prepared
 
 TYPED_CHAT = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distft.core.supervise import Ended
+from distft.core.supervise import CommandExit
 from distft.demo import generate, tour
 from distft.demo.files import locate_path
 from distft.demo.incidents import Style
@@ -32,9 +32,9 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, *, learns: bool = True) -> list[st
     """Jobs succeed, and their models answer in the format they were taught. Returns the jobs, as they come."""
     jobs: list[str] = []
 
-    def run(command: list[str], **_: Any) -> Ended:
+    def run(command: list[str], **_: Any) -> CommandExit:
         jobs.append(" ".join(command[3:]))
-        return Ended(code=0)
+        return CommandExit(code=0)
 
     def answers(model: Path, prompts: Sequence[str]) -> list[str]:
         taught = TAUGHT.get(model.parent.name) if learns else None
@@ -90,10 +90,10 @@ def test_a_stage_that_stops_is_named_with_its_reason(
     _pretend(monkeypatch)
     run = checkout / "runs" / "try-1" / "tiny-full"
 
-    def stopped(command: list[str], **_: Any) -> Ended:
+    def stopped(command: list[str], **_: Any) -> CommandExit:
         run.mkdir()
         (run / "exit.json").write_text('{"code": 5, "reason": "loss is not finite at step 7"}')
-        return Ended(code=1)
+        return CommandExit(code=1)
 
     monkeypatch.setattr(tour.supervise, "run", stopped)
     assert tour.main([]) == 1
@@ -120,6 +120,6 @@ def test_a_stopped_tour_is_no_failure_of_its_stage(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _pretend(monkeypatch)
-    monkeypatch.setattr(tour.supervise, "run", lambda command, **_: Ended(code=75, asked=[15]))
+    monkeypatch.setattr(tour.supervise, "run", lambda command, **_: CommandExit(code=75, asked=[15]))
     assert tour.main([]) == 75
     assert "stopped by SIGTERM in tiny-full" in capsys.readouterr().out

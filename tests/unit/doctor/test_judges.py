@@ -9,8 +9,8 @@ import pytest
 from distft.catalog import REGISTRIES
 from distft.core.accelerators import BY_NAME
 from distft.doctor.checks import CHECKS, clock, gpus, host, libraries, limits, link, network, shared, world
-from distft.doctor.finding import Asked, Check, Finding, Here, Seen, Verdict, run_judge, run_look
-from distft.doctor.report import Report
+from distft.doctor.finding import Check, DoctorOptions, Finding, Here, Seen, Severity, run_judge, run_look
+from distft.doctor.findings_table import Report
 from distft.engine.bandwidth import pairs
 from distft.recipe import load_recipe
 
@@ -19,9 +19,11 @@ ROOT = Path(__file__).resolve().parents[3]
 HOSTS = ("node1", "node1", "node2", "node2")
 
 
-def judged(check: Check, *facts: dict, asked: Asked | None = None, hosts: tuple[str, ...] = HOSTS) -> list[Finding]:
+def judged(
+    check: Check, *facts: dict, asked: DoctorOptions | None = None, hosts: tuple[str, ...] = HOSTS
+) -> list[Finding]:
     seen = [Seen(rank=rank, host=hosts[rank], facts=each) for rank, each in enumerate(facts)]
-    return run_judge(check, seen, asked or Asked())
+    return run_judge(check, seen, asked or DoctorOptions())
 
 
 def only(findings: list[Finding]) -> Finding:
@@ -30,12 +32,19 @@ def only(findings: list[Finding]) -> Finding:
 
 
 def here(**more) -> Here:
-    known = {"rank": 0, "world": 1, "local_rank": 0, "env": {}, "asked": Asked(), "hosts": (socket.gethostname(),)}
+    known = {
+        "rank": 0,
+        "world": 1,
+        "local_rank": 0,
+        "env": {},
+        "asked": DoctorOptions(),
+        "hosts": (socket.gethostname(),),
+    }
     return Here(**(known | more))
 
 
 def test_every_check_looks_alone_and_judges_what_it_saw(tmp_path: Path) -> None:
-    asked = Asked(shared=tmp_path, output=tmp_path, gib=0.001)
+    asked = DoctorOptions(shared=tmp_path, output=tmp_path, gib=0.001)
     report = Report(("me",))
     for check in CHECKS:
         facts = run_look(check, here(asked=asked))
@@ -55,7 +64,7 @@ def test_who_could_not_look_is_a_finding() -> None:
     facts = run_look(replace(limits.CHECK, look=broken), here())
     assert facts == {"error": "OSError: [Errno 5] Input/output error"}
     found = only(judged(limits.CHECK, {"error": "OSError: Input/output error"}))
-    assert found.verdict is Verdict.FAIL
+    assert found.verdict is Severity.FAIL
     assert found.found == "rank 0 (node1) could not look: OSError: Input/output error"
     assert found.hosts == ("node1",)
 
@@ -70,7 +79,7 @@ def installed(**other) -> dict:
 
 def test_another_version_on_one_rank() -> None:
     found = only(judged(libraries.CHECK, *[installed()] * 3, installed(torch="2.12.0")))
-    assert found.verdict is Verdict.FAIL
+    assert found.verdict is Severity.FAIL
     assert found.found == "torch 2.12.0 on rank 3 (node2), 2.13.0 on others"
     assert found.hosts == ("node2",)
     gone = only(judged(libraries.CHECK, *[installed(deepspeed="0.19.8")] * 3, installed()))
@@ -84,7 +93,7 @@ def test_too_old_is_said_with_what_is_wanted() -> None:
 
 
 def test_versions_that_agree() -> None:
-    assert only(judged(libraries.CHECK, *[installed()] * 4)).verdict is Verdict.OK
+    assert only(judged(libraries.CHECK, *[installed()] * 4)).verdict is Severity.OK
 
 
 # -- GPUs -----------------------------------------------------------------------------------------------------------
@@ -126,7 +135,7 @@ def of_smi(text: str, **more) -> dict:
 
 def test_healthy_gpus() -> None:
     found = only(judged(gpus.CHECK, *[of_smi(smi({}, {}))] * 4))
-    assert found.verdict is Verdict.OK
+    assert found.verdict is Severity.OK
     assert found.found == "2 x NVIDIA H100 80GB HBM3, driver 570.86.15, on each of 2 hosts"
 
 
@@ -179,8 +188,8 @@ def test_gpus_that_are_not_there() -> None:
     ]
     none = {"expected": 0, "gpus": [], "trouble": "no answer in 60 s"}
     assert only(judged(gpus.CHECK, none)).found == "nvidia-smi on node1: no answer in 60 s"
-    assert only(judged(gpus.CHECK, none | {"trouble": "absent"})).verdict is Verdict.OK
-    assert only(judged(gpus.CHECK, none | {"trouble": "absent", "expected": 8})).verdict is Verdict.WARN
+    assert only(judged(gpus.CHECK, none | {"trouble": "absent"})).verdict is Severity.OK
+    assert only(judged(gpus.CHECK, none | {"trouble": "absent", "expected": 8})).verdict is Severity.WARN
 
 
 def test_only_the_gpus_we_may_use_are_looked_at() -> None:
@@ -199,26 +208,26 @@ def room(**other) -> dict:
 
 
 def test_too_little_of_a_host() -> None:
-    assert only(judged(host.CHECK, *[room()] * 4)).verdict is Verdict.OK
+    assert only(judged(host.CHECK, *[room()] * 4)).verdict is Severity.OK
     shm = only(judged(host.CHECK, room(), room(), room(shm=16 * 2**20), room(shm=16 * 2**20)))
-    assert (shm.verdict, shm.found, shm.hosts) == (Verdict.FAIL, "16 MiB free in /dev/shm of node2", ("node2",))
+    assert (shm.verdict, shm.found, shm.hosts) == (Severity.FAIL, "16 MiB free in /dev/shm of node2", ("node2",))
     memory = only(judged(host.CHECK, room(), room(), room(memory=GIB), room(memory=GIB)))
     assert (memory.verdict.value, memory.found) == ("fail", "0.5 GiB of memory for each of 2 processes on node2")
     cores = only(judged(host.CHECK, *[room(affinity=[3])] * 2))
     assert (cores.verdict.value, cores.found) == ("warn", "1 cores for 2 processes on node1")
-    planned = only(judged(host.CHECK, room(memory=16 * GIB), asked=Asked(per_host=8)))
+    planned = only(judged(host.CHECK, room(memory=16 * GIB), asked=DoctorOptions(per_host=8)))
     assert planned.found == "2.0 GiB of memory for each of 8 processes on node1"
 
 
 def test_limits() -> None:
     well = {"memlock": -1, "nofile": 65536, "fabric": True}
-    assert only(judged(limits.CHECK, well)).verdict is Verdict.OK
-    assert only(judged(limits.CHECK, well | {"memlock": 65536, "fabric": False})).verdict is Verdict.OK
+    assert only(judged(limits.CHECK, well)).verdict is Severity.OK
+    assert only(judged(limits.CHECK, well | {"memlock": 65536, "fabric": False})).verdict is Severity.OK
     locked = only(judged(limits.CHECK, well, well | {"memlock": 65536}, hosts=("a", "b")))
-    assert (locked.verdict, locked.hosts) == (Verdict.FAIL, ("b",))
+    assert (locked.verdict, locked.hosts) == (Severity.FAIL, ("b",))
     assert "at most 64 KiB may be locked on b" in locked.found
-    assert only(judged(limits.CHECK, well | {"nofile": 1024})).verdict is Verdict.WARN
-    assert only(judged(limits.CHECK, well | {"nofile": 256})).verdict is Verdict.FAIL
+    assert only(judged(limits.CHECK, well | {"nofile": 1024})).verdict is Severity.WARN
+    assert only(judged(limits.CHECK, well | {"nofile": 256})).verdict is Severity.FAIL
 
 
 # -- network --------------------------------------------------------------------------------------------------------
@@ -247,11 +256,11 @@ def test_what_an_interface_variable_means(wanted: str, exactly: bool, chosen: li
 
 
 def test_a_wrong_interface() -> None:
-    assert only(judged(network.CHECK, *[net(wanted={"NCCL_SOCKET_IFNAME": "ib0"})] * 4)).verdict is Verdict.OK
+    assert only(judged(network.CHECK, *[net(wanted={"NCCL_SOCKET_IFNAME": "ib0"})] * 4)).verdict is Severity.OK
     wanted = {"wanted": {"GLOO_SOCKET_IFNAME": "ib0"}}
     no_ib = net(**wanted, interfaces={"lo": "unknown", "ens3": "up"})
     found = only(judged(network.CHECK, net(**wanted), net(**wanted), no_ib, no_ib))
-    assert (found.verdict, found.hosts) == (Verdict.FAIL, ("node2",))
+    assert (found.verdict, found.hosts) == (Severity.FAIL, ("node2",))
     assert found.found == "GLOO_SOCKET_IFNAME=ib0 names no interface of node2"
     assert "choose of: lo, ens3" in found.fix
     down = net(**wanted, interfaces={"ib0": "down"})
@@ -263,7 +272,7 @@ def test_the_meeting_place() -> None:
     assert lost.found.startswith("MASTER_ADDR of node1:29500 means nothing to rank 3 (node2): Name or service")
     busy = only(judged(network.CHECK, net(busy=True), net()))
     assert (busy.verdict.value, busy.found) == ("fail", "port 29500 of node1 is taken, and rank 0 is to listen there")
-    assert only(judged(network.CHECK, net(foreign=True))).verdict is Verdict.WARN
+    assert only(judged(network.CHECK, net(foreign=True))).verdict is Severity.WARN
     assert "leads to no address" in only(judged(network.CHECK, net(), net(), net(name=""), net(name=""))).found
 
 
@@ -284,10 +293,10 @@ def test_adapters() -> None:
     up, down = "4: ACTIVE", "1: DOWN"
     half = net(adapters={"mlx5_0:1": up, "mlx5_1:1": down})
     assert only(judged(network.CHECK, half)).found == "mlx5_1:1 on node1 is not active"
-    assert only(judged(network.CHECK, half | {"hca": "mlx5_0"})).verdict is Verdict.OK
-    assert only(judged(network.CHECK, half | {"hca": "mlx5_1"})).verdict is Verdict.FAIL
+    assert only(judged(network.CHECK, half | {"hca": "mlx5_0"})).verdict is Severity.OK
+    assert only(judged(network.CHECK, half | {"hca": "mlx5_1"})).verdict is Severity.FAIL
     assert only(judged(network.CHECK, half | {"hca": "mlx4"})).found == "NCCL_IB_HCA=mlx4 names no adapter of node1"
-    assert only(judged(network.CHECK, half | {"hca": "mlx4", "ib": False})).verdict is Verdict.OK
+    assert only(judged(network.CHECK, half | {"hca": "mlx4", "ib": False})).verdict is Severity.OK
 
 
 # -- clocks, folders, links -----------------------------------------------------------------------------------------
@@ -300,7 +309,7 @@ def test_clocks() -> None:
     def of(ahead: dict, file_s: float = 0.01) -> Finding:
         return only(judged(clock.CHECK, {"ahead_s": ahead, "file_s": file_s}, rest, rest, rest, hosts=hosts))
 
-    assert of({1: 0.01, 2: -0.2, 3: 0.0}).verdict is Verdict.OK
+    assert of({1: 0.01, 2: -0.2, 3: 0.0}).verdict is Severity.OK
     late = of({1: 0.0, 2: -5.0, 3: 0.0})
     assert (late.verdict.value, late.found) == ("warn", "node3 is 5.0 s behind the others")
     first = of({1: -90.0, 2: -90.1, 3: -90.0})
@@ -318,17 +327,17 @@ def folder(**other) -> dict:
 
 
 def test_folders() -> None:
-    assert only(judged(shared.CHECK, *[folder()] * 4)).verdict is Verdict.OK
+    assert only(judged(shared.CHECK, *[folder()] * 4)).verdict is Severity.OK
     apart = only(judged(shared.CHECK, folder(missing=[2, 3]), folder(missing=[2, 3]), *[folder(missing=[0, 1])] * 2))
-    assert (apart.verdict, apart.hosts) == (Verdict.FAIL, ("node2",))
+    assert (apart.verdict, apart.hosts) == (Severity.FAIL, ("node2",))
     assert "/runs of node2 is not the others' folder: rank 2 (node2) does not see" in apart.found
     denied = only(judged(shared.CHECK, folder(), folder(), folder(), folder(wrote="Permission denied", missing=[])))
     assert denied.found == "/runs: rank 3 (node2) cannot write: Permission denied"
     assert denied.hosts == ("node2",)
-    assert only(judged(shared.CHECK, folder(lock="a lock (flock) is refused: x"))).verdict is Verdict.WARN
+    assert only(judged(shared.CHECK, folder(lock="a lock (flock) is refused: x"))).verdict is Severity.WARN
     assert "no atomic rename" in only(judged(shared.CHECK, folder(replaced="absent"))).fix
-    assert only(judged(shared.CHECK, folder(space=GIB // 2))).verdict is Verdict.FAIL
-    assert only(judged(shared.CHECK, folder(space=5 * GIB))).verdict is Verdict.WARN
+    assert only(judged(shared.CHECK, folder(space=GIB // 2))).verdict is Severity.FAIL
+    assert only(judged(shared.CHECK, folder(space=5 * GIB))).verdict is Severity.WARN
     assert "room for 3 more files" in only(judged(shared.CHECK, folder(inodes=3))).found
 
 
@@ -340,18 +349,18 @@ def sent(rate: float, ring: dict[int, float], **other) -> dict:
 def test_links() -> None:
     ring = [{3: 1e9, 1: 9e9}, {0: 9e9, 2: 9e9}, {1: 9e9, 3: 1e9}, {2: 1e9, 0: 1e9}]
     slow = only(judged(link.CHECK, *[sent(5e9, each) for each in ring]))
-    assert slow.verdict is Verdict.WARN
+    assert slow.verdict is Severity.WARN
     assert slow.hosts == ("node2",)
     assert "slowest rank: 3 on node2, 1.00 GB/s with its better neighbour, the median 9.00" in slow.found
-    floor = only(judged(link.CHECK, *[sent(5e9, each) for each in ring], asked=Asked(link_floor_gb_per_s=20)))
-    assert (floor.verdict, floor.hosts) == (Verdict.FAIL, ("node2",))
+    floor = only(judged(link.CHECK, *[sent(5e9, each) for each in ring], asked=DoctorOptions(link_floor_gb_per_s=20)))
+    assert (floor.verdict, floor.hosts) == (Severity.FAIL, ("node2",))
     assert "20 GB/s are asked for" in floor.found
     even = [{3: 9e9, 1: 9e9}] * 4
-    assert only(judged(link.CHECK, *[sent(5e9, each) for each in even])).verdict is Verdict.OK
+    assert only(judged(link.CHECK, *[sent(5e9, each) for each in even])).verdict is Severity.OK
     h100 = {"device": "NVIDIA H100 80GB HBM3"}
     paper = only(judged(link.CHECK, *[sent(5e9, each, **h100) for each in even]))
     assert (paper.verdict.value, "the link has 50 GB/s on paper" in paper.found) == ("warn", True)
-    assert only(judged(link.CHECK, *[sent(40e9, each, **h100) for each in even])).verdict is Verdict.OK
+    assert only(judged(link.CHECK, *[sent(40e9, each, **h100) for each in even])).verdict is Severity.OK
 
 
 def test_what_a_link_should_give() -> None:
@@ -388,18 +397,18 @@ def test_worlds() -> None:
         registries=REGISTRIES,
         overrides=["train.global_batch_size=6", "train.micro_batch_size=1"],
     )
-    batch = judged(world.CHECK, *[four] * 4, asked=Asked(recipe=recipe))
-    assert (batch[0].verdict, "global_batch_size" in batch[0].found) == (Verdict.FAIL, True)
+    batch = judged(world.CHECK, *[four] * 4, asked=DoctorOptions(recipe=recipe))
+    assert (batch[0].verdict, "global_batch_size" in batch[0].found) == (Severity.FAIL, True)
 
 
 def test_the_report() -> None:
     report = Report(HOSTS)
-    report.add("disk", [Finding(verdict=Verdict.OK, found="fast")])
+    report.add("disk", [Finding(verdict=Severity.OK, found="fast")])
     assert (report.code, report.bad_hosts) == (0, [])
-    report.add("clock", [Finding(verdict=Verdict.WARN, found="late " * 30, fix="chrony", hosts=("node1",))])
+    report.add("clock", [Finding(verdict=Severity.WARN, found="late " * 30, fix="chrony", hosts=("node1",))])
     assert (report.code, report.bad_hosts) == (0, [])
     assert report.text(as_json=False).splitlines()[-1] == "doctor: ready, with 1 to look at"
-    report.add("GPUs", [Finding(verdict=Verdict.FAIL, found="sick", fix="drain it", hosts=("node2",))])
+    report.add("GPUs", [Finding(verdict=Severity.FAIL, found="sick", fix="drain it", hosts=("node2",))])
     assert (report.code, report.bad_hosts) == (9, ["node2"])
     lines = report.text(as_json=False).splitlines()
     assert lines[1] == "disk   ok    fast"

@@ -14,14 +14,14 @@ from tiny import CPU, batch, build, documents
 from torch import Tensor, nn
 
 from distft.core.types import TrainState, UpdateRule
-from distft.engine import owned
+from distft.engine import master_weights
 from distft.engine.ddp import AveragedSums
 from distft.engine.grad_dtype import BF16_ERRORS, keeps_fp32_gradients
-from distft.engine.owned import OwnedParameters
+from distft.engine.gradient_sums import GradientSums
+from distft.engine.master_weights import MasterWeights
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
 from distft.engine.spec import EngineParams
-from distft.engine.sums import GradientSums
 from distft.engine.update_groups import update_groups
 from distft.optim import OPTIMIZERS
 
@@ -41,7 +41,7 @@ def summed(micros: int, *, apart: bool) -> tuple[Tensor, Tensor]:
         inputs = (1.76e-3 * (1 + 0.05 * torch.randn(1, 64, generator=generator))).bfloat16()
         layer(inputs).sum().backward()
         exact += inputs.double()
-    [found] = OwnedParameters(layer.named_parameters(), sums=sums).gradients()
+    [found] = MasterWeights(layer.named_parameters(), sums=sums).gradients()
     return found.double(), exact
 
 
@@ -204,7 +204,7 @@ def trained(name: str, dtype: torch.dtype, *, sums: bool, per_tensor: bool, limi
     """(weights and masters, optimizer state) after three clipped steps."""
     stack, spec = Stack(dtype), OPTIMIZERS[name]
     kept = GradientSums(stack.parameters()) if sums else None
-    ours = OwnedParameters(stack.named_parameters(), sums=kept, per_tensor=per_tensor, limit=limit)
+    ours = MasterWeights(stack.named_parameters(), sums=kept, per_tensor=per_tensor, limit=limit)
     flats = [flat for _, flat in ours]
     pairs = ([f for f in flats if f.ndim > 1], 0.1), ([f for f in flats if f.ndim < 2], 0.0)
     optimizer = spec.build(spec.params(), [{"params": each, "weight_decay": decay} for each, decay in pairs])
@@ -240,7 +240,7 @@ def test_groups_change_no_bit(name: str, dtype: torch.dtype, sums: bool) -> None
 
 def test_fp32_copies_of_one_group_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.ModuleList(nn.Linear(10, 10, bias=False, dtype=torch.bfloat16) for _ in range(6))
-    ours = OwnedParameters(layer.named_parameters(), per_tensor=True, limit=200)
+    ours = MasterWeights(layer.named_parameters(), per_tensor=True, limit=200)
     sum(one(torch.ones(1, 10, dtype=torch.bfloat16)).sum() for one in layer).backward()
     made, alive, most = torch.empty_like, [], [0]
 
@@ -250,7 +250,7 @@ def test_fp32_copies_of_one_group_exist_at_a_time(monkeypatch: pytest.MonkeyPatc
         most[0] = max(most[0], sum(one() is not None for one in alive))
         return copy
 
-    monkeypatch.setattr(owned.torch, "empty_like", counted)
+    monkeypatch.setattr(master_weights.torch, "empty_like", counted)
     ours.update(lambda group: None)
     assert len(alive) == 6
     assert most[0] == 2, "a group of two tensors"
@@ -258,7 +258,7 @@ def test_fp32_copies_of_one_group_exist_at_a_time(monkeypatch: pytest.MonkeyPatc
 
 def test_an_optimizer_that_wants_all_gradients_gets_them_at_once() -> None:
     layer = nn.ModuleList(nn.Linear(10, 10, bias=False, dtype=torch.bfloat16) for _ in range(6))
-    ours = OwnedParameters(layer.named_parameters(), limit=200)
+    ours = MasterWeights(layer.named_parameters(), limit=200)
     sum(one(torch.ones(1, 10, dtype=torch.bfloat16)).sum() for one in layer).backward()
     calls: list[int] = []
     ours.update(lambda group: calls.append(len(group)))
@@ -268,7 +268,7 @@ def test_an_optimizer_that_wants_all_gradients_gets_them_at_once() -> None:
 def test_state_is_made_a_group_at_a_time(monkeypatch: pytest.MonkeyPatch, tiny_config: Path) -> None:
     """Zero gradients of all tensors would be as much as the update no longer takes."""
     engine = adopted(tiny_config, micros=1)
-    engine._owned = OwnedParameters(engine.model.named_parameters(), per_tensor=True, limit=1)
+    engine._owned = MasterWeights(engine.model.named_parameters(), per_tensor=True, limit=1)
     flats = [flat for _, flat in engine._owned]
     engine._optimizer = torch.optim.AdamW(flats, lr=0.1)
     seen: list[int] = []

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from distft.core.types import UpdateRule
 from distft.engine.fsdp2 import open_engine
-from distft.engine.owned import OwnedParameters
+from distft.engine.master_weights import MasterWeights
 from distft.engine.processes import Processes
 from distft.engine.spec import Fsdp2Params
 from distft.model import load, stats
@@ -60,7 +60,7 @@ said["four_bit"] = sum(map(is_4bit, model.module.modules()))
 
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 shard = torch.nn.Parameter(DTensor.from_local(torch.zeros(4, 2), init_device_mesh("cpu", (2,)), [Shard(0)]))
-[(_, owned)] = OwnedParameters([("weight", shard)])
+[(_, owned)] = MasterWeights([("weight", shard)])
 owned.data.add_(1.0)
 said["owned"] = [type(owned).__name__, shard.to_local().sum().item()]
 print(json.dumps(said))

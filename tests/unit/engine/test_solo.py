@@ -10,7 +10,7 @@ from tiny import CPU, batch, build, documents
 from torch import nn
 
 from distft.core.types import Batch, LossTerms, TrainState, UpdateRule
-from distft.engine.owned import OwnedParameters
+from distft.engine.master_weights import MasterWeights
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
 from distft.engine.spec import EngineParams
@@ -53,7 +53,7 @@ def forward_backward(engine: SoloEngine, micro: Batch, *, weight: float, seed: i
 def test_fp32_parameters_are_updated_in_place() -> None:
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    owned = OwnedParameters(layer.named_parameters())
+    owned = MasterWeights(layer.named_parameters())
     [(name, tensor)] = owned
     seen: list = []
     assert name == "weight"
@@ -64,13 +64,13 @@ def test_fp32_parameters_are_updated_in_place() -> None:
     owned.update(lambda masters: seen.extend(masters[0].grad.tolist()))
     assert seen == grad.tolist(), "no copy, so the tensor that the optimizer sees is this one"
     assert layer.weight.grad is None
-    owned.publish()
+    owned.copy_to_model()
 
 
 def test_bf16_parameters_have_fp32_masters() -> None:
     layer = nn.Linear(4, 2, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(layer.weight)
-    owned = OwnedParameters(layer.named_parameters())
+    owned = MasterWeights(layer.named_parameters())
     [(_, master)] = owned
     seen: list = []
     assert master.dtype == torch.float32
@@ -85,7 +85,7 @@ def test_bf16_parameters_have_fp32_masters() -> None:
     for _ in range(100):
         with torch.no_grad():
             master.add_(2**-12)  # lost each time in bf16, whose next number after 1 is 1 + 2**-7
-        owned.publish()
+        owned.copy_to_model()
     assert torch.equal(master.detach(), torch.full((2, 4), 1 + 100 * 2**-12))
     assert torch.equal(layer.weight.detach(), torch.full((2, 4), 1 + 3 * 2**-7, dtype=torch.bfloat16))
 

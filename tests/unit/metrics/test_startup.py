@@ -6,34 +6,34 @@ from typing import Any
 import pytest
 
 from distft.core import host
-from distft.core.pulse import PULSE
+from distft.core.phase import PHASE
 from distft.core.types import StepReport, TrainState
 from distft.metrics import startup
-from distft.metrics.startup import Start, StartUp, launched_s, phases, slowest, text
+from distft.metrics.startup import StartUp, StartupTimes, launched_s, phases, slowest, text
 
 
 @pytest.fixture(autouse=True)
 def begun():
-    PULSE.begin()
+    PHASE.begin()
     yield
-    PULSE.begin()
+    PHASE.begin()
 
 
-def start(rank: int, **seconds: float) -> Start:
-    return Start(rank=rank, host=f"node{rank // 2}", seconds=seconds)
+def start(rank: int, **seconds: float) -> StartupTimes:
+    return StartupTimes(rank=rank, host=f"node{rank // 2}", seconds=seconds)
 
 
 def test_phases_add_up_to_the_age_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PULSE, "runs", 1)
-    PULSE.at("rows")
+    monkeypatch.setattr(PHASE, "runs", 1)
+    PHASE.enter("rows")
     time.sleep(0.02)
     for phase in ("join", "data", "agree", "forward", "backward", "update"):
-        PULSE.at(phase)
+        PHASE.enter(phase)
     found = phases()
     assert list(found) == ["imports", "start", "rows", "join", "first_step"]
     assert found["rows"] >= 0.02
     assert sum(found.values()) == pytest.approx(host.age_s(), abs=0.05)
-    monkeypatch.setattr(PULSE, "runs", 2)
+    monkeypatch.setattr(PHASE, "runs", 2)
     assert "imports" not in phases(), "of a second run in one process nothing was imported"
 
 
@@ -63,7 +63,7 @@ def test_it_is_told_once_a_run() -> None:
     assert len(said) == len(noted) == 1
     assert noted[0]["step"] == 7
     assert sum(noted[0]["seconds"].values()) == pytest.approx(noted[0]["total_s"], abs=0.01)
-    PULSE.begin()
+    PHASE.begin()
     told().step(state, report)
     assert len(said) == 2
 

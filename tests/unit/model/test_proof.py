@@ -18,8 +18,8 @@ from transformers import CONFIG_MAPPING
 from distft.core.errors import RecipeError
 from distft.model import attention, cross_entropy, load, proof, reference
 from distft.model.paths import SINGLE, VARLEN
+from distft.model.proof_verdict import ProofVerdict
 from distft.model.proving import path_of, verdict_on
-from distft.model.verdict import Verdict
 from distft.recipe import ModelTable
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def proven(
     config: Any, *, wanted: str = "auto", max_length: int = 256, precision: torch.dtype | None = None
-) -> Verdict:
+) -> ProofVerdict:
     attention.register()
     names = proof.attentions(wanted, CPU, torch.float32)
     given: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "max_length": max_length, "precision": precision}
@@ -268,7 +268,7 @@ def test_compiled_blocks_are_taken_where_they_compile_and_keep_the_numbers(monke
     config, given = small_config("llama"), {"device": CPU, "dtype": torch.float32, "max_length": 256}
     names = proof.attentions("auto", CPU, torch.float32)
 
-    def verdict(of: Any = config, attentions: Any = names) -> Verdict:
+    def verdict(of: Any = config, attentions: Any = names) -> ProofVerdict:
         return proof.prove(of, load.untrained, attentions=attentions, compiled=True, **given)
 
     attention.register()
@@ -278,7 +278,7 @@ def test_compiled_blocks_are_taken_where_they_compile_and_keep_the_numbers(monke
     assert found.path is not None
     assert found.path.compiled
     assert not found.attempts
-    assert Verdict.from_json(found.to_json()) == found
+    assert ProofVerdict.from_json(found.to_json()) == found
 
     def fails(function: Any) -> Any:
         raise RuntimeError("no C++ compiler")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.recipe.lines import KeyPath, find_lines
-from distft.recipe.text import is_array, is_table, toml_key, toml_text, toml_value
+from distft.recipe.toml_text import is_array, is_table, toml_key, toml_text, toml_value
 
 
 def paths_of(value: object, at: KeyPath = ()) -> set[KeyPath]:

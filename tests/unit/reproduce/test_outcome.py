@@ -88,8 +88,8 @@ def test_a_run_that_broke_off_did_not_reproduce(tmp_path: Path) -> None:
 @pytest.fixture
 def real(tmp_path: Path) -> Made:
     """A run whose rows and model are really there, and whose manifest knows their hashes."""
-    from distft.assemble import origins
-    from distft.core import surroundings
+    from distft.assemble import input_hashes
+    from distft.core import environment
     from distft.demo.files import locate
 
     for split in ("train", "valid"):
@@ -104,10 +104,10 @@ def real(tmp_path: Path) -> Made:
     one.write("recipe.toml", text)
     located = locate(load_recipe(one.folder / "recipe.toml", registries=REGISTRIES))
     told = {
-        "sources": origins.rows(located),
-        "model": origins.weights(located),
-        "versions": surroundings.versions(),
-        "hardware": surroundings.hardware(),
+        "sources": input_hashes.rows(located),
+        "model": input_hashes.weights(located),
+        "versions": environment.versions(),
+        "hardware": environment.hardware(),
         "device": "cpu",
         "environment": {},
         "git": None,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from distft.core.errors import MachineError, RecipeError
-from distft.scores import Scored
-from distft.scores.harness import Tasks
+from distft.scores import ScoreResult
+from distft.scores.harness import LmEvalTasks
 from distft.scores.paired import compare
 
 EVALUATOR = "lm_eval.evaluator"
@@ -25,20 +25,20 @@ class Knows:
         self.limit = limit
         self.asked: list[dict[str, Any]] = []
 
-    def weigh(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         return [(-float(len(continuation)), False) for _, continuation in pairs]
 
-    def weigh_whole(self, texts: Sequence[str]) -> list[float]:
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         return [-2.0 * len(text) for text in texts]
 
-    def write(self, prompts: Sequence[str], **settings: Any) -> list[str]:
+    def generate(self, prompts: Sequence[str], **settings: Any) -> list[str]:
         self.asked.append({"prompts": list(prompts), **settings})
         sums = [sum(map(int, prompt.rpartition("Q: ")[2].split("=")[0].split("+"))) for prompt in prompts]
         return [f"I think {one}\n#### {one if one < self.limit else one + 1}" for one in sums]
 
 
-def run(model: Knows, task: Any, **settings: Any) -> Scored:
-    return Tasks(task, **settings).run(model)[1]
+def run(model: Knows, task: Any, **settings: Any) -> ScoreResult:
+    return LmEvalTasks(task, **settings).run(model)[1]
 
 
 @pytest.fixture
@@ -123,13 +123,13 @@ def test_multiple_choice_and_perplexity(task) -> None:
 def test_an_unknown_task_is_named() -> None:
     pytest.importorskip(EVALUATOR, reason="lm-eval is not installed")
     with pytest.raises(RecipeError, match='task "gsm8"  is not one of lm-eval\'s  did you mean "gsm'):
-        Tasks("gsm8")
+        LmEvalTasks("gsm8")
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MachineError, match=r"distft\[lm-eval\]"):
-        Tasks("gsm8k")
+        LmEvalTasks("gsm8k")
 
 
 def test_a_groups_rows_are_taken_together(task, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_groups_rows_are_taken_together(task, tmp_path: Path) -> None:
     means = [{"metric": "acc", "weight_by_size": True}, {"metric": "acc_norm", "weight_by_size": False}]
     group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": means}
     (tmp_path / "both.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in group.items()))
-    tasks = Tasks(str(tmp_path / "both.yaml"))
+    tasks = LmEvalTasks(str(tmp_path / "both.yaml"))
     assert (tasks.rows, [figure.name for figure in tasks.planned]) == (8, ["acc", "acc_norm"])
     answers, scored = tasks.run(Knows(0))
     assert [one.id for one in answers][5:7] == ["one row 6", "two row 1"]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.scores import Figure, Scored
-from distft.scores.intervals import of_difference, of_mean, of_share
+from distft.scores import MetricInfo, ScoreResult
+from distft.scores.confidence_intervals import of_difference, of_mean, of_share
 from distft.scores.paired import compare, mcnemar, regressions
 
 SKEWED = [float(value) for value in np.random.default_rng(3).exponential(size=80)]
@@ -152,10 +152,10 @@ class TestMcNemar:
 
 
 class TestCompare:
-    FIGURE = Figure(name="exact_match", binary=True)
+    FIGURE = MetricInfo(name="exact_match", binary=True)
 
-    def scored(self, values: list[float], figure: Figure = FIGURE) -> Scored:
-        return Scored(
+    def scored(self, values: list[float], figure: MetricInfo = FIGURE) -> ScoreResult:
+        return ScoreResult(
             figures=(figure,), rows={figure.name: tuple(values)}, totals={figure.name: float(np.mean(values))}
         )
 
@@ -172,7 +172,7 @@ class TestCompare:
         assert [one.index for one in change.regressions] == list(range(12))
 
     def test_lower_may_be_better(self) -> None:
-        loss = Figure(name="loss", higher_is_better=False)
+        loss = MetricInfo(name="loss", higher_is_better=False)
         old = [float(value) for value in np.random.default_rng(0).uniform(1, 3, 50)]
         (change,) = compare(self.scored(old, loss), self.scored([value - 0.2 for value in old], loss))
         assert change.verdict == "better"
@@ -181,14 +181,14 @@ class TestCompare:
         assert change.to_json()["verdict"] == "better"
 
     def test_a_figure_of_the_corpus_alone_has_no_interval(self) -> None:
-        bleu = Figure(name="bleu", per_row=False)
-        before, after = (Scored(figures=(bleu,), rows={}, totals={"bleu": value}) for value in (10.0, 30.0))
+        bleu = MetricInfo(name="bleu", per_row=False)
+        before, after = (ScoreResult(figures=(bleu,), rows={}, totals={"bleu": value}) for value in (10.0, 30.0))
         (change,) = compare(before, after)
         assert (change.difference.value, change.difference.method, change.verdict) == (20.0, "none", "no clear change")
 
     def test_other_figures_are_no_pair(self) -> None:
         with pytest.raises(ValueError, match="different figures"):
-            compare(self.scored([1.0]), self.scored([1.0], Figure(name="f1")))
+            compare(self.scored([1.0]), self.scored([1.0], MetricInfo(name="f1")))
 
 
 def test_regressions_come_worst_first() -> None:

@@ -14,7 +14,7 @@ from score_kit import answer, one, score, scorer
 
 from distft.core.errors import DataError, MachineError, RecipeError
 from distft.core.registry import NoParams
-from distft.scores import SCORES, Figure, Scored, ScoreSpec
+from distft.scores import SCORES, MetricInfo, ScoreResult, ScoreSpec
 from distft.scores.spec import by_row
 
 
@@ -312,7 +312,7 @@ def test_every_score_gives_the_figures_it_promised(name: str) -> None:
         assert set(scored.rows) == {figure.name for figure in promised if figure.per_row}
         assert all(len(values) == len(answers) for values in scored.rows.values())
         assert answers or all(map(math.isnan, scored.totals.values()))
-        again = Scored.from_json(json.loads(json.dumps(scored.to_json())))
+        again = ScoreResult.from_json(json.loads(json.dumps(scored.to_json())))
         assert (again.rows, again.figures, again.unscored) == (scored.rows, scored.figures, scored.unscored)
 
 
@@ -333,7 +333,7 @@ def test_totals_are_means_over_rows() -> None:
 
 def test_a_score_from_outside_is_one_add(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SCORES, "_specs", dict(SCORES._specs))  # what is added here is gone afterwards
-    length = Figure(name="length")
+    length = MetricInfo(name="length")
     SCORES.add(
         ScoreSpec(
             name="length",

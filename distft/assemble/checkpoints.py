@@ -1,0 +1,138 @@
+"""Opens a run's checkpoints, resumes from them, and exports the model to final/."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distft.assemble.training_data import Data, Say, tokenizer_of
+from distft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distft.best import BestTracker
+    from distft.core.types import Engine, StateReader, TrainState
+    from distft.guard import DivergenceGuard
+    from distft.model.load import MetaModel
+    from distft.resume import CheckpointManager, Resume
+    from distft.run_folder import RunFolder
+
+
+def open_checkpoints(
+    recipe: Recipe,
+    located: Recipe,
+    folder: RunFolder,
+    engine: Engine,
+    rows: Data,
+    say: Say,
+    *,
+    judges: dict[str, DivergenceGuard | BestTracker],
+    resume: Resume,
+    allow_changes: bool,
+) -> tuple[CheckpointManager, TrainState, StateReader | None]:
+    """Where state is saved, and where this run starts: at zero, or at a checkpoint with a reader for its tensors.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is valid, or the one to continue does not fit this run.
+        DataError: it was trained on other rows.
+    """
+    from distft.checkpoint.store import CheckpointStore
+    from distft.core.types import TrainState
+    from distft.resume import CheckpointManager, about, check_fits
+
+    base = _base_hash(located, engine) if located.method.spec.adapter else ""
+    says = about(recipe, rows.fingerprint, base, rows.steps.num_steps) | {"date": located.data.date}
+    root = folder.path / "checkpoints"
+    if resume == "never" and engine.rank == 0:
+        folder.set_aside(root)
+        folder.set_aside(folder.path / "eval")
+    engine.barrier()
+    hashes = {"recipe": recipe.digest(), "base": base, **rows.fingerprint}
+    store = CheckpointStore(root, engine, keep=recipe.checkpoint.keep, engine=engine.name, hashes=hashes)
+    keeper = CheckpointManager(
+        store,
+        engine,
+        says,
+        asynchronous=recipe.checkpoint.asynchronous,
+        grace_s=recipe.checkpoint.grace_s,
+        reached=folder.reach,
+        note=folder.note,
+        judges=lambda: {name: judge.state() for name, judge in judges.items()},
+    )
+    loaded = store.load(resume) if isinstance(resume, Path) else store.load_newest()
+    if loaded is None:
+        return keeper, TrainState(), None
+    for rejected in loaded.rejected:
+        say(f"passed over {rejected}")
+    changed = check_fits(loaded.state, says, loaded.path, allow_changes=allow_changes)
+    state = TrainState(**loaded.state["train"])
+    was = f"{loaded.manifest.engine} x {loaded.manifest.world}"
+    say(f"continuing {loaded.path} at step {state.step} of {rows.steps.num_steps} (saved under {was})")
+    for change in changed:
+        say(f"changed since: {change}")
+    folder.reach(state.step)
+    folder.note("continued", checkpoint=str(loaded.path), was=was, passed_over=loaded.rejected, changed=changed)
+    for name, judge in judges.items():
+        judge.restore(loaded.state[name])
+    return keeper, state, loaded.reader
+
+
+def _base_hash(located: Recipe, engine: Engine) -> str:
+    """sha256 of the frozen weights; the files of one host are hashed once and remembered by size and time."""
+    from distft.data.fingerprint import file_hash
+    from distft.data.prepared_folder import cache_folder
+    from distft.model.load import find_folder
+
+    if located.model.init == "random":
+        return f"random-{located.seed}"
+    if engine.rank != 0:
+        return engine.gather("")[0]
+    memory = cache_folder(located.data) / "hashes"
+    files = sorted(find_folder(located.model).glob("*.safetensors"))
+    digest = hashlib.sha256("".join(file_hash(file, memory) for file in files).encode()).hexdigest()
+    return engine.gather(digest)[0]
+
+
+def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Names, whole shapes and types of what final/ will hold; asked for before an engine shards anything."""
+    from distft.model.load import WRAPPER
+
+    adapter = recipe.method.spec.adapter
+    named = [(name, param) for name, param in built.module.named_parameters() if param.requires_grad or not adapter]
+    if not adapter:
+        named += built.saved_buffers()
+    return {name.removeprefix(WRAPPER): (tuple(tensor.shape), tensor.dtype) for name, tensor in named}
+
+
+def export(
+    located: Recipe, folder: RunFolder, engine: Engine, built: MetaModel, shapes: dict[str, Any], rows: Data
+) -> None:
+    """Write final/: what transformers, PEFT and inference servers load."""
+    from distft.data.tokenizer import save_tokenizer
+    from distft.export import final, model_card
+    from distft.model.load import WRAPPER
+    from distft.run_record import read_run
+
+    lm: Any = built.module.lm
+    tokenizer, revision = tokenizer_of(located)
+
+    def save_beside(target: Path) -> None:
+        save_tokenizer(tokenizer, target, chat_template=located.data.chat_template, revision=revision)
+        final.save_generation_config(built.module.transformer, target, rows.stop_ids)
+        model_card.write(target, read_run(folder.path))
+
+    def save_config_too(target: Path) -> None:
+        final.save_config(built.module.transformer, target)
+        save_beside(target)
+
+    if located.method.spec.adapter:
+        final.write_adapter(
+            folder.final,
+            engine,
+            shapes,
+            prefix=WRAPPER,
+            save_adapter=lambda target, tensors: lm.save_pretrained(target, state_dict=tensors),
+            save_rest=save_beside,
+        )
+    else:
+        final.write_model(folder.final, engine, shapes, prefix=WRAPPER, layout=built.layout, save_rest=save_config_too)

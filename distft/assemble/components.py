@@ -1,0 +1,253 @@
+"""Builds engine, model, optimizer and metrics, each from its table of the recipe."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from distft import compatibility
+from distft.assemble.batch_layout import Layout
+from distft.assemble.training_data import Data, HeldOut, Say
+from distft.catalog import REGISTRIES
+from distft.core.errors import DataError, Problem, RecipeError
+from distft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distft.core.types import Engine, TrainState, UpdateRule
+    from distft.data.loader import Steps
+    from distft.engine.processes import Processes
+    from distft.metrics import Meters, RunFacts
+    from distft.model.load import MetaModel
+    from distft.objectives.spec import Objective
+    from distft.run_folder import RunFolder
+
+
+def open_engine(recipe: Recipe, placed: Processes, say: Say) -> Engine:
+    """The recipe's engine, or the one `auto` chooses.
+
+    Raises:
+        MachineError: it cannot run here, or the launcher was configured for another.
+    """
+    from distft.engine.auto import choose
+
+    params: Any = recipe.engine.params
+    offload = getattr(params, "offload", "none")
+    name, why = choose(
+        recipe.engine.name,
+        REGISTRIES.engine,
+        placed,
+        trains_all=not recipe.method.spec.adapter,
+        elementwise=recipe.optim.spec.elementwise,
+        offload=offload,
+    )
+    spec = REGISTRIES.engine[name]
+    if recipe.engine.name == "auto":
+        chosen = {"offload": offload, "grad_dtype": getattr(params, "grad_dtype", "auto")}
+        params = spec.params(**{key: value for key, value in chosen.items() if key in spec.params.model_fields})
+    say(f"engine {name}: {why}")
+    return spec.open(params, placed)
+
+
+def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: Say) -> MetaModel:
+    """The model without values, adapters attached, memory savers on.
+
+    Raises:
+        RecipeError: weights are missing or unusable, or a token has no row in the embedding.
+    """
+    from distft.model import activation_checkpointing, load, quantize, stats
+
+    spec = located.method.spec
+    with compatibility.placed(located):
+        built = load.build(
+            located.model,
+            load.find_folder(located.model),
+            spec,
+            located.method.params,
+            seed=located.seed,
+            device=placed.device,
+            per_token=located.objective.spec.per_token,
+            path=cut.path,
+        )
+    num_embeddings = built.module.transformer.get_input_embeddings().weight.shape[0]
+    if rows.largest_id >= num_embeddings:
+        problem = Problem(
+            message=f"[model] the tokenizer wrote token {rows.largest_id}, and the embedding has {num_embeddings} rows",
+            line=located.line_of("model.tokenizer") or located.line_of("model.path"),
+            fix="use the tokenizer that belongs to the model, or a chat_template of tokens it knows",
+        )
+        raise RecipeError(located.source, [problem])
+    mode, why = activation_checkpointing.choose_checkpointing(
+        located.train.activation_checkpointing, cut.checkpointing, cut.why
+    )
+    say(f"activation checkpointing {mode}: {why}")
+    activation_checkpointing.checkpoint_blocks(built.module.transformer, mode)
+    counts = stats.count(built.module)
+    say(f"{counts.trainable:,} of {counts.total:,} parameters are trained ({located.method.name})")
+    active = stats.active(built.module)
+    if active < counts.total:
+        say(f"a token meets {active:,} of them, with the experts that it is sent to")
+    if spec.adapted is not None:
+        layers, tensors = spec.adapted(built.module)
+        say(f"adapters on {layers} layers" + (f" and {tensors} expert tensors" if tensors else ""))
+    if spec.quantized:
+        say(str(quantize.count(built.module)))
+    return built
+
+
+def adopt(recipe: Recipe, engine: Engine, built: MetaModel, cut: Layout, num_steps: int) -> None:
+    """Let the engine fill and wrap the model and make the optimizer; then compile what it has wrapped."""
+    from distft.model import activation_checkpointing
+
+    engine.adopt(built, update_rule(recipe, built, num_steps), micros_per_step=cut.micros_per_step)
+    if cut.path.compiled:
+        activation_checkpointing.compile_blocks(built.blocks)
+
+
+def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
+    """Optimizer, schedule and clipping."""
+    from distft.core.types import UpdateRule
+
+    optim, clip = recipe.optim, recipe.train.max_grad_norm
+    params: Any = optim.params
+    factor = recipe.schedule.spec.build(recipe.schedule.params, num_steps)
+    return UpdateRule(
+        build=lambda groups: optim.spec.build(params, groups),
+        lr_at=lambda step: params.learning_rate * factor(step),
+        weight_decay=getattr(params, "weight_decay", 0.0),
+        decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
+        max_grad_norm=None if clip == "off" else float(clip),
+        per_tensor=optim.spec.per_tensor,
+    )
+
+
+def objective(recipe: Recipe, engine: Engine, built: MetaModel) -> Objective:
+    """Return the recipe's objective over the model that the engine holds, with what fills its columns.
+
+    Raises:
+        MachineError: a column that it reads cannot be had in this run.
+    """
+    from distft.columns import COLUMNS, ColumnFiller, ColumnInputs
+    from distft.core.protocols import NO_COLUMNS
+    from distft.model.policy import ModelPolicy
+    from distft.objectives.spec import Objective
+
+    chosen, method, policy = recipe.objective, recipe.method, ModelPolicy(engine.model)
+    alone = method.spec.base_alone
+    inputs = ColumnInputs(
+        policy=policy,
+        method=method.name,
+        base_alone=None if alone is None else functools.partial(alone, built.module),
+    )
+    suppliers = {name: COLUMNS[name].open(inputs) for name in chosen.spec.columns(chosen.params)}
+    columns = ColumnFiller(engine, suppliers) if suppliers else NO_COLUMNS
+    return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns)
+
+
+def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFacts:
+    """Counted on whole shapes, so before an engine shards them."""
+    from distft.metrics import RunFacts
+    from distft.model import stats
+
+    return RunFacts(
+        world=placed.world,
+        device_name=device_name(placed),
+        flops_per_token=stats.flops_per_token(built.module),
+        flops_per_squared_length=stats.flops_per_squared_length(built.module.transformer.config),
+        start=state,
+    )
+
+
+def fetch(located: Recipe) -> None:
+    """Bring the model's files to where this process reads them: before any group exists, for it may take an hour.
+
+    Raises:
+        RecipeError: neither a folder nor a hub id that can be had.
+    """
+    from distft.model import load
+
+    load.find_folder(located.model)
+
+
+def meters(
+    recipe: Recipe, folder: RunFolder, facts: RunFacts, engine: Engine, placed: Processes, steps: Steps, say: Say
+) -> Meters:
+    """Every registered metric, and on rank 0 the sinks that the recipe asks for."""
+    from distft.metrics import METRICS, Meters
+    from distft.metrics.sinks import console, jsonl
+    from distft.metrics.startup import StartUp
+
+    sinks: list[Any] = []
+    if placed.rank == 0:
+        sinks.append(jsonl.JsonlSink(folder.metrics, start=facts.start.step))
+        if recipe.log.tensorboard:
+            from distft.metrics.sinks.tensorboard import TensorboardSink
+
+            sinks.append(TensorboardSink(folder.tensorboard))
+        if recipe.log.wandb is not None:
+            from distft.metrics.sinks.wandb import WandbSink
+
+            sinks.append(WandbSink(recipe.log.wandb, recipe.name, recipe.resolved()))
+        bar = recipe.log.console == "rich" or (recipe.log.console == "auto" and sys.stderr.isatty())
+        if recipe.log.console != "off":
+            kind = console.BarSink if bar else console.LineSink
+            sinks.append(kind(recipe.name, steps.num_steps, facts.start.step))
+    metrics: list[Any] = [spec.build(facts) for spec in METRICS.values()]
+    metrics.append(StartUp(placed.rank, engine.gather, say, folder.note, os.environ))
+    if recipe.log.samples:
+        from distft.metrics.sample_log import SampleLog
+
+        metrics.append(SampleLog(folder.path / "samples", placed.rank, placed.world, start=facts.start.step))
+    return Meters(metrics, sinks, epoch_at=steps.epoch_at)
+
+
+def manifest(
+    recipe: Recipe, located: Recipe, built: MetaModel, engine: Engine, placed: Processes, cut: Layout, rows: Data
+) -> dict[str, Any]:
+    """What the run depends on, for manifest.json; collective, and whole on rank 0 alone."""
+    import socket
+
+    from distft.assemble import input_hashes
+    from distft.model import stats
+
+    places = engine.gather((socket.gethostname(), device_name(placed)))
+    here = placed.rank == 0
+    return {
+        "engine": engine.name,
+        "world": placed.world,
+        "nodes": len({name for name, _ in places}),
+        "devices": [{"host": name, "device": device} for name, device in places],
+        "launcher": placed.launcher,
+        "launcher_wants": placed.wants,
+        "command": sys.orig_argv if here else [],
+        "recipe": {"source": recipe.source, "overrides": list(recipe.origin.overrides.values())},
+        "layout": cut.to_json(),
+        "seed": recipe.seed,
+        "date": located.data.date,
+        "parameters": vars(stats.count(built.module)),
+        "data": rows.fingerprint,
+        "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": _chats(located)} if here else {},
+        "sources": input_hashes.rows(located) if here else {},
+        "recipe_sha256": recipe.digest(),
+        "device": device_name(placed),
+        "num_steps": rows.steps.num_steps,
+        "tokens_per_epoch": rows.steps.tokens_per_epoch,
+    }
+
+
+def _chats(located: Recipe) -> bool | None:
+    """Whether trained rows are chats; None: the first ones, which may all be left out as bad, do not say."""
+    from distft.data.questions import trained_as_chat
+
+    try:
+        return trained_as_chat(located.data.train, merge_turns=located.data.merge_turns)
+    except DataError:
+        return None
+
+
+def device_name(placed: Processes) -> str:
+    """The accelerator's product name, or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name(placed.device) if placed.device.type == "cuda" else "cpu"

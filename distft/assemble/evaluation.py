@@ -1,0 +1,127 @@
+"""Builds the evaluation sets, the generator and the evaluator of a run from its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from distft.assemble.training_data import HeldOut, Preparing, Say, tokenizer_of
+from distft.core.errors import Problem, RecipeError
+from distft.recipe import Recipe
+from distft.recipe.eval_rules import EVAL_LOSS
+
+if TYPE_CHECKING:
+    from distft.best import BestTracker
+    from distft.core.types import Engine
+    from distft.data.render import Renderer
+    from distft.evaluation.eval_sets import EvalSet
+    from distft.evaluator import Evaluator
+    from distft.generation.generator import Generator
+    from distft.model.load import MetaModel
+    from distft.objectives.spec import Objective
+    from distft.run_folder import RunFolder
+
+
+def eval_sets(located: Recipe, say: Say) -> list[EvalSet]:
+    """The recipe's sets of questions, read before any process group exists.
+
+    Raises:
+        DataError: rows that cannot be asked. RecipeError, MachineError: a score that cannot work.
+    """
+    if not located.eval.answers:
+        return []
+    from distft.evaluation import build
+
+    built = build.build_eval_sets(
+        located.eval.answers, located.data, renderer(located), seed=located.seed, progress=Preparing(say)
+    )
+    for eval_set in built:
+        figures = ", ".join(eval_set.figures())
+        say(f"answers {eval_set.name}: {eval_set.rows:,} rows, {figures}")
+    return built
+
+
+def best(recipe: Recipe, asked: list[EvalSet]) -> BestTracker:
+    """What knows the best evaluation, by the figure that the recipe names.
+
+    Raises:
+        RecipeError: no set gives this figure.
+    """
+    from distft.best import BestTracker
+
+    by = recipe.eval.best_by
+    figures = {f"{eval_set.name}.{name}": figure for eval_set in asked for name, figure in eval_set.figures().items()}
+    if by not in figures and by != EVAL_LOSS:  # a task of lm-eval, whose figures nobody knew before
+        key, known = recipe.line_of("eval.best_by"), ", ".join([EVAL_LOSS, *figures])
+        problem = Problem(message=f'[eval] best_by = "{by}"  is measured nowhere', fix=f"allowed: {known}", line=key)
+        raise RecipeError(recipe.source, [problem])
+    higher = figures[by].higher_is_better if by in figures else False
+    return BestTracker(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop, by=by, higher_is_better=higher)
+
+
+def renderer(located: Recipe) -> Renderer:
+    """Of the rows that are trained, and so of those that are asked."""
+    from distft.data.render import load_renderer, settings_of
+
+    tokenizer, revision = tokenizer_of(located)
+    return load_renderer(tokenizer, revision=revision, **settings_of(located.data))
+
+
+def generator(
+    located: Recipe, engine: Engine, built: MetaModel, stop_ids: tuple[int, ...], stop: Callable[[], bool]
+) -> Generator:
+    """The model with its tokenizer; it stops at what trained rows end with, and at what the base stops at."""
+    from distft.generation.generator import Generator
+
+    own = renderer(located)
+    ends = getattr(built.module.transformer.generation_config, "eos_token_id", None)
+    more = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
+    known = dict.fromkeys([*stop_ids, *more, own.tokenizer.eos_token_id])
+    return Generator(engine, built.module, decode=own.write, stop_ids=list(known), stop=stop)
+
+
+def base_key(located: Recipe) -> str:
+    """A name for the weights that training starts from: cheap, by the files' sizes and times, for nothing is hashed."""
+    from distft.evaluation.answer_records import model_key
+    from distft.model.load import find_folder
+
+    model, params = located.model, located.method.params
+    quant = getattr(params, "quant", None)
+    stored = None if quant is None else quant.model_dump(mode="json")
+    if model.init == "random":
+        return model_key(model.path, "random", located.seed, model.dtype, stored)
+    files = sorted(find_folder(model).glob("*.safetensors"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return model_key(model.path, model.revision, stats, model.dtype, stored)
+
+
+def evaluator(
+    located: Recipe,
+    folder: RunFolder,
+    engine: Engine,
+    built: MetaModel,
+    rows: HeldOut,
+    asked: list[EvalSet],
+    objective: Objective,
+    *,
+    num_steps: int,
+    stop: Callable[[], bool],
+    say: Say,
+) -> Evaluator:
+    """Who looks at the model, and when."""
+    from distft.evaluation.answer_records import AnswerRecords
+    from distft.evaluator import EvalSchedule, Evaluator
+
+    return Evaluator(
+        engine=engine,
+        objective=objective,
+        held_out=rows.eval_steps or (),
+        held_out_sha256=rows.fingerprint.get("eval", ""),
+        eval_sets=asked,
+        generator=generator(located, engine, built, rows.stop_ids, stop),
+        records=AnswerRecords(folder.path / "eval"),
+        base=base_key(located),
+        schedule=EvalSchedule(every_steps=located.eval.every_steps, at_end=located.eval.at_end, num_steps=num_steps),
+        stop=stop,
+        say=say,
+    )

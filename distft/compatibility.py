@@ -1,0 +1,189 @@
+"""Whether a recipe fits its model and its rows, as far as that is known without weights: from the model's config.
+
+Found before rows are prepared where only the config is asked, before any process group and accelerator in any case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from distft.core.errors import Problem, RecipeError
+from distft.data.preparation_report import PrepareReport
+from distft.data.prepared_folder import cache_folder
+from distft.demo.files import locate_path
+from distft.model import skeleton
+from distft.model.adapters import targets
+from distft.recipe import Recipe
+from distft.recipe.origin import RecipeMistake
+
+
+def refuse_missing_folder(recipe: Recipe) -> None:
+    """A path that can be no hub id must be there; nothing heavy is imported and nothing fetched for this.
+
+    Raises:
+        RecipeError: with the line of the path.
+    """
+    found = [
+        RecipeMistake(key=("model", key), message=message, fix=fix)
+        for key, path in (("path", recipe.model.path), ("tokenizer", recipe.model.tokenizer))
+        if path is not None
+        for message, fix in _missing(path, key)
+    ]
+    _refuse(recipe, found)
+
+
+def has_config(located: Recipe) -> bool:
+    """Whether the model is one that training could start from; False for a folder that holds a tokenizer alone."""
+    folder = Path(located.model.path).expanduser()
+    return not folder.is_dir() or (folder / "config.json").is_file()
+
+
+def refuse_misfits(located: Recipe, folder: Path | None = None) -> None:
+    """The model is there, and has every module that the method names.
+
+    Args:
+        located: with real paths (see `distft.demo.locate`).
+        folder: holds config.json, where it is not the recipe's model's.
+
+    Raises:
+        RecipeError: every mistake found, with its line.
+    """
+    if folder is None:
+        refuse_missing_folder(located)
+        with placed(located):
+            folder = skeleton.find_config(located.model)
+    params: Any = located.method.params
+    if not targets.are_named(params):
+        return
+    _refuse(located, targets.faults(_listing(located, folder), params))
+
+
+def refuse_long_rows(located: Recipe, longest: int, split: str) -> None:
+    """Rows are not longer than the positions that the model was made for.
+
+    Args:
+        located: with real paths.
+        longest: tokens in the longest row that is kept.
+        split: "train" or "eval", whose rows these are.
+
+    Raises:
+        RecipeError: they are, with the line of max_length.
+    """
+    with placed(located):
+        folder = skeleton.find_config(located.model)
+    if skeleton.has_positions(folder, longest):
+        return
+    from distft.model import load
+
+    with placed(located):
+        limit = skeleton.num_positions(load.read_config(folder))
+    if limit is None or longest <= limit:
+        return
+    fault = RecipeMistake(
+        key=("data", "max_length"),
+        message=f"lets [[data.{split}]] rows of {longest:,} tokens through, and the model has {limit:,} positions",
+        fix=f"set [data] max_length = {limit}; a model that is to learn longer texts says so itself, in its "
+        "config.json: max_position_embeddings, or rope scaling",
+    )
+    _refuse(located, [fault])
+
+
+def refuse_other_groups(located: Recipe, report: PrepareReport, split: str) -> None:
+    """Rows have as many documents as the objective trains together.
+
+    Args:
+        located: with real paths.
+        report: of the prepared rows.
+        split: "train" or "eval", whose rows these are.
+
+    Raises:
+        RecipeError: they have not, with the line of the objective.
+    """
+    objective, size = located.objective, report.group_size
+    if size == objective.spec.group_size:
+        return
+    formats = ", ".join(sorted({source.format for source in report.sources}))
+    fault = RecipeMistake(
+        key=("objective", "name"),
+        message=f'= "{objective.name}" trains {objective.spec.group_size} document(s) a row together, and the format '
+        f"{formats} of [[data.{split}]] makes {size} of each row",
+        fix="choose an objective for such rows, or another format",
+    )
+    _refuse(located, [fault])
+
+
+def _listing(located: Recipe, folder: Path) -> targets.Listing:
+    """The model's modules; kept by config, versions and code, because to build them imports torch for seconds."""
+    parts = [(folder / "config.json").read_bytes(), version("transformers").encode()]
+    parts += [Path(found).read_bytes() for module in (skeleton, targets) if (found := module.__file__)]
+    kept = cache_folder(located.data) / "modules" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return targets.Listing.from_json(json.loads(kept.read_text(encoding="utf-8")))
+    from distft.model import load
+
+    with placed(located):
+        listed = targets.listing(skeleton.build(load.read_config(folder)))
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+        aside.write_text(json.dumps(listed.to_json()), encoding="utf-8")
+        aside.replace(kept)
+    return listed
+
+
+def _missing(path: str, key: str) -> list[tuple[str, str]]:
+    path = locate_path(path)
+    folder = Path(path).expanduser()
+    what = "config.json" if key == "path" else "tokenizer.json"
+    if folder.is_dir():
+        if (folder / what).is_file() or key == "tokenizer":
+            return []
+        held = ", ".join(sorted(one.name for one in folder.iterdir())[:6]) or "nothing"
+        return [(f"the folder has no {what} (it holds: {held})", f"a folder with {what}, or a hub id owner/name")]
+    if folder.exists():
+        return [("is a file, not a folder", f"the folder with {what}, or a hub id owner/name")]
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return [("no such folder", _nearest(folder) or f"a folder with {what}, or a hub id owner/name")]
+    return []
+
+
+def _nearest(folder: Path) -> str:
+    """A folder beside it with almost this name."""
+    from distft.core.registry import nearest
+
+    try:
+        beside = [one.name for one in folder.parent.iterdir() if one.is_dir()]
+    except OSError:
+        above = next((one for one in folder.parents if one.is_dir()), None)
+        return "" if above is None else f"{above} is there, {folder.relative_to(above).parts[0]} in it is not"
+    meant = nearest(folder.name, beside)
+    return f"did you mean {folder.parent / meant}?" if meant else ""
+
+
+@contextlib.contextmanager
+def placed(recipe: Recipe) -> Iterator[None]:
+    """What is wrong with a model is a mistake in the line of the recipe that names it.
+
+    Raises:
+        RecipeError: the one from inside, with the line.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        if any(problem.line for problem in error.problems):
+            raise
+        line = recipe.line_of("model.path")
+        problems = [Problem(message=one.message, line=line, fix=one.fix) for one in error.problems]
+        raise RecipeError(recipe.source, problems) from error
+
+
+def _refuse(recipe: Recipe, faults: list[RecipeMistake]) -> None:
+    if faults:
+        raise RecipeError(recipe.source, [recipe.origin.problem(fault) for fault in faults])

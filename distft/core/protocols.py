@@ -1,0 +1,86 @@
+"""Declares the protocols of what the loop is given: step source, guard, best tracker, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from distft.core.types import Batch, StepReport, TrainState
+
+
+class StepSource(Protocol):
+    """Training data cut into optimizer steps (`distft.data.loader.Steps`)."""
+
+    def samples_in(self, step: int) -> int:
+        """Sequences of a 0-based step on all ranks; the last one may be short."""
+        ...
+
+    def from_step(self, step: int) -> Iterator[list[Batch]]:
+        """Micro-batches of each step from `step` on; as many per step on every rank."""
+        ...
+
+
+class Columns(Protocol):
+    """What fills the columns that an objective asks for, such as a reference's log-probabilities."""
+
+    def fill(self, micros: list[Batch]) -> list[Batch]:
+        """Collective, once a step, without gradients: return the micro-batches with their columns."""
+        ...
+
+
+@dataclass(frozen=True)
+class _NoColumns:
+    def fill(self, micros: list[Batch]) -> list[Batch]:
+        """Return them as they are."""
+        return micros
+
+
+NO_COLUMNS: Columns = _NoColumns()
+"""For objectives that ask for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Every:
+    """When things happen between steps, as predicates of the number of steps taken."""
+
+    log: Callable[[int], bool]
+    eval: Callable[[int], bool]
+    save: Callable[[int], bool]
+
+
+class Guard(Protocol):
+    """What decides over steps that went wrong (`distft.guard`)."""
+
+    def accepts(self, loss: float) -> bool:
+        """Whether a step of this global loss may change weights."""
+        ...
+
+    def after(self, state: TrainState, report: StepReport) -> None:
+        """Collective, after every step; raises to end the run."""
+        ...
+
+
+class Best(Protocol):
+    """What knows the best evaluation so far (`distft.best`)."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether training may end early."""
+        ...
+
+    def see(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
+        """What to keep of a state that is the best so far."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """Where the loop leaves training state (`distft.resume`)."""
+
+    def save(self, state: TrainState, best: dict[str, Any] | None = None) -> None:
+        """Collective: write the state of this step; `best` says that it is the best so far."""
+        ...
+
+    def poll(self, state: TrainState) -> None:
+        """Collective, after every step: commit what was written in the background, if it is done."""
+        ...

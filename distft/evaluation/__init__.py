@@ -1,0 +1,1 @@
+"""Evaluation sets go in with a generator; scored answers come out and are kept beside the run."""

@@ -1,0 +1,159 @@
+"""Keeps the answers of an evaluation set in `eval/LABEL/NAME.jsonl` and `NAME.json`, the loss in `held_out.json`.
+
+Labels: `before`, `after`, `best`, `step-%08d`, or what `distft eval --label` says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distft.core.errors import FileSystemError
+from distft.evaluation.eval_sets import EvalResult, EvalSet, known
+from distft.scores import ScoreResult
+from distft.scores.paired import interval
+
+HELD_OUT = "held_out"
+
+
+def step_label(step: int) -> str:
+    """Of answers during training."""
+    return f"step-{step:08d}"
+
+
+class AnswerRecords:
+    """The folder `RUN/eval`. Rank 0 writes; reading is for everyone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, eval_set: EvalSet, result: EvalResult, *, label: str, step: int, model: str) -> None:
+        """Keep it; the .json comes last, so that where it is all of it is.
+
+        Raises:
+            FileSystemError: the folder cannot be written.
+        """
+        intervals = [
+            {figure.name: interval(one, figure).to_json() for figure in one.figures} for _, one in result.scored
+        ]
+        about = {
+            "name": eval_set.name,
+            "label": label,
+            "step": step,
+            "rows": eval_set.rows,
+            "rows_sha256": eval_set.rows_sha256,
+            "model": model,
+            "seconds": round(result.seconds, 3),
+            "answer_tokens": result.answer_tokens,
+            "cut_prompts": result.cut_prompts,
+            "settings": eval_set.settings,
+            "scores": [
+                {"score": name, "scored": one.to_json(), "intervals": at}
+                for (name, one), at in zip(result.scored, intervals, strict=True)
+            ],
+        }
+        lines = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in _lines(result))
+        self._put(label, f"{eval_set.name}.jsonl", lines)
+        self._put(label, f"{eval_set.name}.json", _pretty(about))
+
+    def write_held_out(self, figures: dict[str, float], *, label: str, step: int, rows_sha256: str, model: str) -> None:
+        """Keep the loss on the held-out rows.
+
+        Raises:
+            FileSystemError: the folder cannot be written.
+        """
+        own = dict(figures)
+        loss, tokens, exponential = own.pop("eval_loss"), own.pop("eval_tokens"), own.pop("eval_perplexity", math.nan)
+        said: dict[str, Any] = {"loss": _finite(loss), "perplexity": _finite(exponential), "tokens": int(tokens)}
+        if own:
+            said["figures"] = {name: _finite(value) for name, value in own.items()}
+        self._put(
+            label, f"{HELD_OUT}.json", _pretty({**said, "step": step, "rows_sha256": rows_sha256, "model": model})
+        )
+
+    def copy(self, name: str, *, old: str, new: str) -> None:
+        """The same answers under another label: the best state was the last one."""
+        for suffix in (".jsonl", ".json"):
+            path = self.folder / old / f"{name}{suffix}"
+            if path.is_file():
+                text = path.read_text(encoding="utf-8")
+                if suffix == ".json" and name != HELD_OUT:
+                    text = _pretty(json.loads(text) | {"label": new})
+                self._put(new, path.name, text)
+
+    def about(self, label: str, name: str) -> dict[str, Any] | None:
+        """What NAME.json says; None when it is not there, or torn."""
+        try:
+            found = json.loads((self.folder / label / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def holds(self, eval_set: EvalSet, *, label: str, step: int, model: str) -> bool:
+        """Whether this very model's answers to these very rows are kept already."""
+        said = self.about(label, eval_set.name)
+        wanted = {"step": step, "rows_sha256": eval_set.rows_sha256, "model": model, "settings": eval_set.settings}
+        return said is not None and all(said.get(key) == value for key, value in wanted.items())
+
+    def totals(self, label: str, name: str) -> dict[str, float]:
+        """Figures of answers that are kept."""
+        said = self.about(label, name)
+        assert said is not None, "asked for after `holds`"
+        return {
+            key: value for one in said["scores"] for key, value in ScoreResult.from_json(one["scored"]).totals.items()
+        }
+
+    def row_ids(self, label: str, name: str) -> list[str]:
+        """Ids of the rows, in order; none when they are not there."""
+        try:
+            with (self.folder / label / f"{name}.jsonl").open(encoding="utf-8") as lines:
+                return [json.loads(line)["id"] for line in lines]
+        except (OSError, ValueError, KeyError):
+            return []
+
+    def _put(self, label: str, name: str, text: str) -> None:
+        path = self.folder / label / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".{name}.{os.getpid()}.tmp")
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, path)
+        except OSError as error:
+            raise FileSystemError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of the loss; infinite where that is no number any more."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def model_key(*parts: Any) -> str:
+    """A short name for the weights that answered."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _lines(result: EvalResult) -> Iterator[dict[str, Any]]:
+    for index, answer in enumerate(result.answers):
+        scores = {name: known(values[index]) for _, one in result.scored for name, values in one.rows.items()}
+        line: dict[str, Any] = {
+            "id": answer.id,
+            "prompt": answer.prompt,
+            "reference": answer.reference,
+            "answer": answer.text,
+            "scores": scores,
+            "row": dict(answer.row),
+        }
+        yield line | ({"logprobs": list(answer.logprobs)} if answer.logprobs else {})
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _pretty(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,41 @@
+"""Defines a generator's input and output: prompt, sampling parameters, completion. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Says how completions are sampled."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, besides the model's own end tokens; left out of it."""
+    seed: int = 0
+    batch_size: int | None = None
+    """Rows at a time on one rank; None: as many as fit. It changes no answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt as token ids."""
+
+    seed_key: str
+    """Seeds its draws: prompts with equal keys get equal completions."""
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A generated text."""
+
+    text: str
+    num_tokens: int
+    """With the token that ended it."""
+    ended: bool
+    """By itself, not by the limit."""

@@ -1,0 +1,282 @@
+"""Generates completions and scores log-likelihoods with the trained model, in batches, under any engine.
+
+Rows are spread over ranks. Where a forward gathers weights, every rank has to run as many: ranks that have nothing
+left run forwards of one token until all are done. Every few forwards all ranks agree on whether to go on, so that a
+wish to stop is granted within a long evaluation.
+
+Shape letters: B rows of a batch, L positions, V vocabulary, N tokens of an answer, S weighed tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from distft.core.errors import MachineError
+from distft.core.out_of_memory import held, is_out_of_memory
+from distft.core.phase import PHASE
+from distft.core.types import Engine
+from distft.generation.batching import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS, BatchLimits, pad_left, split_batches
+from distft.generation.completion import Completion, Prompt, SamplingParams
+from distft.generation.sampling import draws, next_tokens
+from distft.model import inference as modes
+from distft.model.causal import CausalLM
+
+AGREE_EVERY = 8
+"""Forwards between two looks at whether all are done, or somebody wants to stop."""
+HOST_CACHE_BYTES = 1 << 30
+SHRINK_AT = 0.75
+"""A batch is made smaller once so few of its rows are unfinished: each time all of its cache is copied."""
+
+
+Work = Callable[[list[int], dict[int, Any]], Iterator[None]]
+"""(rows, where their results go): runs one forward each time it is asked to go on."""
+
+
+class Generator:
+    """Generates with the engine's model. Every method is collective: all ranks pass the same arguments."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        module: CausalLM,
+        *,
+        decode: Callable[[list[int]], str],
+        stop_ids: Sequence[int],
+        stop: Callable[[], bool],
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            engine: holds the model's weights.
+            module: what the engine wraps.
+            decode: tokens of an answer -> its text, special tokens left out.
+            stop_ids: tokens that end an answer.
+            stop: whether this process was asked to stop.
+        """
+        self._engine, self._module, self._decode, self._stop = engine, module, decode, stop
+        self._stop_ids = frozenset(stop_ids)
+        self.longest = modes.longest_text(module.transformer.config)
+        """Positions that the model can read; None: not known."""
+        self.seconds = 0.0
+        """That the last call took, gathering left out."""
+        self.share = 1.0
+        """Of a batch that is answered at once: less after memory ran out."""
+
+    def truncate_prompt(self, ids: Sequence[int], room: int) -> Sequence[int]:
+        """A prompt that leaves `room` tokens for its answer, at least one token long: its start is left out if need
+        be."""  # noqa: D205, D209
+        most = len(ids) if self.longest is None else max(1, self.longest - room)
+        return ids[-most:]
+
+    def generate(self, prompts: Sequence[Prompt], how: SamplingParams) -> list[Completion] | None:
+        """An answer to each prompt, in order; None when some rank was asked to stop before the end."""
+        return self._run_batches(
+            [len(prompt.ids) for prompt in prompts],
+            how.max_new_tokens,
+            how.batch_size,
+            lambda batch, keep: self._generate_batch([prompts[index] for index in batch], batch, how, keep),
+        )
+
+    def loglikelihood(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int | None = None
+    ) -> list[tuple[float, bool]] | None:
+        """For each (context, continuation): its log-likelihood in nats, summed over its tokens, and whether it is what
+        the model would write; None when some rank was asked to stop. Neither part may be empty."""  # noqa: D205, D209
+        return self._run_batches(
+            [len(context) + len(continuation) for context, continuation in pairs],
+            0,
+            batch_size,
+            lambda batch, keep: self._loglikelihoods([pairs[index] for index in batch], batch, keep),
+        )
+
+    def _run_batches(
+        self,
+        lengths: Sequence[int],
+        new_tokens: int,
+        rows: int | None,
+        work: Work,
+    ) -> list[Any] | None:
+        """Run `work` on this rank's batches and collect every rank's results by index.
+
+        `work` runs one forward each time it is asked to go on.
+        """
+        engine, mine = self._engine, {}
+        began = time.monotonic()
+        with engine.evaluating(), modes.generation_mode(self._module):
+            batches = split_batches(lengths, new_tokens, self._limits(rows), engine.world)
+            for first in range(0, len(batches), engine.world):
+                own = first + engine.rank
+                if not self._together(self._in_parts(batches[own], mine, work) if own < len(batches) else None):
+                    return None
+        self.seconds = time.monotonic() - began
+        found: dict[int, Any] = {}
+        for part in engine.gather(mine):
+            found |= part
+        return [found[index] for index in range(len(lengths))]
+
+    def _in_parts(self, batch: list[int], keep: dict[int, Any], work: Work) -> Iterator[None]:
+        """`work` on a batch: on less of it at a time once memory has run out, which changes no answer."""
+        most = max(1, int(len(batch) * self.share))
+        for at in range(0, len(batch), most):
+            yield from self._in_halves(batch[at : at + most], len(batch), keep, work)
+
+    def _in_halves(self, batch: list[int], of: int, keep: dict[int, Any], work: Work) -> Iterator[None]:
+        """Again in halves when memory runs out.
+
+        Raises:
+            MachineError: one row does not fit; or the forward gathers weights, and ranks would gather past each other.
+        """
+        try:
+            yield from work(batch, keep)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1 or self._engine.lockstep:
+                few = f"set batch_size = {len(batch) // 2} in [[eval.answers]]"
+                fix = few if len(batch) > 1 else "lower max_new_tokens, or ask shorter questions"
+                raise MachineError(
+                    f"memory ran out while {len(batch)} rows were answered at once{held()}  {fix}"
+                ) from error
+        # Outside of the handler: there the error would still hold what did not fit.
+        self.share = min(self.share, len(batch) / 2 / of)
+        if self._engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(batch) // 2
+        for part in (batch[:half], batch[half:]):
+            yield from self._in_halves(part, of, keep, work)
+
+    def _together(self, work: Iterator[None] | None) -> bool:
+        """Go on with this rank's work until no rank has any; False when one wants to stop."""
+        engine, number = self._engine, 0
+        while True:
+            if number % AGREE_EVERY == 0:
+                PHASE.enter("eval")
+                busy, stops = engine.sum_over_ranks(work is not None, self._stop())
+                if stops or not busy:
+                    return not stops
+            number += 1
+            if work is not None and next(work, work) is work:
+                work = None
+                if engine.world == 1:
+                    return True
+            if work is None and engine.lockstep:
+                self._forward([[0]])
+
+    def _generate_batch(
+        self, prompts: Sequence[Prompt], names: Sequence[int], how: SamplingParams, keep: dict[int, Completion]
+    ) -> Iterator[None]:
+        device, longest = self._engine.device, how.max_new_tokens
+        draw_BN = draws([prompt.seed_key for prompt in prompts], longest, how.seed, device) if how.temperature else None
+        read = pad_left([prompt.ids for prompt in prompts], device, room=longest)
+        cache = None if self._module.path.generation == "uncached" else modes.new_cache(self._module)
+        ids_BL, positions_BL, mask_BK, width = read.ids_BL, read.positions_BL, read.mask_BL, read.ids_BL.shape[1]
+        rows = [_Row(name) for name in names]
+        for number in range(longest):
+            logits_BV = self._engine.forward_only(
+                input_ids_BL=ids_BL,
+                attention_mask_BK=None if mask_BK is None else mask_BK[:, : width + number],
+                position_ids_BL=positions_BL,
+                at_S=torch.arange(1, len(rows) + 1, device=device) * ids_BL.shape[1] - 1,
+                cache=cache,
+            )
+            draw_B = None if draw_BN is None else draw_BN[:, number]
+            token_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p)
+            for row, token in zip(rows, token_B.tolist(), strict=True):
+                if row.done:
+                    continue
+                row.take(token, ends=token in self._stop_ids)
+                row.done = row.done or (bool(how.stop) and self._says_stop(row.ids, how.stop))
+                if row.done or number + 1 == longest:
+                    keep[row.name] = self._answer(row, how.stop)
+            alive = [index for index, row in enumerate(rows) if not row.done]
+            yield
+            if not alive:
+                return
+            if cache is not None and len(alive) <= SHRINK_AT * len(rows):
+                kept_B = torch.tensor(alive, device=device)
+                cache.batch_select_indices(kept_B)
+                rows = [rows[index] for index in alive]
+                token_B, positions_BL = token_B[kept_B], positions_BL[kept_B]
+                mask_BK = None if mask_BK is None else mask_BK[kept_B]
+                draw_BN = None if draw_BN is None else draw_BN[kept_B]
+            positions_B1 = positions_BL[:, -1:] + 1
+            if cache is None:  # everything is read again: one row, see `ForwardPath.generation`
+                ids_BL = torch.cat([ids_BL, token_B[:, None]], dim=1)
+                positions_BL = torch.cat([positions_BL, positions_B1], dim=1)
+            else:
+                ids_BL, positions_BL = token_B[:, None], positions_B1
+
+    def _loglikelihoods(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        names: Sequence[int],
+        keep: dict[int, tuple[float, bool]],
+    ) -> Iterator[None]:
+        rows = [[*context, *continuation][:-1] for context, continuation in pairs]  # nothing follows the last token
+        width = max(map(len, rows))
+        at_S = [
+            (index + 1) * width - back
+            for index, (_, continuation) in enumerate(pairs)
+            for back in range(len(continuation), 0, -1)
+        ]
+        labels_S = torch.tensor([token for _, continuation in pairs for token in continuation])
+        found_S2 = self._forward(rows, at_S=at_S, labels_S=labels_S).cpu().double()
+        counts = [len(continuation) for _, continuation in pairs]
+        for name, found in zip(names, found_S2.split(counts), strict=True):
+            keep[name] = (float(found[:, 0].sum()), bool(found[:, 1].all()))
+        yield
+
+    def _forward(
+        self, rows: Sequence[Sequence[int]], *, at_S: Sequence[int] = (0,), labels_S: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One forward of whole rows, without a cache."""
+        device = self._engine.device
+        read = pad_left(rows, device)
+        return self._engine.forward_only(
+            input_ids_BL=read.ids_BL,
+            attention_mask_BK=read.mask_BL,
+            position_ids_BL=read.positions_BL,
+            at_S=torch.tensor(at_S, device=device),
+            labels_S=None if labels_S is None else labels_S.to(device),
+        )
+
+    def _answer(self, row: _Row, stop: tuple[str, ...]) -> Completion:
+        text = self._decode(row.ids)
+        ends = [at for one in stop if (at := text.find(one)) >= 0]
+        return Completion(text=text[: min(ends)] if ends else text, num_tokens=row.num_tokens, ended=row.done)
+
+    def _says_stop(self, ids: list[int], stop: tuple[str, ...]) -> bool:
+        """Looks at the last tokens only: a token writes a byte at least, and the one before it may hold the start."""
+        last = self._decode(ids[-(max(len(one.encode()) for one in stop) + 4) :])
+        return any(one in last for one in stop)
+
+    def _limits(self, rows: int | None) -> BatchLimits:
+        """The same on every rank, or they would cut other batches: the least that any of them has free."""
+        engine, config = self._engine, self._module.transformer.config
+        if self._module.path.generation != "batched":
+            return BatchLimits(rows=1, prompt_tokens=PROMPT_TOKENS, cache_tokens=PROMPT_TOKENS)
+        free = float(HOST_CACHE_BYTES)
+        if engine.device.type == "cuda":
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            free = CACHE_SHARE * (torch.cuda.mem_get_info()[0] + unused)
+        dtype = next(self._module.parameters()).dtype
+        cache_tokens = int(min(engine.gather(free))) // modes.cache_bytes_per_token(config, dtype)
+        return BatchLimits(rows=rows or MAX_ROWS, prompt_tokens=PROMPT_TOKENS, cache_tokens=cache_tokens)
+
+
+class _Row:
+    """What a row has written so far."""
+
+    def __init__(self, name: int) -> None:
+        self.name, self.ids, self.num_tokens, self.done = name, list[int](), 0, False
+
+    def take(self, token: int, *, ends: bool) -> None:
+        self.num_tokens += 1
+        self.done = ends
+        if not ends:
+            self.ids.append(token)

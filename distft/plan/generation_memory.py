@@ -1,0 +1,82 @@
+"""Predicts the memory of generation: a key-value cache, and a forward over prompts beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distft.generation.batching import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS
+from distft.model.attention_shape import largest_attention
+from distft.model.inference import cache_bytes_per_token, longest_text
+from distft.plan.inventory import Inventory
+from distft.plan.kernels import EAGER
+from distft.plan.setup import Setup
+from distft.plan.state import FP32
+from distft.plan.trace import Activations
+from distft.recipe import AnswersTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationMemory:
+    """The set of questions that needs most."""
+
+    name: str
+    rows: int
+    """Answered at once."""
+    prompt: int
+    """Tokens of the longest prompt: a row as long as [data] max_length allows."""
+    new_tokens: int
+    cache: int
+    forward: int
+    """Temporaries of a block, and what says which keys are padding."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Beyond what the model itself holds."""
+        return self.cache + self.forward
+
+
+def generation_memory(inventory: Inventory, setup: Setup, kept: Activations, *, held: int) -> GenerationMemory | None:
+    """None where the recipe asks nothing.
+
+    Args:
+        inventory: of the model.
+        setup: with the recipe.
+        kept: of a traced micro-batch.
+        held: bytes on the device before the first question.
+    """
+    free = setup.machine.gpu.memory_bytes - held
+    found = [_of(one, inventory, setup, kept, free) for one in setup.recipe.eval.answers]
+    return max(found, key=lambda one: one.num_bytes, default=None)
+
+
+def _of(one: AnswersTable, inventory: Inventory, setup: Setup, kept: Activations, free: int) -> GenerationMemory:
+    """`batch_size = "auto"` takes as many rows as the cache's share of free memory holds, at least one."""
+    new = one.max_new_tokens  # a task's own limit is known when it has been loaded
+    longest = longest_text(inventory.config)
+    prompt = (
+        setup.recipe.data.max_length if longest is None else min(setup.recipe.data.max_length, max(1, longest - new))
+    )
+    per_token = cache_bytes_per_token(inventory.config, inventory.dtype)
+    room = int(max(0, free) * CACHE_SHARE) // max(1, per_token * (prompt + new))
+    asked = MAX_ROWS if one.batch_size == "auto" else one.batch_size
+    rows = max(1, min(PROMPT_TOKENS // prompt, room, asked))
+    path = setup.path
+    cached = path.generation != "uncached"
+    read = prompt if cached else prompt + new
+    """Tokens of a row in the largest forward."""
+    if path.generation != "batched":
+        rows = 1
+    per_forward = kept.evaluation_block * read * rows // setup.tokens
+    mask = rows * prompt * (prompt + new) if rows > 1 else 0
+    if path.generation_attention == "eager" and setup.kernel != EAGER:
+        # Scores, and their softmax in fp32, that the training's attention does not keep.
+        heads = largest_attention(inventory.config).heads
+        mask += rows * heads * read * read * (inventory.dtype.itemsize + FP32)
+    return GenerationMemory(
+        name=one.name,
+        rows=rows,
+        prompt=prompt,
+        new_tokens=new,
+        cache=rows * (prompt + new) * per_token if cached else 0,
+        forward=per_forward + mask,
+    )

@@ -1,0 +1,166 @@
+"""What to change so that a run fits, cheapest in speed first; each change is planned again before it is offered."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from distft.core.errors import DistftError
+from distft.engine.grad_dtype import error_of_bf16_sums
+from distft.plan.case import PlanCase
+from distft.plan.setup import Machine
+
+Replan = Callable[[Sequence[str], Machine], PlanCase]
+"""(overrides "table.key=value", machine) -> the case they give."""
+
+GPU_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeChange:
+    """One way to make it fit."""
+
+    what: str
+    """In words."""
+    overrides: tuple[str, ...]
+    """What to paste after `--set`."""
+    machine: Machine
+    case: PlanCase
+    """Planned with it."""
+    cost: float
+    """Share of tokens/s per GPU that is lost; negative when it is faster."""
+    changes_result: bool
+    """Another method: not the same training, so it comes after what only costs time."""
+
+    def __str__(self) -> str:
+        lost = (
+            f"{self.cost:.0%} slower"
+            if self.cost >= 0.005
+            else f"{-self.cost:.0%} faster"
+            if self.cost < 0
+            else "as fast"
+        )
+        sets = " ".join(f"--set {shlex.quote(override)}" for override in self.overrides)
+        gib = self.case.memory.peak / 2**30
+        return f"{self.what}: {gib:.1f} GiB, {lost} (predicted)" + (f"\n      {sets}" if sets else "")
+
+
+def changes(case: PlanCase, replan: Replan) -> list[RecipeChange]:
+    """Single changes, and where none is enough pairs of them, that make `case` fit, in order of their cost.
+
+    Savers of memory come first, in order of tokens/s per GPU; then more GPUs; then methods that train something else.
+    """
+    machine = case.setup.machine
+    tried = [_tried(case, replan, what, overrides, machine) for what, overrides in _savers(case)]
+    singles = [change for change in tried if change is not None]
+    found = [change for change in singles if change.case.fits]
+    if not found:
+        helpful = sorted(singles, key=lambda change: change.case.memory.peak)[:4]
+        found = list(_pairs(case, replan, helpful))
+    found.sort(key=lambda change: (change.cost, len(change.overrides)))
+    return [*found, *_more_gpus(case, replan), *_methods(case, replan)]
+
+
+def _savers(case: PlanCase) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What costs time and leaves the training as it is (8-bit moments: nearly)."""
+    setup = case.setup
+    recipe, world = setup.recipe, setup.machine.world
+    micro = setup.micro_batch_size
+    smaller = [size for size in range(1, micro) if micro % size == 0 and not setup.single]
+    for size in reversed(smaller):
+        yield f"micro-batch {size} instead of {micro}", (f"train.micro_batch_size={size}",)
+    order = ("off", "selective", "full")
+    for mode in order[order.index(setup.checkpointing) + 1 :]:
+        yield f"activation checkpointing {mode}", (f'train.activation_checkpointing="{mode}"',)
+    if setup.fp32_gradients:
+        error = error_of_bf16_sums(setup.micros_per_step)
+        yield f"gradients summed in bf16 (off by {error})", ('engine.grad_dtype="bfloat16"',)
+    if setup.loss == "full":
+        yield "chunked cross-entropy", ('model.cross_entropy="chunked"',)
+    if setup.loss in ("chunked", "full"):
+        yield "fused cross-entropy (needs liger-kernel)", ('model.cross_entropy="fused"',)
+    for name in ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"):
+        if recipe.optim.name.removeprefix("paged_") in ("adamw", "adamw_8bit") and name != recipe.optim.name:
+            yield f"optimizer {name}", (f'optim.name="{name}"',)
+    if world > 1 and recipe.optim.spec.elementwise:
+        for engine in ("zero2", "fsdp2", "zero3"):
+            if engine != setup.engine:
+                yield f"engine {engine}", (f'engine={{name="{engine}"}}',)
+    if setup.offload == "none" and recipe.optim.spec.elementwise:
+        yield "optimizer state in host memory", ('engine={name="zero3", offload="optimizer"}',)
+        yield "weights and optimizer state in host memory", ('engine={name="zero3", offload="all"}',)
+
+
+def _tried(
+    case: PlanCase, replan: Replan, what: str, overrides: tuple[str, ...], machine: Machine, *, other: bool = False
+) -> RecipeChange | None:
+    """None when the recipe's rules or the engine refuse the change."""
+    try:
+        planned = replan(_pinned(case, overrides, machine), machine)
+    except DistftError:
+        return None
+    before, after = case.speed.tokens_per_s_per_gpu, planned.speed.tokens_per_s_per_gpu
+    return RecipeChange(
+        what=what,
+        overrides=overrides,
+        machine=machine,
+        case=planned,
+        cost=1 - after / before,
+        changes_result=other,
+    )
+
+
+def _pinned(case: PlanCase, overrides: tuple[str, ...], machine: Machine) -> tuple[str, ...]:
+    """On the same machine, what `auto` chose before stays as it is, so that a change is that one change."""
+    if machine != case.setup.machine:
+        return overrides
+    keys = {override.split("=")[0] for override in overrides}
+    kept = {
+        "train.micro_batch_size": str(case.setup.micro_batch_size),
+        "train.activation_checkpointing": f'"{case.setup.checkpointing}"',
+    }
+    return (*(f"{key}={value}" for key, value in kept.items() if key not in keys), *overrides)
+
+
+def _pairs(case: PlanCase, replan: Replan, helpful: list[RecipeChange]) -> Iterator[RecipeChange]:
+    """Two, three, … of the changes that save most, until it fits."""
+    taken: list[RecipeChange] = []
+    for change in helpful:
+        tables = {override.split("=")[0] for one in taken for override in one.overrides}
+        if any(override.split("=")[0] in tables for override in change.overrides):
+            continue
+        taken.append(change)
+        if len(taken) < 2:
+            continue
+        overrides = tuple(override for one in taken for override in one.overrides)
+        what = " and ".join(one.what for one in taken)
+        both = _tried(case, replan, what, overrides, case.setup.machine)
+        if both is not None and both.case.fits:
+            yield both
+            return
+
+
+def _more_gpus(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
+    """The smallest larger number of GPUs on which the recipe fits, its engine left to `auto` where one process ran."""
+    machine = case.setup.machine
+    overrides = ('engine={name="zero3"}',) if machine.world == 1 or case.setup.engine in ("solo", "ddp") else ()
+    for count in GPU_COUNTS:
+        if count <= machine.world:
+            continue
+        per_node = min(count, max(8, machine.gpus_per_node))
+        larger = replace(machine, gpus_per_node=per_node, nodes=-(-count // per_node))
+        change = _tried(case, replan, f"{count} GPUs instead of {machine.world}", overrides, larger)
+        if change is not None and change.case.fits:
+            yield change
+            return
+
+
+def _methods(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
+    """LoRA, then QLoRA: what is trained changes, so they come last."""
+    now = case.setup.recipe.method.name
+    for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(now, ()):
+        overrides = (f'method={{name="{method}"}}', 'engine={name="auto"}')
+        change = _tried(case, replan, f"{method} instead of {now}", overrides, case.setup.machine, other=True)
+        if change is not None and change.case.fits:
+            yield change

@@ -1,0 +1,257 @@
+"""What must hold for `[[eval.answers]]`: rules as in `rules`, and the sets that come with the project."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from distft.core.registry import Params
+from distft.recipe.evaluation import AnswersTable
+from distft.recipe.explain import did_you_mean
+from distft.recipe.origin import RecipeMistake
+from distft.recipe.schema import Recipe, Registries
+from distft.recipe.toml_text import toml_value
+
+ParamsT = TypeVar("ParamsT", bound=Params)
+SPOT = "spot:"
+TASK = "lm-eval:"
+"""A path that is a task of lm-eval's, or a YAML file as it reads them."""
+SPOT_SETS: dict[str, tuple[dict[str, Any], ...]] = {
+    "spot:general": ({"name": "multiple_choice"},),
+    "spot:refusals": (
+        {
+            "name": "function",
+            "function": "distft.evaluation.sanity_sets:refusal",
+            "figures": ["as_wanted", "refused"],
+        },
+    ),
+}
+"""The sanity sets of `distft.evaluation.sanity_sets`, and how each is scored unless the recipe says."""
+EVAL_LOSS = "eval_loss"
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
+_OF_WRITING = ("max_new_tokens", "temperature", "top_p", "stop")
+_NOT_OF_TASKS = ("format", "split", "subset", "columns", "prompt", "reference", "scores", *_OF_WRITING)
+
+
+def names_are_plain_and_distinct(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
+    """A set's name is the name of its files, and the first half of its figures'."""
+    seen: set[str] = set()
+    for at, one in enumerate(recipe.eval.answers):
+        key = ("eval", "answers", at, "name")
+        if not _NAME.fullmatch(one.name) or one.name in ("summary", "held_out"):
+            safe = re.sub(r"[^A-Za-z0-9_-]+", "-", one.name).strip("-")[:60]
+            message = "must be up to 60 letters, digits, dashes and underscores, and not summary or held_out"
+            yield RecipeMistake(key=key, message=message, fix=f"try {toml_value(safe)}" if safe else "")
+        elif one.name in seen:
+            yield RecipeMistake(key=key, message="is the name of an earlier set", fix="name each set differently")
+        seen.add(one.name)
+
+
+def answers_have_rows(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
+    """Rows come from a path of the set's own, or from the held-out rows."""
+    formats = ["auto", *registries.formats]
+    trained = {(source.path, source.subset, source.split) for source in recipe.data.train}
+    for at, one in enumerate(recipe.eval.answers):
+        where = ("eval", "answers", at)
+        if one.path is None:
+            if not recipe.data.eval:
+                yield RecipeMistake(
+                    key=(*where, "path"), message="is required without a [[data.eval]] source", also=(("data", "eval"),)
+                )
+            for key in ("format", "split", "subset", "columns"):
+                if _is_set(one, key):
+                    yield RecipeMistake(
+                        key=(*where, key), message="has no effect without path", fix="remove it, or add path"
+                    )
+        elif one.path == TASK:
+            yield RecipeMistake(key=(*where, "path"), message="names no task", fix='for example "lm-eval:gsm8k"')
+        elif one.path.startswith(SPOT) and one.path not in SPOT_SETS:
+            message = f"is no set of the project's{did_you_mean(one.path, list(SPOT_SETS))}"
+            yield RecipeMistake(
+                key=(*where, "path"), message=message, fix=f"allowed: {', '.join(SPOT_SETS)}, or rows of yours"
+            )
+        elif (one.path, one.subset, one.split) in trained:
+            yield RecipeMistake(
+                key=(*where, "path"),
+                message="is also trained on, in [[data.train]]",
+                fix="ask about rows that are not trained",
+            )
+        if one.format not in formats:
+            message = f"unknown format{did_you_mean(one.format, formats)}"
+            yield RecipeMistake(key=(*where, "format"), message=message, fix=f"allowed: {', '.join(formats)}")
+        elif one.format == "text":
+            yield RecipeMistake(
+                key=(*where, "format"),
+                message="is plain text, which asks nothing",
+                fix="its loss is measured as [[data.eval]]",
+            )
+
+
+def questions_are_found_one_way(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
+    """A row is of a data format, or its columns are named."""
+    for at, one in enumerate(recipe.eval.answers):
+        where = ("eval", "answers", at)
+        if one.num_fewshot is not None and not is_task(one):
+            yield RecipeMistake(
+                key=(*where, "num_fewshot"), message="has no effect but on tasks of lm-eval", fix="remove it"
+            )
+        if is_task(one):
+            for key in _NOT_OF_TASKS:
+                if _is_set(one, key):
+                    yield RecipeMistake(
+                        key=(*where, key), message=f"has no effect: {one.path} says it itself", fix="remove it"
+                    )
+        elif one.prompt is None:
+            for key, is_set in (
+                ("reference", one.reference is not None),
+                ("ask_as", one.ask_as != "auto" and not _is_spot(one)),
+            ):
+                if is_set:
+                    yield RecipeMistake(
+                        key=(*where, key),
+                        message="has no effect without prompt",
+                        fix="name the column of the question, or remove it",
+                    )
+        elif one.format != "auto":
+            yield RecipeMistake(
+                key=(*where, "prompt"), message="cannot be set together with format", fix="remove one of the two"
+            )
+        elif _is_spot(one):
+            yield RecipeMistake(
+                key=(*where, "prompt"), message=f"has no effect on {one.path}, whose columns are known", fix="remove it"
+            )
+
+
+def answers_are_scored(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
+    """Each score once, no two figures of one name, and settings that the scores make use of."""
+    for at, one in enumerate(recipe.eval.answers):
+        where = ("eval", "answers", at)
+        if is_task(one):
+            continue
+        if not one.scores and not _is_spot(one):
+            fix = f'allowed: {", ".join(registries.scores)}  for example: scores = [{{ name = "exact_match" }}]'
+            yield RecipeMistake(key=(*where, "scores"), message="is required: what makes an answer right?", fix=fix)
+        owner: dict[str, str] = {}
+        for number, (name, params) in enumerate(_parts(one, registries)):
+            for figure in registries.scores[name].figures(params):
+                if figure.name in owner:
+                    yield RecipeMistake(
+                        key=(*where, "scores", number),
+                        message=f'gives "{figure.name}", which {owner[figure.name]} of this set gives already',
+                        fix="put it into a second set",
+                    )
+                    break
+                owner[figure.name] = name
+        written = any(registries.scores[name].choices is None for name, _ in _parts(one, registries))
+        if list(_parts(one, registries)) and not written:
+            for key in _OF_WRITING:
+                if _is_set(one, key):
+                    yield RecipeMistake(
+                        key=(*where, key),
+                        message="has no effect: these scores weigh choices, nothing is written",
+                        fix="remove it",
+                    )
+        elif one.temperature == 0 and _is_set(one, "top_p"):
+            yield RecipeMistake(
+                key=(*where, "top_p"), message="has no effect with temperature = 0", fix="remove it, or set temperature"
+            )
+
+
+def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
+    """The figure that decides must exist, be measured during training, and decide something."""
+    if recipe.train.load_best and not recipe.checkpoint.best:
+        yield RecipeMistake(
+            key=("train", "load_best"),
+            message="needs the best state to be kept",
+            fix="set [checkpoint] best = true",
+            also=(("checkpoint", "best"),),
+        )
+    by, key = recipe.eval.best_by, ("eval", "best_by")
+    if by == EVAL_LOSS:
+        return
+    owners = {
+        f"{one.name}.{name}": at for at, one in enumerate(recipe.eval.answers) for name in figures_of(one, registries)
+    }
+    also = (("eval", "answers"),)
+    # Which figures a task of lm-eval gives is known when it has been loaded.
+    for at, one in enumerate(recipe.eval.answers):
+        if is_task(one) and by.startswith(f"{one.name}."):
+            owners[by] = at
+    if by not in owners:
+        known = [EVAL_LOSS, *owners]
+        yield RecipeMistake(
+            key=key,
+            message=f"is measured nowhere{did_you_mean(by, known)}",
+            fix=f"allowed: {', '.join(known)}",
+            also=also,
+        )
+        return
+    if not (recipe.checkpoint.best or recipe.eval.early_stop):
+        yield RecipeMistake(
+            key=key,
+            message="decides nothing",
+            fix="set [checkpoint] best = true or [eval] early_stop, or remove it",
+            also=also,
+        )
+    if recipe.eval.answers[owners[by]].every_steps is None:
+        yield RecipeMistake(
+            key=key,
+            message="is not measured during training",
+            fix=f'set every_steps in the set "{recipe.eval.answers[owners[by]].name}"',
+            also=also,
+        )
+
+
+def figures_of(one: AnswersTable, registries: Registries) -> dict[str, Any]:
+    """Every figure that a set's scores give, by name."""
+    found: dict[str, Any] = {}
+    for name, params in _parts(one, registries):
+        found |= {figure.name: figure for figure in registries.scores[name].figures(params)}
+    return found
+
+
+def _parts(one: AnswersTable, registries: Registries) -> Iterator[tuple[str, Any]]:
+    """(name, params) of each score that could be read."""
+    for raw in one.scores:
+        name = raw.get("name")
+        if isinstance(name, str) and name in registries.scores:
+            with contextlib.suppress(ValidationError):  # reported where it was read
+                yield name, score_params(raw, registries.scores[name].params)
+
+
+def score_params(raw: dict[str, Any], kind: type[ParamsT]) -> ParamsT:
+    """The settings of one entry of `scores`."""
+    return kind.model_validate_json(json.dumps({key: value for key, value in raw.items() if key != "name"}))
+
+
+def _is_set(one: AnswersTable, key: str) -> bool:
+    """Whether a key says something: a resolved recipe says every default too."""
+    return getattr(one, key) != AnswersTable.model_fields[key].default
+
+
+def is_task(one: AnswersTable) -> bool:
+    """Whether rows, prompts and scores are those of a task of lm-eval."""
+    return one.path is not None and one.path.startswith(TASK)
+
+
+def has_own_rows(one: AnswersTable) -> bool:
+    """Whether it asks about rows of the user's that `[[data.eval]]` does not name."""
+    return one.path is not None and not is_task(one) and not _is_spot(one)
+
+
+def _is_spot(one: AnswersTable) -> bool:
+    return one.path is not None and one.path.startswith(SPOT)
+
+
+ANSWER_RULES = (
+    names_are_plain_and_distinct,
+    answers_have_rows,
+    questions_are_found_one_way,
+    answers_are_scored,
+    best_by_is_measured,
+)

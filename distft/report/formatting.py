@@ -1,0 +1,101 @@
+"""Formats figures for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from distft.run_record import EvalFigure, number
+
+NOTHING = "–"
+
+
+def count(value: float | None) -> str:
+    """1,234,567."""
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def figure(value: float | None) -> str:
+    """Four digits that matter, without an exponent where one reads better without."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e+")
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if not value:
+        return "0"
+    digits = 3 - math.floor(math.log10(abs(value))) - (abs(value) < 1)
+    return f"{value:.{digits}f}"
+
+
+def short(value: float) -> str:
+    """For an axis: no more digits than its ticks need."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:,.10f}".rstrip("0").rstrip(".")
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """88.1 %."""
+    return NOTHING if share is None else f"{100 * share:.{digits}f}\u202f%"
+
+
+def gib(value: float | None) -> str:
+    """12.3 GiB."""
+    return NOTHING if value is None else f"{value:.2f}\u202fGiB" if value < 10 else f"{value:.1f}\u202fGiB"
+
+
+def duration(seconds: float | None) -> str:
+    """2 h 03 min, 4 min 10 s, 12.3 s."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds:.1f}\u202fs" if seconds < 10 else f"{seconds:.0f}\u202fs"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        days, hours = divmod(hours, 24)
+        return f"{days}\u202fd {hours:02}\u202fh"
+    return f"{hours}\u202fh {minutes:02}\u202fmin" if hours else f"{minutes}\u202fmin {left:02}\u202fs"
+
+
+def moment(seconds: float) -> str:
+    """2026-11-25 19:42:57 UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def of(result: EvalFigure, value: Any) -> str:
+    """A value of this figure: shares in percent."""
+    known = number(value)
+    return percent(known) if result.binary else figure(known)
+
+
+def interval(result: EvalFigure, told: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """`88.1 % [81.0, 93.0]`, to be broken before its bounds alone; without bounds where there are none."""
+    if told is None:
+        return NOTHING
+    value, low, high = (number(told.get(key)) for key in ("value", "low", "high"))
+    if value is None:
+        return NOTHING
+    if signed and result.binary:
+        head = f"{100 * value:+.1f}\u202fpoints"
+    else:
+        head = f"+{of(result, value)}" if signed and value > 0 else of(result, value)
+    head = head.replace("-", "\u2212") if signed else head
+    if low is None or high is None:
+        return head
+    bounds = [f"{100 * bound:.1f}" if result.binary else figure(bound) for bound in (low, high)]
+    return f"{head} [{f',{NO_BREAK}'.join(bound.replace('-', MINUS) for bound in bounds)}]"
+
+
+MINUS = "\u2212"
+NO_BREAK = "\u00a0"
+
+
+def noun(number_of: int, one: str, many: str = "") -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number_of:,} {one if number_of == 1 else many or one + 's'}"
