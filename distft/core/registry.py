@@ -7,11 +7,12 @@ what is allowed before anything heavy is imported. Specs therefore import torch 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
+from distft.core.nearest import nearest as nearest
 
 
 class Params(BaseModel):
@@ -67,9 +68,3 @@ class Registry(Mapping[str, SpecT], Generic[SpecT]):
 
     def __len__(self) -> int:
         return len(self._specs)
-
-
-def nearest(word: str, allowed: Mapping[str, object] | list[str] | tuple[str, ...]) -> str:
-    """The allowed word that `word` was probably meant to be, or an empty string."""
-    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
-    return found[0] if found else ""
