@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distft import fits
 from distft.assemble.rows import Data, HeldOut, Say
 from distft.assemble.sizes import Layout
-from distft.catalog import REGISTRIES
+from distft.catalog import PLUGINS, REGISTRIES
 from distft.core.errors import DataError, Problem, RecipeError
 from distft.recipe import Recipe
 
@@ -208,6 +208,7 @@ def manifest(
         "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": _chats(located)} if here else {},
         "sources": origins.rows(located) if here else {},
         "recipe_sha256": recipe.digest(),
+        "plugins": [plugin.to_json() for plugin in PLUGINS.load()],
         "device": device_name(placed),
         "num_steps": rows.steps.num_steps,
         "tokens_per_epoch": rows.steps.tokens_per_epoch,

@@ -164,9 +164,10 @@ def _show(folder: Path, name: str, pairs: Sequence[Any], boundary: Any, options:
 
 
 def _mistakes(options: argparse.Namespace, gpus: list[str]) -> Any:
-    from distft.catalog import REGISTRIES
+    from distft.catalog import PLUGINS, REGISTRIES
     from distft.recipe.explain import did_you_mean
 
+    PLUGINS.load()
     for flag, given, known in (
         ("--methods", options.methods, list(REGISTRIES.method)),
         ("--engines", options.engines, list(REGISTRIES.engine)),

@@ -221,9 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return start(sys.argv[1:] if argv is None else argv)
     from distft.eval.subject import choose, read
 
+    output_dir = None if given.output_dir is None else str(given.output_dir)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
-        recipe, folder = read(given.target, given.overrides, given.output_dir)
+        recipe, folder = read(given.target, given.overrides, output_dir)
         subject = choose(recipe, folder, given.model, given.label)
         names = [name for name in given.lm_eval.split(",") if name]
         subject = _with_tasks(subject, names, given.limit, given.num_fewshot)

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from distft.catalog import REGISTRIES
+    from distft.catalog import PLUGINS, REGISTRIES
     from distft.plan import calibration
     from distft.plan.machine import check_names, read_machine
     from distft.recipe import check_world, load_recipe
@@ -82,6 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     elif options.recipe is None:
         raise RecipeError("distft plan", [Problem(message="RECIPE  is missing", fix="or --calibrate FILE")])
     machine = read_machine(options.gpu, options.gpus, options.nodes, calibrations)
+    PLUGINS.load()
     methods, engines = _names(options.methods), _names(options.engines)
     check_names("--methods", methods, list(REGISTRIES.method))
     check_names("--engines", engines, list(REGISTRIES.engine))

@@ -71,7 +71,7 @@ def _cpu_seconds(*arguments: str) -> float:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "unknown verb trian  did you mean train?"),
+        (["trainx"], "unknown verb trainx  did you mean train?"),
         (["evaluate"], "unknown verb evaluate  did you mean eval?"),
         (["--versoin"], "unknown flag --versoin  did you mean --version?"),
         (["zzz"], "unknown verb zzz  allowed: train, check"),

@@ -88,7 +88,7 @@ def test_nothing_is_overwritten_and_equal_files_are_no_obstacle(
         (["copy", "../README.md"], "invalid choice"),
         (["copy"], "copy NAME copies one of the listed files"),
         (["list", "tiny-full"], "list takes no name"),
-        (["cpoy", "tiny-full"], "did you mean copy?"),
+        (["copyy", "tiny-full"], "did you mean copy?"),
     ],
 )
 def test_mistakes(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
