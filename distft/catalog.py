@@ -3,10 +3,14 @@
 Reading a recipe loads the parts of other packages first; whoever asks the registries before that calls `PLUGINS.load`.
 """
 
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from distft.core.registry import Registry
 from distft.data.formats import FORMATS
 from distft.data.templates import BUILT_IN
 from distft.engine import ENGINES
-from distft.metrics import METRICS
 from distft.model.adapters import METHODS
 from distft.objectives import OBJECTIVES
 from distft.optim import OPTIMIZERS, SCHEDULES
@@ -14,7 +18,14 @@ from distft.plugins import Plugins, installed
 from distft.recipe import Registries
 from distft.scores import SCORES
 
-PLUGINS = Plugins((METHODS, OBJECTIVES, OPTIMIZERS, SCHEDULES, ENGINES, FORMATS, SCORES, METRICS), installed)
+
+def _open_registries() -> Sequence[Registry[Any]]:
+    """Return what plugins may add to; metrics import torch, and count once something has imported them."""
+    metrics = [sys.modules["distft.metrics"].METRICS] if "distft.metrics" in sys.modules else []
+    return [METHODS, OBJECTIVES, OPTIMIZERS, SCHEDULES, ENGINES, FORMATS, SCORES, *metrics]
+
+
+PLUGINS = Plugins(_open_registries, installed)
 
 REGISTRIES = Registries(
     method=METHODS,

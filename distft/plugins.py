@@ -40,7 +40,9 @@ class Plugin:
 class Plugins:
     """The plugins of one process; a failure is remembered, as half of a plugin may have been registered."""
 
-    def __init__(self, registries: Sequence[Registry[Any]], points: Callable[[], Iterable[EntryPoint]]) -> None:
+    def __init__(
+        self, registries: Callable[[], Sequence[Registry[Any]]], points: Callable[[], Iterable[EntryPoint]]
+    ) -> None:
         self._registries = registries
         self._points = points
         self._loaded: tuple[Plugin, ...] | None = None
@@ -69,7 +71,7 @@ class Plugins:
         return self._loaded
 
     def _load(self, point: EntryPoint) -> Plugin:
-        before = [set(registry) for registry in self._registries]
+        before = {registry.noun: set(registry) for registry in self._registries()}
         found = point.load()
         if inspect.isroutine(found):
             found()
@@ -77,9 +79,10 @@ class Plugins:
             raise TypeError(f"{point.value} is a {type(found).__name__}; it must be a module or a function")
         parts = [
             f"{registry.noun} {name}"
-            for registry, known in zip(self._registries, before, strict=True)
+            for registry in self._registries()
             for name in registry
-            if name not in known or _is_in(registry.added_by(name), point.module)
+            if _is_in(module := registry.added_by(name), point.module)
+            or (name not in before.get(registry.noun, ()) and not _is_in(module, "distft"))
         ]
         name, version = _distribution(point)
         return Plugin(distribution=name, version=version, entry_point=point.name, parts=tuple(parts))

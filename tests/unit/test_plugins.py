@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 
 from distft.core.registry import Params
+from distft.metrics import METRICS, MetricSpec
 from distft.optim import OPTIMIZERS, OptimizerSpec
 
 
@@ -37,6 +38,7 @@ OPTIMIZERS.add(OptimizerSpec(
     name="acme_sgd", params=SgdParams,
     build=lambda params, groups: torch.optim.SGD(groups, lr=params.learning_rate),
 ))
+METRICS.add(MetricSpec(name="acme_metric", build=lambda facts: None))
 """
 
 
@@ -86,7 +88,7 @@ print([plugin.to_json() for plugin in PLUGINS.load()])
         "distribution": "acme-parts",
         "version": "1.5",
         "entry_point": "sgd",
-        "parts": ["optimizer acme_sgd"],
+        "parts": ["optimizer acme_sgd", "metric acme_metric"],
     }
     assert loaded.stdout.strip() == str([plugin])
     mistyped = run(site, "-m", "distft.cli", "plan", RECIPE, "--gpu", "24", "--set", 'optim.name="acme_sdg"')
@@ -94,7 +96,9 @@ print([plugin.to_json() for plugin in PLUGINS.load()])
     assert 'did you mean "acme_sgd"?' in mistyped.stderr
     doctor = run(site, "-m", "distft.doctor", "--short", "--json", "--output-dir", str(site))
     rows = [row for row in json.loads(doctor.stdout)["findings"] if row["check"] == "plugins"]
-    assert [(row["verdict"], row["found"]) for row in rows] == [("ok", "acme-parts 1.5 (optimizer acme_sgd)")]
+    assert [(row["verdict"], row["found"]) for row in rows] == [
+        ("ok", "acme-parts 1.5 (optimizer acme_sgd, metric acme_metric)")
+    ]
 
 
 def test_every_command_names_a_plugin_that_fails_and_help_does_not_load_it(site: Path, tmp_path: Path) -> None:
@@ -158,7 +162,7 @@ def loader(
         found = distributions(path=[str(site)])
         return [point for one in found for point in one.entry_points if point.group == GROUP]
 
-    yield Plugins([registry], points).load  # pyright: ignore[reportReturnType]
+    yield Plugins(lambda: [registry], points).load  # pyright: ignore[reportReturnType]
     for name in set(sys.modules) - before:
         del sys.modules[name]
 
