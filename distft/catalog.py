@@ -1,13 +1,31 @@
-"""Every registry a recipe can choose from; the recipe room is handed them, because it may import none of them."""
+"""Every registry a recipe can choose from; the recipe room is handed them, because it may import none of them.
 
+Reading a recipe loads the parts of other packages first; whoever asks the registries before that calls `PLUGINS.load`.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from distft.core.registry import Registry
 from distft.data.formats import FORMATS
 from distft.data.templates import BUILT_IN
 from distft.engine import ENGINES
 from distft.model.adapters import METHODS
 from distft.objectives import OBJECTIVES
 from distft.optim import OPTIMIZERS, SCHEDULES
+from distft.plugins import Plugins, installed
 from distft.recipe import Registries
 from distft.scores import SCORES
+
+
+def _open_registries() -> Sequence[Registry[Any]]:
+    """Return what plugins may add to; metrics import torch, and count once something has imported them."""
+    metrics = [sys.modules["distft.metrics"].METRICS] if "distft.metrics" in sys.modules else []
+    return [METHODS, OBJECTIVES, OPTIMIZERS, SCHEDULES, ENGINES, FORMATS, SCORES, *metrics]
+
+
+PLUGINS = Plugins(_open_registries, installed)
 
 REGISTRIES = Registries(
     method=METHODS,
@@ -18,4 +36,5 @@ REGISTRIES = Registries(
     formats=FORMATS,
     scores=SCORES,
     templates=tuple(BUILT_IN),
+    load_plugins=PLUGINS.load,
 )

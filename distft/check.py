@@ -5,7 +5,6 @@ Reads the rows (into the cache that training uses), never the weights.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from distft import compatibility
 from distft.catalog import REGISTRIES
+from distft.check_options import parser
 from distft.core.errors import DONE, DistftError, FileSystemError
 from distft.data.loader import EvalSteps, Steps
 from distft.data.preparation_report import SourceReport
@@ -333,13 +333,7 @@ def _write_card(path: Path, care: DataQualityReport, recipe: Recipe) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code is that of the error, if any."""
-    parser = argparse.ArgumentParser(prog="python -m distft.check", description="Show what a recipe's data becomes.")
-    parser.add_argument("recipe", metavar="RECIPE", help="a TOML recipe")
-    parser.add_argument("--samples", type=int, default=2, metavar="N", help="rows to show of each split (default 2)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="table.key=value")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument("--card", metavar="FILE", help="write a data card (Markdown) as well")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         named = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
         located = locate(named)

@@ -9,21 +9,25 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from distft.core.command_line import CommandParser, add_json, add_price
 from distft.core.errors import DONE, DistftError, FileSystemError
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(
+        prog="distft compare", description="Runs side by side: quality, memory, speed, cost, settings that differ."
+    )
+    made.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders, or folders of run folders")
+    made.add_argument("--out", type=Path, metavar="FILE", default=Path("compare.html"), help="(default: compare.html)")
+    add_price(made)
+    add_json(made)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code is that of the error, if any."""
-    parser = argparse.ArgumentParser(
-        prog="distft compare", description="Runs side by side: quality, memory, speed, cost, settings that differ."
-    )
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders, or folders of run folders")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", default=Path("compare.html"), help="(default: compare.html)"
-    )
-    parser.add_argument("--price", type=float, metavar="PER_GPU_HOUR", help="what a GPU costs an hour")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a page")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         _run(options)
     except DistftError as error:

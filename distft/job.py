@@ -28,8 +28,11 @@ from distft.recipe import Recipe, load_recipe
 from distft.recipe.toml_text import toml_value
 from distft.resume import Resume
 from distft.run_folder import RunFolder
+from distft.train_options import parser
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from distft.best import BestTracker
     from distft.checkpoint.lock import RunLock
     from distft.core.types import Engine
@@ -366,14 +369,15 @@ def _say_nothing(line: str) -> None:
     """Other ranks: things are said once, not once per process."""
 
 
-def run(recipe: str, overrides: list[str], output_dir: str | None, resume: Resume, allow_changes: bool) -> int:
-    """The command: returns the exit code."""
+def run(options: Namespace) -> int:
+    """The command, its flags parsed: returns the exit code."""
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    if output_dir is not None:
-        overrides = [*overrides, f"output_dir={toml_value(output_dir)}"]
+    overrides = options.overrides
+    if options.output_dir is not None:
+        overrides = [*overrides, f"output_dir={toml_value(str(options.output_dir))}"]
     try:
-        loaded = load_recipe(recipe, registries=REGISTRIES, overrides=overrides)
-        train(loaded, resume=resume, allow_changes=allow_changes)
+        loaded = load_recipe(options.recipe, registries=REGISTRIES, overrides=overrides)
+        train(loaded, resume=options.resume, allow_changes=options.allow_changes)
     except (Exception, KeyboardInterrupt) as error:
         report_error(error, rank)
         return exit_code(error)
@@ -382,16 +386,9 @@ def run(recipe: str, overrides: list[str], output_dir: str | None, resume: Resum
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m distft.train`."""
-    import argparse
-
     STOP.install()
     plan_hard_exit()
-    parser = argparse.ArgumentParser(prog="distft.train", description="Fine-tune as a recipe says.")
-    parser.add_argument("recipe", help="TOML file")
-    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change one key; repeat")
-    parser.add_argument("--output-dir", help="folder of run folders, instead of the recipe's output_dir")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|DIR", help="where to continue (default: auto)")
-    parser.add_argument("--allow-changes", action="store_true", help="continue under a changed learning rate or length")
-    args = parser.parse_args(argv)
-    resume = args.resume if args.resume in ("auto", "never") else Path(args.resume)
-    return run(args.recipe, args.set, args.output_dir, resume, args.allow_changes)
+    options = parser().parse_args(argv)
+    if options.nproc is not None:
+        parser().error("--nproc starts processes, and this is one of them")
+    return run(options)

@@ -5,7 +5,6 @@ Nothing is locked, written or imported that is heavy: safe to ask as often as on
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 from distft.checkpoint.lock import LOCK, STALE_S
 from distft.cluster.starts import Starts
+from distft.core.command_line import CommandParser, add_json
 from distft.core.errors import DONE, PREEMPTED_AND_SAVED
 
 RECENT = 20
@@ -223,13 +223,18 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
 
 
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(prog="distft status", description="Where runs are, from their folders alone.")
+    made.add_argument("path", metavar="RUN_OR_FOLDER", type=Path, help="a run folder, or a folder of run folders")
+    add_json(made)
+    made.add_argument("--watch", type=float, metavar="SECONDS", help="again and again, until interrupted")
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="distft status", description="Where runs are, from their folders alone.")
-    parser.add_argument("path", metavar="RUN_OR_FOLDER", type=Path, help="a run folder, or a folder of run folders")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="again and again, until interrupted")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     while True:
         found = runs_in(options.path)
         if not found:

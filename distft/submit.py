@@ -11,13 +11,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distft.cluster import batch_args, script
-from distft.cluster.memory_check import refuse_what_cannot_fit
-from distft.cluster.site import Site, read_site
+from distft.core.command_line import CommandParser, add_output_dir, add_overrides, add_site
 from distft.core.errors import DONE, DistftError, MachineError, Problem, RecipeError
-from distft.recipe import Recipe, check_world
-from distft.run_folder import RunFolder
+
+if TYPE_CHECKING:  # nothing heavy before the flags are read: help is instant
+    from distft.cluster.script import SlurmRequest
+    from distft.cluster.site import Site
+    from distft.recipe import Recipe
 
 SUBMIT_S = 60.0
 
@@ -41,10 +43,14 @@ def submit(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code is that of the error, if any."""
-    parser = _parser()
-    own, more = parser.parse_known_args(argv)
+    made = parser()
+    own, more = made.parse_known_args(argv)
     if own.chain > 1 and len(own.recipes) > 1:
-        parser.error("--chain goes with one recipe: submit each by itself")
+        made.error("--chain goes with one recipe: submit each by itself")
+    from distft.cluster import script
+    from distft.cluster.site import Site, read_site
+    from distft.run_folder import RunFolder
+
     try:
         site = Site() if own.site is None else read_site(own.site)
         trains = [_train(own, recipe, more) for recipe in own.recipes]
@@ -67,31 +73,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(
         prog="distft submit",
-        description="Put a run into a Slurm queue. Options that are not listed here go to distft.train.",
-        allow_abbrev=False,
+        description="Put a run into a Slurm queue. Flags that are not listed here go to `distft train`.",
     )
-    parser.add_argument("recipes", metavar="RECIPE", nargs="+", help="a TOML recipe; several become one array")
-    parser.add_argument("--nodes", default="1", metavar="N", help="a number, or a range such as 2-8 (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="0: one process a node, on CPUs")
-    parser.add_argument("--time", metavar="D-HH:MM:SS", help="limit of one start; the run goes on in the next")
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs in a row, where jobs do not requeue")
-    parser.add_argument("--partition", help="instead of the site's")
-    parser.add_argument("--site", type=Path, metavar="FILE", help="TOML file of the cluster; see cluster/sites/")
-    parser.add_argument("--gpu", metavar="NAME|GiB", help="plan for it, instead of the site's")
-    parser.add_argument("--no-plan", action="store_true", help="submit even what the plan says cannot fit")
-    parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
-    parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="change one key; repeat")
-    parser.add_argument("--output-dir", metavar="DIR", help="folder of run folders")
-    return parser
+    made.add_argument("recipes", metavar="RECIPE", nargs="+", help="a TOML recipe; several become one array")
+    made.add_argument("--nodes", default="1", metavar="N", help="a number, or a range such as 2-8 (default 1)")
+    made.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="0: one process a node, on CPUs")
+    made.add_argument("--time", metavar="D-HH:MM:SS", help="limit of one start; the run goes on in the next")
+    made.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs in a row, where jobs do not requeue")
+    made.add_argument("--partition", help="instead of the site's")
+    add_site(made)
+    made.add_argument("--gpu", metavar="NAME|GiB", help="plan for it, instead of the site's")
+    made.add_argument("--no-plan", action="store_true", help="submit even what the plan says cannot fit")
+    made.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    add_overrides(made)
+    add_output_dir(made)
+    return made
 
 
 def _train(own: argparse.Namespace, recipe: str, more: Sequence[str]) -> list[str]:
     """Arguments of distft.train."""
-    train = [recipe, *(word for change in own.set for word in ("--set", change))]
-    return [*train, *(["--output-dir", own.output_dir] if own.output_dir is not None else []), *more]
+    train = [recipe, *(word for change in own.overrides for word in ("--set", change))]
+    return [*train, *(["--output-dir", str(own.output_dir)] if own.output_dir is not None else []), *more]
 
 
 def _checked(own: argparse.Namespace, site: Site, train: Sequence[str]) -> Recipe:
@@ -100,30 +106,36 @@ def _checked(own: argparse.Namespace, site: Site, train: Sequence[str]) -> Recip
     Raises:
         RecipeError: it is not, or does not.
     """
+    from distft.cluster import batch_args
+    from distft.cluster.memory_check import refuse_what_cannot_fit
+    from distft.recipe import check_world
+
     recipe = batch_args.read(train).recipe
     if own.nodes.isdecimal():  # of a range, a start uses as many as the global batch allows
         check_world(recipe, int(own.nodes) * max(1, own.gpus_per_node))
     gpu = own.gpu or site.gpu
     if gpu and own.gpus_per_node and not own.no_plan:
         said = refuse_what_cannot_fit(
-            recipe, train[0], own.set, gpu=gpu, gpus_per_node=own.gpus_per_node, nodes=own.nodes
+            recipe, train[0], own.overrides, gpu=gpu, gpus_per_node=own.gpus_per_node, nodes=own.nodes
         )
         print(f"plan: {said}", file=sys.stderr)
     return recipe
 
 
-def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> script.SlurmRequest:
+def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> SlurmRequest:
     """What to ask of Slurm.
 
     Raises:
         RecipeError: two recipes of an array are one run.
     """
+    from distft.cluster.script import SlurmRequest
+
     folders = [recipe.run_dir for recipe in recipes]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         same = [recipe.source for recipe in recipes if recipe.run_dir == twice]
         raise RecipeError(" and ".join(same), [Problem(message=f"both write {twice}", fix="give each its own name")])
     alone = len(recipes) == 1
-    return script.SlurmRequest(
+    return SlurmRequest(
         name=recipes[0].name if alone else "distft",
         nodes=own.nodes,
         gpus_per_node=own.gpus_per_node,
@@ -135,6 +147,8 @@ def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> script.SlurmR
 
 
 def _say(recipes: Sequence[Recipe], jobs: Sequence[str], folder: Path) -> None:
+    from distft.cluster import script
+
     for job in jobs:
         print(f"job {job}")
     if len(recipes) == 1:

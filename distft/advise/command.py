@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.advise.rules import GOALS, Situation
+from distft.core.command_line import CommandParser, add_config, add_json, add_machine
 from distft.core.errors import DONE, DistftError, FileSystemError, Problem, RecipeError
-from distft.core.registry import nearest
+from distft.core.nearest import nearest
 
 if TYPE_CHECKING:
     from distft.data_quality import DataQualityReport
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 _SOMEWHERE = "data/train.jsonl"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Its options."""
-    made = argparse.ArgumentParser(
-        prog="python -m distft.advise",
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(
+        prog="distft advise",
         description="Prompt, retrieve or fine-tune; which method and settings. Asks what is not said, in a terminal.",
         epilog="goals: " + "; ".join(f"{name}: {what}" for name, what in GOALS.items()),
     )
@@ -32,13 +33,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rows", type=int, metavar="N", help="training rows; counted when --data is given")
     made.add_argument("--data", metavar="FILE", help="training rows: counted, measured and looked through")
     made.add_argument("--eval", metavar="FILE", help="rows to evaluate on")
-    made.add_argument("--gpu", metavar="NAME|GiB", help="as for distft plan; without it, no method is planned")
-    made.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in each node (1)")
-    made.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (1)")
-    made.add_argument("--config", metavar="FILE", help="the model's config.json, where its folder is not here")
+    add_machine(made)
+    add_config(made)
     made.add_argument("--name", default="advised", help="of the run (advised)")
     made.add_argument("--write", metavar="FILE", help="write the recipe")
-    made.add_argument("--json", action="store_true", help="print one JSON object instead")
+    add_json(made)
     return made
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distft import compatibility
 from distft.assemble.batch_layout import Layout
 from distft.assemble.training_data import Data, HeldOut, Say
-from distft.catalog import REGISTRIES
+from distft.catalog import PLUGINS, REGISTRIES
 from distft.core.errors import DataError, Problem, RecipeError
 from distft.recipe import Recipe
 
@@ -230,6 +230,7 @@ def manifest(
         "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": _chats(located)} if here else {},
         "sources": input_hashes.rows(located) if here else {},
         "recipe_sha256": recipe.digest(),
+        "plugins": [plugin.to_json() for plugin in PLUGINS.load()],
         "device": device_name(placed),
         "num_steps": rows.steps.num_steps,
         "tokens_per_epoch": rows.steps.tokens_per_epoch,

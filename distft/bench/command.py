@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.core.command_line import CommandParser, add_json, add_overrides
 from distft.core.errors import DONE, BusyError, DistftError, Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ AXES = {"micro": "micro-batch", "length": "length"}
 INTERRUPTED = 130
 
 
-def parser() -> argparse.ArgumentParser:
-    """Its options."""
-    made = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(
         prog="distft bench",
         description="Measure throughput and peak memory of a recipe's methods, engines and sizes, beside the plan of "
         "each. A bench that was stopped goes on where it was: finished cases are kept in DIR/cases.",
@@ -49,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--timeout-s", type=float, default=3600.0, metavar="S", help="for one case (3600)")
     made.add_argument("--output", type=Path, metavar="DIR", help="default: OUTPUT_DIR/NAME-bench of the recipe")
-    made.add_argument("--json", action="store_true", help="print bench.json instead of the table")
-    made.add_argument("--set", dest="overrides", action="append", default=[], metavar="table.key=value")
+    add_json(made)
+    add_overrides(made)
     return made
 
 
@@ -163,9 +164,10 @@ def _show(folder: Path, name: str, pairs: Sequence[Any], boundary: Any, options:
 
 
 def _mistakes(options: argparse.Namespace, gpus: list[str]) -> Any:
-    from distft.catalog import REGISTRIES
+    from distft.catalog import PLUGINS, REGISTRIES
     from distft.recipe.explain import did_you_mean
 
+    PLUGINS.load()
     for flag, given, known in (
         ("--methods", options.methods, list(REGISTRIES.method)),
         ("--engines", options.engines, list(REGISTRIES.engine)),

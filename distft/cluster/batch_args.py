@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from distft.catalog import REGISTRIES
 from distft.cluster.preflight import Floors
 from distft.cluster.step import Launcher
+from distft.core.command_line import CommandParser, without
 from distft.core.errors import RecipeError
 from distft.recipe import Recipe, check_world, load_recipe
 from distft.recipe.toml_text import toml_value
+from distft.train_options import parser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,25 +40,23 @@ def read(argv: Sequence[str]) -> BatchArgs:
     Raises:
         RecipeError: the recipe is faulty; said here once, before any process is started.
     """
-    parser = argparse.ArgumentParser(
+    made = CommandParser(
         prog="train.sbatch",
         usage="sbatch [options] cluster/train.sbatch [--max-stalled-restarts K] [--no-doctor] RECIPE [train options]",
-        allow_abbrev=False,
     )
-    parser.add_argument("--launcher", choices=("srun", "torchrun"), default="srun")
-    parser.add_argument("--max-stalled-restarts", type=int, default=3, metavar="K")
-    parser.add_argument("--chain", action="store_true")
-    parser.add_argument("--after", metavar="JOB")
-    parser.add_argument("--no-doctor", action="store_true")
-    parser.add_argument("--link-floor", type=float, metavar="GB/s")
-    parser.add_argument("--disk-floor", type=float, metavar="GB/s")
-    parser.add_argument("train", nargs=argparse.REMAINDER)
-    own = parser.parse_args(argv)
+    made.add_argument("--launcher", choices=("srun", "torchrun"), default="srun")
+    made.add_argument("--max-stalled-restarts", type=int, default=3, metavar="K")
+    made.add_argument("--chain", action="store_true")
+    made.add_argument("--after", metavar="JOB")
+    made.add_argument("--no-doctor", action="store_true")
+    made.add_argument("--link-floor", type=float, metavar="GB/s")
+    made.add_argument("--disk-floor", type=float, metavar="GB/s")
+    made.add_argument("train", nargs=argparse.REMAINDER)
+    own = made.parse_args(argv)
     if not own.train or own.train[0].startswith("-"):
-        parser.error("a recipe is needed, and comes before the options of distft.train")
-    path, *options = own.train
+        made.error("a recipe is needed, and comes before the options of distft.train")
     return BatchArgs(
-        recipe=load_recipe(path, registries=REGISTRIES, overrides=_overrides(options)),
+        recipe=_recipe(own.train),
         train=tuple(own.train),
         max_stalled=own.max_stalled_restarts,
         launcher=own.launcher,
@@ -67,23 +67,18 @@ def read(argv: Sequence[str]) -> BatchArgs:
     )
 
 
-def _overrides(options: Sequence[str]) -> list[str]:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--output-dir")
-    known, _ = parser.parse_known_args(options)  # the others do not change which run this is
-    folder = [] if known.output_dir is None else [f"output_dir={toml_value(known.output_dir)}"]
-    return [*known.set, *folder]
+def _recipe(train: Sequence[str]) -> Recipe:
+    """Return the recipe that `distft train` would read from these arguments; a mistyped flag ends the process here."""
+    options = parser().parse_args(train)
+    if options.nproc is not None:
+        parser().error("--nproc is for one machine; Slurm starts the processes of this job")
+    folder = [] if options.output_dir is None else [f"output_dir={toml_value(str(options.output_dir))}"]
+    return load_recipe(options.recipe, registries=REGISTRIES, overrides=[*options.overrides, *folder])
 
 
 def without_resume(train: Sequence[str]) -> tuple[str, ...]:
     """The same arguments without --resume: the run then goes on from its own newest checkpoint."""
-    kept, is_value = [], False
-    for argument in train:
-        if not (is_value or argument == "--resume" or argument.startswith("--resume=")):
-            kept.append(argument)
-        is_value = argument == "--resume"
-    return tuple(kept)
+    return tuple(without(train, "--resume"))
 
 
 def nodes_that_divide(recipe: Recipe, num_nodes: int, per_node: int) -> int:

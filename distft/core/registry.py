@@ -7,11 +7,13 @@ what is allowed before anything heavy is imported. Specs therefore import torch 
 
 from __future__ import annotations
 
-import difflib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
+from distft.core.nearest import nearest as nearest
 
 
 class Params(BaseModel):
@@ -47,6 +49,7 @@ class Registry(Mapping[str, SpecT], Generic[SpecT]):
     def __init__(self, noun: str) -> None:
         self.noun = noun
         self._specs: dict[str, SpecT] = {}
+        self._added_by: dict[str, str] = {}
 
     def add(self, spec: SpecT) -> SpecT:
         """Register `spec` under its name.
@@ -54,10 +57,18 @@ class Registry(Mapping[str, SpecT], Generic[SpecT]):
         Raises:
             ValueError: the name is taken; two parts of one name would make recipes mean two things.
         """
+        caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # public, in spite of its name
+        module = str(caller.f_globals.get("__name__", "unknown module"))
         if spec.name in self._specs:
-            raise ValueError(f"{self.noun} {spec.name!r} is registered twice")
+            both = f"by {self._added_by[spec.name]} and by {module}"
+            raise ValueError(f"{self.noun} {spec.name!r} is registered twice: {both}")
         self._specs[spec.name] = spec
+        self._added_by[spec.name] = module
         return spec
+
+    def added_by(self, name: str) -> str:
+        """Return the name of the module that registered this part."""
+        return self._added_by[name]
 
     def __getitem__(self, name: str) -> SpecT:
         return self._specs[name]
@@ -67,9 +78,3 @@ class Registry(Mapping[str, SpecT], Generic[SpecT]):
 
     def __len__(self) -> int:
         return len(self._specs)
-
-
-def nearest(word: str, allowed: Mapping[str, object] | list[str] | tuple[str, ...]) -> str:
-    """The allowed word that `word` was probably meant to be, or an empty string."""
-    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
-    return found[0] if found else ""

@@ -28,7 +28,7 @@ from distft.core.file_lock import locked_once
 from distft.data.fingerprint import cache_key, today
 from distft.data.preparation_report import SHOWN_FAULTS, PrepareReport, SourceReport
 from distft.data.readers import Payload
-from distft.data.rows import Made, RowMaker
+from distft.data.rows import Made, RowMaker, group_size_of
 from distft.data.samples import FormatSpec
 from distft.data.sources import RowSource, decide_format, find
 from distft.data.store import Prepared, Writer
@@ -195,7 +195,7 @@ def _build(job: _Job, aside: Path, target: Path) -> None:
         SourceReport(path=source.table.path, format=spec.name, decided=source.table.format == "auto")
         for source, spec in zip(job.sources, job.specs, strict=True)
     ]
-    group_size = _group_size(job)
+    group_size = group_size_of(job.sources, job.specs, job.table, job.where)
     writer = Writer(aside, group_size=group_size)
     try:
         for task, made in _made(maker, _tasks(job.sources, reports)):
@@ -217,29 +217,6 @@ def _build(job: _Job, aside: Path, target: Path) -> None:
         writer.commit(report, target)
     finally:
         writer.close()
-
-
-def _group_size(job: _Job) -> int:
-    """Documents of each row.
-
-    Raises:
-        DataError: the sources do not agree, or a group would be cut.
-    """
-    sizes = {
-        spec.group_size: (source.table.path, spec.name) for source, spec in zip(job.sources, job.specs, strict=True)
-    }
-    if len(sizes) > 1:
-        listed = "; ".join(f"{path} ({name}): {size}" for size, (path, name) in sizes.items())
-        raise DataError(
-            f"{job.where}: rows of different kinds: documents in a row of {listed}  use sources of one kind"
-        )
-    [size] = sizes
-    if size > 1 and job.table.long_rows == "truncate":
-        raise DataError(
-            f'{job.where}: long_rows = "truncate" would cut one of the {size} documents of a row and not the others  '
-            'set [data] long_rows = "drop" or "error"; max_length holds for all documents of a row together'
-        )
-    return size
 
 
 def _tasks(sources: list[RowSource], reports: list[SourceReport]) -> Iterator[Task]:

@@ -16,7 +16,7 @@ from distft.data.encoding import Rendered
 from distft.data.preparation_report import BAD, EMPTY, SHOWN_FAULTS, TOO_LONG, TRUNCATED_AWAY, UNTRAINED, Note
 from distft.data.readers import Payload
 from distft.data.render import Renderer, is_empty, load_renderer, settings_of
-from distft.data.samples import Group, Row, RowError, Sample, documents_of
+from distft.data.samples import FormatSpec, Group, Row, RowError, Sample, documents_of
 from distft.data.sources import RowSource
 from distft.data.special_tokens import without_marks
 from distft.data.store import Rows
@@ -145,6 +145,31 @@ class RowMaker:
             made.num_truncated += 1
         made.num_diverged += one.diverged
         return True
+
+
+def group_size_of(sources: Sequence[RowSource], specs: Sequence[FormatSpec], table: DataTable, where: str) -> int:
+    """Return the documents of each row.
+
+    Args:
+        sources: of one split.
+        specs: the format of each.
+        table: what becomes of long rows.
+        where: the recipe's list of these sources, for messages.
+
+    Raises:
+        DataError: the sources do not agree, or a group would be cut.
+    """
+    sizes = {spec.group_size: (source.table.path, spec.name) for source, spec in zip(sources, specs, strict=True)}
+    if len(sizes) > 1:
+        listed = "; ".join(f"{path} ({name}): {size}" for size, (path, name) in sizes.items())
+        raise DataError(f"{where}: rows of different kinds: documents in a row of {listed}  use sources of one kind")
+    [size] = sizes
+    if size > 1 and table.long_rows == "truncate":
+        raise DataError(
+            f'{where}: long_rows = "truncate" would cut one of the {size} documents of a row and not the others  '
+            'set [data] long_rows = "drop" or "error"; max_length holds for all documents of a row together'
+        )
+    return size
 
 
 def _as_group(found: list[list[Rendered] | RowError | DataError]) -> list[Rendered] | RowError | DataError:

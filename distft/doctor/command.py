@@ -8,17 +8,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distft.catalog import REGISTRIES
-from distft.cluster.site import Site, read_site
+from distft.core.command_line import CommandParser, add_json, add_output_dir, add_overrides, add_site
 from distft.core.errors import DistftError, MachineError
-from distft.core.log import quiet_libraries
-from distft.doctor.checks import CHECKS
-from distft.doctor.finding import DoctorOptions, Here, Seen, fail, run_judge, run_look
-from distft.doctor.findings_table import Report
-from distft.doctor.together import Together
-from distft.engine.processes import placed_by
-from distft.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:  # nothing heavy before the flags are read: help is instant
+    from distft.doctor.finding import DoctorOptions
+    from distft.recipe import Recipe
 
 JOIN_S = 120.0
 """Hosts of one job start seconds apart; imports from a busy file system take minutes."""
@@ -26,7 +23,14 @@ JOIN_S = 120.0
 
 def main(argv: Sequence[str]) -> int:
     """Run the command: 0, or 9 when a run would fail here."""
-    own = _parser().parse_args(argv)
+    own = parser().parse_args(argv)
+    from distft.core.log import quiet_libraries
+    from distft.doctor.checks import CHECKS
+    from distft.doctor.finding import Here, Seen, fail, run_judge, run_look
+    from distft.doctor.findings_table import Report
+    from distft.doctor.together import Together
+    from distft.engine.processes import placed_by
+
     quiet_libraries()
     try:
         asked = _asked(own)
@@ -54,33 +58,39 @@ def main(argv: Sequence[str]) -> int:
     return report.code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(
         prog="distft doctor",
         description="Whether a run would work here: alone, or under torchrun, accelerate launch or srun.",
         epilog="Ends with 0, or with 9 when a run would fail. torchrun and accelerate turn 9 into 1.",
     )
-    parser.add_argument("--recipe", metavar="FILE", help="a recipe: its run folder, and the batch it splits")
-    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change one key; repeat")
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="where runs go (default: the recipe's, else .)")
-    parser.add_argument("--shared-folder", type=Path, metavar="DIR", help="one that all hosts see (default: the same)")
-    parser.add_argument("--site", type=Path, metavar="FILE", help="TOML file of the cluster, with its floors")
-    parser.add_argument("--link-floor", type=float, metavar="GB/s", help="fail below this bus bandwidth")
-    parser.add_argument("--disk-floor", type=float, metavar="GB/s", help="fail below this write speed")
-    parser.add_argument("--gib", type=float, help="size of each test of disk and network")
-    parser.add_argument("--short", action="store_true", help="some seconds, as before every job on several nodes")
-    parser.add_argument("--per-host", type=int, metavar="N", help="processes a host will have, if more than now")
-    parser.add_argument("--join-s", type=float, default=JOIN_S, metavar="S", help="how long others may take to come")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    return parser
+    made.add_argument("--recipe", metavar="FILE", help="a recipe: its run folder, and the batch it splits")
+    add_overrides(made)
+    add_output_dir(made)
+    made.add_argument("--shared-folder", type=Path, metavar="DIR", help="one that all hosts see (default: the same)")
+    add_site(made)
+    made.add_argument("--link-floor", type=float, metavar="GB/s", help="fail below this bus bandwidth")
+    made.add_argument("--disk-floor", type=float, metavar="GB/s", help="fail below this write speed")
+    made.add_argument("--gib", type=float, help="size of each test of disk and network")
+    made.add_argument("--short", action="store_true", help="some seconds, as before every job on several nodes")
+    made.add_argument("--per-host", type=int, metavar="N", help="processes a host will have, if more than now")
+    made.add_argument("--join-s", type=float, default=JOIN_S, metavar="S", help="how long others may take to come")
+    add_json(made)
+    return made
 
 
 def _asked(own: argparse.Namespace) -> DoctorOptions:
+    from distft.catalog import REGISTRIES
+    from distft.cluster.site import Site, read_site
+    from distft.doctor.finding import DoctorOptions
+    from distft.recipe import load_recipe
+
     recipe: Recipe | None = None
     if own.recipe is not None:
         folder = [] if own.output_dir is None else [f"output_dir={_toml(str(own.output_dir))}"]
-        recipe = load_recipe(own.recipe, registries=REGISTRIES, overrides=[*own.set, *folder])
-    elif own.set:
+        recipe = load_recipe(own.recipe, registries=REGISTRIES, overrides=[*own.overrides, *folder])
+    elif own.overrides:
         raise MachineError("--set changes a recipe: give --recipe FILE")
     site = Site() if own.site is None else read_site(own.site)
     output = recipe.run_dir if recipe is not None else own.output_dir or Path()

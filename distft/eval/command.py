@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -13,23 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft import assemble, compatibility
+from distft.core.command_line import CommandParser, add_json, add_nproc, add_output_dir, add_overrides
 from distft.core.ending import exit_code, report_error
 from distft.core.errors import DONE, Preempted, Problem, RecipeError
-from distft.core.log import quiet_libraries
 from distft.core.phase import PHASE
 from distft.core.stop import STOP
-from distft.core.types import TrainState
-from distft.eval.subject import Subject, choose, read, trained_rows
-from distft.recipe import AnswersTable, Recipe
-from distft.recipe.eval_rules import TASK
-from distft.run_folder import RunFolder
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # nothing heavy before the flags are read: help is instant
+    from distft import assemble, compatibility
     from distft.core.types import Engine
     from distft.engine.processes import Processes
+    from distft.eval.subject import Subject
     from distft.evaluation.eval_sets import EvalSet
     from distft.model.load import MetaModel
+    from distft.recipe import Recipe
 
 MICRO_TOKENS = 8192
 """Of a micro-batch of held-out rows."""
@@ -41,8 +37,11 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     Raises:
         DistftError: there is nothing to look at, or it cannot be looked at.
     """
+    from distft import assemble
+    from distft.core.log import quiet_libraries
     from distft.engine import processes
     from distft.engine.determinism import expandable_segments
+    from distft.eval.subject import trained_rows
 
     expandable_segments()
     quiet_libraries()
@@ -89,6 +88,9 @@ def _held(
     subject: Subject, engine: Engine, placed: Processes, cut: assemble.Layout, rows: assemble.HeldOut, say: assemble.Say
 ) -> MetaModel:
     """The model, filled and held by the engine."""
+    from distft import assemble
+    from distft.core.types import TrainState
+
     recipe = subject.built
     if subject.adapter is not None:
         from distft.model.adapters.trained import from_folder
@@ -123,7 +125,10 @@ def _look(
     eval_sets: list[EvalSet],
     say: assemble.Say,
 ) -> dict[str, Any]:
+    from distft import assemble
+    from distft.core.types import TrainState
     from distft.export.model_card import refresh
+    from distft.run_folder import RunFolder
     from distft.run_record import read_run
 
     recipe = subject.asked
@@ -151,6 +156,9 @@ def _look(
 
 def _with_tasks(subject: Subject, names: Sequence[str], limit: int | None, num_fewshot: int | None) -> Subject:
     """Tasks of lm-eval asked as well, as sets of the recipe would be."""
+    from distft.recipe import AnswersTable
+    from distft.recipe.eval_rules import TASK
+
     more = [
         AnswersTable(
             name="lm-eval-" + re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem),
@@ -178,24 +186,46 @@ def show(found: dict[str, Any]) -> Iterator[str]:
                 yield line
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m distft.eval`: returns the exit code."""
-    parser = argparse.ArgumentParser(prog="distft eval", description="Look at a model: held-out loss and answers.")
-    parser.add_argument("target", metavar="RECIPE_OR_RUN", help="a TOML recipe, or a run's folder")
-    parser.add_argument(
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(
+        prog="distft eval",
+        description="Look at a model: held-out loss, answers and their scores, compared with the base model's.",
+    )
+    made.add_argument("target", metavar="RECIPE_OR_RUN", help="a TOML recipe, or a run's folder")
+    made.add_argument(
         "--model", metavar="base|final|best|STEP|FOLDER", help="default: final if there is one, else base"
     )
-    parser.add_argument("--label", help="name of the results (default: before, after, best, step-N, the folder's name)")
-    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="change one key; repeat")
-    parser.add_argument("--output-dir", help="folder of run folders, with a recipe")
-    parser.add_argument("--lm-eval", default="", metavar="TASK,...", help="run these tasks of lm-eval as well")
-    parser.add_argument("--limit", type=int, help="rows of each task")
-    parser.add_argument("--num-fewshot", type=int, help="rows shown in each task's prompts")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    given = parser.parse_args(argv)
+    made.add_argument("--label", help="name of the results (default: before, after, best, step-N, the folder's name)")
+    add_overrides(made)
+    add_output_dir(made)
+    made.add_argument("--lm-eval", default="", metavar="TASK,...", help="run these tasks of lm-eval as well")
+    made.add_argument("--limit", type=int, metavar="N", help="rows of each task")
+    made.add_argument("--num-fewshot", type=int, metavar="N", help="rows shown in each task's prompts")
+    add_nproc(made)
+    add_json(made)
+    return made
+
+
+def start(argv: Sequence[str]) -> int:
+    """Run `distft eval`: read the flags, then become this machine's processes."""
+    from distft.launch import start_processes
+
+    given = parser().parse_args(argv)
+    return start_processes("distft.eval", argv, nproc=given.nproc)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m distft.eval`, one process of a launcher's or alone; returns the exit code."""
+    given = parser().parse_args(argv)
+    if given.nproc is not None:
+        return start(sys.argv[1:] if argv is None else argv)
+    from distft.eval.subject import choose, read
+
+    output_dir = None if given.output_dir is None else str(given.output_dir)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
-        recipe, folder = read(given.target, given.set, given.output_dir)
+        recipe, folder = read(given.target, given.overrides, output_dir)
         subject = choose(recipe, folder, given.model, given.label)
         names = [name for name in given.lm_eval.split(",") if name]
         subject = _with_tasks(subject, names, given.limit, given.num_fewshot)

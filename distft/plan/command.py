@@ -9,32 +9,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distft.core.command_line import (
+    CommandParser,
+    add_config,
+    add_json,
+    add_machine,
+    add_overrides,
+    add_price,
+)
 from distft.core.errors import DONE, DistftError, Problem, RecipeError
 from distft.core.log import quiet_libraries
 
 LIMITS = ("seq", "micro", "model")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Its options."""
-    made = argparse.ArgumentParser(
-        prog="python -m distft.plan",
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(
+        prog="distft plan",
         description="Does it fit, what to change, how fast: from the recipe and the model's config alone.",
     )
     made.add_argument("recipe", metavar="RECIPE", nargs="?", help="a TOML recipe")
-    made.add_argument("--gpu", metavar="NAME|GiB", help="a GPU of the catalogue, or its usable memory (h100-80gb)")
-    made.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in each node (1)")
-    made.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (1)")
+    add_machine(made)
     made.add_argument("--methods", default="", metavar="full,lora,qlora", help="compare these instead of the recipe's")
     made.add_argument("--engines", default="", metavar="ddp,zero3,…", help="compare these instead of the recipe's")
     made.add_argument("--max", choices=LIMITS, help="the longest sequence, largest micro-batch or model that fits")
-    made.add_argument(
-        "--price", type=float, metavar="PER_GPU_HOUR", help="what a GPU costs an hour, for the run's cost"
-    )
+    add_price(made)
     made.add_argument(
         "--row-tokens", type=int, metavar="N", help="tokens of a row on average, for models that take rows one by one"
     )
-    made.add_argument("--config", metavar="FILE", help="the model's config.json, where its folder is not here")
+    add_config(made)
     made.add_argument(
         "--calibrate",
         metavar="FILE",
@@ -44,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "--calibration", metavar="FILE", help="where calibrations are kept (DISTFT_CALIBRATION, else the cache folder)"
     )
     made.add_argument("--explain", action="store_true", help="the formula behind every figure, with its numbers")
-    made.add_argument("--json", action="store_true", help="print one JSON object instead")
-    made.add_argument("--set", dest="overrides", action="append", default=[], metavar="table.key=value")
+    add_json(made)
+    add_overrides(made)
     return made
 
 
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from distft.catalog import REGISTRIES
+    from distft.catalog import PLUGINS, REGISTRIES
     from distft.plan import calibration
     from distft.plan.machine import check_names, read_machine
     from distft.recipe import check_world, load_recipe
@@ -78,6 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     elif options.recipe is None:
         raise RecipeError("distft plan", [Problem(message="RECIPE  is missing", fix="or --calibrate FILE")])
     machine = read_machine(options.gpu, options.gpus, options.nodes, calibrations)
+    PLUGINS.load()
     methods, engines = _names(options.methods), _names(options.engines)
     check_names("--methods", methods, list(REGISTRIES.method))
     check_names("--engines", engines, list(REGISTRIES.engine))

@@ -63,8 +63,9 @@ def parse_recipe(text: str, *, source: str, registries: Registries, overrides: I
     """The recipe written in `text`; `source` is what messages call it.
 
     Raises:
-        RecipeError: lists every mistake in the text and in the overrides.
+        RecipeError: lists every mistake in the text and in the overrides; or a plugin cannot be loaded.
     """
+    registries.load_plugins()
     try:
         raw, lines = tomllib.loads(text), find_lines(text)
     except ValueError as error:

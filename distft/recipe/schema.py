@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -219,6 +220,9 @@ class Registries:
     """What `[[eval.answers]] scores` may name."""
     templates: tuple[str, ...] = ()
     """Built-in chat templates: `chat_template` is "auto", one of these, or a .jinja file."""
+
+    load_plugins: Callable[[], object] = field(default=tuple, compare=False)
+    """Called before a recipe is read: adds the parts of other packages, once, or raises RecipeError."""
 
     def part(self, table: str) -> Registry[Any]:
         """The registry that the table called `table` chooses from."""

@@ -7,22 +7,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distft.core.command_line import CommandParser, add_price
 from distft.core.errors import DONE, DistftError, FileSystemError
 
 PAGE = "report.html"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code is that of the error, if any."""
-    parser = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(
         prog="distft report", description="A run as one HTML page: no network, no script; finished or not."
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"the page (default: {PAGE} in the run folder)")
-    parser.add_argument("--price", type=float, metavar="PER_GPU_HOUR", help="what a GPU costs an hour")
-    parser.add_argument("--no-data", action="store_true", help="do not look at the rows where nobody has yet")
-    parser.add_argument("--open", action="store_true", help="show it in a browser")
-    options = parser.parse_args(argv)
+    made.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    made.add_argument("--out", type=Path, metavar="FILE", help=f"the page (default: {PAGE} in the run folder)")
+    add_price(made)
+    made.add_argument("--no-data", action="store_true", help="do not look at the rows where nobody has yet")
+    made.add_argument("--open", action="store_true", help="show it in a browser")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code is that of the error, if any."""
+    options = parser().parse_args(argv)
     try:
         out = _write(options)
     except DistftError as error:

@@ -65,6 +65,7 @@ def environment(run: RunRecord) -> Iterator[Html]:
         ],
     )
     versions = {name: version for name, version in (said.get("versions") or {}).items() if version}
+    versions |= {str(plugin.get("distribution")): plugin.get("version") for plugin in said.get("plugins") or []}
     yield fold("Versions", table("Installed packages", ("package", "version"), list(versions.items())))
     if said.get("environment"):
         named = [[name, h("code", value)] for name, value in said["environment"].items()]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.core import supervise
+from distft.core.command_line import CommandParser, add_json, at_least_one
 from distft.core.errors import DONE, PREEMPTED_AND_SAVED, DistftError, FileSystemError, MachineError, Preempted
 from distft.run_record import RunRecord, read_run
 
@@ -27,18 +28,18 @@ _POLL_S = 0.2
 _EXITS = {"data": 3, "model": 4}
 
 
-def parser() -> argparse.ArgumentParser:
-    """Its options."""
-    made = argparse.ArgumentParser(
-        prog="distft reproduce", description="Run a run again, and say whether it comes out the same."
-    )
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    made = CommandParser(prog="distft reproduce", description="Run a run again, and say whether it comes out the same.")
     made.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     made.add_argument("--output-dir", type=Path, metavar="D", help="folder of the new run folder (RUN.reproduced-N)")
-    made.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (as many as the run had)")
+    made.add_argument(
+        "--nproc", type=at_least_one, metavar="N", help="processes on this machine (as many as the run had)"
+    )
     made.add_argument("--steps", type=int, metavar="K", help="only the first K steps, under the whole run's schedule")
     made.add_argument("--against", type=Path, metavar="RUN", help="compare with this run folder, and start nothing")
     made.add_argument("--only-check", action="store_true", help="compare hashes and versions, and start nothing")
-    made.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_json(made)
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def differences(manifest: Mapping[str, Any], located: Recipe, device: str) -> li
         *_rows(manifest.get("sources") or {}, located),
         *_weights(manifest.get("model") or {}, located),
         *_versions(manifest.get("versions") or {}),
+        *_plugins(manifest.get("plugins") or []),
         *_machine(manifest, device),
         *_code(manifest.get("git") or {}),
         *_variables(manifest.get("environment") or {}),
@@ -108,6 +109,17 @@ def _versions(then: Mapping[str, str | None]) -> Iterator[Difference]:
         if before != after and name in now:
             kind = COMPUTES if name in environment.COMPUTES else TOLD
             yield Difference(kind=kind, what=name, then=before or "not installed", now=after or "not installed")
+
+
+def _plugins(then: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
+    from distft.catalog import PLUGINS
+
+    before = {str(plugin.get("distribution")): str(plugin.get("version")) for plugin in then}
+    now = {plugin.distribution: plugin.version for plugin in PLUGINS.load()}
+    for name in sorted({*before, *now}):
+        pair = [versions.get(name, "not installed") for versions in (before, now)]
+        if pair[0] != pair[1]:
+            yield Difference(kind=COMPUTES, what=f"plugin {name}", then=pair[0], now=pair[1])
 
 
 def _machine(then: Mapping[str, Any], device: str) -> Iterator[Difference]:

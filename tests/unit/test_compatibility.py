@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from distft import check, job
+from distft import check, job, train_options
 from distft.bench import command as bench
 from distft.demo.files import locate_path
 from distft.eval import command as evaluation
@@ -26,7 +26,7 @@ LLAMA = {
 Main = Callable[[str], int]
 VERBS: dict[str, Main] = {
     "check": lambda path: check.main([path]),
-    "train": lambda path: job.run(path, [], None, "never", False),
+    "train": lambda path: job.run(train_options.parser().parse_args([path, "--resume", "never"])),
     "plan": lambda path: plan.main([path, "--gpu", "80"]),
     "eval": lambda path: evaluation.main([path, "--model", "base"]),
     "bench": lambda path: bench.main([path, "--steps", "1", "--nproc", "1"]),
@@ -108,17 +108,17 @@ def test_what_is_there_instead(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_command_line_says_it_before_it_starts_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from typer.testing import CliRunner
-
-    from distft.cli import app
+    from distft.cli import main as command
 
     path = recipe(tmp_path, more='[engine]\nname = "ddp"')
     text = Path(path).read_text()
     Path(path).write_text(text.replace(f'"{tmp_path}/model"', '"./no/model"'))
-    done = CliRunner().invoke(app, ["train", path, "--nproc", "2"])
-    assert done.exit_code == 2
-    assert "line 4" in done.output
-    assert "no such folder" in done.output
+    with pytest.raises(SystemExit) as ended:
+        command(["train", path, "--nproc", "2"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "line 4" in said
+    assert "no such folder" in said
 
 
 def test_a_tokenizers_folder_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
