@@ -40,7 +40,7 @@ class ColumnSpec:
 
 @dataclass(frozen=True)
 class ColumnFiller:
-    """A `core.given.Columns` of some suppliers."""
+    """A `core.protocols.BatchColumns` of some suppliers."""
 
     engine: Engine
     suppliers: Mapping[str, Callable[[Batch], Tensor]]

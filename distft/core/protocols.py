@@ -21,7 +21,7 @@ class StepSource(Protocol):
         ...
 
 
-class Columns(Protocol):
+class BatchColumns(Protocol):
     """What fills the columns that an objective asks for, such as a reference's log-probabilities."""
 
     def fill(self, micros: list[Batch]) -> list[Batch]:
@@ -36,7 +36,7 @@ class _NoColumns:
         return micros
 
 
-NO_COLUMNS: Columns = _NoColumns()
+NO_COLUMNS: BatchColumns = _NoColumns()
 """For objectives that ask for none."""
 
 

@@ -19,7 +19,7 @@ from distft.core.phase import PHASE
 from distft.core.stop import STOP
 
 if TYPE_CHECKING:  # nothing heavy before the flags are read: help is instant
-    from distft import assemble, compatibility
+    from distft import assemble
     from distft.core.types import Engine
     from distft.engine.processes import Processes
     from distft.eval.subject import Subject
@@ -37,7 +37,7 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     Raises:
         DistftError: there is nothing to look at, or it cannot be looked at.
     """
-    from distft import assemble
+    from distft import assemble, compatibility
     from distft.core.log import quiet_libraries
     from distft.engine import processes
     from distft.engine.determinism import expandable_segments

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distft.core.protocols import NO_COLUMNS, Columns
+from distft.core.protocols import NO_COLUMNS, BatchColumns
 from distft.core.registry import Params
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Objective:
     spec: ObjectiveSpec
     params: Any
     policy: Policy
-    columns: Columns = NO_COLUMNS
+    columns: BatchColumns = NO_COLUMNS
 
     def fill(self, micros: list[Batch]) -> list[Batch]:
         """Collective, once a step: return the micro-batches with the columns that the objective reads."""

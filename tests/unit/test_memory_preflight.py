@@ -16,10 +16,13 @@ class Objective:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def weight(self, micros) -> float:
+    def fill(self, micros: list) -> list:
+        return micros
+
+    def denominator(self, micros) -> float:
         return float(sum(micro.num_supervised for micro in micros))
 
-    def terms(self, model, batch):
+    def terms(self, batch):
         raise self.error
 
 

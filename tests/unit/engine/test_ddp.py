@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from tiny import CPU, batch, build, documents
 
-from distft.core.types import TrainState, UpdateRule
+from distft.core.types import LossTerms, TrainState, UpdateRule
 from distft.engine.ddp import open_engine
 from distft.engine.processes import Processes
 from distft.engine.spec import EngineParams
@@ -38,7 +38,7 @@ def test_the_first_step_has_the_buckets_of_every_other(tiny_config: Path, method
     for step in range(2):
         micro = batch(documents([20, 9], seed=step))
         with engine.accumulating(last=True, seed=0):
-            engine.backward(engine.model(**micro.inputs()).sum(), divide_by=27.0, samples=())
+            engine.backward(LossTerms(loss_sum=engine.model(**micro.inputs()).sum()), divide_by=27.0, samples=())
         assert engine.step(TrainState(step=step), 27.0, lambda loss: True).updated
     said = engine.model._get_ddp_logging_data()  # as the second forward found it
     assert said["has_rebuilt_buckets"], "the first step ran in the buckets that all others run in"

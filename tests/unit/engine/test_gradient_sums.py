@@ -13,7 +13,7 @@ import torch
 from tiny import CPU, batch, build, documents
 from torch import Tensor, nn
 
-from distft.core.types import TrainState, UpdateRule
+from distft.core.types import LossTerms, TrainState, UpdateRule
 from distft.engine import master_weights
 from distft.engine.ddp import AveragedSums
 from distft.engine.grad_dtype import BF16_ERRORS, keeps_fp32_gradients
@@ -122,7 +122,9 @@ def step_of(engine: SoloEngine, micros: int, *, accepts: bool = True) -> tuple[d
     for index in range(micros):
         micro = batch(documents([20, 9], seed=index % 4))
         with engine.accumulating(last=index == micros - 1, seed=0):
-            engine.backward(engine.model(**micro.inputs()).sum(), divide_by=27.0 * micros, samples=())
+            engine.backward(
+                LossTerms(loss_sum=engine.model(**micro.inputs()).sum()), divide_by=27.0 * micros, samples=()
+            )
     report = engine.step(TrainState(), 27.0 * micros, lambda loss: accepts)
     assert report.updated == accepts
     return {name: value - before[name] for name, value in masters(engine).items()}, report.grad_norm

@@ -106,7 +106,8 @@ def test_the_summary_compares_and_names_rows_that_got_worse(tmp_path: Path) -> N
     records, one = AnswerRecords(tmp_path), eval_set("a", "b", "c", "d")
     records.write(one, taken(one, "a", "b", "x", "x"), label="before", step=0, model="m")
     records.write(one, taken(one, "a", "x", "c", "d"), label="after", step=9, model="m")
-    records.write_held_out({"eval_loss": 2.0, "eval_tokens": 7.0}, label="after", step=9, rows_sha256="", model="m")
+    figures = {"eval_loss": 2.0, "eval_tokens": 7.0, "eval_perplexity": math.exp(2.0)}
+    records.write_held_out(figures, label="after", step=9, rows_sha256="", model="m")
     made = write_summary(records)
     assert json.loads((tmp_path / "summary.json").read_text()) == made
     (entry,) = made["sets"]
