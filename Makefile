@@ -34,7 +34,7 @@ check: setup
 	$(BIN)/ruff check distft tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/codespell distft tests benchmarks docs recipes launch cluster README.md CHANGELOG.md
+	$(BIN)/codespell distft tests benchmarks docs recipes launch cluster README.md CHANGELOG.md CONTRIBUTING.md
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract tests/recipes -n auto -m "not slow and not gpu"
