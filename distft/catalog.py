@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from distft.columns import COLUMNS
 from distft.core.registry import Registry
 from distft.data.formats import FORMATS
 from distft.data.templates import BUILT_IN
@@ -22,7 +23,7 @@ from distft.scores import SCORES
 def _open_registries() -> Sequence[Registry[Any]]:
     """Return what plugins may add to; metrics import torch, and count once something has imported them."""
     metrics = [sys.modules["distft.metrics"].METRICS] if "distft.metrics" in sys.modules else []
-    return [METHODS, OBJECTIVES, OPTIMIZERS, SCHEDULES, ENGINES, FORMATS, SCORES, *metrics]
+    return [METHODS, OBJECTIVES, OPTIMIZERS, SCHEDULES, ENGINES, FORMATS, SCORES, COLUMNS, *metrics]
 
 
 PLUGINS = Plugins(_open_registries, installed)
