@@ -51,9 +51,10 @@ test-plan-grid: setup
 test-moe: setup
 	DISTFT_MOE_GRID=1 $(BIN)/python -m pytest tests/dist/test_moe.py
 
-# Two files at a time: a launch waits for its imports and for its peers as much as it computes.
+# Two files at a time: a launch waits for its imports and for its peers as much as it computes. In the order of their
+# names: by number of tests, the longest single ones would come last, with one process idle.
 test-dist: setup
-	$(BIN)/python -m pytest tests/dist tests/faults tests/golden tests/peers -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/dist tests/faults tests/golden tests/peers -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every row of the fault matrix, the slow ones too (about half an hour), and a table of what became of them.
 FAULT_TABLE ?= docs/results/2026-11-25-fault-matrix.md

@@ -28,7 +28,19 @@ def test_healthy_hosts(tmp_path: Path) -> None:
     assert report["hosts"] == ["node1", "node2"]
     rows = {row["check"]: row["found"] for row in report["findings"]}
     assert set(rows) == {
-        *("processes", "network", "libraries", "GPUs", "host", "limits", "torch", "clock", "shared folder", "disk"),
+        *(
+            "processes",
+            "network",
+            "libraries",
+            "plugins",
+            "GPUs",
+            "host",
+            "limits",
+            "torch",
+            "clock",
+            "shared folder",
+            "disk",
+        ),
         *("arithmetic", "link"),
     }
     assert rows["processes"] == "4 processes on 2 hosts (node1, node2)"

@@ -14,7 +14,7 @@ from harness import Bench, End, Job, until
 from distft.core.errors import HangError
 
 Oracle = Callable[..., End]
-TIMEOUT_S = 8
+TIMEOUT_S = 12.0
 BEAT_S = TIMEOUT_S / 6
 LIMIT = f"guard.hang_timeout_s={TIMEOUT_S}"
 LOADED = 3
