@@ -68,7 +68,7 @@ def test_on_a_cpu_the_micro_batch_fills_8192_tokens(llama8b: Path) -> None:
 
 def test_on_accelerators_the_job_asks_the_planner(llama8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(gpu=of_size(80), gpus_per_node=1)
-    monkeypatch.setattr(assemble.sizes, "_accelerators", lambda world: machine)
+    monkeypatch.setattr(assemble.batch_layout, "_accelerators", lambda world: machine)
     recipe = recipe_of(llama8b, 'method.name="lora"')
     cut = assemble.layout(recipe, 1)
     planned = auto_setup.choose(recipe, read(recipe), machine, engine="solo", liger=False)
