@@ -91,11 +91,11 @@ class Watchdog:
         PHASE.on_enter = None
         if self._thread.ident is not None:
             self._thread.join(2 * self._beat_s)
-        faulthandler.cancel_dump_traceback_later()
         code = 0 if error is None else error.exit_code if isinstance(error, DistftError) else 1
         self._record = replace(self._record, ended=code, reason=str(error).split("\n")[0][:300] if error else "")
         with contextlib.suppress(OSError, AssertionError):
             self._write()
+        faulthandler.cancel_dump_traceback_later()  # last: each heartbeat sets it anew, and it ends the process
         self._heartbeats.close()
         if self._stacks is not None:
             self._stacks.close()

@@ -1,5 +1,7 @@
 """What a rank makes of its peers' records, also of those that were there before it came."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,3 +45,19 @@ def test_what_an_earlier_start_left_says_nothing_of_this_one(seen: Callable[...,
     assert seen(ended=0) is None
     assert seen(process=host.identity() | {"start": "an earlier one", "process_start": 1}) is None, "killed, long ago"
     assert seen() is None
+
+
+def test_a_process_outlives_its_watched_run(tmp_path: Path) -> None:
+    """The timer that ends a stuck process was set once more by the last heartbeat: a notebook died of it later."""
+    code = (
+        "import time\n"
+        "from distft.health.watchdog import Watchdog\n"
+        f"run = Watchdog(__import__('pathlib').Path({str(tmp_path)!r}), rank=0, world=1, neighbours=[], timeout_s=1,\n"
+        "               launched=False, end=lambda code, reason: True)\n"
+        "with run:\n"
+        "    pass\n"
+        "time.sleep(1.5)\n"
+        "print('alive')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]
