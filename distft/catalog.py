@@ -11,6 +11,7 @@ from distft.columns import COLUMNS
 from distft.core.registry import Registry
 from distft.data.formats import FORMATS
 from distft.data.templates import BUILT_IN
+from distft.demo.files import resolve_paths
 from distft.engine import ENGINES
 from distft.model.adapters import METHODS
 from distft.objectives import OBJECTIVES
@@ -38,4 +39,5 @@ REGISTRIES = Registries(
     scores=SCORES,
     templates=tuple(BUILT_IN),
     load_plugins=PLUGINS.load,
+    resolve_paths=resolve_paths,
 )

@@ -28,7 +28,6 @@ from distft.data.render import load_renderer, settings_of
 from distft.data.store import Prepared
 from distft.data.tokenizer import load_decoder
 from distft.data_quality import DataQualityReport, card, examine, refuse_overlap, summary
-from distft.demo.files import locate
 from distft.evaluation.build import build_eval_sets
 from distft.recipe import Recipe, check_steps, load_recipe
 
@@ -324,7 +323,9 @@ def _line(console: Console, text: str) -> None:
 
 
 def _write_card(path: Path, care: DataQualityReport, recipe: Recipe) -> None:
-    sources = [(split, source.path) for split in ("train", "eval") for source in getattr(recipe.data, split)]
+    sources = [
+        (split, recipe.written(source.path)) for split in ("train", "eval") for source in getattr(recipe.data, split)
+    ]
     try:
         path.write_text(card(care, name=recipe.name, sources=sources), encoding="utf-8")
     except OSError as error:
@@ -335,13 +336,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code is that of the error, if any."""
     options = parser().parse_args(argv)
     try:
-        named = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
-        located = locate(named)
-        report = run_check(located, samples=options.samples)
-        if not compatibility.has_config(located):
-            print(f"check: {named.model.path} holds no config.json: its tokenizer was used", file=sys.stderr)
+        recipe = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
+        report = run_check(recipe, samples=options.samples)
+        if not compatibility.has_config(recipe):
+            print(
+                f"check: {recipe.written(recipe.model.path)} holds no config.json: its tokenizer was used",
+                file=sys.stderr,
+            )
         if options.card:
-            _write_card(Path(options.card), report.care, named)
+            _write_card(Path(options.card), report.care, recipe)
     except DistftError as error:
         print(error, file=sys.stderr)
         return error.exit_code

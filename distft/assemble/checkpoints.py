@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 def open_checkpoints(
     recipe: Recipe,
-    located: Recipe,
     folder: RunFolder,
     engine: Engine,
     rows: Data,
@@ -40,8 +39,8 @@ def open_checkpoints(
     from distft.core.types import TrainState
     from distft.resume import CheckpointManager, about, check_fits
 
-    base = _base_hash(located, engine) if located.method.spec.adapter else ""
-    says = about(recipe, rows.fingerprint, base, rows.steps.num_steps) | {"date": located.data.date}
+    base = _base_hash(recipe, engine) if recipe.method.spec.adapter else ""
+    says = about(recipe, rows.fingerprint, base, rows.steps.num_steps) | {"date": recipe.data.date}
     root = folder.path / "checkpoints"
     if resume == "never" and engine.rank == 0:
         folder.set_aside(root)
@@ -77,18 +76,18 @@ def open_checkpoints(
     return keeper, state, loaded.reader
 
 
-def _base_hash(located: Recipe, engine: Engine) -> str:
+def _base_hash(recipe: Recipe, engine: Engine) -> str:
     """sha256 of the frozen weights; the files of one host are hashed once and remembered by size and time."""
     from distft.data.fingerprint import file_hash
     from distft.data.prepared_folder import cache_folder
     from distft.model.load import find_folder
 
-    if located.model.init == "random":
-        return f"random-{located.seed}"
+    if recipe.model.init == "random":
+        return f"random-{recipe.seed}"
     if engine.rank != 0:
         return engine.gather("")[0]
-    memory = cache_folder(located.data) / "hashes"
-    files = sorted(find_folder(located.model).glob("*.safetensors"))
+    memory = cache_folder(recipe.data) / "hashes"
+    files = sorted(find_folder(recipe.model).glob("*.safetensors"))
     digest = hashlib.sha256("".join(file_hash(file, memory) for file in files).encode()).hexdigest()
     return engine.gather(digest)[0]
 
@@ -105,7 +104,7 @@ def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int,
 
 
 def export(
-    located: Recipe, folder: RunFolder, engine: Engine, built: MetaModel, shapes: dict[str, Any], rows: Data
+    recipe: Recipe, folder: RunFolder, engine: Engine, built: MetaModel, shapes: dict[str, Any], rows: Data
 ) -> None:
     """Write final/: what transformers, PEFT and inference servers load."""
     from distft.data.tokenizer import save_tokenizer
@@ -114,10 +113,10 @@ def export(
     from distft.run_record import read_run
 
     lm: Any = built.module.lm
-    tokenizer, revision = tokenizer_of(located)
+    tokenizer, revision = tokenizer_of(recipe)
 
     def save_beside(target: Path) -> None:
-        save_tokenizer(tokenizer, target, chat_template=located.data.chat_template, revision=revision)
+        save_tokenizer(tokenizer, target, chat_template=recipe.data.chat_template, revision=revision)
         final.save_generation_config(built.module.transformer, target, rows.stop_ids)
         model_card.write(target, read_run(folder.path))
 
@@ -125,7 +124,7 @@ def export(
         final.save_config(built.module.transformer, target)
         save_beside(target)
 
-    if located.method.spec.adapter:
+    if recipe.method.spec.adapter:
         final.write_adapter(
             folder.final,
             engine,

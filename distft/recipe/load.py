@@ -80,7 +80,7 @@ def parse_recipe(text: str, *, source: str, registries: Registries, overrides: I
     problems += [origin.problem(fault) for fault in reader.faults]
     if problems:
         raise RecipeError(source, problems)
-    return recipe
+    return registries.resolve_paths(recipe)
 
 
 class _Reader:

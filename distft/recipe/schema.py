@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_origin, get_type_hints
@@ -18,6 +18,7 @@ from pydantic import Field
 
 from distft.core.registry import Params, Registry, Spec
 from distft.recipe.evaluation import EvalTable, SourceTable
+from distft.recipe.lines import KeyPath
 from distft.recipe.origin import Origin, key_path
 from distft.recipe.toml_text import is_array, is_table, toml_text
 
@@ -223,6 +224,8 @@ class Registries:
 
     load_plugins: Callable[[], object] = field(default=tuple, compare=False)
     """Called before a recipe is read: adds the parts of other packages, once, or raises RecipeError."""
+    resolve_paths: Callable[[Recipe], Recipe] = field(default=lambda recipe: recipe, compare=False)
+    """Called with a recipe that was read: puts real paths in place of names such as "demo:tiny-llama"."""
 
     def part(self, table: str) -> Registry[Any]:
         """The registry that the table called `table` chooses from."""
@@ -231,6 +234,16 @@ class Registries:
 
 DEFAULT_PARTS = {"method": "full", "objective": "sft", "optim": "adamw", "schedule": "cosine", "engine": "auto"}
 """The part a table means when it does not say a name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """A value that stands for what the recipe says on this machine or in this run: a real path, a date."""
+
+    key: KeyPath
+    value: Any
+    written: Any
+    """What the recipe says there; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +269,23 @@ class Recipe:
     """The file it was read from, or what the caller called its text."""
     origin: Origin = field(compare=False, repr=False)
     """Which line or override each value came from."""
+    replacements: tuple[Replacement, ...] = field(default=(), compare=False, repr=False)
+    """Values that are not written out: `resolved` says what stands in the recipe instead."""
+
+    def with_value(self, key: KeyPath, value: Any) -> Recipe:
+        """Return the recipe with another value at `key`, which `resolved`, `to_toml` and `digest` do not show."""
+        name, *rest = key
+        table = getattr(self, str(name))
+        written = table
+        for step in rest:
+            written = written[step] if isinstance(step, int) else getattr(written, step)
+        noted = Replacement(key=key, value=value, written=written)
+        changed: Any = {name: _with(table, rest, value), "replacements": (*self.replacements, noted)}
+        return replace(self, **changed)
+
+    def written(self, path: str) -> str:
+        """Return what the recipe says where it means this path: "demo:tiny-llama", or the path itself."""
+        return next((str(noted.written) for noted in self.replacements if noted.value == path), path)
 
     @property
     def run_dir(self) -> Path:
@@ -279,6 +309,8 @@ class Recipe:
                     content[known.name] = value
                 case _:
                     pass
+        for noted in reversed(self.replacements):
+            _write_back(content, noted)
         if not self.data.eval:
             del content["data"]["eval"]
             if not self.eval.answers:  # [eval] has no effect without rows, and to say it again would be an error
@@ -328,6 +360,32 @@ def fill_dependent_defaults(raw: dict[str, Any]) -> None:
     for source in sources:
         if is_table(source) and "share" not in source:
             source.setdefault("weight", 1.0)
+
+
+def _with(table: Any, key: Sequence[str | int], value: Any) -> Any:
+    """A copy of a table, or of a tuple of tables, with another value at `key`."""
+    if not key:
+        return value
+    step, *rest = key
+    if isinstance(step, int):
+        return (*table[:step], _with(table[step], rest, value), *table[step + 1 :])
+    return table.model_copy(update={step: _with(getattr(table, step), rest, value)})
+
+
+def _write_back(content: Any, noted: Replacement) -> None:
+    """Put what the recipe says in place of what stands for it, unless the value was changed since."""
+    *steps, last = noted.key
+    try:
+        for step in steps:
+            content = content[step]
+        current = content[last]
+    except (KeyError, IndexError):  # the table was changed since
+        return
+    if current == noted.value:
+        if noted.written is None:
+            del content[last]
+        else:
+            content[last] = noted.written
 
 
 def _plain(table: Params) -> dict[str, Any]:
