@@ -186,7 +186,12 @@ def _verdict(recipe: Recipe) -> str:
     if table.attention == "flash":  # where the run is, not here
         table = table.model_copy(update={"attention": "auto"})
     with compatibility.placed(recipe):
-        verdict = verdict_on(table, skeleton.find_config(recipe.model), max_length=recipe.data.max_length)
+        verdict = verdict_on(
+            table,
+            skeleton.find_config(recipe.model),
+            max_length=recipe.data.max_length,
+            head=recipe.objective.spec.head,
+        )
     line = recipe.line_of("model.path")
     path_of(verdict, source=recipe.source, line=line, attention=table.attention)
     return "\n".join([verdict.describe(), *(f"  {line}" for line in verdict.tried())])

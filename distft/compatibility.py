@@ -19,6 +19,7 @@ from distft.data.preparation_report import PrepareReport
 from distft.data.prepared_folder import cache_folder
 from distft.model import skeleton
 from distft.model.adapters import targets
+from distft.model.heads import HEADS
 from distft.recipe import Recipe
 from distft.recipe.origin import RecipeMistake
 
@@ -45,7 +46,7 @@ def has_config(recipe: Recipe) -> bool:
 
 
 def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
-    """The model is there, and has every module that the method names.
+    """The model is there, has every module that the method names, and can do what the recipe asks of it.
 
     Args:
         recipe: the recipe.
@@ -59,6 +60,10 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         with placed(recipe):
             folder = skeleton.find_config(recipe.model)
     params: Any = recipe.method.params
+    if recipe.eval.answers and not HEADS[recipe.objective.spec.head].generates:
+        message = f'objective "{recipe.objective.name}" trains a {recipe.objective.spec.head} head, which cannot answer'
+        fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
+        _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
     if not targets.are_named(params):
         return
     _refuse(recipe, targets.faults(_listing(recipe, folder), params))
@@ -121,6 +126,7 @@ def refuse_other_groups(recipe: Recipe, report: PrepareReport, split: str) -> No
 def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
     """The model's modules; kept by config, versions and code, because to build them imports torch for seconds."""
     parts = [(folder / "config.json").read_bytes(), version("transformers").encode()]
+    parts.append(recipe.objective.spec.head.encode())
     parts += [Path(found).read_bytes() for module in (skeleton, targets) if (found := module.__file__)]
     kept = cache_folder(recipe.data) / "modules" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -128,7 +134,7 @@ def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
     from distft.model import load
 
     with placed(recipe):
-        listed = targets.listing(skeleton.build(load.read_config(folder)))
+        listed = targets.listing(skeleton.build(load.read_config(folder), HEADS[recipe.objective.spec.head]))
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")

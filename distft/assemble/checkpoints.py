@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.assemble.evaluation import load_row_renderer
 from distft.assemble.training_data import Data, Say, tokenizer_of
 from distft.recipe import Recipe
 
@@ -109,11 +110,15 @@ def export(
     """Write final/: what transformers, PEFT and inference servers load."""
     from distft.data.tokenizer import save_tokenizer
     from distft.export import final, model_card
+    from distft.model.heads import HEADS
     from distft.model.load import WRAPPER
     from distft.run_record import read_run
 
     lm: Any = built.module.lm
     tokenizer, revision = tokenizer_of(recipe)
+    head = HEADS[recipe.objective.spec.head]
+    pad_id = load_row_renderer(recipe).tokenizer.pad_token_id
+    pad_id = None if pad_id in rows.stop_ids else pad_id
 
     def save_beside(target: Path) -> None:
         save_tokenizer(tokenizer, target, chat_template=recipe.data.chat_template, revision=revision)
@@ -121,7 +126,7 @@ def export(
         model_card.write(target, read_run(folder.path))
 
     def save_config_too(target: Path) -> None:
-        final.save_config(built.module.transformer, target)
+        final.save_config(built.module.transformer, target, finish=lambda config: head.finish_config(config, pad_id))
         save_beside(target)
 
     if recipe.method.spec.adapter:

@@ -57,6 +57,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
         RecipeError: weights are missing or unusable, or a token has no row in the embedding.
     """
     from distft.model import activation_checkpointing, load, quantize, stats
+    from distft.model.heads import HEADS
 
     spec = recipe.method.spec
     with compatibility.placed(recipe):
@@ -69,6 +70,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
             device=processes.device,
             per_token=recipe.objective.spec.per_token,
             path=layout.path,
+            head=HEADS[recipe.objective.spec.head],
         )
     num_embeddings = built.module.transformer.get_input_embeddings().weight.shape[0]
     if rows.largest_id >= num_embeddings:

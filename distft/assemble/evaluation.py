@@ -74,7 +74,7 @@ def build_generator(
     from distft.generation.generator import Generator
 
     own = load_row_renderer(recipe)
-    ends = getattr(built.module.transformer.generation_config, "eos_token_id", None)
+    ends = getattr(getattr(built.module.transformer, "generation_config", None), "eos_token_id", None)
     more = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
     known = dict.fromkeys([*stop_ids, *more, own.tokenizer.eos_token_id])
     return Generator(engine, built.module, decode=own.write, stop_ids=list(known), stop=stop)

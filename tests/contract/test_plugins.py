@@ -134,6 +134,19 @@ MARGIN = ObjectiveSpec(
 )  # fmt: skip
 
 
+def ranking_terms(params: NoParams, policy: Policy, batch: Batch) -> LossTerms:
+    """Bradley-Terry on a scalar head. Source: https://arxiv.org/abs/2203.02155, equation 1"""
+    reward_D = policy.scores(batch)
+    margin_G = reward_D[0::2] - reward_D[1::2]
+    figures = {"accuracy": ((margin_G > 0).sum(), len(margin_G)), "reward": (reward_D.sum(), len(reward_D))}
+    return LossTerms.of(-torch.nn.functional.logsigmoid(margin_G).sum(), figures)
+
+
+RANKING = ObjectiveSpec(
+    name="ranking", params=NoParams, head="scalar", group_size=2, denominator=MARGIN.denominator, terms=ranking_terms
+)
+
+
 class DensityMetric:
     def __init__(self, facts: RunFacts) -> None:
         self._tokens = self._supervised = 0
@@ -163,6 +176,7 @@ def register() -> None:
     FORMATS.add(CHOICE)
     OBJECTIVES.add(FOCAL)
     OBJECTIVES.add(MARGIN)
+    OBJECTIVES.add(RANKING)
     METRICS.add(DENSITY)
 
 
@@ -197,6 +211,20 @@ CASES = {
     "gamma0": [*FIRST, "objective.gamma=0.0"],
     "sft": [*FIRST, 'objective={name="sft"}'],
     **{name: [*PAIRS, f"train.micro_batch_size={micro}"] for name, micro in (("pairs", 8), ("pairs-split", 1))},
+    **{
+        f"ranking-{name}": [*PAIRS, 'objective={name="ranking"}', *overrides]
+        for name, overrides in {
+            "full": ['method={name="full"}', "optim.learning_rate=0.05"],
+            "lora": ["train.micro_batch_size=8"],
+            "lora-split": ["train.micro_batch_size=1"],
+            "qlora": ['method={name="qlora", r=4}'],
+        }.items()
+    },
+    "ranking-answers": [
+        *PAIRS,
+        'objective={name="ranking"}',
+        'eval.answers=[{name="a", path="FOLDER/valid.jsonl", scores=[{name="exact_match"}]}]',
+    ],
     "pairs-full": [*PAIRS, 'method={name="full"}'],
     "pairs-sft": [*PAIRS, 'objective={name="sft"}'],
     "mistakes": ["optim.momentm=0.9", "objective.gama=1.0", 'data.train.0.format="qas"', 'method.name="ia2"'],
@@ -319,6 +347,50 @@ def reference_gains(adapter: str, base: Path, rows: list[dict[str, str]]) -> lis
                 logprobs.append(logp[start - 1 : -1].gather(1, ids[0, start:, None]).sum().item())
             gains.append(logprobs[0] - logprobs[1])
     return gains
+
+
+def rewards(folder: str, base: Path, rows: list[dict[str, str]]) -> list[float]:
+    """The rewards that transformers and PEFT give each answer, one text at a time."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer, adapter = AutoTokenizer.from_pretrained(base), Path(folder, "adapter_config.json").is_file()
+    kind = AutoModelForSequenceClassification
+    model = kind.from_pretrained(base, num_labels=1) if adapter else kind.from_pretrained(folder)
+    model = (PeftModel.from_pretrained(model, folder) if adapter else model).eval()
+    found = []
+    for row in rows:
+        for answer in (row["good"], row["bad"]):
+            ids = torch.tensor([[*tokenizer(row["q"] + answer).input_ids, tokenizer.eos_token_id]])
+            with torch.no_grad():
+                found.append(model(input_ids=ids).logits[0, 0].item())
+    return found
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_scalar_head_is_trained_and_read_by_transformers(said: dict[str, str], bench: Bench, method: str) -> None:
+    lines = records(said[f"ranking-{method}"])
+    last = [line for line in lines if "eval_loss" in line][-1]
+    rows = [json.loads(line) for line in (bench.folder / "choices-valid.jsonl").read_text().splitlines()]
+    found = torch.tensor(rewards(said[f"ranking-{method}"] + "/final", bench.folder / "model", rows))
+    margins = found[0::2] - found[1::2]
+    assert margins.std() > 1e-3, "the head gives different answers different rewards"
+    assert last["eval_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), rel=1e-5)
+    assert last["eval_reward"] == pytest.approx(found.mean().item(), rel=1e-4, abs=1e-6)
+    assert last["eval_accuracy"] == pytest.approx((margins > 0).float().mean().item())
+    first = next(line for line in lines if "eval_loss" in line)
+    assert last["eval_loss"] < first["eval_loss"]
+
+
+def test_a_scalar_head_is_the_same_for_every_split(said: dict[str, str]) -> None:
+    whole, split = (
+        [line for line in records(said[f"ranking-{name}"]) if "loss" in line] for name in ("lora", "lora-split")
+    )
+    for name in ("loss", "grad_norm", "reward", "accuracy"):
+        assert [line[name] for line in split] == pytest.approx([line[name] for line in whole], rel=1e-4, abs=1e-5), name
+    quantised = [line for line in records(said["ranking-qlora"]) if "loss" in line]
+    assert len(quantised) == len(whole)
+    assert "cannot answer" in said["ranking-answers"]
 
 
 def test_what_an_objective_cannot_have_is_said(said: dict[str, str]) -> None:
