@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.assemble.components import num_steps
 from distft.assemble.evaluation import load_row_renderer
 from distft.assemble.training_data import Data, Say, tokenizer_of
 from distft.recipe import Recipe
@@ -41,7 +42,7 @@ def open_checkpoints(
     from distft.resume import CheckpointManager, about, check_fits
 
     base = _base_hash(recipe, engine) if recipe.method.spec.adapter else ""
-    says = about(recipe, rows.fingerprint, base, rows.steps.num_steps) | {"date": recipe.data.date}
+    says = about(recipe, rows.fingerprint, base, num_steps(recipe, rows)) | {"date": recipe.data.date}
     root = folder.path / "checkpoints"
     if resume == "never" and engine.rank == 0:
         folder.set_aside(root)
@@ -67,7 +68,7 @@ def open_checkpoints(
     changed = check_fits(loaded.state, says, loaded.path, allow_changes=allow_changes)
     state = TrainState(**loaded.state["train"])
     was = f"{loaded.manifest.engine} x {loaded.manifest.world}"
-    say(f"continuing {loaded.path} at step {state.step} of {rows.steps.num_steps} (saved under {was})")
+    say(f"continuing {loaded.path} at step {state.step} of {num_steps(recipe, rows)} (saved under {was})")
     for change in changed:
         say(f"changed since: {change}")
     folder.reach(state.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distft import compatibility
@@ -15,8 +16,8 @@ from distft.core.errors import DataError, Problem, RecipeError
 from distft.recipe import Recipe
 
 if TYPE_CHECKING:
+    from distft.core.protocols import StepSource
     from distft.core.types import Engine, TrainState, UpdateRule
-    from distft.data.loader import Steps
     from distft.engine.processes import Processes
     from distft.metrics import Meters, RunFacts
     from distft.model.load import MetaModel
@@ -147,6 +148,42 @@ def build_objective(recipe: Recipe, engine: Engine, built: MetaModel) -> Objecti
     return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns)
 
 
+def num_steps(recipe: Recipe, rows: Data) -> int:
+    """Return the run's optimizer steps, as the objective's step source counts them."""
+    from distft.step_sources import STEP_SOURCES
+
+    chosen = recipe.objective
+    return STEP_SOURCES[chosen.spec.source].num_steps(chosen.params, rows.steps.num_steps)
+
+
+def open_step_source(
+    recipe: Recipe, rows: Data, engine: Engine, built: MetaModel, objective: Objective, stop: Callable[[], bool]
+) -> StepSource:
+    """Return what gives the run's micro-batches; the engine has its weights by now.
+
+    Raises:
+        MachineError: the source, or a generator that it asks for, cannot run here.
+    """
+    from distft.assemble.evaluation import generator_inputs
+    from distft.generation import GENERATORS, TextGenerator
+    from distft.step_sources import STEP_SOURCES, StepSourceInputs
+
+    def generator(name: str) -> TextGenerator:
+        spec = GENERATORS[name]
+        return spec.open(spec.params(), generator_inputs(recipe, engine, built, rows.stop_ids, stop))
+
+    inputs = StepSourceInputs(
+        steps=rows.steps,
+        objective=recipe.objective.params,
+        engine=engine,
+        policy=objective.policy,
+        generator=generator,
+        max_length=recipe.data.max_length,
+        seed=recipe.seed,
+    )
+    return STEP_SOURCES[recipe.objective.spec.source].open(inputs)
+
+
 def run_facts(built: MetaModel, processes: Processes, state: TrainState) -> RunFacts:
     """Counted on whole shapes, so before an engine shards them."""
     from distft.metrics import RunFacts
@@ -173,7 +210,13 @@ def fetch_model(recipe: Recipe) -> None:
 
 
 def build_meters(
-    recipe: Recipe, folder: RunFolder, facts: RunFacts, engine: Engine, processes: Processes, steps: Steps, say: Say
+    recipe: Recipe,
+    folder: RunFolder,
+    facts: RunFacts,
+    engine: Engine,
+    processes: Processes,
+    steps: StepSource,
+    say: Say,
 ) -> Meters:
     """Every registered metric, and on rank 0 the sinks that the recipe asks for."""
     from distft.metrics import METRICS, Meters
@@ -234,7 +277,7 @@ def manifest(
         "recipe_sha256": recipe.digest(),
         "plugins": [plugin.to_json() for plugin in PLUGINS.load()],
         "device": device_name(processes),
-        "num_steps": rows.steps.num_steps,
+        "num_steps": num_steps(recipe, rows),
         "tokens_per_epoch": rows.steps.tokens_per_epoch,
     }
 

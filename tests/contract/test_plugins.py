@@ -6,10 +6,13 @@ This file is also the program that registers them and runs the real job: `python
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,16 @@ from pydantic import Field
 import distft
 from distft.core.errors import DistftError
 from distft.core.registry import NoParams, Params
-from distft.core.types import Batch, LossTerms, Policy, StepReport, TrainState
+from distft.core.types import IGNORE, Batch, LossTerms, Policy, StepReport, TrainState
+from distft.data.batch import pack_documents
 from distft.data.formats import FORMATS
 from distft.data.samples import FormatSpec, Group, PromptCompletion, text_column
+from distft.generation.completion import Prompt, SamplingParams
 from distft.metrics import METRICS, MetricSpec, RunFacts
 from distft.model.adapters import METHODS, MethodSpec
 from distft.objectives import OBJECTIVES, ObjectiveSpec, sft
 from distft.optim import OPTIMIZERS, OptimizerSpec
+from distft.step_sources import STEP_SOURCES, StepSourceInputs, StepSourceSpec
 
 # -- the parts, as somebody else's package would write them ----------------------------------------------------------
 
@@ -147,6 +153,69 @@ RANKING = ObjectiveSpec(
 )
 
 
+class SampledSteps:
+    """Answers the rows' prompts with the model as it is; `advantage_D` is an answer's reward less its group's mean."""
+
+    ANSWERS = 4
+
+    def __init__(self, inputs: StepSourceInputs) -> None:
+        self.inputs, self.generator = inputs, inputs.generator("engine")
+        self.num_steps, self.samples_in, self.epoch_at = (
+            inputs.steps.num_steps,
+            inputs.steps.samples_in,
+            inputs.steps.epoch_at,
+        )
+
+    def from_step(self, step: int) -> Iterator[list[Batch]]:
+        for number, micros in enumerate(self.inputs.steps.from_step(step), start=step):
+            yield [self.answered(micro, number) for micro in micros]
+
+    def answered(self, micro: Batch, step: int) -> Batch:
+        bounds, ids, labels = micro.cu_seqlens.tolist(), micro.input_ids_T.tolist(), micro.labels_T.tolist()
+        prompts = []
+        for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            first = next(at for at in range(begin, end) if labels[at] != IGNORE)
+            prompts += [
+                Prompt(seed_key=f"{step} {micro.position} {row} {answer}", ids=ids[begin : first + 1])
+                for answer in range(self.ANSWERS)
+            ]
+        how = SamplingParams(max_new_tokens=8, temperature=1.0, seed=self.inputs.seed, logprobs=True)
+        answers = self.generator.generate(prompts, how)
+        assert answers is not None
+        documents = [
+            ([*prompt.ids, *answer.ids], [False] * len(prompt.ids) + [True] * len(answer.ids))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        groups = (self.ANSWERS,) * (len(prompts) // self.ANSWERS)
+        batch = pack_documents(
+            documents, group_sizes=groups, sample_ids=micro.sample_ids, position=micro.position,
+            max_length=self.inputs.max_length,
+        )  # fmt: skip
+        reward_D = torch.tensor([sum(token < 100 for token in answer.ids) / len(answer.ids) for answer in answers])
+        advantage_D = reward_D - reward_D.view(-1, self.ANSWERS).mean(1).repeat_interleave(self.ANSWERS)
+        old_logprob_S = torch.tensor([value for answer in answers for value in answer.logprobs])
+        columns = {"reward_D": reward_D, "advantage_D": advantage_D, "old_logprob_S": old_logprob_S}
+        return replace(batch, columns=columns)
+
+
+SAMPLED = StepSourceSpec(name="sampled", open=SampledSteps)
+
+
+def reinforce_terms(params: NoParams, policy: Policy, batch: Batch) -> LossTerms:
+    """Source: https://link.springer.com/article/10.1007/BF00992696"""
+    logprob_S = policy.token_logprobs(batch)
+    gain_D = batch.columns["advantage_D"] * batch.sum_by_document(logprob_S)
+    gap = (logprob_S - batch.columns["old_logprob_S"]).abs().sum()
+    reward = (batch.columns["reward_D"].sum(), batch.num_documents)
+    return LossTerms.of(-gain_D.sum(), {"reward": reward, "sampler_gap": (gap, batch.num_supervised)})
+
+
+REINFORCE = ObjectiveSpec(
+    name="reinforce", params=NoParams, source="sampled", per_token=True, terms=reinforce_terms,
+    denominator=lambda params, micros: float(sum(micro.num_documents for micro in micros)),
+)  # fmt: skip
+
+
 class DensityMetric:
     def __init__(self, facts: RunFacts) -> None:
         self._tokens = self._supervised = 0
@@ -177,6 +246,8 @@ def register() -> None:
     OBJECTIVES.add(FOCAL)
     OBJECTIVES.add(MARGIN)
     OBJECTIVES.add(RANKING)
+    OBJECTIVES.add(REINFORCE)
+    STEP_SOURCES.add(SAMPLED)
     METRICS.add(DENSITY)
 
 
@@ -219,6 +290,19 @@ CASES = {
             "lora-split": ["train.micro_batch_size=1"],
             "qlora": ['method={name="qlora", r=4}'],
         }.items()
+    },
+    **{
+        f"reinforce{name}": [
+            'objective={name="reinforce"}',
+            f"train.max_steps={steps}",
+            'optim={name="adamw", learning_rate=0.02}',
+            'schedule.name="constant"',
+            "schedule.warmup_steps=0",
+            f"train.micro_batch_size={micro}",
+            "checkpoint.every_steps=3",
+            "data.eval=[]",
+        ]
+        for name, steps, micro in (("", 9, 4), ("-split", 2, 1))
     },
     "ranking-answers": [
         *PAIRS,
@@ -391,6 +475,16 @@ def test_a_scalar_head_is_the_same_for_every_split(said: dict[str, str]) -> None
     quantised = [line for line in records(said["ranking-qlora"]) if "loss" in line]
     assert len(quantised) == len(whole)
     assert "cannot answer" in said["ranking-answers"]
+
+
+def test_a_step_source_makes_its_rows_with_the_model_as_it_is(said: dict[str, str]) -> None:
+    steps = [line for line in records(said["reinforce"]) if "loss" in line]
+    assert all(step["sampler_gap"] < 1e-5 for step in steps), "what was sampled are the weights that are trained"
+    rewards = [step["reward"] for step in steps]
+    assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.4, rewards
+    split = [line for line in records(said["reinforce-split"]) if "loss" in line]
+    assert split[0]["tokens_loss"] > 0
+    assert len(split) == 2, "a generator runs for every micro-batch"
 
 
 def test_what_an_objective_cannot_have_is_said(said: dict[str, str]) -> None:
