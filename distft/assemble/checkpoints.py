@@ -136,7 +136,7 @@ def export(
             engine,
             shapes,
             prefix=WRAPPER,
-            save_adapter=lambda target, tensors: lm.save_pretrained(target, state_dict=tensors),
+            save_adapter=lambda target, tensors: recipe.method.spec.save_adapter(lm, target, tensors),
             save_rest=save_beside,
         )
     else:

@@ -64,7 +64,12 @@ def load_row_renderer(recipe: Recipe) -> Renderer:
     from distft.data.render import load_renderer, settings_of
 
     tokenizer, revision = tokenizer_of(recipe)
-    return load_renderer(tokenizer, revision=revision, **settings_of(recipe.data))
+    return load_renderer(
+        tokenizer,
+        revision=revision,
+        virtual_tokens=recipe.method.spec.virtual_tokens(recipe.method.params),
+        **settings_of(recipe.data),
+    )
 
 
 def generator_inputs(

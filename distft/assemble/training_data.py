@@ -182,6 +182,7 @@ def _common(recipe: Recipe, say: Say) -> dict[str, Any]:
 
     tokenizer, revision = tokenizer_of(recipe)
     common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(recipe.data)}
+    common["virtual_tokens"] = recipe.method.spec.virtual_tokens(recipe.method.params)
     common["progress"] = Preparing(say)
     common["waiting"] = lambda: PHASE.enter("rows", patient=True)
     return common

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,12 @@ class Rendered:
     """The trained token that ends the answer; -1: none."""
     documents: tuple[int, ...] = ()
     """Tokens of each document of a group, which lie end to end; empty: it is one document."""
+
+    def after(self, prefix: Sequence[int]) -> Rendered:
+        """Return the same document behind other tokens, which are not trained."""
+        ids_T = np.concatenate([np.array(prefix, np.int32), self.ids_T])
+        trained_T = np.concatenate([np.zeros(len(prefix), np.bool_), self.trained_T])
+        return replace(self, ids_T=ids_T, trained_T=trained_T)
 
     @classmethod
     def group(cls, documents: Sequence[Rendered]) -> Rendered:

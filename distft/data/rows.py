@@ -56,11 +56,13 @@ class RowMaker:
     tokenizer: str
     reads: Sequence[tuple[str, ...] | None] = ()
     """The columns that each source's format reads; empty: not known."""
+    virtual_tokens: int = 0
+    """Before every document."""
 
     @cached_property
     def renderer(self) -> Renderer:
         """This process's renderer."""
-        return load_renderer(self.tokenizer, **settings_of(self.table))
+        return load_renderer(self.tokenizer, virtual_tokens=self.virtual_tokens, **settings_of(self.table))
 
     def make(self, source: int, label: str, rows: list[tuple[int, Payload]]) -> Made:
         """Prepare rows of the file called `label`.

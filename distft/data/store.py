@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from distft.core.virtual_tokens import VIRTUAL_ID
 from distft.data.preparation_report import PrepareReport
 
 _ARRAYS = {
@@ -81,7 +82,8 @@ class Writer:
             self._append(_DOCUMENTS, rows.documents)
         self.end += len(rows.ids)
         if len(rows.ids):
-            self.largest_id = max(self.largest_id, int(rows.ids.max()))
+            real = rows.ids[rows.ids < VIRTUAL_ID]
+            self.largest_id = max(self.largest_id, int(real.max(initial=-1)))
             self._ends.update(rows.stops_N[rows.stops_N >= 0].tolist())
         self._num_rows += len(rows.rows_N)
 

@@ -32,6 +32,7 @@ from distft.data.samples import FormatSpec, Group, PromptCompletion, text_column
 from distft.generation.completion import Prompt, SamplingParams
 from distft.metrics import METRICS, MetricSpec, RunFacts
 from distft.model.adapters import METHODS, MethodSpec
+from distft.model.adapters.virtual_tokens import VirtualEmbedding
 from distft.objectives import OBJECTIVES, ObjectiveSpec, sft
 from distft.optim import OPTIMIZERS, OptimizerSpec
 from distft.step_sources import STEP_SOURCES, StepSourceInputs, StepSourceSpec
@@ -89,6 +90,41 @@ IA3 = MethodSpec(
     base_name=lambda name: name.removeprefix("base_model.model.").replace(".base_layer.", "."),
     adapter=True,
     library="peft",
+)
+
+
+class PromptParams(Params):
+    num_virtual_tokens: int = Field(default=4, ge=1)
+
+
+def attach_prompt(lm: Any, params: PromptParams, dtype: torch.dtype) -> Any:
+    lm.requires_grad_(False)
+    lm.set_input_embeddings(VirtualEmbedding(lm.get_input_embeddings(), params.num_virtual_tokens, dtype))
+    return lm
+
+
+def save_prompt(lm: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    from peft import PromptTuningConfig
+    from safetensors.torch import save_file
+
+    [prompt] = tensors.values()
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt), token_dim=prompt.shape[1])
+    config.num_transformer_submodules, config.inference_mode = 1, True
+    config.num_attention_heads, config.num_layers = lm.config.num_attention_heads, lm.config.num_hidden_layers
+    config.save_pretrained(str(folder))
+    save_file({"prompt_embeddings": prompt}, folder / "adapter_model.safetensors")
+
+
+PROMPT = MethodSpec(
+    name="prompt",
+    params=PromptParams,
+    attach=attach_prompt,
+    owns=lambda name: ".virtual." in name,
+    fresh=lambda name, model, meta, generator: 0.02 * torch.randn(meta.shape, generator=generator),
+    base_name=lambda name: name.replace("embed_tokens.base.", "embed_tokens."),
+    adapter=True,
+    virtual_tokens=lambda params: params.num_virtual_tokens,
+    save_adapter=save_prompt,
 )
 
 
@@ -242,6 +278,7 @@ def register() -> None:
     FORMATS.add(QA)
     METHODS.add(NORMS)
     METHODS.add(IA3)
+    METHODS.add(PROMPT)
     FORMATS.add(CHOICE)
     OBJECTIVES.add(FOCAL)
     OBJECTIVES.add(MARGIN)
@@ -279,6 +316,13 @@ PAIRS = [
 CASES = {
     "norms": [*FIRST, 'method.name="norms"', "optim.momentum=0.0"],
     "ia3": ["train.max_steps=3", 'method.name="ia3"', "optim.momentum=0.9", 'method.target_modules=["v_proj"]'],
+    "prompt": [
+        "train.max_steps=6",
+        'objective={name="sft"}',
+        'method={name="prompt", num_virtual_tokens=5}',
+        'optim={name="adamw", learning_rate=0.05}',
+        'eval.answers=[{name="a", path="FOLDER/questions.jsonl", scores=[{name="exact_match"}], max_new_tokens=6}]',
+    ],
     "gamma0": [*FIRST, "objective.gamma=0.0"],
     "sft": [*FIRST, 'objective={name="sft"}'],
     **{name: [*PAIRS, f"train.micro_batch_size={micro}"] for name, micro in (("pairs", 8), ("pairs-split", 1))},
@@ -323,6 +367,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         path = bench.folder / f"{split}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps({"q": row["prompt"], "a": row["completion"]}) + "\n" for row in rows))
+        (bench.folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
         answers = [row["completion"] for row in rows]
         pairs = [
             {"q": row["prompt"], "good": " disk" + good, "bad": " cache" + bad}
@@ -385,6 +430,35 @@ def test_a_peft_method_from_outside_saves_its_own_adapter(said: dict[str, str], 
     assert all((param != 1).any() and (param - 1).abs().max() < 1 for param in own.values())
     facts = json.loads(Path(said["ia3"], "manifest.json").read_text())
     assert facts["parameters"]["trainable"] == 2 * 2 * 16  # blocks x key-value heads x head size
+
+
+def test_virtual_tokens_are_trained_and_read_by_peft(said: dict[str, str], bench: Bench) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lines = records(said["prompt"])
+    facts = json.loads(Path(said["prompt"], "manifest.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(bench.folder / "model")
+    assert facts["parameters"]["trainable"] == 5 * base.config.hidden_size
+    model = PeftModel.from_pretrained(base, said["prompt"] + "/final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(bench.folder / "model")
+    loss = tokens = 0.0
+    rows = [json.loads(line) for line in (bench.folder / "valid.jsonl").read_text().splitlines()]
+    for row in rows:
+        alone, ids = tokenizer(row["q"]).input_ids, [*tokenizer(row["q"] + row["a"]).input_ids, tokenizer.eos_token_id]
+        start = next((at for at, pair in enumerate(zip(alone, ids, strict=False)) if len({*pair}) > 1), len(alone))
+        labels = [-100] * start + ids[start:]
+        with torch.no_grad():
+            found = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]))
+        loss, tokens = loss + found.loss.item() * (len(ids) - start), tokens + len(ids) - start
+    last = [line for line in lines if "eval_loss" in line][-1]
+    assert last["eval_loss"] == pytest.approx(loss / tokens, rel=1e-5)
+    assert last["eval_loss"] < next(line for line in lines if "eval_loss" in line)["eval_loss"] - 0.05
+    [answer] = [json.loads(line) for line in Path(said["prompt"], "eval/after/a.jsonl").read_text().splitlines()][:1]
+    ids = torch.tensor([tokenizer(rows[0]["q"]).input_ids])
+    with torch.no_grad():
+        written = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    assert answer["answer"] == tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_the_objective_is_what_is_minimised(said: dict[str, str]) -> None:
