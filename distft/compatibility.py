@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from distft.core.errors import Problem, RecipeError
+from distft.core.files import replace_json
 from distft.data.preparation_report import PrepareReport
 from distft.data.prepared_folder import cache_folder
 from distft.model import skeleton
@@ -137,9 +137,7 @@ def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
         listed = targets.listing(skeleton.build(load.read_config(folder), HEADS[recipe.objective.spec.head]))
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
-        aside.write_text(json.dumps(listed.to_json()), encoding="utf-8")
-        aside.replace(kept)
+        replace_json(kept, listed.to_json())
     return listed
 
 

@@ -342,9 +342,9 @@ def main(argv: list[str]) -> NoReturn:
             spec.failure(rank).write_text(json.dumps(why(error)), encoding="utf-8")
         hard_exit(1)
     if engine.rank == 0:
-        from distft.run_folder import write_atomic
+        from distft.core.files import replace_file
 
-        write_atomic(Path(spec.out), json.dumps(record))
+        replace_file(Path(spec.out), json.dumps(record))
     hard_exit(0)
 
 

@@ -17,6 +17,7 @@ from distft.checkpoint.rank_group import RankErrors, RankGroup, on_all_ranks
 from distft.checkpoint.saving import Job, merge, write_manifest
 from distft.core.errors import FileSystemError
 from distft.core.faults import Faults
+from distft.core.files import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class Committer:
         self._best_due = job.best or self._best_due
         if self._group.rank != 0:
             return
-        durable.sync_folder(self._folders.root)  # of P6; after the rename nothing may fail the save any more
+        sync_folder(self._folders.root)  # of P6; after the rename nothing may fail the save any more
         if self._best_due is not None:
             self._folders.write_best(self._best_due)
             self._best_due = None

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from distft.core.file_lock import locked_once
+from distft.core.files import replace_json
 from distft.data.samples import FormatSpec
 from distft.data.sources import RowSource, hub_dataset
 from distft.data.templates import read_template
@@ -114,9 +114,7 @@ def file_hash(path: Path, memory: Path, waiting: Callable[[], None] = lambda: No
             return known
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        aside = note.with_suffix(f".{uuid4().hex}.tmp")  # hosts that share the folder share process ids
-        aside.write_text(json.dumps({"path": str(path), "state": state, "sha256": digest}), encoding="utf-8")
-        aside.replace(note)
+        replace_json(note, {"path": str(path), "state": state, "sha256": digest})
         return digest
 
 

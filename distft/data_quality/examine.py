@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import numpy as np
 
 from distft.core.errors import DataError, FileSystemError
 from distft.core.file_lock import locked_once
+from distft.core.files import replace_json
 from distft.data.fingerprint import sources_key
 from distft.data.prepare import with_distinct_labels
 from distft.data.samples import FormatSpec
@@ -83,9 +83,7 @@ def examine(
         with locked_once(note.with_suffix(".lock"), waiting, done=lambda: _read(note) is not None):
             if (known := _read(note)) is None:
                 known = _examine(splits, progress)
-                aside = note.with_suffix(f".{uuid4().hex}.tmp")
-                aside.write_text(json.dumps(known.to_json(), ensure_ascii=False), encoding="utf-8")
-                aside.replace(note)
+                replace_json(note, known.to_json(), ensure_ascii=False)
             return known
     except OSError as error:
         raise FileSystemError(

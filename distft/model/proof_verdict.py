@@ -17,6 +17,7 @@ from typing import Any
 from distft.core.cache import cache_root
 from distft.core.errors import FileSystemError
 from distft.core.file_lock import locked_once
+from distft.core.files import replace_json
 from distft.model.paths import ForwardPath
 
 
@@ -84,9 +85,7 @@ def kept(key: str, find: Callable[[], ProofVerdict], *, waiting: Callable[[], No
         folder.mkdir(parents=True, exist_ok=True)
         with locked_once(folder / f"{key}.lock", waiting, done=file.is_file) as mine:
             if mine:
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(find().to_json(), indent=1), encoding="utf-8")
-                part.replace(file)
+                replace_json(file, find().to_json(), indent=1)
         return ProofVerdict.from_json(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise FileSystemError(
