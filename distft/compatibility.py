@@ -17,10 +17,11 @@ from distft.core.errors import Problem, RecipeError
 from distft.core.files import replace_json
 from distft.data.preparation_report import PrepareReport
 from distft.data.prepared_folder import cache_folder
+from distft.export import EXPORTS
 from distft.model import skeleton
 from distft.model.adapters import targets
 from distft.model.heads import HEADS
-from distft.recipe import Recipe
+from distft.recipe import Recipe, listed_params
 from distft.recipe.origin import RecipeMistake
 
 
@@ -64,9 +65,21 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         message = f'objective "{recipe.objective.name}" trains a {recipe.objective.spec.head} head, which cannot answer'
         fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
         _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
+    _refuse(recipe, list(_exports_that_cannot_be(recipe)))
     if not targets.are_named(params):
         return
     _refuse(recipe, targets.faults(_listing(recipe, folder), params))
+
+
+def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:
+    head = HEADS[recipe.objective.spec.head]
+    for index, chosen in enumerate(recipe.export.also):
+        spec = EXPORTS[chosen["name"]]
+        twice = any(other["name"] == spec.name for other in recipe.export.also[:index])
+        why = spec.refuses(listed_params(chosen, spec.params), recipe.method.spec, head)
+        why = f'"{spec.name}" is written twice, to one folder' if twice else why
+        if why:
+            yield RecipeMistake(key=("export", "also", index, "name"), message=why, fix="leave this export out")
 
 
 def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:

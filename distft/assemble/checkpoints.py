@@ -108,36 +108,39 @@ def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int,
 def export(
     recipe: Recipe, folder: RunFolder, engine: Engine, built: MetaModel, shapes: dict[str, Any], rows: Data
 ) -> None:
-    """Write final/: what transformers, PEFT and inference servers load."""
+    """Write final/, what transformers, PEFT and inference servers load, and the recipe's further exports."""
     from distft.data.tokenizer import save_tokenizer
-    from distft.export import final, model_card
+    from distft.export import EXPORTS, ExportInputs, final, model_card
     from distft.model.heads import HEADS
     from distft.model.load import WRAPPER
+    from distft.recipe import listed_params
     from distft.run_record import read_run
 
-    lm: Any = built.module.lm
+    transformer = built.module.transformer
     tokenizer, revision = tokenizer_of(recipe)
     head = HEADS[recipe.objective.spec.head]
     pad_id = load_row_renderer(recipe).tokenizer.pad_token_id
     pad_id = None if pad_id in rows.stop_ids else pad_id
 
-    def save_beside(target: Path) -> None:
+    def write_beside(target: Path) -> None:
         save_tokenizer(tokenizer, target, chat_template=recipe.data.chat_template, revision=revision)
-        final.save_generation_config(built.module.transformer, target, rows.stop_ids)
+        final.save_generation_config(transformer, target, rows.stop_ids)
         model_card.write(target, read_run(folder.path))
 
-    def save_config_too(target: Path) -> None:
-        final.save_config(built.module.transformer, target, finish=lambda config: head.finish_config(config, pad_id))
-        save_beside(target)
-
-    if recipe.method.spec.adapter:
-        final.write_adapter(
-            folder.final,
-            engine,
-            shapes,
-            prefix=WRAPPER,
-            save_adapter=lambda target, tensors: recipe.method.spec.save_adapter(lm, target, tensors),
-            save_rest=save_beside,
-        )
-    else:
-        final.write_model(folder.final, engine, shapes, prefix=WRAPPER, layout=built.layout, save_rest=save_config_too)
+    inputs = ExportInputs(
+        engine=engine,
+        lm=built.module.lm,
+        shapes=shapes,
+        prefix=WRAPPER,
+        layout=built.layout,
+        method=recipe.method.spec,
+        write_config=lambda target: final.save_config(
+            transformer, target, finish=lambda config: head.finish_config(config, pad_id)
+        ),
+        write_beside=write_beside,
+    )
+    own = EXPORTS["adapter" if recipe.method.spec.adapter else "model"]
+    own.write(own.params(), inputs, folder.final)
+    for chosen in recipe.export.also:
+        spec = EXPORTS[chosen["name"]]
+        spec.write(listed_params(chosen, spec.params), inputs, folder.path / "exports" / spec.name)

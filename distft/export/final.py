@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from distft.core.errors import DistftError
 from distft.core.types import Engine
+from distft.export.spec import Shapes
 from distft.model.layout import FileLayout
 
 MAX_FILE_BYTES = 4 * 2**30
 """Weights are split into files of at most this size, so no more than one file's worth is ever held."""
-
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Parameter name (as the saved folder spells it) -> whole shape and type, tied tensors once."""
 
 
 def write_model(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from distft.core.registry import Params, Registry, Spec
 from distft.recipe.evaluation import EvalTable, SourceTable
 from distft.recipe.lines import KeyPath
 from distft.recipe.origin import Origin, key_path
+from distft.recipe.replacements import Replacement, with_value, write_back
 from distft.recipe.toml_text import is_array, is_table, toml_text
 
 SpecT = TypeVar("SpecT", bound=Spec)
@@ -194,6 +195,13 @@ class LogTable(Params):
     """Weights & Biases project."""
 
 
+class ExportTable(Params):
+    """Forms of the trained model besides final/."""
+
+    also: tuple[dict[str, Any], ...] = ()
+    """Each a name and its settings, such as { name = "adapter" }; written to the run folder's exports/NAME/."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice(Generic[SpecT]):
     """A registered part that a table chose by name, and what the table set on it."""
@@ -219,6 +227,8 @@ class Registries:
     """Dataset formats: `format` is "auto" or one of these."""
     scores: Registry[Any] = field(default_factory=lambda: Registry[Any]("score"))
     """What `[[eval.answers]] scores` may name."""
+    exports: Registry[Any] = field(default_factory=lambda: Registry[Any]("export"))
+    """What `[export] also` may name."""
     templates: tuple[str, ...] = ()
     """Built-in chat templates: `chat_template` is "auto", one of these, or a .jinja file."""
 
@@ -234,16 +244,6 @@ class Registries:
 
 DEFAULT_PARTS = {"method": "full", "objective": "sft", "optim": "adamw", "schedule": "cosine", "engine": "auto"}
 """The part a table means when it does not say a name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replacement:
-    """A value that stands for what the recipe says on this machine or in this run: a real path, a date."""
-
-    key: KeyPath
-    value: Any
-    written: Any
-    """What the recipe says there; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +264,7 @@ class Recipe:
     checkpoint: CheckpointTable
     guard: GuardTable
     eval: EvalTable
+    export: ExportTable
     log: LogTable
     source: str = field(compare=False)
     """The file it was read from, or what the caller called its text."""
@@ -280,7 +281,7 @@ class Recipe:
         for step in rest:
             written = written[step] if isinstance(step, int) else getattr(written, step)
         noted = Replacement(key=key, value=value, written=written)
-        changed: Any = {name: _with(table, rest, value), "replacements": (*self.replacements, noted)}
+        changed: Any = {name: with_value(table, rest, value), "replacements": (*self.replacements, noted)}
         return replace(self, **changed)
 
     def written(self, path: str) -> str:
@@ -310,7 +311,9 @@ class Recipe:
                 case _:
                     pass
         for noted in reversed(self.replacements):
-            _write_back(content, noted)
+            write_back(content, noted)
+        if not self.export.also:
+            del content["export"]
         if not self.data.eval:
             del content["data"]["eval"]
             if not self.eval.answers:  # [eval] has no effect without rows, and to say it again would be an error
@@ -360,32 +363,6 @@ def fill_dependent_defaults(raw: dict[str, Any]) -> None:
     for source in sources:
         if is_table(source) and "share" not in source:
             source.setdefault("weight", 1.0)
-
-
-def _with(table: Any, key: Sequence[str | int], value: Any) -> Any:
-    """A copy of a table, or of a tuple of tables, with another value at `key`."""
-    if not key:
-        return value
-    step, *rest = key
-    if isinstance(step, int):
-        return (*table[:step], _with(table[step], rest, value), *table[step + 1 :])
-    return table.model_copy(update={step: _with(getattr(table, step), rest, value)})
-
-
-def _write_back(content: Any, noted: Replacement) -> None:
-    """Put what the recipe says in place of what stands for it, unless the value was changed since."""
-    *steps, last = noted.key
-    try:
-        for step in steps:
-            content = content[step]
-        current = content[last]
-    except (KeyError, IndexError):  # the table was changed since
-        return
-    if current == noted.value:
-        if noted.written is None:
-            del content[last]
-        else:
-            content[last] = noted.written
 
 
 def _plain(table: Params) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from harness import ROOT, Bench, run
@@ -29,7 +31,10 @@ from distft.core.types import IGNORE, Batch, LossTerms, Policy, StepReport, Trai
 from distft.data.batch import pack_documents
 from distft.data.formats import FORMATS
 from distft.data.samples import FormatSpec, Group, PromptCompletion, text_column
-from distft.generation.completion import Prompt, SamplingParams
+from distft.export import EXPORTS, ExportInputs, ExportSpec
+from distft.generation import GENERATORS, GeneratorInputs, GeneratorSpec
+from distft.generation.completion import Completion, Prompt, SamplingParams
+from distft.generation.engine_generator import engine_generator
 from distft.metrics import METRICS, MetricSpec, RunFacts
 from distft.model.adapters import METHODS, MethodSpec
 from distft.model.adapters.virtual_tokens import VirtualEmbedding
@@ -189,13 +194,44 @@ RANKING = ObjectiveSpec(
 )
 
 
+class NpzParams(Params):
+    digits: Literal["float16", "float32"] = "float32"
+
+
+def write_npz(params: NpzParams, inputs: ExportInputs, folder: Path) -> None:
+    gathered = dict(inputs.engine.full_tensors(inputs.prefix + name for name in inputs.shapes))
+    if inputs.engine.rank == 0:
+        folder.mkdir(parents=True)
+        arrays = {name.removeprefix(inputs.prefix): tensor.numpy() for name, tensor in gathered.items()}
+        np.savez(folder / "model.npz", **{name: array.astype(params.digits) for name, array in arrays.items()})
+
+
+NPZ = ExportSpec(
+    name="npz", params=NpzParams, write=write_npz,
+    refuses=lambda params, method, head: "adapters have no npz" if method.adapter else "",
+)  # fmt: skip
+
+
+class LoudGenerator:
+    """The engine's own, asked for its tokens' log-probabilities whatever the caller wants."""
+
+    def __init__(self, params: NoParams, inputs: GeneratorInputs) -> None:
+        self.own = engine_generator(inputs)
+
+    def generate(self, prompts: Sequence[Prompt], how: SamplingParams) -> list[Completion] | None:
+        return self.own.generate(prompts, replace(how, logprobs=True))
+
+
+LOUD = GeneratorSpec(name="loud", open=LoudGenerator)
+
+
 class SampledSteps:
     """Answers the rows' prompts with the model as it is; `advantage_D` is an answer's reward less its group's mean."""
 
     ANSWERS = 4
 
     def __init__(self, inputs: StepSourceInputs) -> None:
-        self.inputs, self.generator = inputs, inputs.generator("engine")
+        self.inputs, self.generator = inputs, inputs.generator("loud")
         self.num_steps, self.samples_in, self.epoch_at = (
             inputs.steps.num_steps,
             inputs.steps.samples_in,
@@ -215,7 +251,7 @@ class SampledSteps:
                 Prompt(seed_key=f"{step} {micro.position} {row} {answer}", ids=ids[begin : first + 1])
                 for answer in range(self.ANSWERS)
             ]
-        how = SamplingParams(max_new_tokens=8, temperature=1.0, seed=self.inputs.seed, logprobs=True)
+        how = SamplingParams(max_new_tokens=8, temperature=1.0, seed=self.inputs.seed)
         answers = self.generator.generate(prompts, how)
         assert answers is not None
         documents = [
@@ -285,6 +321,8 @@ def register() -> None:
     OBJECTIVES.add(RANKING)
     OBJECTIVES.add(REINFORCE)
     STEP_SOURCES.add(SAMPLED)
+    GENERATORS.add(LOUD)
+    EXPORTS.add(NPZ)
     METRICS.add(DENSITY)
 
 
@@ -314,7 +352,7 @@ PAIRS = [
     'data.eval.0.path="FOLDER/choices-valid.jsonl"', "data.max_length=192", "optim.learning_rate=0.005",
 ]  # fmt: skip
 CASES = {
-    "norms": [*FIRST, 'method.name="norms"', "optim.momentum=0.0"],
+    "norms": [*FIRST, 'method.name="norms"', "optim.momentum=0.0", 'export.also=[{name="npz", digits="float16"}]'],
     "ia3": ["train.max_steps=3", 'method.name="ia3"', "optim.momentum=0.9", 'method.target_modules=["v_proj"]'],
     "prompt": [
         "train.max_steps=6",
@@ -355,7 +393,14 @@ CASES = {
     ],
     "pairs-full": [*PAIRS, 'method={name="full"}'],
     "pairs-sft": [*PAIRS, 'objective={name="sft"}'],
-    "mistakes": ["optim.momentm=0.9", "objective.gama=1.0", 'data.train.0.format="qas"', 'method.name="ia2"'],
+    "exports": [*FIRST, 'method.name="ia3"', 'export.also=[{name="npz"}, {name="model"}]'],
+    "mistakes": [
+        "optim.momentm=0.9",
+        "objective.gama=1.0",
+        'data.train.0.format="qas"',
+        'method.name="ia2"',
+        'export.also=[{name="npy"}, {name="npz", digit=1}]',
+    ],
 }
 
 
@@ -417,6 +462,20 @@ def test_only_the_methods_own_parameters_changed_by_the_optimizers_rule(said: di
     moved = torch.cat([(after[name] - before[name]).flatten() for name in changed]).norm().item()
     [step] = [record for record in records(said["norms"]) if "loss" in record]
     assert moved == pytest.approx(RATE * step["grad_norm"], rel=1e-4), "plain SGD moves by rate x gradient"
+
+
+def test_an_export_from_outside_is_written_beside_final(said: dict[str, str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    final = AutoModelForCausalLM.from_pretrained(said["norms"] + "/final").state_dict()
+    with np.load(said["norms"] + "/exports/npz/model.npz") as arrays:
+        assert all(np.array_equal(arrays[name], final[name].numpy().astype("float16")) for name in arrays.files)
+        assert "model.norm.weight" in arrays.files
+    assert "adapters have no npz" in said["exports"]
+    assert 'method "ia3" trains an adapter' in said["exports"]
+    resolved = tomllib.loads(Path(said["norms"], "recipe.toml").read_text())
+    assert resolved["export"]["also"] == [{"name": "npz", "digits": "float16"}]
+    assert "export" not in tomllib.loads(Path(said["ia3"], "recipe.toml").read_text())
 
 
 def test_a_peft_method_from_outside_saves_its_own_adapter(said: dict[str, str], bench: Bench) -> None:
@@ -597,7 +656,9 @@ def test_the_run_says_which_parts_it_had(said: dict[str, str]) -> None:
 
 def test_mistakes_in_outside_parts_are_explained_like_our_own(said: dict[str, str]) -> None:
     text = said["mistakes"]
-    assert "4 problems" in text
+    assert "6 problems" in text
+    assert 'unknown export "npy", did you mean "npz"' in text or 'did you mean "npz"' in text
+    assert 'did you mean "digits"' in text
     assert 'did you mean "momentum"' in text
     assert 'did you mean "gamma"' in text
     assert 'did you mean "qa"' in text
