@@ -21,6 +21,7 @@ from distft.export import EXPORTS
 from distft.model import skeleton
 from distft.model.adapters import targets
 from distft.model.heads import HEADS
+from distft.objectives import OBJECTIVES
 from distft.recipe import Recipe, listed_params
 from distft.recipe.origin import RecipeMistake
 
@@ -127,11 +128,12 @@ def refuse_other_groups(recipe: Recipe, report: PrepareReport, split: str) -> No
     if size == objective.spec.group_size:
         return
     formats = ", ".join(sorted({source.format for source in report.sources}))
+    fitting = ", ".join(name for name, spec in OBJECTIVES.items() if spec.group_size == size)
     fault = RecipeMistake(
         key=("objective", "name"),
         message=f'= "{objective.name}" trains {objective.spec.group_size} document(s) a row together, and the format '
         f"{formats} of [[data.{split}]] makes {size} of each row",
-        fix="choose an objective for such rows, or another format",
+        fix=f"such rows are trained by the objectives {fitting}" if fitting else "choose another format",
     )
     _refuse(recipe, [fault])
 

@@ -6,6 +6,7 @@ Shape letters: T tokens of the micro-batch, D documents in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -35,13 +36,15 @@ def build_batch(
     Raises:
         ValueError: the rows hold more than `pad_to` tokens.
     """
+    import torch
+
     documents: list[TokenDocument] = []
     for row in rows:
         ids_T, trained_T = prepared.row(row)
         ends = np.cumsum(prepared.documents(row))[:-1]
         parts = zip(np.split(ids_T, ends), np.split(trained_T, ends), strict=True)
         documents += [(ids, trained) for ids, trained in parts]
-    return pack_documents(
+    batch = pack_documents(
         documents,
         group_sizes=(prepared.group_size,) * len(rows),
         sample_ids=tuple(prepared.sample_id(row) for row in rows),
@@ -49,6 +52,8 @@ def build_batch(
         pad_to=pad_to,
         max_length=max_length,
     )
+    values = prepared.values(rows) if prepared.report.values else {}
+    return replace(batch, columns={name: torch.from_numpy(column) for name, column in values.items()})
 
 
 def pack_documents(

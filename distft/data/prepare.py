@@ -201,7 +201,8 @@ def _build(job: _Job, aside: Path, target: Path) -> None:
         for source, spec in zip(job.sources, job.specs, strict=True)
     ]
     group_size = group_size_of(job.sources, job.specs, job.table, job.where)
-    writer = Writer(aside, group_size=group_size)
+    values = job.specs[0].values
+    writer = Writer(aside, group_size=group_size, num_values=len(values))
     try:
         for task, made in _made(maker, _tasks(job.sources, reports)):
             _count(reports[task.source], made)
@@ -218,6 +219,7 @@ def _build(job: _Job, aside: Path, target: Path) -> None:
             largest_id=writer.largest_id,
             stop_ids=writer.stop_ids(),
             group_size=group_size,
+            values=values,
         )
         writer.commit(report, target)
     finally:
