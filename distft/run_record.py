@@ -131,11 +131,6 @@ class RunRecord:
         return str(self.table("model").get("path", ""))
 
     @property
-    def is_complete(self) -> bool:
-        """It ended well."""
-        return self.exit.get("code") == 0
-
-    @property
     def evals(self) -> tuple[Mapping[str, Any], ...]:
         """Those of the loss on held-out rows."""
         return tuple(record for record in self.looks if "eval_loss" in record)
