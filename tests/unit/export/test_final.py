@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distft.core.errors import DistftError
 from distft.core.types import UpdateRule
+from distft.engine.params import EngineParams
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
-from distft.engine.spec import EngineParams
 from distft.export import final
 from distft.model.load import WRAPPER, MetaModel
 
