@@ -103,7 +103,6 @@ class Run:
         from distft.catalog import REGISTRIES
         from distft.core.log import quiet_libraries
         from distft.core.protocols import Every
-        from distft.demo.files import locate
         from distft.engine import processes
         from distft.guard import DivergenceGuard
         from distft.recipe import load_recipe
@@ -115,21 +114,20 @@ class Run:
             """Benchmarks print one result."""
 
         self.recipe = recipe = load_recipe(str(self.recipe_file), registries=REGISTRIES, overrides=self.overrides)
-        located = locate(recipe)
         _, rank, world, _ = processes.placed_by(os.environ)
         folder = RunFolder(recipe.run_dir, writes=rank == 0)
-        cut = assemble.layout(recipe, world)
-        self.rows = assemble.data(located, cut, rank, world, quiet)
+        cut = assemble.choose_layout(recipe, world)
+        self.rows = assemble.load_data(recipe, cut, rank, world, quiet)
         placed = processes.join(timeout_s=120)
         self.engine = assemble.open_engine(recipe, placed, quiet)
-        self.model = assemble.model(located, placed, cut, self.rows, quiet)
+        self.model = assemble.build_model(recipe, placed, cut, self.rows, quiet)
         guard, best = (
             DivergenceGuard(recipe.guard, self.engine, say=quiet, note=folder.note),
             BestTracker(keep=False, patience=None),
         )
         checkpoints, self.state, _ = assemble.open_checkpoints(
             recipe,
-            located,
+            recipe,
             folder,
             self.engine,
             self.rows,
@@ -140,14 +138,14 @@ class Run:
         )
         folder.start(recipe.to_toml(), {})
         costs = assemble.run_facts(self.model, placed, self.state)
-        assemble.adopt(recipe, self.engine, self.model, cut, self.rows.steps.num_steps)
-        self.objective = assemble.objective(recipe, self.engine, self.model)
+        assemble.set_up_engine(recipe, self.engine, self.model, cut, self.rows.steps.num_steps)
+        self.objective = assemble.build_objective(recipe, self.engine, self.model)
         self._metrics = folder.metrics
         self._window = Window(steps=self.rows.steps, batches=self.rows.steps.from_step(0))
         self._around: dict[str, Any] = {
             "engine": self.engine,
             "objective": self.objective,
-            "meters": assemble.meters(recipe, folder, costs, self.engine, placed, self.rows.steps, quiet),
+            "meters": assemble.build_meters(recipe, folder, costs, self.engine, placed, self.rows.steps, quiet),
             "checkpoints": checkpoints,
             "guard": guard,
             "look": lambda state: None,

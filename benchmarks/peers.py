@@ -193,13 +193,12 @@ def examples(folder: Path, steps: int, *, packed: bool) -> list[dict[str, list[i
     from distft import assemble
     from distft.catalog import REGISTRIES
     from distft.core.types import IGNORE
-    from distft.demo.files import locate
     from distft.recipe import load_recipe
 
     table = load_recipe(
         str(recipe(folder, steps, packed=packed)), registries=REGISTRIES, overrides=["train.micro_batch_size=1"]
     )
-    rows = assemble.data(locate(table), assemble.layout(table, 1), 0, 1, lambda line: None)
+    rows = assemble.load_data(table, assemble.choose_layout(table, 1), 0, 1, lambda line: None)
     made = []
     for micros in rows.steps.from_step(0):
         for micro in micros:

@@ -83,12 +83,11 @@ def measure(folder: Path, shape: str, asked: argparse.Namespace) -> dict[str, An
     from distft.catalog import REGISTRIES
     from distft.data.order import train_order
     from distft.data.prepare import prepare
-    from distft.demo.files import locate
     from distft.recipe import load_recipe
 
     path = folder / f"{shape}.toml"
     path.write_text(RECIPE.format(folder=folder, shape=shape, tokenizer=asked.tokenizer), encoding="utf-8")
-    recipe = locate(load_recipe(str(path), registries=REGISTRIES))
+    recipe = load_recipe(str(path), registries=REGISTRIES)
     made = iter(range(1000))
 
     def ours(recipe: Any) -> Any:

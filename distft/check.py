@@ -20,6 +20,7 @@ from distft import compatibility
 from distft.catalog import REGISTRIES
 from distft.check_options import parser
 from distft.core.errors import DONE, DistftError, FileSystemError
+from distft.core.virtual_tokens import VIRTUAL_ID
 from distft.data.loader import EvalSteps, Steps
 from distft.data.preparation_report import SourceReport
 from distft.data.prepare import prepare
@@ -28,7 +29,6 @@ from distft.data.render import load_renderer, settings_of
 from distft.data.store import Prepared
 from distft.data.tokenizer import load_decoder
 from distft.data_quality import DataQualityReport, card, examine, refuse_overlap, summary
-from distft.demo.files import locate
 from distft.evaluation.build import build_eval_sets
 from distft.recipe import Recipe, check_steps, load_recipe
 
@@ -127,10 +127,18 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
     folder = cache_dir or cache_folder(recipe.data)
     tokenizer, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
     decode = load_decoder(tokenizer, revision) if samples else str
+    virtual_tokens = recipe.method.spec.virtual_tokens(recipe.method.params)
 
     def prepared(split: Any, sources: Sequence[Any]) -> Prepared:
         return prepare(
-            recipe.data, sources, tokenizer=tokenizer, revision=revision, split=split, cache_dir=folder, progress=_tell
+            recipe.data,
+            sources,
+            tokenizer=tokenizer,
+            revision=revision,
+            split=split,
+            cache_dir=folder,
+            virtual_tokens=virtual_tokens,
+            progress=_tell,
         )
 
     train = prepared("train", recipe.data.train)
@@ -187,7 +195,12 @@ def _verdict(recipe: Recipe) -> str:
     if table.attention == "flash":  # where the run is, not here
         table = table.model_copy(update={"attention": "auto"})
     with compatibility.placed(recipe):
-        verdict = verdict_on(table, skeleton.find_config(recipe.model), max_length=recipe.data.max_length)
+        verdict = verdict_on(
+            table,
+            skeleton.find_config(recipe.model),
+            max_length=recipe.data.max_length,
+            head=recipe.objective.spec.head,
+        )
     line = recipe.line_of("model.path")
     path_of(verdict, source=recipe.source, line=line, attention=table.attention)
     return "\n".join([verdict.describe(), *(f"  {line}" for line in verdict.tried())])
@@ -202,7 +215,8 @@ def _sets(recipe: Recipe, tokenizer: str, revision: str | None) -> Iterator[SetV
     if not recipe.eval.answers:
         return
     table = recipe.data
-    renderer = load_renderer(tokenizer, revision=revision, **settings_of(table))
+    virtual_tokens = recipe.method.spec.virtual_tokens(recipe.method.params)
+    renderer = load_renderer(tokenizer, revision=revision, virtual_tokens=virtual_tokens, **settings_of(table))
     for exam in build_eval_sets(recipe.eval.answers, table, renderer, seed=recipe.seed, progress=_tell):
         yield SetView(
             name=exam.name,
@@ -244,7 +258,7 @@ def _sample(rows: Prepared, row: int, decode: Any) -> SampleView:
     ends = [*(np.flatnonzero(np.diff(trained_T)) + 1).tolist(), len(ids_T)]
     pieces, begin, before = [], 0, ""
     for end in ends:
-        text = decode(ids_T[:end].tolist())
+        text = decode([token for token in ids_T[:end].tolist() if token < VIRTUAL_ID])
         pieces.append((text[len(before) :], bool(trained_T[begin])))
         begin, before = end, text
     return SampleView(
@@ -324,7 +338,9 @@ def _line(console: Console, text: str) -> None:
 
 
 def _write_card(path: Path, care: DataQualityReport, recipe: Recipe) -> None:
-    sources = [(split, source.path) for split in ("train", "eval") for source in getattr(recipe.data, split)]
+    sources = [
+        (split, recipe.written(source.path)) for split in ("train", "eval") for source in getattr(recipe.data, split)
+    ]
     try:
         path.write_text(card(care, name=recipe.name, sources=sources), encoding="utf-8")
     except OSError as error:
@@ -335,13 +351,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code is that of the error, if any."""
     options = parser().parse_args(argv)
     try:
-        named = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
-        located = locate(named)
-        report = run_check(located, samples=options.samples)
-        if not compatibility.has_config(located):
-            print(f"check: {named.model.path} holds no config.json: its tokenizer was used", file=sys.stderr)
+        recipe = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
+        report = run_check(recipe, samples=options.samples)
+        if not compatibility.has_config(recipe):
+            print(
+                f"check: {recipe.written(recipe.model.path)} holds no config.json: its tokenizer was used",
+                file=sys.stderr,
+            )
         if options.card:
-            _write_card(Path(options.card), report.care, named)
+            _write_card(Path(options.card), report.care, recipe)
     except DistftError as error:
         print(error, file=sys.stderr)
         return error.exit_code

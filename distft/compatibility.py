@@ -17,10 +17,12 @@ from distft.core.errors import Problem, RecipeError
 from distft.core.files import replace_json
 from distft.data.preparation_report import PrepareReport
 from distft.data.prepared_folder import cache_folder
-from distft.demo.files import locate_path
+from distft.export import EXPORTS
 from distft.model import skeleton
 from distft.model.adapters import targets
-from distft.recipe import Recipe
+from distft.model.heads import HEADS
+from distft.objectives import OBJECTIVES
+from distft.recipe import Recipe, listed_params
 from distft.recipe.origin import RecipeMistake
 
 
@@ -39,50 +41,66 @@ def refuse_missing_folder(recipe: Recipe) -> None:
     _refuse(recipe, found)
 
 
-def has_config(located: Recipe) -> bool:
+def has_config(recipe: Recipe) -> bool:
     """Whether the model is one that training could start from; False for a folder that holds a tokenizer alone."""
-    folder = Path(located.model.path).expanduser()
+    folder = Path(recipe.model.path).expanduser()
     return not folder.is_dir() or (folder / "config.json").is_file()
 
 
-def refuse_misfits(located: Recipe, folder: Path | None = None) -> None:
-    """The model is there, and has every module that the method names.
+def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
+    """The model is there, has every module that the method names, and can do what the recipe asks of it.
 
     Args:
-        located: with real paths (see `distft.demo.locate`).
+        recipe: the recipe.
         folder: holds config.json, where it is not the recipe's model's.
 
     Raises:
         RecipeError: every mistake found, with its line.
     """
     if folder is None:
-        refuse_missing_folder(located)
-        with placed(located):
-            folder = skeleton.find_config(located.model)
-    params: Any = located.method.params
+        refuse_missing_folder(recipe)
+        with placed(recipe):
+            folder = skeleton.find_config(recipe.model)
+    params: Any = recipe.method.params
+    if recipe.eval.answers and not HEADS[recipe.objective.spec.head].generates:
+        message = f'objective "{recipe.objective.name}" trains a {recipe.objective.spec.head} head, which cannot answer'
+        fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
+        _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
+    _refuse(recipe, list(_exports_that_cannot_be(recipe)))
     if not targets.are_named(params):
         return
-    _refuse(located, targets.faults(_listing(located, folder), params))
+    _refuse(recipe, targets.faults(_listing(recipe, folder), params))
 
 
-def refuse_long_rows(located: Recipe, longest: int, split: str) -> None:
+def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:
+    head = HEADS[recipe.objective.spec.head]
+    for index, chosen in enumerate(recipe.export.also):
+        spec = EXPORTS[chosen["name"]]
+        twice = any(other["name"] == spec.name for other in recipe.export.also[:index])
+        why = spec.refuses(listed_params(chosen, spec.params), recipe.method.spec, head)
+        why = f'"{spec.name}" is written twice, to one folder' if twice else why
+        if why:
+            yield RecipeMistake(key=("export", "also", index, "name"), message=why, fix="leave this export out")
+
+
+def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:
     """Rows are not longer than the positions that the model was made for.
 
     Args:
-        located: with real paths.
+        recipe: the recipe.
         longest: tokens in the longest row that is kept.
         split: "train" or "eval", whose rows these are.
 
     Raises:
         RecipeError: they are, with the line of max_length.
     """
-    with placed(located):
-        folder = skeleton.find_config(located.model)
+    with placed(recipe):
+        folder = skeleton.find_config(recipe.model)
     if skeleton.has_positions(folder, longest):
         return
     from distft.model import load
 
-    with placed(located):
+    with placed(recipe):
         limit = skeleton.num_positions(load.read_config(folder))
     if limit is None or longest <= limit:
         return
@@ -92,44 +110,46 @@ def refuse_long_rows(located: Recipe, longest: int, split: str) -> None:
         fix=f"set [data] max_length = {limit}; a model that is to learn longer texts says so itself, in its "
         "config.json: max_position_embeddings, or rope scaling",
     )
-    _refuse(located, [fault])
+    _refuse(recipe, [fault])
 
 
-def refuse_other_groups(located: Recipe, report: PrepareReport, split: str) -> None:
+def refuse_other_groups(recipe: Recipe, report: PrepareReport, split: str) -> None:
     """Rows have as many documents as the objective trains together.
 
     Args:
-        located: with real paths.
+        recipe: the recipe.
         report: of the prepared rows.
         split: "train" or "eval", whose rows these are.
 
     Raises:
         RecipeError: they have not, with the line of the objective.
     """
-    objective, size = located.objective, report.group_size
+    objective, size = recipe.objective, report.group_size
     if size == objective.spec.group_size:
         return
     formats = ", ".join(sorted({source.format for source in report.sources}))
+    fitting = ", ".join(name for name, spec in OBJECTIVES.items() if spec.group_size == size)
     fault = RecipeMistake(
         key=("objective", "name"),
         message=f'= "{objective.name}" trains {objective.spec.group_size} document(s) a row together, and the format '
         f"{formats} of [[data.{split}]] makes {size} of each row",
-        fix="choose an objective for such rows, or another format",
+        fix=f"such rows are trained by the objectives {fitting}" if fitting else "choose another format",
     )
-    _refuse(located, [fault])
+    _refuse(recipe, [fault])
 
 
-def _listing(located: Recipe, folder: Path) -> targets.Listing:
+def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
     """The model's modules; kept by config, versions and code, because to build them imports torch for seconds."""
     parts = [(folder / "config.json").read_bytes(), version("transformers").encode()]
+    parts.append(recipe.objective.spec.head.encode())
     parts += [Path(found).read_bytes() for module in (skeleton, targets) if (found := module.__file__)]
-    kept = cache_folder(located.data) / "modules" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
+    kept = cache_folder(recipe.data) / "modules" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return targets.Listing.from_json(json.loads(kept.read_text(encoding="utf-8")))
     from distft.model import load
 
-    with placed(located):
-        listed = targets.listing(skeleton.build(load.read_config(folder)))
+    with placed(recipe):
+        listed = targets.listing(skeleton.build(load.read_config(folder), HEADS[recipe.objective.spec.head]))
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         replace_json(kept, listed.to_json())
@@ -137,7 +157,6 @@ def _listing(located: Recipe, folder: Path) -> targets.Listing:
 
 
 def _missing(path: str, key: str) -> list[tuple[str, str]]:
-    path = locate_path(path)
     folder = Path(path).expanduser()
     what = "config.json" if key == "path" else "tokenizer.json"
     if folder.is_dir():

@@ -1,53 +1,65 @@
 """Each part of a run made from its table of the recipe, for `distft.job` to put together in order."""
 
-from distft.assemble.batch_layout import Layout, advice, agreed, largest_micro_batch, layout, on_all, planned
+from distft.assemble.batch_layout import (
+    Layout,
+    agree_on_all_ranks,
+    agree_on_layout,
+    choose_layout,
+    largest_micro_batch,
+    memory_advice,
+    plan_of_run,
+)
 from distft.assemble.checkpoints import export, open_checkpoints, saved_shapes
 from distft.assemble.components import (
-    adopt,
+    build_meters,
+    build_model,
+    build_objective,
     device_name,
-    fetch,
+    fetch_model,
     manifest,
-    meters,
-    model,
-    objective,
+    num_steps,
     open_engine,
+    open_step_source,
     run_facts,
+    set_up_engine,
     update_rule,
 )
-from distft.assemble.evaluation import best, eval_sets, evaluator, renderer
-from distft.assemble.input_hashes import remember
-from distft.assemble.training_data import Data, HeldOut, Say, data, dated, held_out
+from distft.assemble.evaluation import build_best_tracker, build_eval_sets, build_evaluator, load_row_renderer
+from distft.assemble.input_hashes import hash_inputs
+from distft.assemble.training_data import Data, HeldOut, Say, load_data, load_held_out, with_date
 
 __all__ = [
     "Data",
     "HeldOut",
     "Layout",
     "Say",
-    "adopt",
-    "advice",
-    "agreed",
-    "best",
-    "data",
-    "dated",
+    "agree_on_all_ranks",
+    "agree_on_layout",
+    "build_best_tracker",
+    "build_eval_sets",
+    "build_evaluator",
+    "build_meters",
+    "build_model",
+    "build_objective",
+    "choose_layout",
     "device_name",
-    "eval_sets",
-    "evaluator",
     "export",
-    "fetch",
-    "held_out",
+    "fetch_model",
+    "hash_inputs",
     "largest_micro_batch",
-    "layout",
+    "load_data",
+    "load_held_out",
+    "load_row_renderer",
     "manifest",
-    "meters",
-    "model",
-    "objective",
-    "on_all",
+    "memory_advice",
+    "num_steps",
     "open_checkpoints",
     "open_engine",
-    "planned",
-    "remember",
-    "renderer",
+    "open_step_source",
+    "plan_of_run",
     "run_facts",
     "saved_shapes",
+    "set_up_engine",
     "update_rule",
+    "with_date",
 ]

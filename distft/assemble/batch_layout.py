@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from distft.assemble.training_data import Data, Say, agree, data
+from distft.assemble.training_data import Data, Say, agree, load_data
 from distft.core.accelerators import GIB
 from distft.core.errors import MachineError, Problem, RecipeError
 from distft.core.phase import PHASE
@@ -47,7 +47,7 @@ class Layout:
         return asdict(self)
 
 
-def forward_path(located: Recipe, say: Say) -> ForwardPath:
+def forward_path(recipe: Recipe, say: Say) -> ForwardPath:
     """The fastest path that was proven to give transformers' numbers for this model, here.
 
     Raises:
@@ -59,36 +59,37 @@ def forward_path(located: Recipe, say: Say) -> ForwardPath:
     from distft.model.proving import path_of, verdict_on
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    model, line = located.model, located.line_of("model.path")
+    model, line = recipe.model, recipe.line_of("model.path")
     # Rows alone are of any length, and compiled graphs want one: filling up would cost more than compiling saves.
-    tries = located.train.compile == "auto" and device != "cpu" and located.data.packing
+    tries = recipe.train.compile == "auto" and device != "cpu" and recipe.data.packing
     verdict = verdict_on(
         model,
         find_folder(model),
-        max_length=located.data.max_length,
+        max_length=recipe.data.max_length,
         device=device,
         compiled=tries,
+        head=recipe.objective.spec.head,
         waiting=lambda: PHASE.enter("rows", patient=True),
     )
-    path = path_of(verdict, source=located.source, line=line, attention=model.attention)
+    path = path_of(verdict, source=recipe.source, line=line, attention=model.attention)
     say(verdict.describe())
-    if located.train.compile == "auto":
+    if recipe.train.compile == "auto":
         if tries:
             reasons = [attempt.difference for attempt in verdict.attempts if attempt.path == "compiled"]
             say("its blocks are compiled in the first step" if path.compiled else f"not compiled: {reasons[0]}")
         return path
-    path = replace(path, compiled=located.train.compile)
+    path = replace(path, compiled=recipe.train.compile)
     if path.documents == "single" and path.compiled:
         problem = Problem(
             message="[train] compile = true: this model trains on one document per forward, each of another length",
-            line=located.line_of("train.compile"),
+            line=recipe.line_of("train.compile"),
             fix="compile = false",
         )
-        raise RecipeError(located.source, [problem])
+        raise RecipeError(recipe.source, [problem])
     return path
 
 
-def layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
+def choose_layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
     """How the model computes, and the recipe's micro-batch, or on accelerators what the planner chooses.
 
     Without one: as many sequences as fill AUTO_MICRO_TOKENS and divide a rank's share.
@@ -96,19 +97,16 @@ def layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
     Raises:
         RecipeError: the global batch does not split over `world` processes; no path gives the model's numbers.
     """
-    from distft.demo.files import locate
-
     own, train = recipe.train.micro_batch_size, recipe.train
     share = check_world(recipe, world, 1 if own == "auto" else own)
-    located = locate(recipe)
-    path = forward_path(located, say)
+    path = forward_path(recipe, say)
     if "auto" in (own, train.activation_checkpointing) and (machine := _accelerators(world)) is not None:
         from distft.engine.processes import launcher_wants
         from distft.model.load import find_folder
         from distft.plan import auto_setup
 
         wants = launcher_wants(os.environ)
-        chosen = auto_setup.for_job(located, find_folder(located.model), machine, wants=wants, path=path)
+        chosen = auto_setup.for_job(recipe, find_folder(recipe.model), machine, wants=wants, path=path)
         return Layout(
             micro_batch_size=chosen.micro_batch_size,
             micros_per_step=check_world(recipe, world, chosen.micro_batch_size),
@@ -122,7 +120,7 @@ def layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
     return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own), path=path)
 
 
-def agreed(own: Layout, gather: Callable[[Any], list[Any]]) -> Layout:
+def agree_on_layout(own: Layout, gather: Callable[[Any], list[Any]]) -> Layout:
     """Return the layout of all ranks, collectively: that of the rank with the least device memory.
 
     Each rank has chosen one for its own device; on a mixed partition (40 and 80 GB cards) other choices would be other
@@ -156,21 +154,21 @@ def _device() -> tuple[int, str]:
     return device.total_memory // GIB, device.name
 
 
-def on_all(located: Recipe, own: Layout, rows: Data, engine: Engine, say: Say) -> tuple[Layout, Data]:
+def agree_on_all_ranks(recipe: Recipe, own: Layout, rows: Data, engine: Engine, say: Say) -> tuple[Layout, Data]:
     """Return the layout and the rows that all ranks train on, collectively; rows are made anew where it is another's.
 
     Raises:
         MachineError: devices differ in how they compute the model.
         DataError: rows differ between nodes.
     """
-    cut = agreed(own, engine.gather)
-    if cut != own:
-        rows = data(located, cut, engine.rank, engine.world, say)
+    layout = agree_on_layout(own, engine.gather)
+    if layout != own:
+        rows = load_data(recipe, layout, engine.rank, engine.world, say)
     agree(rows, engine.gather)
-    return cut, rows
+    return layout, rows
 
 
-def planned(located: Recipe, world: int, cut: Layout, row_tokens: int) -> dict[str, Any] | None:
+def plan_of_run(recipe: Recipe, world: int, layout: Layout, row_tokens: int) -> dict[str, Any] | None:
     """One case of `distft plan --json` for this very run, to hold the measured memory against; None on CPUs.
 
     `row_tokens`: of a row on average. A plan that cannot be made is not worth a run.
@@ -184,10 +182,11 @@ def planned(located: Recipe, world: int, cut: Layout, row_tokens: int) -> dict[s
     from distft.plan import inventory
     from distft.plan.case import plan
 
-    method = located.method
+    method = recipe.method
     try:
-        read = inventory.read(located.model, find_folder(located.model), method.spec, method.params, path=cut.path)
-        return plan(located, read, machine, wants=launcher_wants(os.environ), document_tokens=row_tokens).to_json()
+        given = {"path": layout.path, "head": recipe.objective.spec.head}
+        read = inventory.read(recipe.model, find_folder(recipe.model), method.spec, method.params, **given)
+        return plan(recipe, read, machine, wants=launcher_wants(os.environ), document_tokens=row_tokens).to_json()
     except DistftError as error:
         return {"why": str(error)}
 
@@ -213,24 +212,24 @@ def _accelerators(world: int) -> Machine | None:
     return Machine(gpu=replace(known, memory_gib=gib), gpus_per_node=per_node, nodes=nodes, rates=rates)
 
 
-def largest_micro_batch(recipe: Recipe, cut: Layout, rows: Data) -> LargestMicroBatch:
+def largest_micro_batch(recipe: Recipe, layout: Layout, rows: Data) -> LargestMicroBatch:
     """The largest micro-batch of the run: packed sequences may be full, rows alone are as long as the longest."""
     from distft.memory_preflight import LargestMicroBatch
 
-    longest = recipe.data.max_length if recipe.data.packing or cut.path.compiled else rows.longest
+    longest = recipe.data.max_length if recipe.data.packing or layout.path.compiled else rows.longest
     # Documents alone: a sequence of several has as many forwards.
-    sequences = cut.micros_per_step * cut.micro_batch_size
+    sequences = layout.micros_per_step * layout.micro_batch_size
     alone = sequences + 1 if recipe.data.packing and rows.longest < recipe.data.max_length else sequences
     return LargestMicroBatch(
-        sequences=1 if cut.single else cut.micro_batch_size,
-        longest=rows.longest if cut.single else longest,
-        micros=alone if cut.single else cut.micros_per_step,
+        sequences=1 if layout.single else layout.micro_batch_size,
+        longest=rows.longest if layout.single else longest,
+        micros=alone if layout.single else layout.micros_per_step,
         evaluates=rows.eval_steps is not None,
         group_size=recipe.objective.spec.group_size,
     )
 
 
-def advice(recipe: Recipe, located: Recipe, world: int, cut: Layout) -> str:
+def memory_advice(recipe: Recipe, world: int, layout: Layout) -> str:
     """What makes a run smaller, cheapest first: the planner's word on accelerators, on a CPU what always helps."""
     machine = _accelerators(world)
     if machine is not None:
@@ -238,14 +237,16 @@ def advice(recipe: Recipe, located: Recipe, world: int, cut: Layout) -> str:
         from distft.plan.planner import Planner
 
         given = list(recipe.origin.overrides.values())
-        folder = find_folder(located.model)
-        planner = Planner(path=recipe.source, overrides=given, folder=folder, machine=machine, path_of_model=cut.path)
+        folder = find_folder(recipe.model)
+        planner = Planner(
+            path=recipe.source, overrides=given, folder=folder, machine=machine, path_of_model=layout.path
+        )
         found = planner.changes(planner.case())[:5]
         return "\n".join(["what fits, by plan:", *(f"  {change}" for change in found)])
     steps = [
-        ("train.micro_batch_size=1", recipe.train.micro_batch_size != 1 and not cut.single),
+        ("train.micro_batch_size=1", recipe.train.micro_batch_size != 1 and not layout.single),
         ('train.activation_checkpointing="full"', recipe.train.activation_checkpointing != "full"),
-        ('model.cross_entropy="chunked"', recipe.model.cross_entropy == "full" and cut.path.head == "chunked"),
+        ('model.cross_entropy="chunked"', recipe.model.cross_entropy == "full" and layout.path.head == "chunked"),
         (f"data.max_length={recipe.data.max_length // 2}", True),
     ]
     return "try, in this order: " + "  ".join(f"--set {change}" for change, helps in steps if helps)

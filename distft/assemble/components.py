@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distft import compatibility
@@ -15,8 +16,8 @@ from distft.core.errors import DataError, Problem, RecipeError
 from distft.recipe import Recipe
 
 if TYPE_CHECKING:
+    from distft.core.protocols import StepSource
     from distft.core.types import Engine, TrainState, UpdateRule
-    from distft.data.loader import Steps
     from distft.engine.processes import Processes
     from distft.metrics import Meters, RunFacts
     from distft.model.load import MetaModel
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from distft.run_folder import RunFolder
 
 
-def open_engine(recipe: Recipe, placed: Processes, say: Say) -> Engine:
+def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
     """The recipe's engine, or the one `auto` chooses.
 
     Raises:
@@ -37,7 +38,7 @@ def open_engine(recipe: Recipe, placed: Processes, say: Say) -> Engine:
     name, why = choose(
         recipe.engine.name,
         REGISTRIES.engine,
-        placed,
+        processes,
         trains_all=not recipe.method.spec.adapter,
         elementwise=recipe.optim.spec.elementwise,
         offload=offload,
@@ -47,44 +48,46 @@ def open_engine(recipe: Recipe, placed: Processes, say: Say) -> Engine:
         chosen = {"offload": offload, "grad_dtype": getattr(params, "grad_dtype", "auto")}
         params = spec.params(**{key: value for key, value in chosen.items() if key in spec.params.model_fields})
     say(f"engine {name}: {why}")
-    return spec.open(params, placed)
+    return spec.open(params, processes)
 
 
-def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: Say) -> MetaModel:
+def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: HeldOut, say: Say) -> MetaModel:
     """The model without values, adapters attached, memory savers on.
 
     Raises:
         RecipeError: weights are missing or unusable, or a token has no row in the embedding.
     """
     from distft.model import activation_checkpointing, load, quantize, stats
+    from distft.model.heads import HEADS
 
-    spec = located.method.spec
-    with compatibility.placed(located):
+    spec = recipe.method.spec
+    with compatibility.placed(recipe):
         built = load.build(
-            located.model,
-            load.find_folder(located.model),
+            recipe.model,
+            load.find_folder(recipe.model),
             spec,
-            located.method.params,
-            seed=located.seed,
-            device=placed.device,
-            per_token=located.objective.spec.per_token,
-            path=cut.path,
+            recipe.method.params,
+            seed=recipe.seed,
+            device=processes.device,
+            per_token=recipe.objective.spec.per_token,
+            path=layout.path,
+            head=HEADS[recipe.objective.spec.head],
         )
     num_embeddings = built.module.transformer.get_input_embeddings().weight.shape[0]
     if rows.largest_id >= num_embeddings:
         problem = Problem(
             message=f"[model] the tokenizer wrote token {rows.largest_id}, and the embedding has {num_embeddings} rows",
-            line=located.line_of("model.tokenizer") or located.line_of("model.path"),
+            line=recipe.line_of("model.tokenizer") or recipe.line_of("model.path"),
             fix="use the tokenizer that belongs to the model, or a chat_template of tokens it knows",
         )
-        raise RecipeError(located.source, [problem])
+        raise RecipeError(recipe.source, [problem])
     mode, why = activation_checkpointing.choose_checkpointing(
-        located.train.activation_checkpointing, cut.checkpointing, cut.why
+        recipe.train.activation_checkpointing, layout.checkpointing, layout.why
     )
     say(f"activation checkpointing {mode}: {why}")
     activation_checkpointing.checkpoint_blocks(built.module.transformer, mode)
     counts = stats.count(built.module)
-    say(f"{counts.trainable:,} of {counts.total:,} parameters are trained ({located.method.name})")
+    say(f"{counts.trainable:,} of {counts.total:,} parameters are trained ({recipe.method.name})")
     active = stats.active(built.module)
     if active < counts.total:
         say(f"a token meets {active:,} of them, with the experts that it is sent to")
@@ -96,12 +99,12 @@ def model(located: Recipe, placed: Processes, cut: Layout, rows: HeldOut, say: S
     return built
 
 
-def adopt(recipe: Recipe, engine: Engine, built: MetaModel, cut: Layout, num_steps: int) -> None:
+def set_up_engine(recipe: Recipe, engine: Engine, built: MetaModel, layout: Layout, num_steps: int) -> None:
     """Let the engine fill and wrap the model and make the optimizer; then compile what it has wrapped."""
     from distft.model import activation_checkpointing
 
-    engine.adopt(built, update_rule(recipe, built, num_steps), micros_per_step=cut.micros_per_step)
-    if cut.path.compiled:
+    engine.adopt(built, update_rule(recipe, built, num_steps), micros_per_step=layout.micros_per_step)
+    if layout.path.compiled:
         activation_checkpointing.compile_blocks(built.blocks)
 
 
@@ -122,7 +125,7 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
     )
 
 
-def objective(recipe: Recipe, engine: Engine, built: MetaModel) -> Objective:
+def build_objective(recipe: Recipe, engine: Engine, built: MetaModel) -> Objective:
     """Return the recipe's objective over the model that the engine holds, with what fills its columns.
 
     Raises:
@@ -145,21 +148,57 @@ def objective(recipe: Recipe, engine: Engine, built: MetaModel) -> Objective:
     return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns)
 
 
-def run_facts(built: MetaModel, placed: Processes, state: TrainState) -> RunFacts:
+def num_steps(recipe: Recipe, rows: Data) -> int:
+    """Return the run's optimizer steps, as the objective's step source counts them."""
+    from distft.step_sources import STEP_SOURCES
+
+    chosen = recipe.objective
+    return STEP_SOURCES[chosen.spec.source].num_steps(chosen.params, rows.steps.num_steps)
+
+
+def open_step_source(
+    recipe: Recipe, rows: Data, engine: Engine, built: MetaModel, objective: Objective, stop: Callable[[], bool]
+) -> StepSource:
+    """Return what gives the run's micro-batches; the engine has its weights by now.
+
+    Raises:
+        MachineError: the source, or a generator that it asks for, cannot run here.
+    """
+    from distft.assemble.evaluation import generator_inputs
+    from distft.generation import GENERATORS, TextGenerator
+    from distft.step_sources import STEP_SOURCES, StepSourceInputs
+
+    def generator(name: str) -> TextGenerator:
+        spec = GENERATORS[name]
+        return spec.open(spec.params(), generator_inputs(recipe, engine, built, rows.stop_ids, stop))
+
+    inputs = StepSourceInputs(
+        steps=rows.steps,
+        objective=recipe.objective.params,
+        engine=engine,
+        policy=objective.policy,
+        generator=generator,
+        max_length=recipe.data.max_length,
+        seed=recipe.seed,
+    )
+    return STEP_SOURCES[recipe.objective.spec.source].open(inputs)
+
+
+def run_facts(built: MetaModel, processes: Processes, state: TrainState) -> RunFacts:
     """Counted on whole shapes, so before an engine shards them."""
     from distft.metrics import RunFacts
     from distft.model import stats
 
     return RunFacts(
-        world=placed.world,
-        device_name=device_name(placed),
+        world=processes.world,
+        device_name=device_name(processes),
         flops_per_token=stats.flops_per_token(built.module),
         flops_per_squared_length=stats.flops_per_squared_length(built.module.transformer.config),
         start=state,
     )
 
 
-def fetch(located: Recipe) -> None:
+def fetch_model(recipe: Recipe) -> None:
     """Bring the model's files to where this process reads them: before any group exists, for it may take an hour.
 
     Raises:
@@ -167,11 +206,17 @@ def fetch(located: Recipe) -> None:
     """
     from distft.model import load
 
-    load.find_folder(located.model)
+    load.find_folder(recipe.model)
 
 
-def meters(
-    recipe: Recipe, folder: RunFolder, facts: RunFacts, engine: Engine, placed: Processes, steps: Steps, say: Say
+def build_meters(
+    recipe: Recipe,
+    folder: RunFolder,
+    facts: RunFacts,
+    engine: Engine,
+    processes: Processes,
+    steps: StepSource,
+    say: Say,
 ) -> Meters:
     """Every registered metric, and on rank 0 the sinks that the recipe asks for."""
     from distft.metrics import METRICS, Meters
@@ -179,7 +224,7 @@ def meters(
     from distft.metrics.startup import StartUp
 
     sinks: list[Any] = []
-    if placed.rank == 0:
+    if processes.rank == 0:
         sinks.append(jsonl.JsonlSink(folder.metrics, start=facts.start.step))
         if recipe.log.tensorboard:
             from distft.metrics.sinks.tensorboard import TensorboardSink
@@ -194,16 +239,16 @@ def meters(
             kind = console.BarSink if bar else console.LineSink
             sinks.append(kind(recipe.name, steps.num_steps, facts.start.step))
     metrics: list[Any] = [spec.build(facts) for spec in METRICS.values()]
-    metrics.append(StartUp(placed.rank, engine.gather, say, folder.note, os.environ))
+    metrics.append(StartUp(processes.rank, engine.gather, say, folder.note, os.environ))
     if recipe.log.samples:
         from distft.metrics.sample_log import SampleLog
 
-        metrics.append(SampleLog(folder.path / "samples", placed.rank, placed.world, start=facts.start.step))
+        metrics.append(SampleLog(folder.path / "samples", processes.rank, processes.world, start=facts.start.step))
     return Meters(metrics, sinks, epoch_at=steps.epoch_at)
 
 
 def manifest(
-    recipe: Recipe, located: Recipe, built: MetaModel, engine: Engine, placed: Processes, cut: Layout, rows: Data
+    recipe: Recipe, built: MetaModel, engine: Engine, processes: Processes, layout: Layout, rows: Data
 ) -> dict[str, Any]:
     """What the run depends on, for manifest.json; collective, and whole on rank 0 alone."""
     import socket
@@ -211,44 +256,44 @@ def manifest(
     from distft.assemble import input_hashes
     from distft.model import stats
 
-    places = engine.gather((socket.gethostname(), device_name(placed)))
-    here = placed.rank == 0
+    places = engine.gather((socket.gethostname(), device_name(processes)))
+    here = processes.rank == 0
     return {
         "engine": engine.name,
-        "world": placed.world,
+        "world": processes.world,
         "nodes": len({name for name, _ in places}),
         "devices": [{"host": name, "device": device} for name, device in places],
-        "launcher": placed.launcher,
-        "launcher_wants": placed.wants,
+        "launcher": processes.launcher,
+        "launcher_wants": processes.wants,
         "command": sys.orig_argv if here else [],
         "recipe": {"source": recipe.source, "overrides": list(recipe.origin.overrides.values())},
-        "layout": cut.to_json(),
+        "layout": layout.to_json(),
         "seed": recipe.seed,
-        "date": located.data.date,
+        "date": recipe.data.date,
         "parameters": vars(stats.count(built.module)),
         "data": rows.fingerprint,
-        "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": _chats(located)} if here else {},
-        "sources": input_hashes.rows(located) if here else {},
+        "trained_rows": {"stop_ids": list(rows.stop_ids), "chats": _chats(recipe)} if here else {},
+        "sources": input_hashes.rows(recipe) if here else {},
         "recipe_sha256": recipe.digest(),
         "plugins": [plugin.to_json() for plugin in PLUGINS.load()],
-        "device": device_name(placed),
-        "num_steps": rows.steps.num_steps,
+        "device": device_name(processes),
+        "num_steps": num_steps(recipe, rows),
         "tokens_per_epoch": rows.steps.tokens_per_epoch,
     }
 
 
-def _chats(located: Recipe) -> bool | None:
+def _chats(recipe: Recipe) -> bool | None:
     """Whether trained rows are chats; None: the first ones, which may all be left out as bad, do not say."""
     from distft.data.questions import trained_as_chat
 
     try:
-        return trained_as_chat(located.data.train, merge_turns=located.data.merge_turns)
+        return trained_as_chat(recipe.data.train, merge_turns=recipe.data.merge_turns)
     except DataError:
         return None
 
 
-def device_name(placed: Processes) -> str:
+def device_name(processes: Processes) -> str:
     """The accelerator's product name, or "cpu"."""
     import torch
 
-    return torch.cuda.get_device_name(placed.device) if placed.device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else "cpu"

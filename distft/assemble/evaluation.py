@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from distft.data.render import Renderer
     from distft.evaluation.eval_sets import EvalSet
     from distft.evaluator import Evaluator
-    from distft.generation.generator import Generator
+    from distft.generation import GeneratorInputs
     from distft.model.load import MetaModel
     from distft.objectives.spec import Objective
     from distft.run_folder import RunFolder
 
 
-def eval_sets(located: Recipe, say: Say) -> list[EvalSet]:
+def build_eval_sets(recipe: Recipe, say: Say) -> list[EvalSet]:
     """The recipe's sets of questions, read before any process group exists.
 
     Raises:
         DataError: rows that cannot be asked. RecipeError, MachineError: a score that cannot work.
     """
-    if not located.eval.answers:
+    if not recipe.eval.answers:
         return []
     from distft.evaluation import build
 
     built = build.build_eval_sets(
-        located.eval.answers, located.data, renderer(located), seed=located.seed, progress=Preparing(say)
+        recipe.eval.answers, recipe.data, load_row_renderer(recipe), seed=recipe.seed, progress=Preparing(say)
     )
     for eval_set in built:
         figures = ", ".join(eval_set.figures())
@@ -41,7 +41,7 @@ def eval_sets(located: Recipe, say: Say) -> list[EvalSet]:
     return built
 
 
-def best(recipe: Recipe, asked: list[EvalSet]) -> BestTracker:
+def build_best_tracker(recipe: Recipe, asked: list[EvalSet]) -> BestTracker:
     """What knows the best evaluation, by the figure that the recipe names.
 
     Raises:
@@ -59,44 +59,50 @@ def best(recipe: Recipe, asked: list[EvalSet]) -> BestTracker:
     return BestTracker(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop, by=by, higher_is_better=higher)
 
 
-def renderer(located: Recipe) -> Renderer:
+def load_row_renderer(recipe: Recipe) -> Renderer:
     """Of the rows that are trained, and so of those that are asked."""
     from distft.data.render import load_renderer, settings_of
 
-    tokenizer, revision = tokenizer_of(located)
-    return load_renderer(tokenizer, revision=revision, **settings_of(located.data))
+    tokenizer, revision = tokenizer_of(recipe)
+    return load_renderer(
+        tokenizer,
+        revision=revision,
+        virtual_tokens=recipe.method.spec.virtual_tokens(recipe.method.params),
+        **settings_of(recipe.data),
+    )
 
 
-def generator(
-    located: Recipe, engine: Engine, built: MetaModel, stop_ids: tuple[int, ...], stop: Callable[[], bool]
-) -> Generator:
+def generator_inputs(
+    recipe: Recipe, engine: Engine, built: MetaModel, stop_ids: tuple[int, ...], stop: Callable[[], bool]
+) -> GeneratorInputs:
     """The model with its tokenizer; it stops at what trained rows end with, and at what the base stops at."""
-    from distft.generation.generator import Generator
+    from distft.generation import GeneratorInputs
 
-    own = renderer(located)
-    ends = getattr(built.module.transformer.generation_config, "eos_token_id", None)
+    renderer = load_row_renderer(recipe)
+    config = getattr(built.module.transformer, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
     more = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
-    known = dict.fromkeys([*stop_ids, *more, own.tokenizer.eos_token_id])
-    return Generator(engine, built.module, decode=own.write, stop_ids=list(known), stop=stop)
+    known = dict.fromkeys([*stop_ids, *more, renderer.tokenizer.eos_token_id])
+    return GeneratorInputs(engine=engine, module=built.module, decode=renderer.write, stop_ids=tuple(known), stop=stop)
 
 
-def base_key(located: Recipe) -> str:
+def base_key(recipe: Recipe) -> str:
     """A name for the weights that training starts from: cheap, by the files' sizes and times, for nothing is hashed."""
     from distft.evaluation.answer_records import model_key
     from distft.model.load import find_folder
 
-    model, params = located.model, located.method.params
+    model, params = recipe.model, recipe.method.params
     quant = getattr(params, "quant", None)
     stored = None if quant is None else quant.model_dump(mode="json")
     if model.init == "random":
-        return model_key(model.path, "random", located.seed, model.dtype, stored)
+        return model_key(model.path, "random", recipe.seed, model.dtype, stored)
     files = sorted(find_folder(model).glob("*.safetensors"))
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return model_key(model.path, model.revision, stats, model.dtype, stored)
 
 
-def evaluator(
-    located: Recipe,
+def build_evaluator(
+    recipe: Recipe,
     folder: RunFolder,
     engine: Engine,
     built: MetaModel,
@@ -111,6 +117,7 @@ def evaluator(
     """Who looks at the model, and when."""
     from distft.evaluation.answer_records import AnswerRecords
     from distft.evaluator import EvalSchedule, Evaluator
+    from distft.generation.engine_generator import engine_generator
 
     return Evaluator(
         engine=engine,
@@ -118,10 +125,10 @@ def evaluator(
         held_out=rows.eval_steps or (),
         held_out_sha256=rows.fingerprint.get("eval", ""),
         eval_sets=asked,
-        generator=generator(located, engine, built, rows.stop_ids, stop),
+        generator=engine_generator(generator_inputs(recipe, engine, built, rows.stop_ids, stop)),
         records=AnswerRecords(folder.path / "eval"),
-        base=base_key(located),
-        schedule=EvalSchedule(every_steps=located.eval.every_steps, at_end=located.eval.at_end, num_steps=num_steps),
+        base=base_key(recipe),
+        schedule=EvalSchedule(every_steps=recipe.eval.every_steps, at_end=recipe.eval.at_end, num_steps=num_steps),
         stop=stop,
         say=say,
     )

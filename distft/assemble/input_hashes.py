@@ -18,7 +18,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generat
 _ADAPTER = ("adapter_config.json",)
 
 
-def rows(located: Recipe) -> dict[str, list[dict[str, Any]]]:
+def rows(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
     """Split -> its sources in the recipe's order, each {"path", "files": {label: sha256}}.
 
     Raises:
@@ -29,9 +29,9 @@ def rows(located: Recipe) -> dict[str, list[dict[str, Any]]]:
     from distft.data.prepared_folder import cache_folder
     from distft.data.sources import decide_format, find
 
-    memory = cache_folder(located.data) / "hashes"
+    memory = cache_folder(recipe.data) / "hashes"
     found: dict[str, list[dict[str, Any]]] = {}
-    for split, tables in (("train", located.data.train), ("eval", located.data.eval)):
+    for split, tables in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         sources = with_distinct_labels([find(table) for table in tables])
         keys = sources_key(sources, [decide_format(source) for source in sources], memory)
         found[split] = [
@@ -41,7 +41,7 @@ def rows(located: Recipe) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def weights(located: Recipe) -> dict[str, Any]:
+def weights(recipe: Recipe) -> dict[str, Any]:
     """{"path", "folder", "revision", "files": {name: sha256}, "tokenizer": {name: sha256}}.
 
     Hashes of one host are remembered by a file's size and time. Files of the hub's cache are called by their sha256
@@ -55,23 +55,23 @@ def weights(located: Recipe) -> dict[str, Any]:
     from distft.data.tokenizer import TOKENIZER_FILES, tokenizer_folder
     from distft.model.load import find_folder
 
-    memory = cache_folder(located.data) / "hashes"
-    folder = find_folder(located.model)
-    patterns = _WEIGHTS if located.model.init == "pretrained" else ("config.json",)
+    memory = cache_folder(recipe.data) / "hashes"
+    folder = find_folder(recipe.model)
+    patterns = _WEIGHTS if recipe.model.init == "pretrained" else ("config.json",)
     files = sorted({file for pattern in (*patterns, *_ADAPTER) for file in folder.glob(pattern)})
-    path, revision = tokenizer_of(located)
+    path, revision = tokenizer_of(recipe)
     tokens = tokenizer_folder(path, revision)
     return {
-        "path": located.model.path,
+        "path": recipe.model.path,
         "folder": str(folder),
-        "revision": located.model.revision,
-        "init": located.model.init,
+        "revision": recipe.model.revision,
+        "init": recipe.model.init,
         "files": {file.name: _hash(file, memory) for file in files},
         "tokenizer": {name: _hash(tokens / name, memory) for name in TOKENIZER_FILES if (tokens / name).is_file()},
     }
 
 
-def remember(located: Recipe, folder: RunFolder) -> threading.Thread:
+def hash_inputs(recipe: Recipe, folder: RunFolder) -> threading.Thread:
     """Write `weights` into the manifest while the run goes on: hashing 140 GB takes minutes, and nobody waits for it.
 
     Returns:
@@ -81,9 +81,9 @@ def remember(located: Recipe, folder: RunFolder) -> threading.Thread:
 
     def work() -> None:
         try:
-            folder.learn({"model": weights(located)})
+            folder.learn({"model": weights(recipe)})
         except (DistftError, OSError) as error:  # the run itself will say so, or need not care
-            folder.learn({"model": {"path": located.model.path, "files": {}, "why": str(error)}})
+            folder.learn({"model": {"path": recipe.model.path, "files": {}, "why": str(error)}})
 
     thread = threading.Thread(target=work, name="hashes", daemon=True)
     thread.start()

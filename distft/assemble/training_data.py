@@ -8,7 +8,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ class Data(HeldOut):
     """Tokens of a row on average."""
 
 
-def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
+def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -> Data:
     """Prepared before any process group exists: however long it takes, no collective times out.
 
     Raises:
@@ -63,34 +63,39 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     from distft.data.prepare import prepare
     from distft.data_quality import examine, refuse_overlap
 
-    table, common = located.data, _common(located, say)
+    table, common = recipe.data, _common(recipe, say)
     rows = prepare(table, table.train, split="train", **common)
-    compatibility.refuse_other_groups(located, rows.report, "train")
-    if cut.single and rows.group_size > 1:
+    compatibility.refuse_other_groups(recipe, rows.report, "train")
+    if layout.single and rows.group_size > 1:
         raise DataError(
-            f"this model trains on one document per forward ({cut.path.describe()}), and the rows of [[data.train]] "
+            f"this model trains on one document per forward ({layout.path.describe()}), and the rows of [[data.train]] "
             f"are groups of {rows.group_size}, which are trained in one"
         )
-    micro = cut.micro_batch_size
-    slice_: dict[str, Any] = {"micro_batch_size": micro, "rank": rank, "world": world, "single_documents": cut.single}
-    slice_["pad_to"] = micro * table.max_length if cut.path.compiled else None
+    micro = layout.micro_batch_size
+    slice_: dict[str, Any] = {
+        "micro_batch_size": micro,
+        "rank": rank,
+        "world": world,
+        "single_documents": layout.single,
+    }
+    slice_["pad_to"] = micro * table.max_length if layout.path.compiled else None
     if table.overlap == "error":
         looking = {key: common[key] for key in ("cache_dir", "progress", "waiting")}
-        care = examine(table, answers=located.eval.answers, **looking)
+        care = examine(table, answers=recipe.eval.answers, **looking)
         refuse_overlap(care, table)
-    plan = located.train
+    plan = recipe.train
     steps = Steps(
         rows,
         table,
-        seed=located.seed,
+        seed=recipe.seed,
         epochs=plan.epochs,
         max_steps=plan.max_steps,
         global_batch_size=plan.global_batch_size,
         **slice_,
     )
-    check_steps(located, steps.num_steps)
+    check_steps(recipe, steps.num_steps)
     longest = int(rows.lengths.max())
-    compatibility.refuse_long_rows(located, longest, "train")
+    compatibility.refuse_long_rows(recipe, longest, "train")
     say(
         f"{rows.num_rows:,} rows, {steps.tokens_per_epoch:,} tokens an epoch "
         f"({steps.supervised_per_epoch:,} trained), {100 * steps.fill:.1f} % fill, {steps.num_steps:,} steps"
@@ -98,8 +103,8 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     splits = {"train": rows}
     if table.eval:
         splits["eval"] = prepare(table, table.eval, split="eval", **common)
-        compatibility.refuse_other_groups(located, splits["eval"].report, "eval")
-        compatibility.refuse_long_rows(located, int(splits["eval"].lengths.max()), "eval")
+        compatibility.refuse_other_groups(recipe, splits["eval"].report, "eval")
+        compatibility.refuse_long_rows(recipe, int(splits["eval"].lengths.max()), "eval")
     for split, prepared in splits.items():
         for source in prepared.report.sources:
             for line in source.said():
@@ -115,7 +120,7 @@ def data(located: Recipe, cut: Layout, rank: int, world: int, say: Say) -> Data:
     )
 
 
-def dated(located: Recipe, folder: Path, resume: Path | str = "auto") -> Recipe:
+def with_date(recipe: Recipe, folder: Path, resume: Path | str = "auto") -> Recipe:
     """The recipe with the date that chat templates are given: its own, else that of the run which is continued, else
     today's. A run that goes on tomorrow, or on another node, trains on the same rows.
 
@@ -123,15 +128,15 @@ def dated(located: Recipe, folder: Path, resume: Path | str = "auto") -> Recipe:
     """  # noqa: D205
     from distft.data.fingerprint import today
 
-    if located.data.date is not None:
-        return located
+    if recipe.data.date is not None:
+        return recipe
     if isinstance(resume, Path):
         places = [resume / "state.json", resume.absolute().parents[1] / "manifest.json"]
     else:
         places = [*sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True), folder / "manifest.json"]
     known = [] if resume == "never" else map(_date_noted, places)
     date = next(filter(None, known), None) or today()
-    return replace(located, data=located.data.model_copy(update={"date": date}))
+    return recipe.with_value(("data", "date"), date)
 
 
 def _date_noted(file: Path) -> str | None:
@@ -144,7 +149,9 @@ def _date_noted(file: Path) -> str | None:
         return None
 
 
-def held_out(located: Recipe, cut: Layout, rank: int, world: int, stop_ids: tuple[int, ...], say: Say) -> HeldOut:
+def load_held_out(
+    recipe: Recipe, layout: Layout, rank: int, world: int, stop_ids: tuple[int, ...], say: Say
+) -> HeldOut:
     """The evaluation rows alone, for a run whose training rows may be gone.
 
     Raises:
@@ -153,26 +160,29 @@ def held_out(located: Recipe, cut: Layout, rank: int, world: int, stop_ids: tupl
     from distft.data.loader import EvalSteps
     from distft.data.prepare import prepare
 
-    table = located.data
+    table = recipe.data
     if not table.eval:
         return HeldOut(eval_steps=None, fingerprint={}, largest_id=max(stop_ids), stop_ids=stop_ids)
-    rows = prepare(table, table.eval, split="eval", **_common(located, say))
-    compatibility.refuse_other_groups(located, rows.report, "eval")
-    compatibility.refuse_long_rows(located, int(rows.lengths.max()), "eval")
-    micro = cut.micro_batch_size
+    rows = prepare(table, table.eval, split="eval", **_common(recipe, say))
+    compatibility.refuse_other_groups(recipe, rows.report, "eval")
+    compatibility.refuse_long_rows(recipe, int(rows.lengths.max()), "eval")
+    micro = layout.micro_batch_size
     return HeldOut(
-        eval_steps=EvalSteps(rows, table, micro_batch_size=micro, rank=rank, world=world, single_documents=cut.single),
+        eval_steps=EvalSteps(
+            rows, table, micro_batch_size=micro, rank=rank, world=world, single_documents=layout.single
+        ),
         fingerprint={"eval": rows.fingerprint},
         largest_id=max(rows.report.largest_id, *stop_ids),
         stop_ids=stop_ids,
     )
 
 
-def _common(located: Recipe, say: Say) -> dict[str, Any]:
+def _common(recipe: Recipe, say: Say) -> dict[str, Any]:
     from distft.data.prepared_folder import cache_folder
 
-    tokenizer, revision = tokenizer_of(located)
-    common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(located.data)}
+    tokenizer, revision = tokenizer_of(recipe)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(recipe.data)}
+    common["virtual_tokens"] = recipe.method.spec.virtual_tokens(recipe.method.params)
     common["progress"] = Preparing(say)
     common["waiting"] = lambda: PHASE.enter("rows", patient=True)
     return common
@@ -212,7 +222,7 @@ class Preparing:
             self._say(f"preparing rows: {rows:,}")
 
 
-def tokenizer_of(located: Recipe) -> tuple[str, str | None]:
+def tokenizer_of(recipe: Recipe) -> tuple[str, str | None]:
     """(path, revision) of the tokenizer: the model's unless the recipe names another."""
-    model = located.model
+    model = recipe.model
     return (model.path, model.revision) if model.tokenizer is None else (model.tokenizer, None)

@@ -69,7 +69,6 @@ def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
     from distft.catalog import REGISTRIES
     from distft.core.errors import MachineError
     from distft.core.log import quiet_libraries
-    from distft.demo.files import locate
     from distft.engine import processes
     from distft.engine.determinism import expandable_segments
     from distft.model import load
@@ -80,13 +79,12 @@ def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
     _, rank, world, _ = processes.placed_by(os.environ)
     say = _say if rank == 0 else _say_nothing
     recipe = load_recipe(spec.recipe, registries=REGISTRIES)
-    located = locate(recipe)
-    cut = assemble.layout(recipe, world, say)
+    cut = assemble.choose_layout(recipe, world, say)
     if spec.rows == "real":
         # Nothing is held out here, and preparing rows that nobody evaluates takes time.
-        rows = assemble.data(_without_eval(located), cut, rank, world, say)
+        rows = assemble.load_data(_without_eval(recipe), cut, rank, world, say)
     else:
-        config = load.read_config(load.find_folder(located.model)).get_text_config(decoder=True)
+        config = load.read_config(load.find_folder(recipe.model)).get_text_config(decoder=True)
         steps = FullSteps(
             seed=recipe.seed,
             vocabulary=config.vocab_size,
@@ -106,18 +104,18 @@ def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
             longest=recipe.data.max_length,
             mean_tokens=recipe.data.max_length,
         )
-        compatibility.refuse_long_rows(located, recipe.data.max_length, "train")
+        compatibility.refuse_long_rows(recipe, recipe.data.max_length, "train")
     with processes.leaving() as group:
         placed = processes.join()
         group.callback(processes.leave, placed)
         engine = assemble.open_engine(recipe, placed, say)
         group.callback(engine.close)
-        if assemble.agreed(cut, engine.gather) != cut:
+        if assemble.agree_on_layout(cut, engine.gather) != cut:
             raise MachineError(
                 "GPUs of several kinds choose several micro-batches: set [train] micro_batch_size and "
                 "activation_checkpointing, or measure on one kind"
             )
-        return _Measurement(spec, recipe, located, cut, rows, placed, engine, say).record(), engine
+        return _Measurement(spec, recipe, cut, rows, placed, engine, say).record(), engine
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,6 @@ class _Measurement:
 
     spec: BenchCaseSpec
     recipe: Recipe
-    located: Recipe
     cut: Any
     rows: Any
     placed: Processes
@@ -145,12 +142,12 @@ class _Measurement:
         recipe, engine, placed = self.recipe, self.engine, self.placed
         device = memory_meter.Device(placed.device)
         own = memory_meter.host()["data_bytes"]
-        built = assemble.model(self.located, placed, self.cut, self.rows, self.say)
+        built = assemble.build_model(self.recipe, placed, self.cut, self.rows, self.say)
         facts = assemble.run_facts(built, placed, TrainState())
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
         products = sum(weights for weights, _ in stats.products(built.module))
-        assemble.adopt(recipe, engine, built, self.cut, self.rows.steps.num_steps)
-        objective = assemble.objective(recipe, engine, built)
+        assemble.set_up_engine(recipe, engine, built, self.cut, self.rows.steps.num_steps)
+        objective = assemble.build_objective(recipe, engine, built)
         device.phase("load")
         graphs = _compiled_graphs if self.cut.path.compiled else lambda: 0
         clock = Clock(
@@ -283,8 +280,8 @@ class _Measurement:
         }
 
 
-def _without_eval(located: Recipe) -> Recipe:
-    return replace(located, data=located.data.model_copy(update={"eval": ()}))
+def _without_eval(recipe: Recipe) -> Recipe:
+    return replace(recipe, data=recipe.data.model_copy(update={"eval": ()}))
 
 
 def _head_loss(recipe: Recipe, device: Any) -> str:

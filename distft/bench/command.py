@@ -81,10 +81,9 @@ def _run(options: argparse.Namespace) -> int:
     from distft import compatibility
     from distft.bench import cases
     from distft.core.log import quiet_libraries
-    from distft.demo.files import locate
 
     quiet_libraries()
-    compatibility.refuse_misfits(locate(own))
+    compatibility.refuse_misfits(own)
     wanted = cases.BenchGrid(
         recipe=options.recipe,
         overrides=tuple(options.overrides),

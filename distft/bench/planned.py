@@ -10,7 +10,6 @@ from distft.bench.cases import BenchCase
 from distft.core import accelerators
 from distft.core.accelerators import GIB
 from distft.core.errors import DistftError
-from distft.demo.files import locate
 
 STATE = ("weights", "quant_constants", "gradients", "master", "optimizer", "pageable")
 
@@ -54,19 +53,18 @@ class Planning:
             f'model.cross_entropy="{ran["cross_entropy"]}"',
         ]
         recipe = parse_recipe(case.text, source=case.key, registries=_registries(), overrides=changes)
-        located = locate(recipe)
         gib = (ran["device_bytes"] or record["hardware"]["memory_gib"] * GIB / case.world) / GIB
         known = accelerators.of_device(ran["device"])
         gpu = replace(known, memory_gib=gib) if known is not None else of_size(gib)
         machine = Machine(gpu=gpu, gpus_per_node=case.world, on_cpu=ran["device"] == "cpu", rates=of_gpu(gpu))
-        folder = str(load.find_folder(located.model))
+        folder = str(load.find_folder(recipe.model))
         if folder not in self._planners:
             self._planners[folder] = Planner(path=case.key, overrides=(), folder=Path(folder), machine=machine)
         planner, path = self._planners[folder], ran["path"]
         planner.path_of_model = None if path is None else ForwardPath(**path)
-        inventory = planner.inventory(located)
+        inventory = planner.inventory(recipe)
         fused = ran["cross_entropy"] == "fused"
-        found = plan(located, inventory, machine, liger=fused, document_tokens=ran["row_tokens"])
+        found = plan(recipe, inventory, machine, liger=fused, document_tokens=ran["row_tokens"])
         rates = machine.rates
         fixed = rates.context_bytes + (rates.nccl_bytes if case.world > 1 else 0)
         ranks = [

@@ -77,6 +77,15 @@ class Batch:
             "num_supervised": self.num_supervised,
         }
 
+    def score_inputs(self) -> dict[str, Any]:
+        """Return what the forward of a model with a scalar head takes: `ends_D` is each document's last position.
+
+        A micro-batch without documents gives one end, so that all ranks run the same forward.
+        """
+        ends_D = self.cu_seqlens[1 : max(1, self.num_documents) + 1].long() - 1
+        names = ("input_ids_T", "position_ids_T", "cu_seqlens", "max_seqlen")
+        return {name: getattr(self, name) for name in names} | {"ends_D": ends_D}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
@@ -109,6 +118,10 @@ class Policy(Protocol):
 
     def token_logprobs(self, batch: Batch) -> Tensor:
         """Return fp32 [S], the log-probability of every label, in order; never [tokens, vocabulary] at once."""
+        ...
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Return fp32 [D], the value of a scalar head at each document's last token."""
         ...
 
 

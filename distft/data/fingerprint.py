@@ -32,6 +32,8 @@ def cache_key(
     tokenizer_files: Sequence[Path],
     memory: Path,
     waiting: Callable[[], None] = lambda: None,
+    *,
+    virtual_tokens: int = 0,
 ) -> str:
     """sha256 hex over file contents, tokenizer, template, settings and versions.
 
@@ -47,6 +49,8 @@ def cache_key(
         "tokenizer": {path.name: file_hash(path, memory, waiting) for path in tokenizer_files},
         "sources": sources_key(sources, specs, memory, waiting),
     }
+    if virtual_tokens:  # rows that were prepared before there were any keep their key
+        parts["virtual_tokens"] = virtual_tokens
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,42 +53,30 @@ _SOURCES = ("files.py", "incidents.py", "tokenizer.py", "wording.py")
 """The modules that decide what the files contain."""
 
 
-def locate(recipe: Recipe) -> Recipe:
-    """The recipe with every "demo:" path replaced by a real one; other paths are left as they are.
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with a real path in place of every "demo:" name; other paths are left as they are.
 
     Raises:
         RecipeError: names the demo does not have, all at once.
         FileSystemError: the cache folder cannot be written.
     """
-    problems: list[Problem] = []
-
-    def real(path: str, key: str) -> str:
-        problem = _problem(path, recipe.line_of(key))
-        problems.extend(problem)
-        return path if problem else locate_path(path)
-
-    model, data = recipe.model, recipe.data
-    tokenizer = None if model.tokenizer is None else real(model.tokenizer, "model.tokenizer")
-    located = {"path": real(model.path, "model.path"), "tokenizer": tokenizer}
-    sources = {
-        split: tuple(
-            source.model_copy(update={"path": real(source.path, f"data.{split}.{index}.path")})
-            for index, source in enumerate(getattr(data, split))
-        )
-        for split in ("train", "eval")
-    }
-    asked = tuple(
-        one if one.path is None else one.model_copy(update={"path": real(one.path, f"eval.answers.{index}.path")})
-        for index, one in enumerate(recipe.eval.answers)
-    )
+    places: list[tuple[tuple[str | int, ...], str | None]] = [
+        (("model", "path"), recipe.model.path),
+        (("model", "tokenizer"), recipe.model.tokenizer),
+        *(
+            (("data", split, index, "path"), source.path)
+            for split in ("train", "eval")
+            for index, source in enumerate(getattr(recipe.data, split))
+        ),
+        *((("eval", "answers", index, "path"), rows.path) for index, rows in enumerate(recipe.eval.answers)),
+    ]
+    names = [(key, path) for key, path in places if path is not None and path.startswith(SCHEME)]
+    problems = [problem for key, path in names for problem in _problem(path, recipe.line_of(".".join(map(str, key))))]
     if problems:
         raise RecipeError(recipe.source, problems)
-    return replace(
-        recipe,
-        model=model.model_copy(update=located),
-        data=data.model_copy(update=sources),
-        eval=recipe.eval.model_copy(update={"answers": asked}),
-    )
+    for key, path in names:
+        recipe = recipe.with_value(key, locate_path(path))
+    return recipe
 
 
 def locate_path(path: str) -> str:

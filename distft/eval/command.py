@@ -53,14 +53,14 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         raise RecipeError(subject.asked.source, [problem])
     compatibility.refuse_misfits(subject.built)
     asked, built = _cut_for(subject.asked, world), _cut_for(subject.built, world)
-    cut = assemble.layout(built, world, say)
+    cut = assemble.choose_layout(built, world, say)
     known = trained_rows(subject)
     if known is None:
-        rows: assemble.HeldOut = assemble.data(asked, cut, rank, world, say)
+        rows: assemble.HeldOut = assemble.load_data(asked, cut, rank, world, say)
     else:
-        rows = assemble.held_out(asked, cut, rank, world, tuple(known["stop_ids"]), say)
+        rows = assemble.load_held_out(asked, cut, rank, world, tuple(known["stop_ids"]), say)
         asked = _asked_as(asked, chats=known["chats"])
-    eval_sets = assemble.eval_sets(asked, say)
+    eval_sets = assemble.build_eval_sets(asked, say)
     with processes.leaving() as group:
         placed = processes.join()
         group.callback(processes.leave, placed)
@@ -97,7 +97,7 @@ def _held(
 
         spec = from_folder(recipe.method.spec, subject.adapter)
         recipe = replace(recipe, method=replace(recipe.method, spec=spec))
-    model = assemble.model(recipe, placed, cut, rows, say)
+    model = assemble.build_model(recipe, placed, cut, rows, say)
     if subject.checkpoint is None:
         _freeze(model)
     engine.adopt(model, assemble.update_rule(recipe, model, 1000), micros_per_step=cut.micros_per_step)
@@ -132,10 +132,10 @@ def _look(
     from distft.run_record import read_run
 
     recipe = subject.asked
-    objective = assemble.objective(recipe, engine, model)
+    objective = assemble.build_objective(recipe, engine, model)
     folder = RunFolder(subject.folder, writes=engine.rank == 0)
     PHASE.training()  # from here on a stop is agreed on
-    looks = assemble.evaluator(
+    looks = assemble.build_evaluator(
         recipe, folder, engine, model, rows, eval_sets, objective, num_steps=0, stop=STOP.asked, say=say
     )
     figures = looks.under(subject.label, TrainState(step=subject.step))

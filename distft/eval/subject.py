@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distft.assemble import dated
+from distft.assemble import with_date
 from distft.catalog import REGISTRIES
 from distft.checkpoint.folders import Folders
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import NoParams
-from distft.demo.files import locate
 from distft.recipe import Choice, Recipe, load_recipe
 from distft.run_record import read_run
 
@@ -26,7 +25,7 @@ class Subject:
     """A model, and the run folder that its answers go to."""
 
     asked: Recipe
-    """The recipe whose rows are asked, its paths located."""
+    """The recipe whose rows are asked, its paths recipe."""
     built: Recipe
     """The recipe that the model is built by: the same but for [model] and [method]."""
     folder: Path
@@ -58,10 +57,10 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
         RecipeError: there is no such model, or the label is none.
     """
     model = model or ("final" if (folder / "final").is_dir() else "base")
-    located = dated(locate(recipe), folder)
+    recipe = with_date(recipe, folder)
     if label is not None and not _LABEL.fullmatch(label):
         raise _wrong(f'--label "{label}"  must be a plain folder name', "letters, digits, dots, dashes, underscores")
-    base = Subject(asked=located, built=located, folder=folder, label=label or "before", step=0)
+    base = Subject(asked=recipe, built=recipe, folder=folder, label=label or "before", step=0)
     if model == "base":
         return base
     checkpoints = Folders(folder / "checkpoints")
@@ -84,7 +83,7 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
             raise _wrong(f"--model {model}  holds an adapter, and the recipe's method has none", "use its own recipe")
         return replace(trained, adapter=place)
     if (place / "config.json").is_file():
-        return replace(trained, built=_whole(located, place))
+        return replace(trained, built=_whole(recipe, place))
     if (place / "MANIFEST.json").is_file():
         return replace(trained, checkpoint=place)
     raise _wrong(
@@ -99,18 +98,18 @@ def trained_rows(subject: Subject) -> dict[str, Any] | None:
     try:
         noted = json.loads((subject.folder / "manifest.json").read_text(encoding="utf-8"))["trained_rows"]
         then = load_recipe(subject.folder / "recipe.toml", registries=REGISTRIES)
-        same = dated(locate(then), subject.folder).data == subject.asked.data
+        same = with_date(then, subject.folder).data == subject.asked.data
         return noted if same and noted["stop_ids"] and isinstance(noted["chats"], bool) else None
     except (OSError, ValueError, LookupError, TypeError, RecipeError):
         return None
 
 
-def _whole(located: Recipe, place: Path) -> Recipe:
+def _whole(recipe: Recipe, place: Path) -> Recipe:
     """The recipe on a trained model instead of its base; the tokenizer stays, or other tokens would be asked."""
     spec = REGISTRIES.method["full"]
-    tokenizer = located.model.tokenizer or located.model.path
-    model = located.model.model_copy(update={"path": str(place), "init": "pretrained", "tokenizer": tokenizer})
-    return replace(located, model=model, method=Choice[Any](name="full", params=NoParams(), spec=spec))
+    tokenizer = recipe.model.tokenizer or recipe.model.path
+    model = recipe.model.model_copy(update={"path": str(place), "init": "pretrained", "tokenizer": tokenizer})
+    return replace(recipe, model=model, method=Choice[Any](name="full", params=NoParams(), spec=spec))
 
 
 def _best_step(checkpoints: Folders) -> int:

@@ -27,6 +27,10 @@ class ObjectiveSpec:
     because ranks run the same collectives."""
     group_size: int = 1
     """Documents of a row that it trains together; the rows' format has to give as many."""
+    head: str = "lm"
+    """What stands on the model's hidden states, by its name in `distft.model.heads.HEADS`."""
+    source: str = "rows"
+    """Where its micro-batches come from, by the name in `distft.step_sources.STEP_SOURCES`."""
     per_token: bool = False
     """Asks the policy for log-probabilities of tokens, not only for the sum of losses."""
     perplexity: bool = False

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distft.core.errors import Problem, RecipeError
-from distft.demo.files import SCHEME, locate_path
 from distft.recipe import Recipe
 
 
@@ -26,7 +25,7 @@ def config_folder(recipe: Recipe, config: str | None) -> Iterator[Path]:
         yield from _given(Path(config).expanduser())
         return
     path = recipe.model.path
-    folder = Path(locate_path(path) if path.startswith(SCHEME) else path).expanduser()
+    folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         yield folder
         return

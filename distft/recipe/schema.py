@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_origin, get_type_hints
@@ -18,7 +18,9 @@ from pydantic import Field
 
 from distft.core.registry import Params, Registry, Spec
 from distft.recipe.evaluation import EvalTable, SourceTable
+from distft.recipe.lines import KeyPath
 from distft.recipe.origin import Origin, key_path
+from distft.recipe.replacements import Replacement, with_value, write_back
 from distft.recipe.toml_text import is_array, is_table, toml_text
 
 SpecT = TypeVar("SpecT", bound=Spec)
@@ -193,6 +195,13 @@ class LogTable(Params):
     """Weights & Biases project."""
 
 
+class ExportTable(Params):
+    """Forms of the trained model besides final/."""
+
+    also: tuple[dict[str, Any], ...] = ()
+    """Each a name and its settings, such as { name = "adapter" }; written to the run folder's exports/NAME/."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice(Generic[SpecT]):
     """A registered part that a table chose by name, and what the table set on it."""
@@ -218,11 +227,15 @@ class Registries:
     """Dataset formats: `format` is "auto" or one of these."""
     scores: Registry[Any] = field(default_factory=lambda: Registry[Any]("score"))
     """What `[[eval.answers]] scores` may name."""
+    exports: Registry[Any] = field(default_factory=lambda: Registry[Any]("export"))
+    """What `[export] also` may name."""
     templates: tuple[str, ...] = ()
     """Built-in chat templates: `chat_template` is "auto", one of these, or a .jinja file."""
 
     load_plugins: Callable[[], object] = field(default=tuple, compare=False)
     """Called before a recipe is read: adds the parts of other packages, once, or raises RecipeError."""
+    resolve_paths: Callable[[Recipe], Recipe] = field(default=lambda recipe: recipe, compare=False)
+    """Called with a recipe that was read: puts real paths in place of names such as "demo:tiny-llama"."""
 
     def part(self, table: str) -> Registry[Any]:
         """The registry that the table called `table` chooses from."""
@@ -251,11 +264,29 @@ class Recipe:
     checkpoint: CheckpointTable
     guard: GuardTable
     eval: EvalTable
+    export: ExportTable
     log: LogTable
     source: str = field(compare=False)
     """The file it was read from, or what the caller called its text."""
     origin: Origin = field(compare=False, repr=False)
     """Which line or override each value came from."""
+    replacements: tuple[Replacement, ...] = field(default=(), compare=False, repr=False)
+    """Values that are not written out: `resolved` says what stands in the recipe instead."""
+
+    def with_value(self, key: KeyPath, value: Any) -> Recipe:
+        """Return the recipe with another value at `key`, which `resolved`, `to_toml` and `digest` do not show."""
+        name, *rest = key
+        table = getattr(self, str(name))
+        written = table
+        for step in rest:
+            written = written[step] if isinstance(step, int) else getattr(written, step)
+        noted = Replacement(key=key, value=value, written=written)
+        changed: Any = {name: with_value(table, rest, value), "replacements": (*self.replacements, noted)}
+        return replace(self, **changed)
+
+    def written(self, path: str) -> str:
+        """Return what the recipe says where it means this path: "demo:tiny-llama", or the path itself."""
+        return next((str(noted.written) for noted in self.replacements if noted.value == path), path)
 
     @property
     def run_dir(self) -> Path:
@@ -279,6 +310,10 @@ class Recipe:
                     content[known.name] = value
                 case _:
                     pass
+        for noted in reversed(self.replacements):
+            write_back(content, noted)
+        if not self.export.also:
+            del content["export"]
         if not self.data.eval:
             del content["data"]["eval"]
             if not self.eval.answers:  # [eval] has no effect without rows, and to say it again would be an error

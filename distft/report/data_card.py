@@ -34,18 +34,19 @@ def with_care(run: RunRecord) -> tuple[RunRecord, str]:
     from distft.core.errors import DistftError
     from distft.data.prepared_folder import cache_folder
     from distft.data_quality import card, examine
-    from distft.demo.files import locate
     from distft.recipe import load_recipe
     from distft.recipe.eval_rules import has_own_rows
 
     try:
-        located = locate(load_recipe(run.folder / "recipe.toml", registries=REGISTRIES))
-        found = examine(located.data, answers=located.eval.answers, cache_dir=cache_folder(located.data))
+        recipe = load_recipe(run.folder / "recipe.toml", registries=REGISTRIES)
+        found = examine(recipe.data, answers=recipe.eval.answers, cache_dir=cache_folder(recipe.data))
     except DistftError as error:
         return run, " ".join(str(error).split())
     care = json.loads(json.dumps(found.to_json()))
-    sources = [(split, source.path) for split in ("train", "eval") for source in getattr(located.data, split)]
-    sources += [("eval", one.path) for one in located.eval.answers if has_own_rows(one) and one.path]
+    sources = [
+        (split, recipe.written(source.path)) for split in ("train", "eval") for source in getattr(recipe.data, split)
+    ]
+    sources += [("eval", recipe.written(one.path)) for one in recipe.eval.answers if has_own_rows(one) and one.path]
     _keep(run.folder / CARE, json.dumps(care, ensure_ascii=False, indent=1) + "\n")
     _keep(run.folder / "data-card.md", card(found, name=run.name, sources=sources))
     return replace(run, care=care), ""

@@ -59,13 +59,12 @@ def _run(options: argparse.Namespace) -> int:
         raise FileSystemError(f"{options.run}: no run folder: recipe.toml and manifest.json say what to run again")
     from distft.catalog import REGISTRIES
     from distft.core.log import quiet_libraries
-    from distft.demo.files import locate
     from distft.recipe import load_recipe
     from distft.reproduce.inputs import differences
 
     quiet_libraries()
     recipe = load_recipe(options.run / "recipe.toml", registries=REGISTRIES)
-    found = differences(first.manifest, locate(recipe), _device())
+    found = differences(first.manifest, recipe, _device())
     said: dict[str, Any] = {"run": str(options.run), "differences": [vars(one) for one in found]}
     say = _quiet if options.json else print
     say(f"{first.name}: rows, weights and versions against manifest.json")

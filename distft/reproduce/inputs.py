@@ -49,7 +49,7 @@ class Difference:
         return self.kind in (DATA, MODEL)
 
 
-def differences(manifest: Mapping[str, Any], located: Recipe, device: str) -> list[Difference]:
+def differences(manifest: Mapping[str, Any], recipe: Recipe, device: str) -> list[Difference]:
     """Gravest first; things that the manifest does not know are left out. `device`: this machine's, or "cpu".
 
     Raises:
@@ -57,8 +57,8 @@ def differences(manifest: Mapping[str, Any], located: Recipe, device: str) -> li
         RecipeError: the model is not.
     """
     found = [
-        *_rows(manifest.get("sources") or {}, located),
-        *_weights(manifest.get("model") or {}, located),
+        *_rows(manifest.get("sources") or {}, recipe),
+        *_weights(manifest.get("model") or {}, recipe),
         *_versions(manifest.get("versions") or {}),
         *_plugins(manifest.get("plugins") or []),
         *_machine(manifest, device),
@@ -69,13 +69,13 @@ def differences(manifest: Mapping[str, Any], located: Recipe, device: str) -> li
     return sorted(found, key=lambda one: order.index(one.kind))
 
 
-def _rows(then: Mapping[str, Any], located: Recipe) -> Iterator[Difference]:
+def _rows(then: Mapping[str, Any], recipe: Recipe) -> Iterator[Difference]:
     from distft.assemble import input_hashes
 
     if not then:
         yield Difference(kind=TOLD, what="[data]", then="no hash was written", now="not compared")
         return
-    now = input_hashes.rows(located)
+    now = input_hashes.rows(recipe)
     for split, sources in then.items():
         for at, source in enumerate(sources):
             here = now.get(split, [])
@@ -83,13 +83,13 @@ def _rows(then: Mapping[str, Any], located: Recipe) -> Iterator[Difference]:
             yield from _hashes(DATA, f"[[data.{split}]] {source['path']}", source["files"], files)
 
 
-def _weights(then: Mapping[str, Any], located: Recipe) -> Iterator[Difference]:
+def _weights(then: Mapping[str, Any], recipe: Recipe) -> Iterator[Difference]:
     from distft.assemble import input_hashes
 
     if not then.get("files"):
         yield Difference(kind=TOLD, what="[model]", then="no hash was written", now="not compared")
         return
-    now = input_hashes.weights(located)
+    now = input_hashes.weights(recipe)
     yield from _hashes(MODEL, f"[model] {then['path']}", then["files"], now["files"])
     yield from _hashes(MODEL, f"tokenizer of {then['path']}", then.get("tokenizer") or {}, now["tokenizer"])
 

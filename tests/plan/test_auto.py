@@ -62,7 +62,7 @@ def test_adapters_under_zero3_are_never_selective(llama8b: Path) -> None:
 
 
 def test_on_a_cpu_the_micro_batch_fills_8192_tokens(llama8b: Path) -> None:
-    cut = assemble.layout(recipe_of(llama8b), 2)
+    cut = assemble.choose_layout(recipe_of(llama8b), 2)
     assert (cut.micro_batch_size, cut.micros_per_step, cut.checkpointing) == (2, 16, None)
 
 
@@ -70,11 +70,11 @@ def test_on_accelerators_the_job_asks_the_planner(llama8b: Path, monkeypatch: py
     machine = Machine(gpu=of_size(80), gpus_per_node=1)
     monkeypatch.setattr(assemble.batch_layout, "_accelerators", lambda world: machine)
     recipe = recipe_of(llama8b, 'method.name="lora"')
-    cut = assemble.layout(recipe, 1)
+    cut = assemble.choose_layout(recipe, 1)
     planned = auto_setup.choose(recipe, read(recipe), machine, engine="solo", liger=False)
     assert (cut.micro_batch_size, cut.checkpointing) == (planned.micro_batch_size, planned.checkpointing)
     assert cut.micros_per_step * cut.micro_batch_size == 64
-    fixed = assemble.layout(
+    fixed = assemble.choose_layout(
         recipe_of(llama8b, "train.micro_batch_size=4", 'train.activation_checkpointing="selective"'), 1
     )
     assert (fixed.micro_batch_size, fixed.checkpointing) == (4, None), "nothing is auto: the planner is not asked"

@@ -15,7 +15,6 @@ from distft.catalog import REGISTRIES
 from distft.core.errors import DataError, MachineError, Preempted
 from distft.core.phase import PHASE
 from distft.core.stop import STOP
-from distft.demo.files import locate
 from distft.model.paths import ForwardPath
 from distft.recipe import load_recipe
 
@@ -28,8 +27,8 @@ def prepared(tmp_path: Path, said: list[str], *overrides: str) -> assemble.Data:
         '[data]\nloss_on = "completion"\npacking = false\n'
         f'cache_dir = "{tmp_path}/cache"\n[[data.train]]\npath = "{rows}"\n[train]\nglobal_batch_size = 2\n'
     )
-    recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=overrides))
-    return assemble.data(recipe, assemble.layout(recipe, 1), 0, 1, said.append)
+    recipe = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=overrides)
+    return assemble.load_data(recipe, assemble.choose_layout(recipe, 1), 0, 1, said.append)
 
 
 def test_preparing_says_that_it_has_begun(tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_a_run_that_goes_on_keeps_its_date(tmp_path: Path, monkeypatch: pytest.M
     run = tmp_path / "runs/r"
     checkpoint = run / "checkpoints/step-00000002"
     checkpoint.mkdir(parents=True)
-    assert assemble.dated(recipe, run).data.date == "2026-02-02"
+    assert assemble.with_date(recipe, run).data.date == "2026-02-02"
     for noted, date in (
         ({"date": "2026-01-31", "started": "2026-02-01T10:00:00"}, "2026-01-31"),
         ({"started": "2026-02-01T10:00:00"}, "2026-02-01"),  # of a run from before the date was kept
@@ -85,16 +84,16 @@ def test_a_run_that_goes_on_keeps_its_date(tmp_path: Path, monkeypatch: pytest.M
         ([], "2026-02-02"),
     ):
         (run / "manifest.json").write_text(json.dumps(noted))
-        assert assemble.dated(recipe, run).data.date == date
-        assert assemble.dated(recipe, tmp_path / "other", checkpoint).data.date == date
-        assert assemble.dated(recipe, run, "never").data.date == "2026-02-02"
+        assert assemble.with_date(recipe, run).data.date == date
+        assert assemble.with_date(recipe, tmp_path / "other", checkpoint).data.date == date
+        assert assemble.with_date(recipe, run, "never").data.date == "2026-02-02"
     (run / "manifest.json").write_text("{")
-    assert assemble.dated(recipe, run).data.date == "2026-02-02"
+    assert assemble.with_date(recipe, run).data.date == "2026-02-02"
     (checkpoint / "state.json").write_text('{"date": "2026-01-30"}')  # a checkpoint knows it too
     for resume in ("auto", checkpoint):
-        assert assemble.dated(recipe, run, resume).data.date == "2026-01-30"
+        assert assemble.with_date(recipe, run, resume).data.date == "2026-01-30"
     own = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=["data.date='2025-12-24'"])
-    assert assemble.dated(own, run).data.date == "2025-12-24"
+    assert assemble.with_date(own, run).data.date == "2025-12-24"
 
 
 def test_a_run_on_gpus_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,20 +106,20 @@ def test_a_run_on_gpus_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.Monkey
         '[data]\nloss_on = "completion"\nmax_length = 64\n'
         '[[data.train]]\npath = "demo:incidents/train"\n[train]\nglobal_batch_size = 4\n'
     )
-    recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES))
+    recipe = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES)
     cut = assemble.Layout(micro_batch_size=1, micros_per_step=2)
-    assert assemble.planned(recipe, 2, cut, 32) is None
+    assert assemble.plan_of_run(recipe, 2, cut, 32) is None
     monkeypatch.setattr(batch_layout, "_accelerators", lambda world: read_machine("80", world, 1))
-    plan = assemble.planned(recipe, 2, cut, 32)
+    plan = assemble.plan_of_run(recipe, 2, cut, 32)
     assert plan is not None
     assert (plan["method"], plan["world"], plan["fits"]) == ("full", 2, True)
     assert plan["per_rank"]["peak_bytes"] > 2**30, "the CUDA context alone is half of that"
     alone = replace(cut, path=ForwardPath(documents="single", attention="distft_single"))
-    plan = assemble.planned(recipe, 2, alone, 32)
+    plan = assemble.plan_of_run(recipe, 2, alone, 32)
     assert plan is not None
     assert (plan["path"]["documents"], plan["tokens_per_forward"], plan["micros_per_step"]) == ("single", 32, 4)
     monkeypatch.setattr(batch_layout, "_accelerators", lambda world: read_machine("80", 3, 1))
-    refused = assemble.planned(recipe, 3, cut, 32)
+    refused = assemble.plan_of_run(recipe, 3, cut, 32)
     assert refused is not None
     assert "global_batch_size" in refused["why"], "4 sequences do not split over 3; that is no reason not to run"
 
@@ -152,15 +151,18 @@ def test_ranks_on_cards_of_several_sizes_take_the_smallest_ones_layout(
     rows = prepared(tmp_path, [], "train.global_batch_size=4")
     large = assemble.Layout(micro_batch_size=2, micros_per_step=1, checkpointing="off")
     small = assemble.Layout(micro_batch_size=1, micros_per_step=2, checkpointing="full")
-    recipe = locate(
-        load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=["train.global_batch_size=4"])
-    )
+    recipe = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES, overrides=["train.global_batch_size=4"])
     monkeypatch.setattr(batch_layout, "_device", lambda: (80, "NVIDIA A100-SXM4-80GB"))
-    cut, anew = assemble.on_all(recipe, large, rows, Others((40, "NVIDIA A100-SXM4-40GB", small)), lambda line: None)
+    cut, anew = assemble.agree_on_all_ranks(
+        recipe, large, rows, Others((40, "NVIDIA A100-SXM4-40GB", small)), lambda line: None
+    )
     assert cut == small
     assert anew is not rows
     assert [len(micro.sample_ids) for micro in next(anew.steps.from_step(0))] == [1, 1]
-    assert assemble.on_all(recipe, large, rows, Others((80, "A100", large)), lambda line: None) == (large, rows)
+    assert assemble.agree_on_all_ranks(recipe, large, rows, Others((80, "A100", large)), lambda line: None) == (
+        large,
+        rows,
+    )
 
 
 def test_ranks_that_compute_by_other_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +170,7 @@ def test_ranks_that_compute_by_other_kernels_are_refused(tmp_path: Path, monkeyp
     other = replace(mine, path=ForwardPath(attention="sdpa"))
     monkeypatch.setattr(batch_layout, "_device", lambda: (80, "NVIDIA A100"))
     with pytest.raises(MachineError, match=r"NVIDIA V100 computes this model by .*sdpa.*, NVIDIA A100 by another path"):
-        assemble.agreed(mine, Others((32, "NVIDIA V100", other)).gather)
+        assemble.agree_on_layout(mine, Others((32, "NVIDIA V100", other)).gather)
 
 
 def test_files_of_the_hubs_cache_are_taken_at_their_name(tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_files_of_the_hubs_cache_are_taken_at_their_name(tmp_path: Path) -> None
         f'name = "r"\n[model]\npath = "{snapshot}"\n[data]\nloss_on = "completion"\ncache_dir = "{tmp_path}/cache"\n'
         '[[data.train]]\npath = "demo:incidents/train"\n'
     )
-    recipe = locate(load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES))
+    recipe = load_recipe(tmp_path / "recipe.toml", registries=REGISTRIES)
     found = input_hashes.weights(recipe)
     assert found["files"]["model.safetensors"] == "5a" * 32
     assert found["files"]["config.json"] == hashlib.sha256((snapshot / "config.json").read_bytes()).hexdigest()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from distft.core.registry import Params
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
 
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
 
 def _none(params: Any) -> None:
     return None
+
+
+def _no_tokens(params: Any) -> int:
+    return 0
+
+
+def _save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """As PEFT does, and transformers."""
+    lm.save_pretrained(folder, state_dict=tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,5 +57,10 @@ class MethodSpec:
     base_alone: Callable[[nn.Module], AbstractContextManager[None]] | None = None
     """Filled model (`distft.model.causal.CausalLM`) -> context in which its forwards compute with the base's weights
     alone; what a preference objective takes for its reference. None: the method changes the base itself."""
+    virtual_tokens: Callable[[Any], int] = _no_tokens
+    """params -> positions before every document and every prompt whose embeddings the method trains: it puts a
+    `distft.model.adapters.virtual_tokens.VirtualEmbedding` in the place of the model's embedding."""
+    save_adapter: Callable[[Any, Path, dict[str, Tensor]], None] = _save
+    """(attached model, folder, trained tensors by their names) -> writes the adapter's files."""
     library: str | None = None
     """Importable name of the package it needs beyond torch and transformers."""

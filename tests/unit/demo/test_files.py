@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from distft.catalog import REGISTRIES
 from distft.core.errors import FileSystemError, RecipeError
 from distft.demo import tokenizer
-from distft.demo.files import MODEL_CONFIG, locate, locate_path
+from distft.demo.files import MODEL_CONFIG, locate_path
 from distft.demo.incidents import SIZES
 from distft.recipe import Recipe, parse_recipe
 
@@ -62,25 +63,33 @@ def _recipe(text: str) -> Recipe:
     return parse_recipe(text, source="mine.toml", registries=REGISTRIES)
 
 
-def test_a_recipe_is_located_whole() -> None:
-    given = _recipe(
+def test_a_recipe_has_real_paths_and_writes_the_names() -> None:
+    text = (
         'name = "x"\n[model]\npath = "demo:tiny-llama"\ninit = "random"\n'
         '[[data.train]]\npath = "demo:incidents/train"\n[[data.train]]\npath = "own.jsonl"\n'
         '[[data.eval]]\npath = "demo:incidents/valid"\n'
     )
-    found = locate(given)
-    assert found.model.path == locate_path("demo:tiny-llama")
-    assert found.model.tokenizer is None
-    assert [source.path for source in found.data.train] == [locate_path("demo:incidents/train"), "own.jsonl"]
-    assert [source.path for source in found.data.eval] == [locate_path("demo:incidents/valid")]
-    assert found.model.init == "random"
-    assert given.model.path == "demo:tiny-llama"
+    recipe = _recipe(text)
+    assert recipe.model.path == locate_path("demo:tiny-llama")
+    assert recipe.model.tokenizer is None
+    assert [source.path for source in recipe.data.train] == [locate_path("demo:incidents/train"), "own.jsonl"]
+    assert [source.path for source in recipe.data.eval] == [locate_path("demo:incidents/valid")]
+    assert recipe.model.init == "random"
+    assert recipe.written(recipe.model.path) == "demo:tiny-llama"
+    written = recipe.resolved()
+    assert written["model"]["path"] == "demo:tiny-llama"
+    assert [source["path"] for source in written["data"]["train"]] == ["demo:incidents/train", "own.jsonl"]
+    assert _recipe(recipe.to_toml()) == recipe
+    elsewhere = recipe.with_value(("data", "date"), "2024-01-31")
+    assert elsewhere.data.date == "2024-01-31"
+    assert elsewhere.digest() == recipe.digest(), "the day of a run is not a setting"
+    other = replace(recipe, model=recipe.model.model_copy(update={"path": "mine"}))
+    assert other.resolved()["model"]["path"] == "mine", "a value that was changed since is written as it is"
 
 
 def test_a_recipe_is_told_all_its_unknown_names_with_their_lines() -> None:
-    given = _recipe('name = "x"\n[model]\npath = "demo:huge"\n[[data.train]]\npath = "demo:accidents"\n')
     with pytest.raises(RecipeError, match=r"mine.toml: 2 problems") as caught:
-        locate(given)
+        _recipe('name = "x"\n[model]\npath = "demo:huge"\n[[data.train]]\npath = "demo:accidents"\n')
     assert [problem.line for problem in caught.value.problems] == [3, 5]
 
 

@@ -90,7 +90,6 @@ def real(tmp_path: Path) -> Made:
     """A run whose rows and model are really there, and whose manifest knows their hashes."""
     from distft.assemble import input_hashes
     from distft.core import environment
-    from distft.demo.files import locate
 
     for split in ("train", "valid"):
         (tmp_path / f"{split}.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
@@ -102,10 +101,10 @@ def real(tmp_path: Path) -> Made:
         "[model]", '[model]\ninit = "random"'
     )
     one.write("recipe.toml", text)
-    located = locate(load_recipe(one.folder / "recipe.toml", registries=REGISTRIES))
+    recipe = load_recipe(one.folder / "recipe.toml", registries=REGISTRIES)
     told = {
-        "sources": input_hashes.rows(located),
-        "model": input_hashes.weights(located),
+        "sources": input_hashes.rows(recipe),
+        "model": input_hashes.weights(recipe),
         "versions": environment.versions(),
         "hardware": environment.hardware(),
         "device": "cpu",
@@ -116,9 +115,7 @@ def real(tmp_path: Path) -> Made:
 
 
 def found(one: Made) -> list[tuple[str, str]]:
-    from distft.demo.files import locate
-
-    recipe = locate(load_recipe(one.folder / "recipe.toml", registries=REGISTRIES))
+    recipe = load_recipe(one.folder / "recipe.toml", registries=REGISTRIES)
     return [(each.kind, each.what) for each in differences(read_run(one.folder).manifest, recipe, "cpu")]
 
 
