@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from distft.core.errors import DistftError
 from distft.engine import ENGINES, EngineSpec
 from distft.engine.grad_dtype import error_of_bf16_sums
+from distft.model.adapters import METHODS
 from distft.plan.case import PlanCase
 from distft.plan.setup import Machine
 
@@ -169,10 +170,11 @@ def _more_gpus(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
 
 
 def _methods(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
-    """LoRA, then QLoRA: what is trained changes, so they come last."""
-    now = case.setup.recipe.method.name
-    for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(now, ()):
-        overrides = (f'method={{name="{method}"}}', 'engine={name="auto"}')
-        change = _tried(case, replan, f"{method} instead of {now}", overrides, case.setup.machine, other=True)
+    """Methods that save more, LoRA before QLoRA: what is trained changes, so they come last."""
+    now = case.setup.recipe.method.spec
+    saving = [spec for spec in METHODS.values() if spec.saves_memory > now.saves_memory]
+    for spec in sorted(saving, key=lambda spec: spec.saves_memory):
+        overrides = (f'method={{name="{spec.name}"}}', 'engine={name="auto"}')
+        change = _tried(case, replan, f"{spec.name} instead of {now.name}", overrides, case.setup.machine, other=True)
         if change is not None and change.case.fits:
             yield change
