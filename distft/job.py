@@ -120,8 +120,10 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             facts = assemble.run_facts(model, placed, state)
             assemble.set_up_engine(recipe, engine, model, layout, num_steps)
             checkpoints.prepare()
-            objective = assemble.build_objective(recipe, engine, model)
+            objective = assemble.build_objective(recipe, engine, model, layout, rows, say)
             steps = assemble.open_step_source(recipe, rows, engine, model, objective, session.stop)
+            if state.step == 0:
+                assemble.refuse_other_policy(recipe, engine, objective, steps)
             if recipe.train.rehearse:
                 from distft.memory_preflight import run_preflight
 

@@ -41,7 +41,7 @@ def open_checkpoints(
     from distft.core.types import TrainState
     from distft.resume import CheckpointManager, about, check_fits
 
-    base = _base_hash(recipe, engine) if recipe.method.spec.adapter else ""
+    base = weights_hash(recipe, engine) if recipe.method.spec.adapter else ""
     says = about(recipe, rows.fingerprint, base, num_steps(recipe, rows)) | {"date": recipe.data.date}
     root = folder.path / "checkpoints"
     if resume == "never" and engine.rank == 0:
@@ -78,8 +78,11 @@ def open_checkpoints(
     return keeper, state, loaded.reader
 
 
-def _base_hash(recipe: Recipe, engine: Engine) -> str:
-    """sha256 of the frozen weights; the files of one host are hashed once and remembered by size and time."""
+def weights_hash(recipe: Recipe, engine: Engine) -> str:
+    """Return the sha256 of the weights that training starts from.
+
+    The files of one host are hashed once and remembered by size and time.
+    """
     from distft.data.fingerprint import file_hash
     from distft.data.prepared_folder import cache_folder
     from distft.model.load import find_folder

@@ -125,27 +125,96 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
     )
 
 
-def build_objective(recipe: Recipe, engine: Engine, built: MetaModel) -> Objective:
+def build_objective(
+    recipe: Recipe,
+    engine: Engine,
+    built: MetaModel,
+    layout: Layout,
+    rows: HeldOut,
+    say: Say,
+    *,
+    is_trained: bool = False,
+) -> Objective:
     """Return the recipe's objective over the model that the engine holds, with what fills its columns.
+
+    Collective; the engine's weights are those that training starts from, unless it `is_trained`: then what follows from
+    those must have been computed before.
 
     Raises:
         MachineError: a column that it reads cannot be had in this run.
     """
+    from distft.assemble.checkpoints import weights_hash
     from distft.columns import COLUMNS, ColumnFiller, ColumnInputs
+    from distft.columns.reference import token_logprobs
     from distft.core.protocols import NO_COLUMNS
+    from distft.data.prepared_folder import cache_folder
     from distft.model.policy import ModelPolicy
     from distft.objectives.spec import Objective
 
-    chosen, method, policy = recipe.objective, recipe.method, ModelPolicy(engine.model)
-    alone = method.spec.base_alone
+    chosen, alone, policy = recipe.objective, recipe.method.spec.base_alone, ModelPolicy(engine.model)
+    names = chosen.spec.columns(chosen.params)
+    if not names:
+        return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)
+    weights = weights_hash(recipe, engine)
     inputs = ColumnInputs(
         policy=policy,
-        method=method.name,
+        method=recipe.method.name,
         base_alone=None if alone is None else functools.partial(alone, built.module),
+        engine=engine,
+        row_passes=rows.row_passes,
+        folder_of=lambda rows_sha256: (
+            cache_folder(recipe.data) / "logprobs" / _logprobs_key(recipe, engine, layout, weights, rows_sha256)
+        ),
+        is_trained=is_trained,
+        say=say,
     )
-    suppliers = {name: COLUMNS[name].open(inputs) for name in chosen.spec.columns(chosen.params)}
-    columns = ColumnFiller(engine, suppliers) if suppliers else NO_COLUMNS
-    return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns)
+    suppliers = {name: COLUMNS[name].open(inputs) for name in names}
+    reference = token_logprobs(inputs) if any(name.startswith("ref_logprob_") for name in names) else None
+    columns = ColumnFiller(engine, suppliers)
+    return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns, reference=reference)
+
+
+def _logprobs_key(recipe: Recipe, engine: Engine, layout: Layout, weights: str, rows_sha256: str) -> str:
+    """Everything that log-probabilities of the model before training depend on.
+
+    Engine, ranks and micro-batches are not of it: they change the order of sums, and other runs may share the values.
+    """
+    import hashlib
+    import json
+
+    import torch
+
+    from distft.core.environment import versions
+
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+    facts = {
+        "weights": weights,
+        "rows": rows_sha256,
+        "head": recipe.objective.spec.head,
+        "method": [recipe.method.name, recipe.method.params.model_dump(mode="json")],
+        "dtype": recipe.model.dtype,
+        "seed": recipe.seed,
+        "path": layout.path.to_json(),
+        "packing": [recipe.data.packing, recipe.data.max_length],
+        "device": device,
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def refuse_other_policy(recipe: Recipe, engine: Engine, objective: Objective, steps: StepSource) -> None:
+    """Collective: check that the policy is its reference before the first update (see `distft.identity_gate`).
+
+    Raises:
+        NumericError: it is not.
+    """
+    import torch
+
+    from distft.identity_gate import refuse_other_policy as refuse
+
+    if objective.reference is not None:
+        batch = next(steps.from_step(0))[0]
+        refuse(engine, objective.policy, objective.reference, batch, getattr(torch, recipe.model.dtype))
 
 
 def num_steps(recipe: Recipe, rows: Data) -> int:

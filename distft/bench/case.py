@@ -147,7 +147,7 @@ class _Measurement:
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
         products = sum(weights for weights, _ in stats.products(built.module))
         assemble.set_up_engine(recipe, engine, built, self.cut, self.rows.steps.num_steps)
-        objective = assemble.build_objective(recipe, engine, built)
+        objective = assemble.build_objective(recipe, engine, built, self.cut, self.rows, self.say)
         device.phase("load")
         graphs = _compiled_graphs if self.cut.path.compiled else lambda: 0
         clock = Clock(

@@ -49,6 +49,9 @@ class Batch:
     group_sizes: tuple[int, ...] = ()
     """Documents of each group, in order: 1 for supervised fine-tuning, 2 for a pair, n for n samples of one prompt.
     A group is never split over micro-batches. Filler documents come last and belong to no group."""
+    rows: tuple[int, ...] = ()
+    """Indices of its groups among the prepared rows whose fingerprint is `rows_sha256`."""
+    rows_sha256: str = ""
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     """Further inputs of an objective by name; the name's last letter is the axis: `ref_logprob_D`, `advantage_D`,
     `old_logprob_S`. Filled before the step (see `distft.columns`)."""

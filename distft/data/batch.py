@@ -53,7 +53,8 @@ def build_batch(
         max_length=max_length,
     )
     values = prepared.values(rows) if prepared.report.values else {}
-    return replace(batch, columns={name: torch.from_numpy(column) for name, column in values.items()})
+    columns = {name: torch.from_numpy(column) for name, column in values.items()}
+    return replace(batch, rows=tuple(rows), rows_sha256=prepared.fingerprint, columns=columns)
 
 
 def pack_documents(

@@ -181,11 +181,12 @@ class EvalSteps(Sequence["Batch"]):
         world: int = 1,
         pad_to: int | None = None,
         single_documents: bool = False,
+        only: np.ndarray | None = None,
     ) -> None:
-        """Arguments as for `Steps`."""
+        """Arguments as for `Steps`; `only`: indices of the rows, all when None."""
         if single_documents:
             micro_batch_size = 1
-        rows = np.arange(prepared.num_rows)
+        rows = np.arange(prepared.num_rows) if only is None else only
         order = SampleOrder(
             prepared.lengths,
             [rows],

@@ -1,8 +1,8 @@
 """Direct preference optimisation, with the losses that grew out of it.
 
 Notation: beta is the strength of the pull towards the reference, s the log-ratio of policy to reference of an answer,
-summed over its tokens, delta = s_chosen - s_rejected. The loss is a mean over the pairs of the global batch. Each is that
-of its paper; where frameworks mean different things by one name, its function says which this is.
+summed over its tokens, delta = s_chosen - s_rejected. The loss is a mean over the pairs of the global batch. Each is
+that of its paper; where frameworks mean different things by one name, its function says which this is.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from distft.core.protocols import NO_COLUMNS, BatchColumns
 from distft.core.registry import Params
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from distft.core.types import Batch, LossTerms, Policy
 
 
@@ -47,6 +49,8 @@ class Objective:
     params: Any
     policy: Policy
     columns: BatchColumns = NO_COLUMNS
+    reference: Callable[[Batch], Tensor] | None = None
+    """Micro-batch on the device -> [S], the reference's log-probabilities, for objectives that have one."""
 
     def fill(self, micros: list[Batch]) -> list[Batch]:
         """Collective, once a step: return the micro-batches with the columns that the objective reads."""

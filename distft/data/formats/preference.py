@@ -93,9 +93,8 @@ def _best_and_worst(answers: Any, column: str) -> tuple[str, str, float]:
         text = next((keys[key] for key in _TEXT_KEYS if isinstance(keys.get(key), str)), None)
         score = next((keys[key] for key in _SCORE_KEYS if keys.get(key) is not None), None)
         if text is None or score is None:
-            raise RowError(
-                f'"{column}" entry {number} needs a text ({", ".join(_TEXT_KEYS)}) and a score ({", ".join(_SCORE_KEYS)})'
-            )
+            needs = f"a text ({', '.join(_TEXT_KEYS)}) and a score ({', '.join(_SCORE_KEYS)})"
+            raise RowError(f'"{column}" entry {number} needs {needs}')
         scored.append((_number(score, f"{column} entry {number}: score"), text))
     best, worst = max(scored, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
     if best[0] == worst[0]:
