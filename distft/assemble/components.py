@@ -234,10 +234,10 @@ def open_step_source(
         MachineError: the source, or a generator that it asks for, cannot run here.
     """
     from distft.assemble.evaluation import generator_inputs
-    from distft.generation import GENERATORS, TextGenerator
+    from distft.generation import GENERATORS, CompletionGenerator
     from distft.step_sources import STEP_SOURCES, StepSourceInputs
 
-    def generator(name: str) -> TextGenerator:
+    def generator(name: str) -> CompletionGenerator:
         spec = GENERATORS[name]
         return spec.open(spec.params(), generator_inputs(recipe, engine, built, rows.stop_ids, stop))
 

@@ -49,8 +49,7 @@ class Batch:
     group_sizes: tuple[int, ...] = ()
     """Documents of each group, in order: 1 for supervised fine-tuning, 2 for a pair, n for n samples of one prompt.
     A group is never split over micro-batches. Filler documents come last and belong to no group."""
-    rows: tuple[int, ...] = ()
-    """Indices of its groups among the prepared rows whose fingerprint is `rows_sha256`."""
+    rows: tuple[int, ...] = ()  # indices of its groups among the prepared rows with this fingerprint
     rows_sha256: str = ""
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     """Further inputs of an objective by name; the name's last letter is the axis: `ref_logprob_D`, `advantage_D`,
@@ -62,11 +61,12 @@ class Batch:
         return sum(self.group_sizes)
 
     def sum_by_document(self, values_S: Tensor) -> Tensor:
-        """Return [D], what belongs to the supervised positions added up in each document, filler left out."""
+        """Return fp64 [D], the values of each document's supervised positions added up, filler left out."""
         import torch
 
         at_S = torch.nonzero_static(self.labels_T != IGNORE, size=self.num_supervised).squeeze(1)
         document_S = torch.searchsorted(self.cu_seqlens, at_S.to(self.cu_seqlens.dtype), right=True) - 1
+        values_S = values_S.double()  # sums of hundreds, of which differences are taken
         return values_S.new_zeros(self.num_documents).index_add(0, document_S, values_S)
 
     def inputs(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Serves lm-eval's requests, which are text, with a `Generator` (see `distft.scores.harness.TextGenerator`)."""
+"""Serves lm-eval's requests, which are text, with a `Generator` (see `distft.scores.harness.CompletionGenerator`)."""
 
 from __future__ import annotations
 

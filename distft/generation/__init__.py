@@ -5,9 +5,9 @@ One file per generator, one line here.
 
 from distft.core.registry import Registry
 from distft.generation import engine_generator
-from distft.generation.spec import GeneratorInputs, GeneratorSpec, TextGenerator
+from distft.generation.spec import CompletionGenerator, GeneratorInputs, GeneratorSpec
 
 GENERATORS: Registry[GeneratorSpec] = Registry("generator")
 GENERATORS.add(engine_generator.SPEC)
 
-__all__ = ["GENERATORS", "GeneratorInputs", "GeneratorSpec", "TextGenerator"]
+__all__ = ["GENERATORS", "CompletionGenerator", "GeneratorInputs", "GeneratorSpec"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from distft.model.causal import CausalLM
 
 
-class TextGenerator(Protocol):
+class CompletionGenerator(Protocol):
     """Generates with the weights as they are when it is called. Collective: all ranks pass the same arguments."""
 
     def generate(self, prompts: Sequence[Prompt], how: SamplingParams) -> list[Completion] | None:
@@ -42,6 +42,6 @@ class GeneratorSpec:
     """A named generator."""
 
     name: str
-    open: Callable[[Any, GeneratorInputs], TextGenerator]
+    open: Callable[[Any, GeneratorInputs], CompletionGenerator]
     """(params, inputs) -> the generator; collective. Raises MachineError: it cannot run here."""
     params: type[Params] = NoParams

@@ -12,7 +12,7 @@ from distft.core.types import Engine, Policy
 
 if TYPE_CHECKING:
     from distft.data.loader import Steps
-    from distft.generation.spec import TextGenerator
+    from distft.generation.spec import CompletionGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class StepSourceInputs:
     engine: Engine
     policy: Policy
     """The model as it is when it is asked."""
-    generator: Callable[[str], TextGenerator]
+    generator: Callable[[str], CompletionGenerator]
     """Name -> an opened generator with its default parameters (see `distft.generation.GENERATORS`)."""
     max_length: int
     """Tokens of a document at most."""
