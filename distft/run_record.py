@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.core.files import read_json_lines, read_json_object
+from distft.model.adapters import METHODS, MethodSpec
 
 SUMMARY = "eval/summary.json"
 CARE = "data-card.json"
@@ -111,6 +112,16 @@ class RunRecord:
         return str(self.table("method").get("name", ""))
 
     @property
+    def method_spec(self) -> MethodSpec | None:
+        """What the method declares about itself; None where the run names none, or one that is not installed here."""
+        return METHODS.get(self.method)
+
+    @property
+    def method_title(self) -> str:
+        """What people call the method; "" unknown."""
+        return self.method_spec.title or self.method if self.method_spec is not None else self.method
+
+    @property
     def engine(self) -> str:
         """The one that ran."""
         return str(self.manifest.get("engine", ""))
@@ -123,17 +134,14 @@ class RunRecord:
     @property
     def is_adapter(self) -> bool:
         """Whether final/ holds an adapter beside an untouched base."""
-        return (self.folder / "final" / "adapter_config.json").is_file() or self.method in ("lora", "qlora")
+        if (self.folder / "final" / "adapter_config.json").is_file():
+            return True
+        return self.method_spec is not None and self.method_spec.adapter
 
     @property
     def base(self) -> str:
         """What the recipe calls the model it started from."""
         return str(self.table("model").get("path", ""))
-
-    @property
-    def is_complete(self) -> bool:
-        """It ended well."""
-        return self.exit.get("code") == 0
 
     @property
     def evals(self) -> tuple[Mapping[str, Any], ...]:

@@ -57,16 +57,6 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def explain(error: BaseException) -> str:
-    """One line: what went wrong, for another rank or a person to read."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f" ({Path(os.fsdecode(error.filename)).name})" if error.filename else ""
-        return f"{error.strerror}{where}"
-    text = str(error)
-    known = type(error).__module__.startswith("distft.")
-    return text if known and text else f"{type(error).__name__}: {text}"
-
-
 def is_disk_full(error: BaseException) -> bool:
     """Whether a full disk or quota is behind an error; torch's archive writer wraps the OSError."""
     seen: set[int] = set()

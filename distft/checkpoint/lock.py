@@ -25,9 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distft.checkpoint.durable import explain, read_regular
+from distft.checkpoint.durable import read_regular
 from distft.core import host
-from distft.core.errors import BusyError, FileSystemError
+from distft.core.errors import BusyError, FileSystemError, explain
 from distft.core.files import parse_json_object, replace_file, write_file
 
 LOCK = "lock.json"

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distft.core.ranks import Ranks
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -304,12 +306,10 @@ class UpdateRule:
         return [{"params": tensors, "weight_decay": decay} for tensors, decay in pairs if tensors]
 
 
-class Engine(Protocol):
+class Engine(Ranks, Protocol):
     """Processes, and where tensors live: all that the loop and the other rooms know of either."""
 
     name: str
-    rank: int
-    world: int
     device: torch.device
     lockstep: bool
     """A forward is collective: every rank has to run as many as the others, gradients or not."""
@@ -377,22 +377,6 @@ class Engine(Protocol):
 
     def restore(self, reader: StateReader, state: TrainState) -> None:
         """Take parameters and optimizer state from a checkpoint written under any engine and world size."""
-        ...
-
-    def gather(self, value: Any) -> list[Any]:
-        """Collective: every rank's value, in rank order, on every rank; over the host's network."""
-        ...
-
-    def collect(self, value: Any) -> list[Any]:
-        """Collective: every rank's value, in rank order, on rank 0; nothing on the others."""
-        ...
-
-    def all_say(self, yes: bool) -> bool:
-        """Collective: whether every rank says yes."""
-        ...
-
-    def barrier(self) -> None:
-        """Barrier over all ranks."""
         ...
 
     def close(self) -> None:

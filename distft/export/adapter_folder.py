@@ -25,6 +25,7 @@ def _write(params: NoParams, inputs: ExportInputs, folder: Path) -> None:
         inputs.engine,
         inputs.shapes,
         prefix=inputs.prefix,
+        starts_at_zero=inputs.method.starts_at_zero,
         save_adapter=lambda target, tensors: inputs.method.save_adapter(inputs.lm, target, tensors),
         save_rest=inputs.write_beside,
     )

@@ -67,6 +67,7 @@ def write_adapter(
     shapes: Shapes,
     *,
     prefix: str,
+    starts_at_zero: Callable[[str], bool],
     save_adapter: Callable[[Path, dict[str, Tensor]], None],
     save_rest: Callable[[Path], None],
 ) -> None:
@@ -81,8 +82,8 @@ def write_adapter(
     if engine.rank == 0:
         for name, tensor in tensors.items():
             _require(name, tensor, shapes[name][0])
-        starts_at_zero = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
-        if starts_at_zero and not any(tensor.any() for tensor in starts_at_zero):
+        zeros = [tensor for name, tensor in tensors.items() if starts_at_zero(name)]
+        if zeros and not any(tensor.any() for tensor in zeros):
             raise DistftError("the adapter is still its initial value: nothing was trained, so nothing is saved")
         save_adapter(aside, tensors)
         save_rest(aside)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distft.engine.footprint import ROOT
 from distft.model import experts, load, quantize, stats
 from distft.model.adapters import MethodSpec, targets
 from distft.model.blocks import blocks_of
@@ -38,8 +39,6 @@ CODE_8BIT_BYTES = 256 * 4
 """The same for 8-bit constants under double quantisation."""
 OFFSET_BYTES = 4
 """Mean of the constants, subtracted before they are quantised."""
-ROOT = -1
-"""`Param.block` of what is in no block: embedding, last norm, head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +115,11 @@ class Inventory:
     """(weights, trained) of each linear layer: what takes part in matrix products."""
     path: ForwardPath
     """How the model's numbers are computed."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one element in the type that the model computes in."""
+        return self.dtype.itemsize
 
     @property
     def total(self) -> int:

@@ -225,6 +225,11 @@ def owns(name: str) -> bool:
     return ".lora_" in name
 
 
+def starts_at_zero(name: str) -> bool:
+    """Whether it is a B, with which an adapter begins as nothing."""
+    return ".lora_B." in name
+
+
 def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator) -> Tensor:
     """PEFT's default: A uniform as torch initialises a linear layer, B zero, so the adapter starts as identity.
 
@@ -287,13 +292,16 @@ def base_alone(module: nn.Module) -> Iterator[None]:
 
 SPEC = MethodSpec(
     name="lora",
+    title="LoRA",
     params=LoraParams,
     attach=attach,
     owns=owns,
     fresh=fresh,
+    starts_at_zero=starts_at_zero,
     base_name=base_name,
     adapted=adapted_layers,
     adapter=True,
+    saves_memory=1,
     base_alone=base_alone,
     library="peft",
 )

@@ -26,6 +26,10 @@ def _no_tokens(params: Any) -> int:
     return 0
 
 
+def _no_name(name: str) -> bool:
+    return False
+
+
 def _save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
     """As PEFT does, and transformers."""
     lm.save_pretrained(folder, state_dict=tensors)
@@ -37,6 +41,8 @@ class MethodSpec:
 
     name: str
     params: type[Params]
+    title: str = ""
+    """What reports and model cards call it; empty: its name."""
     attach: Callable[[Any, Any, torch.dtype], nn.Module]
     """(transformers model on meta, params, model dtype) -> module with requires_grad set; may wrap."""
     owns: Callable[[str], bool]
@@ -44,6 +50,9 @@ class MethodSpec:
     fresh: Callable[[str, nn.Module, Tensor, torch.Generator], Tensor] | None = None
     """(name, attached model, meta tensor, generator) -> initial value of an owned parameter; the base layer it sits
     beside is already filled."""
+    starts_at_zero: Callable[[str], bool] = _no_name
+    """Whether an owned parameter of this name starts at zero. Where all of them are still zero nothing was trained, and
+    no adapter is written."""
     base_name: Callable[[str], str] = str
     """Name of a parameter in the attached model -> its name in the base checkpoint."""
     quant: Callable[[Any], QuantParams | None] = _none
@@ -54,6 +63,9 @@ class MethodSpec:
     """Attached model -> (layers, expert tensors) that have an adapter."""
     adapter: bool = False
     """final/ holds an adapter folder instead of a whole model."""
+    saves_memory: int = 0
+    """Place among the methods that a plan offers where memory is short: those with larger numbers save more. 0: it is
+    not offered."""
     base_alone: Callable[[nn.Module], AbstractContextManager[None]] | None = None
     """Filled model (`distft.model.causal.CausalLM`) -> context in which its forwards compute with the base's weights
     alone; what a preference objective takes for its reference. None: the method changes the base itself."""
