@@ -118,7 +118,7 @@ def _other_number(rng: random.Random, text: str) -> str:
 def near_miss(rng: random.Random, facts: Incident) -> Incident:
     """Return the incident as somebody tells it who has misread one fact."""
     others = [service for service in wording.SERVICES[facts.component] if service != facts.service]
-    wrong: list[dict[str, object]] = [
+    wrong: list[dict[str, Any]] = [
         {"environment": "staging" if facts.environment == "production" else "production"},
         {"scope": rng.choice([scope for scope in ("most", "some", "few") if scope != facts.scope])},
         {"data_loss": not facts.data_loss},
@@ -132,8 +132,7 @@ def near_miss(rng: random.Random, facts: Incident) -> Incident:
             else []
         ),
     ]
-    change: Any = rng.choice(wrong)
-    return replace(facts, **change)
+    return replace(facts, **rng.choice(wrong))
 
 
 def render(incident: Incident, style: Style) -> str:
