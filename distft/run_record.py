@@ -13,10 +13,12 @@ from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distft.core.files import read_json_lines, read_json_object
-from distft.model.adapters import METHODS, MethodSpec
+
+if TYPE_CHECKING:
+    from distft.model.adapters import MethodSpec
 
 SUMMARY = "eval/summary.json"
 CARE = "data-card.json"
@@ -114,6 +116,8 @@ class RunRecord:
     @property
     def method_spec(self) -> MethodSpec | None:
         """What the method declares about itself; None where the run names none, or one that is not installed here."""
+        from distft.model.adapters import METHODS  # not for the help of commands, which imports this file
+
         return METHODS.get(self.method)
 
     @property

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from distft.model.adapters import METHODS
+if TYPE_CHECKING:
+    from distft.model.adapters import MethodSpec
 
 Goal: TypeAlias = Literal["format", "style", "task", "skill", "facts", "domain"]
 GOALS: dict[str, str] = {
@@ -86,8 +87,14 @@ def _is(value: Any) -> Callable[[Situation, SoFar], Any]:
     return lambda asked, so_far: value
 
 
+def _method(name: str) -> MethodSpec:
+    from distft.model.adapters import METHODS  # not for the help of the command, which lists the goals
+
+    return METHODS[name]
+
+
 def _adapter(so_far: SoFar) -> bool:
-    return METHODS[so_far["method"]].adapter
+    return _method(so_far["method"]).adapter
 
 
 def _below(rows: int) -> Callable[[Situation, SoFar], bool]:
@@ -172,7 +179,7 @@ RULES: tuple[Rule, ...] = (
         why="It matched 16-bit fine-tuning in all comparisons, at a quarter of the base's memory; it is slower, so not "
         "without need.",
         source=DETTMERS,
-        when=lambda _, so_far: METHODS[so_far["candidate"]].quantized,
+        when=lambda _, so_far: _method(so_far["candidate"]).quantized,
         gives=_is("qlora"),
     ),
     Rule(
@@ -316,7 +323,7 @@ RULES: tuple[Rule, ...] = (
         says="QLoRA: 8-bit paged AdamW.",
         why="Its state moves to host memory when one long batch needs the room.",
         source=f"{DETTMERS}; Dettmers et al. 2021, https://arxiv.org/abs/2110.02861",
-        when=lambda _, so_far: METHODS[so_far["method"]].quantized,
+        when=lambda _, so_far: _method(so_far["method"]).quantized,
         gives=_is("paged_adamw_8bit"),
     ),
     Rule(
