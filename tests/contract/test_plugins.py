@@ -620,8 +620,14 @@ def test_a_step_source_makes_its_rows_with_the_model_as_it_is(said: dict[str, st
     assert len(split) == 2, "a generator runs for every micro-batch"
 
 
+def test_full_fine_tuning_has_a_reference_too(said: dict[str, str]) -> None:
+    full, lora = ([line for line in records(said[name]) if "loss" in line] for name in ("pairs-full", "pairs"))
+    assert full[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the reference is the model before training"
+    assert full[0]["tokens"] == lora[0]["tokens"]
+    assert full[-1]["margin"] > 0
+
+
 def test_what_an_objective_cannot_have_is_said(said: dict[str, str]) -> None:
-    assert 'compares with the base model, which method = "full" changes' in said["pairs-full"]
     assert '"sft" trains 1 document(s) a row together, and the format choice' in said["pairs-sft"]
 
 
