@@ -39,6 +39,8 @@ class LargestMicroBatch:
     """Evaluations happen."""
     group_size: int = 1
     """Documents of a row, which share its tokens."""
+    values: tuple[str, ...] = ()
+    """Names of the numbers of each row (`FormatSpec.values`)."""
 
     def batch(self) -> Batch:
         """Every sequence one row of full length, every token but the first of a document supervised."""
@@ -56,6 +58,7 @@ class LargestMicroBatch:
             num_tokens=len(ids_T),
             group_sizes=(self.group_size,) * self.sequences,
             sample_ids=("the rehearsal",),
+            columns={name: torch.zeros(self.sequences) for name in self.values},
         )
 
 

@@ -226,6 +226,7 @@ def largest_micro_batch(recipe: Recipe, layout: Layout, rows: Data) -> LargestMi
         micros=alone if layout.single else layout.micros_per_step,
         evaluates=rows.eval_steps is not None,
         group_size=recipe.objective.spec.group_size,
+        values=rows.row_passes[0].prepared.report.values if rows.row_passes else (),
     )
 
 

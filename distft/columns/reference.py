@@ -33,13 +33,21 @@ def token_logprobs(inputs: ColumnInputs) -> Callable[[Batch], Tensor]:
                 return inputs.policy.token_logprobs(batch)
 
         return by_leaving_out
+    import torch
+
     folders = {rows.prepared.fingerprint: inputs.folder_of(rows.prepared.fingerprint) for rows in inputs.row_passes}
     given = {"engine": inputs.engine, "policy": inputs.policy, "is_trained": inputs.is_trained, "say": inputs.say}
     stored = {
         rows.prepared.fingerprint: stored_logprobs(folders[rows.prepared.fingerprint], rows, **given)
         for rows in inputs.row_passes
     }
-    return lambda batch: stored[batch.rows_sha256].of(batch.rows).to(batch.labels_T.device)
+
+    def from_file(batch: Batch) -> Tensor:
+        if not batch.rows_sha256:  # a rehearsal's, of tokens that no row has
+            return torch.zeros(batch.num_supervised, device=batch.labels_T.device)
+        return stored[batch.rows_sha256].of(batch.rows).to(batch.labels_T.device)
+
+    return from_file
 
 
 def _can_leave_adapters_out(inputs: ColumnInputs) -> bool:

@@ -56,7 +56,7 @@ def cases(engine: str, world: int, folder: Path, *settings: str) -> dict[str, li
                 for micro in sorted({1, BATCH // world}) if whole else (1,):
                     out[f"{objective}-{method}-{packing}-{micro}"] = [
                         f'engine.name="{engine}"', chosen, *how, f"data.packing={packing}", "data.max_length=224",
-                        f"train.micro_batch_size={micro}", 'data.train.0.format="preference"',
+                        f"train.micro_batch_size={micro}", "train.rehearse=true", 'data.train.0.format="preference"',
                         'data.eval.0.format="preference"', f'data.cache_dir="{folder}/cache-{engine}"',
                         *(SETTINGS[name] for name in settings),
                     ]  # fmt: skip
