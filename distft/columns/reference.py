@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from distft.columns.spec import ColumnInputs, ColumnSpec
-from distft.columns.stored_logprobs import stored_logprobs
 from distft.core.errors import MachineError
 from distft.core.types import Batch
 
@@ -34,6 +33,8 @@ def token_logprobs(inputs: ColumnInputs) -> Callable[[Batch], Tensor]:
 
         return by_leaving_out
     import torch
+
+    from distft.columns.stored_logprobs import stored_logprobs
 
     folders = {rows.prepared.fingerprint: inputs.folder_of(rows.prepared.fingerprint) for rows in inputs.row_passes}
     given = {"engine": inputs.engine, "policy": inputs.policy, "is_trained": inputs.is_trained, "say": inputs.say}

@@ -12,9 +12,20 @@ from distft.core.types import Batch, Engine, Policy
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from torch import Tensor
 
-    from distft.columns.stored_logprobs import RowPass
+    from distft.data.loader import EvalSteps
+    from distft.data.store import Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPass:
+    """The prepared rows of a split, and how to go through some of them once."""
+
+    prepared: Prepared
+    steps: Callable[[np.ndarray], EvalSteps]
+    """Indices of rows -> this rank's micro-batches of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
