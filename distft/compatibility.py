@@ -67,9 +67,20 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
         _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
     _refuse(recipe, list(_exports_that_cannot_be(recipe)))
+    _refuse_missing_head(recipe, folder)
     if not targets.are_named(params):
         return
     _refuse(recipe, targets.faults(_listing(recipe, folder), params))
+
+
+def _refuse_missing_head(recipe: Recipe, folder: Path) -> None:
+    """The architecture has the head that the objective trains; every one that is proven has a language model's."""
+    head = HEADS[recipe.objective.spec.head]
+    if head.hold is not None:
+        from distft.model import load
+
+        with placed(recipe):
+            head.auto_class(head.prepare(load.read_config(folder)))
 
 
 def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:

@@ -87,6 +87,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
         layout, rows = assemble.agree_on_all_ranks(recipe, layout, rows, engine, say)
         advice = functools.partial(assemble.memory_advice, recipe, engine.world, layout)
         with session.explaining_out_of_memory(advice):
+            # Both import torch, for which rows do not wait.
             from distft.guard import DivergenceGuard
             from distft.trainer import Trainer
 

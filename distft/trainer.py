@@ -147,8 +147,8 @@ class Trainer:
         """Save what was trained and end the run.
 
         Raises:
-            Preempted: always, but
-            BusyError: another run has taken the folder, in which nothing is written then.
+            Preempted: the state is saved, or there was nothing to save.
+            BusyError: another run has taken the folder; nothing is written into it.
         """
         session = self.session
         if any(self.engine.gather(session.lost_its_lock)):

@@ -122,8 +122,11 @@ def export(
     transformer = built.module.transformer
     tokenizer, revision = tokenizer_of(recipe)
     head = HEADS[recipe.objective.spec.head]
-    pad_id = load_row_renderer(recipe).tokenizer.pad_token_id
-    pad_id = None if pad_id in rows.stop_ids else pad_id
+
+    def write_config(target: Path) -> None:
+        pad_id = load_row_renderer(recipe).tokenizer.pad_token_id
+        free = None if pad_id in rows.stop_ids else pad_id
+        final.save_config(transformer, target, finish=lambda config: head.finish_config(config, free))
 
     def write_beside(target: Path) -> None:
         save_tokenizer(tokenizer, target, chat_template=recipe.data.chat_template, revision=revision)
@@ -137,9 +140,7 @@ def export(
         prefix=WRAPPER,
         layout=built.layout,
         method=recipe.method.spec,
-        write_config=lambda target: final.save_config(
-            transformer, target, finish=lambda config: head.finish_config(config, pad_id)
-        ),
+        write_config=write_config,
         write_beside=write_beside,
     )
     own = EXPORTS["adapter" if recipe.method.spec.adapter else "model"]

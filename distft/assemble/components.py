@@ -145,31 +145,29 @@ def build_objective(
     """
     from distft.assemble.checkpoints import weights_hash
     from distft.columns import COLUMNS, ColumnFiller, ColumnInputs
-    from distft.columns.reference import token_logprobs
+    from distft.columns.reference import ReferenceModel
     from distft.core.protocols import NO_COLUMNS
     from distft.data.prepared_folder import cache_folder
     from distft.model.policy import ModelPolicy
     from distft.objectives.spec import Objective
 
     chosen, alone, policy = recipe.objective, recipe.method.spec.base_alone, ModelPolicy(engine.model)
-    names = chosen.spec.columns(chosen.params)
-    if not names:
+    asked = {name: COLUMNS[name] for name in chosen.spec.columns(chosen.params)}
+    if not asked:
         return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)
-    weights = weights_hash(recipe, engine)
-    inputs = ColumnInputs(
+    kept, weights = cache_folder(recipe.data) / "logprobs", functools.cache(lambda: weights_hash(recipe, engine))
+    before = ReferenceModel(
         policy=policy,
-        method=recipe.method.name,
-        base_alone=None if alone is None else functools.partial(alone, built.module),
         engine=engine,
+        base_alone=None if alone is None else functools.partial(alone, built.module),
         row_passes=rows.row_passes,
-        folder_of=lambda rows_sha256: (
-            cache_folder(recipe.data) / "logprobs" / _logprobs_key(recipe, engine, layout, weights, rows_sha256)
-        ),
+        folder_of=lambda rows_sha256: kept / _logprobs_key(recipe, engine, layout, weights(), rows_sha256),
         is_trained=is_trained,
         say=say,
     )
-    suppliers = {name: COLUMNS[name].open(inputs) for name in names}
-    reference = token_logprobs(inputs) if any(name.startswith("ref_logprob_") for name in names) else None
+    inputs = ColumnInputs(policy=policy, engine=engine, reference=functools.cache(before.open))
+    suppliers = {name: spec.open(inputs) for name, spec in asked.items()}
+    reference = inputs.reference() if any(spec.reads_reference for spec in asked.values()) else None
     columns = ColumnFiller(engine, suppliers)
     return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns, reference=reference)
 
@@ -193,7 +191,6 @@ def _logprobs_key(recipe: Recipe, engine: Engine, layout: Layout, weights: str, 
         "head": recipe.objective.spec.head,
         "method": [recipe.method.name, recipe.method.params.model_dump(mode="json")],
         "dtype": recipe.model.dtype,
-        "seed": recipe.seed,
         "path": layout.path.to_json(),
         "packing": [recipe.data.packing, recipe.data.max_length],
         "device": device,

@@ -19,7 +19,7 @@ from distft.recipe import Recipe, check_steps
 
 if TYPE_CHECKING:
     from distft.assemble.batch_layout import Layout
-    from distft.columns import RowPass
+    from distft.columns.stored_logprobs import RowPass
     from distft.data.loader import EvalSteps, Steps
     from distft.data.store import Prepared
     from distft.recipe.schema import DataTable
@@ -127,7 +127,7 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
 
 
 def _row_pass(prepared: Prepared, table: DataTable, slice_: dict[str, Any]) -> RowPass:
-    from distft.columns import RowPass
+    from distft.columns.stored_logprobs import RowPass
     from distft.data.loader import EvalSteps
 
     return RowPass(prepared=prepared, steps=lambda only: EvalSteps(prepared, table, only=only, **slice_))

@@ -8,63 +8,94 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distft.columns.spec import ColumnInputs, ColumnSpec
 from distft.core.errors import MachineError
-from distft.core.types import Batch
+from distft.core.types import Batch, Engine, Policy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
+    from distft.columns.stored_logprobs import RowPass
 
-def token_logprobs(inputs: ColumnInputs) -> Callable[[Batch], Tensor]:
-    """Return what computes [S], the reference's log-probability of every supervised token of a micro-batch.
 
-    Raises:
-        FileSystemError, Preempted: see `stored_logprobs`.
-    """
-    alone = inputs.base_alone
-    if alone is not None and _can_leave_adapters_out(inputs):
+@dataclass(frozen=True, kw_only=True)
+class ReferenceModel:
+    """The model before training, and how to have its log-probabilities later."""
+
+    policy: Policy
+    engine: Engine
+    """Holds the weights that training starts from, unless `is_trained`."""
+    base_alone: Callable[[], AbstractContextManager[None]] | None
+    """Context in which the policy is the base model; None where the method changes the base itself."""
+    row_passes: tuple[RowPass, ...]
+    """The prepared rows of every split."""
+    folder_of: Callable[[str], Path]
+    """Fingerprint of prepared rows -> where their log-probabilities are kept."""
+    is_trained: bool
+    """The engine's weights are trained ones: nothing can be computed from them."""
+    say: Callable[[str], None]
+    """Takes a line for the user."""
+
+    def open(self) -> Callable[[Batch], Tensor]:
+        """Collective: return what gives [S], the log-probability of every supervised token of a micro-batch.
+
+        Raises:
+            MachineError, FileSystemError, Preempted: see `stored_logprobs`.
+        """
+        alone = self.base_alone
+        if alone is None or not _can_be_left(alone):
+            return self._from_files()
 
         def by_leaving_out(batch: Batch) -> Tensor:
             with alone():
-                return inputs.policy.token_logprobs(batch)
+                return self.policy.token_logprobs(batch)
 
         return by_leaving_out
-    import torch
 
-    from distft.columns.stored_logprobs import stored_logprobs
+    def _from_files(self) -> Callable[[Batch], Tensor]:
+        import torch
 
-    folders = {rows.prepared.fingerprint: inputs.folder_of(rows.prepared.fingerprint) for rows in inputs.row_passes}
-    given = {"engine": inputs.engine, "policy": inputs.policy, "is_trained": inputs.is_trained, "say": inputs.say}
-    stored = {
-        rows.prepared.fingerprint: stored_logprobs(folders[rows.prepared.fingerprint], rows, **given)
-        for rows in inputs.row_passes
-    }
+        from distft.columns.stored_logprobs import stored_logprobs
 
-    def from_file(batch: Batch) -> Tensor:
-        if not batch.rows_sha256:  # a rehearsal's, of tokens that no row has
-            return torch.zeros(batch.num_supervised, device=batch.labels_T.device)
-        return stored[batch.rows_sha256].of(batch.rows).to(batch.labels_T.device)
+        stored = {
+            rows.prepared.fingerprint: stored_logprobs(
+                self.folder_of(rows.prepared.fingerprint),
+                rows,
+                engine=self.engine,
+                policy=self.policy,
+                is_trained=self.is_trained,
+                say=self.say,
+            )
+            for rows in self.row_passes
+        }
 
-    return from_file
+        def from_file(batch: Batch) -> Tensor:
+            if not batch.rows_sha256:  # a rehearsal's, of tokens that no row has
+                return torch.zeros(batch.num_supervised, device=batch.labels_T.device)
+            return stored[batch.rows_sha256].of(batch.rows).to(batch.labels_T.device)
+
+        return from_file
 
 
-def _can_leave_adapters_out(inputs: ColumnInputs) -> bool:
+def _can_be_left(alone: Callable[[], AbstractContextManager[None]]) -> bool:
     """Whether every trained part is one that forwards can do without (`MethodSpec.base_alone`)."""
-    assert inputs.base_alone is not None
     try:
-        with inputs.base_alone():
+        with alone():
             return True
     except MachineError:
         return False
 
 
 def _by_document(inputs: ColumnInputs) -> Callable[[Batch], Tensor]:
-    by_token = token_logprobs(inputs)
+    by_token = inputs.reference()
     return lambda batch: batch.sum_by_document(by_token(batch))
 
 
-BY_TOKEN = ColumnSpec(name="ref_logprob_S", open=token_logprobs)
-BY_DOCUMENT = ColumnSpec(name="ref_logprob_D", open=_by_document)
+BY_TOKEN = ColumnSpec(name="ref_logprob_S", open=lambda inputs: inputs.reference(), reads_reference=True)
+BY_DOCUMENT = ColumnSpec(name="ref_logprob_D", open=_by_document, reads_reference=True)

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from distft.core.types import Batch, Engine, Policy
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import numpy as np
     from torch import Tensor
-
-    from distft.data.loader import EvalSteps
-    from distft.data.store import Prepared
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowPass:
-    """The prepared rows of a split, and how to go through some of them once."""
-
-    prepared: Prepared
-    steps: Callable[[np.ndarray], EvalSteps]
-    """Indices of rows -> this rank's micro-batches of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +17,11 @@ class ColumnInputs:
     """What a supplier may use."""
 
     policy: Policy
-    method: str
-    """Name of the recipe's method, for messages."""
-    base_alone: Callable[[], AbstractContextManager[None]] | None
-    """Context in which the policy is the base model; None where the method changes the base itself."""
     engine: Engine
     """Holds the weights that training starts from."""
-    row_passes: tuple[RowPass, ...] = ()
-    """The prepared rows of every split."""
-    folder_of: Callable[[str], Path]
-    """Fingerprint of prepared rows -> where values of them are kept that follow from the weights before training."""
-    is_trained: bool = False
-    """The engine's weights are trained ones: what needs those before training is not computed from them."""
-    say: Callable[[str], None]
-    """Takes a line for the user."""
+    reference: Callable[[], Callable[[Batch], Tensor]]
+    """Opens, once, what gives [S], the log-probabilities of the model before training (see `distft.columns.reference`).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +36,8 @@ class ColumnSpec:
     Raises:
         MachineError: the column cannot be had in this run; says why.
     """
+    reads_reference: bool = False
+    """It follows from the model before training: then the policy must be that model before the first update."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,21 @@ from distft.core.stop import STOP
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distft.columns.spec import RowPass
     from distft.core.types import Engine, Policy
+    from distft.data.loader import EvalSteps
     from distft.data.store import Prepared
 
 KEPT_EVERY = 16
 """Micro-batches of each rank between two looks at whether to stop, after which what was computed is on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPass:
+    """The prepared rows of a split, and how to go through some of them once."""
+
+    prepared: Prepared
+    steps: Callable[[np.ndarray], EvalSteps]
+    """Indices of rows -> this rank's micro-batches of them."""
 
 
 class StoredLogprobs:

@@ -104,7 +104,7 @@ def _first_path(
     for path in training_paths(attentions):
         if path.head == "own" and path.documents in heads_alike:
             continue  # what differs is not the head's doing
-        difference = _difference(lambda path=path: reference.hold_training(path, half))
+        difference = difference_of(lambda path=path: reference.hold_training(path, half))
         if not difference:
             break
         if path.head == "own" and attempts[-1].difference == difference and difference.startswith("loss "):
@@ -116,7 +116,7 @@ def _first_path(
     for mode in modes:
         for kernel in ("sdpa", "eager"):
             answers = replace(path, generation=mode, generation_attention=kernel)
-            difference = _difference(lambda answers=answers: reference.hold_answers(answers))
+            difference = difference_of(lambda answers=answers: reference.hold_answers(answers))
             if not difference:
                 return answers, attempts, ""
             attempts.append(Attempt(path=f"answers {mode}, {kernel}", difference=difference))
@@ -131,7 +131,7 @@ def _compiled(
         difference = "one document per forward: each has another length"
     else:
         torch._dynamo.reset()
-        difference = _difference(lambda: reference.hold_training(replace(path, compiled=True), half))
+        difference = difference_of(lambda: reference.hold_training(replace(path, compiled=True), half))
         torch._dynamo.reset()
     if difference:
         attempts.append(Attempt(path="compiled", difference=difference))
@@ -174,7 +174,8 @@ def _shrunk(config: Any, build: Callable[[Any, str], Any], max_length: int) -> l
         raise MachineError(_reason(error)) from error
 
 
-def _difference(compare: Callable[[], None]) -> str:
+def difference_of(compare: Callable[[], None]) -> str:
+    """Return what a comparison says that differs, or why it cannot be made; "" when nothing differs."""
     try:
         compare()
     except NotEqualError as error:

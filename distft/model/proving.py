@@ -54,8 +54,10 @@ def verdict_on(
         names = proof.attentions(table.attention, where, dtype, head_size=load.head_size(config))
         given = {"device": where, "dtype": dtype, "max_length": max_length, "compiled": compiled}
         verdict = proof.prove(config, load.untrained, attentions=names, **given)
-        if verdict.path is not None and (other := HEADS[head].prove(config, verdict.path, where, max_length)):
-            return replace(verdict, path=None, reason=f"under its {head} head {other}")
+        path = verdict.path
+        if path is not None and (hold := HEADS[head].hold) is not None:
+            other = proof.difference_of(lambda: hold(config, path, where, max_length))
+            return replace(verdict, path=None, reason=f"under a {head} head: {other}") if other else verdict
         return verdict
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))

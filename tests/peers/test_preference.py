@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT, run
+from peer_recipe import LENGTH, write_peer_recipe
 
 ROWS, BATCH, STEPS, RATE = 64, 8, 20, 2e-4
 LOSSES = {
@@ -32,7 +33,7 @@ data = Dataset.from_list([json.loads(line) for line in open(rows)])
 common = dict(
     output_dir=folder, per_device_train_batch_size=%(BATCH)d, gradient_accumulation_steps=1, max_steps=%(STEPS)d,
     learning_rate=%(RATE)r, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
-    optim="adamw_torch", adam_beta2=0.999, max_length=512, train_sampling_strategy="sequential", logging_steps=1,
+    optim="adamw_torch", adam_beta2=0.999, max_length=%(LENGTH)d, train_sampling_strategy="sequential", logging_steps=1,
     bf16=False, fp16=False, report_to=[], save_strategy="no", use_cpu=True, seed=42, gradient_checkpointing=False,
     disable_tqdm=True,
 )
@@ -107,38 +108,14 @@ def test_trl_has_the_same_figures_at_every_step(assets: Path, tmp_path: Path) ->
     done = run([sys.executable, str(scalar), str(model)])
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = tmp_path / "theirs.py"
-    theirs.write_text(THEIRS % {"BATCH": BATCH, "STEPS": STEPS, "RATE": RATE})
+    theirs.write_text(THEIRS % {"BATCH": BATCH, "STEPS": STEPS, "RATE": RATE, "LENGTH": LENGTH})
     arguments = [str(plan), str(model), str(rows), str(out), str(tmp_path / "t")]
     path = ":".join([str(ROOT), *sys.path])
     done = run([sys.executable, str(theirs), *arguments], PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     recipe = tmp_path / "ours.toml"
-    recipe.write_text(f"""
-name = "ours"
-output_dir = "{tmp_path}"
-[model]
-path = "{model}"
-dtype = "float32"
-[data]
-max_length = 512
-packing = false
-shuffle = false
-cache_dir = "{tmp_path}/cache"
-[[data.train]]
-path = "{rows}"
-[optim]
-learning_rate = {RATE}
-[schedule]
-name = "constant"
-[train]
-max_steps = {STEPS}
-global_batch_size = {BATCH}
-micro_batch_size = 2
-[log]
-tensorboard = false
-console = "off"
-""")
+    write_peer_recipe(recipe, model=model, rows=rows, steps=STEPS, batch=BATCH, rate=RATE, micro=2)
     ours = tmp_path / "ours.py"
     ours.write_text(OURS)
     done = run([sys.executable, str(ours), str(plan), str(recipe), str(model)], PYTHONPATH=str(ROOT))

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, Run, run
+from peer_recipe import LENGTH, write_peer_recipe
 
-ROWS, BATCH, STEPS, RATE, LENGTH = 64, 8, 20, 1e-3, 512
+ROWS, BATCH, STEPS, RATE = 64, 8, 20, 1e-3
 
 TRL = """
 import json, sys
@@ -51,33 +52,8 @@ def test_sft_trainer_has_the_same_loss_at_every_step(assets: Path, tmp_path: Pat
     theirs = json.loads(out.read_text())
 
     recipe = tmp_path / "ours.toml"
-    recipe.write_text(f"""
-name = "ours"
-output_dir = "{tmp_path}"
-[model]
-path = "{model}"
-dtype = "float32"
-[data]
-max_length = {LENGTH}
-packing = false
-shuffle = false
-loss_on = "completion"
-long_rows = "truncate"
-cache_dir = "{tmp_path}/cache"
-[[data.train]]
-path = "{rows}"
-format = "prompt_completion"
-[optim]
-learning_rate = {RATE}
-[schedule]
-name = "constant"
-[train]
-max_steps = {STEPS}
-global_batch_size = {BATCH}
-[log]
-tensorboard = false
-console = "off"
-""")
+    data = 'loss_on = "completion"\nlong_rows = "truncate"'
+    write_peer_recipe(recipe, model=model, rows=rows, steps=STEPS, batch=BATCH, rate=RATE, data=data)
     done = run([sys.executable, "-m", "distft.train", str(recipe)])
     assert done.returncode == 0, done.stderr[-3000:]
     ours = Run.read({"folder": str(tmp_path / "ours")})

@@ -259,3 +259,35 @@ def test_steps_that_have_room(tmp_path: Path) -> None:
         "[train]\nglobal_batch_size = 1\n[eval]\nevery_steps = 9\n[checkpoint]\nbest = true",
     ):
         assert check.main([recipe(tmp_path, more=more)]) == 0
+
+
+# -- the head that an objective trains ---------------------------------------------------------------------------------
+
+REWARD = '[objective]\nname = "reward"\n'
+GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
+LABELS = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "bad", "1": "good"}}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GRANITE, "transformers has no granite model with a scalar head"),
+        (LABELS, "LlamaForSequenceClassification of the folder has 2 labels, and a reward is one number"),
+    ],
+)
+def test_a_model_without_the_objectives_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, config: dict[str, Any], message: str
+) -> None:
+    says(VERBS[verb], recipe(tmp_path, config=config, more=REWARD), capsys, message, "line 4")
+
+
+def test_a_reward_model_cannot_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = '[[eval.answers]]\nname = "a"\nscores = [{ name = "exact_match" }]\n'
+    path = recipe(tmp_path, more=REWARD + answers)
+    says(VERBS["check"], path, capsys, 'objective "reward" trains a scalar head, which cannot answer', "line 18")
+
+
+def test_rows_of_another_objective_name_those_that_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, more=REWARD, rows=[f"disk {number} is slow" for number in range(64)])
+    says(VERBS["check"], path, capsys, "such rows are trained by the objectives sft", "line 17")

@@ -82,8 +82,12 @@ def _mistake(message: str, fix: str) -> RecipeError:
     return RecipeError("recipe", [Problem(message=f"[model] path: {message}", fix=fix)])
 
 
-def _prove(config: Any, path: ForwardPath, device: torch.device, max_length: int) -> str:
-    """Compare rewards and gradients of a small copy with those of transformers' own forward, document by document."""
+def _hold(config: Any, path: ForwardPath, device: torch.device, max_length: int) -> None:
+    """Compare rewards and gradients of a small copy with those of transformers' own forward, document by document.
+
+    Raises:
+        NotEqualError: says what differs and by how much.
+    """
     import torch
 
     from distft.model.activation_checkpointing import compile_blocks
@@ -92,7 +96,7 @@ def _prove(config: Any, path: ForwardPath, device: torch.device, max_length: int
     from distft.model.cross_entropy import chunked_sum
     from distft.model.precision import in_double
     from distft.model.proof import small_models
-    from distft.model.reference import GRADIENT, LOSS, drawn_weights, probe_batch
+    from distft.model.reference import GRADIENT, LOSS, NotEqualError, drawn_weights, probe_batch
 
     def build(small: Any, kernel: str) -> Any:
         made = _prepare(small)
@@ -132,20 +136,19 @@ def _prove(config: Any, path: ForwardPath, device: torch.device, max_length: int
         score_D = torch.cat(scores).double()
         gap = float(((score_D - right_D).abs() / right_D.abs().clamp(min=1e-3)).max())
         if not gap <= 10 * loss_rtol:
-            return f"a reward differs by {gap:.1e} of itself"
+            raise NotEqualError(f"a reward differs by {gap:.1e} of itself")
         (score_D * weight_D).sum().backward()
         right = {name: param.grad for name, param in reference.named_parameters() if param.grad is not None}
         largest = max(float(grad.abs().max()) for grad in right.values())
         for name, param in model.named_parameters():
             if name in right:
                 if param.grad is None:
-                    return f"{name} gets no gradient"
+                    raise NotEqualError(f"{name} gets no gradient")
                 gap = float((param.grad - right[name]).abs().max()) / max(
                     float(right[name].abs().max()), 1e-4 * largest
                 )
                 if not gap <= 10 * gradient_rtol:
-                    return f"the gradient of {name} differs by {gap:.1e} of its largest entry"
-    return ""
+                    raise NotEqualError(f"the gradient of {name} differs by {gap:.1e} of its largest entry")
 
 
 def _finish_config(config: Any, pad_id: int | None) -> None:
@@ -167,6 +170,6 @@ SPEC = HeadSpec(
     fresh=(f"{LAYER}.weight", f"{LAYER}.bias"),
     surplus=_surplus,
     trained_whole=(LAYER,),
-    prove=_prove,
+    hold=_hold,
     finish_config=_finish_config,
 )

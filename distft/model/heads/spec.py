@@ -24,10 +24,6 @@ def _nothing(config: Any) -> frozenset[str]:
     return frozenset()
 
 
-def _equal(config: Any, path: ForwardPath, device: torch.device, max_length: int) -> str:
-    return ""
-
-
 def _no_change(config: Any, pad_id: int | None) -> None:
     """Leave the config as it is."""
 
@@ -60,9 +56,9 @@ class HeadSpec:
     """Modules that adapter methods train beside the adapter."""
     generates: bool = False
     """The model can answer prompts."""
-    prove: Callable[[Any, ForwardPath, torch.device, int], str] = _equal
-    """(config, path that is right for the language model, device, max_length) -> what differs from transformers' own
-    outputs under that path; "" when nothing does."""
+    hold: Callable[[Any, ForwardPath, torch.device, int], None] | None = None
+    """(config, path that is right for the language model, device, max_length): compares outputs and gradients under
+    that path with transformers' own. Raises NotEqualError: says what differs. None: the model's own proof is enough."""
     finish_config: Callable[[Any, int | None], None] = _no_change
     """(config that is exported, a token that no row ends with or None): what other programs need to read there."""
 
