@@ -35,7 +35,9 @@ def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
     """Moments are quantised in blocks of 256 elements."""
     from bitsandbytes.optim.adamw import AdamW8bit
 
-    return AdamW8bit(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps)
+    from distft.optim.bitsandbytes_step import waiting_once
+
+    return waiting_once(AdamW8bit)(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps)
 
 
 SPEC = OptimizerSpec(

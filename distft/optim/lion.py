@@ -31,7 +31,9 @@ def build(params: LionParams, groups: ParamGroups) -> torch.optim.Optimizer:
     """The 32-bit variant."""
     from bitsandbytes.optim.lion import Lion32bit
 
-    return Lion32bit(groups, lr=params.learning_rate, betas=params.betas)
+    from distft.optim.bitsandbytes_step import waiting_once
+
+    return waiting_once(Lion32bit)(groups, lr=params.learning_rate, betas=params.betas)
 
 
 SPEC = OptimizerSpec(

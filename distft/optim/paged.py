@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 def _build_32bit(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
     from bitsandbytes.optim.adamw import PagedAdamW32bit
 
-    return PagedAdamW32bit(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps)
+    from distft.optim.bitsandbytes_step import waiting_once
+
+    return waiting_once(PagedAdamW32bit)(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps)
 
 
 def _build_8bit(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
     from bitsandbytes.optim.adamw import PagedAdamW8bit
 
-    return PagedAdamW8bit(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps)
+    from distft.optim.bitsandbytes_step import waiting_once
+
+    return waiting_once(PagedAdamW8bit)(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps)
 
 
 SMALLEST_PAGED = 100_000
