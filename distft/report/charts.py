@@ -149,8 +149,8 @@ def sign(style: int) -> Html:
 
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers, equally far apart, the first at or below `low` and the last at or above `high`."""
-    if high <= low:
-        pad = abs(low) * 0.1 or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):  # the same, but for digits that floats do not hold
+        pad = abs(low) * 0.1 if abs(low) > 1e-300 else 1.0
         low, high = low - pad if low else 0.0, high + pad
     step = 10 ** math.floor(math.log10((high - low) / most))
     step = next(step * times for times in (1, 2, 2.5, 5, 10) if (high - low) / (step * times) <= most)
