@@ -239,6 +239,33 @@ class StateReader(Protocol):
         ...
 
 
+class ReadGroup(Protocol):
+    """Ranks that read a model's files once between them."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Ranks in the group."""
+        ...
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite a contiguous tensor with that of rank `source`; collective."""
+        ...
+
+    def raise_together(self, failure: Exception | None) -> None:
+        """Raise on all ranks if one has failed; collective.
+
+        Raises:
+            Exception: `failure` itself.
+            PeerEnded: another rank has failed.
+        """
+        ...
+
+
 class Weights(Protocol):
     """A model on the meta device and the means to fill it unit by unit, straight where an engine wants it."""
 
@@ -258,6 +285,13 @@ class Weights(Protocol):
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
         """Give every parameter and buffer below `unit` that is still meta its values on `device`."""
+        ...
+
+    def read_within(self, group: ReadGroup | None) -> None:
+        """Let the ranks of `group` read weights once between them from now on; None: every rank reads for itself.
+
+        All of them then fill the same units in the same order.
+        """
         ...
 
 

@@ -90,6 +90,12 @@ class SafetensorsSource:
         """
         return {short: self._value(f"{name}.{short}" if name else short, device) for short, _ in meta_params(module)}
 
+    def expected(self, name: str, module: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of what `values` gives for the same arguments, by short name."""
+        tensors = self._model.tensors
+        wanted = {short: tensors[f"{name}.{short}" if name else short] for short, _ in meta_params(module)}
+        return {short: (tuple(tensor.shape), tensor.dtype) for short, tensor in wanted.items()}
+
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
         """Buffers that the files hold, such as the routing bias of DeepSeek-V3, in the type that they are stored in."""
         return self._value(name, device, cast=False) if name in self._model.tensors else None
