@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-preference test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -51,13 +51,17 @@ test-plan-grid: setup
 test-moe: setup
 	DISTFT_MOE_GRID=1 $(BIN)/python -m pytest tests/dist/test_moe.py
 
+# Preference objectives and reward models: every objective, method and engine (make test has a covering part).
+test-preference: setup
+	DISTFT_PREFERENCE_GRID=1 $(BIN)/python -m pytest tests/dist/test_preference.py
+
 # Two files at a time: a launch waits for its imports and for its peers as much as it computes. In the order of their
 # names: by number of tests, the longest single ones would come last, with one process idle.
 test-dist: setup
 	$(BIN)/python -m pytest tests/dist tests/faults tests/golden tests/peers -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every row of the fault matrix, the slow ones too (about half an hour), and a table of what became of them.
-FAULT_TABLE ?= docs/results/2026-11-25-fault-matrix.md
+FAULT_TABLE ?= docs/results/2026-11-29-fault-matrix.md
 test-faults: setup
 	$(BIN)/python -m pytest tests -m "row and not gpu" --fault-table $(FAULT_TABLE)
 

@@ -139,7 +139,7 @@ class Run:
         folder.start(recipe.to_toml(), {})
         costs = assemble.run_facts(self.model, placed, self.state)
         assemble.set_up_engine(recipe, self.engine, self.model, cut, self.rows.steps.num_steps)
-        self.objective = assemble.build_objective(recipe, self.engine, self.model)
+        self.objective = assemble.build_objective(recipe, self.engine, self.model, cut, self.rows, quiet)
         self._metrics = folder.metrics
         self._window = Window(steps=self.rows.steps, batches=self.rows.steps.from_step(0))
         self._around: dict[str, Any] = {

@@ -62,9 +62,9 @@ def launched(world: int, methods: list[str]) -> list[dict[str, Any]]:
 def work(folder: Path, methods: list[str]) -> None:
     """One rank of a launch."""
     from distft.core.hard_exit import hard_exit
-    from distft.engine import deepspeed, processes
+    from distft.engine import processes, zero_footprint
 
-    deepspeed.BUCKET_ELEMENTS = BUCKET
+    zero_footprint.BUCKET_ELEMENTS = BUCKET
     placed = processes.join(timeout_s=120)  # the group outlives the cases
     rows = []
     for engine, *settings in ENGINES[placed.world]:

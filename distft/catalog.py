@@ -13,18 +13,23 @@ from distft.data.formats import FORMATS
 from distft.data.templates import BUILT_IN
 from distft.demo.files import resolve_paths
 from distft.engine import ENGINES
+from distft.export import EXPORTS
+from distft.generation import GENERATORS
 from distft.model.adapters import METHODS
+from distft.model.heads import HEADS
 from distft.objectives import OBJECTIVES
 from distft.optim import OPTIMIZERS, SCHEDULES
 from distft.plugins import Plugins, installed
 from distft.recipe import Registries
 from distft.scores import SCORES
+from distft.step_sources import STEP_SOURCES
 
 
 def _open_registries() -> Sequence[Registry[Any]]:
     """Return what plugins may add to; metrics import torch, and count once something has imported them."""
     metrics = [sys.modules["distft.metrics"].METRICS] if "distft.metrics" in sys.modules else []
-    return [METHODS, OBJECTIVES, OPTIMIZERS, SCHEDULES, ENGINES, FORMATS, SCORES, COLUMNS, *metrics]
+    parts = [METHODS, OBJECTIVES, OPTIMIZERS, SCHEDULES, ENGINES, FORMATS, SCORES, COLUMNS, HEADS]
+    return [*parts, GENERATORS, STEP_SOURCES, EXPORTS, *metrics]
 
 
 PLUGINS = Plugins(_open_registries, installed)
@@ -37,6 +42,7 @@ REGISTRIES = Registries(
     engine=ENGINES,
     formats=FORMATS,
     scores=SCORES,
+    exports=EXPORTS,
     templates=tuple(BUILT_IN),
     load_plugins=PLUGINS.load,
     resolve_paths=resolve_paths,

@@ -20,6 +20,7 @@ from distft import compatibility
 from distft.catalog import REGISTRIES
 from distft.check_options import parser
 from distft.core.errors import DONE, DistftError, FileSystemError
+from distft.core.virtual_tokens import VIRTUAL_ID
 from distft.data.loader import EvalSteps, Steps
 from distft.data.preparation_report import SourceReport
 from distft.data.prepare import prepare
@@ -126,10 +127,18 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
     folder = cache_dir or cache_folder(recipe.data)
     tokenizer, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
     decode = load_decoder(tokenizer, revision) if samples else str
+    virtual_tokens = recipe.method.spec.virtual_tokens(recipe.method.params)
 
     def prepared(split: Any, sources: Sequence[Any]) -> Prepared:
         return prepare(
-            recipe.data, sources, tokenizer=tokenizer, revision=revision, split=split, cache_dir=folder, progress=_tell
+            recipe.data,
+            sources,
+            tokenizer=tokenizer,
+            revision=revision,
+            split=split,
+            cache_dir=folder,
+            virtual_tokens=virtual_tokens,
+            progress=_tell,
         )
 
     train = prepared("train", recipe.data.train)
@@ -186,7 +195,12 @@ def _verdict(recipe: Recipe) -> str:
     if table.attention == "flash":  # where the run is, not here
         table = table.model_copy(update={"attention": "auto"})
     with compatibility.placed(recipe):
-        verdict = verdict_on(table, skeleton.find_config(recipe.model), max_length=recipe.data.max_length)
+        verdict = verdict_on(
+            table,
+            skeleton.find_config(recipe.model),
+            max_length=recipe.data.max_length,
+            head=recipe.objective.spec.head,
+        )
     line = recipe.line_of("model.path")
     path_of(verdict, source=recipe.source, line=line, attention=table.attention)
     return "\n".join([verdict.describe(), *(f"  {line}" for line in verdict.tried())])
@@ -201,7 +215,8 @@ def _sets(recipe: Recipe, tokenizer: str, revision: str | None) -> Iterator[SetV
     if not recipe.eval.answers:
         return
     table = recipe.data
-    renderer = load_renderer(tokenizer, revision=revision, **settings_of(table))
+    virtual_tokens = recipe.method.spec.virtual_tokens(recipe.method.params)
+    renderer = load_renderer(tokenizer, revision=revision, virtual_tokens=virtual_tokens, **settings_of(table))
     for exam in build_eval_sets(recipe.eval.answers, table, renderer, seed=recipe.seed, progress=_tell):
         yield SetView(
             name=exam.name,
@@ -243,7 +258,7 @@ def _sample(rows: Prepared, row: int, decode: Any) -> SampleView:
     ends = [*(np.flatnonzero(np.diff(trained_T)) + 1).tolist(), len(ids_T)]
     pieces, begin, before = [], 0, ""
     for end in ends:
-        text = decode(ids_T[:end].tolist())
+        text = decode([token for token in ids_T[:end].tolist() if token < VIRTUAL_ID])
         pieces.append((text[len(before) :], bool(trained_T[begin])))
         begin, before = end, text
     return SampleView(

@@ -8,18 +8,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from distft.core.errors import Problem, RecipeError
+from distft.core.files import replace_json
 from distft.data.preparation_report import PrepareReport
 from distft.data.prepared_folder import cache_folder
+from distft.export import EXPORTS
 from distft.model import skeleton
 from distft.model.adapters import targets
-from distft.recipe import Recipe
+from distft.model.heads import HEADS
+from distft.objectives import OBJECTIVES
+from distft.recipe import Recipe, listed_params
 from distft.recipe.origin import RecipeMistake
 
 
@@ -45,7 +48,7 @@ def has_config(recipe: Recipe) -> bool:
 
 
 def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
-    """The model is there, and has every module that the method names.
+    """The model is there, has every module that the method names, and can do what the recipe asks of it.
 
     Args:
         recipe: the recipe.
@@ -59,9 +62,25 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         with placed(recipe):
             folder = skeleton.find_config(recipe.model)
     params: Any = recipe.method.params
+    if recipe.eval.answers and not HEADS[recipe.objective.spec.head].generates:
+        message = f'objective "{recipe.objective.name}" trains a {recipe.objective.spec.head} head, which cannot answer'
+        fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
+        _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
+    _refuse(recipe, list(_exports_that_cannot_be(recipe)))
     if not targets.are_named(params):
         return
     _refuse(recipe, targets.faults(_listing(recipe, folder), params))
+
+
+def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:
+    head = HEADS[recipe.objective.spec.head]
+    for index, chosen in enumerate(recipe.export.also):
+        spec = EXPORTS[chosen["name"]]
+        twice = any(other["name"] == spec.name for other in recipe.export.also[:index])
+        why = spec.refuses(listed_params(chosen, spec.params), recipe.method.spec, head)
+        why = f'"{spec.name}" is written twice, to one folder' if twice else why
+        if why:
+            yield RecipeMistake(key=("export", "also", index, "name"), message=why, fix="leave this export out")
 
 
 def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:
@@ -109,11 +128,12 @@ def refuse_other_groups(recipe: Recipe, report: PrepareReport, split: str) -> No
     if size == objective.spec.group_size:
         return
     formats = ", ".join(sorted({source.format for source in report.sources}))
+    fitting = ", ".join(name for name, spec in OBJECTIVES.items() if spec.group_size == size)
     fault = RecipeMistake(
         key=("objective", "name"),
         message=f'= "{objective.name}" trains {objective.spec.group_size} document(s) a row together, and the format '
         f"{formats} of [[data.{split}]] makes {size} of each row",
-        fix="choose an objective for such rows, or another format",
+        fix=f"such rows are trained by the objectives {fitting}" if fitting else "choose another format",
     )
     _refuse(recipe, [fault])
 
@@ -121,6 +141,7 @@ def refuse_other_groups(recipe: Recipe, report: PrepareReport, split: str) -> No
 def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
     """The model's modules; kept by config, versions and code, because to build them imports torch for seconds."""
     parts = [(folder / "config.json").read_bytes(), version("transformers").encode()]
+    parts.append(recipe.objective.spec.head.encode())
     parts += [Path(found).read_bytes() for module in (skeleton, targets) if (found := module.__file__)]
     kept = cache_folder(recipe.data) / "modules" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -128,12 +149,10 @@ def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
     from distft.model import load
 
     with placed(recipe):
-        listed = targets.listing(skeleton.build(load.read_config(folder)))
+        listed = targets.listing(skeleton.build(load.read_config(folder), HEADS[recipe.objective.spec.head]))
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
-        aside.write_text(json.dumps(listed.to_json()), encoding="utf-8")
-        aside.replace(kept)
+        replace_json(kept, listed.to_json())
     return listed
 
 

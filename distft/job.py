@@ -92,7 +92,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
 
             # Model, on the meta device: what it will be is written down before it costs memory.
             PHASE.enter("model")
-            num_steps = rows.steps.num_steps
+            num_steps = assemble.num_steps(recipe, rows)
             model = assemble.build_model(recipe, placed, layout, rows, say)
             manifest = assemble.manifest(recipe, model, engine, placed, layout, rows)
             guard = DivergenceGuard(recipe.guard, engine, say=say, note=folder.note)
@@ -120,7 +120,10 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             facts = assemble.run_facts(model, placed, state)
             assemble.set_up_engine(recipe, engine, model, layout, num_steps)
             checkpoints.prepare()
-            objective = assemble.build_objective(recipe, engine, model)
+            objective = assemble.build_objective(recipe, engine, model, layout, rows, say)
+            steps = assemble.open_step_source(recipe, rows, engine, model, objective, session.stop)
+            if state.step == 0:
+                assemble.refuse_other_policy(recipe, engine, objective, steps)
             if recipe.train.rehearse:
                 from distft.memory_preflight import run_preflight
 
@@ -146,13 +149,13 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
                 session=session,
                 engine=engine,
                 objective=objective,
-                steps=rows.steps,
+                steps=steps,
                 checkpoints=checkpoints,
                 guard=guard,
                 best=best,
                 evaluator=evaluator,
                 open_meters=lambda start: assemble.build_meters(
-                    recipe, folder, replace(facts, start=start), engine, placed, rows.steps, say
+                    recipe, folder, replace(facts, start=start), engine, placed, steps, say
                 ),
             )
             state = session.state = trainer.train(state, reader)

@@ -6,20 +6,21 @@ Tensors are the engine's business (`distft.engine.fragments`), files the checkpo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from distft.core.errors import CheckpointError, DataError, NumericError
 from distft.core.phase import PHASE
+from distft.recipe.resume_policy import STRICTEST_FIRST, Policy, ResumePolicy
+from distft.recipe.schema import Recipe, RunKeys, fixed_tables
 
 if TYPE_CHECKING:
     from distft.checkpoint.commit import Saved
     from distft.checkpoint.loading import Loaded
     from distft.checkpoint.store import CheckpointStore
     from distft.core.types import Engine, TrainState
-    from distft.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -28,21 +29,6 @@ Resume = Literal["auto", "never"] | Path
 
 MAX_FAILURES = 2
 """Saves that may fail in a row before the run stops."""
-
-HARMLESS = (
-    *("name", "output_dir", "log.", "eval.", "checkpoint.", "guard.", "engine."),
-    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.rehearse"),
-    *("train.deterministic", "train.load_best"),
-    *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
-    *("data.cache_dir", "data.num_workers", "data.train", "data.eval", "data.overlap"),
-    *("data.special_tokens_in_content", "data.merge_turns", "data.date"),
-)
-"""Keys that do not change what is computed, or whose effect is checked by hash (rows, base weights)."""
-ALLOWED = (
-    *("optim.learning_rate", "optim.weight_decay", "schedule."),
-    *("train.max_grad_norm", "train.epochs", "train.max_steps"),
-)
-"""Keys that may change in mid-run when the user says so (`--allow-changes`)."""
 
 
 class CheckpointManager:
@@ -199,9 +185,8 @@ def check_fits(said: dict[str, Any], now: dict[str, Any], where: Path, *, allow_
     if said["mix"] != now["mix"]:
         refused.append(f"weight and share of [[data.train]]: {said['mix']} -> {now['mix']}")
     for key, before, after in _changes(said["recipe"], now["recipe"]):
-        line = f"{key}: {before!r} -> {after!r}"
-        kinds = ((HARMLESS, harmless), (ALLOWED, asked))
-        next((found for prefixes, found in kinds if key.startswith(prefixes)), refused).append(line)
+        kinds = {"free": harmless, "ask": asked, "fixed": refused}
+        kinds[resume_policy(key)].append(f"{key}: {before!r} -> {after!r}")
     if refused:
         raise CheckpointError(
             f"{where}: the recipe has changed in a way that this checkpoint cannot continue\n  "
@@ -224,3 +209,35 @@ def _changes(before: dict[str, Any], after: dict[str, Any], at: str = "") -> Ite
             yield from _changes(old, new, f"{at}{key}.")
         elif old != new:
             yield f"{at}{key}", old, new
+
+
+def resume_policy(key: str) -> Policy:
+    """Return whether `key` ("table", "table.key" or a key above the tables) may change between the starts of a run.
+
+    A whole table that comes or goes is judged by its strictest key, and what is not known is fixed.
+    """
+    table, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    hint = get_type_hints(Recipe, include_extras=True).get(table)
+    if not rest and table in RunKeys.model_fields:
+        return _marked(RunKeys.model_fields[table].metadata, "fixed")
+    of_table = _mark(getattr(hint, "__metadata__", ()))
+    if of_table is not None and name in of_table.ask:
+        return "ask"
+    default: Policy = "fixed" if of_table is None else of_table.policy
+    known = fixed_tables().get(table)
+    if known is None:
+        return default
+    policies: dict[str, Policy] = {
+        field_name: _marked(known_field.metadata, default) for field_name, known_field in known.model_fields.items()
+    }
+    return policies.get(name, default) if rest else min(policies.values(), key=STRICTEST_FIRST.index)
+
+
+def _marked(metadata: Iterable[Any], default: Policy) -> Policy:
+    mark = _mark(metadata)
+    return default if mark is None else mark.policy
+
+
+def _mark(metadata: Iterable[Any]) -> ResumePolicy | None:
+    return next((item for item in metadata if isinstance(item, ResumePolicy)), None)

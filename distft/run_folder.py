@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.core import environment, host
 from distft.core.errors import FileSystemError, Problem, RecipeError
+from distft.core.files import append_json_line, replace_file, replace_json
 from distft.core.phase import PHASE
 
 if TYPE_CHECKING:
@@ -23,13 +24,6 @@ FOLLOWS_S = 2.0
 """For which a rank that ends because of another waits for the other's word."""
 DIFF = "uncommitted.diff"
 """What the code around the run had changed since its commit."""
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` so that a reader sees the old text or the new, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 class RunFolder:
@@ -77,10 +71,10 @@ class RunFolder:
         if not self._writes:
             return
         (self.path / "exit.json").unlink(missing_ok=True)  # how an earlier start ended says nothing of this one
-        write_atomic(self.path / "recipe.toml", recipe_toml)
+        replace_file(self.path / "recipe.toml", recipe_toml)
         code = environment.git_state(Path.cwd())
         if code is not None and code.diff:
-            write_atomic(self.path / DIFF, code.diff)
+            replace_file(self.path / DIFF, code.diff)
         else:
             (self.path / DIFF).unlink(missing_ok=True)
         here = environment.hardware()
@@ -97,13 +91,13 @@ class RunFolder:
             "environment": environment.library_variables(os.environ),
             "cwd": str(Path.cwd()),
         }
-        write_atomic(self.path / "manifest.json", json.dumps(facts, indent=2, default=str) + "\n")
+        replace_json(self.path / "manifest.json", facts, indent=2, default=str)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Keep something beside the manifest; never a reason to stop."""
         if self._writes:
             with contextlib.suppress(OSError):
-                write_atomic(self.path / name, json.dumps(content, indent=2, default=str) + "\n")
+                replace_json(self.path / name, content, indent=2, default=str)
 
     def learn(self, facts: dict[str, Any]) -> None:
         """Add to manifest.json what took time to find out; never a reason to stop."""
@@ -111,7 +105,7 @@ class RunFolder:
             return
         with contextlib.suppress(OSError, ValueError):
             said = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-            write_atomic(self.path / "manifest.json", json.dumps(said | facts, indent=2, default=str) + "\n")
+            replace_json(self.path / "manifest.json", said | facts, indent=2, default=str)
 
     def reach(self, step: int) -> None:
         """Remember the last optimizer step that was finished, for exit.json."""
@@ -122,8 +116,9 @@ class RunFolder:
         if not self._writes:
             return
         step = {} if self._step is None or "step" in facts else {"step": self._step}
-        with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": _now(), "event": event, **step, **facts}, default=str) + "\n")
+        with contextlib.suppress(OSError):
+            line = {"time": _now(), "event": event, **step, **facts}
+            append_json_line(self.path / "events.jsonl", line, default=str)
 
     def end(
         self,
@@ -154,7 +149,7 @@ class RunFolder:
             time.sleep(0.05)
         with contextlib.suppress(OSError):
             if not self._is_told():
-                write_atomic(self.path / "exit.json", json.dumps(record, indent=2) + "\n")
+                replace_json(self.path / "exit.json", record, indent=2)
                 return True
         return False
 

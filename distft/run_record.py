@@ -5,7 +5,6 @@ The report, the comparison of runs and the model card are all written from this.
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +14,9 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from distft.core.files import read_json_lines, read_json_object
+from distft.model.adapters import METHODS, MethodSpec
 
 SUMMARY = "eval/summary.json"
 CARE = "data-card.json"
@@ -110,6 +112,16 @@ class RunRecord:
         return str(self.table("method").get("name", ""))
 
     @property
+    def method_spec(self) -> MethodSpec | None:
+        """What the method declares about itself; None where the run names none, or one that is not installed here."""
+        return METHODS.get(self.method)
+
+    @property
+    def method_title(self) -> str:
+        """What people call the method; "" unknown."""
+        return self.method_spec.title or self.method if self.method_spec is not None else self.method
+
+    @property
     def engine(self) -> str:
         """The one that ran."""
         return str(self.manifest.get("engine", ""))
@@ -122,17 +134,14 @@ class RunRecord:
     @property
     def is_adapter(self) -> bool:
         """Whether final/ holds an adapter beside an untouched base."""
-        return (self.folder / "final" / "adapter_config.json").is_file() or self.method in ("lora", "qlora")
+        if (self.folder / "final" / "adapter_config.json").is_file():
+            return True
+        return self.method_spec is not None and self.method_spec.adapter
 
     @property
     def base(self) -> str:
         """What the recipe calls the model it started from."""
         return str(self.table("model").get("path", ""))
-
-    @property
-    def is_complete(self) -> bool:
-        """It ended well."""
-        return self.exit.get("code") == 0
 
     @property
     def evals(self) -> tuple[Mapping[str, Any], ...]:
@@ -238,12 +247,12 @@ class RunRecord:
     def answers(self, label: str, name: str) -> dict[str, dict[str, Any]]:
         """Row id -> its line of eval/LABEL/NAME.jsonl; empty where it is missing."""
         path = self.folder / "eval" / label / f"{name}.jsonl"
-        return {str(record["id"]): record for record in _lines(path) if "id" in record}
+        return {str(record["id"]): record for record in read_json_lines(path) if "id" in record}
 
 
 def _first_hash(folder: Path, name: str) -> str:
-    told = (_json(folder / label / f"{name}.json").get("rows_sha256") for label in ("after", "best", "before"))
-    return next((str(digest) for digest in told if digest), "")
+    abouts = (read_json_object(folder / label / f"{name}.json") for label in ("after", "best", "before"))
+    return next((str(about["rows_sha256"]) for about in abouts if about.get("rows_sha256")), "")
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -253,24 +262,25 @@ def read_run(folder: Path) -> RunRecord:
         recipe = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         recipe = {}
-    records = [record for record in _lines(folder / "metrics.jsonl") if isinstance(record.get("step"), int)]
-    summary = _json(folder / SUMMARY)
-    care, plan, events = _json(folder / CARE), _json(folder / PLAN), tuple(_lines(folder / "events.jsonl"))
+    records = [record for record in read_json_lines(folder / "metrics.jsonl") if isinstance(record.get("step"), int)]
+    summary = read_json_object(folder / SUMMARY)
+    care, plan = read_json_object(folder / CARE), read_json_object(folder / PLAN)
+    events = tuple(read_json_lines(folder / "events.jsonl"))
     return RunRecord(
         folder=folder,
-        manifest=_json(folder / "manifest.json"),
+        manifest=read_json_object(folder / "manifest.json"),
         recipe=recipe,
         recipe_text=text,
-        exit=_json(folder / "exit.json"),
+        exit=read_json_object(folder / "exit.json"),
         steps=tuple(record for record in records if "loss" in record),
         looks=tuple(record for record in records if "loss" not in record),
         events=events,
-        starts=tuple(_lines(folder / "starts.jsonl")),
+        starts=tuple(read_json_lines(folder / "starts.jsonl")),
         results=_in_order(_results(summary, _final_label(events)), recipe),
         held_out=summary.get("held_out") or {},
         care=care or None,
         plan=plan or None,
-        best=_json(folder / "checkpoints" / "best.json"),
+        best=read_json_object(folder / "checkpoints" / "best.json"),
     )
 
 
@@ -349,22 +359,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(_text(path))
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in _text(path).split("\n"):
-        try:
-            record = json.loads(line)
-        except ValueError:  # empty, or being written
-            continue
-        found += [record] if isinstance(record, dict) else []
-    return found

@@ -16,7 +16,9 @@ from typing import Any
 from distft.checkpoint.lock import LOCK, STALE_S
 from distft.cluster.starts import Starts
 from distft.core.command_line import CommandParser, add_json
+from distft.core.duration import duration
 from distft.core.errors import DONE, PREEMPTED_AND_SAVED
+from distft.core.files import read_json_lines, read_json_object
 
 RECENT = 20
 """Steps that the time left is estimated from."""
@@ -55,13 +57,13 @@ def read_status(folder: Path, *, now: float | None = None) -> Status:
     """What the files of a run folder say; `now` is the wall clock's time, for tests."""
     starts = Starts(folder)
     history = starts.records()
-    manifest, ended = _json(folder / "manifest.json"), _json(folder / "exit.json")
-    steps = [record for record in _tail(folder / "metrics.jsonl") if "loss" in record]
+    manifest, ended = read_json_object(folder / "manifest.json"), read_json_object(folder / "exit.json")
+    steps = [record for record in read_json_lines(folder / "metrics.jsonl", last_bytes=TAIL_BYTES) if "loss" in record]
     last = steps[-1] if steps else {}
     num_steps = manifest.get("num_steps")
     state, why = _state(folder, ended, history, time.time() if now is None else now)
     begun = [record for record in history if "began" in record]
-    events = _tail(folder / "events.jsonl")
+    events = read_json_lines(folder / "events.jsonl", last_bytes=TAIL_BYTES)
     return Status(
         run=folder.name,
         folder=str(folder),
@@ -95,7 +97,7 @@ def _state(folder: Path, ended: dict[str, Any], history: list[dict[str, Any]], n
     if code is not None:
         return "failed", str(ended.get("reason", ""))
     if beat is not None:
-        return "lost", f"no sign of life for {_duration(beat)}; the same command continues it"
+        return "lost", f"no sign of life for {duration(beat)}; the same command continues it"
     if "ended" in last:
         return "failed", str(last.get("reason", ""))
     return ("running", "") if "began" in last else ("new", "")
@@ -149,32 +151,6 @@ def _left(steps: list[dict[str, Any]], num_steps: int | None) -> float | None:
     return sum(took) / len(took) * max(0, num_steps - steps[-1]["step"])
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _tail(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open("rb") as file:
-            start = max(0, file.seek(0, 2) - TAIL_BYTES)
-            file.seek(start)
-            lines = file.read().splitlines()[1 if start else 0 :]
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # being written
-            continue
-        found += [record] if isinstance(record, dict) else []
-    return found
-
-
 def _age(path: Path, now: float) -> float | None:
     try:
         return max(0.0, now - path.stat().st_mtime)
@@ -202,7 +178,7 @@ def lines(status: Status) -> Iterator[str]:
     if status.state == "running" and status.tokens_per_s is not None:
         parts.append(f"{status.tokens_per_s:,.0f} tok/s")
     if status.left_s is not None:
-        parts.append(f"{_duration(status.left_s)} left")
+        parts.append(f"{duration(status.left_s)} left")
     parts.append(f"checkpoint {status.checkpoint}" if status.checkpoint else "no checkpoint")
     if status.job is not None:
         parts.append(f"job {status.job}" + (f" on {' '.join(status.nodes)}" if status.nodes else ""))
@@ -210,17 +186,11 @@ def lines(status: Status) -> Iterator[str]:
     if status.why:
         yield f"  {status.why.splitlines()[0]}"
     if status.state == "running" and status.startup_s is not None:
-        yield f"  first step {_duration(status.startup_s)} after the process's start"
+        yield f"  first step {duration(status.startup_s)} after the process's start"
     if status.state == "running" and status.pace:
         yield f"  {status.pace}"
     for number, reason in enumerate(status.restarts, start=1):
         yield f"  restart {number}: {reason.splitlines()[0] if reason else 'no reason was left'}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
 
 
 def parser() -> CommandParser:

@@ -9,10 +9,9 @@ from typing import NoReturn
 from distft.best import BestTracker
 from distft.core.errors import BusyError, Preempted
 from distft.core.phase import PHASE
-from distft.core.protocols import Every
+from distft.core.protocols import Every, StepSource
 from distft.core.stop import STOP
 from distft.core.types import Engine, StateReader, TrainState
-from distft.data.loader import Steps
 from distft.evaluator import Evaluator
 from distft.guard import DivergenceGuard, RollBack
 from distft.loop import fit
@@ -29,7 +28,7 @@ class Trainer:
     session: RunSession
     engine: Engine
     objective: Objective
-    steps: Steps
+    steps: StepSource
     checkpoints: CheckpointManager
     guard: DivergenceGuard
     best: BestTracker

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ SCHEMA = 1
 
 def write(out: Path, records: Mapping[str, dict[str, Any]]) -> None:
     """Write what there is so far; nothing before single kernels were measured."""
-    from distft.run_folder import write_atomic
+    from distft.core.files import replace_json
 
     kernels = _step(records.get("rates"), "kernels")
     if kernels is None:
@@ -29,7 +28,7 @@ def write(out: Path, records: Mapping[str, dict[str, Any]]) -> None:
         "kernels": {name: kernels.get(name) for name in KERNELS} | {"link_bytes_per_s": link and link["bytes_per_s"]},
         "cases": [*_cases(records.get("memory")), *_cases(records.get("goals"))],
     }
-    write_atomic(out / "calibration.json", json.dumps(measurement, indent=1) + "\n")
+    replace_json(out / "calibration.json", measurement, indent=1)
 
 
 SIZES = ("allocated_bytes", "reserved_bytes", "used_bytes")

@@ -153,13 +153,13 @@ class Keeping:
         return self.record
 
     def _write(self) -> None:
-        from distft.run_folder import write_atomic
+        from distft.core.files import replace_json
 
         steps = self.record["steps"]
         self.record["wall_s"] = round(sum(step["wall_s"] for step in steps.values()), 2)
         found = {name: step["measured"] for name, step in steps.items() if step["measured"] is not None}
         self.record["wrong"] = list(self._phase.wrong(found))
-        write_atomic(self._path, json.dumps(self.record, indent=1) + "\n")
+        replace_json(self._path, self.record, indent=1)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ GOOD = ("done", "not here")
 
 def write(out: Path, phases: Mapping[str, Phase], records: Mapping[str, dict[str, Any]]) -> None:
     """Write page.md and page.html."""
+    from distft.core.files import replace_file
     from distft.report.html import h, page
     from distft.report.tables import table
-    from distft.run_folder import write_atomic
 
     title, lines, body = "First hour on a GPU", [], []
     head = _head(records)
@@ -36,8 +36,8 @@ def write(out: Path, phases: Mapping[str, Phase], records: Mapping[str, dict[str
             else:
                 lines += [*_markdown(part), ""]
                 body.append(table(part.caption, part.heads, part.rows))
-    write_atomic(out / "page.md", "\n".join(lines).rstrip() + "\n")
-    write_atomic(out / "page.html", page(title, h("main", body)))
+    replace_file(out / "page.md", "\n".join(lines).rstrip() + "\n")
+    replace_file(out / "page.html", page(title, h("main", body)))
 
 
 def _head(records: Mapping[str, dict[str, Any]]) -> list[str]:

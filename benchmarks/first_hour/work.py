@@ -226,10 +226,12 @@ def engines(told: Told) -> Told:
     import scaling
 
     from distft.bench import traffic
-    from distft.engine import deepspeed, processes
+    from distft.engine import processes, zero_footprint
 
     placed = processes.join(timeout_s=120)  # the group outlives the engines
-    deepspeed.BUCKET_ELEMENTS = scaling.BUCKET * (1 if told["toy"] else 40)  # a model of 14 M weights, not of 0.2 M
+    zero_footprint.BUCKET_ELEMENTS = scaling.BUCKET * (
+        1 if told["toy"] else 40
+    )  # a model of 14 M weights, not of 0.2 M
     rows = []
     for engine in told["engines"]:
         overrides = [f'name="{engine}-x{placed.world}"', f'engine.name="{engine}"', *told["overrides"]]

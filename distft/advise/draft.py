@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from distft.advise.rules import Decided
+from distft.model.adapters import METHODS
 from distft.recipe.toml_text import toml_value
 
 _ROOM = 44
@@ -34,7 +35,7 @@ def _lines(
     for key in ("r", "alpha", "target_modules"):
         if key in of:
             yield _line(key, of[key])
-    if of["method"].value == "qlora":
+    if METHODS[of["method"].value].quantized:
         yield 'quant = { type = "nf4", double = true }'
     yield from ("", "[data]", _line("max_length", of["max_length"]))
     yield from ("", "[[data.train]]", f"path = {toml_value(train)}", f"format = {toml_value(form)}", "")

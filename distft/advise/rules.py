@@ -1,6 +1,7 @@
 """What to choose and why: one table, read by the command, by `docs/choosing.md` and by the test that compares the two.
 
-For each thing to decide the first rule that applies gives the value; what was decided before is in `so_far`.
+For each thing to decide the first rule that applies gives the value; what was decided before is in `so_far`. Rules name
+the methods that they recommend, because the advice is a recipe; what a method is like they ask its spec.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+
+from distft.model.adapters import METHODS
 
 Goal: TypeAlias = Literal["format", "style", "task", "skill", "facts", "domain"]
 GOALS: dict[str, str] = {
@@ -69,7 +72,6 @@ REPEATED = "Muennighoff et al. 2023, Scaling Data-Constrained Language Models, h
 
 FEW = 50
 BIG = 30e9
-ADAPTERS = ("lora", "qlora")
 _CHARS_PER_TOKEN = 3.0
 """English has about 4, code and other scripts fewer."""
 _UNSEEN_TOKENS = 300
@@ -85,7 +87,7 @@ def _is(value: Any) -> Callable[[Situation, SoFar], Any]:
 
 
 def _adapter(so_far: SoFar) -> bool:
-    return so_far["method"] in ADAPTERS
+    return METHODS[so_far["method"]].adapter
 
 
 def _below(rows: int) -> Callable[[Situation, SoFar], bool]:
@@ -170,7 +172,7 @@ RULES: tuple[Rule, ...] = (
         why="It matched 16-bit fine-tuning in all comparisons, at a quarter of the base's memory; it is slower, so not "
         "without need.",
         source=DETTMERS,
-        when=lambda _, so_far: so_far["candidate"] == "qlora",
+        when=lambda _, so_far: METHODS[so_far["candidate"]].quantized,
         gives=_is("qlora"),
     ),
     Rule(
@@ -314,7 +316,7 @@ RULES: tuple[Rule, ...] = (
         says="QLoRA: 8-bit paged AdamW.",
         why="Its state moves to host memory when one long batch needs the room.",
         source=f"{DETTMERS}; Dettmers et al. 2021, https://arxiv.org/abs/2110.02861",
-        when=lambda _, so_far: so_far["method"] == "qlora",
+        when=lambda _, so_far: METHODS[so_far["method"]].quantized,
         gives=_is("paged_adamw_8bit"),
     ),
     Rule(

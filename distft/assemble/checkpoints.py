@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.assemble.components import num_steps
+from distft.assemble.evaluation import load_row_renderer
 from distft.assemble.training_data import Data, Say, tokenizer_of
 from distft.recipe import Recipe
 
@@ -39,8 +41,8 @@ def open_checkpoints(
     from distft.core.types import TrainState
     from distft.resume import CheckpointManager, about, check_fits
 
-    base = _base_hash(recipe, engine) if recipe.method.spec.adapter else ""
-    says = about(recipe, rows.fingerprint, base, rows.steps.num_steps) | {"date": recipe.data.date}
+    base = weights_hash(recipe, engine) if recipe.method.spec.adapter else ""
+    says = about(recipe, rows.fingerprint, base, num_steps(recipe, rows)) | {"date": recipe.data.date}
     root = folder.path / "checkpoints"
     if resume == "never" and engine.rank == 0:
         folder.set_aside(root)
@@ -66,7 +68,7 @@ def open_checkpoints(
     changed = check_fits(loaded.state, says, loaded.path, allow_changes=allow_changes)
     state = TrainState(**loaded.state["train"])
     was = f"{loaded.manifest.engine} x {loaded.manifest.world}"
-    say(f"continuing {loaded.path} at step {state.step} of {rows.steps.num_steps} (saved under {was})")
+    say(f"continuing {loaded.path} at step {state.step} of {num_steps(recipe, rows)} (saved under {was})")
     for change in changed:
         say(f"changed since: {change}")
     folder.reach(state.step)
@@ -76,8 +78,11 @@ def open_checkpoints(
     return keeper, state, loaded.reader
 
 
-def _base_hash(recipe: Recipe, engine: Engine) -> str:
-    """sha256 of the frozen weights; the files of one host are hashed once and remembered by size and time."""
+def weights_hash(recipe: Recipe, engine: Engine) -> str:
+    """Return the sha256 of the weights that training starts from.
+
+    The files of one host are hashed once and remembered by size and time.
+    """
     from distft.data.fingerprint import file_hash
     from distft.data.prepared_folder import cache_folder
     from distft.model.load import find_folder
@@ -106,32 +111,39 @@ def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int,
 def export(
     recipe: Recipe, folder: RunFolder, engine: Engine, built: MetaModel, shapes: dict[str, Any], rows: Data
 ) -> None:
-    """Write final/: what transformers, PEFT and inference servers load."""
+    """Write final/, what transformers, PEFT and inference servers load, and the recipe's further exports."""
     from distft.data.tokenizer import save_tokenizer
-    from distft.export import final, model_card
+    from distft.export import EXPORTS, ExportInputs, final, model_card
+    from distft.model.heads import HEADS
     from distft.model.load import WRAPPER
+    from distft.recipe import listed_params
     from distft.run_record import read_run
 
-    lm: Any = built.module.lm
+    transformer = built.module.transformer
     tokenizer, revision = tokenizer_of(recipe)
+    head = HEADS[recipe.objective.spec.head]
+    pad_id = load_row_renderer(recipe).tokenizer.pad_token_id
+    pad_id = None if pad_id in rows.stop_ids else pad_id
 
-    def save_beside(target: Path) -> None:
+    def write_beside(target: Path) -> None:
         save_tokenizer(tokenizer, target, chat_template=recipe.data.chat_template, revision=revision)
-        final.save_generation_config(built.module.transformer, target, rows.stop_ids)
+        final.save_generation_config(transformer, target, rows.stop_ids)
         model_card.write(target, read_run(folder.path))
 
-    def save_config_too(target: Path) -> None:
-        final.save_config(built.module.transformer, target)
-        save_beside(target)
-
-    if recipe.method.spec.adapter:
-        final.write_adapter(
-            folder.final,
-            engine,
-            shapes,
-            prefix=WRAPPER,
-            save_adapter=lambda target, tensors: lm.save_pretrained(target, state_dict=tensors),
-            save_rest=save_beside,
-        )
-    else:
-        final.write_model(folder.final, engine, shapes, prefix=WRAPPER, layout=built.layout, save_rest=save_config_too)
+    inputs = ExportInputs(
+        engine=engine,
+        lm=built.module.lm,
+        shapes=shapes,
+        prefix=WRAPPER,
+        layout=built.layout,
+        method=recipe.method.spec,
+        write_config=lambda target: final.save_config(
+            transformer, target, finish=lambda config: head.finish_config(config, pad_id)
+        ),
+        write_beside=write_beside,
+    )
+    own = EXPORTS["adapter" if recipe.method.spec.adapter else "model"]
+    own.write(own.params(), inputs, folder.final)
+    for chosen in recipe.export.also:
+        spec = EXPORTS[chosen["name"]]
+        spec.write(listed_params(chosen, spec.params), inputs, folder.path / "exports" / spec.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distft import compatibility
@@ -15,8 +16,8 @@ from distft.core.errors import DataError, Problem, RecipeError
 from distft.recipe import Recipe
 
 if TYPE_CHECKING:
+    from distft.core.protocols import StepSource
     from distft.core.types import Engine, TrainState, UpdateRule
-    from distft.data.loader import Steps
     from distft.engine.processes import Processes
     from distft.metrics import Meters, RunFacts
     from distft.model.load import MetaModel
@@ -57,6 +58,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
         RecipeError: weights are missing or unusable, or a token has no row in the embedding.
     """
     from distft.model import activation_checkpointing, load, quantize, stats
+    from distft.model.heads import HEADS
 
     spec = recipe.method.spec
     with compatibility.placed(recipe):
@@ -69,6 +71,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
             device=processes.device,
             per_token=recipe.objective.spec.per_token,
             path=layout.path,
+            head=HEADS[recipe.objective.spec.head],
         )
     num_embeddings = built.module.transformer.get_input_embeddings().weight.shape[0]
     if rows.largest_id >= num_embeddings:
@@ -122,27 +125,132 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
     )
 
 
-def build_objective(recipe: Recipe, engine: Engine, built: MetaModel) -> Objective:
+def build_objective(
+    recipe: Recipe,
+    engine: Engine,
+    built: MetaModel,
+    layout: Layout,
+    rows: HeldOut,
+    say: Say,
+    *,
+    is_trained: bool = False,
+) -> Objective:
     """Return the recipe's objective over the model that the engine holds, with what fills its columns.
+
+    Collective; the engine's weights are those that training starts from, unless it `is_trained`: then what follows from
+    those must have been computed before.
 
     Raises:
         MachineError: a column that it reads cannot be had in this run.
     """
+    from distft.assemble.checkpoints import weights_hash
     from distft.columns import COLUMNS, ColumnFiller, ColumnInputs
+    from distft.columns.reference import token_logprobs
     from distft.core.protocols import NO_COLUMNS
+    from distft.data.prepared_folder import cache_folder
     from distft.model.policy import ModelPolicy
     from distft.objectives.spec import Objective
 
-    chosen, method, policy = recipe.objective, recipe.method, ModelPolicy(engine.model)
-    alone = method.spec.base_alone
+    chosen, alone, policy = recipe.objective, recipe.method.spec.base_alone, ModelPolicy(engine.model)
+    names = chosen.spec.columns(chosen.params)
+    if not names:
+        return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)
+    weights = weights_hash(recipe, engine)
     inputs = ColumnInputs(
         policy=policy,
-        method=method.name,
+        method=recipe.method.name,
         base_alone=None if alone is None else functools.partial(alone, built.module),
+        engine=engine,
+        row_passes=rows.row_passes,
+        folder_of=lambda rows_sha256: (
+            cache_folder(recipe.data) / "logprobs" / _logprobs_key(recipe, engine, layout, weights, rows_sha256)
+        ),
+        is_trained=is_trained,
+        say=say,
     )
-    suppliers = {name: COLUMNS[name].open(inputs) for name in chosen.spec.columns(chosen.params)}
-    columns = ColumnFiller(engine, suppliers) if suppliers else NO_COLUMNS
-    return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns)
+    suppliers = {name: COLUMNS[name].open(inputs) for name in names}
+    reference = token_logprobs(inputs) if any(name.startswith("ref_logprob_") for name in names) else None
+    columns = ColumnFiller(engine, suppliers)
+    return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns, reference=reference)
+
+
+def _logprobs_key(recipe: Recipe, engine: Engine, layout: Layout, weights: str, rows_sha256: str) -> str:
+    """Everything that log-probabilities of the model before training depend on.
+
+    Engine, ranks and micro-batches are not of it: they change the order of sums, and other runs may share the values.
+    """
+    import hashlib
+    import json
+
+    import torch
+
+    from distft.core.environment import versions
+
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+    facts = {
+        "weights": weights,
+        "rows": rows_sha256,
+        "head": recipe.objective.spec.head,
+        "method": [recipe.method.name, recipe.method.params.model_dump(mode="json")],
+        "dtype": recipe.model.dtype,
+        "seed": recipe.seed,
+        "path": layout.path.to_json(),
+        "packing": [recipe.data.packing, recipe.data.max_length],
+        "device": device,
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def refuse_other_policy(recipe: Recipe, engine: Engine, objective: Objective, steps: StepSource) -> None:
+    """Collective: check that the policy is its reference before the first update (see `distft.identity_gate`).
+
+    Raises:
+        NumericError: it is not.
+    """
+    import torch
+
+    from distft.identity_gate import refuse_other_policy as refuse
+
+    if objective.reference is not None:
+        batch = next(steps.from_step(0))[0]
+        refuse(engine, objective.policy, objective.reference, batch, getattr(torch, recipe.model.dtype))
+
+
+def num_steps(recipe: Recipe, rows: Data) -> int:
+    """Return the run's optimizer steps, as the objective's step source counts them."""
+    from distft.step_sources import STEP_SOURCES
+
+    chosen = recipe.objective
+    return STEP_SOURCES[chosen.spec.source].num_steps(chosen.params, rows.steps.num_steps)
+
+
+def open_step_source(
+    recipe: Recipe, rows: Data, engine: Engine, built: MetaModel, objective: Objective, stop: Callable[[], bool]
+) -> StepSource:
+    """Return what gives the run's micro-batches; the engine has its weights by now.
+
+    Raises:
+        MachineError: the source, or a generator that it asks for, cannot run here.
+    """
+    from distft.assemble.evaluation import generator_inputs
+    from distft.generation import GENERATORS, CompletionGenerator
+    from distft.step_sources import STEP_SOURCES, StepSourceInputs
+
+    def generator(name: str) -> CompletionGenerator:
+        spec = GENERATORS[name]
+        return spec.open(spec.params(), generator_inputs(recipe, engine, built, rows.stop_ids, stop))
+
+    inputs = StepSourceInputs(
+        steps=rows.steps,
+        objective=recipe.objective.params,
+        engine=engine,
+        policy=objective.policy,
+        generator=generator,
+        max_length=recipe.data.max_length,
+        seed=recipe.seed,
+    )
+    return STEP_SOURCES[recipe.objective.spec.source].open(inputs)
 
 
 def run_facts(built: MetaModel, processes: Processes, state: TrainState) -> RunFacts:
@@ -171,7 +279,13 @@ def fetch_model(recipe: Recipe) -> None:
 
 
 def build_meters(
-    recipe: Recipe, folder: RunFolder, facts: RunFacts, engine: Engine, processes: Processes, steps: Steps, say: Say
+    recipe: Recipe,
+    folder: RunFolder,
+    facts: RunFacts,
+    engine: Engine,
+    processes: Processes,
+    steps: StepSource,
+    say: Say,
 ) -> Meters:
     """Every registered metric, and on rank 0 the sinks that the recipe asks for."""
     from distft.metrics import METRICS, Meters
@@ -232,7 +346,7 @@ def manifest(
         "recipe_sha256": recipe.digest(),
         "plugins": [plugin.to_json() for plugin in PLUGINS.load()],
         "device": device_name(processes),
-        "num_steps": rows.steps.num_steps,
+        "num_steps": num_steps(recipe, rows),
         "tokens_per_epoch": rows.steps.tokens_per_epoch,
     }
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from distft.data.render import Renderer
     from distft.evaluation.eval_sets import EvalSet
     from distft.evaluator import Evaluator
-    from distft.generation.generator import Generator
+    from distft.generation import GeneratorInputs
     from distft.model.load import MetaModel
     from distft.objectives.spec import Objective
     from distft.run_folder import RunFolder
@@ -64,20 +64,26 @@ def load_row_renderer(recipe: Recipe) -> Renderer:
     from distft.data.render import load_renderer, settings_of
 
     tokenizer, revision = tokenizer_of(recipe)
-    return load_renderer(tokenizer, revision=revision, **settings_of(recipe.data))
+    return load_renderer(
+        tokenizer,
+        revision=revision,
+        virtual_tokens=recipe.method.spec.virtual_tokens(recipe.method.params),
+        **settings_of(recipe.data),
+    )
 
 
-def build_generator(
+def generator_inputs(
     recipe: Recipe, engine: Engine, built: MetaModel, stop_ids: tuple[int, ...], stop: Callable[[], bool]
-) -> Generator:
+) -> GeneratorInputs:
     """The model with its tokenizer; it stops at what trained rows end with, and at what the base stops at."""
-    from distft.generation.generator import Generator
+    from distft.generation import GeneratorInputs
 
-    own = load_row_renderer(recipe)
-    ends = getattr(built.module.transformer.generation_config, "eos_token_id", None)
+    renderer = load_row_renderer(recipe)
+    config = getattr(built.module.transformer, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
     more = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
-    known = dict.fromkeys([*stop_ids, *more, own.tokenizer.eos_token_id])
-    return Generator(engine, built.module, decode=own.write, stop_ids=list(known), stop=stop)
+    known = dict.fromkeys([*stop_ids, *more, renderer.tokenizer.eos_token_id])
+    return GeneratorInputs(engine=engine, module=built.module, decode=renderer.write, stop_ids=tuple(known), stop=stop)
 
 
 def base_key(recipe: Recipe) -> str:
@@ -111,6 +117,7 @@ def build_evaluator(
     """Who looks at the model, and when."""
     from distft.evaluation.answer_records import AnswerRecords
     from distft.evaluator import EvalSchedule, Evaluator
+    from distft.generation.engine_generator import engine_generator
 
     return Evaluator(
         engine=engine,
@@ -118,7 +125,7 @@ def build_evaluator(
         held_out=rows.eval_steps or (),
         held_out_sha256=rows.fingerprint.get("eval", ""),
         eval_sets=asked,
-        generator=build_generator(recipe, engine, built, rows.stop_ids, stop),
+        generator=engine_generator(generator_inputs(recipe, engine, built, rows.stop_ids, stop)),
         records=AnswerRecords(folder.path / "eval"),
         base=base_key(recipe),
         schedule=EvalSchedule(every_steps=recipe.eval.every_steps, at_end=recipe.eval.at_end, num_steps=num_steps),

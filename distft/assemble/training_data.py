@@ -19,7 +19,10 @@ from distft.recipe import Recipe, check_steps
 
 if TYPE_CHECKING:
     from distft.assemble.batch_layout import Layout
+    from distft.columns import RowPass
     from distft.data.loader import EvalSteps, Steps
+    from distft.data.store import Prepared
+    from distft.recipe.schema import DataTable
 
 
 PREPARING_SAYS_S = 10.0
@@ -39,6 +42,8 @@ class HeldOut:
     """Of all tokens in them."""
     stop_ids: tuple[int, ...]
     """What trained rows end with."""
+    row_passes: tuple[RowPass, ...] = ()
+    """The prepared rows of every split, for what is computed once over all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +122,15 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
         stop_ids=rows.report.stop_ids,
         longest=longest,
         mean_tokens=max(1, round(float(rows.lengths.mean()))),
+        row_passes=tuple(_row_pass(prepared, table, slice_) for prepared in splits.values()),
     )
+
+
+def _row_pass(prepared: Prepared, table: DataTable, slice_: dict[str, Any]) -> RowPass:
+    from distft.columns import RowPass
+    from distft.data.loader import EvalSteps
+
+    return RowPass(prepared=prepared, steps=lambda only: EvalSteps(prepared, table, only=only, **slice_))
 
 
 def with_date(recipe: Recipe, folder: Path, resume: Path | str = "auto") -> Recipe:
@@ -166,11 +179,11 @@ def load_held_out(
     rows = prepare(table, table.eval, split="eval", **_common(recipe, say))
     compatibility.refuse_other_groups(recipe, rows.report, "eval")
     compatibility.refuse_long_rows(recipe, int(rows.lengths.max()), "eval")
-    micro = layout.micro_batch_size
+    slice_: dict[str, Any] = {"micro_batch_size": layout.micro_batch_size, "rank": rank, "world": world}
+    slice_["single_documents"] = layout.single
     return HeldOut(
-        eval_steps=EvalSteps(
-            rows, table, micro_batch_size=micro, rank=rank, world=world, single_documents=layout.single
-        ),
+        eval_steps=EvalSteps(rows, table, **slice_),
+        row_passes=(_row_pass(rows, table, slice_),),
         fingerprint={"eval": rows.fingerprint},
         largest_id=max(rows.report.largest_id, *stop_ids),
         stop_ids=stop_ids,
@@ -182,6 +195,7 @@ def _common(recipe: Recipe, say: Say) -> dict[str, Any]:
 
     tokenizer, revision = tokenizer_of(recipe)
     common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(recipe.data)}
+    common["virtual_tokens"] = recipe.method.spec.virtual_tokens(recipe.method.params)
     common["progress"] = Preparing(say)
     common["waiting"] = lambda: PHASE.enter("rows", patient=True)
     return common

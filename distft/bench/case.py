@@ -147,7 +147,7 @@ class _Measurement:
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
         products = sum(weights for weights, _ in stats.products(built.module))
         assemble.set_up_engine(recipe, engine, built, self.cut, self.rows.steps.num_steps)
-        objective = assemble.build_objective(recipe, engine, built)
+        objective = assemble.build_objective(recipe, engine, built, self.cut, self.rows, self.say)
         device.phase("load")
         graphs = _compiled_graphs if self.cut.path.compiled else lambda: 0
         clock = Clock(
@@ -342,9 +342,9 @@ def main(argv: list[str]) -> NoReturn:
             spec.failure(rank).write_text(json.dumps(why(error)), encoding="utf-8")
         hard_exit(1)
     if engine.rank == 0:
-        from distft.run_folder import write_atomic
+        from distft.core.files import replace_file
 
-        write_atomic(Path(spec.out), json.dumps(record))
+        replace_file(Path(spec.out), json.dumps(record))
     hard_exit(0)
 
 

@@ -139,15 +139,15 @@ def _show(folder: Path, name: str, pairs: Sequence[Any], boundary: Any, options:
     from distft.bench import plots, table
     from distft.bench.loss_agreement import judge
     from distft.bench.planned import Planning
-    from distft.run_folder import write_atomic
+    from distft.core.files import replace_file, replace_json
 
     planning = Planning()
     records = judge([planning.beside(case, record) for case, record in pairs])
     whole = {"schema": records[0]["schema"], "name": name, "records": records, "boundary": boundary}
     text = table.markdown(name, records, boundary)
     stem = folder / ("boundary" if options.oom else "bench")
-    write_atomic(stem.with_suffix(".json"), json.dumps(whole, indent=1) + "\n")
-    write_atomic(stem.with_suffix(".md"), text)
+    replace_json(stem.with_suffix(".json"), whole, indent=1)
+    replace_file(stem.with_suffix(".md"), text)
     print(json.dumps(whole) if options.json else text)
     if options.oom:
         pass

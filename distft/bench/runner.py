@@ -11,8 +11,9 @@ from typing import Any
 
 from distft.bench import provenance
 from distft.bench.cases import BenchCase
+from distft.core.duration import duration
 from distft.core.environment import versions
-from distft.run_folder import write_atomic
+from distft.core.files import replace_json
 
 SCHEMA = 1
 """Of a record; raised when a field changes its meaning."""
@@ -44,7 +45,7 @@ class Runner:
         for number, case in enumerate(cases, start=1):
             record = kept.get(case.key)
             if record is None:
-                left = f"; about {_duration(open_ * sum(seconds) / len(seconds))} left" if seconds and open_ else ""
+                left = f"; about {duration(open_ * sum(seconds) / len(seconds))} left" if seconds and open_ else ""
                 self._say(f"[{number}/{len(cases)}] {case} …{left}")
                 record = self.record(case)
                 seconds += [record["wall_s"]] if not case.refused else []
@@ -80,7 +81,7 @@ class Runner:
             "code": provenance.code(),
             **became,
         }
-        write_atomic(self._path(case), json.dumps(record, indent=1) + "\n")
+        replace_json(self._path(case), record, indent=1)
         return record
 
     def _path(self, case: BenchCase) -> Path:
@@ -96,9 +97,3 @@ def _result(record: dict[str, Any]) -> str:
 
 OUTCOMES = {"memory": "out of memory", "refused": "not possible", "failed": "FAILED"}
 """How a table says what was not measured."""
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    hours, rest = divmod(minutes, 60)
-    return f"{hours} h {rest:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

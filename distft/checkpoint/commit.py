@@ -13,10 +13,11 @@ from typing import Any
 from distft.checkpoint import durable
 from distft.checkpoint.folders import Folders
 from distft.checkpoint.manifest import Manifest
-from distft.checkpoint.rank_group import RankErrors, RankGroup, on_all_ranks
 from distft.checkpoint.saving import Job, merge, write_manifest
-from distft.core.errors import FileSystemError
+from distft.core.errors import FileSystemError, explain
 from distft.core.faults import Faults
+from distft.core.files import sync_folder
+from distft.core.ranks import RankErrors, Ranks, on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ class Saved:
 class Committer:
     """Commits saves and remembers what retention must spare; all public methods are collective."""
 
-    def __init__(self, folders: Folders, group: RankGroup, faults: Faults, *, keep: int) -> None:
-        self._folders, self._group, self._faults, self._keep = folders, group, faults, keep
+    def __init__(self, folders: Folders, ranks: Ranks, faults: Faults, *, keep: int) -> None:
+        self._folders, self._ranks, self._faults, self._keep = folders, ranks, faults, keep
         self._best_due: dict[str, Any] | None = None
         """A best.json that could not be written yet."""
         self._pruning: threading.Thread | None = None
@@ -62,26 +63,26 @@ class Committer:
         """
         try:
             # A chunk of each tensor of each rank: a hundred megabytes of 512, and only rank 0 looks at them.
-            written = on_all_ranks(self._group, lambda: (job.result(), self._at("P4", job.step))[0], for_first=True)
+            written = on_all_ranks(self._ranks, lambda: (job.result(), self._at("P4", job.step))[0], to_rank0=True)
         except RankErrors as error:
             return self.give_up(job.step, error)
         manifest: Manifest | None = None
         trouble = ""
         try:
             self._at("P5", job.step)
-            entries = merge(written) if self._group.rank == 0 else {}
-            pending = write_manifest(job, written, entries) if self._group.rank == 0 else None
+            entries = merge(written) if self._ranks.rank == 0 else {}
+            pending = write_manifest(job, written, entries) if self._ranks.rank == 0 else None
             self._at("P6", job.step)
             if pending is not None:
                 self._rename(job.step)
             manifest = pending
         except Exception as error:  # the other ranks are waiting to hear of it
-            trouble = durable.explain(job.disk_full() if durable.is_disk_full(error) else error)
-        late = [trouble] if self._group.rank else []  # rank 0 alone decides from here on
-        if manifest is not None or self._group.rank:
+            trouble = explain(job.disk_full() if durable.is_disk_full(error) else error)
+        late = [trouble] if self._ranks.rank else []  # rank 0 alone decides from here on
+        if manifest is not None or self._ranks.rank:
             late.append(self._afterwards("P7", job.step, lambda: self._renew_hints(job)))
         late.append(self._afterwards("P8", job.step, lambda: None))
-        told = self._group.gather((manifest.num_bytes if manifest else None, trouble, "; ".join(filter(None, late))))
+        told = self._ranks.gather((manifest.num_bytes if manifest else None, trouble, "; ".join(filter(None, late))))
         num_bytes, trouble, _ = told[0]
         if num_bytes is None:
             return self.give_up(job.step, RankErrors({0: trouble}))
@@ -103,15 +104,15 @@ class Committer:
     def give_up(self, step: int, error: RankErrors) -> SaveFailed:
         """Forget a save; no rank writes to it any more by now."""
         self.failures_in_a_row += 1
-        if self._group.rank == 0:
+        if self._ranks.rank == 0:
             durable.remove_tree(self._folders.aside(step))
-        self._group.barrier()
+        self._ranks.barrier()
         failed = SaveFailed(f"step {step} was not saved: {error}; earlier checkpoints are untouched")
         log.warning("%s", failed)
         return failed
 
     def _at(self, point: str, step: int) -> None:
-        self._faults.at(point, rank=self._group.rank, step=step)
+        self._faults.at(point, rank=self._ranks.rank, step=step)
 
     def _rename(self, step: int) -> None:
         """The commit point. A checkpoint of another history under the same name waits until this one is in place."""
@@ -127,9 +128,9 @@ class Committer:
 
     def _renew_hints(self, job: Job) -> None:
         self._best_due = job.best or self._best_due
-        if self._group.rank != 0:
+        if self._ranks.rank != 0:
             return
-        durable.sync_folder(self._folders.root)  # of P6; after the rename nothing may fail the save any more
+        sync_folder(self._folders.root)  # of P6; after the rename nothing may fail the save any more
         if self._best_due is not None:
             self._folders.write_best(self._best_due)
             self._best_due = None
@@ -141,11 +142,11 @@ class Committer:
             self._at(point, step)
             work()
         except Exception as error:  # the checkpoint stands, and the other ranks are waiting
-            return f"{point}: {durable.explain(error)}"
+            return f"{point}: {explain(error)}"
         return ""
 
     def _prune(self, job: Job) -> None:
-        if self._group.rank != 0:
+        if self._ranks.rank != 0:
             return
         protected = {self.verified, (self._best_due or {}).get("step")}
         doomed: list[Path] = []

@@ -1,8 +1,7 @@
-"""Writes that survive a power cut, and reads that follow no links."""
+"""Reads files without following links, and explains errors of the disk."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -53,60 +52,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_file(path: Path) -> None:
-    """Return once the file's bytes are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    """Return once the folder's entries (creations, renames) are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_new(path: Path, data: bytes) -> None:
-    """Create or overwrite a file and sync it; for folders nobody reads yet."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader, also after a power cut, sees the old bytes or the new."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_new(aside, data)
-        os.replace(aside, path)
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
 def remove_tree(path: Path) -> None:
     """Delete a folder as far as possible; what stays is left for the next start."""
     shutil.rmtree(path, ignore_errors=True)
-
-
-def explain(error: BaseException) -> str:
-    """One line: what went wrong, for another rank or a person to read."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f" ({Path(os.fsdecode(error.filename)).name})" if error.filename else ""
-        return f"{error.strerror}{where}"
-    text = str(error)
-    known = type(error).__module__.startswith("distft.")
-    return text if known and text else f"{type(error).__name__}: {text}"
 
 
 def is_disk_full(error: BaseException) -> bool:

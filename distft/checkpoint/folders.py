@@ -16,6 +16,7 @@ from typing import Any
 
 from distft.checkpoint import durable
 from distft.checkpoint.manifest import canonical
+from distft.core.files import replace_file, sync_folder
 
 PINNED = "PINNED"
 LATEST = "latest"
@@ -70,7 +71,7 @@ class Folders:
         """Rename a bad checkpoint so that nobody loads it; what it holds stays as it is."""
         home = self._free(self.step(step), "corrupt")
         self.step(step).rename(home)
-        durable.sync_folder(self.root)
+        sync_folder(self.root)
         with contextlib.suppress(OSError):
             if not home.is_symlink():
                 (home / WHY).write_text("\n".join(reasons) + "\n", encoding="utf-8")
@@ -88,16 +89,16 @@ class Folders:
         """Rename a good checkpoint that the run must not continue from any more."""
         home = self._free(self.step(step), "aside")
         self.step(step).rename(home)
-        durable.sync_folder(self.root)
+        sync_folder(self.root)
         return home
 
     def point_to(self, step: int) -> None:
         """Renew the `latest` hint."""
-        durable.replace(self.root / LATEST, f"{self.step(step).name}\n".encode())
+        replace_file(self.root / LATEST, f"{self.step(step).name}\n", durable=True)
 
     def write_best(self, best: dict[str, Any]) -> None:
         """Renew best.json."""
-        durable.replace(self.root / BEST, canonical(best))
+        replace_file(self.root / BEST, canonical(best), durable=True)
 
     def best_step(self) -> int | None:
         """The step that best.json names; None when there is no such file.

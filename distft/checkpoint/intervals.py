@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from distft.checkpoint.manifest import is_plain_name, parse_json
 from distft.core.errors import CheckpointError
 from distft.core.types import Deferred, Piece
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK_BYTES = 64 * 2**20
 """Bounds the memory of a reader that wants one element, and of the copy torch.save makes."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distft.checkpoint.durable import explain, read_regular
+from distft.checkpoint.durable import read_regular
 from distft.checkpoint.folders import Folders
 from distft.checkpoint.intervals import INDEX, parse_index
 from distft.checkpoint.manifest import (
@@ -25,9 +25,9 @@ from distft.checkpoint.manifest import (
     read_verified,
     share_of,
 )
-from distft.checkpoint.rank_group import RankErrors, RankGroup, on_all_ranks
 from distft.checkpoint.reader import Reader
-from distft.core.errors import CheckpointError
+from distft.core.errors import CheckpointError, explain
+from distft.core.ranks import RankErrors, Ranks, on_all_ranks
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -36,11 +36,6 @@ STATE = "state.json"
 SHARED_TRIES = 20
 SHARED_WAIT_S = 0.25
 NOT_SHARED = "output_dir is not shared: every rank must see the same folder (a network file system, or one machine)"
-
-
-def rank_state_name(rank: int) -> str:
-    """File of what belongs to one rank."""
-    return f"rank-{rank:05d}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,50 +55,38 @@ class Loaded:
         """Optimizer steps taken."""
         return self.manifest.step
 
-    @property
-    def rank_states(self) -> list[dict[str, Any]]:
-        """What each of the ranks that wrote it handed over, by rank.
 
-        Read when asked for: if each of 512 ranks read the files of all before it trains, those are 262,144.
-
-        Raises:
-            CheckpointError: one has changed since it was checked.
-        """
-        names = [rank_state_name(rank) for rank in range(self.manifest.world)]
-        return [parse_json(read_verified(self.path, self.manifest, name), name) for name in names]
-
-
-def check_shared(root: Path, group: RankGroup) -> None:
+def check_shared(root: Path, ranks: Ranks) -> None:
     """Have every rank read a file that rank 0 makes.
 
     Raises:
         CheckpointError: some rank does not see it.
         RankErrors: rank 0 cannot write here.
     """
-    token = on_all_ranks(group, lambda: _write_probe(root) if group.rank == 0 else "")[0]
+    token = on_all_ranks(ranks, lambda: _write_probe(root) if ranks.rank == 0 else "")[0]
     probe, seen = root / token, False
     for attempt in range(SHARED_TRIES):  # a network file system may need a moment
         seen = _sees(probe)
         if seen or attempt == SHARED_TRIES - 1:
             break
         time.sleep(SHARED_WAIT_S)
-    blind = [rank for rank, saw in enumerate(group.gather(seen)) if not saw]
-    if group.rank == 0:
+    blind = [rank for rank, saw in enumerate(ranks.gather(seen)) if not saw]
+    if ranks.rank == 0:
         probe.unlink(missing_ok=True)
     if blind:
         raise CheckpointError(f"{NOT_SHARED}; rank {', '.join(map(str, blind))} does not see rank 0's {root}")
 
 
-def load_newest(folders: Folders, group: RankGroup) -> Loaded | None:
+def load_newest(folders: Folders, ranks: Ranks) -> Loaded | None:
     """See `CheckpointStore.load_newest`."""
-    steps = _same_listing(folders, group)
+    steps = _same_listing(folders, ranks)
     rejected: list[str] = []
-    earlier = group.gather([f"{path.name}: {folders.why(path)}" for path in folders.quarantined()])[0]
+    earlier = ranks.gather([f"{path.name}: {folders.why(path)}" for path in folders.quarantined()])[0]
     for step in steps:
-        loaded, reasons = examine(folders.step(step), group, expected_step=step)
+        loaded, reasons = examine(folders.step(step), ranks, expected_step=step)
         if loaded is not None:
             return replace(loaded, rejected=tuple(rejected))
-        home = _quarantine(folders, group, step, reasons)
+        home = _quarantine(folders, ranks, step, reasons)
         rejected.append(f"{folders.step(step).name}: {'; '.join(reasons)}{home}")
         log.warning("checkpoint %s", rejected[-1])
     if rejected or earlier:
@@ -115,30 +98,30 @@ def load_newest(folders: Folders, group: RankGroup) -> Loaded | None:
     return None
 
 
-def load_path(path: Path, group: RankGroup) -> Loaded:
+def load_path(path: Path, ranks: Ranks) -> Loaded:
     """See `CheckpointStore.load`."""
-    loaded, reasons = examine(path, group, expected_step=None)
+    loaded, reasons = examine(path, ranks, expected_step=None)
     if loaded is None:
         raise CheckpointError(f"{path}: not a valid checkpoint: {'; '.join(reasons)}")
     return loaded
 
 
-def examine(path: Path, group: RankGroup, *, expected_step: int | None) -> tuple[Loaded | None, list[str]]:
+def examine(path: Path, ranks: Ranks, *, expected_step: int | None) -> tuple[Loaded | None, list[str]]:
     """Check every byte of one checkpoint, the ranks sharing the hashing, then open it.
 
     Returns:
         The checkpoint and no reason, or None and what is wrong; equal on all ranks.
     """
-    manifest, reasons = _agreed(group, lambda: _manifest(path, expected_step))
+    manifest, reasons = _agreed(ranks, lambda: _manifest(path, expected_step))
     if not reasons and manifest is not None:
         read = hashlib.sha256(manifest.to_bytes()).hexdigest()
-        found = group.gather((faults_of(path, share_of(manifest, group.rank, group.world)), read))
+        found = ranks.gather((faults_of(path, share_of(manifest, ranks.rank, ranks.world)), read))
         reasons = sorted({reason for faults, _ in found for reason in faults})
         if len({read for _, read in found}) > 1:  # then some file may have been nobody's share
             reasons.append("ranks read different manifests")
     if reasons or manifest is None:
         return None, reasons
-    loaded, reasons = _agreed(group, lambda: _open(path, manifest))
+    loaded, reasons = _agreed(ranks, lambda: _open(path, manifest))
     return (None, reasons) if reasons else (loaded, [])
 
 
@@ -159,7 +142,7 @@ def _open(path: Path, manifest: Manifest) -> Loaded:
     )
 
 
-def _agreed(group: RankGroup, work: Callable[[], T]) -> tuple[T | None, list[str]]:
+def _agreed(ranks: Ranks, work: Callable[[], T]) -> tuple[T | None, list[str]]:
     """This rank's result, and the reasons why some rank has none."""
     mine: T | None = None
     reason = ""
@@ -169,7 +152,7 @@ def _agreed(group: RankGroup, work: Callable[[], T]) -> tuple[T | None, list[str
         reason = str(error)
     except (OSError, MemoryError) as error:
         reason = explain(error)
-    return mine, sorted({text for text in group.gather(reason) if text})
+    return mine, sorted({text for text in ranks.gather(reason) if text})
 
 
 def _write_probe(root: Path) -> str:
@@ -185,10 +168,10 @@ def _sees(probe: Path) -> bool:
     return probe.exists()
 
 
-def _same_listing(folders: Folders, group: RankGroup) -> list[int]:
+def _same_listing(folders: Folders, ranks: Ranks) -> list[int]:
     listings: list[list[int]] = []
     for attempt in range(SHARED_TRIES):
-        listings = group.gather(folders.steps())
+        listings = ranks.gather(folders.steps())
         if all(listing == listings[0] for listing in listings):
             return listings[0]
         if attempt < SHARED_TRIES - 1:
@@ -199,9 +182,9 @@ def _same_listing(folders: Folders, group: RankGroup) -> list[int]:
     )
 
 
-def _quarantine(folders: Folders, group: RankGroup, step: int, reasons: list[str]) -> str:
+def _quarantine(folders: Folders, ranks: Ranks, step: int, reasons: list[str]) -> str:
     try:
-        homes = on_all_ranks(group, lambda: folders.quarantine(step, reasons).name if group.rank == 0 else "")
+        homes = on_all_ranks(ranks, lambda: folders.quarantine(step, reasons).name if ranks.rank == 0 else "")
     except RankErrors as error:
         return f" (cannot be renamed: {error})"
     return f" (kept as {homes[0]})"

@@ -25,9 +25,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distft.checkpoint.durable import explain, read_regular
+from distft.checkpoint.durable import read_regular
 from distft.core import host
-from distft.core.errors import BusyError, FileSystemError
+from distft.core.errors import BusyError, FileSystemError, explain
+from distft.core.files import parse_json_object, replace_file, write_file
 
 LOCK = "lock.json"
 GUARD = ".lock.guard"
@@ -102,9 +103,12 @@ class RunLock:
 
     def _write_aside(self) -> Path:
         aside = self.path.with_name(f".{LOCK}.{self._token}")
-        owner = host.identity() | {"job": self._job, "started": _now(), "token": self._token, "slurm": self._slurm}
-        aside.write_text(json.dumps(owner, indent=1) + "\n", encoding="utf-8")
+        write_file(aside, self._owner_text())
         return aside
+
+    def _owner_text(self) -> str:
+        owner = host.identity() | {"job": self._job, "started": _now(), "token": self._token, "slurm": self._slurm}
+        return json.dumps(owner, indent=1) + "\n"
 
     def _create(self) -> bool:
         """Make the lock complete or not at all: link() fails when the name exists, also on NFS."""
@@ -183,7 +187,7 @@ class RunLock:
         try:
             if not _guarded(descriptor) or self._read() != holder:
                 return False
-            os.replace(self._write_aside(), self.path)
+            replace_file(self.path, self._owner_text())
             return True
         finally:
             os.close(descriptor)
@@ -214,11 +218,7 @@ def _guarded(descriptor: int) -> bool:
 
 def _owner(holder: bytes) -> dict[str, Any]:
     """What a lock says; empty when it cannot be read (then only its heartbeat counts)."""
-    try:
-        owner = json.loads(holder)
-    except (ValueError, RecursionError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
+    return parse_json_object(holder) or {}
 
 
 def _slurm_start(env: Mapping[str, str]) -> dict[str, Any] | None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distft.checkpoint.durable import explain, read_regular, sha256_of
-from distft.core.errors import CheckpointError
+from distft.checkpoint.durable import read_regular, sha256_of
+from distft.core.errors import CheckpointError, explain
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 1

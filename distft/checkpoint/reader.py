@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distft.checkpoint.durable import explain, open_regular
+from distft.checkpoint.durable import open_regular
 from distft.checkpoint.intervals import Chunk, TensorEntry
-from distft.core.errors import CheckpointError
+from distft.core.errors import CheckpointError, explain
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,6 +16,7 @@ from distft.checkpoint.intervals import INDEX, Piece, TensorEntry, index_bytes, 
 from distft.checkpoint.manifest import MANIFEST, FileEntry, Manifest, entry_of
 from distft.checkpoint.shards import DCP_CHUNKS, DCP_METADATA, Part, write_dcp_metadata, write_pieces
 from distft.core.faults import Faults
+from distft.core.files import sync_file, sync_folder, write_file
 
 MARGIN = 1.2
 
@@ -97,7 +98,7 @@ class Job:
         self.faults.at("P3", **at)
         names = sorted({chunk.file for *_, chunk in parts if chunk is not None} | set(self.texts))
         for name in names:
-            durable.sync_file(self.folder / name)
+            sync_file(self.folder / name)
         return WrittenFiles([entry_of(self.folder / name) for name in names], parts)
 
 
@@ -124,13 +125,13 @@ def merge(written: list[WrittenFiles]) -> dict[str, TensorEntry]:
 
 def write_manifest(job: Job, written: list[WrittenFiles], entries: Mapping[str, TensorEntry]) -> Manifest:
     """Rank 0: index, DCP's metadata and the manifest (P5); after this only the folder's name is missing."""
-    durable.write_new(job.folder / INDEX, index_bytes(entries))
+    write_file(job.folder / INDEX, index_bytes(entries), durable=True)
     own = [entry_of(job.folder / INDEX)]
     if sum(len(entry.chunks) for entry in entries.values()) <= DCP_CHUNKS:
         write_dcp_metadata(job.folder, entries)
         own.append(entry_of(job.folder / DCP_METADATA))
     files = sorted([*own, *(file for one_rank in written for file in one_rank.files)], key=lambda file: file.path)
     manifest = Manifest(step=job.step, world=job.world, engine=job.engine, hashes=dict(job.hashes), files=tuple(files))
-    durable.write_new(job.folder / MANIFEST, manifest.to_bytes())
-    durable.sync_folder(job.folder)
+    write_file(job.folder / MANIFEST, manifest.to_bytes(), durable=True)
+    sync_folder(job.folder)
     return manifest

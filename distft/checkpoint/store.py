@@ -15,13 +15,13 @@ from distft.checkpoint import durable
 from distft.checkpoint.commit import Committer, Saved, SaveFailed
 from distft.checkpoint.folders import Folders
 from distft.checkpoint.intervals import Piece
-from distft.checkpoint.loading import STATE, Loaded, check_shared, load_newest, load_path, num_bytes_of, rank_state_name
+from distft.checkpoint.loading import STATE, Loaded, check_shared, load_newest, load_path, num_bytes_of
 from distft.checkpoint.manifest import canonical
-from distft.checkpoint.rank_group import RankErrors, RankGroup, on_all_ranks
 from distft.checkpoint.saving import MARGIN, Job, check_space
 from distft.checkpoint.staging import StagingBuffer
 from distft.core.errors import CheckpointError, FileSystemError
 from distft.core.faults import Faults, FromEnvironment
+from distft.core.ranks import RankErrors, Ranks, on_all_ranks
 
 
 class CheckpointStore:
@@ -30,7 +30,7 @@ class CheckpointStore:
     def __init__(
         self,
         folder: Path,
-        group: RankGroup,
+        ranks: Ranks,
         *,
         keep: int = 2,
         engine: str = "",
@@ -41,7 +41,7 @@ class CheckpointStore:
 
         Args:
             folder: below the run's folder, whose lock the run holds.
-            group: all ranks.
+            ranks: all of them.
             keep: newest checkpoints to keep, at least 2: one may turn out bad.
             engine: name for the manifest.
             hashes: what must fit for a resume (recipe, data, base model) by name, for the manifest.
@@ -52,7 +52,7 @@ class CheckpointStore:
             CheckpointError: ranks see different folders.
         """
         assert keep >= 2, "a single checkpoint is no safety"
-        self.folder, self._group, self._keep = folder, group, keep
+        self.folder, self._ranks, self._keep = folder, ranks, keep
         self._engine, self._hashes = engine, dict(hashes or {})
         self._faults = faults or FromEnvironment()
         self._folders = Folders(folder)
@@ -61,11 +61,11 @@ class CheckpointStore:
         self._outcomes: deque[Saved | SaveFailed] = deque()
         self._ours: set[int] = set()
         """Steps written or loaded by this process: the history it is on."""
-        self._committer = Committer(self._folders, group, self._faults, keep=keep)
+        self._committer = Committer(self._folders, ranks, self._faults, keep=keep)
         try:
-            on_all_ranks(group, self._on_first(lambda: folder.mkdir(parents=True, exist_ok=True)))
-            check_shared(folder, group)
-            on_all_ranks(group, self._on_first(self._folders.clean))
+            on_all_ranks(ranks, self._on_first(lambda: folder.mkdir(parents=True, exist_ok=True)))
+            check_shared(folder, ranks)
+            on_all_ranks(ranks, self._on_first(self._folders.clean))
         except RankErrors as error:
             raise FileSystemError(f"{folder}: cannot be written ({error}); choose another output_dir") from error
 
@@ -75,7 +75,6 @@ class CheckpointStore:
         state: dict[str, Any],
         *,
         step: int,
-        rank_state: dict[str, Any] | None = None,
         best: dict[str, Any] | None = None,
     ) -> Saved:
         """Write and commit a checkpoint; collective. Waits for one in flight first.
@@ -84,7 +83,6 @@ class CheckpointStore:
             pieces: what this rank holds; together they tile every tensor.
             state: JSON, equal on all ranks (rank 0's is written).
             step: optimizer steps taken.
-            rank_state: JSON of this rank alone.
             best: {"step": N, ...}: the best checkpoint from now on, None leaves it as it is.
 
         Raises:
@@ -92,7 +90,7 @@ class CheckpointStore:
         """
         began = time.monotonic()
         self._settle()
-        job = self._begin(list(pieces), state, step, rank_state, best)
+        job = self._begin(list(pieces), state, step, best)
         if job is None:
             return self._already(step, best, began)
         job.run()
@@ -108,7 +106,6 @@ class CheckpointStore:
         state: dict[str, Any],
         *,
         step: int,
-        rank_state: dict[str, Any] | None = None,
         best: dict[str, Any] | None = None,
     ) -> float:
         """Copy the state aside and write it in the background; collective. Waits for one in flight first.
@@ -123,7 +120,7 @@ class CheckpointStore:
         """
         began = time.monotonic()
         self._settle()
-        job = self._begin([], state, step, rank_state, best, num_bytes=sum(piece.num_bytes for piece in pieces))
+        job = self._begin([], state, step, best, num_bytes=sum(piece.num_bytes for piece in pieces))
         if job is None:
             self._outcomes.append(self._already(step, best, began))
             return time.monotonic() - began
@@ -162,7 +159,7 @@ class CheckpointStore:
         Raises:
             SaveFailed: it was given up instead.
         """
-        if self._job is not None and self._group.all_say(self._job.done.is_set()):
+        if self._job is not None and self._ranks.all_true(self._job.done.is_set()):
             self._settle()
         outcome = self._outcomes.popleft() if self._outcomes else None
         if isinstance(outcome, SaveFailed):
@@ -196,7 +193,7 @@ class CheckpointStore:
             CheckpointError: there are some and none is valid (each is listed with its reason), or ranks see
                 different folders.
         """
-        return self._remember(load_newest(self._folders, self._group))
+        return self._remember(load_newest(self._folders, self._ranks))
 
     def load(self, path: Path) -> Loaded:
         """One checkpoint by its folder, anywhere; collective. It is left as it is, good or bad.
@@ -204,7 +201,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: it is not valid; the message lists what is wrong.
         """
-        loaded = load_path(path, self._group)
+        loaded = load_path(path, self._ranks)
         self._remember(loaded if path.parent.resolve() == self.folder.resolve() else None)
         return loaded
 
@@ -234,7 +231,7 @@ class CheckpointStore:
             SaveFailed: it cannot be written.
         """
         try:
-            on_all_ranks(self._group, self._on_first(lambda: self._folders.write_best(best)))
+            on_all_ranks(self._ranks, self._on_first(lambda: self._folders.write_best(best)))
         except RankErrors as error:
             raise SaveFailed(f"{self.folder}: best.json cannot be written: {error}") from error
 
@@ -251,7 +248,7 @@ class CheckpointStore:
         later = [found for found in self._folders.steps() if found > step]
         try:
             names = on_all_ranks(
-                self._group, self._on_first(lambda: [self._folders.set_aside(found).name for found in later])
+                self._ranks, self._on_first(lambda: [self._folders.set_aside(found).name for found in later])
             )
         except RankErrors as error:
             raise SaveFailed(f"{self.folder}: cannot set later checkpoints aside: {error}") from error
@@ -265,17 +262,16 @@ class CheckpointStore:
         return loaded
 
     def _on_first(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        return work if self._group.rank == 0 else lambda: None
+        return work if self._ranks.rank == 0 else lambda: None
 
     def _at(self, point: str, step: int) -> None:
-        self._faults.at(point, rank=self._group.rank, step=step)
+        self._faults.at(point, rank=self._ranks.rank, step=step)
 
     def _begin(
         self,
         pieces: list[Piece],
         state: dict[str, Any],
         step: int,
-        rank_state: dict[str, Any] | None,
         best: dict[str, Any] | None,
         *,
         num_bytes: int | None = None,
@@ -286,24 +282,23 @@ class CheckpointStore:
 
         def agree_to_save() -> tuple[int, int, bool]:
             self._at("P0", step)
-            texts[rank_state_name(self._group.rank)] = canonical(rank_state or {})
-            texts.update({STATE: canonical(state)} if self._group.rank == 0 else {})
+            texts.update({STATE: canonical(state)} if self._ranks.rank == 0 else {})
             return step, mine, step in self._ours and self._folders.step(step).exists()
 
         try:
-            told = on_all_ranks(self._group, agree_to_save)
+            told = on_all_ranks(self._ranks, agree_to_save)
             if len({at_step for at_step, *_ in told}) > 1:
                 raise RankErrors(dict(enumerate(f"is at step {at_step}" for at_step, *_ in told)))
             if told[0][2]:
                 return None
-            need = on_all_ranks(self._group, lambda: self._prepare(step, sum(size for _, size, _ in told)))[0]
+            need = on_all_ranks(self._ranks, lambda: self._prepare(step, sum(size for _, size, _ in told)))[0]
         except RankErrors as error:
             raise self._committer.give_up(step, error) from error
         return Job(
             folder=self._folders.aside(step),
             step=step,
-            rank=self._group.rank,
-            world=self._group.world,
+            rank=self._ranks.rank,
+            world=self._ranks.world,
             engine=self._engine,
             hashes=self._hashes,
             pieces=pieces,
@@ -315,7 +310,7 @@ class CheckpointStore:
 
     def _prepare(self, step: int, num_bytes: int) -> int | None:
         self._at("P1", step)
-        if self._group.rank != 0:
+        if self._ranks.rank != 0:
             return None
         known = self._folders.steps()
         need = int(MARGIN * max(num_bytes, num_bytes_of(self._folders.step(known[0])) if known else 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.cluster.slurm import Allocation
+from distft.core.files import parse_json_object
 
 LIMIT_S = 300.0
 """Imports from a busy file system included; a node that takes longer would keep the run waiting too."""
@@ -113,11 +113,8 @@ def can_be_replaced(sick: Sequence[str], nodes: Sequence[str]) -> bool:
 
 def _reports(output: str) -> Iterator[dict[str, Any]]:
     for line in output.splitlines():
-        try:
-            said = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(said, dict) and "bad_hosts" in said:
+        said = parse_json_object(line)
+        if said is not None and "bad_hosts" in said:
             yield said
 
 

@@ -7,13 +7,13 @@ own word in exit.json does, if this very start wrote it.
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distft.core.errors import DONE, PREEMPTED_AND_SAVED
+from distft.core.files import parse_json_object
 
 CRASHED = 1
 
@@ -123,11 +123,8 @@ def record_of(before: str | None, after: str | None) -> dict[str, Any] | None:
     """What this start wrote; None when it wrote nothing: then the file speaks of an earlier one."""
     if after is None or after == before:
         return None
-    try:
-        record = json.loads(after)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("code"), int) else None
+    record = parse_json_object(after)
+    return record if record is not None and isinstance(record.get("code"), int) else None
 
 
 def _own_word(ended: JobEnd) -> tuple[int, str]:

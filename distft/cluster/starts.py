@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distft.checkpoint.folders import Folders
+from distft.core.files import append_json_line, read_json_lines
 
 FILE = "starts.jsonl"
 
@@ -65,10 +64,8 @@ class Starts:
 
     def add(self, event: JobStart | End) -> None:
         """Append it; safe from a power cut once this returns, and never a reason to fail: a full disk forgets it."""
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(event)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with contextlib.suppress(OSError):
+            append_json_line(self._path, asdict(event), durable=True)
 
     def stalled(self, job: str) -> int:
         """How many starts of this job, counted from the last one back, began at the newest checkpoint of today.
@@ -85,17 +82,7 @@ class Starts:
 
     def records(self) -> list[dict[str, Any]]:
         """Starts and ends as they were written, oldest first; a line that a power cut tore is left out."""
-        try:
-            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return []
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    found.append(record)
-        return found
+        return read_json_lines(self._path)
 
 
 def _now() -> str:

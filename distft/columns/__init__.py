@@ -5,9 +5,11 @@ In: a step's micro-batches and the model as it is; out: the same micro-batches w
 
 from distft.columns import reference
 from distft.columns.spec import ColumnFiller, ColumnInputs, ColumnSpec
+from distft.columns.stored_logprobs import RowPass
 from distft.core.registry import Registry
 
 COLUMNS: Registry[ColumnSpec] = Registry("column")  # type: ignore[type-var]  # no params: objectives ask by name
-COLUMNS.add(reference.SPEC)
+COLUMNS.add(reference.BY_TOKEN)
+COLUMNS.add(reference.BY_DOCUMENT)
 
-__all__ = ["COLUMNS", "ColumnFiller", "ColumnInputs", "ColumnSpec"]
+__all__ = ["COLUMNS", "ColumnFiller", "ColumnInputs", "ColumnSpec", "RowPass"]

@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING
 from distft.core.types import Batch, Engine, Policy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
+
+    from distft.columns.stored_logprobs import RowPass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,16 @@ class ColumnInputs:
     """Name of the recipe's method, for messages."""
     base_alone: Callable[[], AbstractContextManager[None]] | None
     """Context in which the policy is the base model; None where the method changes the base itself."""
+    engine: Engine
+    """Holds the weights that training starts from."""
+    row_passes: tuple[RowPass, ...] = ()
+    """The prepared rows of every split."""
+    folder_of: Callable[[str], Path]
+    """Fingerprint of prepared rows -> where values of them are kept that follow from the weights before training."""
+    is_trained: bool = False
+    """The engine's weights are trained ones: what needs those before training is not computed from them."""
+    say: Callable[[str], None]
+    """Takes a line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)

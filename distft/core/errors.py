@@ -5,8 +5,10 @@ torchrun flattens every code to 1; the run folder's `exit.json` keeps the true o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 
 DONE = 0
 PREEMPTED_AND_SAVED = 75
@@ -113,3 +115,13 @@ class MachineError(DistftError):
 
     exit_code = 9
     kind = "environment"
+
+
+def explain(error: BaseException) -> str:
+    """Return one line that says what went wrong, for another rank or a person to read."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({PurePath(os.fsdecode(error.filename)).name})" if error.filename else ""
+        return f"{error.strerror}{where}"
+    text = str(error)
+    known = type(error).__module__.startswith("distft.")
+    return text if known and text else f"{type(error).__name__}: {text}"

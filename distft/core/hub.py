@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from distft.core import host
 from distft.core.file_lock import locked_once, wait_hook
+from distft.core.files import replace_json
 from distft.core.phase import PHASE
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -66,22 +67,19 @@ def once(cache: Path, name: str, work: Callable[[], str], *, good: Callable[[str
 
     try:
         notes.mkdir(parents=True, exist_ok=True)
-        probe = notes / f"{key}.{uuid4().hex}.tmp"
+        probe = notes / f".{uuid4().hex}.tmp"
         probe.touch()
+        probe.unlink()
     except OSError:
         return work()
-    try:
-        with locked_once(notes / f"{key}.lock", wait_hook, done=lambda: known() is not None) as ours:
-            gave = None if ours else known()
-            if gave is None:
-                wait_hook()  # what the hub takes its time for is no hang of ours
-                gave = work()
-                probe.write_text(json.dumps({"name": name, "gave": gave}), encoding="utf-8")
-                probe.replace(note)
-        PHASE.enter(PHASE.phase)  # from here on a silence is ours again
-        return gave
-    finally:
-        probe.unlink(missing_ok=True)
+    with locked_once(notes / f"{key}.lock", wait_hook, done=lambda: known() is not None) as ours:
+        gave = None if ours else known()
+        if gave is None:
+            wait_hook()  # what the hub takes its time for is no hang of ours
+            gave = work()
+            replace_json(note, {"name": name, "gave": gave})
+    PHASE.enter(PHASE.phase)  # from here on a silence is ours again
+    return gave
 
 
 def _started() -> float:

@@ -10,7 +10,16 @@ from distft.core.types import Batch, StepReport, TrainState
 
 
 class StepSource(Protocol):
-    """Training data cut into optimizer steps (`distft.data.loader.Steps`)."""
+    """Training data cut into optimizer steps: prepared rows, or what is made while training."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        ...
+
+    def epoch_at(self, samples: int) -> float:
+        """Passes over the rows that are done once `samples` sequences are consumed."""
+        ...
 
     def samples_in(self, step: int) -> int:
         """Sequences of a 0-based step on all ranks; the last one may be short."""

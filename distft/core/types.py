@@ -11,11 +11,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distft.core.ranks import Ranks
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
     from torch import Tensor, nn
+
+    from distft.core.ranks import ReadGroup
 
 IGNORE = -100
 """Label of a position that is not trained (torch's cross-entropy convention)."""
@@ -47,6 +51,8 @@ class Batch:
     group_sizes: tuple[int, ...] = ()
     """Documents of each group, in order: 1 for supervised fine-tuning, 2 for a pair, n for n samples of one prompt.
     A group is never split over micro-batches. Filler documents come last and belong to no group."""
+    rows: tuple[int, ...] = ()  # indices of its groups among the prepared rows with this fingerprint
+    rows_sha256: str = ""
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     """Further inputs of an objective by name; the name's last letter is the axis: `ref_logprob_D`, `advantage_D`,
     `old_logprob_S`. Filled before the step (see `distft.columns`)."""
@@ -57,11 +63,12 @@ class Batch:
         return sum(self.group_sizes)
 
     def sum_by_document(self, values_S: Tensor) -> Tensor:
-        """Return [D], what belongs to the supervised positions added up in each document, filler left out."""
+        """Return fp64 [D], the values of each document's supervised positions added up, filler left out."""
         import torch
 
         at_S = torch.nonzero_static(self.labels_T != IGNORE, size=self.num_supervised).squeeze(1)
         document_S = torch.searchsorted(self.cu_seqlens, at_S.to(self.cu_seqlens.dtype), right=True) - 1
+        values_S = values_S.double()  # sums of hundreds, of which differences are taken
         return values_S.new_zeros(self.num_documents).index_add(0, document_S, values_S)
 
     def inputs(self) -> dict[str, Any]:
@@ -74,6 +81,15 @@ class Batch:
             "max_seqlen": self.max_seqlen,
             "num_supervised": self.num_supervised,
         }
+
+    def score_inputs(self) -> dict[str, Any]:
+        """Return what the forward of a model with a scalar head takes: `ends_D` is each document's last position.
+
+        A micro-batch without documents gives one end, so that all ranks run the same forward.
+        """
+        ends_D = self.cu_seqlens[1 : max(1, self.num_documents) + 1].long() - 1
+        names = ("input_ids_T", "position_ids_T", "cu_seqlens", "max_seqlen")
+        return {name: getattr(self, name) for name in names} | {"ends_D": ends_D}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +123,10 @@ class Policy(Protocol):
 
     def token_logprobs(self, batch: Batch) -> Tensor:
         """Return fp32 [S], the log-probability of every label, in order; never [tokens, vocabulary] at once."""
+        ...
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Return fp32 [D], the value of a scalar head at each document's last token."""
         ...
 
 
@@ -239,33 +259,6 @@ class StateReader(Protocol):
         ...
 
 
-class ReadGroup(Protocol):
-    """Ranks that read a model's files once between them."""
-
-    @property
-    def rank(self) -> int:
-        """This rank's number in the group."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Ranks in the group."""
-        ...
-
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Overwrite a contiguous tensor with that of rank `source`; collective."""
-        ...
-
-    def raise_together(self, failure: Exception | None) -> None:
-        """Raise on all ranks if one has failed; collective.
-
-        Raises:
-            Exception: `failure` itself.
-            PeerEnded: another rank has failed.
-        """
-        ...
-
-
 class Weights(Protocol):
     """A model on the meta device and the means to fill it unit by unit, straight where an engine wants it."""
 
@@ -322,12 +315,10 @@ class UpdateRule:
         return [{"params": tensors, "weight_decay": decay} for tensors, decay in pairs if tensors]
 
 
-class Engine(Protocol):
+class Engine(Ranks, Protocol):
     """Processes, and where tensors live: all that the loop and the other rooms know of either."""
 
     name: str
-    rank: int
-    world: int
     device: torch.device
     lockstep: bool
     """A forward is collective: every rank has to run as many as the others, gradients or not."""
@@ -395,22 +386,6 @@ class Engine(Protocol):
 
     def restore(self, reader: StateReader, state: TrainState) -> None:
         """Take parameters and optimizer state from a checkpoint written under any engine and world size."""
-        ...
-
-    def gather(self, value: Any) -> list[Any]:
-        """Collective: every rank's value, in rank order, on every rank; over the host's network."""
-        ...
-
-    def collect(self, value: Any) -> list[Any]:
-        """Collective: every rank's value, in rank order, on rank 0; nothing on the others."""
-        ...
-
-    def all_say(self, yes: bool) -> bool:
-        """Collective: whether every rank says yes."""
-        ...
-
-    def barrier(self) -> None:
-        """Barrier over all ranks."""
         ...
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,9 +43,17 @@ class Rendered:
     """The trained token that ends the answer; -1: none."""
     documents: tuple[int, ...] = ()
     """Tokens of each document of a group, which lie end to end; empty: it is one document."""
+    values: tuple[float, ...] = ()
+    """See `Group.values`."""
+
+    def after(self, prefix: Sequence[int]) -> Rendered:
+        """Return the same document behind other tokens, which are not trained."""
+        ids_T = np.concatenate([np.array(prefix, np.int32), self.ids_T])
+        trained_T = np.concatenate([np.zeros(len(prefix), np.bool_), self.trained_T])
+        return replace(self, ids_T=ids_T, trained_T=trained_T)
 
     @classmethod
-    def group(cls, documents: Sequence[Rendered]) -> Rendered:
+    def group(cls, documents: Sequence[Rendered], values: tuple[float, ...] = ()) -> Rendered:
         """Return the documents of a group end to end."""
         return cls(
             ids_T=np.concatenate([one.ids_T for one in documents]),
@@ -54,8 +62,14 @@ class Rendered:
             notes={kind: example for one in documents for kind, example in one.notes.items()},
             empty=any(one.empty for one in documents),
             stop_id=documents[-1].stop_id,
-            documents=tuple(len(one.ids_T) for one in documents),
+            documents=tuple(len(one.ids_T) for one in documents) if len(documents) > 1 else (),
+            values=values,
         )
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """The tokens before the first trained one."""
+        return self.ids_T[: int(np.argmax(self.trained_T)) if self.trained_T.any() else len(self.ids_T)]
 
     def labels_of(self) -> list[int]:
         """Return the labels of each document: trained tokens that have a token before them."""

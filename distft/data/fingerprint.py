@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from distft.core.file_lock import locked_once
+from distft.core.files import replace_json
 from distft.data.samples import FormatSpec
 from distft.data.sources import RowSource, hub_dataset
 from distft.data.templates import read_template
@@ -32,6 +32,8 @@ def cache_key(
     tokenizer_files: Sequence[Path],
     memory: Path,
     waiting: Callable[[], None] = lambda: None,
+    *,
+    virtual_tokens: int = 0,
 ) -> str:
     """sha256 hex over file contents, tokenizer, template, settings and versions.
 
@@ -47,6 +49,8 @@ def cache_key(
         "tokenizer": {path.name: file_hash(path, memory, waiting) for path in tokenizer_files},
         "sources": sources_key(sources, specs, memory, waiting),
     }
+    if virtual_tokens:  # rows that were prepared before there were any keep their key
+        parts["virtual_tokens"] = virtual_tokens
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -110,9 +114,7 @@ def file_hash(path: Path, memory: Path, waiting: Callable[[], None] = lambda: No
             return known
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        aside = note.with_suffix(f".{uuid4().hex}.tmp")  # hosts that share the folder share process ids
-        aside.write_text(json.dumps({"path": str(path), "state": state, "sha256": digest}), encoding="utf-8")
-        aside.replace(note)
+        replace_json(note, {"path": str(path), "state": state, "sha256": digest})
         return digest
 
 

@@ -75,7 +75,6 @@ class Steps:
         self._prefetch = prefetch
         self.num_samples = self._sequences_of_run(epochs, max_steps)
         """Sequences of the whole run, on all ranks: what `TrainState.samples` counts up to."""
-        self.num_steps = math.ceil(self.num_samples / global_batch_size)
         if self.num_samples < global_batch_size:
             raise DataError(
                 f"the run has {self.num_samples:,} sequences ({self.order.per_epoch:,} an epoch, from "
@@ -93,6 +92,11 @@ class Steps:
             start, end = self.order.start(whole), self.order.start(whole + 1)
             ends.append(start + math.ceil((epochs - whole) * (end - start)))
         return min(ends)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return math.ceil(self.num_samples / self.global_batch_size)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -177,11 +181,12 @@ class EvalSteps(Sequence["Batch"]):
         world: int = 1,
         pad_to: int | None = None,
         single_documents: bool = False,
+        only: np.ndarray | None = None,
     ) -> None:
-        """Arguments as for `Steps`."""
+        """Arguments as for `Steps`; `only`: indices of the rows, all when None."""
         if single_documents:
             micro_batch_size = 1
-        rows = np.arange(prepared.num_rows)
+        rows = np.arange(prepared.num_rows) if only is None else only
         order = SampleOrder(
             prepared.lengths,
             [rows],

@@ -110,6 +110,8 @@ class PrepareReport:
     """What at least a tenth of the rows' answers end with, and the model will stop at; most frequent first."""
     group_size: int = 1
     """Documents of each row."""
+    values: tuple[str, ...] = ()
+    """Names of the numbers of each row (`FormatSpec.values`)."""
 
     @property
     def num_rows(self) -> int:
@@ -136,4 +138,5 @@ class PrepareReport:
             largest_id=stored["largest_id"],
             stop_ids=tuple(stored["stop_ids"]),
             group_size=stored.get("group_size", 1),
+            values=tuple(stored.get("values", ())),
         )

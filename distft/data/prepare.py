@@ -69,6 +69,7 @@ def prepare(
     revision: str | None = None,
     split: Literal["train", "eval"] = "train",
     cache_dir: Path,
+    virtual_tokens: int = 0,
     progress: Progress | None = None,
     waiting: Callable[[], None] | None = None,
 ) -> Prepared:
@@ -84,6 +85,7 @@ def prepare(
         revision: pins a hub id.
         split: names the recipe's list in messages.
         cache_dir: where prepared rows live, see `cache_folder`.
+        virtual_tokens: of the method, before every document.
         progress: called while working.
         waiting: called once a second while another process works.
 
@@ -102,11 +104,13 @@ def prepare(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         heard = (progress or (lambda rows: None), waiting or (lambda: None))
-        key = cache_key(table, found, specs, tokenizer_files, cache_dir / "hashes", heard[1])[:40]
+        key = cache_key(
+            table, found, specs, tokenizer_files, cache_dir / "hashes", heard[1], virtual_tokens=virtual_tokens
+        )[:40]
         target = cache_dir / key
         if target.is_dir():
             return Prepared(target)
-        job = _Job(table, found, specs, str(folder), f"[[data.{split}]]", *heard)
+        job = _Job(table, found, specs, str(folder), f"[[data.{split}]]", virtual_tokens, *heard)
         return Prepared(target, from_cache=not _build_once(job, target))
     except OSError as error:
         raise FileSystemError(
@@ -152,6 +156,7 @@ class _Job:
     tokenizer: str
     where: str
     """The recipe's list of these sources, for messages."""
+    virtual_tokens: int
     progress: Progress
     waiting: Callable[[], None]
     """Called every second while another process prepares these rows."""
@@ -190,13 +195,14 @@ def _build_once(job: _Job, target: Path) -> bool:
 
 def _build(job: _Job, aside: Path, target: Path) -> None:
     converts, reads = [spec.convert for spec in job.specs], [spec.reads for spec in job.specs]
-    maker = RowMaker(job.table, job.sources, converts, job.tokenizer, reads)
+    maker = RowMaker(job.table, job.sources, converts, job.tokenizer, reads, job.virtual_tokens)
     reports = [
         SourceReport(path=source.table.path, format=spec.name, decided=source.table.format == "auto")
         for source, spec in zip(job.sources, job.specs, strict=True)
     ]
     group_size = group_size_of(job.sources, job.specs, job.table, job.where)
-    writer = Writer(aside, group_size=group_size)
+    values = job.specs[0].values
+    writer = Writer(aside, group_size=group_size, num_values=len(values))
     try:
         for task, made in _made(maker, _tasks(job.sources, reports)):
             _count(reports[task.source], made)
@@ -213,6 +219,7 @@ def _build(job: _Job, aside: Path, target: Path) -> None:
             largest_id=writer.largest_id,
             stop_ids=writer.stop_ids(),
             group_size=group_size,
+            values=values,
         )
         writer.commit(report, target)
     finally:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distft.core.errors import DataError
+from distft.core.virtual_tokens import virtual_ids
 from distft.data.chat_rendering import TemplateDrawing
 from distft.data.chat_template import ChatTemplate, Drawn, LossOn
 from distft.data.encoding import Encoder, Rendered, valid
@@ -47,6 +48,7 @@ def load_renderer(
     typed: Typed = "escape",
     date: str | None = None,
     merge_turns: bool = False,
+    virtual_tokens: int = 0,
 ) -> Renderer:
     """The renderer of a tokenizer (a folder or hub id).
 
@@ -58,6 +60,7 @@ def load_renderer(
         typed: what becomes of special tokens inside messages.
         date: YYYY-MM-DD, for templates that ask for it; today's unless set.
         merge_turns: whoever reads rows for this renderer joins neighbouring turns of one role.
+        virtual_tokens: stand before every document and every prompt.
 
     Raises:
         DataError: the tokenizer cannot be loaded, runs remote code, or has no end-of-sequence token.
@@ -71,6 +74,7 @@ def load_renderer(
         typed=typed,
         date=date,
         merge_turns=merge_turns,
+        prefix=virtual_ids(virtual_tokens),
     )
 
 
@@ -88,6 +92,8 @@ class Renderer(Encoder):
     """YYYY-MM-DD, for templates that ask for the date; None: today's."""
     merge_turns: bool = False
     """Neighbouring turns of one role are joined when rows are read."""
+    prefix: tuple[int, ...] = ()
+    """Ids that every document and every prompt begins with: a method's virtual tokens."""
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -207,7 +213,9 @@ class Renderer(Encoder):
                 rendered.append([self._prompt_completion(next(plain_ids), next(plain_ids), sample, notes[index])])
             else:
                 rendered.append([self._text(next(plain_ids), sample.text, notes[index])])
-        return rendered
+        if not self.prefix:
+            return rendered
+        return [rows if isinstance(rows, Exception) else [row.after(self.prefix) for row in rows] for rows in rendered]
 
     def _drawn(self, chat: Conversation) -> list[Drawn]:
         """A chat as its rows' texts; special tokens typed in it stand between marks.
@@ -274,7 +282,7 @@ class Renderer(Encoder):
             raise RowError("plain text asks nothing: only its loss can be measured")
         if not ids:
             raise RowError("the prompt is empty, and this tokenizer starts a text with no token of its own")
-        return text, ids
+        return text, [*self.prefix, *ids]
 
     def pair(
         self, context: str, continuation: str, *, as_chat: bool = False
@@ -298,7 +306,7 @@ class Renderer(Encoder):
             start = self.tokenizer.eos_token_id if start is None else start
             before, ids = [start], ids if ids[:1] == [start] else [start, *ids]
         at = min(len(before), len(ids) - 1)
-        return tuple(ids[:at]), tuple(ids[at:])
+        return (*self.prefix, *ids[:at]), tuple(ids[at:])
 
     def tokens(self, text: str, *, as_chat: bool = False) -> list[int]:
         """A prompt in words, as `ask` would tokenise it; `as_chat`: a template has written it, special tokens too.
@@ -308,7 +316,8 @@ class Renderer(Encoder):
         """
         if not as_chat:
             return self.ask(PromptCompletion(prompt=text, completion=""))[1]
-        return self.tokenizer.backend_tokenizer.encode(valid(text), add_special_tokens=False).ids
+        ids = self.tokenizer.backend_tokenizer.encode(valid(text), add_special_tokens=False).ids
+        return [*self.prefix, *ids]
 
     def draw(self, messages: Sequence[Message], *, open_turn: bool) -> str:
         """A chat as the template writes it; `open_turn`: up to where the assistant would answer.

@@ -56,11 +56,13 @@ class RowMaker:
     tokenizer: str
     reads: Sequence[tuple[str, ...] | None] = ()
     """The columns that each source's format reads; empty: not known."""
+    virtual_tokens: int = 0
+    """Before every document."""
 
     @cached_property
     def renderer(self) -> Renderer:
         """This process's renderer."""
-        return load_renderer(self.tokenizer, **settings_of(self.table))
+        return load_renderer(self.tokenizer, virtual_tokens=self.virtual_tokens, **settings_of(self.table))
 
     def make(self, source: int, label: str, rows: list[tuple[int, Payload]]) -> Made:
         """Prepare rows of the file called `label`.
@@ -106,7 +108,42 @@ class RowMaker:
         rendered = iter(self.renderer.render_rows([one for many in documents for one in many]))
         for sample, own in zip(samples, documents, strict=True):
             found = [next(rendered) for _ in own]
-            yield _as_group(found) if isinstance(sample, Group) else found[0]
+            yield self._as_group(sample, found) if isinstance(sample, Group) else found[0]
+
+    def _as_group(
+        self, sample: Group, found: list[list[Rendered] | RowError | DataError]
+    ) -> list[Rendered] | RowError | DataError:
+        """The one row of a group's documents; where there is none, why."""
+        documents: list[Rendered] = []
+        for rows in found:
+            if isinstance(rows, Exception):
+                return rows
+            if len(rows) != 1:
+                return RowError(
+                    f"its chat becomes {len(rows)} rows, one for each trained turn, and a group is trained as a whole  "
+                    'set [data] loss_on = "last"'
+                )
+            documents += rows
+        if sample.same_prompt and (why := self._prompts_differ(documents)):
+            return RowError(why)
+        return [Rendered.group(documents, sample.values)]
+
+    def _prompts_differ(self, documents: Sequence[Rendered]) -> str:
+        """Where the prompt's tokens part before the answers do, as words; "" when they are the same."""
+        first = documents[0].prompt
+        for other in documents[1:]:
+            second = other.prompt
+            if np.array_equal(first, second):
+                continue
+            pairs = zip(first.tolist(), second.tolist(), strict=False)
+            at = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+            window = slice(max(0, at - 2), at + 3)
+            shown = [self.renderer.tokenizer.decode(one.ids_T[window].tolist()) for one in (documents[0], other)]
+            return (
+                f"the prompt's tokens are not the same before both answers: from token {at + 1} on {shown[0]!r} and "
+                f"{shown[1]!r}  the answers must not merge with the prompt or change how it is written"
+            )
+        return ""
 
     def _sample(self, source: int, payload: Payload, made: Made) -> Sample:
         own = self.sources[source]
@@ -159,32 +196,20 @@ def group_size_of(sources: Sequence[RowSource], specs: Sequence[FormatSpec], tab
     Raises:
         DataError: the sources do not agree, or a group would be cut.
     """
-    sizes = {spec.group_size: (source.table.path, spec.name) for source, spec in zip(sources, specs, strict=True)}
-    if len(sizes) > 1:
-        listed = "; ".join(f"{path} ({name}): {size}" for size, (path, name) in sizes.items())
+    kinds = {
+        (spec.group_size, spec.values): (source.table.path, spec.name)
+        for source, spec in zip(sources, specs, strict=True)
+    }
+    if len(kinds) > 1:
+        listed = "; ".join(f"{path} ({name}): {size}" for (size, _), (path, name) in kinds.items())
         raise DataError(f"{where}: rows of different kinds: documents in a row of {listed}  use sources of one kind")
-    [size] = sizes
+    [(size, _)] = kinds
     if size > 1 and table.long_rows == "truncate":
         raise DataError(
             f'{where}: long_rows = "truncate" would cut one of the {size} documents of a row and not the others  '
             'set [data] long_rows = "drop" or "error"; max_length holds for all documents of a row together'
         )
     return size
-
-
-def _as_group(found: list[list[Rendered] | RowError | DataError]) -> list[Rendered] | RowError | DataError:
-    """The one row of a group's documents; where one cannot be rendered, why."""
-    documents: list[Rendered] = []
-    for rows in found:
-        if isinstance(rows, Exception):
-            return rows
-        if len(rows) != 1:
-            return RowError(
-                f"its chat becomes {len(rows)} rows, one for each trained turn, and a group is trained as a whole  "
-                'set [data] loss_on = "last"'
-            )
-        documents += rows
-    return [Rendered.group(documents)]
 
 
 def _rows(kept: list[tuple[int, Rendered]], limit: int) -> Rows:
@@ -200,6 +225,7 @@ def _rows(kept: list[tuple[int, Rendered]], limit: int) -> Rows:
         rows_N=np.array([number for number, _ in kept], np.int64),
         stops_N=np.array([one.stop_id if len(one.ids_T) <= limit else -1 for _, one in kept], np.int32),
         documents=np.array([one.documents for _, one in kept], np.int32).reshape(-1) if kept[0][1].documents else None,
+        values=np.array([one.values for _, one in kept], np.float32).reshape(-1) if kept[0][1].values else None,
     )
 
 

@@ -54,6 +54,10 @@ class Group:
     """Documents of one row that are trained together and stay in one micro-batch: a chosen and a rejected answer."""
 
     documents: tuple[Document, ...]
+    values: tuple[float, ...] = ()
+    """What the row says of the group: one number for each name in `FormatSpec.values`."""
+    same_prompt: bool = False
+    """Its documents are answers to one prompt: up to where they are trained they must be the same tokens."""
 
 
 Sample: TypeAlias = Document | Group
@@ -84,6 +88,8 @@ class FormatSpec:
     known, nothing is refused."""
     group_size: int = 1
     """Documents of each row; more than 1: `convert` gives a `Group` of so many."""
+    values: tuple[str, ...] = ()
+    """Names of the numbers of each row (`Group.values`): columns of its batches, such as "margin_G"."""
 
 
 def text_column(row: Row, name: str, *, default: str | None = None) -> str:

@@ -201,6 +201,8 @@ def decide_format(source: RowSource) -> FormatSpec:
     fits: list[FormatSpec] = []
     for row in rows:  # the first one that is of any format decides; later ones that differ are bad rows
         fits = fits or [spec for spec in FORMATS.values() if spec.matches(row)]
+    # Answers to be compared stand beside the columns of other formats, which would have to leave them out.
+    fits = [spec for spec in fits if spec.values] or fits
     if len(fits) == 1:
         return fits[0]
     if fits:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from distft.core.virtual_tokens import VIRTUAL_ID
 from distft.data.preparation_report import PrepareReport
 
 _ARRAYS = {
@@ -29,6 +31,9 @@ _ARRAYS = {
 }
 _DOCUMENTS = "documents"
 """int32 [N · group size]: tokens of each document of each row; there only where rows are groups of several."""
+_VALUES = "values"
+"""float32 [N · numbers of a row]; there only where rows have some."""
+_TYPES = {**_ARRAYS, _DOCUMENTS: np.int32, _VALUES: np.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +54,19 @@ class Rows:
     """int32; the trained token that ends the row's answer, -1: none, or it was cut off."""
     documents: np.ndarray | None = None
     """int32, flat; tokens of each document, where rows are groups of several."""
+    values: np.ndarray | None = None
+    """float32, flat; the numbers of each row, where its format has some."""
 
 
 class Writer:
     """Appends rows to a new folder; memory does not grow with the number of rows."""
 
-    def __init__(self, folder: Path, *, group_size: int = 1) -> None:
-        """Create `folder`, which must not exist, for rows of `group_size` documents."""
+    def __init__(self, folder: Path, *, group_size: int = 1, num_values: int = 0) -> None:
+        """Create `folder`, which must not exist, for rows of `group_size` documents and `num_values` numbers."""
         folder.mkdir(parents=True)
         self.folder = folder
         self.end = 0
-        names = [*_ARRAYS, *([_DOCUMENTS] if group_size > 1 else [])]
+        names = [*_ARRAYS, *([_DOCUMENTS] if group_size > 1 else []), *([_VALUES] if num_values else [])]
         self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in names}
         self.largest_id = -1
         self._ends: Counter[int] = Counter()
@@ -79,9 +86,12 @@ class Writer:
         self._append("offsets", self.end + np.cumsum(rows.lengths_N, dtype=np.int64))
         if rows.documents is not None:
             self._append(_DOCUMENTS, rows.documents)
+        if rows.values is not None:
+            self._append(_VALUES, rows.values)
         self.end += len(rows.ids)
         if len(rows.ids):
-            self.largest_id = max(self.largest_id, int(rows.ids.max()))
+            real = rows.ids[rows.ids < VIRTUAL_ID]
+            self.largest_id = max(self.largest_id, int(real.max(initial=-1)))
             self._ends.update(rows.stops_N[rows.stops_N >= 0].tolist())
         self._num_rows += len(rows.rows_N)
 
@@ -116,7 +126,7 @@ class Writer:
             file.close()
 
     def _append(self, name: str, values: np.ndarray) -> None:
-        data = values.astype(_ARRAYS.get(name, np.int32), copy=False).tobytes()
+        data = values.astype(_TYPES[name], copy=False).tobytes()
         self.files[name].write(data)
         if name in self.hashes:
             self.hashes[name].update(data)
@@ -133,7 +143,7 @@ class Prepared:
         self.report = PrepareReport.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
     def _array(self, name: str) -> np.ndarray:
-        return np.memmap(self.folder / f"{name}.bin", dtype=_ARRAYS.get(name, np.int32), mode="r")
+        return np.memmap(self.folder / f"{name}.bin", dtype=_TYPES[name], mode="r")
 
     @cached_property
     def _flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,6 +191,14 @@ class Prepared:
     def documents(self, index: int) -> list[int]:
         """Return the tokens of each document of a row."""
         return [int(self.lengths[index])] if self.group_size == 1 else self._documents[index].tolist()
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        return self._array(_VALUES).reshape(-1, len(self.report.values))
+
+    def values(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return the numbers of some rows by name: float32 [rows] each."""
+        return {name: self._values[list(rows), at] for at, name in enumerate(self.report.values)}
 
     def sample_id(self, index: int) -> str:
         """`train.jsonl row 1812`."""

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import numpy as np
 
 from distft.core.errors import DataError, FileSystemError
 from distft.core.file_lock import locked_once
+from distft.core.files import replace_json
 from distft.data.fingerprint import sources_key
 from distft.data.prepare import with_distinct_labels
 from distft.data.samples import FormatSpec
@@ -32,17 +32,8 @@ if TYPE_CHECKING:
     from distft.recipe.evaluation import AnswersTable, SourceTable
     from distft.recipe.schema import DataTable
 
-_CODE = (
-    "eval_rows.py",
-    "row_texts.py",
-    "gather.py",
-    "shingles.py",
-    "similar.py",
-    "patterns.py",
-    "notes.py",
-    "findings.py",
-    "examine.py",
-)
+_SHOWING_CODE = ("card.py", "summary.py")
+"""Files of this room that only show what was found; all others decide what is."""
 _SHOWN_OVERLAP = 5
 KINDS: tuple[str, ...] = ("row", "prompt", "near")
 """How an evaluation row can be trained on, worst first."""
@@ -83,9 +74,7 @@ def examine(
         with locked_once(note.with_suffix(".lock"), waiting, done=lambda: _read(note) is not None):
             if (known := _read(note)) is None:
                 known = _examine(splits, progress)
-                aside = note.with_suffix(f".{uuid4().hex}.tmp")
-                aside.write_text(json.dumps(known.to_json(), ensure_ascii=False), encoding="utf-8")
-                aside.replace(note)
+                replace_json(note, known.to_json(), ensure_ascii=False)
             return known
     except OSError as error:
         raise FileSystemError(
@@ -127,8 +116,9 @@ def _found(tables: Sequence[SourceTable], merge: bool, more: Sequence[tuple[RowS
 
 def _key(splits: dict[str, _Split], memory: Path) -> str:
     here = Path(__file__).parent
+    code = [path for path in sorted(here.glob("*.py")) if path.name not in _SHOWING_CODE]
     parts = {
-        "code": [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in _CODE],
+        "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in code],
         "splits": {name: sources_key(*split, memory) for name, split in splits.items()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -48,7 +48,9 @@ MODEL_CONFIG: dict[str, Any] = {
 """A Llama of 557,696 parameters. Widths are multiples of 64: bitsandbytes' 4-bit products on a CPU need that, and only
 when no gradient is recorded, so another width trains and then fails at the first evaluation (0.50)."""
 
-_FILES = {SCHEME + MODEL: MODEL} | {f"{SCHEME}{name}": f"{name}.jsonl" for name in incidents.SIZES}
+_FILES = {SCHEME + MODEL: MODEL} | {
+    f"{SCHEME}{name}": f"{name}.jsonl" for name in (*incidents.SIZES, *incidents.PAIR_SIZES)
+}
 _SOURCES = ("files.py", "incidents.py", "tokenizer.py", "wording.py")
 """The modules that decide what the files contain."""
 
@@ -147,7 +149,7 @@ def _write(folder: Path) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
     model = folder / MODEL
     model.mkdir()
-    training = [row for name, rows in datasets.items() if name.endswith("/train") for row in rows]
+    training = [row for name in incidents.SIZES if name.endswith("/train") for row in datasets[name]]
     tokenizer.train(row["prompt"] + row["completion"] for row in training).save(str(model / "tokenizer.json"))
     for name, content in {"config.json": MODEL_CONFIG, "tokenizer_config.json": tokenizer.CONFIG}.items():
         (model / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")

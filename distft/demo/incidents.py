@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from distft.demo import wording
 
@@ -29,6 +29,8 @@ SIZES: dict[str, tuple[Style, int]] = {
     "incidents-json/valid": ("json", 200),
 }
 """Dataset -> answer format and number of rows. No report appears in two of them."""
+PAIR_SIZES = {"incidents-pairs/train": 800, "incidents-pairs/valid": 200}
+"""Preference dataset -> pairs; the rejected answer misreads one fact of the report."""
 SEED = 20
 HELD_OUT_SEED = 2026_11_26
 """Drawn once, after every setting of the demo had been fixed on other held-out reports, and never tuned on since."""
@@ -94,7 +96,43 @@ def datasets() -> dict[str, list[dict[str, str]]]:
         held_out = name.endswith("/valid")  # in place of those that the settings were chosen on
         pairs = [next(fresh) for _ in range(count)] if held_out else drawn[name]
         made[name] = [{"prompt": text + PROMPT_END, "completion": render(facts, style)} for facts, text in pairs]
+    misreading = random.Random(SEED + 1)
+    for name, count in PAIR_SIZES.items():
+        reports = [next(fresh if name.endswith("/valid") else first) for _ in range(count)]
+        made[name] = [_pair(misreading, facts, text) for facts, text in reports]
     return made
+
+
+def _pair(rng: random.Random, facts: Incident, text: str) -> dict[str, str]:
+    chosen, rejected = render(facts, "lines"), render(near_miss(rng, facts), "lines")
+    return {"prompt": text + PROMPT_END, "chosen": chosen, "rejected": rejected}
+
+
+def _other_number(rng: random.Random, text: str) -> str:
+    """The text with one digit misread."""
+    places = [at for at, char in enumerate(text) if char.isdigit()]
+    at = rng.choice(places)
+    return text[:at] + rng.choice([digit for digit in "123456789" if digit != text[at]]) + text[at + 1 :]
+
+
+def near_miss(rng: random.Random, facts: Incident) -> Incident:
+    """Return the incident as somebody tells it who has misread one fact."""
+    others = [service for service in wording.SERVICES[facts.component] if service != facts.service]
+    wrong: list[dict[str, Any]] = [
+        {"environment": "staging" if facts.environment == "production" else "production"},
+        {"scope": rng.choice([scope for scope in ("most", "some", "few") if scope != facts.scope])},
+        {"data_loss": not facts.data_loss},
+        {"workaround": not facts.workaround},
+        {"component": rng.choice([component for component in COMPONENTS if component != facts.component])},
+        *([{"service": rng.choice(others)}] if others else []),
+        *([{"action": _other_number(rng, facts.action)}] * 2 if any(map(str.isdigit, facts.action)) else []),
+        *(
+            [{"action": facts.action.replace(facts.service, rng.choice(others))}]
+            if others and facts.service in facts.action
+            else []
+        ),
+    ]
+    return replace(facts, **rng.choice(wrong))
 
 
 def render(incident: Incident, style: Style) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distft.core.errors import MachineError
 
 if TYPE_CHECKING:
-    from distft.engine.bandwidth import ProbeGroup
+    from distft.engine.bandwidth import ProbeRanks
     from distft.recipe import Recipe
 
 Facts = dict[str, Any]
@@ -84,7 +84,7 @@ class Here:
     asked: DoctorOptions
     hosts: tuple[str, ...]
     """Of every rank; before the processes have met, of this one alone."""
-    group: ProbeGroup | None = None
+    group: ProbeRanks | None = None
     """None: alone, or not yet."""
 
     @property

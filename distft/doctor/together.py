@@ -88,14 +88,14 @@ class Together:
     def _measure(self, rendezvous: Rendezvous) -> int:
         """All: become a group, and make the checks that need one."""
         from distft.engine import processes
-        from distft.engine.bandwidth import ProbeGroup
+        from distft.engine.bandwidth import ProbeRanks
 
         limit_s = SHORT_LIMIT_S if self._here.asked.short else LIMIT_S
         self._now = "network"
         with Deadline(self._join_s, self._stuck):
             try:
                 placed = processes.join(10 * limit_s, store=rendezvous.store)
-                group = ProbeGroup(placed)
+                group = ProbeRanks(placed)
                 group.gather(None)
             except (MachineError, RuntimeError) as error:
                 return self._broken(error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import get_args
 
 from distft.core.errors import MachineError
 from distft.engine.processes import Processes
@@ -65,8 +64,7 @@ def choose(
             f"engine {chosen} ({reason}) gives each rank pieces of matrices, and the optimizer needs whole ones: "
             "launch without it, or choose another [optim] name"
         )
-    key = spec.params.model_fields.get("offload")
-    if offload != "none" and (key is None or offload not in get_args(key.annotation)):
+    if offload != "none" and offload not in spec.offloads:
         raise MachineError(
             f'engine {chosen} ({reason}) cannot offload = "{offload}": remove it, '
             "or use engine zero3 (optimizer, all) or fsdp2 (all)"

@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from distft.core import faults
-from distft.engine.processes import Processes
+from distft.engine.process_ranks import ProcessRanks
 
 PINGS = 8
 ROUNDS = 5
@@ -29,25 +28,15 @@ class BusBandwidth:
     all_gather: float
 
 
-class ProbeGroup:
-    """The processes, once they have joined."""
-
-    def __init__(self, placed: Processes) -> None:
-        self.placed = placed
-        self._host: Any = dist.new_group(backend="gloo") if placed.device.type == "cuda" else None
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank; pickled over gloo."""
-        everyone: list[Any] = [None] * self.placed.world
-        dist.all_gather_object(everyone, value, group=self._host)
-        return everyone
+class ProbeRanks(ProcessRanks):
+    """Measures the links between the processes that have joined."""
 
     def rates(self, num_bytes: int) -> BusBandwidth:
         """All-reduce and all-gather of `num_bytes` on the device."""
-        world = self.placed.world
+        world = self.world
         count = max(1, num_bytes // 4 // world) * world
-        whole = torch.zeros(count, device=self.placed.device)
-        part = torch.zeros(count // world, device=self.placed.device)
+        whole = torch.zeros(count, device=self.device)
+        part = torch.zeros(count // world, device=self.device)
         reduce_s = self._best_s(lambda: dist.all_reduce(whole))
         gather_s = self._best_s(lambda: dist.all_gather_into_tensor(whole, part))
         share = (world - 1) / world
@@ -61,8 +50,8 @@ class ProbeGroup:
         """
         found: dict[int, float] = {}
         for first, second in pairs(ranks):
-            if self.placed.rank in (first, second):
-                peer = second if self.placed.rank == first else first
+            if self.rank in (first, second):
+                peer = second if self.rank == first else first
                 found[peer] = num_bytes / self._exchange_s(peer, num_bytes)
         return found
 
@@ -74,25 +63,25 @@ class ProbeGroup:
         best, ahead = float("inf"), 0.0
         told = torch.zeros(1, dtype=torch.float64)
         for _ in range(PINGS):
-            if self.placed.rank == rank:
-                dist.recv(told, 0, group=self._host, tag=tag)
+            if self.rank == rank:
+                dist.recv(told, 0, group=self._host_group, tag=tag)
                 told[0] = faults.now("clock", rank=rank)
-                dist.send(told, 0, group=self._host, tag=tag)
+                dist.send(told, 0, group=self._host_group, tag=tag)
             else:
                 asked, began = time.time(), time.monotonic()
-                dist.send(told, rank, group=self._host, tag=tag)
-                dist.recv(told, rank, group=self._host, tag=tag)
+                dist.send(told, rank, group=self._host_group, tag=tag)
+                dist.recv(told, rank, group=self._host_group, tag=tag)
                 took = time.monotonic() - began
                 if took < best:
                     best, ahead = took, told.item() - (asked + took / 2)
-        return ahead if self.placed.rank == 0 else None
+        return ahead if self.rank == 0 else None
 
     def _exchange_s(self, peer: int, num_bytes: int) -> float:
-        out = torch.zeros(max(1, num_bytes // 4), device=self.placed.device)
+        out = torch.zeros(max(1, num_bytes // 4), device=self.device)
         back = torch.empty_like(out)
 
         def both() -> None:
-            faults.at("link", rank=self.placed.rank)
+            faults.at("link", rank=self.rank)
             works = dist.batch_isend_irecv([dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, back, peer)])
             for work in works:
                 work.wait()
@@ -107,7 +96,7 @@ class ProbeGroup:
                 self.gather(None)
             began = time.perf_counter()
             act()
-            if self.placed.device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.synchronize()
             if number:
                 best = min(best, time.perf_counter() - began)

@@ -1,13 +1,11 @@
-"""What every engine does the same way: placing batches, host sums, seeds, evaluation, and the finite check."""
+"""What every engine does the same way: placing batches, seeds, evaluation, and the finite check."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,18 +13,19 @@ from torch import Tensor, nn
 
 from distft.core.errors import MachineError
 from distft.core.types import Batch, LossTerms, StepReport, TrainState, UpdateRule
-from distft.engine import processes, recursive_doubling
+from distft.engine import processes
+from distft.engine.process_ranks import ProcessRanks
 from distft.engine.processes import Processes
 
 
-class BaseEngine:
+class BaseEngine(ProcessRanks):
     """Common ground; subclasses say how the model is wrapped, how gradients meet, and how a step is taken."""
 
     name = ""
     lockstep = False
 
     def __init__(self, placed: Processes) -> None:
-        self.rank, self.world, self.device = placed.rank, placed.world, placed.device
+        super().__init__(placed)
         self._placed = placed
         self._module: nn.Module | None = None
         self._rule: UpdateRule | None = None
@@ -67,16 +66,6 @@ class BaseEngine:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def sum_over_ranks(self, *values: float) -> list[float]:
-        """Host numbers summed over all ranks, without touching the accelerator."""
-        if self.world == 1:
-            return [float(value) for value in values]
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.world > recursive_doubling.RING_RANKS:
-            return recursive_doubling.summed(total, self.rank, self.world).tolist()
-        dist.all_reduce(total)
-        return total.tolist()
-
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
         """One micro-batch's forward and backward.
@@ -96,35 +85,6 @@ class BaseEngine:
                 yield
         finally:
             self.model.train(training)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, pickled over gloo; for small host objects."""
-        if self.world == 1:
-            return [value]
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, value, group=self._host_group)
-        return everyone
-
-    def collect(self, value: Any) -> list[Any]:
-        """Every rank's value on rank 0, pickled over gloo; nothing on the others."""
-        if self.world == 1:
-            return [value]
-        everyone: list[Any] | None = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(value, everyone, group=self._host_group)
-        return everyone or []
-
-    def all_say(self, yes: bool) -> bool:
-        """Whether every rank says yes: a sum, where gathering objects passes a message per rank, twice."""
-        return self.sum_over_ranks(yes)[0] == self.world
-
-    @functools.cached_property
-    def _host_group(self) -> Any:
-        """A gloo group of its own: pickled objects over NCCL would wait for the accelerator."""
-        return dist.new_group(backend="gloo") if self.device.type == "cuda" else None
-
-    def barrier(self) -> None:
-        """Barrier over all ranks on the host's group."""
-        self.sum_over_ranks(0.0)
 
     def close(self) -> None:
         """Leave the process group, unless the caller made it."""

@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from distft.core.errors import MachineError
 from distft.core.types import Weights
 from distft.engine.gradient_sums import GradientSums
+from distft.engine.params import EngineParams
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine
-from distft.engine.spec import EngineParams
 
 BUCKET_ELEMENTS = 2**23
 """fp32 elements that travel together, 32 MiB: DistributedDataParallel's bucket has 25 MiB."""

@@ -30,16 +30,9 @@ from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.gradient_sums import warn_of_bf16_sums
 from distft.engine.groups import group_size
 from distft.engine.node_group import reading_once
+from distft.engine.params import Zero3Params, Zero12Params
 from distft.engine.processes import Processes
-from distft.engine.spec import Zero3Params, Zero12Params
-
-BUCKET_ELEMENTS = 50_000_000
-"""Largest communication bucket: 100 MB in bf16, enough to fill an NVLink or a 400 Gb/s link."""
-
-
-def bucket_elements(total: int, largest: int) -> int:
-    """Elements of a communication bucket, for a model of `total` elements whose largest tensor has `largest`."""
-    return max(largest, min(BUCKET_ELEMENTS, total))
+from distft.engine.zero_footprint import bucket_elements
 
 
 class ZeroEngine(BaseEngine):

@@ -22,9 +22,9 @@ from distft.core.types import Weights
 from distft.engine.fragments import Fragment
 from distft.engine.gradient_sums import GradientSums
 from distft.engine.groups import group_size
+from distft.engine.params import Fsdp2Params
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine
-from distft.engine.spec import Fsdp2Params
 
 
 class Fsdp2Engine(SoloEngine):

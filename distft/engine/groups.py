@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from distft.core.errors import MachineError
+from distft.engine.params import ShardWithin
 from distft.engine.processes import Processes
-from distft.engine.spec import ShardWithin
 
 
 def group_size(within: ShardWithin, placed: Processes) -> int:

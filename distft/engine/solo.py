@@ -19,8 +19,8 @@ from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.gradient_sums import GradientSums, warn_of_bf16_sums
 from distft.engine.master_weights import MasterWeights
 from distft.engine.node_group import reading_once
+from distft.engine.params import EngineParams
 from distft.engine.processes import Processes
-from distft.engine.spec import EngineParams
 
 
 class SoloEngine(BaseEngine):

@@ -1,67 +1,17 @@
-"""What an engine declares about itself, and the parameters engines share."""
+"""What an engine declares about itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, get_args
 
 from distft.core.registry import Params
-from distft.engine.grad_dtype import GradDtype
+from distft.engine.footprint import Footprint
 
 if TYPE_CHECKING:
     from distft.core.types import Engine
     from distft.engine.processes import Processes
-
-
-ShardWithin = Literal["world", "node"] | Annotated[int, Field(ge=1)]
-"""Which ranks cut tensors among themselves."""
-
-
-class EngineParams(Params):
-    """What every engine is set by."""
-
-    grad_dtype: GradDtype = "auto"
-    """Sums of a bf16 model's gradients, over the micro-batches of a step and over ranks: auto = float32, kept only
-    where a step has several micro-batches; float32 = always kept; bfloat16 = 2 bytes a trained weight less, with an
-    error that grows with the number of micro-batches."""
-
-
-class AutoParams(EngineParams):
-    """For `auto`, which picks an engine that can offload when asked to."""
-
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """What lives in host memory: nothing, the optimizer's state, or that and the parameters."""
-
-
-class Zero12Params(EngineParams):
-    """ZeRO stages 1 and 2, which keep whole parameters on every rank."""
-
-    offload: Literal["none", "optimizer"] = "none"
-    """What lives in host memory: nothing, or the optimizer's state and master weights."""
-
-
-class Zero3Params(EngineParams):
-    """ZeRO stage 3."""
-
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """What lives in host memory: nothing, the optimizer's state and master weights, or those and the parameters."""
-    shard_within: ShardWithin = "world"
-    """node (or a number of ranks): keep a second copy of the weights cut within it, so that the backward pass gathers
-    inside the node (hpZ); state stays cut over all."""
-
-
-class Fsdp2Params(EngineParams):
-    """Fully sharded data parallel."""
-
-    offload: Literal["none", "all"] = "none"
-    """`all` keeps parameters, gradients and optimizer state in host memory."""
-    shard_within: ShardWithin = "world"
-    """node (or a number of ranks): cut everything within it, repeat it over the nodes (HSDP); only gradients cross."""
-    gather: Literal["each_pass", "once_a_step"] = "each_pass"
-    """once_a_step: weights stay whole and gradients unreduced over all micro-batches of a step: memory for traffic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +29,15 @@ class EngineSpec:
     """Importable name of the package it needs beyond torch."""
     max_world: int | None = None
     """Most processes it runs on."""
+    footprint: Footprint = field(default_factory=Footprint)
+    """State it keeps on a rank, bytes it gathers and sends: what `distft plan` reckons with. The default is that of an
+    engine that keeps everything whole on every rank."""
+
+    @property
+    def offloads(self) -> tuple[str, ...]:
+        """Values that its `offload` takes beside "none"."""
+        key = self.params.model_fields.get("offload")
+        return () if key is None else tuple(value for value in get_args(key.annotation) if value != "none")
 
     def open(self, params: Params, placed: Processes) -> Engine:
         """The engine, before it has a model."""

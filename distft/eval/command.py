@@ -67,7 +67,7 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         engine = assemble.open_engine(built, placed, say)
         group.callback(engine.close)
         model = _held(replace(subject, built=built), engine, placed, cut, rows, say)
-        return _look(subject, engine, model, rows, eval_sets, say)
+        return _look(subject, engine, model, cut, rows, eval_sets, say)
 
 
 def _asked_as(recipe: Recipe, *, chats: bool) -> Recipe:
@@ -121,6 +121,7 @@ def _look(
     subject: Subject,
     engine: Engine,
     model: MetaModel,
+    layout: assemble.Layout,
     rows: assemble.HeldOut,
     eval_sets: list[EvalSet],
     say: assemble.Say,
@@ -132,7 +133,7 @@ def _look(
     from distft.run_record import read_run
 
     recipe = subject.asked
-    objective = assemble.build_objective(recipe, engine, model)
+    objective = assemble.build_objective(recipe, engine, model, layout, rows, say, is_trained=subject.step > 0)
     folder = RunFolder(subject.folder, writes=engine.rank == 0)
     PHASE.training()  # from here on a stop is agreed on
     looks = assemble.build_evaluator(

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from distft.core.errors import FileSystemError
+from distft.core.files import replace_file
 from distft.evaluation.eval_sets import EvalResult, EvalSet, known
 from distft.scores import ScoreResult
 from distft.scores.paired import interval
@@ -120,9 +120,7 @@ class AnswerRecords:
         path = self.folder / label / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{name}.{os.getpid()}.tmp")
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
+            replace_file(path, text)
         except OSError as error:
             raise FileSystemError(f"{path}: cannot be written: {error.strerror or error}") from None
 

@@ -11,7 +11,7 @@ from distft.data.render import Renderer
 from distft.evaluation import sanity_sets
 from distft.evaluation.eval_sets import BoundScore, EvalSet, RowEvalSet, choices
 from distft.generation.completion import SamplingParams
-from distft.recipe import AnswersTable, score_params
+from distft.recipe import AnswersTable, listed_params
 from distft.recipe.eval_rules import SPOT, TASK, is_task
 from distft.recipe.schema import DataTable, SourceTable
 from distft.scores import SCORES, Answer
@@ -117,7 +117,7 @@ def _columns(table: AnswersTable, data: DataTable) -> Columns | None:
 
 def _scoring(raw: dict[str, Any], asked: Sequence[Question], renderer: Renderer) -> BoundScore:
     spec = SCORES[raw["name"]]
-    params = score_params(raw, spec.params)
+    params = listed_params(raw, spec.params)
     scoring = BoundScore(spec=spec, params=params, scorer=spec.build(params))
     if spec.choices is None:
         return scoring

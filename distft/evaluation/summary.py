@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from distft.core.errors import FileSystemError
+from distft.core.files import replace_json
 from distft.evaluation.answer_records import HELD_OUT, AnswerRecords
 from distft.scores import ScoreResult
 from distft.scores.paired import PairedComparison, compare
@@ -37,9 +36,7 @@ def write_summary(records: AnswerRecords) -> dict[str, Any]:
     path = records.folder / "summary.json"
     try:
         records.folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        aside.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        replace_json(path, made, indent=1, ensure_ascii=False)
     except OSError as error:
         raise FileSystemError(f"{path}: cannot be written: {error.strerror or error}") from None
     return made

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from distft.core.errors import DistftError
 from distft.core.types import Engine
+from distft.export.spec import Shapes
 from distft.model.layout import FileLayout
 
 MAX_FILE_BYTES = 4 * 2**30
 """Weights are split into files of at most this size, so no more than one file's worth is ever held."""
-
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Parameter name (as the saved folder spells it) -> whole shape and type, tied tensors once."""
 
 
 def write_model(
@@ -69,6 +67,7 @@ def write_adapter(
     shapes: Shapes,
     *,
     prefix: str,
+    starts_at_zero: Callable[[str], bool],
     save_adapter: Callable[[Path, dict[str, Tensor]], None],
     save_rest: Callable[[Path], None],
 ) -> None:
@@ -83,8 +82,8 @@ def write_adapter(
     if engine.rank == 0:
         for name, tensor in tensors.items():
             _require(name, tensor, shapes[name][0])
-        starts_at_zero = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
-        if starts_at_zero and not any(tensor.any() for tensor in starts_at_zero):
+        zeros = [tensor for name, tensor in tensors.items() if starts_at_zero(name)]
+        if zeros and not any(tensor.any() for tensor in zeros):
             raise DistftError("the adapter is still its initial value: nothing was trained, so nothing is saved")
         save_adapter(aside, tensors)
         save_rest(aside)
@@ -136,17 +135,19 @@ def _finish(engine: Engine, aside: Path, folder: Path) -> None:
     engine.barrier()
 
 
-def save_config(lm: Any, folder: Path) -> None:
-    """config.json, as for inference: with a cache, and free of how we trained."""
+def save_config(lm: Any, folder: Path, *, finish: Callable[[Any], None] = lambda config: None) -> None:
+    """Write config.json, as for inference: with a cache, and free of how we trained; `finish` changes it last."""
     config = copy.deepcopy(lm.config)
+    config.architectures = [type(lm).__name__]
     config.use_cache = True
     config._attn_implementation_internal = None
+    finish(config)
     config.save_pretrained(folder)
 
 
 def save_generation_config(lm: Any, folder: Path, stop_ids: Sequence[int]) -> None:
     """generation_config.json that stops at what trained rows end with, besides what the base stops at."""
-    config = copy.deepcopy(lm.generation_config)
+    config = copy.deepcopy(getattr(lm, "generation_config", None))
     if config is None:
         return
     base = config.eos_token_id

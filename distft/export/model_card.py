@@ -18,7 +18,6 @@ from distft.run_record import EvalFigure, RunRecord, number
 CARD = "README.md"
 YOURS = "<!-- distft writes what is above anew; what is below is yours -->"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_METHODS = {"full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA (a 4-bit base, LoRA adapters)"}
 _FEW_ROWS = 100
 _BOILERPLATE = "# Model Card for Model ID"
 """The form, not filled in, that PEFT leaves."""
@@ -132,7 +131,9 @@ def _licence(run: RunRecord) -> str:
 
 
 def _what(run: RunRecord) -> Iterator[str]:
-    how = _METHODS.get(run.method, run.method) or "Fine-tuning"
+    how = run.method_title or "Fine-tuning"
+    if run.method_spec is not None and run.method_spec.quantized:
+        how += " (adapters beside a 4-bit base)"
     yield f"# {_plain(run.name)}"
     yield ""
     yield f"{how} of `{_code(run.base)}` with distft."

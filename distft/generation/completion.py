@@ -19,6 +19,8 @@ class SamplingParams:
     seed: int = 0
     batch_size: int | None = None
     """Rows at a time on one rank; None: as many as fit. It changes no answer."""
+    logprobs: bool = False
+    """Completions say the log-probability of each of their tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,11 @@ class Completion:
     """A generated text."""
 
     text: str
+    ids: tuple[int, ...] = ()
+    """Its tokens, with the one that ended it."""
+    logprobs: tuple[float, ...] = ()
+    """Log-probability of each token at the temperature of the draw, before `top_p`; of the likeliest one (temperature
+    0) at temperature 1. Empty unless `SamplingParams.logprobs` asks for them."""
     num_tokens: int
     """With the token that ended it."""
     ended: bool

@@ -21,7 +21,7 @@ from distft.core.phase import PHASE
 from distft.core.types import Engine
 from distft.generation.batching import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS, BatchLimits, pad_left, split_batches
 from distft.generation.completion import Completion, Prompt, SamplingParams
-from distft.generation.sampling import draws, next_tokens
+from distft.generation.sampling import draws, logprobs_of, next_tokens
 from distft.model import inference as modes
 from distft.model.causal import CausalLM
 
@@ -186,10 +186,11 @@ class Generator:
             )
             draw_B = None if draw_BN is None else draw_BN[:, number]
             token_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p)
-            for row, token in zip(rows, token_B.tolist(), strict=True):
+            logprobs = logprobs_of(logits_BV, token_B, how.temperature) if how.logprobs else [None] * len(rows)
+            for row, token, logprob in zip(rows, token_B.tolist(), logprobs, strict=True):
                 if row.done:
                     continue
-                row.take(token, ends=token in self._stop_ids)
+                row.take(token, logprob, ends=token in self._stop_ids)
                 row.done = row.done or (bool(how.stop) and self._says_stop(row.ids, how.stop))
                 if row.done or number + 1 == longest:
                     keep[row.name] = self._answer(row, how.stop)
@@ -248,7 +249,13 @@ class Generator:
     def _answer(self, row: _Row, stop: tuple[str, ...]) -> Completion:
         text = self._decode(row.ids)
         ends = [at for one in stop if (at := text.find(one)) >= 0]
-        return Completion(text=text[: min(ends)] if ends else text, num_tokens=row.num_tokens, ended=row.done)
+        return Completion(
+            text=text[: min(ends)] if ends else text,
+            ids=tuple(row.taken),
+            logprobs=tuple(row.logprobs),
+            num_tokens=len(row.taken),
+            ended=row.done,
+        )
 
     def _says_stop(self, ids: list[int], stop: tuple[str, ...]) -> bool:
         """Looks at the last tokens only: a token writes a byte at least, and the one before it may hold the start."""
@@ -273,10 +280,15 @@ class _Row:
     """What a row has written so far."""
 
     def __init__(self, name: int) -> None:
-        self.name, self.ids, self.num_tokens, self.done = name, list[int](), 0, False
+        self.name, self.ids, self.done = name, list[int](), False
+        self.taken: list[int] = []
+        """Its tokens with the one that ends it."""
+        self.logprobs: list[float] = []
 
-    def take(self, token: int, *, ends: bool) -> None:
-        self.num_tokens += 1
+    def take(self, token: int, logprob: float | None, *, ends: bool) -> None:
+        self.taken.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
         self.done = ends
         if not ends:
             self.ids.append(token)

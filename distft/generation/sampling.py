@@ -20,6 +20,12 @@ def draws(names: Sequence[str], num_tokens: int, seed: int, device: torch.device
     return torch.from_numpy(np.stack(rows)).to(device)
 
 
+def logprobs_of(logits_BV: Tensor, token_B: Tensor, temperature: float) -> list[float]:
+    """Return the log-probability of each row's token at this temperature; 0 counts as 1."""
+    scaled_BV = logits_BV.float() / temperature if temperature else logits_BV.float()
+    return torch.log_softmax(scaled_BV, dim=1).gather(1, token_B[:, None]).squeeze(1).tolist()
+
+
 def next_tokens(logits_BV: Tensor, draw_B: Tensor | None, temperature: float, top_p: float) -> Tensor:
     """int64 [B]. Without `draw_B` the likeliest, of equals the first; else by inverting the cumulative distribution.
 

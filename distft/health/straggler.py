@@ -82,12 +82,6 @@ def slowest(timings: Sequence[Timing]) -> Slowest:
     return max(found, key=lambda worst: worst.percent)
 
 
-def slow_rank(timings: Sequence[Timing], factor: float) -> str | None:
-    """The slowest rank, where and by how much; None when no rank is `factor` times slower than the median."""
-    worst = slowest(timings)
-    return str(worst) if worst.percent > 100 * (factor - 1) else None
-
-
 def _told(timings: Sequence[Timing]) -> list[tuple[str, float, list[float]]]:
     """(what, differences that are noise, seconds by rank)."""
     return [

@@ -98,7 +98,9 @@ class CausalLM(nn.Module):
         head.forward = types.MethodType(forward, head)
 
     def forward(self, *batch: Any, **inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """`losses`, or `answer` when the inputs are rows: one door for both, because engines gather around it."""
+        """Run `losses`, `scores` or `answer`, whichever takes these inputs: engines gather around this one call."""
+        if "ends_D" in inputs:
+            return self.scores(**inputs)
         return self.answer(**inputs) if "input_ids_BL" in inputs else self.losses(*batch, **inputs)
 
     def losses(
@@ -118,12 +120,7 @@ class CausalLM(nn.Module):
         A micro-batch that supervises nothing returns a zero that depends on every parameter, because ranks must
         run the same collectives. With a router loss: (losses, router loss [1]), to be added.
         """
-        inputs: dict[str, Any] = {"position_ids": position_ids_T[None]}
-        if self.path.documents == "packed":
-            inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-            inputs |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
-        elif len(cu_seqlens) != 2:
-            raise ValueError("this model trains on one document per forward")
+        inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen)
         if self.router is not None:
             inputs["output_router_logits"] = True
         self._forget_longer_documents()
@@ -145,6 +142,29 @@ class CausalLM(nn.Module):
         if self.router is None:
             return losses
         return losses, self.router(output.router_logits, labels_T, cu_seqlens)
+
+    def scores(
+        self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, ends_D: Tensor
+    ) -> Tensor:
+        """Return fp32 [D], a scalar head's value at the positions `ends_D`: each document's last token.
+
+        Arguments are `Batch.score_inputs()`.
+        """
+        inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen)
+        self._forget_longer_documents()
+        output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
+        head = self.head
+        return head(output.last_hidden_state[0][ends_D].to(head.weight.dtype)).float().squeeze(1)
+
+    def _documents(self, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
+        """What tells the model where documents begin and end."""
+        inputs: dict[str, Any] = {"position_ids": position_ids_T[None]}
+        if self.path.documents == "packed":
+            inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+            inputs |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
+        elif len(cu_seqlens) != 2:
+            raise ValueError("this model trains on one document per forward")
+        return inputs
 
     def answer(
         self,

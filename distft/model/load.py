@@ -19,17 +19,19 @@ from torch import Tensor, nn
 
 from distft.core.errors import MachineError
 from distft.core.phase import PHASE
-from distft.core.types import ReadGroup
-from distft.model import attention, cross_entropy, head, load_balancing, quantize, skeleton
+from distft.core.ranks import ReadGroup
+from distft.model import attention, cross_entropy, load_balancing, quantize, skeleton
 from distft.model.adapters import MethodSpec
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
+from distft.model.heads import HEADS, HeadSpec, put_head
 from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
 from distft.model.shared_reads import SharedReads
+from distft.model.random_weights import NoSource, RandomSource, seed_of
 from distft.model.tensor_files import mistake
 from distft.model.towers import text_parameters
-from distft.model.weights import NoSource, RandomSource, SafetensorsSource, WeightSource, meta_params, seed_of
+from distft.model.weights import SafetensorsSource, WeightSource, meta_params
 from distft.recipe.schema import ModelTable
 
 WRAPPER = "lm."
@@ -259,10 +261,12 @@ def build(
     weights: bool = True,
     config: Any = None,
     path: ForwardPath | None = None,
+    head: HeadSpec | None = None,
 ) -> MetaModel:
     """Everything on the meta device, attached, wrapped, ready to be filled by an engine.
 
-    `weights=False` leaves the source out: for planning without the files. `config` replaces the folder's.
+    `weights=False` leaves the source out: for planning without the files. `config` replaces the folder's. `head`: what
+    stands on the hidden states, a language modelling head when None.
 
     Raises:
         RecipeError: weights are missing, pickled, or do not fit the config.
@@ -272,7 +276,8 @@ def build(
     from transformers import GenerationConfig
 
     dtype: torch.dtype = getattr(torch, table.dtype)
-    config = config or read_config(folder)
+    head = head or HEADS["lm"]
+    config = head.prepare(config or read_config(folder))
     attention.register()
     kernel = (
         path.attention
@@ -281,20 +286,21 @@ def build(
     )
     # Buffers are real: rotary frequencies are computed in constructors and stored nowhere.
     with init_empty_weights(include_buffers=False):
-        lm = auto_class(config).from_config(config, dtype=dtype, attn_implementation=kernel)
+        lm = head.auto_class(config).from_config(config, dtype=dtype, attn_implementation=kernel)
+    put_head(lm, head)
     lm.tie_weights()
     tied, layout = _tied_modules(lm), FileLayout(lm)
-    if (folder / "generation_config.json").is_file():
+    if head.generates and (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
     # What an adapter says of its base must lead there from any folder.
     is_folder = table.path.startswith((".", "/", "~")) or Path(table.path).exists()
     lm.name_or_path = os.path.abspath(folder) if is_folder else table.path
-    source = _source(table, folder, lm, seed, dtype) if weights else NoSource()
+    source = _source(table, folder, lm, seed, dtype, head) if weights else NoSource()
     quant = method.quant(params)
     if quant is not None:
         quantize.store_in_4bit(lm, quant, dtype)
     blocks = blocks_of(lm)
-    observed, router_loss = head.observe(lm), load_balancing.find(lm)
+    observed, router_loss = head.observe(lm), load_balancing.find(lm) if head.generates else None
     path = path or ForwardPath(attention=kernel, head="chunked" if observed is not None else "own")
     loss = cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     reached = text_parameters(lm)
@@ -318,18 +324,6 @@ def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:
     return found
 
 
-def auto_class(config: Any) -> Any:
-    """Transformers' auto class for a config: a causal language model, or one that also reads images.
-
-    The latter is trained on text alone; what only images pass through stays as it is.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    mapped = type(config) in AutoModelForCausalLM._model_mapping
-    both = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if both and not mapped else AutoModelForCausalLM
-
-
 def head_size(config: Any) -> int:
     """Return the size of a query head of a config's text model, the largest of its layers; 0 where it does not say."""
     text = config.get_text_config()
@@ -343,10 +337,14 @@ def head_size(config: Any) -> int:
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
 
 
-def untrained(config: Any, kernel: str) -> Any:
+def untrained(config: Any, kernel: str, head: HeadSpec | None = None) -> Any:
     """The transformers model of a config, its weights as they come, on the default device."""
-    return auto_class(config).from_config(config, attn_implementation=kernel)
+    head = head or HEADS["lm"]
+    lm = head.auto_class(config).from_config(head.prepare(config), attn_implementation=kernel)
+    put_head(lm, head)
+    return lm
 
 
-def _source(table: ModelTable, folder: Path, lm: Any, seed: int, dtype: torch.dtype) -> WeightSource:
-    return RandomSource(lm, seed, dtype) if table.init == "random" else SafetensorsSource(folder, lm, dtype)
+def _source(table: ModelTable, folder: Path, lm: Any, seed: int, dtype: torch.dtype, head: HeadSpec) -> WeightSource:
+    random = RandomSource(lm, seed, dtype)
+    return random if table.init == "random" else SafetensorsSource(folder, lm, dtype, head=head, fresh=random)

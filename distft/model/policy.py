@@ -1,6 +1,6 @@
 """The trained model as objectives see it: each call is one forward of the module that an engine has wrapped.
 
-Shape letters: T tokens of one micro-batch, S of them supervised, V vocabulary.
+Shape letters: T tokens of one micro-batch, S of them supervised, D documents, V vocabulary.
 """
 
 from __future__ import annotations
@@ -47,3 +47,11 @@ class ModelPolicy:
                 "set it to false in config.json"
             )
         return -output[: batch.num_supervised]
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Return fp32 [D], the value of the scalar head at each document's last token, filler left out.
+
+        Without documents the result is empty, and still has a gradient (zero) of every parameter.
+        """
+        score_D: Tensor = self.model(**batch.score_inputs())
+        return score_D[: batch.num_documents]

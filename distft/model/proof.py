@@ -59,7 +59,7 @@ def prove(
         torch.manual_seed(0)
         name = (config.architectures or [type(config).__name__.removesuffix("Config")])[0]
         try:
-            copies = list(_copies(config, build, max_length))
+            copies = list(small_models(config, build, max_length))
             reference = _reference(copies, build, device, precisions if precision is None else [precision])
             path, attempts, reason = _first_path(reference, tuple(attentions), half)
             if compiled and path is not None:
@@ -138,8 +138,8 @@ def _compiled(
     return replace(path, compiled=not difference)
 
 
-def _copies(config: Any, build: Callable[[Any, str], Any], max_length: int) -> Iterator[Any]:
-    """Yield small copies that are valid models.
+def small_models(config: Any, build: Callable[[Any, str], Any], max_length: int) -> Iterator[Any]:
+    """Yield small copies of a config that are valid models.
 
     Raises:
         MachineError: there is none; says why.

@@ -17,6 +17,7 @@ from typing import Any
 from distft.core.cache import cache_root
 from distft.core.errors import FileSystemError
 from distft.core.file_lock import locked_once
+from distft.core.files import replace_json
 from distft.model.paths import ForwardPath
 
 
@@ -84,9 +85,7 @@ def kept(key: str, find: Callable[[], ProofVerdict], *, waiting: Callable[[], No
         folder.mkdir(parents=True, exist_ok=True)
         with locked_once(folder / f"{key}.lock", waiting, done=file.is_file) as mine:
             if mine:
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(find().to_json(), indent=1), encoding="utf-8")
-                part.replace(file)
+                replace_json(file, find().to_json(), indent=1)
         return ProofVerdict.from_json(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise FileSystemError(
@@ -96,7 +95,14 @@ def kept(key: str, find: Callable[[], ProofVerdict], *, waiting: Callable[[], No
 
 
 def cache_key(
-    config_json: str, *, attentions: Sequence[str], device: str, dtype: str, max_length: int, compiled: bool = False
+    config_json: str,
+    *,
+    attentions: Sequence[str],
+    device: str,
+    dtype: str,
+    max_length: int,
+    compiled: bool = False,
+    head: str = "lm",
 ) -> str:
     """Return a name for a proof: everything that its verdict depends on, the code of this room included.
 
@@ -107,9 +113,10 @@ def cache_key(
         dtype: of the run.
         max_length: tokens in the run's longest document.
         compiled: whether compiled blocks are tried.
+        head: what stands on the hidden states.
     """
     versions = {name: _version(name) for name in _LIBRARIES}
-    facts = [config_json, list(attentions), device, dtype, max_length, compiled, versions, _code()]
+    facts = [config_json, list(attentions), device, dtype, max_length, compiled, head, versions, _code()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
 
@@ -136,6 +143,6 @@ def _version(distribution: str) -> str | None:
 @functools.cache
 def _code() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()

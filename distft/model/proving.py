@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from distft.core.errors import Problem, RecipeError
+from distft.model.heads import HEADS
 from distft.model.paths import ForwardPath
 from distft.model.proof_verdict import ProofVerdict, cache_key, kept
 from distft.recipe.schema import ModelTable
@@ -19,6 +21,7 @@ def verdict_on(
     max_length: int,
     device: str = "cpu",
     compiled: bool = False,
+    head: str = "lm",
     waiting: Callable[[], None] = lambda: None,
 ) -> ProofVerdict:
     """Return what is known of the model in `folder`, or find it out: seconds, without its weights.
@@ -29,6 +32,7 @@ def verdict_on(
         max_length: tokens in the run's longest document.
         device: "cpu", or the product name of this process's accelerator.
         compiled: try it with compiled blocks as well.
+        head: name of what stands on the hidden states; another than "lm" is compared under the path of the model's own.
         waiting: called now and then while another process finds it out.
 
     Raises:
@@ -49,7 +53,10 @@ def verdict_on(
         config = load.read_config(folder)
         names = proof.attentions(table.attention, where, dtype, head_size=load.head_size(config))
         given = {"device": where, "dtype": dtype, "max_length": max_length, "compiled": compiled}
-        return proof.prove(config, load.untrained, attentions=names, **given)
+        verdict = proof.prove(config, load.untrained, attentions=names, **given)
+        if verdict.path is not None and (other := HEADS[head].prove(config, verdict.path, where, max_length)):
+            return replace(verdict, path=None, reason=f"under its {head} head {other}")
+        return verdict
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     key = cache_key(
@@ -59,6 +66,7 @@ def verdict_on(
         dtype=table.dtype,
         max_length=max_length,
         compiled=compiled,
+        head=head,
     )
     return kept(key, find, waiting=waiting)
 

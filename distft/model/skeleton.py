@@ -12,6 +12,7 @@ from distft.core import hub
 from distft.core.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
+    from distft.model.heads.spec import HeadSpec
     from distft.recipe.schema import ModelTable
 
 _EXTENDING = ("linear", "dynamic", "yarn", "longrope", "llama3")
@@ -54,14 +55,14 @@ def find(table: ModelTable, wanted: list[str]) -> Path:
         raise RecipeError("recipe", [Problem(message=message, fix=fix)]) from error
 
 
-def build(config: Any) -> Any:
+def build(config: Any, head: HeadSpec | None = None) -> Any:
     """The transformers model without values, to be asked for its modules."""
     import torch
 
     from distft.model import load
 
     with torch.device("meta"):
-        return load.untrained(config, "eager")
+        return load.untrained(config, "eager", head)
 
 
 def has_positions(folder: Path, longest: int) -> bool:

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distft.core.errors import MachineError
-from distft.model import quantize
 from distft.model.stored import FLOATS, StoredWeights
 from distft.model.tensor_files import mistake
+
+if TYPE_CHECKING:
+    from distft.model.heads.spec import HeadSpec
 
 _SAID = 6
 """Names that a message lists."""
@@ -55,11 +54,20 @@ class _Recipe:
 class SafetensorsSource:
     """Weights from the *.safetensors files of a folder, converted one parameter at a time."""
 
-    def __init__(self, folder: Path, lm: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        lm: Any,
+        dtype: torch.dtype,
+        *,
+        head: HeadSpec | None = None,
+        fresh: WeightSource | None = None,
+    ) -> None:
         """Decides for every parameter where it comes from; reads headers only.
 
         `lm`: transformers' model on the meta device, before adapters and quantisation change its names. `dtype`: of
-        weights that are dequantised. Leaves the renamings that were used on `lm`, as transformers' own loader does.
+        weights that are dequantised. `head`: of the model; what it declares as fresh comes from `fresh` where the files
+        do not hold it. Leaves the renamings that were used on `lm`, as transformers' own loader does.
 
         Raises:
             RecipeError: files are damaged or stored in a way that is not understood, tensors are missing, have other
@@ -67,7 +75,8 @@ class SafetensorsSource:
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self._folder = folder
+        self._folder, self._head, self._fresh = folder, head, fresh
+        self._absent: frozenset[str] = frozenset()
         self._weights = StoredWeights(folder, dtype)
         self._model = Shapes(lm)
         transforms = get_model_conversion_mapping(lm)
@@ -88,6 +97,8 @@ class SafetensorsSource:
         Raises:
             RecipeError: a value is not finite, or not what the config says.
         """
+        if self._fresh is not None and any(f"{name}.{short}" in self._absent for short, _ in meta_params(module)):
+            return self._fresh.values(name, module, device)
         return {short: self._value(f"{name}.{short}" if name else short, device) for short, _ in meta_params(module)}
 
     def expected(self, name: str, module: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -147,6 +158,9 @@ class SafetensorsSource:
 
     def _check_complete(self) -> None:
         missing = sorted(self._model.tensors.keys() - self._made_with.keys() - self._alias.keys())
+        if self._head is not None:
+            self._absent = frozenset(missing) & frozenset(self._head.fresh)
+            missing = [name for name in missing if name not in self._absent]
         if missing:
             what = "tensors" if len(missing) > 1 else "tensor"
             raise mistake(
@@ -159,6 +173,8 @@ class SafetensorsSource:
         rules = [*(lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
         buffers = {name for name, _ in lm.named_buffers()}
         prefix = f"{lm.base_model_prefix}."
+        if unwanted and self._head is not None:
+            unwanted = unwanted - self._head.surplus(lm.config)
         left = sorted(
             name
             for name in unwanted
@@ -325,80 +341,8 @@ class Shapes:
         return self.tensors[name]
 
 
-class RandomSource:
-    """The architecture's own initialisation, one module at a time, seeded by its name.
-
-    Drawn on the CPU whatever the run's device: generators of other devices, and of GPUs of another kind, give other
-    numbers for the same seed.
-    """
-
-    def __init__(self, lm: Any, seed: int, dtype: torch.dtype) -> None:
-        self._init: Callable[[nn.Module], None] = lm._init_weights
-        self._seed, self._dtype = seed, dtype
-
-    def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """Runs transformers' rule for this module on a stand-in that holds real tensors."""
-        kind: Any = quantize.plain_class(module)
-        stand_in: Any = kind.__new__(kind)
-        stand_in.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_modules")})
-        stand_in._modules = {}
-        # NaN tells what the rule leaves to the constructor, whose values a model on the meta device does not have.
-        stand_in._parameters = {
-            short: nn.Parameter(torch.full(shape, math.nan, dtype=self._dtype, device="cpu"))
-            for short, meta in meta_params(module)
-            for shape in (quantize.whole_shape(module, short, meta),)
-        }
-        stand_in._parameters |= {short: None for short in module._parameters if short not in stand_in._parameters}
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed_of(self._seed, name))
-            try:
-                self._init(stand_in)
-            except AttributeError as error:  # its rule reaches into its parts, which the stand-in does not have
-                raise MachineError(
-                    f'init = "random": transformers initialises the parts of {kind.__name__} together ({error}), and '
-                    'here each is made by itself; save such a model with transformers, load it with init = "pretrained"'
-                ) from error
-        values = {short: param.detach() for short, param in stand_in._parameters.items() if param is not None}
-        for short, value in values.items():
-            if value.isnan().any():
-                raise MachineError(
-                    f'init = "random": transformers has no rule for {name}.{short} of {kind.__name__} beside its '
-                    'constructor; save such a model with transformers, load it with init = "pretrained"'
-                )
-        return {short: value.to(device) for short, value in values.items()}
-
-    def buffer(self, name: str, device: torch.device) -> Tensor | None:
-        """What constructors put there stands."""
-        return None
-
-
-class NoSource:
-    """For models that are counted and never filled."""
-
-    def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """Refuses.
-
-        Raises:
-            MachineError: always.
-        """
-        raise MachineError("this model was built without weights, for counting only")
-
-    def buffer(self, name: str, device: torch.device) -> Tensor | None:
-        """Refuses.
-
-        Raises:
-            MachineError: always.
-        """
-        raise MachineError("this model was built without weights, for counting only")
-
-
 def meta_params(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The direct parameters of a module that have no values yet."""
     for short, param in module._parameters.items():
         if param is not None and param.is_meta:
             yield short, param
-
-
-def seed_of(seed: int, name: str) -> int:
-    """The seed of what is called `name`, for any order of asking."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")

@@ -1,10 +1,15 @@
 """What is minimised: one file per objective, one line here; pure torch, no ranks."""
 
 from distft.core.registry import Registry
-from distft.objectives import sft
+from distft.objectives import cpo, dpo, orpo, reward, sft, simpo
 from distft.objectives.spec import ObjectiveSpec
 
 OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective")
 OBJECTIVES.add(sft.SPEC)
+OBJECTIVES.add(dpo.SPEC)
+OBJECTIVES.add(orpo.SPEC)
+OBJECTIVES.add(simpo.SPEC)
+OBJECTIVES.add(cpo.SPEC)
+OBJECTIVES.add(reward.SPEC)
 
 __all__ = ["OBJECTIVES", "ObjectiveSpec"]

@@ -10,6 +10,8 @@ from distft.core.protocols import NO_COLUMNS, BatchColumns
 from distft.core.registry import Params
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from distft.core.types import Batch, LossTerms, Policy
 
 
@@ -27,6 +29,10 @@ class ObjectiveSpec:
     because ranks run the same collectives."""
     group_size: int = 1
     """Documents of a row that it trains together; the rows' format has to give as many."""
+    head: str = "lm"
+    """What stands on the model's hidden states, by its name in `distft.model.heads.HEADS`."""
+    source: str = "rows"
+    """Where its micro-batches come from, by the name in `distft.step_sources.STEP_SOURCES`."""
     per_token: bool = False
     """Asks the policy for log-probabilities of tokens, not only for the sum of losses."""
     perplexity: bool = False
@@ -43,6 +49,8 @@ class Objective:
     params: Any
     policy: Policy
     columns: BatchColumns = NO_COLUMNS
+    reference: Callable[[Batch], Tensor] | None = None
+    """Micro-batch on the device -> [S], the reference's log-probabilities, for objectives that have one."""
 
     def fill(self, micros: list[Batch]) -> list[Batch]:
         """Collective, once a step: return the micro-batches with the columns that the objective reads."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distft.core.accelerators import GIB
+from distft.engine import ENGINES
 from distft.model.paths import ForwardPath
 from distft.plan import inventory as inventories
 from distft.plan import memory, speed
@@ -135,5 +136,5 @@ def _modes(recipe: Recipe, engine: str) -> list[str]:
     wanted = recipe.train.activation_checkpointing
     if wanted != "auto":
         return [wanted]
-    # Adapters under zero3 gather layer by layer inside a block, which selective recomputation cannot replay.
-    return ["off", "full"] if engine == "zero3" and recipe.method.spec.adapter else ["off", "selective", "full"]
+    replays = not (ENGINES[engine].footprint.gathers_inside_blocks and recipe.method.spec.adapter)
+    return ["off", "selective", "full"] if replays else ["off", "full"]

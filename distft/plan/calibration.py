@@ -22,6 +22,7 @@ from distft.core import accelerators
 from distft.core.accelerators import GIB, Accelerator
 from distft.core.cache import cache_root
 from distft.core.errors import Problem, RecipeError
+from distft.core.files import replace_json
 from distft.plan.rates import ASSUMED, HardwareRates, Work, times
 
 SCHEMA = 1
@@ -321,9 +322,7 @@ def keep(found: Calibration, path: Path) -> None:
     kept = _kept(path)
     kept[found.gpu.name] = asdict(found.rates)
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{path.name}.{os.getpid()}")
-    own.write_text(json.dumps({"schema": SCHEMA, "gpus": kept}, indent=1) + "\n", encoding="utf-8")
-    own.replace(path)
+    replace_json(path, {"schema": SCHEMA, "gpus": kept}, indent=1)
 
 
 def of_gpu(gpu: Accelerator, path: Path | None = None) -> HardwareRates:

@@ -32,7 +32,7 @@ def parser() -> CommandParser:
     made.add_argument("recipe", metavar="RECIPE", nargs="?", help="a TOML recipe")
     add_machine(made)
     made.add_argument("--methods", default="", metavar="full,lora,qlora", help="compare these instead of the recipe's")
-    made.add_argument("--engines", default="", metavar="ddp,zero3,…", help="compare these instead of the recipe's")
+    made.add_argument("--engines", default="", metavar="NAME,NAME,…", help="compare these instead of the recipe's")
     made.add_argument("--max", choices=LIMITS, help="the longest sequence, largest micro-batch or model that fits")
     add_price(made)
     made.add_argument(

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distft.engine.footprint import ROOT
 from distft.model import experts, load, quantize, stats
 from distft.model.adapters import MethodSpec, targets
 from distft.model.blocks import blocks_of
+from distft.model.heads import HEADS
 from distft.model.paths import VARLEN, ForwardPath
 from distft.recipe.schema import ModelTable
 
@@ -37,8 +39,6 @@ CODE_8BIT_BYTES = 256 * 4
 """The same for 8-bit constants under double quantisation."""
 OFFSET_BYTES = 4
 """Mean of the constants, subtracted before they are quantised."""
-ROOT = -1
-"""`Param.block` of what is in no block: embedding, last norm, head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,11 @@ class Inventory:
     """How the model's numbers are computed."""
 
     @property
+    def item_bytes(self) -> int:
+        """Of one element in the type that the model computes in."""
+        return self.dtype.itemsize
+
+    @property
     def total(self) -> int:
         """Parameters."""
         return sum(param.numel for param in self.params)
@@ -138,11 +143,18 @@ class Inventory:
 
 
 def read(
-    table: ModelTable, folder: Path, method: MethodSpec, params: Any, *, path: ForwardPath | None = None
+    table: ModelTable,
+    folder: Path,
+    method: MethodSpec,
+    params: Any,
+    *,
+    path: ForwardPath | None = None,
+    head: str = "lm",
 ) -> Inventory:
     """The model that `table` and `method` describe; `folder` needs only a config.json.
 
-    `path`: the proven one (see `distft.model.proving`); None: the one of a model that needs no fall-back.
+    `path`: the proven one (see `distft.model.proving`); None: the one of a model that needs no fall-back. `head`: name
+    of what stands on its hidden states.
 
     Raises:
         RecipeError: the config is not one that transformers knows.
@@ -153,14 +165,14 @@ def read(
     depths = (2, 3) if alike else (num_blocks,)
     # 4-bit layers save for the backward pass what plain frozen ones save, and cannot run on meta.
     plain = replace(method, quant=lambda _: None)
-    samples = [_build(table, folder, plain, params, _shortened(config, depth), path) for depth in depths]
+    samples = [_build(table, folder, plain, params, _shortened(config, depth), path, head) for depth in depths]
     deepest = samples[-1]
     if method.quantized:
         for sample in samples:
             for _, module, short in experts.all_expert_tensors(sample.module):
                 # Experts in 4 bits compute with a copy in the model's dtype, which the backward pass needs too.
                 experts.compute_with(module, short, torch.clone, first=True)
-        deepest = _build(table, folder, method, params, _shortened(config, depths[-1]), path)
+        deepest = _build(table, folder, method, params, _shortened(config, depths[-1]), path, head)
     return Inventory(
         params=tuple(_repeated(list(_listed(deepest)), num_blocks - depths[-1])),
         num_blocks=num_blocks,
@@ -199,7 +211,7 @@ def resized(inventory: Inventory, num_blocks: int) -> Inventory:
 
 
 def _build(
-    table: ModelTable, folder: Path, method: MethodSpec, params: Any, config: Any, path: ForwardPath | None
+    table: ModelTable, folder: Path, method: MethodSpec, params: Any, config: Any, path: ForwardPath | None, head: str
 ) -> MetaModel:
     if method.adapter:
         _import_bitsandbytes()
@@ -208,7 +220,8 @@ def _build(
     cpu = torch.device("cpu")
     if path is not None and path.attention.startswith("flash_attention_"):
         path = replace(path, attention=VARLEN)  # a name that needs no package
-    return load.build(plain, folder, method, params, seed=0, device=cpu, weights=False, config=config, path=path)
+    given: dict[str, Any] = {"seed": 0, "device": cpu, "weights": False, "path": path, "head": HEADS[head]}
+    return load.build(plain, folder, method, params, config=config, **given)
 
 
 def _import_bitsandbytes() -> None:

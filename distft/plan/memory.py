@@ -11,14 +11,13 @@ from typing import Any
 
 from distft.checkpoint.intervals import CHUNK_BYTES
 from distft.core.accelerators import GIB
-from distft.engine.deepspeed import bucket_elements
+from distft.engine.footprint import FP32, State, gib_text
 from distft.model.attention_shape import largest_attention
 from distft.plan import state as states
 from distft.plan.generation_memory import GenerationMemory, generation_memory
-from distft.plan.inventory import ROOT, Inventory
+from distft.plan.inventory import Inventory
 from distft.plan.kernels import EAGER
 from distft.plan.setup import Setup
-from distft.plan.state import FP32, State
 from distft.plan.trace import Activations, activations
 
 HOST_PROCESS_BYTES = 3 * GIB
@@ -96,7 +95,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         kernel=setup.kernel,
         loss=setup.head_loss,
     )
-    gathered = _gathered(inventory, setup)
+    gathered = setup.footprint.gathered(inventory, setup.ranks)
     block = _block_workspace(inventory, setup, kept)
     fixed = rates.context_bytes + (rates.nccl_bytes if world > 1 else 0)
     model = state.weights + state.quant_constants + state.master + state.optimizer + state.kept_gradients
@@ -124,7 +123,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         final=sum(param.numel * param.item_bytes for param in inventory.params if param.trained or not _adapter(setup)),
         parts=(
             *_state_parts(inventory, setup, state),
-            gathered,
+            Part(name="gathered layers and buckets", num_bytes=gathered.num_bytes, formula=gathered.formula),
             *_activation_parts(setup, kept),
             *_asking_part(asks),
             block,
@@ -151,10 +150,7 @@ def _phases(
     fixed: int,
 ) -> Phases:
     resident = state.weights + state.quant_constants + state.master
-    during = state.accumulating if setup.micros_per_step > 1 else state.kept_gradients
-    if setup.engine == "fsdp2" and setup.micros_per_step > 1 and setup.shards < setup.machine.world:
-        # Shares of a group, in the type they are reduced in, until groups meet in the last micro-batch.
-        during = state.accumulating * setup.reduced_bytes // inventory.dtype.itemsize
+    during = setup.footprint.accumulating_bytes(inventory, setup.ranks, state)
     micro = gathered + max(
         # The last block's backward: everything is still saved, and the head's gradient is there, which the trace takes
         # for the gradient itself.
@@ -182,17 +178,7 @@ def _phases(
 def _load(inventory: Inventory, setup: Setup, state: State) -> int:
     """While weights are filled, sharded and wrapped, with the masters made at the end."""
     end = state.weights + state.quant_constants + state.master + state.kept_gradients
-    trained = sum(param.stored_bytes for param in inventory.params if param.trained)
-    largest_4bit = inventory.largest_4bit * inventory.dtype.itemsize
-    match setup.engine:
-        case "zero1" | "zero2":  # the flat copy is made beside the parameters it replaces
-            return max(end, state.weights + state.quant_constants + trained)
-        case "zero3" | "fsdp2":  # a unit is whole until it is sharded
-            units = {param.block for param in inventory.params}
-            whole = max(sum(p.stored_bytes for p in inventory.params if p.block == unit) for unit in units)
-            return max(end, state.weights + state.quant_constants + whole + largest_4bit)
-        case _:
-            return max(end, state.weights + state.quant_constants + largest_4bit)
+    return max(end, setup.footprint.load_bytes(inventory, state))
 
 
 def _update_workspace(inventory: Inventory, setup: Setup) -> int:
@@ -204,7 +190,7 @@ def _save_workspace(inventory: Inventory, setup: Setup) -> int:
     size = setup.recipe.optim.spec.state_bytes
     if size is None or size((2**20,)).own >= 2**20 * FP32:
         return 0
-    local = inventory.trained if setup.engine in ("solo", "ddp") else -(-inventory.trained // setup.shards)
+    local = -(-inventory.trained // setup.shards) if setup.footprint.shards_state else inventory.trained
     return 0 if setup.offload != "none" else min(FP32 * local, CHUNK_BYTES)
 
 
@@ -222,67 +208,7 @@ def _checkpoint(inventory: Inventory, setup: Setup) -> int:
     return masters + moments
 
 
-# -- gathered layers, buckets, temporaries ----------------------------------------------------------------------------
-
-
-def _gathered(inventory: Inventory, setup: Setup) -> Part:
-    """Whole layers that a sharding engine puts together, and communication buckets."""
-    item = inventory.dtype.itemsize
-    name = "gathered layers and buckets"
-    if setup.machine.world == 1 and setup.engine in ("solo", "ddp"):
-        return Part(name=name, num_bytes=0, formula="none: every layer is whole")
-    if setup.engine in ("solo", "ddp"):
-        return Part(name=name, num_bytes=0, formula="none: ddp's buckets are the gradients themselves")
-    blocks = range(inventory.num_blocks)
-    block_bytes = max(sum(p.stored_bytes for p in inventory.params if p.block == block) for block in blocks)
-    trained = max(inventory.unit_numel(block, trained_only=True) for block in blocks)
-    if setup.engine == "fsdp2":
-        root = sum(param.stored_bytes for param in inventory.params if param.block == ROOT)
-        sent = setup.reduced_bytes
-        reduced = trained * (item + sent)
-        if setup.gathers_once:
-            stored = sum(param.stored_bytes for param in inventory.params)
-            unreduced = sent * inventory.trained if setup.micros_per_step > 1 else 0
-            return Part(
-                name=name,
-                num_bytes=stored + max(unreduced, reduced),
-                formula=f"all weights {_gib(stored)}, gathered once a step"
-                + (
-                    f" + all gradients in {sent} bytes {_gib(unreduced)}, reduced once a step"
-                    if unreduced
-                    else f" + a block's gradients in {item} and in {sent} bytes {_gib(reduced)}"
-                ),
-            )
-        return Part(
-            name=name,
-            num_bytes=root + 3 * block_bytes + reduced,
-            formula=f"root {_gib(root)} (whole from forward to backward) + 3 x a block {_gib(block_bytes)} (one "
-            f"computes, one arrives, and the buffer out of which it is copied) + a block's gradients in {item} and in "
-            f"{sent} bytes {_gib(reduced)}",
-        )
-    largest = max(param.numel for param in inventory.params)
-    bucket = bucket_elements(inventory.total, largest)
-    if setup.engine in ("zero1", "zero2"):
-        filled = FP32 if setup.engine == "zero1" and setup.fp32_gradients else item
-        sent = setup.reduced_bytes if setup.reduced_bytes != filled else 0
-        return Part(
-            name=name,
-            num_bytes=bucket * (2 * filled + sent),
-            formula=f"2 reduce buckets (one fills, one is on the wire) x {bucket:,} elements x {filled} bytes"
-            + (f" + what is sent of one x {sent} bytes" if sent else ""),
-        )
-    stored = sum(param.stored_numel for param in inventory.params)
-    live = min(stored, max(2 * bucket, 2 * block_bytes // item))
-    gradients = trained if inventory.atomic else max((p.numel for p in inventory.params if p.trained), default=0)
-    second = -(-stored // setup.second_copy_over) if setup.second_copy_over else 0
-    return Part(
-        name=name,
-        num_bytes=(live + gradients + second) * item + bucket * setup.reduced_bytes,
-        formula=f"({live:,} gathered (max_live_parameters = 2 buckets) + gradients of what was gathered last "
-        f"{gradients:,}"
-        + (f" + second copy of the weights over {setup.second_copy_over} ranks {second:,}" if second else "")
-        + f") elements x {item} bytes + reduce bucket {bucket:,} x {setup.reduced_bytes} bytes",
-    )
+# -- temporaries -------------------------------------------------------------------------------------------------------
 
 
 def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> Part:
@@ -297,24 +223,22 @@ def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> P
     return Part(
         name="workspace",
         num_bytes=kept.block + whole + accumulator + fresh,
-        formula=f"traced temporaries of one block {_gib(kept.block)}"
-        + (f" + one dequantised weight {_gib(whole)}" if largest else "")
+        formula=f"traced temporaries of one block {gib_text(kept.block)}"
+        + (f" + one dequantised weight {gib_text(whole)}" if largest else "")
         + (
             f" + flash backward's fp32 query gradients 4 x {setup.tokens:,} tokens x {heads} heads x {head_dim} "
-            f"= {_gib(accumulator)}"
+            f"= {gib_text(accumulator)}"
             if accumulator
             else ""
         )
-        + (f" + largest new gradient before it is added {_gib(fresh)}" if fresh else ""),
+        + (f" + largest new gradient before it is added {gib_text(fresh)}" if fresh else ""),
     )
 
 
 def _fresh_gradient(inventory: Inventory, setup: Setup) -> int:
     """The largest gradient, while it exists beside what it is added to."""
     added = setup.micros_per_step > 1 or setup.fp32_gradients
-    if (setup.engine == "solo" and not added) or setup.engine in ("zero3", "fsdp2"):
-        return 0  # becomes the gradient itself, or is counted with what was gathered
-    return max((param.stored_bytes for param in inventory.params if param.trained), default=0)
+    return setup.footprint.fresh_gradient_bytes(inventory, added=added)
 
 
 def _head_gradient(inventory: Inventory) -> int:
@@ -327,13 +251,8 @@ def _head_gradient(inventory: Inventory) -> int:
 
 
 def _state_parts(inventory: Inventory, setup: Setup, state: State) -> tuple[Part, ...]:
-    total, trained, world = inventory.total, inventory.trained, setup.shards
-    rule = {
-        "zero1": f"whole; optimizer state of 1/{world}",
-        "zero2": f"whole; optimizer state and gradients of 1/{world}",
-        "zero3": f"ceil(numel / {world}) of each tensor",
-        "fsdp2": f"ceil(rows / {world}) of each tensor",
-    }.get(setup.engine, "whole")
+    total, trained = inventory.total, inventory.trained
+    rule = setup.footprint.storage(setup.shards)
     four_bit = sum(1 for param in inventory.params if param.double is not None)
     stored = f"{total:,} parameters ({trained:,} trained) in {inventory.dtype.itemsize} bytes"
     if four_bit:
@@ -342,7 +261,7 @@ def _state_parts(inventory: Inventory, setup: Setup, state: State) -> tuple[Part
     spec = setup.recipe.optim.spec
     moments = f"{spec.name} over what this rank updates"
     if setup.offload != "none":
-        moments += f"; {_gib(state.on_host)} in host memory (offload = {setup.offload})"
+        moments += f"; {gib_text(state.on_host)} in host memory (offload = {setup.offload})"
     return (
         Part(name="weights", num_bytes=state.weights, formula=f"{stored}; {setup.engine}: {rule}"),
         Part(
@@ -374,7 +293,7 @@ def _activation_parts(setup: Setup, kept: Activations) -> tuple[Part, ...]:
         Part(
             name="activations",
             num_bytes=kept.saved,
-            formula=f"traced on the meta device: {_gib(kept.saved_per_block)} a block for {setup.tokens:,} tokens, "
+            formula=f"traced on the meta device: {gib_text(kept.saved_per_block)} a block for {setup.tokens:,} tokens, "
             f"checkpointing {setup.checkpointing}" + (f"; {path}" if (path := setup.path.describe()) else ""),
         ),
         Part(
@@ -391,10 +310,6 @@ def _asking_part(asks: GenerationMemory | None) -> tuple[Part, ...]:
         return ()
     formula = (
         f"set {asks.name}: {asks.rows} rows at once x ({asks.prompt:,} + {asks.new_tokens:,} new tokens) of keys and "
-        f"values {_gib(asks.cache)} + a forward over the prompts {_gib(asks.forward)}; instead of activations"
+        f"values {gib_text(asks.cache)} + a forward over the prompts {gib_text(asks.forward)}; instead of activations"
     )
     return (Part(name="answers (cache and prompts)", num_bytes=asks.num_bytes, formula=formula),)
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes / 2**20:.2f} MiB"

@@ -74,21 +74,23 @@ class Planner:
             RecipeError: transformers does not know the config, or no path gives the model's numbers.
         """
         path = self._path(recipe)
-        key = f"{recipe.method.name} {recipe.method.params!r} {recipe.model.dtype} {path}"
+        head = recipe.objective.spec.head
+        key = f"{recipe.method.name} {recipe.method.params!r} {recipe.model.dtype} {path} {head}"
         if key not in self._read:
             spec, params = recipe.method.spec, recipe.method.params
-            self._read[key] = inventories.read(recipe.model, self.folder, spec, params, path=path)
+            self._read[key] = inventories.read(recipe.model, self.folder, spec, params, path=path, head=head)
         return self._read[key]
 
     def _path(self, recipe: Recipe) -> ForwardPath:
         """As a run proves it, on this machine: without an accelerator, on its CPU."""
         if self.path_of_model is not None:
             return self.path_of_model
-        key = f"{recipe.model.attention} {recipe.model.dtype} {recipe.data.max_length}"
+        head = recipe.objective.spec.head
+        key = f"{recipe.model.attention} {recipe.model.dtype} {recipe.data.max_length} {head}"
         if key not in self._proven:
             model, length = recipe.model, recipe.data.max_length
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            verdict = verdict_on(model, self.folder, max_length=length, device=device)
+            verdict = verdict_on(model, self.folder, max_length=length, device=device, head=head)
             line = recipe.line_of("model.path")
             self._proven[key] = path_of(verdict, source=recipe.source, line=line, attention=model.attention)
         return self._proven[key]

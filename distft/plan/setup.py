@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from distft.core.accelerators import Accelerator
-from distft.engine import ENGINES
+from distft.core.registry import Params
+from distft.engine import ENGINES, EngineSpec
 from distft.engine.auto import choose as choose_engine
-from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
+from distft.engine.footprint import EngineSetup, Footprint
 from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.model import cross_entropy
@@ -86,54 +87,35 @@ class Setup:
         return getattr(params, "offload", "none")
 
     @property
+    def footprint(self) -> Footprint:
+        """What the engine costs."""
+        return ENGINES[self.engine].footprint
+
+    @property
+    def ranks(self) -> EngineSetup:
+        """What the footprint follows from besides the model."""
+        return EngineSetup(
+            params=_params_for(ENGINES[self.engine], self.recipe.engine.params),
+            world=self.machine.world,
+            node=self.machine.gpus_per_node,
+            half=self.half,
+            micros_per_step=self.micros_per_step,
+        )
+
+    @property
     def shards(self) -> int:
-        """Ranks that cut one tensor among themselves, under an engine that cuts: all, or those of a group (fsdp2)."""
-        return self._group if self.engine == "fsdp2" else self.machine.world
-
-    @property
-    def second_copy_over(self) -> int:
-        """zero3: ranks that keep a second copy of the weights among them; 0: there is none."""
-        return self._group if self.engine == "zero3" and self._group < self.machine.world else 0
-
-    @property
-    def gathers_once(self) -> bool:
-        """fsdp2: weights stay whole, and gradients unreduced, over the micro-batches of a step."""
-        params: Any = self.recipe.engine.params
-        return self.engine == "fsdp2" and getattr(params, "gather", "") == "once_a_step"
+        """Ranks that cut one tensor among themselves, under an engine that cuts."""
+        return self.footprint.shards(self.ranks)
 
     @property
     def fp32_gradients(self) -> bool:
-        """Gradients of a bf16 model are kept in fp32 until the update.
-
-        fsdp2 does so while they are unreduced, or shares of a group: what is reduced once a step is bf16 again.
-        """
-        if self.gathers_once or (self.engine == "fsdp2" and self._group < self.machine.world):
-            return False
-        return keeps_fp32_gradients(self.grad_dtype, half=self.half, micros_per_step=self.micros_per_step)
+        """Gradients of a bf16 model are kept in fp32 until the update."""
+        return self.footprint.keeps_fp32_gradients(self.ranks)
 
     @property
     def half(self) -> bool:
         """The model computes in bf16."""
         return self.recipe.model.dtype == "bfloat16"
-
-    @property
-    def grad_dtype(self) -> GradDtype:
-        """What the recipe says of sums of gradients."""
-        params: Any = self.recipe.engine.params
-        return getattr(params, "grad_dtype", "auto")
-
-    @property
-    def reduced_bytes(self) -> int:
-        """Of one element of a gradient, between ranks."""
-        return 2 if self.half and self.grad_dtype == "bfloat16" else 4
-
-    @property
-    def _group(self) -> int:
-        params: Any = self.recipe.engine.params
-        within: int | str = getattr(params, "shard_within", "world")
-        if isinstance(within, int):
-            return within
-        return self.machine.world if within == "world" else self.machine.gpus_per_node
 
     @property
     def head_loss(self) -> HeadLoss:
@@ -150,6 +132,13 @@ class Setup:
     def kernel(self) -> str:
         """What stands for the path's attention."""
         return kernels.of_path(self.path, on_cpu=self.machine.on_cpu)
+
+
+def _params_for(spec: EngineSpec, chosen: Params) -> Params:
+    """The recipe's engine params as those of the engine that runs, which `auto` or a launcher chose."""
+    if isinstance(chosen, spec.params):
+        return chosen
+    return spec.params(**{key: value for key, value in chosen if key in spec.params.model_fields})
 
 
 def has_liger() -> bool:

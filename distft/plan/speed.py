@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distft.engine.footprint import Sent
 from distft.model.attention_shape import attention_shapes
 from distft.model.cross_entropy import chunked_loss
-from distft.plan.inventory import ROOT, Inventory
+from distft.plan.inventory import Inventory
 from distft.plan.memory import Memory, Part
 from distft.plan.rates import Work, times
 from distft.plan.setup import Setup
@@ -20,22 +21,6 @@ DEQUANTISED_BYTES = 2.516
 """Read and written per 4-bit weight each time its layer is dequantised to bf16: 0.516 + 2."""
 READS_PER_WRITE = 1.5
 """An operation reads a little more than it writes: of two inputs one is as large as the output."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sent:
-    """Bytes that a rank sends over the slowest link of its collectives, and inside a group of ranks."""
-
-    micro: float = 0.0
-    """In each micro-batch."""
-    micro_inside: float = 0.0
-    step: float = 0.0
-    """Once a step."""
-    step_inside: float = 0.0
-
-    def of_step(self, micros: int) -> float:
-        """All together, in a step of so many micro-batches."""
-        return micros * (self.micro + self.micro_inside) + self.step + self.step_inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +127,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
             Part(
                 name="sent per micro-batch, bytes",
                 num_bytes=round(sends.micro + sends.micro_inside),
-                formula=f"{setup.engine}: {_SENDS.get(setup.engine, 'nothing until the step ends')}; overlapped, at "
+                formula=f"{setup.engine}: {setup.footprint.traffic}; overlapped, at "
                 f"{rates.link:.0%} of {setup.machine.link_bytes_per_s / 1e9:.0f} GB/s",
             ),
             Part(
@@ -154,13 +139,6 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
             ),
         ),
     )
-
-
-_SENDS = {
-    "zero3": "weights gathered for forward and backward, gradients scattered: 3 x bytes x (n - 1) / n",
-    "fsdp2": "blocks gathered for forward and backward, the root once, gradients scattered",
-    "zero2": "gradients reduced to their owners",
-}
 
 
 def _matmul_flops(inventory: Inventory, setup: Setup) -> tuple[float, float]:
@@ -183,40 +161,5 @@ def _attention_flops(inventory: Inventory, length: int) -> float:
 
 
 def sent(inventory: Inventory, setup: Setup) -> Sent:
-    """What a rank sends; counted against running processes in tests/dist/test_traffic.py.
-
-    `fsdp2` gathers its root (embedding, head, last norm) once for forward and backward, blocks once for each; `zero3`
-    at most that. Both do so in every micro-batch, unless `gather = "once_a_step"`. Groups (`shard_within`) gather over
-    their own link, and what crosses groups are gradients (fsdp2) or gradients and the forward's gathers (zero3).
-    """
-    world, group = setup.machine.world, setup.shards
-    stored = sum(param.stored_bytes for param in inventory.params)
-    root = sum(param.stored_bytes for param in inventory.params if param.block == ROOT)
-    trained = sum(param.stored_bytes for param in inventory.params if param.trained)
-    reduced = setup.reduced_bytes * inventory.trained
-    all_ranks, within = (world - 1) / world, (group - 1) / group
-    match setup.engine:
-        case "zero3" if setup.second_copy_over:
-            # second copies of what is trained are stale after a step, those of frozen weights never
-            inside = (2 * stored - trained) * (setup.second_copy_over - 1) / setup.second_copy_over
-            return Sent(micro=(trained + reduced) * all_ranks, micro_inside=inside)
-        case "zero3":
-            return Sent(micro=(2 * stored + reduced) * all_ranks)
-        case "fsdp2":
-            gathers = stored if setup.gathers_once else 2 * stored - root
-            replicas = world // group
-            # a shard's gradients are summed over the groups: an all-reduce of 1 / group of them
-            across = 2 * reduced / group * (replicas - 1) / replicas
-            gathered, scattered = gathers * within, reduced * within
-            if group == world:
-                inside = Sent(micro=gathered + scattered) if not setup.gathers_once else Sent(step=gathered + scattered)
-                return inside
-            if setup.gathers_once:
-                return Sent(step=across, step_inside=gathered + scattered)
-            return Sent(step=across, micro_inside=gathered + scattered)
-        case "zero2":
-            return Sent(micro=reduced * all_ranks, step=trained * all_ranks)
-        case "zero1":
-            return Sent(step=(reduced + trained) * all_ranks)
-        case _:
-            return Sent(step=2 * reduced * all_ranks)
+    """What a rank sends; counted against running processes in tests/dist/test_traffic.py."""
+    return setup.footprint.sent(inventory, setup.ranks)

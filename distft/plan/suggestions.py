@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from distft.core.errors import DistftError
+from distft.engine import ENGINES, EngineSpec
 from distft.engine.grad_dtype import error_of_bf16_sums
+from distft.model.adapters import METHODS
 from distft.plan.case import PlanCase
 from distft.plan.setup import Machine
 
@@ -84,12 +86,21 @@ def _savers(case: PlanCase) -> Iterator[tuple[str, tuple[str, ...]]]:
         if recipe.optim.name.removeprefix("paged_") in ("adamw", "adamw_8bit") and name != recipe.optim.name:
             yield f"optimizer {name}", (f'optim.name="{name}"',)
     if world > 1 and recipe.optim.spec.elementwise:
-        for engine in ("zero2", "fsdp2", "zero3"):
-            if engine != setup.engine:
-                yield f"engine {engine}", (f'engine={{name="{engine}"}}',)
+        for engine in _saving_engines():
+            if engine.name != setup.engine:
+                yield f"engine {engine.name}", (f'engine={{name="{engine.name}"}}',)
     if setup.offload == "none" and recipe.optim.spec.elementwise:
-        yield "optimizer state in host memory", ('engine={name="zero3", offload="optimizer"}',)
-        yield "weights and optimizer state in host memory", ('engine={name="zero3", offload="all"}',)
+        words = {"optimizer": "optimizer state", "all": "weights and optimizer state"}
+        for kind, moved in words.items():
+            able = [engine.name for engine in _saving_engines() if kind in engine.offloads]
+            if able:
+                yield f"{moved} in host memory", (f'engine={{name="{able[-1]}", offload="{kind}"}}',)
+
+
+def _saving_engines() -> list[EngineSpec]:
+    """Engines that are offered where memory is short; the last one saves most."""
+    saving = [spec for spec in ENGINES.values() if spec.footprint.saves_memory]
+    return sorted(saving, key=lambda spec: spec.footprint.saves_memory)
 
 
 def _tried(
@@ -144,7 +155,9 @@ def _pairs(case: PlanCase, replan: Replan, helpful: list[RecipeChange]) -> Itera
 def _more_gpus(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
     """The smallest larger number of GPUs on which the recipe fits, its engine left to `auto` where one process ran."""
     machine = case.setup.machine
-    overrides = ('engine={name="zero3"}',) if machine.world == 1 or case.setup.engine in ("solo", "ddp") else ()
+    most = _saving_engines()[-1].name
+    cuts = machine.world > 1 and case.setup.footprint.shards_state
+    overrides = () if cuts else (f'engine={{name="{most}"}}',)
     for count in GPU_COUNTS:
         if count <= machine.world:
             continue
@@ -157,10 +170,11 @@ def _more_gpus(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
 
 
 def _methods(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
-    """LoRA, then QLoRA: what is trained changes, so they come last."""
-    now = case.setup.recipe.method.name
-    for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(now, ()):
-        overrides = (f'method={{name="{method}"}}', 'engine={name="auto"}')
-        change = _tried(case, replan, f"{method} instead of {now}", overrides, case.setup.machine, other=True)
+    """Methods that save more, LoRA before QLoRA: what is trained changes, so they come last."""
+    now = case.setup.recipe.method.spec
+    saving = [spec for spec in METHODS.values() if spec.saves_memory > now.saves_memory]
+    for spec in sorted(saving, key=lambda spec: spec.saves_memory):
+        overrides = (f'method={{name="{spec.name}"}}', 'engine={name="auto"}')
+        change = _tried(case, replan, f"{spec.name} instead of {now.name}", overrides, case.setup.machine, other=True)
         if change is not None and change.case.fits:
             yield change

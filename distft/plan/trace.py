@@ -27,6 +27,7 @@ from distft.core.errors import DistftError, MachineError
 from distft.model import activation_checkpointing
 from distft.model.causal import CausalLM
 from distft.model.cross_entropy import GATHERED_CHUNKS, HeadLoss, chunk_tokens, chunked_loss, chunked_sum, full_loss
+from distft.model.heads import head_of
 from distft.model.load import MetaModel
 from distft.plan import kernels as stand_ins
 from distft.plan.inventory import Inventory
@@ -148,7 +149,7 @@ def _operations(sample: MetaModel, tokens: int, kernel: str) -> int:
     seen = _Operations()
     try:
         with _ready(sample.module, sample.blocks, "off", kernel, full_loss), seen, torch.no_grad():
-            sample.module(*_batch(tokens))
+            sample.module(**_batch(sample.module, tokens))
     except Exception:  # any, see `_run`
         return 0
     return seen.count
@@ -180,7 +181,8 @@ def _by_chunks(
     is read off the line through two short ones.
     """  # noqa: D205
     how = (checkpointing, kernel, loss, blocks)
-    if inventory.path.head == "own" or loss not in (chunked_loss, chunked_sum):
+    scores = (head := head_of(inventory.samples[0].module.transformer)) is not None and not head.generates
+    if inventory.path.head == "own" or scores or loss not in (chunked_loss, chunked_sum):
         return _traced(inventory, tokens, *how)
     chunk = chunk_tokens(inventory.samples[0].module.head.weight.shape[0])
     step = GATHERED_CHUNKS * chunk
@@ -239,11 +241,14 @@ def _traced(
     )
 
 
-def _batch(tokens: int) -> tuple[Any, ...]:
-    """One document, every token supervised, as `CausalLM.losses` takes it."""
+def _batch(module: CausalLM, tokens: int) -> dict[str, Any]:
+    """One document as the forward takes it; every token supervised, or, under a scalar head, its last one scored."""
     ids = torch.zeros(tokens, dtype=torch.long, device="meta")
     bounds = torch.tensor([0, tokens], dtype=torch.int32)  # router losses read them
-    return (ids, ids, ids, bounds, tokens, tokens)
+    batch = {"input_ids_T": ids, "position_ids_T": ids, "cu_seqlens": bounds, "max_seqlen": tokens}
+    if (head := head_of(module.transformer)) is not None and not head.generates:
+        return batch | {"ends_D": torch.zeros(1, dtype=torch.long, device="meta")}
+    return batch | {"labels_T": ids, "num_supervised": tokens}
 
 
 def _run(
@@ -274,16 +279,16 @@ def _followed(
     module = sample.module
     skipped = contextlib.nullcontext() if blocks else _skipped(sample.blocks, _block_output(sample, kernel))
     with _ready(module, sample.blocks, checkpointing, kernel, loss), skipped:
-        batch = _batch(tokens)
-        inputs = [value for value in batch if isinstance(value, Tensor)]
+        batch = _batch(module, tokens)
+        inputs = [value for value in batch.values() if isinstance(value, Tensor)]
         own = {key_of(tensor) for tensor in [*module.parameters(), *module.buffers(), *inputs]}
         looked = Storages(own)
         if evaluate:
             with looked, torch.no_grad(), _marked(sample.blocks, looked):
-                module(*batch)
+                module(**batch)
         with Storages(own) as seen, seen.saved():
             with _marked(sample.blocks, seen):
-                losses = module(*batch)
+                losses = module(**batch)
                 total = losses.sum() if isinstance(losses, Tensor) else sum(part.sum() for part in losses)
                 total.backward()  # type: ignore[union-attr]
             gradients = {seen.serial(param.grad) for param in module.parameters() if param.grad is not None}

@@ -1,6 +1,6 @@
 """One TOML file in, one frozen and fully resolved `Recipe` out, or every mistake in it with its line."""
 
-from distft.recipe.eval_rules import score_params
+from distft.recipe.eval_rules import listed_params
 from distft.recipe.evaluation import AnswersTable, EvalTable
 from distft.recipe.json_schema import json_schema, schema_text
 from distft.recipe.load import load_recipe, parse_recipe
@@ -34,8 +34,8 @@ __all__ = [
     "check_steps",
     "check_world",
     "json_schema",
+    "listed_params",
     "load_recipe",
     "parse_recipe",
     "schema_text",
-    "score_params",
 ]

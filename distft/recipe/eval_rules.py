@@ -221,11 +221,11 @@ def _parts(one: AnswersTable, registries: Registries) -> Iterator[tuple[str, Any
         name = raw.get("name")
         if isinstance(name, str) and name in registries.scores:
             with contextlib.suppress(ValidationError):  # reported where it was read
-                yield name, score_params(raw, registries.scores[name].params)
+                yield name, listed_params(raw, registries.scores[name].params)
 
 
-def score_params(raw: dict[str, Any], kind: type[ParamsT]) -> ParamsT:
-    """The settings of one entry of `scores`."""
+def listed_params(raw: dict[str, Any], kind: type[ParamsT]) -> ParamsT:
+    """Return the settings of one entry of a list of parts, such as `scores`."""
     return kind.model_validate_json(json.dumps({key: value for key, value in raw.items() if key != "name"}))
 
 

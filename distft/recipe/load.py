@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distft.core.errors import Problem, RecipeError
-from distft.core.registry import Params, nearest
+from distft.core.registry import Params, Registry, nearest
 from distft.recipe.eval_rules import SPOT_SETS
 from distft.recipe.evaluation import AnswersTable, EvalTable
 from distft.recipe.explain import did_you_mean, read_table
@@ -22,6 +22,7 @@ from distft.recipe.rules import broken_rules
 from distft.recipe.schema import (
     DEFAULT_PARTS,
     Choice,
+    ExportTable,
     Recipe,
     Registries,
     RunKeys,
@@ -97,6 +98,7 @@ class _Reader:
     def recipe(self, source: str) -> Recipe:
         tables: dict[str, Any] = {table: self.fixed(table, kind) for table, kind in fixed_tables().items()}
         tables["eval"] = self.scored(tables["eval"])
+        tables["export"] = self.exported(tables["export"])
         parts: dict[str, Any] = {table: self.chosen(table) for table in chosen_tables()}
         run = self.run_keys({*tables, *parts})
         recipe = Recipe(**run.model_dump(), **tables, **parts, source=source, origin=self.origin)
@@ -121,10 +123,22 @@ class _Reader:
         return table.model_copy(update={"answers": tuple(sets)})
 
     def score(self, raw: dict[str, Any], position: int, number: int) -> dict[str, Any]:
-        registry, at = self.registries.scores, ("eval", "answers", position, "scores", number)
+        return self.listed(self.registries.scores, raw, ("eval", "answers", position, "scores", number))
+
+    def exported(self, table: ExportTable) -> ExportTable:
+        """The table with every export's settings checked and filled in."""
+        registry = self.registries.exports
+        also = tuple(self.listed(registry, dict(raw), ("export", "also", at)) for at, raw in enumerate(table.also))
+        return table.model_copy(update={"also": also})
+
+    def listed(self, registry: Registry[Any], raw: dict[str, Any], at: KeyPath) -> dict[str, Any]:
+        """One entry of a list of parts, each a name and its settings, with its defaults filled in."""
         name = raw.pop("name", None)
         if not isinstance(name, str) or name not in registry:
-            message = "a score needs a name" if name is None else f"unknown score{did_you_mean(name, list(registry))}"
+            noun = registry.noun
+            article = "an" if noun[0] in "aeiou" else "a"
+            known = did_you_mean(name, list(registry))
+            message = f"{article} {noun} needs a name" if name is None else f"unknown {noun}{known}"
             self.report(RecipeMistake(key=(*at, "name"), message=message, fix=f"allowed: {', '.join(registry)}"))
             return {"name": name, **raw}
         params = self.read(registry[name].params, raw, at, part=name)

@@ -321,10 +321,11 @@ def optimizer_fits_engine(recipe: Recipe, registries: Registries) -> Iterator[Re
 def adapters_recompute_outside_gathers(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
     """ZeRO-3 gathers layers with adapters one by one, and selective recomputation cannot replay gathers in a block."""
     adapter = getattr(recipe.method.spec, "adapter", False)
-    if (adapter, recipe.engine.name, recipe.train.activation_checkpointing) == (True, "zero3", "selective"):
+    inside = getattr(getattr(recipe.engine.spec, "footprint", None), "gathers_inside_blocks", False)
+    if adapter and inside and recipe.train.activation_checkpointing == "selective":
         yield RecipeMistake(
             key=("train", "activation_checkpointing"),
-            message="cannot be selective for adapters under zero3",
+            message=f"cannot be selective for adapters under {recipe.engine.name}",
             fix='use "full" or "off", or engine fsdp2 or ddp',
             also=(("method", "name"), ("engine", "name")),
         )

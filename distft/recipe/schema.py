@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,8 @@ from distft.core.registry import Params, Registry, Spec
 from distft.recipe.evaluation import EvalTable, SourceTable
 from distft.recipe.lines import KeyPath
 from distft.recipe.origin import Origin, key_path
+from distft.recipe.replacements import Replacement, with_value, write_back
+from distft.recipe.resume_policy import Ask, Fixed, Free, ResumePolicy
 from distft.recipe.toml_text import is_array, is_table, toml_text
 
 SpecT = TypeVar("SpecT", bound=Spec)
@@ -28,30 +30,30 @@ SpecT = TypeVar("SpecT", bound=Spec)
 class RunKeys(Params):
     """The keys above the first table."""
 
-    name: str = Field(examples=["my-run"])
+    name: Free[str] = Field(examples=["my-run"])
     """Name of the run; its folder is output_dir/name."""
-    seed: int = Field(default=42, ge=0, le=2**32 - 1)
+    seed: Fixed[int] = Field(default=42, ge=0, le=2**32 - 1)
     """Seeds data order, dropout and random weights."""
-    output_dir: str = Field(default="runs", min_length=1)
+    output_dir: Free[str] = Field(default="runs", min_length=1)
     """Folder that holds run folders; on several machines, one that all of them see."""
 
 
 class ModelTable(Params):
     """The weights to start from and how they compute."""
 
-    path: str = Field(min_length=1, examples=["meta-llama/Llama-3.1-8B"])
+    path: Free[str] = Field(min_length=1, examples=["meta-llama/Llama-3.1-8B"])
     """Model folder or hub id."""
-    revision: str | None = Field(default=None, min_length=1)
+    revision: Free[str | None] = Field(default=None, min_length=1)
     """Hub commit, tag or branch; a commit pins the weights."""
-    tokenizer: str | None = Field(default=None, min_length=1)
+    tokenizer: Free[str | None] = Field(default=None, min_length=1)
     """Tokenizer folder or hub id when it is not the model's."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Fixed[Literal["bfloat16", "float32"]] = "bfloat16"
     """Precision of weights and matrix products."""
-    attention: Literal["auto", "flash", "varlen", "sdpa", "eager"] = "auto"
+    attention: Free[Literal["auto", "flash", "varlen", "sdpa", "eager"]] = "auto"
     """auto = flash-attn if installed, else torch's varlen kernel, else SDPA."""
-    init: Literal["pretrained", "random"] = "pretrained"
+    init: Fixed[Literal["pretrained", "random"]] = "pretrained"
     """random = build from the config without reading weights: benchmarks and tests."""
-    cross_entropy: Literal["auto", "fused", "chunked", "full"] = "auto"
+    cross_entropy: Free[Literal["auto", "fused", "chunked", "full"]] = "auto"
     """fused = Liger; chunked = never tokens x vocabulary at once; full = plain logits."""
 
 
@@ -67,63 +69,63 @@ class TrainSourceTable(SourceTable):
 class DataTable(Params):
     """Rows, and how they become sequences of tokens."""
 
-    max_length: int = Field(default=2048, ge=8)
+    max_length: Fixed[int] = Field(default=2048, ge=8)
     """Tokens in a sequence, packed or not."""
-    packing: bool = True
+    packing: Fixed[bool] = True
     """Best-fit packing of documents into sequences; they never attend to each other."""
-    loss_on: Literal["assistant", "completion", "last_turn", "all"] = "assistant"
+    loss_on: Fixed[Literal["assistant", "completion", "last_turn", "all"]] = "assistant"
     """Which tokens are trained; `all` by default when every source has format = "text"."""
-    chat_template: str = Field(default="auto", min_length=1)
+    chat_template: Fixed[str] = Field(default="auto", min_length=1)
     """auto = the tokenizer's; or a built-in name; or a file ending in .jinja."""
-    long_rows: Literal["drop", "truncate", "error"] = "drop"
+    long_rows: Fixed[Literal["drop", "truncate", "error"]] = "drop"
     """What happens to a row longer than max_length."""
-    bad_rows: Literal["error", "skip"] = "error"
+    bad_rows: Fixed[Literal["error", "skip"]] = "error"
     """What happens to a row that is not of the source's format; skipped rows are counted."""
-    special_tokens_in_content: Literal["escape", "error", "allow"] = "escape"
+    special_tokens_in_content: Free[Literal["escape", "error", "allow"]] = "escape"
     """Special tokens typed inside messages: escape = they stay text, error = such a row is refused, allow = they become
     the tokens. In raw text they are the tokens, unless error."""
-    merge_turns: bool = False
+    merge_turns: Free[bool] = False
     """Join neighbouring turns of one role, by a blank line, instead of refusing the row."""
-    date: str | None = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$", examples=["2026-01-31"])
+    date: Free[str | None] = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$", examples=["2026-01-31"])
     """What chat templates that write the date are given; the day the run began unless set."""
-    overlap: Literal["report", "error"] = "report"
+    overlap: Free[Literal["report", "error"]] = "report"
     """What happens when evaluation rows (equal, of equal prompt, or nearly equal) are also trained on."""
-    shuffle: bool = True
+    shuffle: Fixed[bool] = True
     """Draw a new order every epoch, from the seed alone."""
-    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    num_workers: Free[Annotated[int, Field(ge=0)] | Literal["auto"]] = "auto"
     """Processes that prepare data; 0 = the main process does."""
-    cache_dir: str | None = Field(default=None, min_length=1)
+    cache_dir: Free[str | None] = Field(default=None, min_length=1)
     """Folder of prepared data, when not the user's cache folder."""
-    train: tuple[TrainSourceTable, ...] = Field(min_length=1, examples=[[{"path": "train.jsonl"}]])
+    train: Free[tuple[TrainSourceTable, ...]] = Field(min_length=1, examples=[[{"path": "train.jsonl"}]])
     """Sources of training rows."""
-    eval: tuple[SourceTable, ...] = ()
+    eval: Free[tuple[SourceTable, ...]] = ()
     """Sources of held-out rows."""
 
 
 class TrainTable(Params):
     """How long, in what batches, and with which memory savers."""
 
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: Ask[float | None] = Field(default=None, gt=0)
     """Passes over the training rows; 1 when max_steps is not set either."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: Ask[int | None] = Field(default=None, ge=1)
     """Optimizer steps, instead of epochs."""
-    global_batch_size: int = Field(default=64, ge=1)
+    global_batch_size: Fixed[int] = Field(default=64, ge=1)
     """Sequences per optimizer step over all GPUs, whatever their number."""
-    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    micro_batch_size: Free[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
     """Sequences per forward and backward on one GPU."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | Literal["off"] = 1.0
+    max_grad_norm: Ask[Annotated[float, Field(gt=0)] | Literal["off"]] = 1.0
     """Gradients are scaled down to this global L2 norm."""
-    activation_checkpointing: Literal["auto", "off", "selective", "full"] = "auto"
+    activation_checkpointing: Free[Literal["auto", "off", "selective", "full"]] = "auto"
     """Recompute activations in the backward pass instead of keeping them."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Free[bool | Literal["auto"]] = "auto"
     """torch.compile, block by block. auto: on a GPU, for packed rows, where a small copy of the model compiles there
     and keeps its numbers. Micro-batches are then filled up to their full length."""
-    rehearse: bool = False
+    rehearse: Free[bool] = False
     """Run the worst step first and throw it away, so that what will run out of memory does so in the first minute."""
-    deterministic: bool = False
+    deterministic: Free[bool] = False
     """Use deterministic kernels alone, so that a run on GPUs repeats and resumes bit for bit; slower (attention's
     backward by 15 to 40 % as others report). On CPUs every run is."""
-    load_best: bool = False
+    load_best: Free[bool] = False
     """Write the best checkpoint's weights to final/ instead of the last ones; needs [checkpoint] best."""
 
 
@@ -194,6 +196,13 @@ class LogTable(Params):
     """Weights & Biases project."""
 
 
+class ExportTable(Params):
+    """Forms of the trained model besides final/."""
+
+    also: tuple[dict[str, Any], ...] = ()
+    """Each a name and its settings, such as { name = "adapter" }; written to the run folder's exports/NAME/."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice(Generic[SpecT]):
     """A registered part that a table chose by name, and what the table set on it."""
@@ -219,6 +228,8 @@ class Registries:
     """Dataset formats: `format` is "auto" or one of these."""
     scores: Registry[Any] = field(default_factory=lambda: Registry[Any]("score"))
     """What `[[eval.answers]] scores` may name."""
+    exports: Registry[Any] = field(default_factory=lambda: Registry[Any]("export"))
+    """What `[export] also` may name."""
     templates: tuple[str, ...] = ()
     """Built-in chat templates: `chat_template` is "auto", one of these, or a .jinja file."""
 
@@ -237,16 +248,6 @@ DEFAULT_PARTS = {"method": "full", "objective": "sft", "optim": "adamw", "schedu
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replacement:
-    """A value that stands for what the recipe says on this machine or in this run: a real path, a date."""
-
-    key: KeyPath
-    value: Any
-    written: Any
-    """What the recipe says there; None: nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One run, fully resolved. Two recipes are equal when their content is, wherever they were read from."""
 
@@ -254,17 +255,18 @@ class Recipe:
     seed: int
     output_dir: str
     model: ModelTable
-    method: Choice[Any]
-    objective: Choice[Any]
+    method: Fixed[Choice[Any]]
+    objective: Fixed[Choice[Any]]
     data: DataTable
-    optim: Choice[Any]
-    schedule: Choice[Any]
+    optim: Annotated[Choice[Any], ResumePolicy("fixed", ask=("learning_rate", "weight_decay"))]
+    schedule: Ask[Choice[Any]]
     train: TrainTable
-    engine: Choice[Any]
-    checkpoint: CheckpointTable
-    guard: GuardTable
-    eval: EvalTable
-    log: LogTable
+    engine: Free[Choice[Any]]
+    checkpoint: Free[CheckpointTable]
+    guard: Free[GuardTable]
+    eval: Free[EvalTable]
+    export: Free[ExportTable]
+    log: Free[LogTable]
     source: str = field(compare=False)
     """The file it was read from, or what the caller called its text."""
     origin: Origin = field(compare=False, repr=False)
@@ -280,7 +282,7 @@ class Recipe:
         for step in rest:
             written = written[step] if isinstance(step, int) else getattr(written, step)
         noted = Replacement(key=key, value=value, written=written)
-        changed: Any = {name: _with(table, rest, value), "replacements": (*self.replacements, noted)}
+        changed: Any = {name: with_value(table, rest, value), "replacements": (*self.replacements, noted)}
         return replace(self, **changed)
 
     def written(self, path: str) -> str:
@@ -310,7 +312,9 @@ class Recipe:
                 case _:
                     pass
         for noted in reversed(self.replacements):
-            _write_back(content, noted)
+            write_back(content, noted)
+        if not self.export.also:
+            del content["export"]
         if not self.data.eval:
             del content["data"]["eval"]
             if not self.eval.answers:  # [eval] has no effect without rows, and to say it again would be an error
@@ -360,32 +364,6 @@ def fill_dependent_defaults(raw: dict[str, Any]) -> None:
     for source in sources:
         if is_table(source) and "share" not in source:
             source.setdefault("weight", 1.0)
-
-
-def _with(table: Any, key: Sequence[str | int], value: Any) -> Any:
-    """A copy of a table, or of a tuple of tables, with another value at `key`."""
-    if not key:
-        return value
-    step, *rest = key
-    if isinstance(step, int):
-        return (*table[:step], _with(table[step], rest, value), *table[step + 1 :])
-    return table.model_copy(update={step: _with(getattr(table, step), rest, value)})
-
-
-def _write_back(content: Any, noted: Replacement) -> None:
-    """Put what the recipe says in place of what stands for it, unless the value was changed since."""
-    *steps, last = noted.key
-    try:
-        for step in steps:
-            content = content[step]
-        current = content[last]
-    except (KeyError, IndexError):  # the table was changed since
-        return
-    if current == noted.value:
-        if noted.written is None:
-            del content[last]
-        else:
-            content[last] = noted.written
 
 
 def _plain(table: Params) -> dict[str, Any]:

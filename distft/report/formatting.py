@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from distft.core import duration as durations
 from distft.run_record import EvalFigure, number
 
 NOTHING = "–"
@@ -51,16 +52,7 @@ def gib(value: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """2 h 03 min, 4 min 10 s, 12.3 s."""
-    if seconds is None:
-        return NOTHING
-    if seconds < 60:
-        return f"{seconds:.1f}\u202fs" if seconds < 10 else f"{seconds:.0f}\u202fs"
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        days, hours = divmod(hours, 24)
-        return f"{days}\u202fd {hours:02}\u202fh"
-    return f"{hours}\u202fh {minutes:02}\u202fmin" if hours else f"{minutes}\u202fmin {left:02}\u202fs"
+    return NOTHING if seconds is None else durations.duration(seconds, space="\u202f")
 
 
 def moment(seconds: float) -> str:

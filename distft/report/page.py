@@ -16,7 +16,6 @@ from distft.report.timeline import timeline
 from distft.run_record import RunRecord
 from distft.status import Status
 
-_METHODS = {"full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 _STATES = {"complete": ("good", "● complete"), "failed": ("bad", "✕ failed"), "lost": ("bad", "? lost"),
            "stopped": ("", "‖ stopped"), "running": ("", "▶ running"), "queued": ("", "… queued")}  # fmt: skip
 
@@ -35,7 +34,7 @@ def run_page(run: RunRecord, status: Status, *, price: float | None = None, no_c
     }
     contents = [("glance", "At a glance"), *((name, title) for name, (title, _) in parts.items())]
     kind, told = _STATES.get(status.state, ("", status.state))
-    kicker = " · ".join(filter(None, [_METHODS.get(run.method, run.method), run.base, _where(run)]))
+    kicker = " · ".join(filter(None, [run.method_title, run.base, _where(run)]))
     header = h(
         "header",
         h("p", kicker, class_="kicker"),
@@ -134,7 +133,7 @@ def _facts(run: RunRecord, status: Status, price: float | None) -> Iterator[tupl
     parameters = run.manifest.get("parameters") or {}
     trained, total = parameters.get("trainable"), parameters.get("total")
     yield "what", f"{run.table('objective').get('name', '')} on {run.base}" if run.base else ""
-    method = _METHODS.get(run.method, run.method)
+    method = run.method_title
     share = (
         f", {formatting.count(trained)} of {formatting.count(total)} parameters trained" if total and trained else ""
     )

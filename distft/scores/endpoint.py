@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from distft.core.errors import FileSystemError, MachineError
+from distft.core.files import replace_json
 
 MAX_BYTES = 4 << 20
 """Of a response; no answer to a judge's prompt is longer."""
@@ -178,8 +178,6 @@ def _read(note: Path) -> str | None:
 def _write(note: Path, content: dict[str, Any]) -> None:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        aside = note.with_suffix(f".{uuid4().hex}.tmp")
-        aside.write_text(json.dumps(content), encoding="utf-8")
-        aside.replace(note)
+        replace_json(note, content)
     except OSError as error:
         raise FileSystemError(f"{note.parent}: a judge's answer cannot be kept: {error.strerror}") from None

@@ -1,5 +1,6 @@
 """Every registered method: starts as identity, trains only what it owns, and merges into what it computes."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from peft import PeftModel
 from tiny import CPU, batch, build, documents
 from transformers import AutoModelForCausalLM
 
+import distft
 from distft.model.adapters import METHODS
 
 ADAPTERS = [name for name, spec in METHODS.items() if spec.adapter]
@@ -115,3 +117,27 @@ def test_a_tied_head_that_is_trained_whole_starts_as_the_embeddings(
     assert torch.equal(head, embeddings)
     assert head.requires_grad
     assert not embeddings.requires_grad
+
+
+def test_no_other_room_tests_a_method_by_its_name() -> None:
+    """The spec says what a method is like; code that compares names does not know methods from outside."""
+    package = Path(distft.__file__).parent
+    tested = [
+        f"{path.relative_to(package)}:{node.lineno}"
+        for path in sorted(package.rglob("*.py"))
+        if package / "model/adapters" not in path.parents
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare)
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant) and constant.value in {"lora", "qlora", ".lora_A.", ".lora_B."}
+    ]
+    assert tested == []
+
+
+def test_what_starts_at_zero_does(tiny_config: Path) -> None:
+    """And is what tells an adapter that was trained from one that was not."""
+    for name in ADAPTERS:
+        spec, module = METHODS[name], build(tiny_config, name).module
+        zeros = {param for param, tensor in module.named_parameters() if spec.owns(param) and not tensor.any()}
+        assert zeros
+        assert zeros == {param for param, _ in module.named_parameters() if spec.starts_at_zero(param)}

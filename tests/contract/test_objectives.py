@@ -1,29 +1,59 @@
 """Every objective gives sums: cutting a batch into pieces changes nothing but the number of calls."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import batch, build, documents
 
+from distft.core.types import Batch
 from distft.model.policy import ModelPolicy
 from distft.objectives import OBJECTIVES
 from distft.objectives.spec import Objective
 
 
+def micro(rows: list[list[int]], size: int, first: int) -> Batch:
+    """Rows in groups of `size`, with columns that depend on their numbers from `first` on."""
+    numbers = torch.arange(first, first + len(rows), dtype=torch.float32)
+    columns = {"ref_logprob_D": -20 - numbers, "margin_G": 0.1 * numbers[::size]}
+    return replace(batch(rows, trained_from=3), group_sizes=(size,) * (len(rows) // size), columns=columns)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_sums_do_not_change_when_a_batch_is_split(tiny_config: Path, name: str) -> None:
     spec = OBJECTIVES[name]
-    rows = documents([30, 7, 18, 5])
-    whole, pieces = batch(rows, trained_from=3), [batch([row], trained_from=3) for row in rows]
-    gradients, sums = [], []
+    rows, size = documents([30, 7, 18, 5]), spec.group_size
+    whole = micro(rows, size, 0)
+    pieces = [micro(rows[at : at + size], size, at) for at in range(0, len(rows), size)]
+    gradients, sums, figures = [], [], []
     for micros in ([whole], pieces):
-        model = build(tiny_config).module
+        model = build(tiny_config, head=spec.head).module
         objective = Objective(spec=spec, params=spec.params(), policy=ModelPolicy(model))
-        loss = torch.stack([objective.terms(micro).loss_sum for micro in micros]).sum()
+        terms = [objective.terms(one) for one in micros]
+        loss = torch.stack([one.loss_sum for one in terms]).sum()
         loss.backward()
         sums.append(loss.item())
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        figures.append({figure: sum(one.figures[figure] for one in terms).tolist() for figure in terms[0].figures})
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
     assert torch.allclose(*gradients, atol=1e-5)
+    assert figures[0].keys() == figures[1].keys()
+    for figure, (total, count) in figures[0].items():
+        assert figures[1][figure] == [pytest.approx(total, rel=1e-5, abs=1e-5), count], figure
     assert objective.denominator([whole]) == objective.denominator(pieces) > 0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_batch_of_nothing_gives_zero_and_a_gradient_of_every_parameter(tiny_config: Path, name: str) -> None:
+    spec = OBJECTIVES[name]
+    nothing = replace(
+        batch([[0]]), group_sizes=(), columns={"ref_logprob_D": torch.zeros(0), "margin_G": torch.zeros(0)}
+    )
+    model = build(tiny_config, head=spec.head).module
+    objective = Objective(spec=spec, params=spec.params(), policy=ModelPolicy(model))
+    terms = objective.terms(nothing)
+    assert terms.loss_sum.item() == 0
+    assert all(count == 0 for _, count in terms.figures.values()), terms.figures
+    terms.loss_sum.backward()
+    assert all(param.grad is not None and not param.grad.any() for param in model.parameters())

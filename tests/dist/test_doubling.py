@@ -30,9 +30,9 @@ def rank_of(world, rank, port):
         rank=rank, world=world, local_rank=rank, device=torch.device("cpu"), launcher="torchrun", wants="", joined=True
     )
     engine, recursive_doubling.RING_RANKS = BaseEngine(placed), 4
-    assert engine.all_say(True)
-    assert not engine.all_say(rank != world - 1)
-    found.append((engine.sum_over_ranks(rank, 0.1, 1), engine.collect({"rank": rank})))
+    assert engine.all_true(True)
+    assert not engine.all_true(rank != world - 1)
+    found.append((engine.sum_over_ranks(rank, 0.1, 1), engine.gather_to_rank0({"rank": rank})))
     dist.barrier()
     return found
 

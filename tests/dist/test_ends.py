@@ -51,7 +51,7 @@ def test_the_reason_is_written_before_advice_and_before_the_group_is_left(
         raise FULL_CARD[2]
 
     monkeypatch.setattr(SoloEngine, "step", fail)
-    monkeypatch.setattr(assemble, "advice", lambda *given: look("advice"))
+    monkeypatch.setattr(assemble, "memory_advice", lambda *given: look("advice"))
     close = SoloEngine.close
     monkeypatch.setattr(SoloEngine, "close", lambda self: (look("close"), close(self)))
     recipe = load_recipe(

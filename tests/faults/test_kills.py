@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 from forks import Forks
 from harness import STEPS, Bench, End, Job, until
+from one_rank import OneRank
 
 from distft.checkpoint.loading import load_path
-from distft.checkpoint.rank_group import Alone
 from distft.core.errors import CheckpointError, HangError
 from distft.health.heartbeat import is_dead
 
@@ -29,7 +29,7 @@ def newest_valid(job: Job) -> int | None:
     """Step of the newest checkpoint that passes every check; nothing is touched, least of all what is half done."""
     for step in reversed(job.checkpoints()):
         with contextlib.suppress(CheckpointError):
-            return load_path(job.folder / f"checkpoints/step-{step:08d}", Alone()).step
+            return load_path(job.folder / f"checkpoints/step-{step:08d}", OneRank()).step
     return None
 
 

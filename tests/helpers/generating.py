@@ -9,9 +9,9 @@ import torch
 from tiny import CPU, build
 
 from distft.core.types import UpdateRule
+from distft.engine.params import EngineParams
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
-from distft.engine.spec import EngineParams
 from distft.generation.generator import Generator
 
 ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)

@@ -8,6 +8,7 @@ import torch
 from distft.core.types import IGNORE, Batch
 from distft.model import load
 from distft.model.adapters import METHODS
+from distft.model.heads import HEADS
 from distft.recipe import ModelTable
 
 CPU = torch.device("cpu")
@@ -21,12 +22,13 @@ def build(
     seed: int = 1,
     params: dict | None = None,
     device: torch.device = CPU,
+    head: str = "lm",
     **model,
 ):
     table = ModelTable(path=str(folder), **({"init": "random", "dtype": "float32"} | model))
     spec = METHODS[method]
     chosen = spec.params.model_validate_json(json.dumps(params or {}))
-    built = load.build(table, load.find_folder(table), spec, chosen, seed=seed, device=device)
+    built = load.build(table, load.find_folder(table), spec, chosen, seed=seed, device=device, head=HEADS[head])
     if fill:
         built.fill(built.module, device)
     return built

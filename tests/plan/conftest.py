@@ -18,12 +18,13 @@ _read = inventory.read
 
 
 def _once(
-    table: ModelTable, folder: Path, method: MethodSpec, params: Any, *, path: ForwardPath | None = None
+    table: ModelTable, folder: Path, method: MethodSpec, params: Any, *, path: ForwardPath | None = None, **more: Any
 ) -> Inventory:
     said = table.model_dump_json(exclude={"path"})
-    key = ((folder / "config.json").read_text(encoding="utf-8"), said, method.name, params.model_dump_json(), path)
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    key = (config, said, method.name, params.model_dump_json(), path, *sorted(more.items()))
     if key not in _READ:
-        _READ[key] = _read(table, folder, method, params, path=path)
+        _READ[key] = _read(table, folder, method, params, path=path, **more)
     return _READ[key]
 
 

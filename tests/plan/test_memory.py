@@ -1,15 +1,21 @@
 """Phases, gathered layers, buckets and temporaries follow from how engines work; and 8B and 70B come out as known."""
 
+import ast
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from plan_kit import read, recipe_of
 
+import distft.plan
 from distft.core.accelerators import GIB, named
 from distft.core.errors import RecipeError
+from distft.engine import ENGINES, EngineSpec
+from distft.engine.footprint import EngineSetup, Footprint, GatheredLayers, GradientRule, ModelSizes, Sent, State
+from distft.engine.params import EngineParams
 from distft.plan.case import PlanCase, plan
 from distft.plan.setup import Machine
 from distft.plan.suggestions import changes
@@ -225,3 +231,41 @@ def test_answers_need_a_cache_and_auto_takes_what_fits(llama8b: Path) -> None:
     assert small.memory.phases.answers == 0
     part, phase = asking()
     assert small.memory.phases.evaluation < phase < small.memory.phases.evaluation + 1.1 * part
+
+
+def test_the_plan_names_no_engine() -> None:
+    """It asks `EngineSpec.footprint`, so an engine from outside is planned as well as ours."""
+    named = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted(Path(distft.plan.__file__).parent.glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in set(ENGINES) - {"auto"}
+    ]
+    assert named == []
+
+
+class ThirdFootprint(Footprint):
+    """Keeps a third of ddp's master weights, gathers 5 bytes and sends 7."""
+
+    shards_state = True
+
+    def state(self, model: ModelSizes, shards: int, rank: int, rule: GradientRule) -> State:
+        whole = super().state(model, shards, rank, rule)
+        return replace(whole, master=whole.master // 3)
+
+    def gathered(self, model: ModelSizes, setup: EngineSetup) -> GatheredLayers:
+        return GatheredLayers(num_bytes=5, formula="five bytes")
+
+    def sent(self, model: ModelSizes, setup: EngineSetup) -> Sent:
+        return Sent(micro=7.0)
+
+
+def test_an_engine_from_outside_brings_its_own_footprint(llama8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    third = EngineSpec(name="third", params=EngineParams, module="nowhere", footprint=ThirdFootprint())
+    unsaid = EngineSpec(name="unsaid", params=EngineParams, module="nowhere")
+    monkeypatch.setattr(ENGINES, "_specs", {**ENGINES, "third": third, "unsaid": unsaid})
+    ddp, mine, plain = (case(llama8b, EIGHT, *FULL, f'engine.name="{name}"') for name in ("ddp", "third", "unsaid"))
+    assert mine.memory.state.master == ddp.memory.state.master // 3
+    assert (mine.memory.gathered, mine.speed.sent.micro) == (5, 7.0)
+    assert "five bytes" in [part.formula for part in mine.memory.parts]
+    assert (plain.memory.phases, plain.speed.sent) == (ddp.memory.phases, ddp.speed.sent), "one that does not say"

@@ -57,6 +57,34 @@ def test_the_schema_is_current() -> None:
     assert (FOLDER / "schema.json").read_text(encoding="utf-8") == schema_text(REGISTRIES)
 
 
+OLD = Path(__file__).parents[1] / "fixtures/recipes-8a04090"
+"""The recipes of commit 8a04090, and in resolved.json what it read in them, defaults filled in."""
+NEW_DEFAULTS = {"train.compile"}
+"""Keys that mean something else today where a recipe does not say them (CHANGELOG.md)."""
+
+
+@pytest.mark.parametrize("path", sorted(OLD.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_of_an_older_version_means_what_it_meant(path: Path) -> None:
+    then = json.loads((OLD / "resolved.json").read_text(encoding="utf-8"))[path.name]
+    now = flat(load_recipe(path, registries=REGISTRIES).resolved())
+    assert {key: now.get(key) for key in flat(then)} == flat(then) | {
+        key: now[key] for key in NEW_DEFAULTS & flat(then).keys()
+    }
+
+
+def test_ten_of_them_are_kept() -> None:
+    assert {path.stem for path in OLD.glob("*.toml")} == set(EXPECTED)
+
+
+def flat(value: object, key: str = "") -> dict[str, object]:
+    """Key with dots -> value that is no table."""
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{key}.{name}".strip(".")).items()}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return {k: v for index, inner in enumerate(value) for k, v in flat(inner, f"{key}.{index}").items()}
+    return {key: value}
+
+
 LEAST = 'name = "run"\n[model]\npath = "base"\n[[data.train]]\npath = "train.jsonl"\n'
 PARTS = [(table, name) for table in chosen_tables() for name in REGISTRIES.part(table)]
 ODD = [

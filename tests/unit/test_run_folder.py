@@ -15,7 +15,7 @@ import torch
 from distft.core.errors import FileSystemError
 from distft.core.phase import PHASE
 from distft.core.types import TrainState
-from distft.run_folder import RunFolder, write_atomic
+from distft.run_folder import RunFolder
 
 FACTS = {"engine": "solo", "world": 1, "seed": 42, "data": {"train": "ab12"}, "parameters": {"total": 7}}
 
@@ -175,13 +175,3 @@ def test_what_was_changed_since_the_commit_is_kept(tmp_path: Path, monkeypatch: 
 def test_one_rank_writes_it(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", writes=False).start("", FACTS)
     assert list((tmp_path / "run").iterdir()) == []
-
-
-def test_readers_see_the_old_text_or_the_new(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    write_atomic(path, "old")
-    with path.open() as reader:
-        write_atomic(path, "new")
-        assert reader.read() == "old"
-    assert path.read_text() == "new"
-    assert [found.name for found in tmp_path.iterdir()] == ["file.json"]

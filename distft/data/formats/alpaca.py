@@ -11,6 +11,16 @@ def convert(row: Row) -> Conversation:
 
     The input follows the instruction after a blank line.
     """
+    messages = prompt_of(row)
+    return conversation([*messages, {"role": "assistant", "content": text_column(row, "output")}])
+
+
+def prompt_of(row: Row) -> list[Message]:
+    """Return the messages before the answer.
+
+    Raises:
+        RowError: there is nothing asked, or the history is no list of pairs.
+    """
     system = text_column(row, "system", default="")
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for asked, answered in _history(row.get("history")):
@@ -18,8 +28,7 @@ def convert(row: Row) -> Conversation:
     asked = "\n\n".join(filter(None, (text_column(row, "instruction"), text_column(row, "input", default=""))))
     if not asked:
         raise RowError('"instruction" and "input" are both empty')
-    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": text_column(row, "output")}]
-    return conversation(messages)
+    return [*messages, {"role": "user", "content": asked}]
 
 
 def _history(history: Any) -> list[list[Any]]:

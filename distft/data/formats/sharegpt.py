@@ -22,12 +22,26 @@ ROLE_OF = {
 
 def convert(row: Row) -> Conversation:
     """The row's chat; a `system` column becomes the first message, `function_call` turns become tool calls."""
+    return conversation(turns_of(row), tools_of(row))
+
+
+def turns_of(row: Row) -> list[Message]:
+    """Return the row's turns as messages, what the column `system` says in front.
+
+    Raises:
+        RowError: a turn is none.
+    """
     turns = message_list(row.get("conversations"), "conversations")
-    messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
-    return conversation(system_first(row, messages, role="role", content="content"), tools_of(row))
+    messages = [message(turn, number) for number, turn in enumerate(turns, 1)]
+    return system_first(row, messages, role="role", content="content")
 
 
-def _message(turn: Any, number: int) -> Message:
+def message(turn: Any, number: int) -> Message:
+    """Return a turn as a message.
+
+    Raises:
+        RowError: it is none of ShareGPT's form.
+    """
     if isinstance(turn, dict) and "from" not in turn and "role" in turn:
         raise RowError(
             f'turn {number} has "role" instead of "from": the row is of format messages  write format = "messages", '

@@ -20,7 +20,7 @@ def look(here: Here) -> Facts:
         return {"alone": True}
     import torch
 
-    gpu = here.group.placed.device.type == "cuda"
+    gpu = here.group.device.type == "cuda"
     gib = here.asked.gib or ((0.125 if here.asked.short else 1.0) if gpu else (1 / 128 if here.asked.short else 1 / 32))
     size = int(gib * 2**30)
     rates = here.group.rates(size)
@@ -31,7 +31,7 @@ def look(here: Here) -> Facts:
         "all_reduce": rates.all_reduce,
         "all_gather": rates.all_gather,
         "ring": ring,
-        "device": torch.cuda.get_device_name(here.group.placed.device) if gpu else "cpu",
+        "device": torch.cuda.get_device_name(here.group.device) if gpu else "cpu",
     }
 
 

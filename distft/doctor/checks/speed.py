@@ -15,7 +15,7 @@ def look(here: Here) -> Facts:
 
     from distft.health.straggler import StragglerProbe
 
-    device = here.group.placed.device if here.group is not None else _own(torch.cuda.is_available())
+    device = here.group.device if here.group is not None else _own(torch.cuda.is_available())
     here.gather(None)  # all at the same time, as in a run
     timing = StragglerProbe().read(0.0, torch.device(device))
     return {"ms": 1000 * timing.probe_s, "device": str(device)}

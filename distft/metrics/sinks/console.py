@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distft.core.duration import duration
+
 
 def _is_step(record: dict[str, Any]) -> bool:
     return "loss" in record
@@ -82,7 +84,7 @@ class LineSink:
             self._said_at = now
         if is_step and self._first is not None and step > self._first[0]:
             seconds = (now - self._first[1]) / (step - self._first[0]) * (self._total - step)
-            left = f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
+            left = f"  {duration(seconds)} left"
         print(f"{self._name} {step}/{self._total}  {_said(record)}{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from distft.core.files import parse_json_object, replace_file
 
 log = logging.getLogger(__name__)
 
 
 def _step(line: str) -> int | None:
     """The step of a record; None for a line that a crash cut short."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return None
+    step = (parse_json_object(line) or {}).get("step")
+    return step if isinstance(step, int) else None
 
 
 def keep_until(path: Path, start: int) -> None:
@@ -25,9 +24,8 @@ def keep_until(path: Path, start: int) -> None:
     if path.exists():
         before = range(start + 1 if start else 0)
         lines = path.read_text(encoding="utf-8").splitlines()
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text("".join(f"{line}\n" for line in lines if _step(line) in before), encoding="utf-8")
-        os.replace(aside, path)  # a kill here must not cost the lines before
+        kept = "".join(f"{line}\n" for line in lines if _step(line) in before)
+        replace_file(path, kept)  # a kill here must not cost the lines before
 
 
 class JsonlSink:

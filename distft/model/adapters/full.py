@@ -20,4 +20,4 @@ def _owns(name: str) -> bool:
     return False
 
 
-SPEC = MethodSpec(name="full", params=NoParams, attach=_attach, owns=_owns)
+SPEC = MethodSpec(name="full", title="Full fine-tuning", params=NoParams, attach=_attach, owns=_owns)

@@ -19,6 +19,7 @@ from distft.core.errors import MachineError, Problem, RecipeError
 from distft.core.registry import Params
 from distft.model.adapters import products, targets
 from distft.model.adapters.spec import MethodSpec
+from distft.model.heads.spec import head_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,7 +58,8 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    named, tensors = params.target_modules, _expert_targets(lm, params)
+    named, tensors, head = params.target_modules, _expert_targets(lm, params), head_of(lm)
+    whole = list(dict.fromkeys([*targets.exact(lm, params.modules_to_save), *(head.trained_whole if head else ())]))
     if not isinstance(named, str):
         named = [name for name in named if not any(_matches(tensor, name) for tensor in tensors)]
     config = LoraConfig(
@@ -69,8 +71,8 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
         exclude_modules=_not_adapted(lm) if named == "all-linear" else None,
         use_rslora=params.rslora,
         use_dora=params.dora,
-        modules_to_save=targets.exact(lm, params.modules_to_save) or None,
-        task_type="CAUSAL_LM",
+        modules_to_save=whole or None,
+        task_type=head.task_type if head else "CAUSAL_LM",
     )
     lm.requires_grad_(False)
     _refuse_on_experts(lm, params, tensors)
@@ -223,6 +225,11 @@ def owns(name: str) -> bool:
     return ".lora_" in name
 
 
+def starts_at_zero(name: str) -> bool:
+    """Whether it is a B, with which an adapter begins as nothing."""
+    return ".lora_B." in name
+
+
 def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator) -> Tensor:
     """PEFT's default: A uniform as torch initialises a linear layer, B zero, so the adapter starts as identity.
 
@@ -285,13 +292,16 @@ def base_alone(module: nn.Module) -> Iterator[None]:
 
 SPEC = MethodSpec(
     name="lora",
+    title="LoRA",
     params=LoraParams,
     attach=attach,
     owns=owns,
     fresh=fresh,
+    starts_at_zero=starts_at_zero,
     base_name=base_name,
     adapted=adapted_layers,
     adapter=True,
+    saves_memory=1,
     base_alone=base_alone,
     library="peft",
 )

@@ -43,15 +43,18 @@ def _quant(params: QloraParams) -> QuantParams:
 
 SPEC = MethodSpec(
     name="qlora",
+    title="QLoRA",
     params=QloraParams,
     attach=_attach,
     owns=lora.owns,
     fresh=lora.fresh,
+    starts_at_zero=lora.starts_at_zero,
     base_name=lora.base_name,
     adapted=lora.adapted_layers,
     quant=_quant,
     quantized=True,
     adapter=True,
+    saves_memory=2,
     base_alone=lora.base_alone,
     library="bitsandbytes",
 )

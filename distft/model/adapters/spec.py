@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from distft.core.registry import Params
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
 
@@ -20,12 +22,27 @@ def _none(params: Any) -> None:
     return None
 
 
+def _no_tokens(params: Any) -> int:
+    return 0
+
+
+def _no_name(name: str) -> bool:
+    return False
+
+
+def _save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """As PEFT does, and transformers."""
+    lm.save_pretrained(folder, state_dict=tensors)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
     """A named method: full fine-tuning, or an adapter beside a frozen base."""
 
     name: str
     params: type[Params]
+    title: str = ""
+    """What reports and model cards call it; empty: its name."""
     attach: Callable[[Any, Any, torch.dtype], nn.Module]
     """(transformers model on meta, params, model dtype) -> module with requires_grad set; may wrap."""
     owns: Callable[[str], bool]
@@ -33,6 +50,9 @@ class MethodSpec:
     fresh: Callable[[str, nn.Module, Tensor, torch.Generator], Tensor] | None = None
     """(name, attached model, meta tensor, generator) -> initial value of an owned parameter; the base layer it sits
     beside is already filled."""
+    starts_at_zero: Callable[[str], bool] = _no_name
+    """Whether an owned parameter of this name starts at zero. Where all of them are still zero nothing was trained, and
+    no adapter is written."""
     base_name: Callable[[str], str] = str
     """Name of a parameter in the attached model -> its name in the base checkpoint."""
     quant: Callable[[Any], QuantParams | None] = _none
@@ -43,8 +63,16 @@ class MethodSpec:
     """Attached model -> (layers, expert tensors) that have an adapter."""
     adapter: bool = False
     """final/ holds an adapter folder instead of a whole model."""
+    saves_memory: int = 0
+    """Place among the methods that a plan offers where memory is short: those with larger numbers save more. 0: it is
+    not offered."""
     base_alone: Callable[[nn.Module], AbstractContextManager[None]] | None = None
     """Filled model (`distft.model.causal.CausalLM`) -> context in which its forwards compute with the base's weights
     alone; what a preference objective takes for its reference. None: the method changes the base itself."""
+    virtual_tokens: Callable[[Any], int] = _no_tokens
+    """params -> positions before every document and every prompt whose embeddings the method trains: it puts a
+    `distft.model.adapters.virtual_tokens.VirtualEmbedding` in the place of the model's embedding."""
+    save_adapter: Callable[[Any, Path, dict[str, Tensor]], None] = _save
+    """(attached model, folder, trained tensors by their names) -> writes the adapter's files."""
     library: str | None = None
     """Importable name of the package it needs beyond torch and transformers."""

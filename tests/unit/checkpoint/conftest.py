@@ -39,11 +39,11 @@ class ThreadGroup:
         self.barrier()
         return found
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather_to_rank0(self, value: Any) -> list[Any]:
         found = self.gather(value)
         return found if self.rank == 0 else []
 
-    def all_say(self, yes: bool) -> bool:
+    def all_true(self, yes: bool) -> bool:
         return all(self.gather(yes))
 
     def barrier(self) -> None:
@@ -122,7 +122,7 @@ def sliced(whole: dict[str, torch.Tensor], rank: int, world: int, shift: int = 0
 
 def save(store: CheckpointStore, group: Any, step: int, **more: Any) -> Any:
     pieces = sliced(tensors(step), group.rank, group.world)
-    return store.save(pieces, {"step": step, "seen": [1, 2]}, step=step, rank_state={"rng": group.rank}, **more)
+    return store.save(pieces, {"step": step, "seen": [1, 2]}, step=step, **more)
 
 
 def same(loaded: Any, step: int) -> bool:

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from one_rank import OneRank
 
 from distft.checkpoint.commit import SaveFailed
 from distft.checkpoint.intervals import CHUNK_BYTES, Piece
-from distft.checkpoint.rank_group import Alone
 from distft.checkpoint.staging import StagingBuffer
 from distft.checkpoint.store import CheckpointStore
 from distft.core.types import Deferred
@@ -32,7 +32,7 @@ class Gate:
 
 def test_what_is_saved_is_what_was_handed_over(tmp_path: Path) -> None:
     gate, weights, state = Gate(), torch.arange(1000.0), {"step": 1, "seen": [1]}
-    store = CheckpointStore(tmp_path, Alone(), faults=gate)
+    store = CheckpointStore(tmp_path, OneRank(), faults=gate)
     store.save_async([Piece("w", 0, 1000, weights)], state, step=1)
     assert store.in_flight
     weights += 1  # the next optimizer step
@@ -81,12 +81,12 @@ def test_poll_commits_only_when_all_ranks_have_written(kit, tmp_path: Path) -> N
 
 def test_a_second_save_waits_for_the_first(kit, tmp_path: Path) -> None:
     gate = Gate()
-    store = CheckpointStore(tmp_path, Alone(), faults=gate)
+    store = CheckpointStore(tmp_path, OneRank(), faults=gate)
     store.save_async(kit.sliced(kit.tensors(2), 0, 1), {"step": 2}, step=2)
     threading.Timer(0.3, gate.open.set).start()
     assert store.save_async(kit.sliced(kit.tensors(4), 0, 1), {"step": 4}, step=4) > 0.2
     assert store.steps() == [2]
-    assert kit.save(store, Alone(), 6).step == 6  # a preemption save: commits step 4 first
+    assert kit.save(store, OneRank(), 6).step == 6  # a preemption save: commits step 4 first
     assert store.steps() == [6, 4]  # keep = 2
     assert [store.poll().step, store.poll().step, store.poll()] == [2, 4, None]  # type: ignore[union-attr]
 
@@ -107,16 +107,16 @@ def test_an_error_in_the_thread_comes_out_on_all_ranks(kit, tmp_path: Path) -> N
 
 
 def test_a_piece_that_does_not_fit_fails_the_save_not_the_run(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, OneRank())
     store.save_async([Piece("w", 5, 6, torch.zeros(3))], {}, step=1)
     with pytest.raises(SaveFailed, match=r"w: piece \[5, 8\) is outside \[0, 6\)"):
         store.finish()
 
 
 def test_a_failure_is_told_even_when_the_next_save_comes_first(kit, tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, Alone(), faults=kit.Hook("P3", lambda: OSError(5, "broken"), step=2))
+    store = CheckpointStore(tmp_path, OneRank(), faults=kit.Hook("P3", lambda: OSError(5, "broken"), step=2))
     store.save_async(kit.sliced(kit.tensors(2), 0, 1), {"step": 2}, step=2)
-    assert kit.save(store, Alone(), 4).step == 4
+    assert kit.save(store, OneRank(), 4).step == 4
     with pytest.raises(SaveFailed, match="step 2 was not saved"):
         store.poll()
     assert store.poll() is None
@@ -140,7 +140,7 @@ def test_staging_cuts_reuses_and_keeps_every_element() -> None:
 def test_training_waits_for_the_copy_only(tmp_path: Path) -> None:
     """Of a save of 64 MB; the bound is loose because test machines are busy (benchmarks measure it)."""
     pieces = [Piece(f"w{n}", 0, 2**22, torch.randn(2**22)) for n in range(4)]
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, OneRank())
     store.reserve(pieces)
     sync_s = min(store.save(pieces, {}, step=step).blocked_s for step in (2, 3))
     blocked = []
@@ -163,7 +163,7 @@ def test_what_is_made_on_reading_is_never_whole(tmp_path: Path, saves: str) -> N
     values = Deferred(length=numel, dtype=torch.float32, device=torch.device("cpu"), make=make)
     piece = Piece("exp_avg/w", 0, numel, values)
     assert (piece.stop, piece.num_bytes) == (numel, 4 * numel)
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, OneRank())
     if saves == "staged":
         store.save_async([piece], {"step": 1}, step=1)
         store.finish()

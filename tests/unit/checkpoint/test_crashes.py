@@ -4,9 +4,9 @@ import errno
 from pathlib import Path
 
 import pytest
+from one_rank import OneRank
 
 from distft.checkpoint.commit import SaveFailed
-from distft.checkpoint.rank_group import Alone
 from distft.checkpoint.store import CheckpointStore
 from distft.core.faults import InjectedFault
 
@@ -96,7 +96,7 @@ def test_a_kill_between_replacing_and_committing(kit, tmp_path: Path) -> None:
 
 def test_a_failed_rename_brings_the_replaced_one_back(kit, tmp_path: Path, monkeypatch) -> None:
     kit.filled(tmp_path, 2, 4)
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, OneRank())
     store.load(tmp_path / "step-00000002")
     rename = Path.rename
 
@@ -107,7 +107,7 @@ def test_a_failed_rename_brings_the_replaced_one_back(kit, tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(SaveFailed, match="Input/output error"):
-        kit.save(store, Alone(), 4)
+        kit.save(store, OneRank(), 4)
     assert store.steps() == [4, 2]
 
 
@@ -136,12 +136,12 @@ def test_a_disk_that_fills_up_while_torch_writes(kit, tmp_path: Path, monkeypatc
         with Path(path).open(mode) as stream:
             yield Full(stream)
 
-    store = CheckpointStore(tmp_path, Alone())
-    kit.save(store, Alone(), 2)
+    store = CheckpointStore(tmp_path, OneRank())
+    kit.save(store, OneRank(), 2)
     with monkeypatch.context() as patched:
         patched.setattr(filesystem.FileSystem, "create_stream", small)
         with pytest.raises(SaveFailed, match=r"disk full: need .*, have"):
-            kit.save(store, Alone(), 4)
+            kit.save(store, OneRank(), 4)
     assert store.steps() == [2]
-    kit.save(store, Alone(), 4)
+    kit.save(store, OneRank(), 4)
     assert kit.same(kit.newest(tmp_path), 4)

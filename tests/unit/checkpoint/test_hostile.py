@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from one_rank import OneRank
 
 from distft.checkpoint.intervals import parse_index
 from distft.checkpoint.manifest import FileEntry, Manifest, canonical, parse_manifest, read_manifest
-from distft.checkpoint.rank_group import Alone
 from distft.checkpoint.reader import Reader
 from distft.checkpoint.store import CheckpointStore
 from distft.core.errors import CheckpointError
@@ -58,15 +58,15 @@ def test_a_malicious_pickle_never_runs(kit, tmp_path: Path) -> None:
     step = tmp_path / "c" / "step-00000004"
     bomb = pickle.dumps(Bomb(crater))
     (step / ".metadata").write_bytes(bomb)  # DCP itself would run it
-    for name in ("state.json", "index.json", "rank-00000.json"):
+    for name in ("state.json", "index.json"):
         original = (step / name).read_bytes()
         (step / name).write_bytes(bomb)
         seal(step)
         with pytest.raises(CheckpointError, match="not JSON"):
-            _ = CheckpointStore(tmp_path / "c", Alone()).load(step).rank_states  # read when it is asked for
+            CheckpointStore(tmp_path / "c", OneRank()).load(step)
         (step / name).write_bytes(original)
     seal(step)
-    assert kit.same(CheckpointStore(tmp_path / "c", Alone()).load(step), 4)
+    assert kit.same(CheckpointStore(tmp_path / "c", OneRank()).load(step), 4)
     assert not crater.exists()
 
 
@@ -87,7 +87,7 @@ def test_a_malicious_tensor_never_runs(kit, tmp_path: Path) -> None:
                 chunk[3:] = [0, shard.stat().st_size]
         (step / "index.json").write_bytes(canonical(index))
         seal(step)
-        reader = CheckpointStore(tmp_path / "c", Alone()).load(step).reader
+        reader = CheckpointStore(tmp_path / "c", OneRank()).load(step).reader
         with pytest.raises(CheckpointError, match="not a tensor"):
             reader.read("param/a.weight")
     assert not crater.exists()
@@ -101,7 +101,7 @@ def test_another_tensor_in_the_place_is_refused(kit, tmp_path: Path) -> None:
     tensors["param/a.weight"]["chunks"][0][2:] = tensors["exp_avg/a.weight"]["chunks"][0][2:]
     (step / "index.json").write_bytes(canonical(index))
     seal(step)
-    loaded = CheckpointStore(tmp_path, Alone()).load_newest()
+    loaded = CheckpointStore(tmp_path, OneRank()).load_newest()
     assert loaded is not None
     with pytest.raises(CheckpointError, match=r"holds .* torch.bfloat16, the index says"):
         loaded.reader.read("param/a.weight")

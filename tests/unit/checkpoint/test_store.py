@@ -3,16 +3,18 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from one_rank import OneRank
 from torch.distributed.checkpoint import FileSystemReader
 
 from distft.checkpoint import intervals, saving
 from distft.checkpoint.commit import SaveFailed
 from distft.checkpoint.intervals import Piece, parse_index
-from distft.checkpoint.rank_group import Alone
+from distft.checkpoint.manifest import entry_of, read_manifest
 from distft.checkpoint.shards import write_dcp_metadata
 from distft.checkpoint.store import CheckpointStore
 from distft.core.errors import CheckpointError, FileSystemError
@@ -31,7 +33,6 @@ def test_any_slicing_reads_any_other(kit, tmp_path: Path, monkeypatch, before: i
             got = loaded.reader.read(piece.name, piece.start, piece.stop)
             assert got.dtype == piece.data.dtype
             assert torch.equal(got, piece.read())
-        assert loaded.rank_states == [{"rng": rank} for rank in range(before)]
         assert loaded.state == {"step": 4, "seen": [1, 2]}
         assert loaded.manifest.world == before
 
@@ -61,7 +62,7 @@ def test_unusual_dtypes_and_numbers(tmp_path: Path) -> None:
         "strided": torch.arange(10)[::2],
         "one": torch.ones(1, requires_grad=True),
     }
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, OneRank())
     store.save([Piece(n, 0, t.numel(), t) for n, t in data.items()], {"best": float("inf")}, step=1)
     loaded = store.load_newest()
     assert loaded is not None
@@ -142,8 +143,6 @@ FILES = [
     "__0_0.distcp",
     "__1_0.distcp",
     "index.json",
-    "rank-00000.json",
-    "rank-00001.json",
     "state.json",
 ]
 
@@ -225,7 +224,7 @@ def test_the_newest_is_the_one_of_the_highest_step_whatever_the_clock_said(kit, 
             os.utime(path, (seconds, seconds))
     assert kit.newest(tmp_path).step == 4
     kit.filled(tmp_path, 6)
-    assert CheckpointStore(tmp_path, Alone()).steps() == [6, 4], "retention goes by steps too"
+    assert CheckpointStore(tmp_path, OneRank()).steps() == [6, 4], "retention goes by steps too"
 
 
 def test_no_checkpoint_is_no_error(kit, tmp_path: Path) -> None:
@@ -284,28 +283,28 @@ def test_retention_spares_best_verified_and_pinned(kit, tmp_path: Path) -> None:
 
 @pytest.mark.row(45)
 def test_unreadable_best_deletes_nothing(kit, tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, Alone())
-    kit.save(store, Alone(), 1, best={"step": 1})
+    store = CheckpointStore(tmp_path, OneRank())
+    kit.save(store, OneRank(), 1, best={"step": 1})
     (tmp_path / "best.json").write_text("{")
     for step in range(2, 6):
-        kit.save(store, Alone(), step)
+        kit.save(store, OneRank(), step)
     assert store.steps() == [5, 4, 3, 2, 1]
-    kit.save(store, Alone(), 6, best={"step": 1})
+    kit.save(store, OneRank(), 6, best={"step": 1})
     assert store.steps() == [6, 5, 1]
 
 
 def test_saving_a_step_twice_keeps_the_first_and_renews_best(kit, tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, Alone())
-    kit.save(store, Alone(), 4)
+    store = CheckpointStore(tmp_path, OneRank())
+    kit.save(store, OneRank(), 4)
     before = (tmp_path / "step-00000004").stat().st_ino
-    assert kit.save(store, Alone(), 4, best={"step": 4}).num_bytes == 0
+    assert kit.save(store, OneRank(), 4, best={"step": 4}).num_bytes == 0
     assert (tmp_path / "step-00000004").stat().st_ino == before
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 4}
 
 
 def test_a_rollback_replaces_later_checkpoints(kit, tmp_path: Path) -> None:
     kit.filled(tmp_path, 2, 4, 6, keep=3)
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, OneRank())
     assert store.load(tmp_path / "step-00000002").step == 2
     store.save([Piece("new", 0, 3, torch.ones(3))], {}, step=4)  # the other history's step 4 gives way
     assert store.steps() == [6, 4, 2]
@@ -320,7 +319,7 @@ def test_a_rollback_replaces_later_checkpoints(kit, tmp_path: Path) -> None:
 @pytest.mark.row(38)
 def test_explicit_path_is_checked_and_left_alone(kit, tmp_path: Path) -> None:
     kit.filled(tmp_path, 2, 4)
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, OneRank())
     harm(tmp_path / "step-00000004" / "state.json", "truncate")
     with pytest.raises(CheckpointError, match=r"step-00000004: not a valid checkpoint: state.json"):
         store.load(tmp_path / "step-00000004")
@@ -332,12 +331,12 @@ def test_explicit_path_is_checked_and_left_alone(kit, tmp_path: Path) -> None:
 
 @pytest.mark.row(9)
 def test_disk_full_before_the_save(kit, tmp_path: Path, monkeypatch) -> None:
-    store = CheckpointStore(tmp_path, Alone())
-    kit.save(store, Alone(), 2)
+    store = CheckpointStore(tmp_path, OneRank())
+    kit.save(store, OneRank(), 2)
     free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=2048))
     with pytest.raises(SaveFailed, match=r"disk full: need .* KiB, have 2.0 KiB; earlier checkpoints are untouched"):
-        kit.save(store, Alone(), 4)
+        kit.save(store, OneRank(), 4)
     assert store.steps() == [2]
 
 
@@ -346,7 +345,7 @@ def test_disk_full_before_the_save(kit, tmp_path: Path, monkeypatch) -> None:
 def test_read_only_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(FileSystemError, match="choose another output_dir"):
-        CheckpointStore(tmp_path / "checkpoints", Alone())
+        CheckpointStore(tmp_path / "checkpoints", OneRank())
     tmp_path.chmod(0o700)
 
 
@@ -354,4 +353,22 @@ def test_read_only_folder(tmp_path: Path) -> None:
 def test_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(FileSystemError, match="File exists"):
-        CheckpointStore(tmp_path / "checkpoints", Alone())
+        CheckpointStore(tmp_path / "checkpoints", OneRank())
+
+
+def test_files_of_ranks_that_older_versions_wrote_do_no_harm(kit, tmp_path: Path) -> None:
+    """Every rank once wrote a `rank-NNNNN.json` of `{}` into each checkpoint."""
+    kit.filled(tmp_path, 2, world=2)
+    step = tmp_path / "step-00000002"
+    manifest = read_manifest(step)
+    for rank in range(2):
+        (step / f"rank-{rank:05d}.json").write_text("{}\n")
+    files = [*manifest.files, *(entry_of(step / f"rank-{rank:05d}.json") for rank in range(2))]
+    older = replace(manifest, files=tuple(sorted(files, key=lambda file: file.path)))
+    (step / "MANIFEST.json").write_bytes(older.to_bytes())
+    loaded = kit.newest(tmp_path)
+    assert kit.same(loaded, 2)
+    assert not loaded.rejected
+    harm(step / "rank-00001.json", "flip")
+    with pytest.raises(CheckpointError, match=r"rank-00001\.json: sha256 does not match"):
+        kit.newest(tmp_path)

@@ -12,10 +12,11 @@ from collections.abc import Iterable
 import pytest
 
 from distft.demo import tokenizer, wording
-from distft.demo.incidents import COMPONENTS, PROMPT_END, SEVERITIES, SIZES, Incident, datasets
+from distft.demo.incidents import COMPONENTS, PAIR_SIZES, PROMPT_END, SEVERITIES, SIZES, Incident, datasets
 from distft.demo.scoring import parse
 
 Rows = list[dict[str, str]]
+PAIR_DIGEST = "9a150f8d10485017ca022385080b856f4bcf13e59b8d446c5abcdcd24a971467"
 DIGEST = "23ac7fc03c4f7b610f116a028ce9afca51783e84c10c01ea9986dfb9d2a00876"
 
 
@@ -25,11 +26,25 @@ def made() -> dict[str, Rows]:
 
 
 def test_the_bytes_are_the_same_on_every_machine(made: dict[str, Rows]) -> None:
-    assert hashlib.sha256(json.dumps(made).encode()).hexdigest() == DIGEST
+    taught = {name: made[name] for name in SIZES}
+    assert hashlib.sha256(json.dumps(taught).encode()).hexdigest() == DIGEST
+    pairs = {name: made[name] for name in PAIR_SIZES}
+    assert hashlib.sha256(json.dumps(pairs).encode()).hexdigest() == PAIR_DIGEST
+
+
+def test_a_rejected_answer_keeps_the_format_and_misreads_one_fact(made: dict[str, Rows]) -> None:
+    for row in (row for name in PAIR_SIZES for row in made[name]):
+        chosen, rejected = parse(row["chosen"], "lines"), parse(row["rejected"], "lines")
+        assert chosen is not None
+        assert rejected is not None
+        assert chosen != rejected
+        misread = chosen["next"] != rejected["next"]
+        assert not misread or chosen["summary"] == rejected["summary"], "one fact"
 
 
 def test_sizes(made: dict[str, Rows]) -> None:
-    assert {name: len(rows) for name, rows in made.items()} == {name: size for name, (_, size) in SIZES.items()}
+    sizes = {name: size for name, (_, size) in SIZES.items()}
+    assert {name: len(rows) for name, rows in made.items()} == sizes | PAIR_SIZES
     assert len(made["incidents/train"]) >= 2000
     assert len(made["incidents/valid"]) == len(made["incidents-json/valid"]) == 200
 

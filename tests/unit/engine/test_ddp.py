@@ -9,8 +9,8 @@ from tiny import CPU, batch, build, documents
 
 from distft.core.types import LossTerms, TrainState, UpdateRule
 from distft.engine.ddp import open_engine
+from distft.engine.params import EngineParams
 from distft.engine.processes import Processes
-from distft.engine.spec import EngineParams
 
 ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
 RULE = UpdateRule(

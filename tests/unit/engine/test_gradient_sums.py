@@ -19,9 +19,9 @@ from distft.engine.ddp import AveragedSums
 from distft.engine.grad_dtype import BF16_ERRORS, keeps_fp32_gradients
 from distft.engine.gradient_sums import GradientSums
 from distft.engine.master_weights import MasterWeights
+from distft.engine.params import EngineParams
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
-from distft.engine.spec import EngineParams
 from distft.engine.update_groups import update_groups
 from distft.optim import OPTIMIZERS
 

@@ -27,7 +27,7 @@ from distft.core.types import UpdateRule
 from distft.engine.fsdp2 import open_engine
 from distft.engine.master_weights import MasterWeights
 from distft.engine.processes import Processes
-from distft.engine.spec import Fsdp2Params
+from distft.engine.params import Fsdp2Params
 from distft.model import load, stats
 from distft.model.adapters import METHODS
 from distft.model.quantize import is_4bit

@@ -11,9 +11,9 @@ from torch import nn
 
 from distft.core.types import Batch, LossTerms, TrainState, UpdateRule
 from distft.engine.master_weights import MasterWeights
+from distft.engine.params import EngineParams
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
-from distft.engine.spec import EngineParams
 
 ALONE = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
 RULE = UpdateRule(

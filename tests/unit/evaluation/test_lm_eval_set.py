@@ -16,8 +16,8 @@ from tiny import build
 
 from distft.core.errors import DataError, RecipeError
 from distft.data.render import Renderer, load_renderer
+from distft.engine.params import EngineParams
 from distft.engine.solo import SoloEngine, open_engine
-from distft.engine.spec import EngineParams
 from distft.evaluation.build import build_eval_sets
 from distft.evaluation.eval_sets import EvalResult, EvalSet
 from distft.recipe import AnswersTable

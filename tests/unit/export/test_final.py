@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distft.core.errors import DistftError
 from distft.core.types import UpdateRule
+from distft.engine.params import EngineParams
 from distft.engine.processes import Processes
 from distft.engine.solo import SoloEngine, open_engine
-from distft.engine.spec import EngineParams
 from distft.export import final
+from distft.model.adapters import METHODS
 from distft.model.load import WRAPPER, MetaModel
 
 RULE = UpdateRule(
@@ -145,6 +146,7 @@ def test_an_adapter_that_learnt_nothing_is_refused(source: Path, tmp_path: Path,
             engine,
             shapes,
             prefix=WRAPPER,
+            starts_at_zero=METHODS["lora"].starts_at_zero,
             save_adapter=lambda folder, tensors: model.module.lm.save_pretrained(folder, state_dict=tensors),
             save_rest=lambda folder: None,
         )

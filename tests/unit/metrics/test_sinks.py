@@ -143,9 +143,9 @@ def test_lines_say_step_total_loss_speed_and_time_left(clock: list[float], capsy
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "my-run 10/100  loss 2.2500  norm 0.5  lr 1.00e-04  12,346 tok/s  mfu 41.2 %  1.5 GiB",
-        "my-run 12/100  loss 2.2500  norm 0.5  lr 1.00e-04  12,346 tok/s  1.5 GiB  3:40 left",
+        "my-run 12/100  loss 2.2500  norm 0.5  lr 1.00e-04  12,346 tok/s  1.5 GiB  3 min 40 s left",
         "my-run 2/100  eval loss 1.5000 over 4,321 tokens",
-        "my-run 100/100  loss 2.2500  norm 0.5  lr 1.00e-04  12,346 tok/s  1.5 GiB  0:00 left",
+        "my-run 100/100  loss 2.2500  norm 0.5  lr 1.00e-04  12,346 tok/s  1.5 GiB  0.0 s left",
     ]
 
 
@@ -155,7 +155,7 @@ def test_a_resumed_run_estimates_from_its_own_steps(clock: list[float], capsys: 
     sink.write(record(91))  # what came before the first step is no measure of the rest
     clock[0] += 6.0
     sink.write(record(92))
-    assert capsys.readouterr().err.endswith("0:48 left\n")
+    assert capsys.readouterr().err.endswith("48 s left\n")
 
 
 def test_the_bar_says_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

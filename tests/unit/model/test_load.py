@@ -17,7 +17,7 @@ from distft.model import load, stats
 from distft.model.attention import choose
 from distft.model.paths import VARLEN
 from distft.model.quantize import is_4bit
-from distft.model.weights import RandomSource
+from distft.model.random_weights import RandomSource
 from distft.recipe import ModelTable
 
 LLAMA_8B = {

@@ -12,7 +12,7 @@ from distft.run_record import number, read_run
 def test_a_whole_run(tmp_path: Path) -> None:
     run = read_run(made(tmp_path).whole().folder)
     assert (run.name, run.method, run.engine, run.world, run.base) == ("run", "lora", "ddp", 2, "owner/base")
-    assert run.is_complete
+    assert run.exit["code"] == 0
     assert run.is_adapter
     assert len(run.steps) == 40
     assert run.held_out_losses == (2.5, pytest.approx(1.65))

@@ -1,0 +1,69 @@
+"""What objectives on pairs of a chosen and a rejected answer share.
+
+Shape letters: D documents, G pairs; documents come in pairs, the chosen one first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distft.core.types import Batch, Policy
+
+Figures = dict[str, "tuple[Tensor, float]"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A quantity of both answers of each pair."""
+
+    chosen_G: Tensor
+    rejected_G: Tensor
+
+    @classmethod
+    def of(cls, value_D: Tensor) -> Pair:
+        """Split the documents of a micro-batch into both sides."""
+        return cls(value_D[0::2], value_D[1::2])
+
+    def __sub__(self, other: Pair) -> Pair:
+        return Pair(self.chosen_G - other.chosen_G, self.rejected_G - other.rejected_G)
+
+    def __truediv__(self, other: Pair) -> Pair:
+        return Pair(self.chosen_G / other.chosen_G, self.rejected_G / other.rejected_G)
+
+    @property
+    def gap_G(self) -> Tensor:
+        """Chosen less rejected."""
+        return self.chosen_G - self.rejected_G
+
+
+def logprobs(policy: Policy, batch: Batch) -> tuple[Pair, Pair]:
+    """Return the log-probability of each answer, summed over its tokens, and the number of those tokens."""
+    import torch
+
+    logprob_S = policy.token_logprobs(batch)
+    return Pair.of(batch.sum_by_document(logprob_S)), Pair.of(batch.sum_by_document(torch.ones_like(logprob_S)))
+
+
+def figures_of(reward: Pair, logprob: Pair, more: Mapping[str, Tensor] | None = None) -> Figures:
+    """Return the figures of a preference objective, each a sum over pairs and their number."""
+    count = float(len(reward.chosen_G))
+    sums = {
+        "reward_chosen": reward.chosen_G.sum(),
+        "reward_rejected": reward.rejected_G.sum(),
+        "reward_margin": reward.gap_G.sum(),
+        "reward_accuracy": (reward.gap_G > 0).sum(),
+        "logprob_chosen": logprob.chosen_G.sum(),
+        "logprob_rejected": logprob.rejected_G.sum(),
+        **(more or {}),
+    }
+    return {name: (total, count) for name, total in sums.items()}
+
+
+def count_pairs(params: Any, micros: Sequence[Batch]) -> float:
+    """Return the pairs of some micro-batches: what losses and figures are divided by."""
+    return float(sum(len(micro.group_sizes) for micro in micros))

@@ -1,0 +1,51 @@
+"""What a source of training steps declares about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distft.core.protocols import StepSource
+from distft.core.registry import NoParams, Params
+from distft.core.types import Engine, Policy
+
+if TYPE_CHECKING:
+    from distft.data.loader import Steps
+    from distft.generation.spec import CompletionGenerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSourceInputs:
+    """What a source may use."""
+
+    steps: Steps
+    """The recipe's rows, cut into steps: their prompts, for a source that makes its own answers."""
+    objective: Any
+    """Parameters of the recipe's objective."""
+    engine: Engine
+    policy: Policy
+    """The model as it is when it is asked."""
+    generator: Callable[[str], CompletionGenerator]
+    """Name -> an opened generator with its default parameters (see `distft.generation.GENERATORS`)."""
+    max_length: int
+    """Tokens of a document at most."""
+    seed: int
+    """Of the run: what a source draws follows from it and from the step's number alone."""
+
+
+def _as_many(objective: Any, steps: int) -> int:
+    return steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSourceSpec:
+    """A named source; an objective says which it trains on (`ObjectiveSpec.source`)."""
+
+    name: str
+    open: Callable[[StepSourceInputs], StepSource]
+    """Once, after the engine has its weights. The loop asks for a step after the update of the one before it, so that
+    a source that generates sees the new weights."""
+    params: type[Params] = NoParams
+    num_steps: Callable[[Any, int], int] = _as_many
+    """(the objective's parameters, steps that the rows are cut into) -> optimizer steps of the run."""

@@ -1,0 +1,131 @@
+"""Preference objectives and reward models: one loss under every engine, split and packing; a kept reference."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from harness import BATCH, SETTINGS, Bench, Launch, Run, label, relative
+
+TOLERANCE = 1e-5
+OBJECTIVES = {
+    "dpo": 'objective={name="dpo", beta=0.3}',
+    "orpo": 'objective={name="orpo", beta=0.5}',
+    "reward": 'objective={name="reward", center=0.1}',
+}
+METHODS = {
+    "full": ['method.name="full"', "optim.learning_rate=1e-3"],
+    "lora": ['method={name="lora", r=4}', "optim.learning_rate=2e-3"],
+    "qlora": ['method={name="qlora", r=4}', "optim.learning_rate=3e-3"],
+}
+WHOLE = "DISTFT_PREFERENCE_GRID" in os.environ
+"""All objectives, methods and engines; else a covering part."""
+COVERED = ("dpo-full", "dpo-qlora", "reward-lora", "orpo-full")
+LAYOUTS = [("solo", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)] if WHOLE else [("zero3", 2), ("fsdp2", 2)]
+FIGURES = ("loss", "grad_norm", "reward_chosen", "reward_margin", "reward_accuracy", "tokens")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The usual tiny model; the answers of other rows are the rejected ones."""
+    bench = Bench.make(tmp_path_factory.mktemp("pairs"))
+    for split in ("train", "valid"):
+        path = bench.folder / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        answers = [row["completion"] for row in rows]
+        made = [
+            {"prompt": row["prompt"], "chosen": " disk" + good, "rejected": " cache" + bad, "margin": 0.1 * (index % 3)}
+            for index, (row, good, bad) in enumerate(zip(rows, answers, answers[1:] + answers[:1], strict=True))
+        ]
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in made))
+    return bench
+
+
+def cases(engine: str, world: int, folder: Path, *settings: str) -> dict[str, list[str]]:
+    """Three objectives and methods; packed or not; the smallest and the largest micro-batch of the first objective."""
+    out = {}
+    for objective, chosen in OBJECTIVES.items():
+        for method, how in METHODS.items():
+            if not WHOLE and f"{objective}-{method}" not in COVERED:
+                continue
+            whole = WHOLE and (objective, method) == ("dpo", "full")
+            for packing in ("true", "false") if whole else ("true",):
+                for micro in sorted({1, BATCH // world}) if whole else (1,):
+                    out[f"{objective}-{method}-{packing}-{micro}"] = [
+                        f'engine.name="{engine}"', chosen, *how, f"data.packing={packing}", "data.max_length=224",
+                        f"train.micro_batch_size={micro}", 'data.train.0.format="preference"',
+                        'data.eval.0.format="preference"', f'data.cache_dir="{folder}/cache-{engine}"',
+                        *(SETTINGS[name] for name in settings),
+                    ]  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def solo(pairs: Bench) -> dict[str, Run]:
+    return pairs.launch(1, cases("solo", 1, pairs.folder), tag="solo")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=label)
+def layout(request: pytest.FixtureRequest, pairs: Bench, solo: dict[str, Run]) -> dict[str, Run]:
+    engine, world = request.param
+    return solo if world == 1 else pairs.launch(world, cases(engine, world, pairs.folder), tag=engine)
+
+
+def test_loss_norm_and_figures_equal_solo(layout: dict[str, Run], solo: dict[str, Run]) -> None:
+    worst: dict[str, float] = {}
+    for name, run in layout.items():
+        reference = solo[name.rsplit("-", 1)[0] + "-1"]
+        for figure in FIGURES:
+            mine, theirs = run.column(figure), reference.column(figure)
+            if figure.startswith("reward"):
+                worst[f"{name} {figure}"] = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
+            else:
+                worst[f"{name} {figure}"] = relative(mine, theirs)
+        for figure in ("eval_loss", "eval_reward_margin"):
+            assert run.evals[-1][figure] == pytest.approx(reference.evals[-1][figure], rel=1e-4, abs=1e-5), (
+                name,
+                figure,
+            )
+    assert {name: gap for name, gap in worst.items() if gap > TOLERANCE} == {}
+
+
+def test_identical_policies_give_ln_2_and_it_learns(solo: dict[str, Run]) -> None:
+    for name, run in solo.items():
+        if name.startswith("dpo"):
+            assert run.column("loss")[0] == pytest.approx(0.6931472, abs=1e-6), name
+            assert run.column("reward_margin")[0] == pytest.approx(0, abs=1e-5)
+        assert run.evals[-1]["eval_loss"] < run.evals[0]["eval_loss"], name
+
+
+def test_a_run_killed_in_the_reference_pass_goes_on_there(pairs: Bench, tmp_path: Path) -> None:
+    overrides = [*cases("solo", 1, tmp_path)["dpo-full-true-1"], f'output_dir="{tmp_path}/runs"']
+
+    def command(name: str, cache: str) -> list[str]:
+        given = [*overrides, f'name="{name}"', f'data.cache_dir="{tmp_path}/{cache}"']
+        words = [word for override in given for word in ("--set", override)]
+        return [sys.executable, "-m", "distft.train", str(pairs.recipe), *words]
+
+    with Launch(command("oracle", "one")) as oracle:
+        assert oracle.end().code == 0, oracle.stderr()
+    with Launch(command("killed", "two"), DISTFT_FAULT="kill:point=reference,skip=1") as killed:
+        assert killed.end().code != 0
+    parts = list((tmp_path / "two/logprobs").glob(".part-*/done.bin"))
+    assert len(parts) == 1
+    done = parts[0].read_bytes()
+    assert 0 < sum(done) < len(done), "some rows were computed before the end"
+    with Launch(command("killed", "two")) as again:
+        assert again.end().code == 0, again.stderr()
+        assert f"{len(done) - sum(done)} of {len(done)} rows" in again.stderr()
+    runs = [Run.read({"folder": str(tmp_path / "runs" / name)}) for name in ("oracle", "killed")]
+    assert runs[0].column("loss") == runs[1].column("loss"), "bit for bit"
+    [values] = [path for path in (tmp_path / "two/logprobs").glob("*/logprobs.bin") if path.stat().st_size > 4000]
+    damaged = bytearray(values.read_bytes())
+    damaged[100] ^= 255
+    values.write_bytes(damaged)
+    with Launch(command("third", "two")) as third:
+        assert third.end().code == 0
+        told = [line for line in third.stderr().splitlines() if "are computed before training" in line]
+        assert len(told) == 1, "damage is found by its checksum; the rows of the other split are found done"
