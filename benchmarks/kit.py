@@ -127,7 +127,6 @@ class Run:
         )
         checkpoints, self.state, _ = assemble.open_checkpoints(
             recipe,
-            recipe,
             folder,
             self.engine,
             self.rows,

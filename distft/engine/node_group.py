@@ -16,7 +16,7 @@ from distft.engine.processes import Processes
 
 
 class NodeGroup:
-    """Ranks of a node; a `core.types.ReadGroup`.
+    """Ranks of a node; a `core.ranks.ReadGroup`.
 
     A node is a block of neighbouring ranks. Where the launcher's blocks are not machines, values still arrive
     everywhere, over a slower link.

@@ -27,8 +27,8 @@ from distft.model.causal import CausalLM
 from distft.model.heads import HEADS, HeadSpec, put_head
 from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
-from distft.model.shared_reads import SharedReads
 from distft.model.random_weights import NoSource, RandomSource, seed_of
+from distft.model.shared_reads import SharedReads
 from distft.model.tensor_files import mistake
 from distft.model.towers import text_parameters
 from distft.model.weights import SafetensorsSource, WeightSource, meta_params
@@ -138,7 +138,7 @@ class MetaModel:
         """Weights of files are read once by the ranks of `group`; random ones every rank draws for itself."""
         self._shared_reads = None
         if group is not None and isinstance(self._source, SafetensorsSource):
-            self._shared_reads = SharedReads(self._source, group)
+            self._shared_reads = SharedReads(self._source, self._source.tensors, group)
 
     def _asked_of(self, unit: nn.Module) -> list[tuple[str, nn.Module]]:
         """Every call of the source's `values` that filling `unit` takes, in order."""

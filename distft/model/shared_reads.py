@@ -8,27 +8,18 @@ its part of one unit beyond what it did before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distft.core.types import ReadGroup
+from distft.core.ranks import ReadGroup
 from distft.model.weights import WeightSource, meta_params
 
 Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and type of the values of a module, by short name."""
-
-
-class KnownShapes(WeightSource, Protocol):
-    """A source that says what it will give."""
-
-    def expected(self, name: str, module: nn.Module) -> Expected:
-        """What `values` gives for the same arguments."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -44,8 +35,9 @@ class _Dealt:
 class SharedReads:
     """A source that reads together with the other ranks of the node; one for the units that an engine fills."""
 
-    def __init__(self, source: KnownShapes, group: ReadGroup) -> None:
-        self._source, self._group = source, group
+    def __init__(self, source: WeightSource, tensors: Mapping[str, Tensor], group: ReadGroup) -> None:
+        """`tensors`: what `source` gives by its whole name, on any device."""
+        self._source, self._tensors, self._group = source, tensors, group
         self._dealt: dict[str, _Dealt] = {}
 
     def read(self, modules: Sequence[tuple[str, nn.Module]], device: torch.device) -> None:
@@ -59,7 +51,7 @@ class SharedReads:
             DistftError: a weight is damaged; on the ranks that did not read it PeerEnded.
         """
         modules = list({name: (name, module) for name, module in modules}.values())
-        expected = [self._source.expected(name, module) for name, module in modules]
+        expected = [self._expected(name, module) for name, module in modules]
         sizes = [sum(prod(shape) * dtype.itemsize for shape, dtype in each.values()) for each in expected]
         readers = dealt_out(sizes, self._group.size)
         self._dealt = {
@@ -74,6 +66,10 @@ class SharedReads:
         except Exception as error:  # any: the others wait for this rank
             failure = error
         self._group.raise_together(failure)
+
+    def _expected(self, name: str, module: nn.Module) -> Expected:
+        wanted = {short: self._tensors[f"{name}.{short}" if name else short] for short, _ in meta_params(module)}
+        return {short: (tuple(tensor.shape), tensor.dtype) for short, tensor in wanted.items()}
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """From the rank that has read them; collective. What was not announced every rank reads for itself."""

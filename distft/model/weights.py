@@ -79,6 +79,7 @@ class SafetensorsSource:
         self._absent: frozenset[str] = frozenset()
         self._weights = StoredWeights(folder, dtype)
         self._model = Shapes(lm)
+        self.tensors = self._model.tensors
         transforms = get_model_conversion_mapping(lm)
         self._recipes: dict[str, _Recipe] = {}
         self._made_with: dict[str, str] = {}
@@ -100,12 +101,6 @@ class SafetensorsSource:
         if self._fresh is not None and any(f"{name}.{short}" in self._absent for short, _ in meta_params(module)):
             return self._fresh.values(name, module, device)
         return {short: self._value(f"{name}.{short}" if name else short, device) for short, _ in meta_params(module)}
-
-    def expected(self, name: str, module: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of what `values` gives for the same arguments, by short name."""
-        tensors = self._model.tensors
-        wanted = {short: tensors[f"{name}.{short}" if name else short] for short, _ in meta_params(module)}
-        return {short: (tuple(tensor.shape), tensor.dtype) for short, tensor in wanted.items()}
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
         """Buffers that the files hold, such as the routing bias of DeepSeek-V3, in the type that they are stored in."""
