@@ -3,11 +3,7 @@
 Memory is what the driver reports as usable, not the number on the box; rates are dense (without sparsity); links are
 one direction, per GPU. Cards without bf16 (Turing and older) are left out: nothing here runs well on them.
 
-Sources. The rows of the first table are the makers' data sheets, and 25 of its 26 agreed with them in a second reading.
-Rows added on 2026-11-28 (GB300, GB200, MI300X, H200 NVL, H800, H20, A800, RTX 50 but for the 5090, 4090 D, 4080 SUPER,
-4070 Ti SUPER, 3090 Ti) were not held against data sheets, which were not at hand: they are from memory, of the RTX rows
-bf16 is twice the fp32 rate, and only H20 (148 TFLOP/s, 4.0 TB/s), MI300X (192 GB, 5.3 TB/s) and RTX 5060 Ti were seen
-repeated elsewhere. Check a row before you rely on it. Nothing of this was measured here.
+Where each row's figures are from, and when they were read, stands in `SOURCES`. Nothing of this was measured here.
 """
 
 from __future__ import annotations
@@ -37,6 +33,11 @@ class Accelerator:
     """To another GPU of the same node: NVLink where the board has it, else PCIe."""
     between_nodes_bytes_per_s: float = 50e9
     """To a GPU of another node; by default one 400 Gb/s port for each GPU, as cloud nodes of this class have."""
+
+    @property
+    def source(self) -> str:
+        """Where the figures are from, and when they were read."""
+        return SOURCES.get(self.name, _SHEET)
 
     @property
     def memory_bytes(self) -> int:
@@ -111,6 +112,40 @@ ACCELERATORS = (
     _gpu("rtx3080-10gb", "RTX 3080", 9.6, 59.5, 760.0, _HOST, _ETHERNET),
 )
 """The first whose `product` is a part of a device's name is that device, so longer names come before shorter ones."""
+
+_SHEET = "maker's data sheet; agreed in a second reading, 2026-11-28"
+_MEMORY = "from memory, 2026-11-28; no page with it was found on 2026-11-29"
+_RTX = "from memory, 2026-11-28, and not looked up; bf16 is twice the fp32 rate"
+SOURCES = {
+    "gb300-288gb": "verda.com, NVIDIA GB300 NVL72: GPU Architecture & Performance (2.5 PFLOP/s, 8 TB/s, 900 GB/s one "
+    "way), read 2026-11-29; memory from memory",
+    "b300-288gb": "glennklockwood.com, B300 (2,250 TFLOP/s, 8 TB/s) and fibermall.com, HGX B300 (links, network), "
+    "read 2026-11-29; verda.com says 7.7 TB/s; memory from memory",
+    "gb200-186gb": "glennklockwood.com, B200 (GB200 at 1,200 W: 2,500 TFLOP/s, 8 TB/s, 900 GB/s one way), read "
+    "2026-11-29; verda.com says 2,250 and 7.7 TB/s; memory from memory",
+    "b200-180gb": "docs.vultr.com, NVIDIA HGX B200 Hardware Overview, 2026-03-11 (memory as the driver reports it, "
+    "8 TB/s, 1.8 TB/s both ways) and glennklockwood.com, B200 (2,250 TFLOP/s), read 2026-11-29",
+    "mi300x-192gb": "alpharomercoma, MI300X-vs-H200, REPORT.md (1,307.4 TFLOP/s, 5.3 TB/s, 192 GB), read 2026-11-29; "
+    "links from memory",
+    "h200-nvl-141gb": "openmetal.io, How the H200 is built (memory and its rate), read 2026-11-29; 835 TFLOP/s and "
+    "450 GB/s from the project's desk check of 2026-11-28, without a page",
+    "h800-pcie-80gb": _MEMORY,
+    "h800-80gb": "philisun.com, NVIDIA H800 vs H100 (compute and memory of an H100), and tumgag.com, the same title "
+    "(400 GB/s both ways), read 2026-11-29",
+    "h20-96gb": "the hub's hardware page of the H20 (96 GB, 148 TFLOP/s) and ke60.top (4.0 TB/s), read 2026-11-29; "
+    "links from memory",
+    "a800-pcie-80gb": _MEMORY,
+    "a800-80gb": _MEMORY,
+    "l40s-48gb": "mullet.se, copy of NVIDIA's table of L40 and L40S (362.05 TFLOP/s, 864 GB/s), read 2026-11-29",
+    "l40-48gb": "mullet.se, copy of NVIDIA's table of L40 and L40S (181.05 TFLOP/s, 864 GB/s), read 2026-11-29",
+    "rtx5090-32gb": "Linux Format, May 2025 (1,792 GB/s; 838 TFLOP/s sparse with fp16 sums, of which dense with fp32 "
+    "sums is a quarter), read 2026-11-29",
+    "rtx5080-16gb": "brojogopalsapui.com, RTX 5080 deep dive, after NVIDIA's RTX Blackwell whitepaper (960 GB/s; "
+    "1,801 sparse fp4 TOP/s, of which dense bf16 is a sixteenth), read 2026-11-29",
+    **dict.fromkeys(("rtx5070ti-16gb", "rtx5070-12gb", "rtx4090d-24gb", "rtx4080-super-16gb"), _RTX),
+    **dict.fromkeys(("rtx5060ti-16gb", "rtx4070ti-super-16gb", "rtx3090ti-24gb"), _RTX),
+}
+"""Of rows that have another than the first table's. All pages are second-hand: no maker's data sheet was at hand."""
 
 _OTHERS = frozenset({"ti", "super", "d", "laptop", "max-q", "nvl", "mig", "mobile"})
 """Words after a product's name that make it another product, with other rates."""

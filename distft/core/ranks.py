@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from distft.core.errors import DistftError, PeerEnded, explain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -37,6 +40,33 @@ class Ranks(Protocol):
 
     def barrier(self) -> None:
         """Collective: return once all ranks have called it."""
+        ...
+
+
+class ReadGroup(Protocol):
+    """Ranks that read a model's files once between them."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Ranks in the group."""
+        ...
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite a contiguous tensor with that of rank `source`; collective."""
+        ...
+
+    def raise_together(self, failure: Exception | None) -> None:
+        """Raise on all ranks if one has failed; collective.
+
+        Raises:
+            Exception: `failure` itself.
+            PeerEnded: another rank has failed.
+        """
         ...
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from distft.core.ranks import ReadGroup
+
 IGNORE = -100
 """Label of a position that is not trained (torch's cross-entropy convention)."""
 
@@ -276,6 +278,13 @@ class Weights(Protocol):
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
         """Give every parameter and buffer below `unit` that is still meta its values on `device`."""
+        ...
+
+    def read_within(self, group: ReadGroup | None) -> None:
+        """Let the ranks of `group` read weights once between them from now on; None: every rank reads for itself.
+
+        All of them then fill the same units in the same order.
+        """
         ...
 
 

@@ -29,6 +29,7 @@ from distft.engine.fragments import Fragment
 from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.gradient_sums import warn_of_bf16_sums
 from distft.engine.groups import group_size
+from distft.engine.node_group import reading_once
 from distft.engine.params import Zero3Params, Zero12Params
 from distft.engine.processes import Processes
 from distft.engine.zero_footprint import bucket_elements
@@ -56,12 +57,13 @@ class ZeroEngine(BaseEngine):
         largest = max(param.numel() for param in module.parameters())
         config = self._config(weights.dtype, rule, micros_per_step, bucket_elements(numel, largest))
         group = self._second_copy_group()
-        for unit in [*weights.blocks, module]:
-            weights.fill(unit, self.device)
-            if self._stage == 3:
-                self._deepspeed.zero.Init(
-                    module=unit, config_dict_or_path=config, dtype=weights.dtype, zero_param_parallel_group=group
-                )
+        with reading_once(weights, self._placed):
+            for unit in [*weights.blocks, module]:
+                weights.fill(unit, self.device)
+                if self._stage == 3:
+                    self._deepspeed.zero.Init(
+                        module=unit, config_dict_or_path=config, dtype=weights.dtype, zero_param_parallel_group=group
+                    )
         if self._stage == 3 and weights.blocks_are_atomic:
             # A block is gathered whole, before its forward: fewer and larger gathers, and none inside a region that
             # selective activation checkpointing replays.

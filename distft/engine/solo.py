@@ -18,6 +18,7 @@ from distft.engine.fragments import Fragment
 from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
 from distft.engine.gradient_sums import GradientSums, warn_of_bf16_sums
 from distft.engine.master_weights import MasterWeights
+from distft.engine.node_group import reading_once
 from distft.engine.params import EngineParams
 from distft.engine.processes import Processes
 
@@ -41,7 +42,8 @@ class SoloEngine(BaseEngine):
         if half and self._grad_dtype == "bfloat16" and self.rank == 0:
             warn_of_bf16_sums(micros_per_step)
         self._sums_apart = keeps_fp32_gradients(self._grad_dtype, half=half, micros_per_step=micros_per_step)
-        self._module = self._wrap(weights)
+        with reading_once(weights, self._placed):
+            self._module = self._wrap(weights)
         self._module.train()
         if self._sums_apart:
             self._sums = self._add_in_fp32()
@@ -54,7 +56,8 @@ class SoloEngine(BaseEngine):
         return GradientSums(self._unwrapped().parameters())
 
     def _wrap(self, weights: Weights) -> nn.Module:
-        weights.fill(weights.module, self.device)
+        for unit in [*weights.blocks, weights.module]:  # a rank that reads for others reads no more than a block ahead
+            weights.fill(unit, self.device)
         return weights.module
 
     def _unwrapped(self) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distft.core.errors import MachineError
 from distft.core.phase import PHASE
+from distft.core.ranks import ReadGroup
 from distft.model import attention, cross_entropy, load_balancing, quantize, skeleton
 from distft.model.adapters import MethodSpec
 from distft.model.blocks import blocks_of, ends_of
@@ -27,6 +28,7 @@ from distft.model.heads import HEADS, HeadSpec, put_head
 from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
 from distft.model.random_weights import NoSource, RandomSource, seed_of
+from distft.model.shared_reads import SharedReads
 from distft.model.tensor_files import mistake
 from distft.model.towers import text_parameters
 from distft.model.weights import SafetensorsSource, WeightSource, meta_params
@@ -111,6 +113,7 @@ class MetaModel:
         # Behind a frozen embedding the first block's input has no gradient to wait for, nor have DoRA's norms.
         self.blocks_are_atomic = not method.adapter
         self._source, self._method, self._seed = source, method, seed
+        self._shared_reads: SharedReads | None = None
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
         self._tied = tied
         # Weak: fsdp2 puts its shard in a parameter's place, and the whole one must not live on here.
@@ -124,10 +127,51 @@ class MetaModel:
     def fill(self, unit: nn.Module, device: torch.device) -> None:
         """Give every parameter below `unit` that is still meta its value on `device`; tied tensors stay tied."""
         PHASE.enter("weights")
+        if self._shared_reads is not None:
+            self._shared_reads.read(self._asked_of(unit), device)
         for module in unit.modules():
             if any(True for _ in meta_params(module)):
                 self._fill_one(module, device)
             self._fill_buffers(module, device)
+
+    def read_within(self, group: ReadGroup | None) -> None:
+        """Weights of files are read once by the ranks of `group`; random ones every rank draws for itself."""
+        self._shared_reads = None
+        if group is not None and isinstance(self._source, SafetensorsSource):
+            self._shared_reads = SharedReads(self._source, self._source.tensors, group)
+
+    def _asked_of(self, unit: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Every call of the source's `values` that filling `unit` takes, in order."""
+        asked: list[tuple[str, nn.Module]] = []
+        met = set(self._filled)
+        for module in unit.modules():
+            pending = {short: meta for short, meta in meta_params(module) if id(meta) not in met}
+            met |= {id(meta) for meta in pending.values()}
+            if pending and not self._is_fresh(module):
+                asked += self._asked(module, pending)
+        return asked
+
+    def _asked(self, module: nn.Module, pending: Mapping[str, Tensor]) -> list[tuple[str, nn.Module]]:
+        """The calls of the source's `values` for one module: names, and modules with the parameters that are wanted."""
+        asked: list[tuple[str, nn.Module]] = []
+        base = self._method.base_name(f"{self._names[id(module)]}.x").removesuffix(".x")
+        wanted = dict(pending)
+        if base in self._tied:
+            # The copy of a tied head that an adapter trains whole starts as what the head is tied to.
+            asked.append(self._tied[base])
+            for short, _ in meta_params(self._tied[base][1]):
+                wanted.pop(short, None)
+        if len(wanted) == len(list(meta_params(module))):
+            asked.append((base, module))
+        elif wanted:  # what is its own beside the shared weight, such as a bias
+            rest: Any = copy.copy(module)
+            rest._parameters = wanted
+            asked.append((base, rest))
+        return asked
+
+    def _is_fresh(self, module: nn.Module) -> bool:
+        """An adapter's own, which starts from its seed and not from the files."""
+        return self._method.owns(f"{self._names[id(module)]}.x") and self._method.fresh is not None
 
     def saved_buffers(self) -> list[tuple[str, Tensor]]:
         """Buffers that belong to the weights, by their whole names."""
@@ -161,7 +205,8 @@ class MetaModel:
                 pending[short] = meta
         if not pending:
             return
-        if self._method.owns(f"{name}.x") and self._method.fresh is not None:
+        if self._is_fresh(module):
+            assert self._method.fresh is not None
             # Copies, so that no parameter is a view of another.
             values = {
                 short: self._method.fresh(
@@ -170,17 +215,9 @@ class MetaModel:
                 for short, meta in pending.items()
             }
         else:
-            base = self._method.base_name(f"{name}.x").removesuffix(".x")
-            # The copy of a tied head that an adapter trains whole starts as what the head is tied to.
             values = {}
-            rest = module
-            if base in self._tied:
-                origin, shares = self._tied[base]
-                values = self._source.values(origin, shares, device)
-                rest = copy.copy(module)  # what is its own beside the shared weight, such as a bias
-                rest._parameters = {short: meta for short, meta in pending.items() if short not in values}
-            if any(param is not None for param in rest._parameters.values()):
-                values |= self._source.values(base, rest, device)
+            for base, asked in self._asked(module, pending):
+                values |= (self._shared_reads or self._source).values(base, asked, device)
         for short, meta in pending.items():
             module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
 

@@ -79,6 +79,7 @@ class SafetensorsSource:
         self._absent: frozenset[str] = frozenset()
         self._weights = StoredWeights(folder, dtype)
         self._model = Shapes(lm)
+        self.tensors = self._model.tensors
         transforms = get_model_conversion_mapping(lm)
         self._recipes: dict[str, _Recipe] = {}
         self._made_with: dict[str, str] = {}

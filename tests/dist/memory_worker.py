@@ -1,10 +1,13 @@
 """Adopts a model under one engine and notes, after every fill, how many bytes of weights this rank holds.
 
+Arguments: the engine, the model's folder, where to write, and how many ranks a node has.
+
 `host_peak`: most anonymous memory of the process until the last fill is done, beyond what it had before; mapped files
-are not in it.
+are not in it. `read`: bytes of the tensors that this rank read from the files.
 """
 
 import json
+import os
 import re
 import sys
 import threading
@@ -18,6 +21,7 @@ from distft.core.types import UpdateRule
 from distft.engine import ENGINES, processes
 from distft.model import load
 from distft.model.adapters import METHODS
+from distft.model.tensor_files import TensorFiles
 from distft.recipe import ModelTable
 
 
@@ -54,12 +58,29 @@ class HostPeak:
         return self.peak
 
 
+class BytesRead:
+    """Counts what is read from weight files, where tensors leave their mapped file."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        read = TensorFiles.read
+
+        def counting(files: TensorFiles, name: str) -> torch.Tensor:
+            tensor = read(files, name)
+            self.total += tensor.nbytes
+            return tensor
+
+        TensorFiles.read = counting  # type: ignore[method-assign]
+
+
 def main() -> None:
-    engine_name, model, out = sys.argv[1:]
+    engine_name, model, out, node = sys.argv[1:]
+    os.environ["LOCAL_WORLD_SIZE"] = node
     placed = processes.join()
     spec = ENGINES[engine_name]
     engine = spec.open(spec.params(), placed)
     method = METHODS["full"]
+    read = BytesRead()
     table = ModelTable(path=model, dtype="float32")
     built = load.build(table, Path(model), method, method.params(), seed=0, device=placed.device)
     whole = sum(p.numel() * 4 for p in built.module.parameters())
@@ -84,6 +105,7 @@ def main() -> None:
     engine.adopt(built, sgd, micros_per_step=1)
     facts = {"whole": whole, "largest_unit": largest, "peak": max(seen), "after": held(built.module)}
     facts["host_peak"] = host_peaks[-1]
+    facts["read"] = read.total
     Path(f"{out}.{placed.rank}").write_text(json.dumps(facts))
     engine.close()
 

@@ -174,7 +174,7 @@ def test_no_rank_holds_the_model_while_it_loads(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "deep")
     for engine in SHARDED:
         out = tmp_path / engine
-        worker = [str(ROOT / "tests/dist/memory_worker.py"), engine, str(tmp_path / "deep"), str(out)]
+        worker = [str(ROOT / "tests/dist/memory_worker.py"), engine, str(tmp_path / "deep"), str(out), "2"]
         done = run([*torchrun(2), *worker], MALLOC_MMAP_THRESHOLD_="65536")  # what is freed goes back at once
         assert done.returncode == 0, done.stderr[-3000:]
         for rank in range(2):

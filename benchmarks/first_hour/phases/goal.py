@@ -12,7 +12,8 @@ from benchmarks.first_hour.changes import CHANGES
 from benchmarks.first_hour.measuring import gib, off
 from benchmarks.first_hour.phase import Context, Measured, Phase, Step, Table
 
-FIRST = ("llama8b-lora", "llama8b-full", "llama8b-qlora", "qwen0.5b-full", "qwen7b-lora")
+FIRST = ("llama8b-lora", "llama8b-full", "llama8b-full-kept", "llama8b-lora-8k", "llama8b-qlora", "qwen0.5b-full",
+         "qwen7b-lora")  # fmt: skip
 CHANGED = ("llama8b-lora", "qwen0.5b-full")
 """Goals on which every change is tried: one that is mostly products, one that is mostly head and element-wise."""
 LAST = ("llama70b-qlora",)

@@ -1,14 +1,24 @@
 """The one table of GPUs: found by what the driver calls them, and by what a user types."""
 
+import re
+
 import pytest
 
-from distft.core.accelerators import ACCELERATORS, BY_NAME, named, of_device, peak_flops
+from distft.core.accelerators import ACCELERATORS, BY_NAME, SOURCES, named, of_device, peak_flops
 
 
 def test_no_product_is_hidden_behind_a_shorter_name() -> None:
     for gpu in ACCELERATORS:
         product = gpu.product if gpu.product.startswith("NVIDIA") else f"NVIDIA {gpu.product}"
         assert of_device(product) is gpu, gpu.name
+
+
+def test_every_row_says_where_it_is_from_and_when_it_was_read() -> None:
+    for gpu in ACCELERATORS:
+        assert re.search(r"20\d\d-\d\d-\d\d", gpu.source), gpu.name
+    assert BY_NAME.keys() >= SOURCES.keys(), "of rows that are there"
+    assert "from memory" in BY_NAME["a800-80gb"].source, "what no page was found for says so"
+    assert "data sheet" in BY_NAME["h100-80gb"].source
 
 
 @pytest.mark.parametrize(
