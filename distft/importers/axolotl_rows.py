@@ -12,6 +12,10 @@ from distft.importers.section import Section
 from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths, set_template
 
 _CHAT = "rendered by the chat template"
+_NO_TEMPLATE = (
+    "the tokenizer's own, where there was Alpaca's wording: a base model that has none needs plain, chatml, llama3 "
+    "or a .jinja file here"
+)
 _ALPACA = "rendered by the chat template; Axolotl writes Alpaca's own wording around instruction and input"
 
 
@@ -101,6 +105,10 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
             )
     else:
         set_template(work, top, "chat_template", same=("chatml", "llama3"), own=own)
+    if any(source["format"] == "alpaca" for source in work.draft.get("data.train") or ()) and not work.draft.get(
+        "data.chat_template"
+    ):
+        work.draft.set("data.chat_template", "auto", note=_NO_TEMPLATE)
     if top.raw("shuffle_merged_datasets") is False or top.flag("curriculum_sampling"):
         key = "curriculum_sampling" if top.flag("curriculum_sampling") else "shuffle_merged_datasets"
         work.set("data.shuffle", False, (top, key), "rows in the order of their files" if key[0] == "c" else "")

@@ -133,7 +133,7 @@ def _walk(top: yaml.Node) -> tuple[dict[KeyPath, int], list[Problem]]:
         node, at = waiting.pop()
         count += 1
         if count > _MOST_VALUES or len(at) > _DEEPEST:
-            return lines, [Problem(message="too large, too deep, or refers to itself", line=_line(node))]
+            return lines, [Problem(message="too large, too deep, or refers to itself", line=lines.get(at))]
         if isinstance(node, yaml.SequenceNode):
             for position, element in enumerate(node.value):
                 lines[(*at, position)] = _line(element)

@@ -8,7 +8,7 @@ from typing import Any
 from distft.importers.config_file import ConfigFile
 from distft.importers.conversion import Conversion
 from distft.importers.keys import carried, group, left, refused, table
-from distft.importers.section import Section
+from distft.importers.section import Section, dotted
 from distft.importers.sources import Source, add_source
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import DEFAULT_SEED, set_name
@@ -38,7 +38,7 @@ JOB_KEYS = {
     **group(
         "id object created_at finished_at fine_tuned_model organization_id status result_files trained_tokens error "
         "estimated_finish user_provided_suffix",
-        left(_ANSWERED, off=(None, [])),
+        left(_ANSWERED, off=(None, [], {})),
     ),
 }
 HYPERPARAMETER_KEYS = table(
@@ -164,10 +164,14 @@ def _set_hyperparameters(work: Conversion, sections: list[Section], kind: str) -
 
 def _value(sections: list[Section], key: str) -> tuple[float | None, tuple[Section, str] | None]:
     """Return a hyper-parameter, None for "auto", and where it stands."""
-    section = next((section for section in sections if section.has(key)), None)
-    if section is None:
+    holding = [section for section in sections if section.has(key)]
+    if not holding:
         return None, None
+    section = holding[0]
     value: Any = section.raw(key)
+    for other in holding[1:]:
+        if other.raw(key) != value:
+            other.problem(key, f"says something else than {dotted(section.path(key))}", "keep one of them")
     return (None if value == "auto" else section.number(key)), (section, key)
 
 

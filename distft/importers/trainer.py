@@ -100,7 +100,7 @@ def set_batches(
 
 def _set_rates(work: Conversion, section: Section, keys: TrainerKeys) -> None:
     rate = section.number("learning_rate", keys.learning_rate_default)
-    if rate is None:
+    if rate is None and not section.has("learning_rate"):
         section.reading.problem(section.at, "learning_rate is missing", "add it, as in learning_rate: 2e-4")
     work.set("optim.learning_rate", rate, (section, "learning_rate"))
     decay = section.number("weight_decay", 0.0)

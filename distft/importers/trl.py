@@ -56,8 +56,9 @@ _MARKS = {
 
 
 def _detects(file: ConfigFile) -> bool:
-    datasets = file.content.get("datasets")
-    return "model_name_or_path" in file.content and (bool(file.content.keys() & _MARKS) or isinstance(datasets, list))
+    content = file.content
+    datasets = isinstance(content.get("datasets"), list) and "base_model" not in content  # which Axolotl has too
+    return "model_name_or_path" in content and (bool(content.keys() & _MARKS) or datasets)
 
 
 def _convert(work: Conversion) -> None:
