@@ -181,6 +181,6 @@ INFO_KEYS = {
         om_hub_url=left("Modelers is not read: Hugging Face's hub is"),
         cloud_file_name=refused("files in a cloud are not read: download it"),
         script_url=refused("loading scripts are never run: write the rows to a file"),
-        folder=carried("[[data.train]] path"),
+        folder=refused("chooses a folder of a hub dataset: download it, and name its file"),
     ),
 }

@@ -147,7 +147,8 @@ def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
     elif sharding not in _SHARDS:
         section.problem(of[1], f"sharding strategy {sharding} is not known", f"known: {', '.join(_SHARDS)}, no_shard")
     else:
-        two = str(settings.raw(known["version"])) == "2" if "version" in known else False
+        version = settings.raw(known["version"]) if "version" in known else section.raw("fsdp_version")
+        two = str(version) == "2"
         note = "" if two else "FSDP there; FSDP2 here"
         work.set("engine.name", "fsdp2", of, "; ".join(filter(None, (note, _SHARD_NOTES[sharding]))))
         for setting, said in _SHARDS[sharding].items():

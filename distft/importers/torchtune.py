@@ -12,7 +12,7 @@ from distft.importers.objectives import SIMPO
 from distft.importers.section import Section
 from distft.importers.sources import Rows
 from distft.importers.spec import ImporterSpec
-from distft.importers.torchtune_keys import SECTIONS
+from distft.importers.torchtune_keys import LOGGER_KEYS, SECTIONS
 from distft.importers.torchtune_rows import component, set_data
 from distft.importers.trainer import DEFAULT_SEED, set_batches, set_name
 
@@ -271,6 +271,8 @@ def _set_steps(work: Conversion, top: Section) -> None:
     logger = top.section("metric_logger")
     if component(logger) == "WandBLogger":
         work.set("log.wandb", logger.text("project", "torchtune"), (logger, "project"))
+    else:
+        work.leave(logger, "_component_", LOGGER_KEYS["_component_"].text)
 
 
 SPEC = ImporterSpec(

@@ -56,7 +56,7 @@ TORCHTUNE_KEYS = {
         reward_and_value_model=refused("PPO is not here: remove it"),
         ref_checkpointer=left("the reference is the base model itself"),
         reference_checkpointer=left("the reference is the base model itself"),
-        base_model_path=carried("[model] path"),
+        base_model_path=left("the weights of checkpointer are trained"),
         tensor_parallel_dim=left("data-parallel sharding alone is here: no tensor parallelism", off=(None, 1)),
         tensor_parallel_plan=left("data-parallel sharding alone is here: no tensor parallelism"),
         context_parallel_dim=left("data-parallel sharding alone is here: no context parallelism", off=(None, 1)),
