@@ -8,6 +8,7 @@ from distft.importers.config_file import ConfigFile
 from distft.importers.conversion import Conversion
 from distft.importers.objectives import (
     PreferenceKeys,
+    dpo_loss,
     set_dpo,
     set_orpo,
     set_reward,
@@ -73,7 +74,8 @@ def _set_objective(work: Conversion, top: Section) -> Rows | None:
     else:
         beta = _PREFERENCE
     if kind in ("dpo", "ipo"):
-        set_dpo(work, top, "rl", "ipo" if kind == "ipo" else top.text("dpo_loss_type") or "sigmoid", beta)
+        loss = "ipo" if kind == "ipo" else dpo_loss(work, top, "dpo_loss_type", "dpo_loss_weights")
+        set_dpo(work, top, "rl", loss, beta)
     elif kind == "orpo":
         set_orpo(work, top, "rl", PreferenceKeys(beta="orpo_alpha" if top.has("orpo_alpha") else beta.beta))
     elif kind == "simpo":

@@ -52,6 +52,8 @@ AXOLOTL_KEYS = {
         rl_beta=carried("[objective] beta"),
         dpo_beta=carried("[objective] beta"),
         dpo_label_smoothing=carried("[objective] label_smoothing"),
+        dpo_loss_type=carried("[objective] loss"),
+        dpo_loss_weights=carried("[objective] sft_weight", "of sigmoid and sft together"),
         rpo_alpha=carried("[objective] sft_weight"),
         orpo_alpha=carried("[objective] beta", "the paper's lambda"),
         simpo_gamma=carried("[objective] gamma", "the paper's gamma"),
@@ -205,7 +207,8 @@ AXOLOTL_KEYS = {
         left("belongs to other commands of Axolotl"),
     ),
     **group(
-        "flash_attention sdp_attention xformers_attention flex_attention flash_attn_rms_norm flash_attn_fuse_qkv "
+        "attention fused_attn_kernel flash_attention sdp_attention xformers_attention flex_attention "
+        "flash_attn_rms_norm flash_attn_fuse_qkv "
         "flash_attn_fuse_mlp flash_optimum unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv "
         "unsloth_lora_o unsloth_rms_norm unsloth_rope lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
         "lora_embedding_kernel liger_rope liger_rms_norm liger_glu_activation liger_layer_norm "

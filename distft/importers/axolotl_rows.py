@@ -9,7 +9,7 @@ from typing import Literal
 from distft.importers.axolotl_keys import DATASET_KEYS
 from distft.importers.conversion import Conversion
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths, set_template
+from distft.importers.sources import Rows, Source, add_source, data_files, set_lengths, set_template
 
 _CHAT = "rendered by the chat template"
 _NO_TEMPLATE = (
@@ -134,27 +134,24 @@ def _set_mask(work: Conversion, top: Section) -> None:
 
 def _add_dataset(work: Conversion, section: Section, part: Literal["train", "eval"], rows: Rows, default: str) -> None:
     of = (section, "path")
-    path, files = section.text("path"), section.texts("data_files")
+    path = section.text("path")
     kind = _row_type(work, section, rows, default)
     if path is None:
         if not section.has("path"):
             section.reading.problem(section.at, "a dataset without a path", "add its path")
         return
-    if files and (path in ("json", "parquet", "csv", "text", "arrow") or path.endswith(("/", "."))):
-        paths = files
-    elif files:
-        section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as path")
-        return
-    else:
-        paths = [path]
-    split = section.text("split") or section.text("train_on_split")
+    files = data_files(section, path, "path")
     if kind is not None:
-        for one in paths:
-            source = Source(
-                path=one, format=kind.format, subset=section.text("name"), split=local_split(one, split),
-                columns=kind.columns, note=kind.note,
-            )  # fmt: skip
-            add_source(work, part, source, of)
+        split = section.text("split") or section.text("train_on_split")
+        source = Source(
+            path=path,
+            format=kind.format,
+            subset=section.text("name"),
+            split=split,
+            columns=kind.columns,
+            note=kind.note,
+        )
+        add_source(work, part, source, of, files)
     _settle_dataset(work, section)
 
 

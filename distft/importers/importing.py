@@ -46,6 +46,8 @@ def import_config(
     work = Conversion(spec=spec, reading=Reading(file=file), registries=registries, options=options or ImportOptions())
     spec.convert(work)
     work.settle(work.top(), spec.keys[""] if spec.keys else {})
+    for remarks in (work.left, work.unknown):
+        remarks.sort(key=lambda remark: (remark.line is None, remark.line or 0))
     placed, wrong = work.draft.override(work.options.overrides)
     problems = [*work.reading.problems, *wrong]
     problems += [problem for key, problem in work.required if not any(key[: len(one)] == one for one in placed)]

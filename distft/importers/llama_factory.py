@@ -11,7 +11,7 @@ from distft.importers.conversion import Conversion
 from distft.importers.llama_factory_keys import INFO_KEYS, LLAMA_FACTORY_KEYS
 from distft.importers.objectives import PreferenceKeys, set_dpo, set_orpo, set_reward, set_simpo, set_unpaired
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths, set_template
+from distft.importers.sources import Rows, Source, add_source, set_lengths, set_template
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_order, set_training
 
@@ -221,7 +221,7 @@ def _add_dataset(
         path=path,
         format=shape[0],
         subset=_word(entry, "subset"),
-        split=local_split(path, _word(entry, "split")),
+        split=_word(entry, "split"),
         max_rows=min(most) if most else None,
         columns=shape[1],
         note=shape[2],

@@ -64,8 +64,31 @@ def set_dpo(work: Conversion, section: Section, chosen_by: str, loss: str, keys:
         work.set("objective.sft_weight", weight, (section, keys.sft_weight), said)
 
 
+def dpo_loss(work: Conversion, section: Section, key: str, weights: str, default: str = "sigmoid") -> str:
+    """Return the loss that a key names; of a list of sigmoid and sft, the second's weight is RPO's."""
+    losses = section.texts(key) or [default]
+    if len(losses) == 1:
+        return losses[0]
+    values = section.raw(weights)
+    numbers = [float(value) for value in values if isinstance(value, int | float)] if isinstance(values, list) else []
+    if sorted(losses) == ["sft", "sigmoid"] and len(numbers) == 2 and numbers[losses.index("sigmoid")] == 1:
+        weight = numbers[losses.index("sft")]
+        work.set("objective.sft_weight", weight, (section, weights), "the weight of sft beside sigmoid")
+    else:
+        section.problem(key, "mixes losses", "one loss, or sigmoid with weight 1 and sft, is trained here")
+    return "sigmoid"
+
+
+def refuse_settings(section: Section, objective: str, *keys: str) -> None:
+    """Refuse settings that change a loss, and that an objective does not have here."""
+    for key in keys:
+        if section.number(key):
+            section.problem(key, f"{objective} has no such term here: another loss", "remove it")
+
+
 def set_orpo(work: Conversion, section: Section, chosen_by: str, keys: PreferenceKeys) -> None:
     """Set [objective] orpo."""
+    refuse_settings(section, "orpo", keys.label_smoothing, keys.sft_weight)
     if work.part("objective", "orpo", section, chosen_by, "ORPO"):
         work.set("objective.name", "orpo", (section, chosen_by), ORPO)
         _set_beta(work, section, keys)
@@ -73,6 +96,7 @@ def set_orpo(work: Conversion, section: Section, chosen_by: str, keys: Preferenc
 
 def set_simpo(work: Conversion, section: Section, chosen_by: str, keys: PreferenceKeys, *, likelihood: bool) -> None:
     """Set [objective] simpo; `likelihood`: the tool adds the chosen answer's, as TRL's CPO trainer does."""
+    refuse_settings(section, "simpo", keys.label_smoothing)
     if not work.part("objective", "simpo", section, chosen_by, "SimPO"):
         return
     work.set("objective.name", "simpo", (section, chosen_by))
@@ -82,14 +106,15 @@ def set_simpo(work: Conversion, section: Section, chosen_by: str, keys: Preferen
         weight = section.number(keys.cpo_weight, keys.cpo_weight_default)
         note = "TRL's trainer adds this times the chosen answer's negative log-likelihood; the paper has 0"
         work.set("objective.sft_weight", weight, (section, keys.cpo_weight), note)
+    elif weight := section.number(keys.sft_weight):
+        work.set("objective.sft_weight", weight, (section, keys.sft_weight))
 
 
 def set_cpo(work: Conversion, section: Section, chosen_by: str, keys: PreferenceKeys) -> None:
     """Set [objective] cpo."""
     if not work.part("objective", "cpo", section, chosen_by, "CPO"):
         return
-    if section.number(keys.label_smoothing):
-        section.problem(keys.label_smoothing, "cpo has no label smoothing here: another loss", "remove it")
+    refuse_settings(section, "cpo", keys.label_smoothing)
     work.set("objective.name", "cpo", (section, chosen_by))
     _set_beta(work, section, keys)
     work.set(
@@ -103,6 +128,7 @@ def set_unpaired(
     """Set [objective] kto or bco, where there is one."""
     if not work.part("objective", name, section, chosen_by, name.upper()):
         return
+    refuse_settings(section, name, keys.sft_weight)
     work.set("objective.name", name, (section, chosen_by))
     _set_beta(work, section, keys)
     if name != "kto":

@@ -7,7 +7,7 @@ from typing import Literal
 
 from distft.importers.conversion import Conversion
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths
+from distft.importers.sources import Rows, Source, add_source, data_files, set_lengths
 from distft.importers.torchtune_keys import DATASET_KEYS
 
 
@@ -115,9 +115,7 @@ def _add_dataset(
             "_component_", f"does not fit the loss, which trains on {'pairs' if rows == 'pairs' else 'single answers'}"
         )
     source = section.text("source", builder.source) or ""
-    files = section.texts("data_files")
-    if files and source not in ("json", "csv", "parquet", "text", "arrow"):
-        section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as source")
+    files = data_files(section, source, "source")
     if not source:
         section.reading.problem(
             section.at, "a dataset without a source", "add source: a name on the hub, or json with data_files"
@@ -141,12 +139,11 @@ def _add_dataset(
         inputs.add(
             section.flag("train_on_input", builder.trains_input and strategy is None) or strategy == "train_on_all"
         )
-    for one in files or [source]:
-        made = Source(
-            path=one, format=format, subset=section.text("name") or section.text("subset"),
-            split=local_split(one, section.text("split")), columns=columns, note=builder.note,
-        )  # fmt: skip
-        add_source(work, part, made, (section, "_component_"))
+    subset = section.text("name") or section.text("subset")
+    rows_source = Source(
+        path=source, format=format, subset=subset, split=section.text("split"), columns=columns, note=builder.note
+    )
+    add_source(work, part, rows_source, (section, "_component_"), files)
 
 
 def _mapped(section: Section, columns: dict[str, str], format: str) -> dict[str, str]:

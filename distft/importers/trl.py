@@ -6,6 +6,7 @@ from distft.importers.config_file import ConfigFile
 from distft.importers.conversion import Conversion
 from distft.importers.objectives import (
     PreferenceKeys,
+    dpo_loss,
     set_cpo,
     set_dpo,
     set_orpo,
@@ -14,7 +15,7 @@ from distft.importers.objectives import (
     set_unpaired,
 )
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths
+from distft.importers.sources import Rows, Source, add_source, data_files, set_lengths
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_order, set_training
 from distft.importers.trl_keys import TRL_DATASET_KEYS, TRL_KEYS
@@ -129,7 +130,7 @@ def _set_objective(work: Conversion, top: Section, task: str) -> Rows:
         work.draft.set("objective.name", "sft")
         return "single"
     if task == "dpo":
-        set_dpo(work, top, "loss_type", _dpo_loss(work, top), _PREFERENCE)
+        set_dpo(work, top, "loss_type", dpo_loss(work, top, "loss_type", "loss_weights"), _PREFERENCE)
     elif task == "orpo":
         set_orpo(work, top, "beta", _PREFERENCE)
     elif task == "reward":
@@ -144,22 +145,6 @@ def _set_objective(work: Conversion, top: Section, task: str) -> Rows:
         set_unpaired(work, top, "loss_type", task, loss or "kto", _PREFERENCE)
         return "unpaired"
     return "pairs"
-
-
-def _dpo_loss(work: Conversion, top: Section) -> str:
-    """Return the loss; sigmoid with sft beside it is RPO's, with the weight of sft."""
-    losses = top.texts("loss_type") or ["sigmoid"]
-    if len(losses) == 1:
-        return losses[0]
-    weights = top.raw("loss_weights")
-    values = weights if isinstance(weights, list) else []
-    numbers = [float(value) for value in values if isinstance(value, int | float)]
-    if sorted(losses) == ["sft", "sigmoid"] and len(numbers) == 2 and numbers[losses.index("sigmoid")] == 1:
-        weight = numbers[losses.index("sft")]
-        work.set("objective.sft_weight", weight, (top, "loss_weights"), "the weight of sft beside sigmoid")
-    else:
-        top.problem("loss_type", "mixes losses", "one loss, or sigmoid with weight 1 and sft, is trained here")
-    return "sigmoid"
 
 
 def _set_model(work: Conversion, top: Section) -> None:
@@ -231,15 +216,11 @@ def _set_sources(work: Conversion, top: Section, task: str) -> bool:
         format, columns = "text", {top.text("dataset_text_field") or "text": "text"}
     for section in top.sections("datasets"):
         path = section.text("path") or ""
-        files = section.texts("data_files")
-        if files and path not in ("json", "csv", "parquet", "text", "arrow"):
-            section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as path")
-        for one in files or [path]:
-            source = Source(
-                path=one, format=format, subset=section.text("name"), split=local_split(one, section.text("split")),
-                columns=columns,
-            )  # fmt: skip
-            add_source(work, "train", source, (section, "path"))
+        files = data_files(section, path, "path")
+        source = Source(
+            path=path, format=format, subset=section.text("name"), split=section.text("split"), columns=columns
+        )
+        add_source(work, "train", source, (section, "path"), files)
         work.settle(section, TRL_DATASET_KEYS)
     name = top.text("dataset_name")
     if name is not None and not top.has("datasets"):
@@ -252,7 +233,7 @@ def _set_sources(work: Conversion, top: Section, task: str) -> bool:
 def _set_named(work: Conversion, top: Section, name: str, format: str, columns: dict[str, str]) -> None:
     train = Source(
         path=name, format=format, subset=top.text("dataset_config"),
-        split=local_split(name, top.text("dataset_train_split", "train")), columns=columns,
+        split=top.text("dataset_train_split", "train"), columns=columns,
     )  # fmt: skip
     add_source(work, "train", train, (top, "dataset_name"))
     if top.values.get("eval_strategy") in (None, "no", False):

@@ -206,7 +206,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
             "data.chat_template": "llama3",
             "data.train.0.format": "sharegpt",
             "data.train.0.max_rows": 20000,
-            "data.train.0.split": "train",
+            "data.train.0.split": None,
             "data.train.0.columns": None,
             "train.activation_checkpointing": "full",
             "model.dtype": "bfloat16",
@@ -468,7 +468,7 @@ REFUSED = {
     "type": (BASE.replace("type: alpaca", "type: input_output"), "has no type that is known"),
     "no type": (BASE.replace("    type: alpaca\n", ""), "has no type that is known"),
     "roles": (BASE.replace("    type: alpaca", "    type: chat_template\n    roles_to_train: [user]"), "other turns"),
-    "split": (BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[:5%]"), "is a part of a split"),
+    "split": (BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[5:9]"), "is a part of a split"),
     "shards": (BASE.replace("    type: alpaca", "    type: alpaca\n    shards: 10"), "takes a part of the rows"),
     "targets": (
         BASE + LORA.replace("lora_target_linear: true", ""),
@@ -482,6 +482,14 @@ REFUSED = {
     "rate": (BASE.replace("learning_rate: 2e-4\n", ""), "learning_rate is missing"),
     "tokens": (BASE + "tokens: ['<a>']\n", "new tokens change the model"),
     "peft": (BASE + LORA + "peft:\n  backend: torchao\n  weight_dtype: int4\n", "bases in int4 of torchao"),
+    "simpo": (
+        BASE.replace("type: alpaca", "type: chatml.ultra") + "rl: simpo\ndpo_label_smoothing: 0.1\n",
+        "simpo has no such term here",
+    ),
+    "losses": (
+        BASE.replace("type: alpaca", "type: chatml.intel") + "rl: dpo\ndpo_loss_type: [sigmoid, aot]\n",
+        "mixes losses",
+    ),
     "batch": (
         BASE.replace("gradient_accumulation_steps: 2", "batch_size: 6"),
         "is no multiple of micro_batch_size = 4",
@@ -497,6 +505,42 @@ def test_what_would_train_another_model_is_refused_at_its_line(name: str, tmp_pa
     assert said in str(caught.value)
     if "missing" not in said and "neither" not in said:
         assert all(problem.line for problem in caught.value.problems), str(caught.value)
+
+
+def test_a_share_of_a_split_needs_its_rows(tmp_path: Path) -> None:
+    text = BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[:20%]")
+    with pytest.raises(
+        RecipeError, match=r"of 20 %: rows are counted here  say how many.* --set data.train.0.max_rows=N"
+    ):
+        made(tmp_path, text)
+    recipe = loaded(made(tmp_path, text, overrides=("data.train.0.max_rows=300",)))
+    assert recipe.data.train[0].max_rows == 300
+
+
+@pytest.mark.parametrize(
+    ("split", "refusal"),
+    [
+        ("train", None),
+        ("train[:50]", None),
+        ("validation", "is a file, which has no split validation"),
+    ],
+)
+def test_splits_of_files(split: str, refusal: str | None, tmp_path: Path) -> None:
+    text = BASE.replace("teknium/GPT4-LLM-Cleaned", "rows.jsonl").replace(
+        "    type: alpaca", f"    type: alpaca\n    split: {split}"
+    )
+    if refusal:
+        with pytest.raises(RecipeError, match=refusal):
+            made(tmp_path, text)
+        return
+    [source] = loaded(made(tmp_path, text)).data.train
+    assert (source.split, source.max_rows) == (None, 50 if "[" in split else None)
+    several = text.replace("path: rows.jsonl", "path: json\n    data_files: [a.jsonl, b.jsonl]")
+    if "[" in split:
+        with pytest.raises(RecipeError, match="is a part of a split"):
+            made(tmp_path, several)
+    else:
+        assert [source.path for source in loaded(made(tmp_path, several)).data.train] == ["a.jsonl", "b.jsonl"]
 
 
 def test_kto_asks_the_registry(tmp_path: Path) -> None:

@@ -371,6 +371,10 @@ REFUSED = {
     "adapter": (changed(BASE, adapter_name_or_path="saves/old"), "merge it into the base first"),
     "predict": (changed(BASE, do_train="false"), "a file of another command"),
     "adafactor": (changed(BASE, optim="adafactor"), "scales it by the size of each weight"),
+    "orpo with likelihood": (
+        changed(BASE, stage="dpo", dataset="dpo_en_demo", pref_loss="orpo", pref_ftx="0.5"),
+        "orpo has no such term here",
+    ),
     "dft": (changed(BASE, use_dft_loss="true"), "DFT weighs tokens by their probability"),
     "qlora+full": (changed(BASE, finetuning_type="full", lora_target=None, quantization_bit="4"), "needs a base in 16"),
 }
