@@ -29,6 +29,7 @@ _TRAINER = TrainerKeys(
     optimizer="optimizer",
     learning_rate_default=None,
     schedule=ScheduleKeys(name="lr_scheduler", default="cosine", default_ratio=0.03),
+    sharing=("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree"),
     bf16_default=True,
 )
 _PREFERENCE = PreferenceKeys(

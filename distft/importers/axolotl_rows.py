@@ -89,8 +89,8 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     long_rows = _long_rows(top)
     pretrains = top.has("pretraining_dataset")
     packing = top.flag("sample_packing", pretrains)
-    of = (top, "sample_packing")
-    set_lengths(work, top, "sequence_len", 512, rows=rows, long_rows=long_rows, packing=packing, packing_of=of)
+    origin = (top, "sample_packing")
+    set_lengths(work, top, "sequence_len", 512, rows=rows, long_rows=long_rows, packing=packing, packing_of=origin)
     if rows == "single":
         _set_mask(work, top)
     own = ("tokenizer_default", "tokenizer")
@@ -133,12 +133,12 @@ def _set_mask(work: Conversion, top: Section) -> None:
 
 
 def _add_dataset(work: Conversion, section: Section, part: Literal["train", "eval"], rows: Rows, default: str) -> None:
-    of = (section, "path")
+    origin = (section, "path")
     path = section.text("path")
     kind = _row_type(work, section, rows, default)
     if path is None:
         if not section.has("path"):
-            section.reading.problem(section.at, "a dataset without a path", "add its path")
+            section.reading.problem(section.location, "a dataset without a path", "add its path")
         return
     files = data_files(section, path, "path")
     if kind is not None:
@@ -151,7 +151,7 @@ def _add_dataset(work: Conversion, section: Section, part: Literal["train", "eva
             columns=kind.columns,
             note=kind.note,
         )
-        add_source(work, part, source, of, files)
+        add_source(work, part, source, origin, files)
     _settle_dataset(work, section)
 
 
@@ -183,15 +183,15 @@ def _row_type(work: Conversion, section: Section, rows: Rows, default: str) -> R
         return _own_type(section.section("type"), rows)
     name = section.text("type", default) or ""
     if rows == "single":
-        found = _SINGLE.get(name) or _SINGLE.get(name.partition(":")[0]) or _SINGLE.get(name.split(".")[0])
-        if found is None:
+        row_type = _SINGLE.get(name) or _SINGLE.get(name.partition(":")[0]) or _SINGLE.get(name.split(".")[0])
+        if row_type is None:
             section.problem("type" if name else "path", "has no type that is known", f"known: {', '.join(_SINGLE)}")
-        elif found.format in ("messages", "sharegpt"):
-            return _chat(section, found)
-        elif found.format == "text":
+        elif row_type.format in ("messages", "sharegpt"):
+            return _chat(section, row_type)
+        elif row_type.format == "text":
             column = section.text("field") or section.text("text_column") or "text"
-            return RowType(format="text", columns={column: "text"}, note=found.note)
-        return found
+            return RowType(format="text", columns={column: "text"}, note=row_type.note)
+        return row_type
     style, _, rest = name.partition(".")
     if style in _TEMPLATES:
         name = rest
@@ -199,22 +199,22 @@ def _row_type(work: Conversion, section: Section, rows: Rows, default: str) -> R
             work.set("data.chat_template", style, (section, "type"))
     if rows == "unpaired":
         return RowType(format="unpaired", note="" if name in ("", "argilla", "user_defined") else f"{name} there")
-    found = _PAIRS.get(name)
+    row_type = _PAIRS.get(name)
     if name == "argilla" and style in _TEMPLATES:
         return RowType(format="preference", columns=_OLD_ARGILLA, note=_CHAT)
-    if found is None:
+    if row_type is None:
         section.problem("type", "is no form of pairs that is known", f"known: {', '.join(filter(None, _PAIRS))}")
         return None
     names = {"field_messages": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
     columns = {section.text(theirs) or ours: ours for theirs, ours in names.items() if section.has(theirs)}
     _mapping(section)
-    return RowType(format="preference", columns={**found.columns, **columns}, note=found.note)
+    return RowType(format="preference", columns={**row_type.columns, **columns}, note=row_type.note)
 
 
-def _chat(section: Section, found: RowType) -> RowType | None:
+def _chat(section: Section, row_type: RowType) -> RowType | None:
     """The type of chats, by what their turns and their column are called."""
     turn = _mapping(section)
-    if found.format == "sharegpt" or turn == ("from", "value"):
+    if row_type.format == "sharegpt" or turn == ("from", "value"):
         format, column = "sharegpt", "conversations"
     elif turn == ("role", "content"):
         format, column = "messages", "messages"
@@ -222,7 +222,7 @@ def _chat(section: Section, found: RowType) -> RowType | None:
         key = "message_property_mappings" if section.has("message_property_mappings") else "message_field_role"
         section.problem(key, f"turns have {turn[0]} and {turn[1]}", "rename them in the rows to role and content")
         return None
-    default = "messages" if found.format == "messages" else column
+    default = "messages" if row_type.format == "messages" else column
     columns = {section.text("field_messages", default) or default: column}
     if section.has("field_tools"):
         columns[section.text("field_tools") or "tools"] = "tools"

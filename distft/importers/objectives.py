@@ -56,12 +56,12 @@ def set_dpo(work: Conversion, section: Section, chosen_by: str, loss: str, keys:
     work.set("objective.loss", here, (section, chosen_by), note)
     smoothing = section.number(keys.label_smoothing)
     if smoothing:
-        said = "cDPO's under sigmoid; TRL 1.16 uses it under robust and exo_pair alone" if here == "sigmoid" else ""
-        work.set("objective.label_smoothing", smoothing, (section, keys.label_smoothing), said)
+        note = "cDPO's under sigmoid; TRL 1.16 uses it under robust and exo_pair alone" if here == "sigmoid" else ""
+        work.set("objective.label_smoothing", smoothing, (section, keys.label_smoothing), note)
     weight = section.number(keys.sft_weight)
     if weight:
-        said = "weight of the chosen answer's negative log-likelihood per token (RPO)"
-        work.set("objective.sft_weight", weight, (section, keys.sft_weight), said)
+        note = "weight of the chosen answer's negative log-likelihood per token (RPO)"
+        work.set("objective.sft_weight", weight, (section, keys.sft_weight), note)
 
 
 def dpo_loss(work: Conversion, section: Section, key: str, weights: str, default: str = "sigmoid") -> str:

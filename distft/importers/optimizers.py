@@ -62,14 +62,14 @@ def set_moments(work: Conversion, section: Section, optimizer: str | None, *, be
     """Set betas and eps where they are set there, or differ from the defaults here."""
     betas = [section.number(beta1, DEFAULT_BETAS[0]), section.number(beta2, DEFAULT_BETAS[1])]
     value = section.number(eps)
-    of = (section, beta1 if section.has(beta1) else beta2)
+    origin = (section, beta1 if section.has(beta1) else beta2)
     if optimizer == "lion":
-        work.set("optim.betas", betas, of, _LION_BETAS)
+        work.set("optim.betas", betas, origin, _LION_BETAS)
         if value is not None:
             work.leave(section, eps, "lion has no eps")
         return
     if section.has(beta1) or section.has(beta2):
-        work.set("optim.betas", betas, of)
+        work.set("optim.betas", betas, origin)
     if value is not None:
         work.set("optim.eps", value, (section, eps))
 

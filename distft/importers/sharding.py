@@ -132,30 +132,32 @@ def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
     else:
         words = section.texts(key)
     known = {name.removeprefix("fsdp_"): name for name in settings.values}
-    of = (section, key if value else config)
+    origin = (section, key if value else config)
     sharding = next((word.lower() for word in words if word.lower() in {*_SHARDS, "no_shard"}), None)
     if name := known.get("sharding_strategy"):
-        said = str(settings.raw(name)).lower()
-        sharding = sharding or _NUMBERS.get(said, said)
+        strategy = str(settings.raw(name)).lower()
+        sharding = sharding or _NUMBERS.get(strategy, strategy)
     again = known.get("reshard_after_forward")
     if again and isinstance(settings.raw(again), bool | str):
-        said = str(settings.raw(again)).lower()
-        sharding = sharding or {"true": "full_shard", "false": "shard_grad_op"}.get(said, said)
+        strategy = str(settings.raw(again)).lower()
+        sharding = sharding or {"true": "full_shard", "false": "shard_grad_op"}.get(strategy, strategy)
     sharding = sharding or "full_shard"
     if sharding == "no_shard":
-        work.set("engine.name", "ddp", of, "NO_SHARD there")
+        work.set("engine.name", "ddp", origin, "NO_SHARD there")
     elif sharding not in _SHARDS:
-        section.problem(of[1], f"sharding strategy {sharding} is not known", f"known: {', '.join(_SHARDS)}, no_shard")
+        section.problem(
+            origin[1], f"sharding strategy {sharding} is not known", f"known: {', '.join(_SHARDS)}, no_shard"
+        )
     else:
         version = settings.raw(known["version"]) if "version" in known else section.raw("fsdp_version")
         two = str(version) == "2"
         note = "" if two else "FSDP there; FSDP2 here"
-        work.set("engine.name", "fsdp2", of, "; ".join(filter(None, (note, _SHARD_NOTES[sharding]))))
-        for setting, said in _SHARDS[sharding].items():
-            work.set(f"engine.{setting}", said, of)
+        work.set("engine.name", "fsdp2", origin, "; ".join(filter(None, (note, _SHARD_NOTES[sharding]))))
+        for setting, setting_value in _SHARDS[sharding].items():
+            work.set(f"engine.{setting}", setting_value, origin)
     offload = known.get("offload_params")
     if "offload" in words or (offload and settings.flag(offload)):
-        work.set("engine.offload", "all", of)
+        work.set("engine.offload", "all", origin)
     if (name := known.get("activation_checkpointing")) and settings.flag(name):
         work.set("train.activation_checkpointing", "full", (settings, name))
     for name in settings.values:

@@ -35,31 +35,35 @@ class Source:
 
 
 def add_source(
-    work: Conversion, part: Literal["train", "eval"], source: Source, of: tuple[Section, str], files: Sequence[str] = ()
+    work: Conversion,
+    part: Literal["train", "eval"],
+    source: Source,
+    origin: tuple[Section, str],
+    files: Sequence[str] = (),
 ) -> None:
     """Append a source, or one for each of several files that it consists of.
 
     A split may be a part of one: `train[:1000]` becomes `max_rows`, a share of a split is asked for.
     """
-    name, rows = _split(work, part, source, of, len(files))
+    name, rows = _split(work, part, source, origin, len(files))
     for path in files or (source.path,):
         index = len(work.draft.get(f"data.{part}") or ())
         values = {
             "path": path,
             "format": source.format,
             "subset": source.subset,
-            "split": _named_split(path, name, of),
+            "split": _named_split(path, name, origin),
             "max_rows": source.max_rows or rows,
             "columns": {theirs: ours for theirs, ours in source.columns.items() if theirs != ours} or None,
         }
         for key, value in values.items():
             if value is not None:
-                work.draft.set(f"data.{part}.{index}.{key}", value, of=of[0].path(of[1]))
+                work.draft.set(f"data.{part}.{index}.{key}", value, origin=origin[0].path(origin[1]))
         if source.note:
             work.draft.comment(f"data.{part}.{index}.format", source.note)
     if source.format != "auto" and source.format not in work.registries.formats:
         known = ", ".join(work.registries.formats)
-        of[0].problem(of[1], f"rows of format {source.format} are not read here", f"formats here: {known}")
+        origin[0].problem(origin[1], f"rows of format {source.format} are not read here", f"formats here: {known}")
 
 
 def data_files(section: Section, loader: str, key: str) -> list[str]:
@@ -77,30 +81,30 @@ def data_files(section: Section, loader: str, key: str) -> list[str]:
 
 
 def _split(
-    work: Conversion, part: str, source: Source, of: tuple[Section, str], num_files: int
+    work: Conversion, part: str, source: Source, origin: tuple[Section, str], num_files: int
 ) -> tuple[str | None, int | None]:
     """Return the name of the split, and the rows of `train[:1000]`."""
     if source.split is None or _SPLIT.fullmatch(source.split):
         return source.split, None
-    key = next((name for name in _SPLIT_KEYS if of[0].has(name)), of[1])
+    key = next((name for name in _SPLIT_KEYS if origin[0].has(name)), origin[1])
     first, share = _FIRST_ROWS.fullmatch(source.split), _FIRST_SHARE.fullmatch(source.split)
     if first and num_files <= 1:
         return first[1], int(first[2])
     if share and num_files <= 1:
         home = f"data.{part}.{len(work.draft.get(f'data.{part}') or ())}.max_rows"
         why = f"is a share of a split, of {share[2]} %: rows are counted here"
-        work.require(home, of[0], key, why, f"say how many these are: --set {home}=N")
+        work.require(home, origin[0], key, why, f"say how many these are: --set {home}=N")
         return share[1], None
-    of[0].problem(key, "is a part of a split", "name a whole split, or train[:1000] for its first rows")
+    origin[0].problem(key, "is a part of a split", "name a whole split, or train[:1000] for its first rows")
     return None, None
 
 
-def _named_split(path: str, name: str | None, of: tuple[Section, str]) -> str | None:
+def _named_split(path: str, name: str | None, origin: tuple[Section, str]) -> str | None:
     """Return the split to name: none of a file, which has no other than train, and none where that is the default."""
     if name in (None, "train"):
         return None
     if Path(path).suffix in _FILES:
-        of[0].problem(of[1], f"is a file, which has no split {name}", "remove the split")
+        origin[0].problem(origin[1], f"is a file, which has no split {name}", "remove the split")
         return None
     return name
 

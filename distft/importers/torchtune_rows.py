@@ -88,7 +88,7 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     if rows == "single":
         if len(inputs) > 1:
             top.reading.problem(
-                sections[0].at, "data sets differ in train_on_input", "one [data] loss_on is for all sources"
+                sections[0].location, "data sets differ in train_on_input", "one [data] loss_on is for all sources"
             )
         formats = {source["format"] for source in work.draft.get("data.train") or ()}
         whole = formats == {"text"} or True in inputs
@@ -107,7 +107,9 @@ def _add_dataset(
         section.problem(
             "_component_", "builds rows in a way that is not known", f"known: {', '.join(_BUILDERS)}"
         ) if name else (
-            section.reading.problem(section.at, "a dataset without a _component_", f"known: {', '.join(_BUILDERS)}")
+            section.reading.problem(
+                section.location, "a dataset without a _component_", f"known: {', '.join(_BUILDERS)}"
+            )
         )
         return
     if (builder.format == "preference") != (rows == "pairs"):
@@ -118,7 +120,7 @@ def _add_dataset(
     files = data_files(section, source, "source")
     if not source:
         section.reading.problem(
-            section.at, "a dataset without a source", "add source: a name on the hub, or json with data_files"
+            section.location, "a dataset without a source", "add source: a name on the hub, or json with data_files"
         )
         return
     format, columns = builder.format, dict(builder.columns)

@@ -94,29 +94,29 @@ def _task(work: Conversion, top: Section) -> str | None:
             top.reading.problem((), f"--task {asked} has no importer", f"known: {', '.join(TASKS)}")
             return None
         return asked
-    found = [task for task, keys in _ONLY.items() if any(top.has(key) for key in keys)]
+    tasks = [task for task, keys in _ONLY.items() if any(top.has(key) for key in keys)]
     loss = top.values.get("loss_type")
-    if loss == "simpo" and "cpo" not in found:
-        found.append("cpo")
-    if loss in _DPO_ONLY_LOSSES and "dpo" not in found:
-        found.append("dpo")
-    if len(found) == 1:
-        work.draft.comment("objective.name", f"read from the keys of the file: trl {found[0]}")
-        return found[0]
+    if loss == "simpo" and "cpo" not in tasks:
+        tasks.append("cpo")
+    if loss in _DPO_ONLY_LOSSES and "dpo" not in tasks:
+        tasks.append("dpo")
+    if len(tasks) == 1:
+        work.draft.comment("objective.name", f"read from the keys of the file: trl {tasks[0]}")
+        return tasks[0]
     shared = [key for key in ("beta", "loss_type", "label_smoothing") if top.has(key)]
-    if not found and not shared:
+    if not tasks and not shared:
         work.draft.comment(
             "objective.name", "the file does not say which command it is for: trl sft is assumed; --task says it"
         )
         return "sft"
     by = (
-        f"has keys of {' and of '.join(found)}"
-        if found
+        f"has keys of {' and of '.join(tasks)}"
+        if tasks
         else f"has {', '.join(shared)}, which dpo, orpo, cpo and others share"
     )
-    at = top.path(shared[0]) if shared else ()
+    location = top.path(shared[0]) if shared else ()
     top.reading.problem(
-        at, f"the file {by}: it is not clear which command it is for", f"say --task: {', '.join(TASKS)}"
+        location, f"the file {by}: it is not clear which command it is for", f"say --task: {', '.join(TASKS)}"
     )
     return None
 
@@ -164,12 +164,12 @@ def _set_model(work: Conversion, top: Section) -> None:
 def _set_dtype(work: Conversion, top: Section) -> None:
     """The type of the weights counts more than that of autocast where it is said."""
     for key in ("dtype", "torch_dtype"):
-        said = top.text(key, allowed=("auto", "bfloat16", "float16", "float32")) if top.has(key) else None
-        if said == "float16":
+        dtype = top.text(key, allowed=("auto", "bfloat16", "float16", "float32")) if top.has(key) else None
+        if dtype == "float16":
             work.set("model.dtype", "bfloat16", (top, key), "float16 there")
-        elif said == "bfloat16":
+        elif dtype == "bfloat16":
             work.draft.comments.pop(("model", "dtype"), None)
-            work.set("model.dtype", said, (top, key), "with an fp32 master copy in the optimizer, which is not there")
+            work.set("model.dtype", dtype, (top, key), "with an fp32 master copy in the optimizer, which is not there")
 
 
 def _set_method(work: Conversion, top: Section) -> None:
@@ -268,8 +268,8 @@ def _set_mask(work: Conversion, top: Section) -> None:
             "TRL trains whole chats and texts; of rows with a prompt and a completion the completion alone: then write "
         )
         note += '"completion"' if completion is None else ""
-        said = note if completion is None else "prompts are trained too"
-        work.set("data.loss_on", "all", (top, "completion_only_loss"), said)
+        reason = note if completion is None else "prompts are trained too"
+        work.set("data.loss_on", "all", (top, "completion_only_loss"), reason)
 
 
 SPEC = ImporterSpec(

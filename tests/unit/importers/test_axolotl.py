@@ -566,6 +566,18 @@ def test_gpus_are_stated_or_assumed_aloud(tmp_path: Path) -> None:
     assert loaded(per_gpu).train.global_batch_size == 24
 
 
+def test_gpus_that_share_a_micro_batch_count_once(tmp_path: Path) -> None:
+    text = BASE + "tensor_parallel_size: 2\ncontext_parallel_size: 2\ndp_shard_size: 2\n"
+    imported = made(tmp_path, text, gpus=8)
+    assert loaded(imported).train.global_batch_size == 16
+    assert "8 GPUs (--gpus), of which 4 share a micro-batch" in " ".join(imported.changed["train.global_batch_size"])
+    assert {"tensor_parallel_size", "context_parallel_size", "dp_shard_size"} <= keys(imported.left)
+    assumed = made(tmp_path, text)
+    assert "1 group of 4 GPUs" in " ".join(assumed.changed["train.global_batch_size"])
+    with pytest.raises(RecipeError, match="--gpus 6 is no multiple of the 4 GPUs that share a micro-batch"):
+        made(tmp_path, text, gpus=6)
+
+
 def test_an_unknown_key_is_listed_with_its_line_and_the_nearest(tmp_path: Path) -> None:
     imported = made(tmp_path, BASE + "lora_rr: 3\nfoo:\n  bar: 1\nhub_secret: xyz\n")
     assert keys(imported.unknown) == {"lora_rr", "foo", "hub_secret"}
