@@ -30,7 +30,6 @@ _ONLY = {
     "cpo": ("cpo_alpha", "simpo_gamma"),
     "reward": ("center_rewards_coefficient",),
     "dpo": (
-        "precompute_ref_log_probs",
         "rpo_alpha",
         "f_divergence_type",
         "sync_ref_model",
@@ -39,17 +38,17 @@ _ONLY = {
     ),
 }
 """Keys that only one command has."""
-_DPO_ONLY_LOSSES = (
-    "robust",
-    "exo_pair",
-    "nca_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sigmoid_norm",
-    "aot",
-)
+_SHARED = (
+    "beta", "loss_type", "label_smoothing", "precompute_ref_log_probs", "max_prompt_length", "max_completion_length",
+)  # fmt: skip
+"""Keys that several commands on preferences have."""
+_ONLY_LOSSES = {
+    "sft": ("nll", "chunked_nll", "dft"),
+    "dpo": ("robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "aot"),
+    "cpo": ("simpo", "alphapo"),
+    "kto": ("kto", "apo_zero_unpaired"),
+}
+"""Values of loss_type that only one command has."""
 _MARKS = {
     "dataset_name", "use_peft", "lora_r", "max_length", "assistant_only_loss", "completion_only_loss", "beta",
     "loss_type", "dataset_text_field", "dataset_train_split", "dataset_config", "max_seq_length",
@@ -96,14 +95,11 @@ def _task(work: Conversion, top: Section) -> str | None:
         return asked
     tasks = [task for task, keys in _ONLY.items() if any(top.has(key) for key in keys)]
     loss = top.values.get("loss_type")
-    if loss == "simpo" and "cpo" not in tasks:
-        tasks.append("cpo")
-    if loss in _DPO_ONLY_LOSSES and "dpo" not in tasks:
-        tasks.append("dpo")
+    tasks += [task for task, losses in _ONLY_LOSSES.items() if loss in losses and task not in tasks]
     if len(tasks) == 1:
         work.draft.comment("objective.name", f"read from the keys of the file: trl {tasks[0]}")
         return tasks[0]
-    shared = [key for key in ("beta", "loss_type", "label_smoothing") if top.has(key)]
+    shared = [key for key in _SHARED if top.has(key)]
     if not tasks and not shared:
         work.draft.comment(
             "objective.name", "the file does not say which command it is for: trl sft is assumed; --task says it"
