@@ -28,7 +28,7 @@ def fit(
     stop: Callable[[], bool],
     every: Every,
 ) -> TrainState:
-    """Train from `state` to the end of `steps`, or until it is `best.enough`, or until some rank's `stop` says so.
+    """Train from `state` to the end of `steps`, or until `best.should_stop`, or until some rank's `stop` says so.
 
     Raises:
         NumericError: a step's numbers are such that the recipe says to stop; the weights are those of the step before.
@@ -55,7 +55,7 @@ def fit(
                 engine.backward(terms, divide_by=denominator, samples=micro.sample_ids)
             meters.micro(micro, terms)
         at("update")
-        report = engine.step(state, denominator, guard.accepts)  # finite on all ranks, and no spike? clip, update
+        report = engine.step(state, denominator, guard.allow_update)  # finite on all ranks, and no spike? clip, update
         samples = steps.samples_in(state.step)
         state = state.after(report, samples=samples, tokens=int(tokens), tokens_loss=int(loss_tokens))
         meters.step(state, report, log=every.log(state.step))
@@ -64,13 +64,13 @@ def fit(
         if every.eval(state.step):
             figures = look(state)  # None: broken off, because some rank is to stop
             meters.evaluated(state, figures)
-            keep = best.see(state, figures)
+            keep = best.update(state, figures)
             meters.start()
         checkpoints.poll(state)
         if keep or every.save(state.step):
             at("save")
             checkpoints.save(state, keep)
-        if best.enough:
+        if best.should_stop:
             break
         at("data", state.step + 1)
     return state

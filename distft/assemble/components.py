@@ -103,7 +103,7 @@ def set_up_engine(recipe: Recipe, engine: Engine, built: MetaModel, layout: Layo
     """Let the engine fill and wrap the model and make the optimizer; then compile what it has wrapped."""
     from distft.model import activation_checkpointing
 
-    engine.adopt(built, update_rule(recipe, built, num_steps), micros_per_step=layout.micros_per_step)
+    engine.setup(built, update_rule(recipe, built, num_steps), micros_per_step=layout.micros_per_step)
     if layout.path.compiled:
         activation_checkpointing.compile_blocks(built.blocks)
 

@@ -68,10 +68,10 @@ def start(command: list[str], log: Path, *, timeout_s: float) -> int | None:
             command, env=env, launcher=command[1:3] == ["-m", "torch.distributed.run"], saves=False, output=output,
             timeout_s=timeout_s,
         )  # fmt: skip
-    if signal.SIGINT in ended.asked:
+    if signal.SIGINT in ended.signals:
         raise KeyboardInterrupt
-    if ended.asked and ended.code:
-        name = signal.Signals(ended.asked[0]).name
+    if ended.signals and ended.code:
+        name = signal.Signals(ended.signals[0]).name
         raise Preempted(f"stopped by {name}; the same command goes on where it was")
     return None if ended.timed_out else ended.code
 

@@ -104,8 +104,8 @@ class Tour:
         # The module, not the script: it is this interpreter's accelerate whatever PATH says.
         command = [sys.executable, "-m", "accelerate.commands.launch", *job]
         ended = supervise.run(command, env=os.environ, launcher=True)
-        if ended.asked and ended.code:
-            raise Preempted(f"stopped by {signal.Signals(ended.asked[0]).name} in {stage.recipe}")
+        if ended.signals and ended.code:
+            raise Preempted(f"stopped by {signal.Signals(ended.signals[0]).name} in {stage.recipe}")
         if ended.code:
             raise TourError(f"{stage.recipe} stopped{_reason(self.folder / stage.recipe, ended.code)}")
         return time.monotonic() - start

@@ -38,7 +38,7 @@ def of_rank(
     state = footprint.state(inventory, world, rank, rule)
     own = pageable = shared = 0
     for size in _sizes(optim, optim_params, state.updated):
-        own, pageable, shared = own + size.own, pageable + size.pageable, max(shared, size.shared)
+        own, pageable, shared = own + size.per_tensor, pageable + size.pageable, max(shared, size.shared)
     state = replace(state, optimizer=own + shared, pageable=pageable)
     return _offloaded(state, offload, keeps_sums=rule.fp32 and footprint.sums_stay_on_device)
 
@@ -52,7 +52,7 @@ def _sizes(optim: OptimizerSpec, params: Any, shapes: Sequence[tuple[int, ...]])
         yield from map(optim.state_bytes, shapes)
         return
     each = _probed(optim, params)
-    yield from (StateBytes(own=round(each * prod(shape))) for shape in shapes)
+    yield from (StateBytes(per_tensor=round(each * prod(shape))) for shape in shapes)
 
 
 def _probed(optim: OptimizerSpec, params: Any) -> float:

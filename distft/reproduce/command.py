@@ -150,8 +150,8 @@ def _again(options: argparse.Namespace, first: RunRecord, say: Any) -> tuple[Pat
             output=output,
             meanwhile=None if options.steps is None else _Until(folder, options.steps).look,
         )
-    if ended.asked and ended.code:
-        raise Preempted(f"stopped by {signal.Signals(ended.asked[0]).name}; {folder} holds what was run again so far")
+    if ended.signals and ended.code:
+        raise Preempted(f"stopped by {signal.Signals(ended.signals[0]).name}; {folder} holds what was run again so far")
     return folder, ended.code
 
 

@@ -101,7 +101,7 @@ def _apart(seen: Sequence[Seen]) -> list[Seen]:
 
 
 def _write(probe: Probe, rank: int) -> None:
-    faults.at("shared", rank=rank)
+    faults.inject("shared", rank=rank)
     probe.path.mkdir(exist_ok=True)
     probe.write(f"rank-{rank}", str(rank).encode())
 
