@@ -309,7 +309,7 @@ def _show_split(split: SplitView, console: Console) -> None:
             f"  {name:<32} {form:<24} {source.num_read:>10,} {source.num_kept:>10,} "
             f"{source.num_dropped:>8,} {source.num_truncated:>8,} {source.num_tokens:>14,}",
         )
-        for line in source.said():
+        for line in source.messages():
             _line(console, f"    {line}")
         for fault in source.faults:
             _line(console, f"    {fault}")

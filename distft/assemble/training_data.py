@@ -112,7 +112,7 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
         compatibility.refuse_long_rows(recipe, int(splits["eval"].lengths.max()), "eval")
     for split, prepared in splits.items():
         for source in prepared.report.sources:
-            for line in source.said():
+            for line in source.messages():
                 say(f"[[data.{split}]] {source.path}: {line}")
     return Data(
         steps=steps,
