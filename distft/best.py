@@ -71,8 +71,8 @@ class BestTracker:
             "seen": self.last_eval_step,
         }
 
-    def restore(self, said: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what `state()` returned."""
         self._figure, self._step, self._evals_without_improvement, self.last_eval_step = (
-            said[key] for key in ("figure", "step", "since", "seen")
+            saved[key] for key in ("figure", "step", "since", "seen")
         )

@@ -50,11 +50,11 @@ class DivergenceGuard:
         """Return what a checkpoint must hold so that a continued run decides as this one would, as JSON values."""
         return {"losses": self._losses, "in_a_row": self._in_a_row, "without": self._steps_to_skip}
 
-    def restore(self, said: dict[str, Any], *, without: list[int] | None = None) -> None:
+    def restore(self, saved: dict[str, Any], *, without: list[int] | None = None) -> None:
         """Continue from what `state()` returned, with further steps to skip."""
-        self._losses = list(said.get("losses", ()))
-        self._in_a_row = said.get("in_a_row", 0)
-        self._steps_to_skip = sorted({*said.get("without", ()), *(without or ())})
+        self._losses = list(saved.get("losses", ()))
+        self._in_a_row = saved.get("in_a_row", 0)
+        self._steps_to_skip = sorted({*saved.get("without", ()), *(without or ())})
 
     def allow_update(self, loss: float) -> bool:
         """Return whether a step of this finite loss, equal on all ranks, may change weights."""

@@ -61,7 +61,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
     from distft.model.heads import HEADS
 
     spec = recipe.method.spec
-    with compatibility.placed(recipe):
+    with compatibility.with_model_line(recipe):
         built = load.build(
             recipe.model,
             load.find_folder(recipe.model),
@@ -152,8 +152,8 @@ def build_objective(
     from distft.objectives.spec import Objective
 
     chosen, alone, policy = recipe.objective, recipe.method.spec.base_alone, ModelPolicy(engine.model)
-    asked = {name: COLUMNS[name] for name in chosen.spec.columns(chosen.params)}
-    if not asked:
+    specs = {name: COLUMNS[name] for name in chosen.spec.columns(chosen.params)}
+    if not specs:
         return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)
     kept, weights = cache_folder(recipe.data) / "logprobs", functools.cache(lambda: weights_hash(recipe, engine))
     before = ReferenceModel(
@@ -166,8 +166,8 @@ def build_objective(
         say=say,
     )
     inputs = ColumnInputs(policy=policy, engine=engine, reference=functools.cache(before.open))
-    suppliers = {name: spec.open(inputs) for name, spec in asked.items()}
-    reference = inputs.reference() if any(spec.reads_reference for spec in asked.values()) else None
+    suppliers = {name: spec.open(inputs) for name, spec in specs.items()}
+    reference = inputs.reference() if any(spec.reads_reference for spec in specs.values()) else None
     columns = ColumnFiller(engine, suppliers)
     return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns, reference=reference)
 

@@ -126,13 +126,13 @@ def _after(path: str, key: str) -> str:
 
 
 def _memory_gib() -> float | None:
-    said = _after("/proc/meminfo", "MemTotal").split()
-    return round(int(said[0]) / 2**20, 1) if said else None
+    fields = _after("/proc/meminfo", "MemTotal").split()
+    return round(int(fields[0]) / 2**20, 1) if fields else None
 
 
 def _driver() -> str | None:
     with contextlib.suppress(OSError):
-        said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-        if match := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", said):
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text):
             return match[1]
     return None

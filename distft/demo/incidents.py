@@ -109,10 +109,12 @@ def _pair(rng: random.Random, facts: Incident, text: str) -> dict[str, str]:
 
 
 def _other_number(rng: random.Random, text: str) -> str:
-    """The text with one digit misread."""
-    places = [at for at, char in enumerate(text) if char.isdigit()]
-    at = rng.choice(places)
-    return text[:at] + rng.choice([digit for digit in "123456789" if digit != text[at]]) + text[at + 1 :]
+    """Return the text with one digit misread."""
+    places = [index for index, char in enumerate(text) if char.isdigit()]
+    position = rng.choice(places)
+    return (
+        text[:position] + rng.choice([digit for digit in "123456789" if digit != text[position]]) + text[position + 1 :]
+    )
 
 
 def near_miss(rng: random.Random, facts: Incident) -> Incident:
@@ -182,9 +184,9 @@ def _report(rng: random.Random) -> tuple[Incident, str]:
         sentences.append(rng.choice(wording.ENVIRONMENT_ASIDES[incident.environment]))
     for template in rng.sample(wording.DISTRACTORS, rng.choice((0, 0, 1, 2))):
         sentences.append(template.format(**fields))
-    told = [sentence for sentence in sentences if sentence]
-    rng.shuffle(told)
-    return incident, " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in told)
+    kept = [sentence for sentence in sentences if sentence]
+    rng.shuffle(kept)
+    return incident, " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in kept)
 
 
 def _fillers(rng: random.Random, *, besides: str) -> dict[str, str]:

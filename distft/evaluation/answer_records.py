@@ -144,7 +144,11 @@ def model_key(*parts: Any) -> str:
 
 def _lines(result: EvalResult) -> Iterator[dict[str, Any]]:
     for index, answer in enumerate(result.answers):
-        scores = {name: none_if_nan(values[index]) for _, one in result.scored for name, values in one.rows.items()}
+        scores = {
+            name: none_if_nan(values[index])
+            for _, score_result in result.scored
+            for name, values in score_result.rows.items()
+        }
         line: dict[str, Any] = {
             "id": answer.id,
             "prompt": answer.prompt,

@@ -130,5 +130,5 @@ def _scoring(raw: dict[str, Any], set_questions: Sequence[Question], renderer: R
     return BoundScore(spec=spec, params=params, scorer=scoring.scorer, pairs=pairs)
 
 
-def _unanswered(one: Question) -> Answer:
-    return Answer(id=one.id, row=one.row, reference=one.reference)
+def _unanswered(question: Question) -> Answer:
+    return Answer(id=question.id, row=question.row, reference=question.reference)

@@ -176,10 +176,10 @@ def likelihoods(
 ) -> Tensor:
     """fp32 [S, 2]: log-likelihood of each label, and whether it is the likeliest token; in chunks, no gradients."""
     size = chunk_tokens(weight_VE.shape[0])
-    found = []
+    judgements = []
     for hidden_CE, labels_C in zip(hidden_SE.split(size), labels_S.split(size), strict=True):
-        found.append(judged(rule.logits(hidden_CE, weight_VE, bias_V), labels_C))
-    return torch.cat(found)
+        judgements.append(judged(rule.logits(hidden_CE, weight_VE, bias_V), labels_C))
+    return torch.cat(judgements)
 
 
 def judged(logits_SV: Tensor, labels_S: Tensor) -> Tensor:

@@ -207,8 +207,8 @@ class Reference:
         ids[-1] = (ids[-1] + 1) % (VOCABULARY - 8)
         right = self.right.logits[0]
         with torch.no_grad(), self._computing():
-            other = self._fresh("eager")(input_ids=ids[None], use_cache=False).logits[0]
-        gap = float((other[:-1] - right[:-1]).abs().max() / right.abs().max())
+            changed = self._fresh("eager")(input_ids=ids[None], use_cache=False).logits[0]
+        gap = float((changed[:-1] - right[:-1]).abs().max() / right.abs().max())
         return gap if gap > self.logits_rtol else None
 
     def predicts_each_token_itself(self) -> bool:

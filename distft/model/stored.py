@@ -126,13 +126,15 @@ def _fp8(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> dict[st
 
 
 def _mxfp4(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> dict[str, _Stored]:
-    """Experts of gpt-oss: `X_blocks`, two 4-bit values a byte, and `X_scales`, a power of two for 32 values."""
-    found = {}
+    """Find experts of gpt-oss: `X_blocks`, two 4-bit values a byte, and `X_scales`, a power of two for 32 values."""
+    stored_weights = {}
     for name in files.names:
         weight = name.removesuffix("_blocks")
         if weight != name and f"{weight}_scales" in files.names:
-            found[weight] = _Stored(parts={"blocks": name, "scales": f"{weight}_scales"}, dequantize=_mxfp4_value)
-    return _some(folder, "mxfp4", found)
+            stored_weights[weight] = _Stored(
+                parts={"blocks": name, "scales": f"{weight}_scales"}, dequantize=_mxfp4_value
+            )
+    return _some(folder, "mxfp4", stored_weights)
 
 
 def _mxfp4_value(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -210,14 +212,14 @@ def _compressed_tensors(folder: Path, config: Mapping[str, Any], files: TensorFi
     return _some(folder, "compressed-tensors", stored_weights)
 
 
-def _some(folder: Path, method: str, found: dict[str, _Stored]) -> dict[str, _Stored]:
-    """Refuses a config that names a storage of which the files hold nothing: other files, or another spelling."""
-    if not found:
+def _some(folder: Path, method: str, stored_weights: dict[str, _Stored]) -> dict[str, _Stored]:
+    """Refuse a config that names a storage of which the files hold nothing: other files, or another spelling."""
+    if not stored_weights:
         raise mistake(
             f"{folder}/config.json says that the weights are stored as {method}, and the files hold none that are",
             "remove quantization_config if the weights are plain, or fetch the files that belong to the config",
         )
-    return found
+    return stored_weights
 
 
 def _block(folder: Path, sizes: Any) -> tuple[int, int] | None:

@@ -82,13 +82,13 @@ def _value(fields: Mapping[str, Any] | None, name: str) -> Any:
     return value
 
 
-def _same(said: Any, right: Any, ignore_case: bool) -> bool:
-    if isinstance(said, bool) != isinstance(right, bool):  # Python takes True for 1, JSON does not
+def _same(prediction: Any, reference: Any, ignore_case: bool) -> bool:
+    if isinstance(prediction, bool) != isinstance(reference, bool):  # Python takes True for 1, JSON does not
         return False
-    if isinstance(said, str) and isinstance(right, str):
-        said, right = said.strip(), right.strip()
-        return said.casefold() == right.casefold() if ignore_case else said == right
-    return said == right
+    if isinstance(prediction, str) and isinstance(reference, str):
+        prediction, reference = prediction.strip(), reference.strip()
+        return prediction.casefold() == reference.casefold() if ignore_case else prediction == reference
+    return prediction == reference
 
 
 SPEC = ScoreSpec(name="field_match", params=FieldMatchParams, figures=figures, build=build)

@@ -50,10 +50,10 @@ class Module:
     """The name of its class."""
     adapts: Literal["linear", "embedding", ""]
     """What kind of low-rank product it can have; "": none."""
-    own: bool
-    """It has parameters itself."""
+    has_params: bool
+    """Whether it has parameters itself."""
     trains: bool
-    """It has parameters, or a module in it does."""
+    """Whether it has parameters, or a module in it does."""
     head: bool
     """It makes the logits."""
     block: bool
@@ -89,7 +89,7 @@ def listing(lm: Any) -> Listing:
             name=name,
             kind=type(module).__name__,
             adapts=_adapts(module),
-            own=any(True for _ in module.parameters(recurse=False)),
+            has_params=any(True for _ in module.parameters(recurse=False)),
             trains=any(True for _ in module.parameters()),
             head=module is head,
             block=id(module) in blocks,
@@ -158,7 +158,7 @@ class _Names:
         """Return a hint: what `name` was probably meant to be, else a few of the model's names."""
         candidates: dict[str, None] = {}
         for module in self.modules:
-            if self.has_adapter(module) or (not adapted and self.modules[module].own):
+            if self.has_adapter(module) or (not adapted and self.modules[module].has_params):
                 parts = [part for part in module.split(".") if not part.isdigit()]
                 candidates |= dict.fromkeys([parts[-1], ".".join(parts[-2:])])
         by_lower = {word.lower(): word for word in reversed(candidates)}
