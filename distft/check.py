@@ -198,7 +198,7 @@ def _verdict(recipe: Recipe) -> str:
     table = recipe.model
     if table.attention == "flash":  # where the run is, not here
         table = table.model_copy(update={"attention": "auto"})
-    with compatibility.placed(recipe):
+    with compatibility.with_model_line(recipe):
         verdict = verdict_on(
             table,
             skeleton.find_config(recipe.model),
@@ -248,10 +248,10 @@ def _split(split: str, rows: Prepared, sequences: int, fill: float, shown: np.nd
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Rows by length, each bin twice as wide as the one before; empty bins at both ends are left out."""
+    """Yield rows by length, each bin twice as wide as the one before; empty bins at both ends are left out."""
     edges = [0, *(1 << power for power in range(3, int(lengths.max()).bit_length() + 1))]
     counts, _ = np.histogram(lengths, bins=edges)
-    first = next(at for at, count in enumerate(counts) if count)
+    first = next(index for index, count in enumerate(counts) if count)
     for low, high, count in zip(edges[first:-1], edges[first + 1 :], counts[first:], strict=True):
         yield low, high - 1, int(count)
 
@@ -287,9 +287,10 @@ def show(report: CheckReport, console: Console) -> None:
     _line(console, "\n[care]")
     for line in summary(report.care):
         _line(console, f"  {line}")
-    for asked in report.answers:
-        about = f"{asked.num_rows:,} rows, prompts of up to {asked.longest_prompt:,} tokens, {', '.join(asked.figures)}"
-        _line(console, f"\n[answers] {asked.name}: {about}\n  first: {asked.prompt!r}")
+    for answers in report.answers:
+        figures = ", ".join(answers.figures)
+        about = f"{answers.num_rows:,} rows, prompts of up to {answers.longest_prompt:,} tokens, {figures}"
+        _line(console, f"\n[answers] {answers.name}: {about}\n  first: {answers.prompt!r}")
     train = report.splits[0]
     _line(console, "\n[run]")
     for name, value in (
@@ -317,7 +318,7 @@ def _show_split(split: SplitView, console: Console) -> None:
             f"  {name:<32} {form:<24} {source.num_read:>10,} {source.num_kept:>10,} "
             f"{source.num_dropped:>8,} {source.num_truncated:>8,} {source.num_tokens:>14,}",
         )
-        for line in source.said():
+        for line in source.messages():
             _line(console, f"    {line}")
         for fault in source.faults:
             _line(console, f"    {fault}")

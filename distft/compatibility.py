@@ -28,18 +28,18 @@ from distft.recipe.origin import RecipeMistake
 
 
 def refuse_missing_folder(recipe: Recipe) -> None:
-    """A path that can be no hub id must be there; nothing heavy is imported and nothing fetched for this.
+    """Refuse a missing path that can be no hub id; nothing heavy is imported and nothing fetched for this.
 
     Raises:
         RecipeError: with the line of the path.
     """
-    found = [
+    mistakes = [
         RecipeMistake(key=("model", key), message=message, fix=fix)
         for key, path in (("path", recipe.model.path), ("tokenizer", recipe.model.tokenizer))
         if path is not None
         for message, fix in _missing(path, key)
     ]
-    _refuse(recipe, found)
+    _refuse(recipe, mistakes)
 
 
 def has_config(recipe: Recipe) -> bool:
@@ -60,7 +60,7 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
     """
     if folder is None:
         refuse_missing_folder(recipe)
-        with placed(recipe):
+        with with_model_line(recipe):
             folder = skeleton.find_config(recipe.model)
     params: Any = recipe.method.params
     if recipe.eval.answers and not HEADS[recipe.objective.spec.head].generates:
@@ -80,7 +80,7 @@ def _refuse_missing_head(recipe: Recipe, folder: Path) -> None:
     if head.hold is not None:
         from distft.model import load
 
-        with placed(recipe):
+        with with_model_line(recipe):
             head.auto_class(head.prepare(load.read_config(folder)))
 
 
@@ -88,7 +88,7 @@ def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:
     head = HEADS[recipe.objective.spec.head]
     for index, chosen in enumerate(recipe.export.also):
         spec = EXPORTS[chosen["name"]]
-        twice = any(other["name"] == spec.name for other in recipe.export.also[:index])
+        twice = any(earlier["name"] == spec.name for earlier in recipe.export.also[:index])
         why = spec.refuses(listed_params(chosen, spec.params), recipe.method.spec, head)
         why = f'"{spec.name}" is written twice, to one folder' if twice else why
         if why:
@@ -106,13 +106,13 @@ def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:
     Raises:
         RecipeError: they are, with the line of max_length.
     """
-    with placed(recipe):
+    with with_model_line(recipe):
         folder = skeleton.find_config(recipe.model)
     if skeleton.has_positions(folder, longest):
         return
     from distft.model import load
 
-    with placed(recipe):
+    with with_model_line(recipe):
         limit = skeleton.num_positions(load.read_config(folder))
     if limit is None or longest <= limit:
         return
@@ -178,16 +178,16 @@ def fitting_values(objective: ObjectiveSpec) -> tuple[str, ...]:
 
 
 def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
-    """The model's modules; kept by config, versions and code, because to build them imports torch for seconds."""
+    """Return the model's modules; kept by config, versions and code, as building them imports torch."""
     parts = [(folder / "config.json").read_bytes(), version("transformers").encode()]
     parts.append(recipe.objective.spec.head.encode())
-    parts += [Path(found).read_bytes() for module in (skeleton, targets) if (found := module.__file__)]
+    parts += [Path(file).read_bytes() for module in (skeleton, targets) if (file := module.__file__)]
     kept = cache_folder(recipe.data) / "modules" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return targets.Listing.from_json(json.loads(kept.read_text(encoding="utf-8")))
     from distft.model import load
 
-    with placed(recipe):
+    with with_model_line(recipe):
         listed = targets.listing(skeleton.build(load.read_config(folder), HEADS[recipe.objective.spec.head]))
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def _missing(path: str, key: str) -> list[tuple[str, str]]:
     if folder.is_dir():
         if (folder / what).is_file() or key == "tokenizer":
             return []
-        held = ", ".join(sorted(one.name for one in folder.iterdir())[:6]) or "nothing"
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
         return [(f"the folder has no {what} (it holds: {held})", f"a folder with {what}, or a hub id owner/name")]
     if folder.exists():
         return [("is a file, not a folder", f"the folder with {what}, or a hub id owner/name")]
@@ -211,21 +211,21 @@ def _missing(path: str, key: str) -> list[tuple[str, str]]:
 
 
 def _nearest(folder: Path) -> str:
-    """A folder beside it with almost this name."""
+    """Return a hint at a folder beside it with almost this name."""
     from distft.core.registry import nearest
 
     try:
-        beside = [one.name for one in folder.parent.iterdir() if one.is_dir()]
+        beside = [sibling.name for sibling in folder.parent.iterdir() if sibling.is_dir()]
     except OSError:
-        above = next((one for one in folder.parents if one.is_dir()), None)
+        above = next((parent for parent in folder.parents if parent.is_dir()), None)
         return "" if above is None else f"{above} is there, {folder.relative_to(above).parts[0]} in it is not"
     meant = nearest(folder.name, beside)
     return f"did you mean {folder.parent / meant}?" if meant else ""
 
 
 @contextlib.contextmanager
-def placed(recipe: Recipe) -> Iterator[None]:
-    """What is wrong with a model is a mistake in the line of the recipe that names it.
+def with_model_line(recipe: Recipe) -> Iterator[None]:
+    """Add the line of [model] path to errors of the model, raised inside the context.
 
     Raises:
         RecipeError: the one from inside, with the line.
@@ -236,7 +236,7 @@ def placed(recipe: Recipe) -> Iterator[None]:
         if any(problem.line for problem in error.problems):
             raise
         line = recipe.line_of("model.path")
-        problems = [Problem(message=one.message, line=line, fix=one.fix) for one in error.problems]
+        problems = [Problem(message=problem.message, line=line, fix=problem.fix) for problem in error.problems]
         raise RecipeError(recipe.source, problems) from error
 
 

@@ -112,7 +112,7 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
         compatibility.refuse_long_rows(recipe, int(splits["eval"].lengths.max()), "eval")
     for split, prepared in splits.items():
         for source in prepared.report.sources:
-            for line in source.said():
+            for line in source.messages():
                 say(f"[[data.{split}]] {source.path}: {line}")
     return Data(
         steps=steps,
@@ -151,8 +151,8 @@ def _row_pass(prepared: Prepared, table: DataTable, slice_: dict[str, Any], step
 
 
 def with_date(recipe: Recipe, folder: Path, resume: Path | str = "auto") -> Recipe:
-    """The recipe with the date that chat templates are given: its own, else that of the run which is continued, else
-    today's. A run that goes on tomorrow, or on another node, trains on the same rows.
+    """Return the recipe with the date that chat templates are given: its own, else that of the run which is continued,
+    else today's. So a run that goes on tomorrow, or on another node, trains on the same rows.
 
     `folder` is the run's; `resume` a checkpoint of another run, or "never" for a run that starts anew.
     """  # noqa: D205
@@ -164,8 +164,8 @@ def with_date(recipe: Recipe, folder: Path, resume: Path | str = "auto") -> Reci
         places = [resume / "state.json", resume.absolute().parents[1] / "manifest.json"]
     else:
         places = [*sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True), folder / "manifest.json"]
-    known = [] if resume == "never" else map(_date_noted, places)
-    date = next(filter(None, known), None) or today()
+    dates = [] if resume == "never" else map(_date_noted, places)
+    date = next(filter(None, dates), None) or today()
     return recipe.with_value(("data", "date"), date)
 
 
@@ -219,14 +219,14 @@ def _common(recipe: Recipe, say: Say) -> dict[str, Any]:
 
 
 def agree(rows: Data, gather: Callable[[Any], list[Any]]) -> None:
-    """Collective: all ranks train on the same rows, though each node may have prepared its own.
+    """Check that all ranks train on the same rows, though each node may have prepared its own; collective.
 
     Raises:
         DataError: on all ranks; names the hosts that differ from rank 0's.
     """
-    found = gather((socket.gethostname(), rows.fingerprint))
-    first, ours = found[0]
-    others = sorted({host for host, theirs in found if theirs != ours})
+    reports = gather((socket.gethostname(), rows.fingerprint))
+    first, ours = reports[0]
+    others = sorted({host for host, fingerprint in reports if fingerprint != ours})
     if others:
         raise DataError(
             f"the rows on {', '.join(others)} are not those on {first}: the sources, the tokenizer, the libraries or "

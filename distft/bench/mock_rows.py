@@ -48,12 +48,12 @@ class FullSteps:
         return 0.0
 
     def from_step(self, step: int) -> Iterator[list[Batch]]:
-        """Built ahead by a thread, as real rows are."""
-        return prefetched((self._step(at) for at in range(step, self.num_steps)), ahead=2)
+        """Yield the steps' micro-batches, built ahead by a thread, as real rows are."""
+        return prefetched((self._step(index) for index in range(step, self.num_steps)), ahead=2)
 
     def _step(self, step: int) -> list[Batch]:
         begin = step * self._batch + self._rank * self._slice
-        return [self._micro_batch(at) for at in range(begin, begin + self._slice, self._micro)]
+        return [self._micro_batch(position) for position in range(begin, begin + self._slice, self._micro)]
 
     def _micro_batch(self, position: int) -> Batch:
         ids_T = torch.cat([self._sequence(position + offset) for offset in range(self._micro)])

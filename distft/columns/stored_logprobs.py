@@ -127,7 +127,7 @@ def stored_logprobs(
                     found.append((batch.rows, policy.token_logprobs(batch).cpu().numpy()))
                 parts = [part for of_rank in engine.gather(found) for part in of_rank]
                 _agreed(engine, lambda parts=parts: files.keep(parts) if writes else None)
-                if any(engine.gather(STOP.asked())):
+                if any(engine.gather(STOP.requested())):
                     raise Preempted("stopped while the reference is computed; what was computed is kept")
         _agreed(engine, lambda: files.finish() if writes else None)
     return StoredLogprobs(folder, rows.prepared)

@@ -58,8 +58,8 @@ class PhaseTracker:
         self.count += 1
         if self.on_enter is not None:
             self.on_enter()
-        faults.at(phase, step=self.step)
-        if not self._training and STOP.asked():
+        faults.inject(phase, step=self.step)
+        if not self._training and STOP.requested():
             raise Preempted(f"stopped by {STOP.reason} before training began ({phase}), so there is nothing to save")
 
 

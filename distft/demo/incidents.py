@@ -200,9 +200,9 @@ def _report(rng: random.Random) -> tuple[Incident, str]:
         sentences.append(rng.choice(wording.ENVIRONMENT_ASIDES[incident.environment]))
     for template in rng.sample(wording.DISTRACTORS, rng.choice((0, 0, 1, 2))):
         sentences.append(template.format(**fields))
-    told = [sentence for sentence in sentences if sentence]
-    rng.shuffle(told)
-    return incident, " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in told)
+    kept = [sentence for sentence in sentences if sentence]
+    rng.shuffle(kept)
+    return incident, " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in kept)
 
 
 def _fillers(rng: random.Random, *, besides: str) -> dict[str, str]:

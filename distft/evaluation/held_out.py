@@ -42,9 +42,9 @@ def held_out_loss(
             denominator += objective.denominator([batch])
             tokens += batch.num_supervised
     names = sorted(figures)
-    own: list[float] = torch.cat([total.reshape(1), *(figures[name] for name in names)]).tolist()  # type: ignore[reportUnknownMemberType]
-    loss_sum, *sums, denominator, tokens = engine.sum_over_ranks(*own, denominator, tokens)
-    found = {"eval_loss": loss_sum / denominator, "eval_tokens": tokens}
+    host_values: list[float] = torch.cat([total.reshape(1), *(figures[name] for name in names)]).tolist()  # type: ignore[reportUnknownMemberType]
+    loss_sum, *sums, denominator, tokens = engine.sum_over_ranks(*host_values, denominator, tokens)
+    result = {"eval_loss": loss_sum / denominator, "eval_tokens": tokens}
     for name, figure, count in zip(names, sums[::2], sums[1::2], strict=True):
-        found[f"eval_{name}"] = figure / count if count else math.nan
-    return found
+        result[f"eval_{name}"] = figure / count if count else math.nan
+    return result
