@@ -104,7 +104,7 @@ def _generator(folder: str, dtype: str, placed: processes.Processes, renderer: A
         build=lambda groups: torch.optim.SGD(groups, lr=0.0), lr_at=lambda step: 0.0, weight_decay=0.0,
         decayed=frozenset(), max_grad_norm=None,
     )  # fmt: skip
-    engine.adopt(built, rule, micros_per_step=1)
+    engine.setup(built, rule, micros_per_step=1)
     stop_ids = [renderer.tokenizer.eos_token_id]
     return Generator(engine, built.module, decode=renderer.write, stop_ids=stop_ids, stop=lambda: False)
 

@@ -14,13 +14,13 @@ class BestTracker:
     def __init__(
         self, *, keep: bool, patience: int | None, by: str = "eval_loss", higher_is_better: bool = False
     ) -> None:
-        """Nothing is seen yet.
+        """Start without an evaluation.
 
         Args:
             keep: a best state is to be saved.
-            patience: evaluations without a better one before it is enough.
-            by: the figure that decides.
-            higher_is_better: of that figure.
+            patience: evaluations without improvement before training ends early; None: never.
+            by: name of the figure that decides.
+            higher_is_better: whether a higher value of that figure is better.
         """
         self._keep, self._patience, self._by, self._sign = keep, patience, by, -1.0 if higher_is_better else 1.0
         self._figure: float | None = None
@@ -31,17 +31,18 @@ class BestTracker:
         """Step of the last evaluation that was not broken off."""
 
     @property
-    def enough(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether training may end early."""
         return self._patience is not None and self._evals_without_improvement >= self._patience
 
-    def see(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
+    def update(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
         """Compare an evaluation with the best so far.
 
         An evaluation that was interrupted (None), or lacks the deciding figure, changes nothing.
 
         Returns:
-            What best.json is to say, when this state is the best so far and is to be kept. NaN never is.
+            The content of best.json when this state is the best so far and is to be kept, else None. NaN is never the
+            best.
         """
         if figures is None:
             return None
@@ -58,11 +59,11 @@ class BestTracker:
 
     @property
     def step(self) -> int:
-        """Of the best evaluation so far; 0: the base model's, or none yet."""
+        """Step of the best evaluation so far; 0: the base model's, or none yet."""
         return self._step
 
     def state(self) -> dict[str, Any]:
-        """What a continued run must know; JSON."""
+        """Return what a continued run must know, as JSON values."""
         return {
             "figure": self._figure,
             "step": self._step,
@@ -70,8 +71,8 @@ class BestTracker:
             "seen": self.last_eval_step,
         }
 
-    def restore(self, said: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what `state()` returned."""
         self._figure, self._step, self._evals_without_improvement, self.last_eval_step = (
-            said[key] for key in ("figure", "step", "since", "seen")
+            saved[key] for key in ("figure", "step", "since", "seen")
         )

@@ -44,17 +44,17 @@ def _run(options: argparse.Namespace) -> None:
 
     folders = []
     for path in options.runs:
-        found = runs_in(path)
-        if not found:
+        run_folders = runs_in(path)
+        if not run_folders:
             raise FileSystemError(f"{path}: no run folder, and none in it")
-        folders += found
+        folders += run_folders
     runs = [read_run(folder) for folder in folders]
     if options.json:
         differing = {
             key: dict(zip(map(str, folders), values, strict=True)) for key, values in settings_that_differ(runs)
         }
-        told = {"runs": [asdict(line(run, options.price)) for run in runs], "settings_that_differ": differing}
-        print(json.dumps(told))
+        content = {"runs": [asdict(line(run, options.price)) for run in runs], "settings_that_differ": differing}
+        print(json.dumps(content))
         return
     save(options.out, comparison_page(runs, price=options.price))
     print(options.out)

@@ -15,30 +15,31 @@ from typing import Any
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.files import replace_json
+from distft.data.formats import FORMATS
 from distft.data.preparation_report import PrepareReport
 from distft.data.prepared_folder import cache_folder
 from distft.export import EXPORTS
 from distft.model import skeleton
 from distft.model.adapters import targets
 from distft.model.heads import HEADS
-from distft.objectives import OBJECTIVES
+from distft.objectives import OBJECTIVES, ObjectiveSpec
 from distft.recipe import Recipe, listed_params
 from distft.recipe.origin import RecipeMistake
 
 
 def refuse_missing_folder(recipe: Recipe) -> None:
-    """A path that can be no hub id must be there; nothing heavy is imported and nothing fetched for this.
+    """Refuse a missing path that can be no hub id; nothing heavy is imported and nothing fetched for this.
 
     Raises:
         RecipeError: with the line of the path.
     """
-    found = [
+    mistakes = [
         RecipeMistake(key=("model", key), message=message, fix=fix)
         for key, path in (("path", recipe.model.path), ("tokenizer", recipe.model.tokenizer))
         if path is not None
         for message, fix in _missing(path, key)
     ]
-    _refuse(recipe, found)
+    _refuse(recipe, mistakes)
 
 
 def has_config(recipe: Recipe) -> bool:
@@ -59,7 +60,7 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
     """
     if folder is None:
         refuse_missing_folder(recipe)
-        with placed(recipe):
+        with with_model_line(recipe):
             folder = skeleton.find_config(recipe.model)
     params: Any = recipe.method.params
     if recipe.eval.answers and not HEADS[recipe.objective.spec.head].generates:
@@ -79,7 +80,7 @@ def _refuse_missing_head(recipe: Recipe, folder: Path) -> None:
     if head.hold is not None:
         from distft.model import load
 
-        with placed(recipe):
+        with with_model_line(recipe):
             head.auto_class(head.prepare(load.read_config(folder)))
 
 
@@ -87,7 +88,7 @@ def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:
     head = HEADS[recipe.objective.spec.head]
     for index, chosen in enumerate(recipe.export.also):
         spec = EXPORTS[chosen["name"]]
-        twice = any(other["name"] == spec.name for other in recipe.export.also[:index])
+        twice = any(earlier["name"] == spec.name for earlier in recipe.export.also[:index])
         why = spec.refuses(listed_params(chosen, spec.params), recipe.method.spec, head)
         why = f'"{spec.name}" is written twice, to one folder' if twice else why
         if why:
@@ -105,13 +106,13 @@ def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:
     Raises:
         RecipeError: they are, with the line of max_length.
     """
-    with placed(recipe):
+    with with_model_line(recipe):
         folder = skeleton.find_config(recipe.model)
     if skeleton.has_positions(folder, longest):
         return
     from distft.model import load
 
-    with placed(recipe):
+    with with_model_line(recipe):
         limit = skeleton.num_positions(load.read_config(folder))
     if limit is None or longest <= limit:
         return
@@ -124,8 +125,8 @@ def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:
     _refuse(recipe, [fault])
 
 
-def refuse_other_groups(recipe: Recipe, report: PrepareReport, split: str) -> None:
-    """Rows have as many documents as the objective trains together.
+def refuse_other_rows(recipe: Recipe, report: PrepareReport, split: str) -> None:
+    """Rows have as many documents as the objective trains together, and say of them what it needs.
 
     Args:
         recipe: the recipe.
@@ -135,31 +136,58 @@ def refuse_other_groups(recipe: Recipe, report: PrepareReport, split: str) -> No
     Raises:
         RecipeError: they have not, with the line of the objective.
     """
-    objective, size = recipe.objective, report.group_size
-    if size == objective.spec.group_size:
+    objective, formats = recipe.objective, sorted({source.format for source in report.sources})
+    decisive = {name for source in formats for name in FORMATS[source].decisive}
+
+    def fits(spec: ObjectiveSpec) -> bool:
+        return spec.group_size == report.group_size and set(spec.decisive) == decisive
+
+    if fits(objective.spec):
         return
-    formats = ", ".join(sorted({source.format for source in report.sources}))
-    fitting = ", ".join(name for name, spec in OBJECTIVES.items() if spec.group_size == size)
+    fitting = ", ".join(name for name, spec in OBJECTIVES.items() if fits(spec))
+    if objective.spec.group_size != report.group_size:
+        message = (
+            f"trains {objective.spec.group_size} document(s) a row together, and the format {', '.join(formats)} of "
+            f"[[data.{split}]] makes {report.group_size} of each row"
+        )
+    elif decisive:
+        message = (
+            f"would train every answer, and the format {', '.join(formats)} of [[data.{split}]] says which are good"
+        )
+    else:
+        message = (
+            f"needs rows that say which answers are good, and the format {', '.join(formats)} of [[data.{split}]] "
+            'does not; the column is "label"'
+        )
     fault = RecipeMistake(
         key=("objective", "name"),
-        message=f'= "{objective.name}" trains {objective.spec.group_size} document(s) a row together, and the format '
-        f"{formats} of [[data.{split}]] makes {size} of each row",
+        message=f'= "{objective.name}" {message}',
         fix=f"such rows are trained by the objectives {fitting}" if fitting else "choose another format",
     )
     _refuse(recipe, [fault])
 
 
+def fitting_values(objective: ObjectiveSpec) -> tuple[str, ...]:
+    """Return the names of the numbers of rows that an objective may be given (`FormatSpec.values`)."""
+    fitting = [
+        spec
+        for spec in FORMATS.values()
+        if (spec.group_size, set(spec.decisive)) == (objective.group_size, set(objective.decisive))
+    ]
+    return tuple(dict.fromkeys(name for spec in fitting for name in spec.values))
+
+
 def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
-    """The model's modules; kept by config, versions and code, because to build them imports torch for seconds."""
+    """Return the model's modules; kept by config, versions and code, as building them imports torch."""
     parts = [(folder / "config.json").read_bytes(), version("transformers").encode()]
     parts.append(recipe.objective.spec.head.encode())
-    parts += [Path(found).read_bytes() for module in (skeleton, targets) if (found := module.__file__)]
+    parts += [Path(file).read_bytes() for module in (skeleton, targets) if (file := module.__file__)]
     kept = cache_folder(recipe.data) / "modules" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return targets.Listing.from_json(json.loads(kept.read_text(encoding="utf-8")))
     from distft.model import load
 
-    with placed(recipe):
+    with with_model_line(recipe):
         listed = targets.listing(skeleton.build(load.read_config(folder), HEADS[recipe.objective.spec.head]))
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +201,7 @@ def _missing(path: str, key: str) -> list[tuple[str, str]]:
     if folder.is_dir():
         if (folder / what).is_file() or key == "tokenizer":
             return []
-        held = ", ".join(sorted(one.name for one in folder.iterdir())[:6]) or "nothing"
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
         return [(f"the folder has no {what} (it holds: {held})", f"a folder with {what}, or a hub id owner/name")]
     if folder.exists():
         return [("is a file, not a folder", f"the folder with {what}, or a hub id owner/name")]
@@ -183,21 +211,21 @@ def _missing(path: str, key: str) -> list[tuple[str, str]]:
 
 
 def _nearest(folder: Path) -> str:
-    """A folder beside it with almost this name."""
+    """Return a hint at a folder beside it with almost this name."""
     from distft.core.registry import nearest
 
     try:
-        beside = [one.name for one in folder.parent.iterdir() if one.is_dir()]
+        beside = [sibling.name for sibling in folder.parent.iterdir() if sibling.is_dir()]
     except OSError:
-        above = next((one for one in folder.parents if one.is_dir()), None)
+        above = next((parent for parent in folder.parents if parent.is_dir()), None)
         return "" if above is None else f"{above} is there, {folder.relative_to(above).parts[0]} in it is not"
     meant = nearest(folder.name, beside)
     return f"did you mean {folder.parent / meant}?" if meant else ""
 
 
 @contextlib.contextmanager
-def placed(recipe: Recipe) -> Iterator[None]:
-    """What is wrong with a model is a mistake in the line of the recipe that names it.
+def with_model_line(recipe: Recipe) -> Iterator[None]:
+    """Add the line of [model] path to errors of the model, raised inside the context.
 
     Raises:
         RecipeError: the one from inside, with the line.
@@ -208,7 +236,7 @@ def placed(recipe: Recipe) -> Iterator[None]:
         if any(problem.line for problem in error.problems):
             raise
         line = recipe.line_of("model.path")
-        problems = [Problem(message=one.message, line=line, fix=one.fix) for one in error.problems]
+        problems = [Problem(message=problem.message, line=line, fix=problem.fix) for problem in error.problems]
         raise RecipeError(recipe.source, problems) from error
 
 

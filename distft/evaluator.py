@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ class Evaluator:
 
     engine: Engine
     objective: Objective
-    held_out: Collection[Batch]
+    held_out: Sequence[Batch]
     held_out_sha256: str
     eval_sets: Sequence[EvalSet]
     generator: Generator
@@ -57,13 +57,13 @@ class Evaluator:
         )
 
     def during(self, state: TrainState) -> Figures | None:
-        """What is due at this step."""
+        """Evaluate what is due at this step."""
         figures: Figures = {}
         if self.held_out and self.schedule.is_due(state.step, self.schedule.every_steps):
-            found = held_out_loss(self.engine, self.objective, self.held_out, stop=self.stop)
-            if found is None:
+            measured = held_out_loss(self.engine, self.objective, self.held_out, stop=self.stop)
+            if measured is None:
                 return None
-            figures |= self._with_perplexity(found)
+            figures |= self._with_perplexity(measured)
         return self._run_eval_sets(self._due_eval_sets(state.step), step_label(state.step), state, figures)
 
     def before(self, state: TrainState) -> Figures | None:
@@ -82,9 +82,9 @@ class Evaluator:
         return self.under("after", state)
 
     def best(self, state: TrainState) -> Figures | None:
-        """The best state, whose weights the engine holds; writes the summary."""
+        """Evaluate the best state, whose weights the engine holds, and write the summary."""
         last = self.records.about("after", HELD_OUT) or next(
-            (said for eval_set in self.eval_sets if (said := self.records.about("after", eval_set.name))), None
+            (record for eval_set in self.eval_sets if (record := self.records.about("after", eval_set.name))), None
         )
         if self._first(lambda: last is not None and last.get("step") == state.step):
             self._first(self._copy_after)
@@ -98,30 +98,36 @@ class Evaluator:
     def _all(self, label: str, state: TrainState, *, reuse: bool = False) -> Figures | None:
         figures: Figures = {}
         if self.held_out:
-            found = self._loss(label, state, reuse=reuse)
-            if found is None:
+            measured = self._loss(label, state, reuse=reuse)
+            if measured is None:
                 return None
-            figures |= found
+            figures |= measured
         return self._run_eval_sets(self.eval_sets, label, state, figures, reuse=reuse)
 
     def _loss(self, label: str, state: TrainState, *, reuse: bool) -> Figures | None:
         facts = {"rows_sha256": self.held_out_sha256, "model": self._model(label), "step": state.step}
 
         def kept() -> Figures | None:
-            said = self.records.about(label, HELD_OUT) if reuse else None
-            if said is None or said.get("loss") is None or any(said.get(key) != fact for key, fact in facts.items()):
+            record = self.records.about(label, HELD_OUT) if reuse else None
+            if (
+                record is None
+                or record.get("loss") is None
+                or any(record.get(key) != fact for key, fact in facts.items())
+            ):
                 return None
-            own = {name: math.nan if value is None else value for name, value in said.get("figures", {}).items()}
-            return {"eval_loss": said["loss"], "eval_tokens": float(said["tokens"]), **own}
+            other_figures = {
+                name: math.nan if value is None else value for name, value in record.get("figures", {}).items()
+            }
+            return {"eval_loss": record["loss"], "eval_tokens": float(record["tokens"]), **other_figures}
 
-        found = self._first(kept)
-        if found is None:
-            found = held_out_loss(self.engine, self.objective, self.held_out, stop=self.stop)
-            if found is None:
+        measured = self._first(kept)
+        if measured is None:
+            measured = held_out_loss(self.engine, self.objective, self.held_out, stop=self.stop)
+            if measured is None:
                 return None
-            figures = self._with_perplexity(found)
+            figures = self._with_perplexity(measured)
             self._first(lambda: self.records.write_held_out(figures, label=label, **facts))
-        return self._with_perplexity(found)
+        return self._with_perplexity(measured)
 
     def _with_perplexity(self, figures: Figures) -> Figures:
         return figures | (

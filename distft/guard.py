@@ -32,7 +32,7 @@ class RollBack(Exception):
 
 
 class DivergenceGuard:
-    """Accepts or skips each update, and sees the report of each step."""
+    """Allows or skips each update, and reacts to the report of each step."""
 
     def __init__(self, table: GuardTable, engine: Engine, *, say: Callable[[str], None], note: Note) -> None:
         self._table, self._engine, self._say, self._note = table, engine, say, note
@@ -47,17 +47,17 @@ class DivergenceGuard:
         self._straggler_probe, self._slowdowns = StragglerProbe(), SlowdownDetector()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that a continued run decides as this one would; JSON."""
+        """Return what a checkpoint must hold so that a continued run decides as this one would, as JSON values."""
         return {"losses": self._losses, "in_a_row": self._in_a_row, "without": self._steps_to_skip}
 
-    def restore(self, said: dict[str, Any], *, without: list[int] | None = None) -> None:
-        """Continue from `state()`, with further steps to leave out."""
-        self._losses = list(said.get("losses", ()))
-        self._in_a_row = said.get("in_a_row", 0)
-        self._steps_to_skip = sorted({*said.get("without", ()), *(without or ())})
+    def restore(self, saved: dict[str, Any], *, without: list[int] | None = None) -> None:
+        """Continue from what `state()` returned, with further steps to skip."""
+        self._losses = list(saved.get("losses", ()))
+        self._in_a_row = saved.get("in_a_row", 0)
+        self._steps_to_skip = sorted({*saved.get("without", ()), *(without or ())})
 
-    def accepts(self, loss: float) -> bool:
-        """Whether this step's finite loss, equal on all ranks, may change weights."""
+    def allow_update(self, loss: float) -> bool:
+        """Return whether a step of this finite loss, equal on all ranks, may change weights."""
         step, spike = PHASE.step, self._table.loss_spike
         if step in self._steps_to_skip:
             self._why = "left out since the rollback"
@@ -75,7 +75,7 @@ class DivergenceGuard:
         return True
 
     def after(self, state: TrainState, report: StepReport) -> None:
-        """See how the step went.
+        """React to the report of a step.
 
         Raises:
             NumericError: the recipe says to stop, or patience is at its end; no weight was changed by this step.

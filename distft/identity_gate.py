@@ -35,28 +35,28 @@ def refuse_other_policy(
     """
     import torch
 
-    placed = engine.place(batch)
+    on_device = engine.place(batch)
     with engine.evaluating():
-        mine_S, theirs_S = policy.token_logprobs(placed), reference(placed)
-    mine_D, theirs_D = placed.sum_by_document(mine_S), placed.sum_by_document(theirs_S)
-    count_D = placed.sum_by_document(torch.ones_like(mine_S))
+        mine_S, theirs_S = policy.token_logprobs(on_device), reference(on_device)
+    mine_D, theirs_D = on_device.sum_by_document(mine_S), on_device.sum_by_document(theirs_S)
+    count_D = on_device.sum_by_document(torch.ones_like(mine_S))
     exact = dtype == torch.float32
     allowed_D = RTOL * theirs_D.abs().clamp(min=1) if exact else HALF_TOKEN * count_D.sqrt()
     wrong = torch.nonzero(~((mine_D - theirs_D).abs() <= allowed_D)).flatten().tolist()
-    found = ""
+    difference = ""
     if wrong:
         document, counts = wrong[0], [int(count) for count in count_D.tolist()]
         begin = sum(counts[:document])
         gap_S = (mine_S - theirs_S).abs()[begin : begin + counts[document]]
         limit = RTOL * 10 if exact else HALF_TOKEN
-        first = next((at for at, gap in enumerate(gap_S.tolist()) if not gap <= limit), 0)
-        size = placed.group_sizes[0] if placed.group_sizes else 1
+        first = next((index for index, gap in enumerate(gap_S.tolist()) if not gap <= limit), 0)
+        size = on_device.group_sizes[0] if on_device.group_sizes else 1
         side = ("chosen", "rejected")[document % 2] if size == 2 else f"document {document % size + 1}"
-        found = (
+        difference = (
             f"{batch.sample_ids[document // size]}, {side}: trained token {first + 1} has log-probability "
             f"{mine_S[begin + first]:.6g} under the policy and {theirs_S[begin + first]:.6g} under the reference"
         )
-    answers = [answer for answer in engine.gather(found) if answer]
+    answers = [answer for answer in engine.gather(difference) if answer]
     if answers:
         raise NumericError(
             f"before the first update the policy is not its reference ({answers[0]}): the loss would not be the one "

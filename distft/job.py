@@ -80,8 +80,8 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
 
         # Processes.
         PHASE.enter("join")
-        placed = session.join()
-        engine = assemble.open_engine(recipe, placed, say)
+        process_info = session.join()
+        engine = assemble.open_engine(recipe, process_info, say)
         session.resources.callback(engine.close)
         keep_alive(engine)
         layout, rows = assemble.agree_on_all_ranks(recipe, layout, rows, engine, say)
@@ -94,8 +94,8 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             # Model, on the meta device: what it will be is written down before it costs memory.
             PHASE.enter("model")
             num_steps = assemble.num_steps(recipe, rows)
-            model = assemble.build_model(recipe, placed, layout, rows, say)
-            manifest = assemble.manifest(recipe, model, engine, placed, layout, rows)
+            model = assemble.build_model(recipe, process_info, layout, rows, say)
+            manifest = assemble.manifest(recipe, model, engine, process_info, layout, rows)
             guard = DivergenceGuard(recipe.guard, engine, say=say, note=folder.note)
             best = assemble.build_best_tracker(recipe, eval_sets)
             checkpoints, state, reader = assemble.open_checkpoints(
@@ -118,7 +118,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
 
             # Weights, optimizer, objective.
             shapes = assemble.saved_shapes(model, recipe)
-            facts = assemble.run_facts(model, placed, state)
+            facts = assemble.run_facts(model, process_info, state)
             assemble.set_up_engine(recipe, engine, model, layout, num_steps)
             checkpoints.prepare()
             objective = assemble.build_objective(recipe, engine, model, layout, rows, say)
@@ -156,7 +156,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
                 best=best,
                 evaluator=evaluator,
                 open_meters=lambda start: assemble.build_meters(
-                    recipe, folder, replace(facts, start=start), engine, placed, steps, say
+                    recipe, folder, replace(facts, start=start), engine, process_info, steps, say
                 ),
             )
             state = session.state = trainer.train(state, reader)

@@ -28,17 +28,17 @@ def fit(
     stop: Callable[[], bool],
     every: Every,
 ) -> TrainState:
-    """Train from `state` to the end of `steps`, or until it is `best.enough`, or until some rank's `stop` says so.
+    """Train from `state` to the end of `steps`, or until `best.should_stop`, or until some rank's `stop` says so.
 
     Raises:
         NumericError: a step's numbers are such that the recipe says to stop; the weights are those of the step before.
         RollBack: they are such that the recipe says to go back to a checkpoint.
     """
-    at = PHASE.enter
+    enter = PHASE.enter
     meters.start()
-    at("data", state.step + 1)
+    enter("data", state.step + 1)
     for micros in steps.from_step(state.step):
-        at("agree")
+        enter("agree")
         denominator, tokens, loss_tokens, stops = engine.sum_over_ranks(
             objective.denominator(micros),
             sum(micro.num_tokens for micro in micros),
@@ -48,14 +48,14 @@ def fit(
         if stops:
             break
         for last, micro in mark_last(objective.fill(micros)):
-            at("forward")
+            enter("forward")
             with engine.accumulating(last=last, seed=micro.position):
                 terms = objective.terms(engine.place(micro))  # sums and counts, never means
-                at("backward")
+                enter("backward")
                 engine.backward(terms, divide_by=denominator, samples=micro.sample_ids)
             meters.micro(micro, terms)
-        at("update")
-        report = engine.step(state, denominator, guard.accepts)  # finite on all ranks, and no spike? clip, update
+        enter("update")
+        report = engine.step(state, denominator, guard.allow_update)  # finite on all ranks, and no spike? clip, update
         samples = steps.samples_in(state.step)
         state = state.after(report, samples=samples, tokens=int(tokens), tokens_loss=int(loss_tokens))
         meters.step(state, report, log=every.log(state.step))
@@ -64,15 +64,15 @@ def fit(
         if every.eval(state.step):
             figures = look(state)  # None: broken off, because some rank is to stop
             meters.evaluated(state, figures)
-            keep = best.see(state, figures)
+            keep = best.update(state, figures)
             meters.start()
         checkpoints.poll(state)
         if keep or every.save(state.step):
-            at("save")
+            enter("save")
             checkpoints.save(state, keep)
-        if best.enough:
+        if best.should_stop:
             break
-        at("data", state.step + 1)
+        enter("data", state.step + 1)
     return state
 
 

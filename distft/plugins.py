@@ -72,11 +72,11 @@ class Plugins:
 
     def _load(self, point: EntryPoint) -> Plugin:
         before = {registry.noun: set(registry) for registry in self._registries()}
-        found = point.load()
-        if inspect.isroutine(found):
-            found()
-        elif not inspect.ismodule(found):
-            raise TypeError(f"{point.value} is a {type(found).__name__}; it must be a module or a function")
+        loaded = point.load()
+        if inspect.isroutine(loaded):
+            loaded()
+        elif not inspect.ismodule(loaded):
+            raise TypeError(f"{point.value} is a {type(loaded).__name__}; it must be a module or a function")
         parts = [
             f"{registry.noun} {name}"
             for registry in self._registries()

@@ -143,9 +143,9 @@ class CheckpointManager:
                 log.warning("%s; training goes on", error)
             return
         if isinstance(outcome, Saved) and outcome.num_bytes:
-            self._told(outcome)
+            self._report_save(outcome)
 
-    def _told(self, saved: Saved) -> None:
+    def _report_save(self, saved: Saved) -> None:
         blocked, total = round(saved.blocked_s, 3), round(saved.total_s, 3)
         self._note("saved", step=saved.step, bytes=saved.num_bytes, blocked_s=blocked, total_s=total)
         if saved.total_s > self._grace_s and not self._warned and self._engine.rank == 0:
@@ -163,8 +163,8 @@ def about(recipe: Recipe, fingerprint: dict[str, str], base: str, num_steps: int
     return {"recipe": recipe.resolved(), "data": fingerprint, "mix": mix, "base": base, "num_steps": num_steps}
 
 
-def check_fits(said: dict[str, Any], now: dict[str, Any], where: Path, *, allow_changes: bool) -> list[str]:
-    """Compare what a checkpoint says of its run with the run that wants to continue it.
+def check_fits(saved: dict[str, Any], now: dict[str, Any], where: Path, *, allow_changes: bool) -> list[str]:
+    """Compare a checkpoint's record of its run with the run that is to continue it.
 
     Returns:
         Changes that were allowed, for the log.
@@ -173,19 +173,19 @@ def check_fits(said: dict[str, Any], now: dict[str, Any], where: Path, *, allow_
         DataError: the prepared training rows are others.
         CheckpointError: the base weights are others, or the recipe changed in a way that breaks or may break the run.
     """
-    if said["data"]["train"] != now["data"]["train"]:
+    if saved["data"]["train"] != now["data"]["train"]:
         raise DataError(
-            f"{where}: was trained on other rows (sha256 {said['data']['train'][:12]}…, now "
+            f"{where}: was trained on other rows (sha256 {saved['data']['train'][:12]}…, now "
             f"{now['data']['train'][:12]}…): the order of samples would not go on  "
             "restore the data, or start anew with --resume never or another name"
         )
-    if said["base"] and now["base"] and said["base"] != now["base"]:
+    if saved["base"] and now["base"] and saved["base"] != now["base"]:
         raise CheckpointError(f"{where}: its adapter belongs to other base weights than [model] path now names")
-    refused, asked, harmless = [], [], []
-    if said["mix"] != now["mix"]:
-        refused.append(f"weight and share of [[data.train]]: {said['mix']} -> {now['mix']}")
-    for key, before, after in _changes(said["recipe"], now["recipe"]):
-        kinds = {"free": harmless, "ask": asked, "fixed": refused}
+    refused, to_confirm, harmless = [], [], []
+    if saved["mix"] != now["mix"]:
+        refused.append(f"weight and share of [[data.train]]: {saved['mix']} -> {now['mix']}")
+    for key, before, after in _changes(saved["recipe"], now["recipe"]):
+        kinds = {"free": harmless, "ask": to_confirm, "fixed": refused}
         kinds[resume_policy(key)].append(f"{key}: {before!r} -> {after!r}")
     if refused:
         raise CheckpointError(
@@ -193,22 +193,22 @@ def check_fits(said: dict[str, Any], now: dict[str, Any], where: Path, *, allow_
             + "\n  ".join(refused)
             + "\nchange it back, or start anew with --resume never or another name"
         )
-    if asked and not allow_changes:
+    if to_confirm and not allow_changes:
         raise CheckpointError(
             f"{where}: the recipe has changed\n  "
-            + "\n  ".join(asked)
+            + "\n  ".join(to_confirm)
             + "\nif that is meant, say --allow-changes; else change it back"
         )
-    return harmless + asked
+    return harmless + to_confirm
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, f"{at}{key}.")
+            yield from _changes(old, new, f"{prefix}{key}.")
         elif old != new:
-            yield f"{at}{key}", old, new
+            yield f"{prefix}{key}", old, new
 
 
 def resume_policy(key: str) -> Policy:
@@ -225,11 +225,12 @@ def resume_policy(key: str) -> Policy:
     if of_table is not None and name in of_table.ask:
         return "ask"
     default: Policy = "fixed" if of_table is None else of_table.policy
-    known = fixed_tables().get(table)
-    if known is None:
+    table_class = fixed_tables().get(table)
+    if table_class is None:
         return default
     policies: dict[str, Policy] = {
-        field_name: _marked(known_field.metadata, default) for field_name, known_field in known.model_fields.items()
+        field_name: _marked(known_field.metadata, default)
+        for field_name, known_field in table_class.model_fields.items()
     }
     return policies.get(name, default) if rest else min(policies.values(), key=STRICTEST_FIRST.index)
 

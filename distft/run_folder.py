@@ -100,12 +100,12 @@ class RunFolder:
                 replace_json(self.path / name, content, indent=2, default=str)
 
     def learn(self, facts: dict[str, Any]) -> None:
-        """Add to manifest.json what took time to find out; never a reason to stop."""
+        """Add facts that took time to find out to manifest.json; a failure is ignored."""
         if not self._writes:
             return
         with contextlib.suppress(OSError, ValueError):
-            said = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-            replace_json(self.path / "manifest.json", said | facts, indent=2, default=str)
+            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            replace_json(self.path / "manifest.json", manifest | facts, indent=2, default=str)
 
     def reach(self, step: int) -> None:
         """Remember the last optimizer step that was finished, for exit.json."""
@@ -181,12 +181,12 @@ class RunFolder:
             root.rename(aside)
 
     def _is_told(self) -> bool:
-        """Whether another rank of this start has said how it ended, even before this one came to look."""
-        said = self._exit_text()
-        if said is None or said != self._earlier:
-            return said is not None
+        """Return whether another rank of this start has written how it ended."""
+        text = self._exit_text()
+        if text is None or text != self._earlier:
+            return text is not None
         with contextlib.suppress(ValueError, AttributeError):
-            return json.loads(said).get("start") == self._start
+            return json.loads(text).get("start") == self._start
         return False
 
     def _exit_text(self) -> str | None:

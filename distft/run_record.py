@@ -168,9 +168,9 @@ class RunRecord:
         return self.steps[-1] if self.steps else {}
 
     def table(self, name: str) -> Mapping[str, Any]:
-        """Of the recipe; empty where it is missing."""
-        found = self.recipe.get(name, {})
-        return found if isinstance(found, dict) else {}
+        """Return a table of the recipe; empty where it is missing."""
+        table = self.recipe.get(name, {})
+        return table if isinstance(table, dict) else {}
 
     def column(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a figure of the steps, finite values alone."""
@@ -188,11 +188,11 @@ class RunRecord:
 
     @property
     def held_out_losses(self) -> tuple[float | None, float | None]:
-        """Evaluation loss before the first step, and of the state that final/ holds."""
-        told = [number((self.held_out.get(at) or {}).get("loss")) for at in ("before", self.final_label)]
+        """Held-out loss before the first step, and of the state that final/ holds."""
+        losses = [number((self.held_out.get(label) or {}).get("loss")) for label in ("before", self.final_label)]
         seen = self.looked("eval_loss")
-        first = told[0] if told[0] is not None else next((loss for step, loss in seen if step == 0), None)
-        last = told[1] if told[1] is not None else next((loss for step, loss in reversed(seen) if step > 0), None)
+        first = losses[0] if losses[0] is not None else next((loss for step, loss in seen if step == 0), None)
+        last = losses[1] if losses[1] is not None else next((loss for step, loss in reversed(seen) if step > 0), None)
         return first, last
 
     @property
@@ -203,12 +203,12 @@ class RunRecord:
     @cached_property
     def spans(self) -> tuple[Span, ...]:
         """Every start, oldest first."""
-        found = list(_spans(self.events, self.exit))
-        if found and found[-1].code is None:  # it goes on, or broke off between two events: its steps tell how long
-            last = found.pop()
+        spans = list(_spans(self.events, self.exit))
+        if spans and spans[-1].code is None:  # it goes on, or broke off between two events: its steps tell how long
+            last = spans.pop()
             since = [number(record.get("step_s")) or 0.0 for record in self.steps if record["step"] > last.step]
-            found.append(replace(last, ended=max(last.ended, last.began + math.fsum(since))))
-        return tuple(found)
+            spans.append(replace(last, ended=max(last.ended, last.began + math.fsum(since))))
+        return tuple(spans)
 
     @property
     def wall_s(self) -> float | None:
@@ -295,20 +295,20 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
-def seconds_of(told: Any) -> float | None:
-    """An ISO time as seconds since the epoch."""
+def seconds_of(text: Any) -> float | None:
+    """Convert an ISO time to seconds since the epoch; None where it is none."""
     try:
-        return datetime.fromisoformat(str(told)).timestamp()
+        return datetime.fromisoformat(str(text)).timestamp()
     except ValueError:
         return None
 
 
 def _in_order(results: Iterator[EvalFigure], recipe: Mapping[str, Any]) -> tuple[EvalFigure, ...]:
-    """The recipe's own sets first, in its order: spot checks that every run has are not what it was made for."""
+    """Sort the recipe's own sets first, in its order, before the sanity sets that every run has."""
     table = recipe.get("eval")
-    asked = (table.get("answers") if isinstance(table, dict) else None) or []
-    names = [one.get("name") for one in asked if isinstance(one, dict)]
-    return tuple(sorted(results, key=lambda one: names.index(one.name) if one.name in names else len(names)))
+    answers = (table.get("answers") if isinstance(table, dict) else None) or []
+    names = [entry.get("name") for entry in answers if isinstance(entry, dict)]
+    return tuple(sorted(results, key=lambda result: names.index(result.name) if result.name in names else len(names)))
 
 
 def _final_label(events: Iterable[Mapping[str, Any]]) -> str:
@@ -316,33 +316,33 @@ def _final_label(events: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _results(summary: Mapping[str, Any], final: str) -> Iterator[EvalFigure]:
-    for one in summary.get("sets") or []:
-        if not isinstance(one, dict) or "name" not in one:
+    for entry in summary.get("sets") or []:
+        if not isinstance(entry, dict) or "name" not in entry:
             continue
-        figure = str(one.get("figure", ""))
-        label = next((at for at in (final, "after", "best") if one.get(at)), final)
+        figure = str(entry.get("figure", ""))
+        label = next((key for key in (final, "after", "best") if entry.get(key)), final)
         of_best = "_best" if label == "best" else ""
         yield EvalFigure(
-            name=str(one["name"]),
-            score=str(one.get("score", figure)),
+            name=str(entry["name"]),
+            score=str(entry.get("score", figure)),
             figure=figure,
-            higher_is_better=bool(one.get("higher_is_better", True)),
-            binary=bool(one.get("binary", False)),
-            before=one.get("before"),
+            higher_is_better=bool(entry.get("higher_is_better", True)),
+            binary=bool(entry.get("binary", False)),
+            before=entry.get("before"),
             label=label,
-            tuned=one.get(label),
-            change=one.get(f"change{of_best}"),
-            regressions=tuple(map(str, one.get(f"regressions{of_best}") or ())),
+            tuned=entry.get(label),
+            change=entry.get(f"change{of_best}"),
+            regressions=tuple(map(str, entry.get(f"regressions{of_best}") or ())),
         )
 
 
 def _spans(events: tuple[Mapping[str, Any], ...], ended: Mapping[str, Any]) -> Iterator[Span]:
-    timed = [(event, at) for event in events if (at := seconds_of(event.get("time"))) is not None]
+    timed = [(event, seconds) for event in events if (seconds := seconds_of(event.get("time"))) is not None]
     opened = [place for place, (event, _) in enumerate(timed) if event.get("event") == "started"]
     for place, following in pairwise([*opened, len(timed)]):
         event, began = timed[place]
-        own = timed[place:following]
-        last, heard = own[-1]
+        of_start = timed[place:following]
+        last, heard = of_start[-1]
         code, reason = (last.get("code"), last.get("reason", "")) if last.get("event") == "ended" else (None, "")
         if code is None and following == len(timed) and ended:  # it may have been ended by another rank
             code, reason = ended.get("code"), ended.get("reason", "")

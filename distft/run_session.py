@@ -70,7 +70,7 @@ class RunSession:
         """Whether this process has been asked to stop; the loss of its lock asks too."""
         if self.lock is not None and self.lock.lost:
             STOP.ask("the loss of its lock")
-        return STOP.asked()
+        return STOP.requested()
 
     @property
     def lost_its_lock(self) -> bool:

@@ -104,13 +104,13 @@ def _state(folder: Path, ended: dict[str, Any], history: list[dict[str, Any]], n
 
 
 def _restarts(history: list[dict[str, Any]]) -> list[str]:
-    """One reason for each start of the last job that another start of it followed."""
+    """Return one reason for each restart of the last job."""
     jobs = [record.get("job") for record in history]
     ours = [record for record in history if record.get("job") == jobs[-1]]
     reasons = []
-    for at, record in enumerate(ours):
-        if "began" in record and any("began" in later for later in ours[at + 1 :]):
-            following = ours[at + 1]
+    for index, record in enumerate(ours):
+        if "began" in record and any("began" in later for later in ours[index + 1 :]):
+            following = ours[index + 1]
             reasons.append(following.get("reason", "") if "ended" in following else "node lost, or killed")
     return reasons
 
@@ -129,19 +129,19 @@ def _starts_over(events: list[dict[str, Any]]) -> list[str]:
 
 
 def _pace(events: list[dict[str, Any]]) -> str:
-    """Of the last start."""
-    said = ""
+    """Return the last start's slowest rank, or its straggler."""
+    pace = ""
     for event in events:
         if event.get("event") == "started":
-            said = ""
+            pace = ""
         elif event.get("event") in ("straggler", "slower"):  # noted after the pace of the same step
-            said = f"step {event.get('step')}: {event['event']}: {event.get('what')}"
+            pace = f"step {event.get('step')}: {event['event']}: {event.get('what')}"
         elif event.get("event") == "pace":
-            said = (
+            pace = (
                 f"step {event.get('step')}: slowest is rank {event.get('rank')} ({event.get('host')}), "
                 f"{event.get('percent')} % behind the median for {event.get('what')}"
             )
-    return said
+    return pace
 
 
 def _left(steps: list[dict[str, Any]], num_steps: int | None) -> float | None:
@@ -206,15 +206,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
     while True:
-        found = runs_in(options.path)
-        if not found:
+        folders = runs_in(options.path)
+        if not folders:
             print(f"{options.path}: no run folder, and none in it", file=sys.stderr)
             return 8
-        told = [read_status(folder) for folder in found]
+        statuses = [read_status(folder) for folder in folders]
         if options.json:
-            print(json.dumps({"runs": [asdict(status) for status in told]}), flush=True)
+            print(json.dumps({"runs": [asdict(status) for status in statuses]}), flush=True)
         else:
-            print("\n".join(line for status in told for line in lines(status)), flush=True)
+            print("\n".join(line for status in statuses for line in lines(status)), flush=True)
         if options.watch is None:
             return DONE
         try:

@@ -42,29 +42,29 @@ def submit(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code is that of the error, if any."""
+    """Run the command; return the error's exit code, if any."""
     made = parser()
-    own, more = made.parse_known_args(argv)
-    if own.chain > 1 and len(own.recipes) > 1:
+    args, more = made.parse_known_args(argv)
+    if args.chain > 1 and len(args.recipes) > 1:
         made.error("--chain goes with one recipe: submit each by itself")
     from distft.cluster import script
     from distft.cluster.site import Site, read_site
     from distft.run_folder import RunFolder
 
     try:
-        site = Site() if own.site is None else read_site(own.site)
-        trains = [_train(own, recipe, more) for recipe in own.recipes]
-        recipes = [_checked(own, site, train) for train in trains]
-        wanted = _wanted(own, recipes)
-        if own.dry_run:
+        site = Site() if args.site is None else read_site(args.site)
+        trains = [_train(args, recipe, more) for recipe in args.recipes]
+        recipes = [_checked(args, site, train) for train in trains]
+        wanted = _wanted(args, recipes)
+        if args.dry_run:
             print(script.render(site, wanted, *trains), end="")
-            if own.chain > 1:
-                print(f"and {own.chain - 1} more, each --dependency=afterany: the one before it", file=sys.stderr)
+            if args.chain > 1:
+                print(f"and {args.chain - 1} more, each --dependency=afterany: the one before it", file=sys.stderr)
             return DONE
         for recipe in recipes:
             RunFolder(recipe.run_dir, writes=True)  # sbatch does not make folders for a job's output
         jobs = [submit(script.render(site, wanted, *trains))]
-        while len(jobs) < own.chain:
+        while len(jobs) < args.chain:
             jobs.append(submit(script.render(site, replace(wanted, after=jobs[-1]), *trains)))
     except DistftError as error:
         print(error, file=sys.stderr)
@@ -94,14 +94,14 @@ def parser() -> CommandParser:
     return made
 
 
-def _train(own: argparse.Namespace, recipe: str, more: Sequence[str]) -> list[str]:
-    """Arguments of distft.train."""
-    train = [recipe, *(word for change in own.overrides for word in ("--set", change))]
-    return [*train, *(["--output-dir", str(own.output_dir)] if own.output_dir is not None else []), *more]
+def _train(args: argparse.Namespace, recipe: str, more: Sequence[str]) -> list[str]:
+    """Return the arguments of distft.train."""
+    train = [recipe, *(word for change in args.overrides for word in ("--set", change))]
+    return [*train, *(["--output-dir", str(args.output_dir)] if args.output_dir is not None else []), *more]
 
 
-def _checked(own: argparse.Namespace, site: Site, train: Sequence[str]) -> Recipe:
-    """The recipe, once it is known to be sound, to split over the processes and to fit.
+def _checked(args: argparse.Namespace, site: Site, train: Sequence[str]) -> Recipe:
+    """Load the recipe, check that it is sound and splits over the processes, and that it fits the memory.
 
     Raises:
         RecipeError: it is not, or does not.
@@ -111,19 +111,19 @@ def _checked(own: argparse.Namespace, site: Site, train: Sequence[str]) -> Recip
     from distft.recipe import check_world
 
     recipe = batch_args.read(train).recipe
-    if own.nodes.isdecimal():  # of a range, a start uses as many as the global batch allows
-        check_world(recipe, int(own.nodes) * max(1, own.gpus_per_node))
-    gpu = own.gpu or site.gpu
-    if gpu and own.gpus_per_node and not own.no_plan:
-        said = refuse_what_cannot_fit(
-            recipe, train[0], own.overrides, gpu=gpu, gpus_per_node=own.gpus_per_node, nodes=own.nodes
+    if args.nodes.isdecimal():  # of a range, a start uses as many as the global batch allows
+        check_world(recipe, int(args.nodes) * max(1, args.gpus_per_node))
+    gpu = args.gpu or site.gpu
+    if gpu and args.gpus_per_node and not args.no_plan:
+        summary = refuse_what_cannot_fit(
+            recipe, train[0], args.overrides, gpu=gpu, gpus_per_node=args.gpus_per_node, nodes=args.nodes
         )
-        print(f"plan: {said}", file=sys.stderr)
+        print(f"plan: {summary}", file=sys.stderr)
     return recipe
 
 
-def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> SlurmRequest:
-    """What to ask of Slurm.
+def _wanted(args: argparse.Namespace, recipes: Sequence[Recipe]) -> SlurmRequest:
+    """Build the request to Slurm.
 
     Raises:
         RecipeError: two recipes of an array are one run.
@@ -137,12 +137,12 @@ def _wanted(own: argparse.Namespace, recipes: Sequence[Recipe]) -> SlurmRequest:
     alone = len(recipes) == 1
     return SlurmRequest(
         name=recipes[0].name if alone else "distft",
-        nodes=own.nodes,
-        gpus_per_node=own.gpus_per_node,
-        time=own.time,
-        partition=own.partition,
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        time=args.time,
+        partition=args.partition,
         output_dir=folders[0] if alone else folders[0].parent,
-        chain=own.chain > 1,
+        chain=args.chain > 1,
     )
 
 

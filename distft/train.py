@@ -13,7 +13,7 @@ if __name__ == "distft.train":
     raise ImportError("this module is a command; in Python: from distft import train")
 if __name__ == "__main__":
     STOP.install()  # before anything heavy: being asked to stop during the imports is no crash
-    faults.at("import")
+    faults.inject("import")
     if any(word.partition("=")[0] == "--nproc" for word in sys.argv[1:]):
         from distft.launch import start_training
 

@@ -63,11 +63,11 @@ class Trainer:
         PHASE.training()
         try:
             interrupted = self.evaluator.due(state.step) and self.best.last_eval_step != state.step
-            if interrupted and not self.best.enough if state.step else table.at_start:
+            if interrupted and not self.best.should_stop if state.step else table.at_start:
                 figures = self.evaluator.during(state) if state.step else self.evaluator.before(state)
                 meters.evaluated(state, figures)
-                self.best.see(state, figures)
-            if not self.best.enough:  # a run that was stopped after its last step has nothing left to train
+                self.best.update(state, figures)
+            if not self.best.should_stop:  # a run that was stopped after its last step has nothing left to train
                 state = fit(
                     state,
                     self.steps,
@@ -81,7 +81,7 @@ class Trainer:
                     stop=session.stop,
                     every=self._every(),
                 )
-            if self.best.enough:
+            if self.best.should_stop:
                 session.say(f"no better evaluation in {table.early_stop}: training ends early, at step {state.step}")
                 session.folder.note("enough", step=state.step, best=self.best.state())
             elif state.step < self.steps.num_steps:
@@ -91,7 +91,7 @@ class Trainer:
                 if figures is None:
                     self.leave_early(state)
                 meters.evaluated(state, figures)
-                if not self.best.enough and (keep := self.best.see(state, figures)):
+                if not self.best.should_stop and (keep := self.best.update(state, figures)):
                     self.checkpoints.save(state, keep)
             PHASE.enter("save")
             self.checkpoints.close()

@@ -122,8 +122,8 @@ class Context:
                 list(command), env=clean | env, launcher=launcher, saves=False, cwd=ROOT, output=output,
                 timeout_s=timeout, meanwhile=meanwhile,
             )  # fmt: skip
-        if ended.asked:
-            raise KeyboardInterrupt(signal.Signals(ended.asked[0]).name)
+        if ended.signals:
+            raise KeyboardInterrupt(signal.Signals(ended.signals[0]).name)
         if ended.timed_out:
             raise OutOfTime(f"not done after {timeout:.0f} s; see {log}")
         return ended.code

@@ -36,9 +36,9 @@ class Names:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What to do, in the order it was decided."""
+    """The decisions, in the order they were made, and the recipe that follows from them."""
 
-    asked: Situation
+    situation: Situation
     decided: tuple[Decided, ...]
     fits: tuple[Fit, ...]
     """Methods that were planned; empty when nothing was known to plan with."""
@@ -51,24 +51,24 @@ class Advice:
         return self.decided[0].value
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return {
             "approach": self.approach,
             "decided": [
-                {"what": one.rule.decides, "value": one.value, "rule": one.rule.name, "says": one.rule.says,
-                 "why": one.rule.why, "source": one.rule.source}
-                for one in self.decided
+                {"what": decision.rule.decides, "value": decision.value, "rule": decision.rule.name,
+                 "says": decision.rule.says, "why": decision.rule.why, "source": decision.rule.source}
+                for decision in self.decided
             ],
             "fits": [vars(fit) for fit in self.fits],
             "recipe": self.recipe,
         }  # fmt: skip
 
 
-def advise(asked: Situation, names: Names, *, folder: Path | None, machine: Machine | None) -> Advice:
+def advise(situation: Situation, names: Names, *, folder: Path | None, machine: Machine | None) -> Advice:
     """Apply the rules.
 
     Args:
-        asked: what the rules look at.
+        situation: what the rules look at.
         names: for the recipe.
         folder: holds the model's config.json; None: it is not on this machine, nothing is planned.
         machine: the GPUs; None: not said, nothing is planned.
@@ -77,10 +77,10 @@ def advise(asked: Situation, names: Names, *, folder: Path | None, machine: Mach
         RecipeError: transformers does not know the config.
     """
     start: dict[str, Any] = {}
-    first = decide(asked, ("approach", "methods"), start)
+    first = decide(situation, ("approach", "methods"), start)
 
     def settings(method: str) -> list[Decided]:
-        return decide(asked, _SETTINGS, {**start, "candidate": method})
+        return decide(situation, _SETTINGS, {**start, "candidate": method})
 
     def text(method: str) -> str:
         return _text([*first, *settings(method)], names)
@@ -92,13 +92,13 @@ def advise(asked: Situation, names: Names, *, folder: Path | None, machine: Mach
 
         fits = first_that_fits(start["methods"], text, folder, machine)
         method = fits[-1].method
-    return Advice(asked=asked, decided=(*first, *settings(method)), fits=tuple(fits), recipe=text(method))
+    return Advice(situation=situation, decided=(*first, *settings(method)), fits=tuple(fits), recipe=text(method))
 
 
 def parameters_in_name(model: str) -> float | None:
-    """`Llama-3.1-8B` -> 8e9; None when a name does not say."""
-    found = _IN_NAME.findall(Path(model).name)
-    return float(found[-1]) * 1e9 if found else None
+    """Return the number of parameters in a name (`Llama-3.1-8B` -> 8e9); None when it holds none."""
+    numbers = _IN_NAME.findall(Path(model).name)
+    return float(numbers[-1]) * 1e9 if numbers else None
 
 
 def _text(decided: list[Decided], names: Names) -> str:
@@ -115,13 +115,13 @@ Say = Callable[[str], None]
 
 
 def tell(advice: Advice, say: Say) -> None:
-    """In words: each decision with rule, reason and source."""
-    for one in advice.decided:
-        if one.rule.decides == "methods":
+    """Print each decision with rule, reason and source."""
+    for decision in advice.decided:
+        if decision.rule.decides == "methods":
             continue
-        say(f"{one.rule.decides:<18} {_shown(one.value)}  ({one.rule.name})")
-        say(f"{'':<18} {one.rule.says} {one.rule.why}")
-        say(f"{'':<18} {one.rule.source}")
+        say(f"{decision.rule.decides:<18} {_shown(decision.value)}  ({decision.rule.name})")
+        say(f"{'':<18} {decision.rule.says} {decision.rule.why}")
+        say(f"{'':<18} {decision.rule.source}")
     for fit in advice.fits:
         say(f"{'plan':<18} {fit}")
         for change in fit.changes[:5]:

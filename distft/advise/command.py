@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ask(options: argparse.Namespace) -> None:
-    """What flags did not say."""
+    """Ask for what the flags leave open."""
     if options.goal is None:
         print("What is the model to learn?")
         for name, what in GOALS.items():
@@ -66,13 +66,13 @@ def _ask(options: argparse.Namespace) -> None:
     if options.model is None:
         options.model = input("model (folder or hub id): ").strip()
     if options.rows is None and options.data is None:
-        said = input("training rows (a number, or a file): ").strip()
-        options.rows, options.data = (int(said), None) if said.isdecimal() else (None, said or None)
+        reply = input("training rows (a number, or a file): ").strip()
+        options.rows, options.data = (int(reply), None) if reply.isdecimal() else (None, reply or None)
     if options.gpu is None:
         options.gpu = input("GPU (name such as h100-80gb, or GiB; empty: not known): ").strip() or None
         if options.gpu and options.gpus == 1:
-            said = input("how many (1): ").strip()
-            options.gpus = int(said) if said.isdecimal() else 1
+            reply = input("how many (1): ").strip()
+            options.gpus = int(reply) if reply.isdecimal() else 1
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
         care, train_format = _look(options)
         from distft.advise.advice import Names, advise, parameters_in_name, tell
 
-        asked = Situation(
+        situation = Situation(
             goal=options.goal,
             rows=care.splits["train"].num_rows if care else options.rows,
             parameters=parameters or parameters_in_name(options.model),
@@ -100,7 +100,7 @@ def _run(options: argparse.Namespace) -> int:
             train_format=train_format or ("text" if options.goal == "domain" else "messages"),
             held_out=options.eval,
         )
-        advice = advise(asked, names, folder=folder, machine=machine)
+        advice = advise(situation, names, folder=folder, machine=machine)
     parse_recipe(advice.recipe, source="the advised recipe", registries=REGISTRIES)  # never hand over a broken one
     if options.write:
         _write(Path(options.write), advice.recipe)
@@ -122,8 +122,8 @@ def _check(options: argparse.Namespace) -> None:
     if options.goal not in GOALS:
         meant = nearest(str(options.goal), list(GOALS))
         hint = f'did you mean "{meant}"?  ' if options.goal and meant else ""
-        said = f"--goal {options.goal}  unknown goal" if options.goal else "--goal  is missing"
-        problems.append(Problem(message=said, fix=f"{hint}allowed: {', '.join(GOALS)}"))
+        message = f"--goal {options.goal}  unknown goal" if options.goal else "--goal  is missing"
+        problems.append(Problem(message=message, fix=f"{hint}allowed: {', '.join(GOALS)}"))
     if not options.model:
         problems.append(Problem(message="--model  is missing", fix="a folder or a hub id"))
     if options.rows is not None and options.data is not None:

@@ -21,8 +21,8 @@ def recipe_text(
     held_out: str | None,
     head: Sequence[str],
 ) -> str:
-    """The recipe; `head`: lines of its first comment."""
-    of = {one.rule.decides: one for one in decided}
+    """Return the recipe's text; `head`: lines of its first comment."""
+    of = {decision.rule.decides: decision for decision in decided}
     return "\n".join(_lines(of, name, model, train, train_format, held_out, head)) + "\n"
 
 
@@ -46,5 +46,5 @@ def _lines(
     yield from ("", "[train]", _line("epochs", of["epochs"]), _line("global_batch_size", of["global_batch_size"]))
 
 
-def _line(key: str, one: Decided) -> str:
-    return f"{f'{key} = {toml_value(one.value)}':<{_ROOM}}# {one.rule.name}"
+def _line(key: str, decision: Decided) -> str:
+    return f"{f'{key} = {toml_value(decision.value)}':<{_ROOM}}# {decision.rule.name}"

@@ -79,12 +79,12 @@ _UNSEEN_TOKENS = 300
 """What a row is taken for that was not looked at."""
 
 
-def _always(asked: Situation, so_far: SoFar) -> bool:
+def _always(situation: Situation, so_far: SoFar) -> bool:
     return True
 
 
 def _is(value: Any) -> Callable[[Situation, SoFar], Any]:
-    return lambda asked, so_far: value
+    return lambda situation, so_far: value
 
 
 def _method(name: str) -> MethodSpec:
@@ -98,26 +98,26 @@ def _adapter(so_far: SoFar) -> bool:
 
 
 def _below(rows: int) -> Callable[[Situation, SoFar], bool]:
-    return lambda asked, so_far: asked.rows < rows
+    return lambda situation, so_far: situation.rows < rows
 
 
 def _rank_below(rows: int) -> Callable[[Situation, SoFar], bool]:
-    return lambda asked, so_far: _adapter(so_far) and asked.rows < rows
+    return lambda situation, so_far: _adapter(so_far) and situation.rows < rows
 
 
-def _batch(asked: Situation, so_far: SoFar) -> int:
-    """The largest of 8 to 64 that leaves 100 steps, made a multiple of the GPUs."""
-    tokens = _UNSEEN_TOKENS if asked.typical_chars is None else asked.typical_chars / _CHARS_PER_TOKEN
-    sequences = asked.rows * so_far["epochs"] * min(1.0, tokens / so_far["max_length"])  # packed
+def _batch(situation: Situation, so_far: SoFar) -> int:
+    """Return the largest batch of 8 to 64 that leaves 100 steps, rounded up to a multiple of the GPUs."""
+    tokens = _UNSEEN_TOKENS if situation.typical_chars is None else situation.typical_chars / _CHARS_PER_TOKEN
+    sequences = situation.rows * so_far["epochs"] * min(1.0, tokens / so_far["max_length"])  # packed
     most = 32 if _adapter(so_far) else 64
     size = max((size for size in (8, 16, 32, 64) if size <= most and sequences >= 100 * size), default=8)
-    return -(-size // asked.world) * asked.world
+    return -(-size // situation.world) * situation.world
 
 
-def _length(asked: Situation, so_far: SoFar) -> int:
-    if asked.longest_chars is None:
+def _length(situation: Situation, so_far: SoFar) -> int:
+    if situation.longest_chars is None:
         return 2048
-    return next((size for size in (512, 1024, 2048, 4096) if size >= asked.longest_chars / _CHARS_PER_TOKEN), 8192)
+    return next((size for size in (512, 1024, 2048, 4096) if size >= situation.longest_chars / _CHARS_PER_TOKEN), 8192)
 
 
 RULES: tuple[Rule, ...] = (
@@ -129,7 +129,7 @@ RULES: tuple[Rule, ...] = (
         "learns slowly from fine-tuning, and learns to make things up with it.",
         source="Ovadia et al. 2023, https://arxiv.org/abs/2312.05934; Gekhman et al. 2024, "
         "https://arxiv.org/abs/2405.05904; Lewis et al. 2020, https://arxiv.org/abs/2005.11401",
-        when=lambda asked, _: asked.goal == "facts",
+        when=lambda situation, _: situation.goal == "facts",
         gives=_is("retrieve"),
     ),
     Rule(
@@ -140,7 +140,7 @@ RULES: tuple[Rule, ...] = (
         "gains from 50 to 100 rows on.",
         source="Brown et al. 2020, https://arxiv.org/abs/2005.14165; "
         "https://platform.openai.com/docs/guides/fine-tuning",
-        when=lambda asked, _: asked.rows < FEW,
+        when=lambda situation, _: situation.rows < FEW,
         gives=_is("prompt"),
     ),
     Rule(
@@ -159,7 +159,7 @@ RULES: tuple[Rule, ...] = (
         says="A domain from much text: train all weights; adapters where that does not fit.",
         why="In continued pretraining on code and mathematics LoRA stayed behind full training, at every rank tried.",
         source=BIDERMAN,
-        when=lambda asked, _: asked.goal == "domain" and asked.rows >= 10_000,
+        when=lambda situation, _: situation.goal == "domain" and situation.rows >= 10_000,
         gives=_is(("full", "lora", "qlora")),
     ),
     Rule(
@@ -206,7 +206,7 @@ RULES: tuple[Rule, ...] = (
         says="Rank 128 for a domain.",
         why="The higher the rank, the less LoRA stayed behind in continued pretraining.",
         source=BIDERMAN,
-        when=lambda asked, so_far: _adapter(so_far) and asked.goal == "domain",
+        when=lambda situation, so_far: _adapter(so_far) and situation.goal == "domain",
         gives=_is(128),
     ),
     Rule(
@@ -251,7 +251,7 @@ RULES: tuple[Rule, ...] = (
         says="Adapters on 30 billion parameters and more: 1e-4.",
         why="What QLoRA used for 33B and 65B.",
         source=DETTMERS,
-        when=lambda asked, so_far: _adapter(so_far) and (asked.parameters or 0) >= BIG,
+        when=lambda situation, so_far: _adapter(so_far) and (situation.parameters or 0) >= BIG,
         gives=_is(1e-4),
     ),
     Rule(
@@ -347,13 +347,13 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def decide(asked: Situation, names: tuple[str, ...], so_far: dict[str, Any]) -> list[Decided]:
-    """For each of `names` the first rule that applies, none where none does; `so_far` is filled in."""
+def decide(situation: Situation, names: tuple[str, ...], so_far: dict[str, Any]) -> list[Decided]:
+    """Decide each of `names` by the first rule that applies, if one does; `so_far` is filled in."""
     made = []
     for name in names:
         for rule in RULES:
-            if rule.decides == name and rule.when(asked, so_far):
-                made.append(Decided(rule=rule, value=rule.gives(asked, so_far)))
+            if rule.decides == name and rule.when(situation, so_far):
+                made.append(Decided(rule=rule, value=rule.gives(situation, so_far)))
                 so_far[name] = made[-1].value
                 break
     return made

@@ -90,17 +90,17 @@ def forward_path(recipe: Recipe, say: Say) -> ForwardPath:
 
 
 def choose_layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:
-    """How the model computes, and the recipe's micro-batch, or on accelerators what the planner chooses.
+    """Choose how the model computes, and the micro-batch: the recipe's, or on accelerators the planner's.
 
     Without one: as many sequences as fill AUTO_MICRO_TOKENS and divide a rank's share.
 
     Raises:
         RecipeError: the global batch does not split over `world` processes; no path gives the model's numbers.
     """
-    own, train = recipe.train.micro_batch_size, recipe.train
-    share = check_world(recipe, world, 1 if own == "auto" else own)
+    micro, train = recipe.train.micro_batch_size, recipe.train
+    share = check_world(recipe, world, 1 if micro == "auto" else micro)
     path = forward_path(recipe, say)
-    if "auto" in (own, train.activation_checkpointing) and (machine := _accelerators(world)) is not None:
+    if "auto" in (micro, train.activation_checkpointing) and (machine := _accelerators(world)) is not None:
         from distft.engine.processes import launcher_wants
         from distft.model.load import find_folder
         from distft.plan import auto_setup
@@ -114,28 +114,28 @@ def choose_layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> L
             why=chosen.reason,
             path=path,
         )
-    if own == "auto":
+    if micro == "auto":
         limit = 1 if path.documents == "single" else max(1, AUTO_MICRO_TOKENS // recipe.data.max_length)
-        own = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
-    return Layout(micro_batch_size=own, micros_per_step=check_world(recipe, world, own), path=path)
+        micro = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
+    return Layout(micro_batch_size=micro, micros_per_step=check_world(recipe, world, micro), path=path)
 
 
-def agree_on_layout(own: Layout, gather: Callable[[Any], list[Any]]) -> Layout:
+def agree_on_layout(local_layout: Layout, gather: Callable[[Any], list[Any]]) -> Layout:
     """Return the layout of all ranks, collectively: that of the rank with the least device memory.
 
     Each rank has chosen one for its own device; on a mixed partition (40 and 80 GB cards) other choices would be other
     numbers of collectives, and ranks would wait for each other for ever.
 
     Args:
-        own: what this rank has chosen.
+        local_layout: what this rank has chosen.
         gather: every rank's value on every rank.
 
     Raises:
         MachineError: on all ranks; devices differ in how they compute the model.
     """
-    everyone: list[tuple[int, str, Layout]] = gather((*_device(), own))
-    chosen = min(everyone, key=lambda said: said[0])[2]
-    others = sorted({said[1] for said in everyone if said[2].path != everyone[0][2].path})
+    everyone: list[tuple[int, str, Layout]] = gather((*_device(), local_layout))
+    chosen = min(everyone, key=lambda report: report[0])[2]
+    others = sorted({report[1] for report in everyone if report[2].path != everyone[0][2].path})
     if others:
         raise MachineError(
             f"{everyone[0][1]} computes this model by {everyone[0][2].path}, {', '.join(others)} by another path; "
@@ -154,15 +154,17 @@ def _device() -> tuple[int, str]:
     return device.total_memory // GIB, device.name
 
 
-def agree_on_all_ranks(recipe: Recipe, own: Layout, rows: Data, engine: Engine, say: Say) -> tuple[Layout, Data]:
+def agree_on_all_ranks(
+    recipe: Recipe, local_layout: Layout, rows: Data, engine: Engine, say: Say
+) -> tuple[Layout, Data]:
     """Return the layout and the rows that all ranks train on, collectively; rows are made anew where it is another's.
 
     Raises:
         MachineError: devices differ in how they compute the model.
         DataError: rows differ between nodes.
     """
-    layout = agree_on_layout(own, engine.gather)
-    if layout != own:
+    layout = agree_on_layout(local_layout, engine.gather)
+    if layout != local_layout:
         rows = load_data(recipe, layout, engine.rank, engine.world, say)
     agree(rows, engine.gather)
     return layout, rows
@@ -192,7 +194,7 @@ def plan_of_run(recipe: Recipe, world: int, layout: Layout, row_tokens: int) -> 
 
 
 def _accelerators(world: int) -> Machine | None:
-    """What the run is on, every rank alike; None on CPUs."""
+    """Return the machine that the run is on, the same on every rank; None on CPUs."""
     import torch
 
     if not torch.cuda.is_available():
@@ -205,11 +207,11 @@ def _accelerators(world: int) -> Machine | None:
 
     ours = torch.cuda.get_device_properties(torch.cuda.current_device())
     gib = ours.total_memory // accelerators.GIB  # whole ones: boards of one kind differ by a few MiB
-    known = accelerators.of_device(ours.name) or of_size(gib)
+    accelerator = accelerators.of_device(ours.name) or of_size(gib)
     # Each process may see its own GPU alone, so the launcher is asked first.
     per_node = processes.per_node(os.environ, world) or min(world, torch.cuda.device_count())
-    nodes, rates = -(-world // per_node), of_gpu(known)
-    return Machine(gpu=replace(known, memory_gib=gib), gpus_per_node=per_node, nodes=nodes, rates=rates)
+    nodes, rates = -(-world // per_node), of_gpu(accelerator)
+    return Machine(gpu=replace(accelerator, memory_gib=gib), gpus_per_node=per_node, nodes=nodes, rates=rates)
 
 
 def largest_micro_batch(recipe: Recipe, layout: Layout, rows: Data) -> LargestMicroBatch:
@@ -231,7 +233,7 @@ def largest_micro_batch(recipe: Recipe, layout: Layout, rows: Data) -> LargestMi
 
 
 def memory_advice(recipe: Recipe, world: int, layout: Layout) -> str:
-    """What makes a run smaller, cheapest first: the planner's word on accelerators, on a CPU what always helps."""
+    """Return what makes a run smaller, cheapest first: by plan on accelerators, on a CPU what always helps."""
     machine = _accelerators(world)
     if machine is not None:
         from distft.model.load import find_folder
@@ -242,8 +244,8 @@ def memory_advice(recipe: Recipe, world: int, layout: Layout) -> str:
         planner = Planner(
             path=recipe.source, overrides=given, folder=folder, machine=machine, path_of_model=layout.path
         )
-        found = planner.changes(planner.case())[:5]
-        return "\n".join(["what fits, by plan:", *(f"  {change}" for change in found)])
+        changes = planner.changes(planner.case())[:5]
+        return "\n".join(["what fits, by plan:", *(f"  {change}" for change in changes)])
     steps = [
         ("train.micro_batch_size=1", recipe.train.micro_batch_size != 1 and not layout.single),
         ('train.activation_checkpointing="full"', recipe.train.activation_checkpointing != "full"),

@@ -143,8 +143,8 @@ def export(
         write_config=write_config,
         write_beside=write_beside,
     )
-    own = EXPORTS["adapter" if recipe.method.spec.adapter else "model"]
-    own.write(own.params(), inputs, folder.final)
+    primary = EXPORTS["adapter" if recipe.method.spec.adapter else "model"]
+    primary.write(primary.params(), inputs, folder.final)
     for chosen in recipe.export.also:
         spec = EXPORTS[chosen["name"]]
         spec.write(listed_params(chosen, spec.params), inputs, folder.path / "exports" / spec.name)

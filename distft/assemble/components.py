@@ -61,7 +61,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
     from distft.model.heads import HEADS
 
     spec = recipe.method.spec
-    with compatibility.placed(recipe):
+    with compatibility.with_model_line(recipe):
         built = load.build(
             recipe.model,
             load.find_folder(recipe.model),
@@ -103,7 +103,7 @@ def set_up_engine(recipe: Recipe, engine: Engine, built: MetaModel, layout: Layo
     """Let the engine fill and wrap the model and make the optimizer; then compile what it has wrapped."""
     from distft.model import activation_checkpointing
 
-    engine.adopt(built, update_rule(recipe, built, num_steps), micros_per_step=layout.micros_per_step)
+    engine.setup(built, update_rule(recipe, built, num_steps), micros_per_step=layout.micros_per_step)
     if layout.path.compiled:
         activation_checkpointing.compile_blocks(built.blocks)
 
@@ -146,28 +146,34 @@ def build_objective(
     from distft.assemble.checkpoints import weights_hash
     from distft.columns import COLUMNS, ColumnFiller, ColumnInputs
     from distft.columns.reference import ReferenceModel
+    from distft.columns.stored_logprobs import RowPass
     from distft.core.protocols import NO_COLUMNS
     from distft.data.prepared_folder import cache_folder
     from distft.model.policy import ModelPolicy
     from distft.objectives.spec import Objective
 
     chosen, alone, policy = recipe.objective, recipe.method.spec.base_alone, ModelPolicy(engine.model)
-    asked = {name: COLUMNS[name] for name in chosen.spec.columns(chosen.params)}
-    if not asked:
+    specs = {name: COLUMNS[name] for name in chosen.spec.columns(chosen.params)}
+    if not specs:
         return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)
+    row_passes, derived = list(rows.row_passes), dict[str, RowPass]()
+    for spec in specs.values():
+        if spec.derive is not None:
+            made = {rows_of.prepared.fingerprint: spec.derive(rows_of) for rows_of in rows.row_passes}
+            row_passes, derived = [*row_passes, *made.values()], derived | made
     kept, weights = cache_folder(recipe.data) / "logprobs", functools.cache(lambda: weights_hash(recipe, engine))
     before = ReferenceModel(
         policy=policy,
         engine=engine,
         base_alone=None if alone is None else functools.partial(alone, built.module),
-        row_passes=rows.row_passes,
+        row_passes=tuple(row_passes),
         folder_of=lambda rows_sha256: kept / _logprobs_key(recipe, engine, layout, weights(), rows_sha256),
         is_trained=is_trained,
         say=say,
     )
-    inputs = ColumnInputs(policy=policy, engine=engine, reference=functools.cache(before.open))
-    suppliers = {name: spec.open(inputs) for name, spec in asked.items()}
-    reference = inputs.reference() if any(spec.reads_reference for spec in asked.values()) else None
+    inputs = ColumnInputs(policy=policy, engine=engine, reference=functools.cache(before.open), derived=derived)
+    suppliers = {name: spec.open(inputs) for name, spec in specs.items()}
+    reference = inputs.reference() if any(spec.reads_reference for spec in specs.values()) else None
     columns = ColumnFiller(engine, suppliers)
     return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns, reference=reference)
 

@@ -41,8 +41,8 @@ def build_eval_sets(recipe: Recipe, say: Say) -> list[EvalSet]:
     return built
 
 
-def build_best_tracker(recipe: Recipe, asked: list[EvalSet]) -> BestTracker:
-    """What knows the best evaluation, by the figure that the recipe names.
+def build_best_tracker(recipe: Recipe, eval_sets: list[EvalSet]) -> BestTracker:
+    """Build the tracker of the best evaluation, by the figure that the recipe names.
 
     Raises:
         RecipeError: no set gives this figure.
@@ -50,10 +50,12 @@ def build_best_tracker(recipe: Recipe, asked: list[EvalSet]) -> BestTracker:
     from distft.best import BestTracker
 
     by = recipe.eval.best_by
-    figures = {f"{eval_set.name}.{name}": figure for eval_set in asked for name, figure in eval_set.figures().items()}
+    figures = {
+        f"{eval_set.name}.{name}": figure for eval_set in eval_sets for name, figure in eval_set.figures().items()
+    }
     if by not in figures and by != EVAL_LOSS:  # a task of lm-eval, whose figures nobody knew before
-        key, known = recipe.line_of("eval.best_by"), ", ".join([EVAL_LOSS, *figures])
-        problem = Problem(message=f'[eval] best_by = "{by}"  is measured nowhere', fix=f"allowed: {known}", line=key)
+        key, allowed = recipe.line_of("eval.best_by"), ", ".join([EVAL_LOSS, *figures])
+        problem = Problem(message=f'[eval] best_by = "{by}"  is measured nowhere', fix=f"allowed: {allowed}", line=key)
         raise RecipeError(recipe.source, [problem])
     higher = figures[by].higher_is_better if by in figures else False
     return BestTracker(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop, by=by, higher_is_better=higher)
@@ -75,15 +77,17 @@ def load_row_renderer(recipe: Recipe) -> Renderer:
 def generator_inputs(
     recipe: Recipe, engine: Engine, built: MetaModel, stop_ids: tuple[int, ...], stop: Callable[[], bool]
 ) -> GeneratorInputs:
-    """The model with its tokenizer; it stops at what trained rows end with, and at what the base stops at."""
+    """Return the model with its tokenizer; it stops at what trained rows end with, and at what the base stops at."""
     from distft.generation import GeneratorInputs
 
     renderer = load_row_renderer(recipe)
     config = getattr(built.module.transformer, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     more = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
-    known = dict.fromkeys([*stop_ids, *more, renderer.tokenizer.eos_token_id])
-    return GeneratorInputs(engine=engine, module=built.module, decode=renderer.write, stop_ids=tuple(known), stop=stop)
+    all_stop_ids = dict.fromkeys([*stop_ids, *more, renderer.tokenizer.eos_token_id])
+    return GeneratorInputs(
+        engine=engine, module=built.module, decode=renderer.write, stop_ids=tuple(all_stop_ids), stop=stop
+    )
 
 
 def base_key(recipe: Recipe) -> str:
@@ -107,14 +111,14 @@ def build_evaluator(
     engine: Engine,
     built: MetaModel,
     rows: HeldOut,
-    asked: list[EvalSet],
+    eval_sets: list[EvalSet],
     objective: Objective,
     *,
     num_steps: int,
     stop: Callable[[], bool],
     say: Say,
 ) -> Evaluator:
-    """Who looks at the model, and when."""
+    """Build the evaluator, with its schedule."""
     from distft.evaluation.answer_records import AnswerRecords
     from distft.evaluator import EvalSchedule, Evaluator
     from distft.generation.engine_generator import engine_generator
@@ -124,7 +128,7 @@ def build_evaluator(
         objective=objective,
         held_out=rows.eval_steps or (),
         held_out_sha256=rows.fingerprint.get("eval", ""),
-        eval_sets=asked,
+        eval_sets=eval_sets,
         generator=engine_generator(generator_inputs(recipe, engine, built, rows.stop_ids, stop)),
         records=AnswerRecords(folder.path / "eval"),
         base=base_key(recipe),

@@ -19,7 +19,7 @@ _ADAPTER = ("adapter_config.json",)
 
 
 def rows(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
-    """Split -> its sources in the recipe's order, each {"path", "files": {label: sha256}}.
+    """Return split -> its sources in the recipe's order, each {"path", "files": {label: sha256}}.
 
     Raises:
         DataError: a source is not there.
@@ -30,15 +30,15 @@ def rows(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
     from distft.data.sources import decide_format, find
 
     memory = cache_folder(recipe.data) / "hashes"
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_split: dict[str, list[dict[str, Any]]] = {}
     for split, tables in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         sources = with_distinct_labels([find(table) for table in tables])
         keys = sources_key(sources, [decide_format(source) for source in sources], memory)
-        found[split] = [
+        by_split[split] = [
             {"path": table.path, "files": {label: str(digest) for label, digest in key["files"]}}
             for table, key in zip(tables, keys, strict=True)
         ]
-    return found
+    return by_split
 
 
 def weights(recipe: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distft.bench import provenance
-from distft.bench.cases import BenchCase, BenchGrid, one
+from distft.bench.cases import BenchCase, BenchGrid, make_case
 from distft.bench.planned import Planning, peak_bytes, planned_peak
 from distft.bench.runner import Runner
 from distft.core.errors import MachineError
@@ -39,7 +39,7 @@ class MemoryBoundary:
 
 
 def bisect(runs: Callable[[int], bool], first: int, *, unit: int = 1) -> MemoryBoundary:
-    """The boundary in multiples of `unit`, to within one: `first` (a multiple) and up, or down from it.
+    """Find the boundary in multiples of `unit`, to within one: from `first` (a multiple) up, or down.
 
     `runs` is taken to be true up to the boundary and false beyond it; each size is tried once.
     """
@@ -49,12 +49,12 @@ def bisect(runs: Callable[[int], bool], first: int, *, unit: int = 1) -> MemoryB
         tries.append((units * unit, runs(units * unit)))
         return tries[-1][1]
 
-    good, bad, at = 0, 0, max(1, first // unit)
+    good, bad, size = 0, 0, max(1, first // unit)
     for _ in range(MOST_DOUBLINGS):
-        if not tried(at):
-            bad = at
+        if not tried(size):
+            bad = size
             break
-        good, at = at, 2 * at
+        good, size = size, 2 * size
     while bad and bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if tried(middle) else (good, middle)
@@ -62,9 +62,9 @@ def bisect(runs: Callable[[int], bool], first: int, *, unit: int = 1) -> MemoryB
 
 
 def search(
-    runner: Runner, wanted: BenchGrid, own: Recipe, axis: str, say: Callable[[str], None]
+    runner: Runner, wanted: BenchGrid, base_recipe: Recipe, axis: str, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[tuple[BenchCase, dict[str, Any]]]]:
-    """The boundary along `axis` ("micro" or "length") of the first method, engine, micro-batch and length wanted.
+    """Find the boundary along `axis` ("micro" or "length") of the first method, engine, micro-batch and length wanted.
 
     Returns:
         What a table shows of it, and every case that was tried with its record.
@@ -73,18 +73,20 @@ def search(
         MachineError: a try failed of something that is not memory.
     """
     wanted = replace(wanted, steps=STEPS, warmup=WARMUP, rows="full")
-    method = wanted.methods[0] if wanted.methods else own.method.name
-    engine = wanted.engines[0] if wanted.engines else own.engine.name
-    fixed = own.train.micro_batch_size if own.train.micro_batch_size != "auto" else 1
+    method = wanted.methods[0] if wanted.methods else base_recipe.method.name
+    engine = wanted.engines[0] if wanted.engines else base_recipe.engine.name
+    fixed = base_recipe.train.micro_batch_size if base_recipe.train.micro_batch_size != "auto" else 1
     micro = wanted.micros[0] if wanted.micros else fixed
-    length = wanted.lengths[0] if wanted.lengths else own.data.max_length
+    length = wanted.lengths[0] if wanted.lengths else base_recipe.data.max_length
     planning, tried, shown = Planning(), [], []
 
     def runs(value: int) -> bool:
         size = {"micro": micro, "length": length} | {axis: value}
         world = 1 if engine == "solo" else wanted.nproc
         batch = f"train.global_batch_size={world * size['micro'] * MICROS}"
-        case = one(wanted, own, method=method, engine=engine, micro=size["micro"], length=size["length"], extra=[batch])
+        case = make_case(
+            wanted, base_recipe, method=method, engine=engine, micro=size["micro"], length=size["length"], extra=[batch]
+        )
         say(f"{NAMES[axis]} {value:,} …")
         record = planning.beside(case, runner.record(case))
         tried.append((case, record))
@@ -100,21 +102,21 @@ def search(
     first = micro if axis == "micro" else length
     unit = 1 if axis == "micro" else min(LENGTH_UNIT, length)
     try:
-        found, why = bisect(runs, first, unit=unit), ""
+        boundary, why = bisect(runs, first, unit=unit), ""
     except _Refused as refused:
-        found, why = _so_far(shown), f"; {refused}"
+        boundary, why = _so_far(shown), f"; {refused}"
     case = tried[0][0]
-    other = f"length {length:,}" if axis == "micro" else f"micro-batch {micro}"
+    fixed_size = f"length {length:,}" if axis == "micro" else f"micro-batch {micro}"
     return {
         "axis": NAMES[axis],
-        "case": f"{case.method}, {case.engine}{f' x {case.world}' if case.world > 1 else ''}, {other}",
+        "case": f"{case.method}, {case.engine}{f' x {case.world}' if case.world > 1 else ''}, {fixed_size}",
         "limit": _limit(wanted),
         "limit_gib": wanted.limit_gib,
         "steps": STEPS,
-        "largest": found.largest,
-        "smallest_too_large": found.smallest_too_large,
-        "found": _said(NAMES[axis], found) + why,
-        "tries": sorted(shown, key=lambda one: one["value"]),
+        "largest": boundary.largest,
+        "smallest_too_large": boundary.smallest_too_large,
+        "found": _describe(NAMES[axis], boundary) + why,
+        "tries": sorted(shown, key=lambda entry: entry["value"]),
     }, tried
 
 
@@ -132,9 +134,9 @@ def _shown(value: int, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _so_far(shown: list[dict[str, Any]]) -> MemoryBoundary:
-    ran = [one["value"] for one in shown if one["outcome"] == "runs"]
-    not_run = [one["value"] for one in shown if one["outcome"] == "out of memory"]
-    tries = tuple((one["value"], one["outcome"] == "runs") for one in shown)
+    ran = [entry["value"] for entry in shown if entry["outcome"] == "runs"]
+    not_run = [entry["value"] for entry in shown if entry["outcome"] == "out of memory"]
+    tries = tuple((entry["value"], entry["outcome"] == "runs") for entry in shown)
     return MemoryBoundary(largest=max(ran, default=None), smallest_too_large=min(not_run, default=None), tries=tries)
 
 
@@ -149,9 +151,9 @@ def _limit(wanted: BenchGrid) -> str:
     )
 
 
-def _said(what: str, found: MemoryBoundary) -> str:
-    if found.largest is None:
-        return f"not even {what} {found.smallest_too_large:,} runs"
-    if found.smallest_too_large is None:
-        return f"{what} {found.largest:,} runs, and no limit was met"
-    return f"{what} {found.largest:,} runs, {found.smallest_too_large:,} does not"
+def _describe(what: str, boundary: MemoryBoundary) -> str:
+    if boundary.largest is None:
+        return f"not even {what} {boundary.smallest_too_large:,} runs"
+    if boundary.smallest_too_large is None:
+        return f"{what} {boundary.largest:,} runs, and no limit was met"
+    return f"{what} {boundary.largest:,} runs, {boundary.smallest_too_large:,} does not"

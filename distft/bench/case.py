@@ -59,7 +59,7 @@ class BenchCaseSpec:
 
 
 def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
-    """Train; (rank 0's record of it, equal on the others but for times; the closed engine).
+    """Train; return (rank 0's record of it, equal on the others but for times; the closed engine).
 
     Raises:
         DistftError: the recipe cannot run like this here.
@@ -79,10 +79,10 @@ def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
     _, rank, world, _ = processes.placed_by(os.environ)
     say = _say if rank == 0 else _say_nothing
     recipe = load_recipe(spec.recipe, registries=REGISTRIES)
-    cut = assemble.choose_layout(recipe, world, say)
+    layout = assemble.choose_layout(recipe, world, say)
     if spec.rows == "real":
         # Nothing is held out here, and preparing rows that nobody evaluates takes time.
-        rows = assemble.load_data(_without_eval(recipe), cut, rank, world, say)
+        rows = assemble.load_data(_without_eval(recipe), layout, rank, world, say)
     else:
         config = load.read_config(load.find_folder(recipe.model)).get_text_config(decoder=True)
         steps = FullSteps(
@@ -91,9 +91,11 @@ def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
             max_length=recipe.data.max_length,
             num_steps=recipe.train.max_steps or 0,
             global_batch_size=recipe.train.global_batch_size,
-            micro_batch_size=1 if cut.single else cut.micro_batch_size,
+            micro_batch_size=1 if layout.single else layout.micro_batch_size,
             rank=rank,
             world=world,
+            group_size=recipe.objective.spec.group_size,
+            values=compatibility.fitting_values(recipe.objective.spec),
         )
         rows = assemble.Data(
             steps=steps,  # type: ignore[arg-type]  # all of `StepSource`, and what the meters ask
@@ -106,16 +108,16 @@ def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
         )
         compatibility.refuse_long_rows(recipe, recipe.data.max_length, "train")
     with processes.leaving() as group:
-        placed = processes.join()
-        group.callback(processes.leave, placed)
-        engine = assemble.open_engine(recipe, placed, say)
+        process_info = processes.join()
+        group.callback(processes.leave, process_info)
+        engine = assemble.open_engine(recipe, process_info, say)
         group.callback(engine.close)
-        if assemble.agree_on_layout(cut, engine.gather) != cut:
+        if assemble.agree_on_layout(layout, engine.gather) != layout:
             raise MachineError(
                 "GPUs of several kinds choose several micro-batches: set [train] micro_batch_size and "
                 "activation_checkpointing, or measure on one kind"
             )
-        return _Measurement(spec, recipe, cut, rows, placed, engine, say).record(), engine
+        return _Measurement(spec, recipe, layout, rows, process_info, engine, say).record(), engine
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,14 @@ class _Measurement:
 
     spec: BenchCaseSpec
     recipe: Recipe
-    cut: Any
+    layout: Any
     rows: Any
-    placed: Processes
+    processes: Processes
     engine: Engine
     say: Callable[[str], None]
 
     def record(self) -> dict[str, Any]:
-        """Adopt, train, count, gather."""
+        """Set up the engine, train, measure, and gather the figures of all ranks."""
         from distft import assemble
         from distft.bench import memory_meter, profile
         from distft.bench.meter import Clock, Count, GradientBytes
@@ -139,17 +141,17 @@ class _Measurement:
         from distft.engine import state_bytes
         from distft.model import stats
 
-        recipe, engine, placed = self.recipe, self.engine, self.placed
-        device = memory_meter.Device(placed.device)
-        own = memory_meter.host()["data_bytes"]
-        built = assemble.build_model(self.recipe, placed, self.cut, self.rows, self.say)
-        facts = assemble.run_facts(built, placed, TrainState())
+        recipe, engine, processes = self.recipe, self.engine, self.processes
+        device = memory_meter.Device(processes.device)
+        own_bytes = memory_meter.host()["data_bytes"]
+        built = assemble.build_model(self.recipe, processes, self.layout, self.rows, self.say)
+        facts = assemble.run_facts(built, processes, TrainState())
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)
         products = sum(weights for weights, _ in stats.products(built.module))
-        assemble.set_up_engine(recipe, engine, built, self.cut, self.rows.steps.num_steps)
-        objective = assemble.build_objective(recipe, engine, built, self.cut, self.rows, self.say)
+        assemble.set_up_engine(recipe, engine, built, self.layout, self.rows.steps.num_steps)
+        objective = assemble.build_objective(recipe, engine, built, self.layout, self.rows, self.say)
         device.phase("load")
-        graphs = _compiled_graphs if self.cut.path.compiled else lambda: 0
+        graphs = _compiled_graphs if self.layout.path.compiled else lambda: 0
         clock = Clock(
             warmup=self.spec.warmup,
             steps=self.spec.steps,
@@ -167,11 +169,11 @@ class _Measurement:
             "held": {f"{name}_bytes": value for name, value in vars(after).items()}
             | {"gradients_bytes": gradients.held},
             "device": device.read() | {"peaks": device.peaks},
-            "host": memory_meter.host() | {"own_data_bytes": own},
+            "host": memory_meter.host() | {"own_data_bytes": own_bytes},
             "slots": clock.slots,
             "squares": clock.squares,
         }
-        if placed.device.type == "cpu":
+        if processes.device.type == "cpu":
             memory_meter.lift_limit()  # the profiler needs memory of its own
             once = Count(1)
             mine["tensors_bytes"] = memory_meter.cpu_tensors()
@@ -185,10 +187,10 @@ class _Measurement:
         profiled = {}
         if self.spec.profile:
             again = Count(1)
-            profiled = {"profile": profile.of(lambda: self._fit(objective, state, again, facts), placed.device)}
+            profiled = {"profile": profile.of(lambda: self._fit(objective, state, again, facts), processes.device)}
         return profiled | {
             "ran": ran | {"parameters": counts.total, "trained_parameters": counts.trainable},
-            "speed": self._speed(clock, facts, ranks, products, memory_meter.matmul_rate(placed.device)),
+            "speed": self._speed(clock, facts, ranks, products, memory_meter.matmul_rate(processes.device)),
             "loss": clock.losses,
             "grad_norm": clock.grad_norms,
             "left_out": clock.left_out,
@@ -224,20 +226,20 @@ class _Measurement:
 
         from distft.model import activation_checkpointing
 
-        recipe, device = self.recipe, self.placed.device
+        recipe, device = self.recipe, self.processes.device
         wanted = recipe.train.activation_checkpointing
         whole = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         return {
             "engine": self.engine.name,
-            "world": self.placed.world,
-            "micro_batch_size": self.cut.micro_batch_size,
-            "micros_per_step": self.cut.micros_per_step,
+            "world": self.processes.world,
+            "micro_batch_size": self.layout.micro_batch_size,
+            "micros_per_step": self.layout.micros_per_step,
             "activation_checkpointing": activation_checkpointing.choose_checkpointing(
-                wanted, self.cut.checkpointing, ""
+                wanted, self.layout.checkpointing, ""
             )[0],
             "attention": built.module.transformer.config._attn_implementation,
             "cross_entropy": _head_loss(recipe, device),
-            "path": self.cut.path.to_json(),
+            "path": self.layout.path.to_json(),
             "row_tokens": self.rows.mean_tokens,
             "device": device_name,
             "device_bytes": whole,
@@ -250,7 +252,7 @@ class _Measurement:
         from distft.bench.meter import spread
         from distft.core.accelerators import peak_flops
 
-        world, steps = self.placed.world, spread(clock.times_s)
+        world, steps = self.processes.world, spread(clock.times_s)
         # A median is what the next step takes; the whole block is what an interruption has made of it.
         seconds = len(clock.times_s) * steps.median
         slots, squares = (sum(rank[key] for rank in ranks) for key in ("slots", "squares"))
@@ -309,16 +311,16 @@ def _say_nothing(line: str) -> None:
 
 
 def why(error: BaseException) -> dict[str, str]:
-    """{kind: memory | refused | failed, reason} of what ended a case."""
+    """Return {kind: memory | refused | failed, reason} of what ended a case."""
     from distft.core.errors import DistftError
     from distft.core.out_of_memory import is_out_of_memory
 
     problems = getattr(error, "problems", ())
-    said = "; ".join(problem.message for problem in problems) or str(error).strip() or type(error).__name__
+    reason = "; ".join(problem.message for problem in problems) or str(error).strip() or type(error).__name__
     if is_out_of_memory(error):
-        return {"kind": "memory", "reason": said.splitlines()[0]}
+        return {"kind": "memory", "reason": reason.splitlines()[0]}
     kind = "refused" if isinstance(error, DistftError) and error.exit_code in (2, 3, 9) else "failed"
-    return {"kind": kind, "reason": said.splitlines()[0]}
+    return {"kind": kind, "reason": reason.splitlines()[0]}
 
 
 def main(argv: list[str]) -> NoReturn:

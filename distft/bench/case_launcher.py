@@ -31,23 +31,23 @@ MODULE = ("-m", "distft.bench.case")
 
 
 def run_case(case: BenchCase, folder: Path, *, timeout_s: float, module: Sequence[str] = MODULE) -> dict[str, Any]:
-    """{outcome: measured | memory | refused | failed, reason} and, when measured, rank 0's record.
+    """Run a case; return {outcome: measured | memory | refused | failed, reason} and, if measured, rank 0's record.
 
     Files go to `folder`, under the case's key: recipe, log. `module`: what is run, if not `distft.bench.case` itself.
     """
     stem = folder / case.key
     recipe, log = stem.with_name(f"{case.key}.toml"), stem.with_name(f"{case.key}.log")
-    out, told = stem.with_name(f".{case.key}.out"), stem.with_name(f".{case.key}.spec")
+    out, spec_path = stem.with_name(f".{case.key}.out"), stem.with_name(f".{case.key}.spec")
     recipe.write_text(case.text, encoding="utf-8")
     spec = BenchCaseSpec(
         recipe=str(recipe), out=str(out), rows=case.rows, warmup=case.warmup, steps=case.steps, profile=case.profile,
         limit_gib=case.limit_gib,
     )  # fmt: skip
-    left = [told, out, *map(spec.failure, range(case.world))]
+    left = [spec_path, out, *map(spec.failure, range(case.world))]
     _remove(left)
-    spec.write(told)
+    spec.write(spec_path)
     try:
-        code = start(_command(case.world, told, module), log, timeout_s=timeout_s)
+        code = start(_command(case.world, spec_path, module), log, timeout_s=timeout_s)
         if code == 0 and out.is_file():
             return {"outcome": "measured", "reason": ""} | json.loads(out.read_text(encoding="utf-8"))
         return _became(code, [spec.failure(rank) for rank in range(case.world)], log, timeout_s)
@@ -68,16 +68,16 @@ def start(command: list[str], log: Path, *, timeout_s: float) -> int | None:
             command, env=env, launcher=command[1:3] == ["-m", "torch.distributed.run"], saves=False, output=output,
             timeout_s=timeout_s,
         )  # fmt: skip
-    if signal.SIGINT in ended.asked:
+    if signal.SIGINT in ended.signals:
         raise KeyboardInterrupt
-    if ended.asked and ended.code:
-        name = signal.Signals(ended.asked[0]).name
+    if ended.signals and ended.code:
+        name = signal.Signals(ended.signals[0]).name
         raise Preempted(f"stopped by {name}; the same command goes on where it was")
     return None if ended.timed_out else ended.code
 
 
-def _command(world: int, told: Path, module: Sequence[str]) -> list[str]:
-    ran = [*module, str(told)]
+def _command(world: int, spec_path: Path, module: Sequence[str]) -> list[str]:
+    ran = [*module, str(spec_path)]
     if world == 1:
         return [sys.executable, *ran]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
@@ -87,19 +87,19 @@ def _command(world: int, told: Path, module: Sequence[str]) -> list[str]:
 def _became(code: int | None, failures: list[Path], log: Path, timeout_s: float) -> dict[str, Any]:
     if code is None:
         return {"outcome": "failed", "reason": f"not done after {timeout_s:,.0f} s; see {log.name}"}
-    said = [json.loads(path.read_text(encoding="utf-8")) for path in failures if path.is_file()]
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in failures if path.is_file()]
     for kind in ("memory", "refused"):
-        for one in said:
-            if one["kind"] == kind:
-                return {"outcome": kind, "reason": one["reason"]}
+        for report in reports:
+            if report["kind"] == kind:
+                return {"outcome": kind, "reason": report["reason"]}
     text = log.read_text(encoding="utf-8", errors="replace")
     for line in text.splitlines():
         if any(word in line for word in MEMORY_WORDS):
             return {"outcome": "memory", "reason": line.strip()}
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "signal 9 (SIGKILL)" in text or "Signal 9 (SIGKILL)" in text:
         return {"outcome": "memory", "reason": "killed (SIGKILL), as the kernel does when memory runs out"}
-    if said:
-        return {"outcome": "failed", "reason": f"{said[0]['reason']}; see {log.name}"}
+    if reports:
+        return {"outcome": "failed", "reason": f"{reports[0]['reason']}; see {log.name}"}
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")
     return {"outcome": "failed", "reason": f"exit code {code}: {last.strip()}; see {log.name}"}
 

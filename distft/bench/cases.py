@@ -76,9 +76,9 @@ class BenchCase:
 
     @property
     def key(self) -> str:
-        """Names the measurement: another recipe, option, version, machine or code has another one."""
-        said = {key: value for key, value in self.content.items() if key not in BESIDE_THE_POINT}
-        what = [said, self.refused, self.world, self.rows, self.steps, self.warmup, self.limit_gib]
+        """Name of the measurement: another recipe, option, version, machine or code has another one."""
+        settings = {key: value for key, value in self.content.items() if key not in BESIDE_THE_POINT}
+        what = [settings, self.refused, self.world, self.rows, self.steps, self.warmup, self.limit_gib]
         what += ["profile"] * self.profile
         where = [provenance.hardware(), versions(), provenance.code()["source_sha256"]]
         digest = hashlib.sha256(json.dumps([what, where], sort_keys=True).encode()).hexdigest()[:12]
@@ -113,28 +113,28 @@ class BenchCase:
 
 
 def grid(wanted: BenchGrid) -> list[BenchCase]:
-    """All of them, those of one length together.
+    """Return all cases, those of one length together.
 
     Raises:
         RecipeError: the recipe itself is wrong, before anything of the grid is put into it.
     """
-    own = load_recipe(wanted.recipe, registries=REGISTRIES, overrides=wanted.overrides)
-    return list(_grid(wanted, own))
+    base_recipe = load_recipe(wanted.recipe, registries=REGISTRIES, overrides=wanted.overrides)
+    return list(_grid(wanted, base_recipe))
 
 
-def _grid(wanted: BenchGrid, own: Recipe) -> Iterator[BenchCase]:
+def _grid(wanted: BenchGrid, base_recipe: Recipe) -> Iterator[BenchCase]:
     for length, method, engine, micro in product(
-        wanted.lengths or [own.data.max_length],
-        wanted.methods or [own.method.name],
-        wanted.engines or [own.engine.name],
-        wanted.micros or [own.train.micro_batch_size],
+        wanted.lengths or [base_recipe.data.max_length],
+        wanted.methods or [base_recipe.method.name],
+        wanted.engines or [base_recipe.engine.name],
+        wanted.micros or [base_recipe.train.micro_batch_size],
     ):
-        yield one(wanted, own, method=method, engine=engine, micro=micro, length=length)
+        yield make_case(wanted, base_recipe, method=method, engine=engine, micro=micro, length=length)
 
 
-def one(
+def make_case(
     wanted: BenchGrid,
-    own: Recipe,
+    base_recipe: Recipe,
     *,
     method: str,
     engine: str,
@@ -142,16 +142,21 @@ def one(
     length: int,
     extra: Sequence[str] = (),
 ) -> BenchCase:
-    """One case; what the recipe's rules refuse is a case too, that says why.
+    """Return one case; what the recipe's rules refuse is a case too, with the reason.
 
     Engine `solo` runs in one process whatever `wanted.nproc` is.
     """
     world = 1 if engine == "solo" else wanted.nproc
-    overrides = [*wanted.overrides, *method_override(own, method), *engine_override(own, engine), *extra]
+    overrides = [
+        *wanted.overrides,
+        *method_override(base_recipe, method),
+        *engine_override(base_recipe, engine),
+        *extra,
+    ]
     overrides.append(f"data.max_length={length}")
     if micro != "auto":
         overrides.append(f"train.micro_batch_size={micro}")
-    asked: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "method": method,
         "engine": engine,
         "world": world,
@@ -167,8 +172,8 @@ def one(
         recipe = load_recipe(wanted.recipe, registries=REGISTRIES, overrides=overrides)
         check_world(recipe, world)
     except RecipeError as error:
-        return BenchCase(**asked, refused="; ".join(problem.message for problem in error.problems))
-    return BenchCase(**asked, content=_timed(recipe, wanted))
+        return BenchCase(**requested, refused="; ".join(problem.message for problem in error.problems))
+    return BenchCase(**requested, content=_timed(recipe, wanted))
 
 
 def _timed(recipe: Recipe, wanted: BenchGrid) -> dict[str, Any]:

@@ -77,13 +77,13 @@ def _run(options: argparse.Namespace) -> int:
     problems = list(_mistakes(options, provenance.gpus()))
     if problems:
         raise RecipeError("distft bench", problems)
-    own = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
+    recipe = load_recipe(options.recipe, registries=REGISTRIES, overrides=options.overrides)
     from distft import compatibility
     from distft.bench import cases
     from distft.core.log import quiet_libraries
 
     quiet_libraries()
-    compatibility.refuse_misfits(own)
+    compatibility.refuse_misfits(recipe)
     wanted = cases.BenchGrid(
         recipe=options.recipe,
         overrides=tuple(options.overrides),
@@ -98,9 +98,9 @@ def _run(options: argparse.Namespace) -> int:
         rows=options.rows,
         limit_gib=options.limit_gib,
     )
-    folder = options.output or own.run_dir.with_name(f"{own.name}-bench")
+    folder = options.output or recipe.run_dir.with_name(f"{recipe.name}-bench")
     with _alone(folder):
-        return _measured(options, wanted, own, folder)
+        return _measured(options, wanted, recipe, folder)
 
 
 @contextlib.contextmanager
@@ -120,16 +120,18 @@ def _alone(folder: Path) -> Iterator[None]:
         raise BusyError(f"{folder}: another bench is measuring here; wait for it, or give another --output") from None
 
 
-def _measured(options: argparse.Namespace, wanted: BenchGrid, own: Recipe, folder: Path) -> int:
+def _measured(options: argparse.Namespace, wanted: BenchGrid, recipe: Recipe, folder: Path) -> int:
     from distft.bench import case_launcher, cases
     from distft.bench.runner import Runner
 
-    runner = Runner(folder, lambda case, at: case_launcher.run_case(case, at, timeout_s=options.timeout_s), _say)
-    name = f"Bench of {own.name}"
+    runner = Runner(
+        folder, lambda case, case_folder: case_launcher.run_case(case, case_folder, timeout_s=options.timeout_s), _say
+    )
+    name = f"Bench of {recipe.name}"
     if options.oom:
         from distft.bench.boundary import search
 
-        boundary, tried = search(runner, wanted, own, options.oom, _say)
+        boundary, tried = search(runner, wanted, recipe, options.oom, _say)
         return _show(folder, name, tried, boundary, options)
     listed = cases.grid(wanted)
     return _show(folder, name, list(zip(listed, runner.all(listed), strict=True)), None, options)
@@ -167,14 +169,14 @@ def _mistakes(options: argparse.Namespace, gpus: list[str]) -> Any:
     from distft.recipe.explain import did_you_mean
 
     PLUGINS.load()
-    for flag, given, known in (
+    for flag, given, allowed_names in (
         ("--methods", options.methods, list(REGISTRIES.method)),
         ("--engines", options.engines, list(REGISTRIES.engine)),
     ):
         for word in _words(given):
-            if word not in known:
-                allowed = f"allowed: {', '.join(known)}"
-                yield Problem(message=f"{flag} {word}  unknown{did_you_mean(word, known)}", fix=allowed)
+            if word not in allowed_names:
+                allowed = f"allowed: {', '.join(allowed_names)}"
+                yield Problem(message=f"{flag} {word}  unknown{did_you_mean(word, allowed_names)}", fix=allowed)
     for flag, given in (("--micro", options.micro), ("--lengths", options.lengths)):
         for word in _words(given):
             if not word.isdecimal() or int(word) < 1:

@@ -40,7 +40,7 @@ def die_with_parent() -> None:
 
 
 def host() -> dict[str, int]:
-    """Peak resident set, and private writable memory now: what `set_limit` limits.
+    """Return the peak resident set, and private writable memory now, which `set_limit` limits.
 
     The peak is the address space's own (VmHWM): getrusage's begins with the parent's, which started us by vfork.
     """
@@ -49,8 +49,8 @@ def host() -> dict[str, int]:
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return {"rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "data_bytes": 0}
-    said = dict(line.split(":", 1) for line in lines if ":" in line)
-    kib = {key: int(said[key].split()[0]) for key in ("VmHWM", "VmData")}
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    kib = {key: int(fields[key].split()[0]) for key in ("VmHWM", "VmData")}
     return {"rss_peak_bytes": kib["VmHWM"] * 1024, "data_bytes": kib["VmData"] * 1024}
 
 
@@ -105,14 +105,14 @@ class Device:
 
 
 def cpu_tensors() -> int:
-    """Bytes of all tensors on the CPU that Python can reach, each storage once: state, buffers, what libraries keep."""
+    """Return the bytes of all CPU tensors that Python can reach, each storage once: state, buffers, libraries' own."""
     import torch
 
     gc.collect()
     sizes: dict[int, int] = {}
-    for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
-            storage = found.untyped_storage()
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu":
+            storage = item.untyped_storage()
             with contextlib.suppress(RuntimeError):  # a wrapper around another tensor (DTensor): it has no bytes itself
                 sizes[storage.data_ptr()] = storage.nbytes()
     sizes.pop(0, None)

@@ -195,16 +195,16 @@ class GradientBytes:
 class Nobody:
     """The loop's judges and keepers of a run that keeps nothing: every update is taken, nothing is saved."""
 
-    enough = False
+    should_stop = False
 
-    def accepts(self, loss: float) -> bool:
+    def allow_update(self, loss: float) -> bool:
         """Yes."""
         return True
 
     def after(self, state: TrainState, report: StepReport) -> None:
         """No action; a step that was left out shows in the clock."""
 
-    def see(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
+    def update(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
         """Keeps nothing."""
         return None
 

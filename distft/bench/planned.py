@@ -43,19 +43,19 @@ class Planning:
         from distft.plan.setup import Machine
         from distft.recipe import parse_recipe
 
-        asked = _as_asked(record)
-        ran = asked | (record.get("ran") or {})  # records of older versions say less
-        own = case.recipe
+        requested = _as_asked(record)
+        ran = requested | (record.get("ran") or {})  # records of older versions say less
+        base_recipe = case.recipe
         changes = [
-            *engine_override(own, ran["engine"]),
+            *engine_override(base_recipe, ran["engine"]),
             f"train.micro_batch_size={ran['micro_batch_size']}",
             f'train.activation_checkpointing="{ran["activation_checkpointing"]}"',
             f'model.cross_entropy="{ran["cross_entropy"]}"',
         ]
         recipe = parse_recipe(case.text, source=case.key, registries=_registries(), overrides=changes)
         gib = (ran["device_bytes"] or record["hardware"]["memory_gib"] * GIB / case.world) / GIB
-        known = accelerators.of_device(ran["device"])
-        gpu = replace(known, memory_gib=gib) if known is not None else of_size(gib)
+        accelerator = accelerators.of_device(ran["device"])
+        gpu = replace(accelerator, memory_gib=gib) if accelerator is not None else of_size(gib)
         machine = Machine(gpu=gpu, gpus_per_node=case.world, on_cpu=ran["device"] == "cpu", rates=of_gpu(gpu))
         folder = str(load.find_folder(recipe.model))
         if folder not in self._planners:
@@ -64,7 +64,7 @@ class Planning:
         planner.path_of_model = None if path is None else ForwardPath(**path)
         inventory = planner.inventory(recipe)
         fused = ran["cross_entropy"] == "fused"
-        found = plan(recipe, inventory, machine, liger=fused, document_tokens=ran["row_tokens"])
+        predicted = plan(recipe, inventory, machine, liger=fused, document_tokens=ran["row_tokens"])
         rates = machine.rates
         fixed = rates.context_bytes + (rates.nccl_bytes if case.world > 1 else 0)
         ranks = [
@@ -73,27 +73,27 @@ class Planning:
                 ran["engine"],
                 recipe.optim.spec,
                 recipe.optim.params,
-                world=found.setup.shards,
-                rank=rank % found.setup.shards,
-                offload=found.setup.offload,
-                fp32_gradients=found.setup.fp32_gradients,
+                world=predicted.setup.shards,
+                rank=rank % predicted.setup.shards,
+                offload=predicted.setup.offload,
+                fp32_gradients=predicted.setup.fp32_gradients,
             )
             for rank in range(case.world)
         ]
-        shown = found.to_json()
+        shown = predicted.to_json()
         return {
             "per_rank": shown["per_rank"],
             "phases": shown["phases"],
             # What the allocator is asked for: without context, NCCL and the allowance for fragmentation.
             "tensors": {
                 name: round((value - fixed) / (1 + rates.fragmentation))
-                for name, value in vars(found.memory.phases).items()
+                for name, value in vars(predicted.memory.phases).items()
             },
-            "state_by_rank": [{f"{name}_bytes": getattr(one, name) for name in STATE} for one in ranks],
-            "tokens_per_s_predicted": shown["tokens_per_s_predicted"] if known is not None else None,
-            "mfu_predicted": shown["mfu_predicted"] if known is not None else None,
-            "step_s_predicted": shown["step_s_predicted"] if known is not None else None,
-            "work": asdict(found.speed.work),
+            "state_by_rank": [{f"{name}_bytes": getattr(rank_state, name) for name in STATE} for rank_state in ranks],
+            "tokens_per_s_predicted": shown["tokens_per_s_predicted"] if accelerator is not None else None,
+            "mfu_predicted": shown["mfu_predicted"] if accelerator is not None else None,
+            "step_s_predicted": shown["step_s_predicted"] if accelerator is not None else None,
+            "work": asdict(predicted.speed.work),
             "rates": asdict(rates),
         }
 

@@ -84,10 +84,10 @@ def _memory_by_component(records: Sequence[dict[str, Any]]) -> Any:
         return None
     figure, axes = _figure(7.5, 0.6 + 0.42 * len(shown))
     for place, record in enumerate(shown):
-        at = {"planned": place - 0.19, "measured": place + 0.19}
+        y_of = {"planned": place - 0.19, "measured": place + 0.19}
         ends = [0.0, 0.0]
         for name, pair in components(record).items():
-            for side, (y, opacity) in enumerate(((at["planned"], 0.5), (at["measured"], 1.0))):
+            for side, (y, opacity) in enumerate(((y_of["planned"], 0.5), (y_of["measured"], 1.0))):
                 size = pair[side] / MIB
                 axes.barh(y, size, 0.34, left=ends[side], color=COMPONENTS[name], alpha=opacity, linewidth=0)
                 ends[side] += size
@@ -119,7 +119,7 @@ def _speed_by_method(records: Sequence[dict[str, Any]]) -> Any:
 
 
 def _memory_by_length(records: Sequence[dict[str, Any]]) -> Any:
-    """A panel for each method; a colour for each engine, a mark for each micro-batch."""
+    """Draw a panel for each method; a colour for each engine, a mark for each micro-batch."""
     from matplotlib.figure import Figure
 
     lines: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
@@ -127,20 +127,22 @@ def _memory_by_length(records: Sequence[dict[str, Any]]) -> Any:
         method = record["case"]["method"]
         engine = name_of(record).removeprefix(f"{method} ")
         lines.setdefault((method, engine, record["ran"]["micro_batch_size"]), []).append(record)
-    lines = {key: found for key, found in lines.items() if len({one["case"]["max_length"] for one in found}) > 1}
+    lines = {key: group for key, group in lines.items() if len({record["case"]["max_length"] for record in group}) > 1}
     if not lines:
         return None
     methods, engines, micros = (list(dict.fromkeys(key[part] for key in lines)) for part in range(3))
     figure = Figure(figsize=(max(7.5, 3.0 * len(methods)), 3.8), layout="constrained")
     panels = dict(zip(methods, figure.subplots(1, len(methods), sharey=True, squeeze=False)[0], strict=True))
-    for (method, engine, micro), found in lines.items():
-        found = sorted(found, key=lambda one: one["case"]["max_length"])
-        x = [one["case"]["max_length"] for one in found]
+    for (method, engine, micro), group in lines.items():
+        group = sorted(group, key=lambda record: record["case"]["max_length"])
+        x = [record["case"]["max_length"] for record in group]
         colour, mark = COLOURS[engines.index(engine) % len(COLOURS)], MARKS[micros.index(micro) % len(MARKS)]
         axes = panels[method]
-        measured = [peak_bytes(one) / MIB for one in found]
+        measured = [peak_bytes(record) / MIB for record in group]
         axes.plot(x, measured, mark, color=colour, markersize=5, label=f"{engine}, micro-batch {micro}")
-        planned = [(at, plan / MIB) for at, one in zip(x, found, strict=True) if (plan := planned_peak(one))]
+        planned = [
+            (length, plan / MIB) for length, record in zip(x, group, strict=True) if (plan := planned_peak(record))
+        ]
         if planned:
             axes.plot(*zip(*planned, strict=True), "-", color=colour, linewidth=0.8)
         axes.set_xticks(x)

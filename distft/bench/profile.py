@@ -24,7 +24,7 @@ Span = tuple[str, float, float]
 
 
 def of(work: Callable[[], None], device: Any) -> dict[str, Any]:
-    """The summary of `work` on `device`; see `summary`."""
+    """Return the summary of `work` on `device`; see `summary`."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -37,19 +37,19 @@ def of(work: Callable[[], None], device: Any) -> dict[str, Any]:
         wall_us = 1e6 * (time.perf_counter() - began)
     events: Any = profiled.events()
     if on_gpu:
-        found = [event for event in events if event.device_type.name != "CPU"]
-        return summary([(event.name, event.time_range.start, event.time_range.end) for event in found], wall_us)
+        kernels = [event for event in events if event.device_type.name != "CPU"]
+        return summary([(event.name, event.time_range.start, event.time_range.end) for event in kernels], wall_us)
     return _of_operators(events, wall_us)
 
 
 def _of_operators(events: Iterable[Any], wall_us: float) -> dict[str, Any]:
-    """On a CPU an operator's own time counts, without that of those it calls; each is a span of its own."""
-    spans, at = [], 0.0
+    """Summarise by an operator's own time on a CPU, without that of those it calls; each is a span of its own."""
+    spans, start = [], 0.0
     for event in events:
         if event.name.startswith(("aten::", "gloo:", "bitsandbytes::")) and event.self_cpu_time_total > 0:
-            spans.append((event.name, at, at + event.self_cpu_time_total))
-            at = spans[-1][2]
-    return summary(spans, max(wall_us, at))
+            spans.append((event.name, start, start + event.self_cpu_time_total))
+            start = spans[-1][2]
+    return summary(spans, max(wall_us, start))
 
 
 def kind(name: str) -> str:

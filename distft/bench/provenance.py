@@ -27,9 +27,9 @@ def hardware() -> dict[str, Any]:
 
 
 def gpus() -> list[str]:
-    """Product names of the GPUs that processes will see, by the driver's own tool; empty without a driver."""
-    said = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
-    names = [line.strip() for line in said.splitlines() if line.strip()]
+    """Return product names of the GPUs that processes will see, by the driver's own tool; empty without a driver."""
+    output = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    names = [line.strip() for line in output.splitlines() if line.strip()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return names

@@ -32,41 +32,41 @@ class Syncs:
 
 
 class _Reads(TorchFunctionMode):
-    def __init__(self, found: Syncs) -> None:
+    def __init__(self, counts: Syncs) -> None:
         super().__init__()
-        self._found = found
+        self._counts = counts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in READS:
-            _note(self._found, name)
+            _note(self._counts, name)
         return func(*args, **(kwargs or {}))
 
 
 class _DataDependent(TorchDispatchMode):
-    def __init__(self, found: Syncs) -> None:
+    def __init__(self, counts: Syncs) -> None:
         super().__init__()
-        self._found = found
+        self._counts = counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).rsplit(".", 1)[0]
         if name in DATA_DEPENDENT:
-            _note(self._found, name)
+            _note(self._counts, name)
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Syncs]:
-    """What happens inside, on this thread and in the backward passes it starts."""
-    found = Syncs()
-    with _Reads(found), _DataDependent(found):
-        yield found
+    """Count host-device synchronisations inside the context, on this thread and in the backward passes it starts."""
+    counts = Syncs()
+    with _Reads(counts), _DataDependent(counts):
+        yield counts
 
 
-def _note(found: Syncs, name: str) -> None:
+def _note(counts: Syncs, name: str) -> None:
     frames = [
         f for f in traceback.extract_stack()[:-2] if "/torch/" not in f.filename and "bench/syncs" not in f.filename
     ]
     where = frames[-1] if frames else None
     if where is None or not where.filename.endswith(CPU_ONLY):
-        found.places.append(f"{where.filename}:{where.lineno} {name}" if where else name)
+        counts.places.append(f"{where.filename}:{where.lineno} {name}" if where else name)

@@ -24,11 +24,11 @@ TIMES = ("tokens/s", "step ms, median [p10, p90]")
 def markdown(
     name: str, records: Sequence[dict[str, Any]], boundary: dict[str, Any] | None = None, *, times: bool = True
 ) -> str:
-    """The whole page; without `times`, ratios and bytes alone: what a CPU's figures are good for elsewhere."""
-    shown = [at for at, column in enumerate(COLUMNS) if times or column not in TIMES]
+    """Return the whole page; without `times`, ratios and bytes alone, which hold on other machines too."""
+    shown = [index for index, column in enumerate(COLUMNS) if times or column not in TIMES]
 
     def row(cells: Sequence[str]) -> str:
-        return _row(cells[at] for at in shown)
+        return _row(cells[index] for index in shown)
 
     lines = [f"# {name}", "", *_head(records), "", row(COLUMNS), row(["---"] * len(COLUMNS))]
     lines += [row(_cells(record, baseline(record, records))) for record in records]
@@ -39,18 +39,19 @@ def markdown(
 
 
 def baseline(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What a record's ratio is to: full fine-tuning otherwise alike, else the first of the same length."""
-    measured = [one for one in records if one["outcome"] == "measured"]
+    """Return what a record's ratio is to: full fine-tuning otherwise alike, else the first of the same length."""
+    measured = [candidate for candidate in records if candidate["outcome"] == "measured"]
 
-    def alike(one: dict[str, Any], *keys: str) -> bool:
-        return all(one["case"][key] == record["case"][key] for key in keys)
+    def alike(candidate: dict[str, Any], *keys: str) -> bool:
+        return all(candidate["case"][key] == record["case"][key] for key in keys)
 
     full = (
-        one
-        for one in measured
-        if one["case"]["method"] == "full" and alike(one, "engine", "world", "micro_batch_size", "max_length", "rows")
+        candidate
+        for candidate in measured
+        if candidate["case"]["method"] == "full"
+        and alike(candidate, "engine", "world", "micro_batch_size", "max_length", "rows")
     )
-    return next(full, next((one for one in measured if alike(one, "max_length", "rows")), None))
+    return next(full, next((candidate for candidate in measured if alike(candidate, "max_length", "rows")), None))
 
 
 def compact(num_bytes: float | None) -> str:
@@ -142,7 +143,7 @@ def _head(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     on = f"{len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else "no GPU"
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version)
     codes = (record["code"] for record in records)
-    commits = dict.fromkeys((one["commit"] or "unknown")[:12] + " and changes" * bool(one["dirty"]) for one in codes)
+    commits = dict.fromkeys((code["commit"] or "unknown")[:12] + " and changes" * bool(code["dirty"]) for code in codes)
     dates = sorted({record["date"][:10] for record in records})
     yield (
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}; "
@@ -186,8 +187,10 @@ def _legend(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _allowed(checks: Sequence[dict[str, Any]]) -> str:
-    said = {check["why"]: f"{check['tolerance_early']:g} and {check['tolerance_all']:g}" for check in checks}
-    return "; ".join(f"{numbers} for {why}" for why, numbers in said.items())
+    numbers_by_reason = {
+        check["why"]: f"{check['tolerance_early']:g} and {check['tolerance_all']:g}" for check in checks
+    }
+    return "; ".join(f"{numbers} for {why}" for why, numbers in numbers_by_reason.items())
 
 
 def _boundary(boundary: dict[str, Any]) -> Iterator[str]:
@@ -198,12 +201,15 @@ def _boundary(boundary: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield _row((boundary["axis"], "outcome", "tensors planned", "tensors measured", "process itself", "planned in all"))
     yield _row("---" for _ in range(6))
-    before = max((one["own_bytes"] or 0 for one in boundary["tries"]), default=0) or None
-    for one in boundary["tries"]:
-        planned, own = one["planned_bytes"], one["own_bytes"] or before  # those that failed began like the others
-        total = None if planned is None or own is None else planned + own
-        sizes = (planned, one["peak_bytes"], own, total)
-        yield _row([str(one["value"]), one["outcome"], *map(compact, sizes)])
+    before = max((attempt["own_bytes"] or 0 for attempt in boundary["tries"]), default=0) or None
+    for attempt in boundary["tries"]:
+        planned, own_bytes = (
+            attempt["planned_bytes"],
+            attempt["own_bytes"] or before,
+        )  # those that failed began like the others
+        total = None if planned is None or own_bytes is None else planned + own_bytes
+        sizes = (planned, attempt["peak_bytes"], own_bytes, total)
+        yield _row([str(attempt["value"]), attempt["outcome"], *map(compact, sizes)])
     yield ""
     yield f"**{boundary['found']}**"
 

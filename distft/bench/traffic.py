@@ -71,37 +71,37 @@ class Traffic:
     collectives: list[Collective] = field(default_factory=list)
 
     def num_bytes(self, kind: str) -> int:
-        """Of all collectives of this kind that carry tensors of the model."""
-        return sum(one.num_bytes for one in self.tensors if one.kind == kind)
+        """Return the bytes of all collectives of this kind that carry tensors of the model."""
+        return sum(collective.num_bytes for collective in self.tensors if collective.kind == kind)
 
     @property
     def tensors(self) -> list[Collective]:
-        """Those that carry weights and gradients."""
-        return [one for one in self.collectives if one.num_bytes > CONTROL_BYTES]
+        """Collectives that carry weights and gradients."""
+        return [collective for collective in self.collectives if collective.num_bytes > CONTROL_BYTES]
 
     @property
     def control(self) -> list[Collective]:
-        """Those that carry a few numbers."""
-        return [one for one in self.collectives if one.num_bytes <= CONTROL_BYTES]
+        """Collectives that carry a few numbers."""
+        return [collective for collective in self.collectives if collective.num_bytes <= CONTROL_BYTES]
 
 
 @contextlib.contextmanager
 def counted(world: int) -> Iterator[Traffic]:
-    """What happens inside, filled in at the end."""
+    """Record the collectives inside the context; the result is filled in at its end."""
     from torch.profiler import ProfilerActivity, profile
 
-    found = Traffic()
+    traffic = Traffic()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        yield found
+        yield traffic
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    found.collectives = _collectives(events, world)
+    traffic.collectives = _collectives(events, world)
 
 
 def _collectives(events: list[dict[str, Any]], world: int) -> list[Collective]:
-    """In the order they were asked for; bytes from the shapes that the profiler recorded."""
+    """Return collectives in the order of their calls; bytes from the shapes that the profiler recorded."""
     named = [(str(event.get("name", "")), event) for event in events]
     types = {  # a list of tensors has a type only where it is carried out, not where it is asked for
         _largest(event["args"]): ITEM_BYTES[event["args"]["Input type"][0]]
@@ -115,11 +115,11 @@ def _collectives(events: list[dict[str, Any]], world: int) -> list[Collective]:
             continue
         args = event["args"]
         largest = _largest(args)
-        known = [ITEM_BYTES[word] for word in args.get("Input type", ()) if word in ITEM_BYTES]
-        item = known[0] if known else types.get(largest, 4)
-        parts = world if not known and kind in ("all_gather", "reduce_scatter") else 1
+        item_sizes = [ITEM_BYTES[word] for word in args.get("Input type", ()) if word in ITEM_BYTES]
+        item = item_sizes[0] if item_sizes else types.get(largest, 4)
+        parts = world if not item_sizes and kind in ("all_gather", "reduce_scatter") else 1
         made.append(
-            Collective(kind=kind, num_bytes=largest * item * parts, ranks=_ranks(kind, args) if known else None)
+            Collective(kind=kind, num_bytes=largest * item * parts, ranks=_ranks(kind, args) if item_sizes else None)
         )
     return made
 
@@ -137,5 +137,5 @@ def _ranks(kind: str, args: dict[str, Any]) -> int | None:
 
 def _elements(dims: Any) -> int:
     if dims and isinstance(dims[0], list):
-        return sum(math.prod(one) for one in dims)  # a list of tensors; a scalar's shape is empty
+        return sum(math.prod(shape) for shape in dims)  # a list of tensors; a scalar's shape is empty
     return math.prod(dims) if dims else 0

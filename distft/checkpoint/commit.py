@@ -55,7 +55,7 @@ class Committer:
         self.failures_in_a_row = 0
 
     def commit(self, job: Job, blocked_since: float) -> Saved | SaveFailed:
-        """Make the folder that all ranks wrote a checkpoint, or give it up on all.
+        """Turn the folder that all ranks wrote into a checkpoint, or give it up on all ranks.
 
         Args:
             job: this rank's share; waited for.
@@ -63,16 +63,16 @@ class Committer:
         """
         try:
             # A chunk of each tensor of each rank: a hundred megabytes of 512, and only rank 0 looks at them.
-            written = on_all_ranks(self._ranks, lambda: (job.result(), self._at("P4", job.step))[0], to_rank0=True)
+            written = on_all_ranks(self._ranks, lambda: (job.result(), self._inject("P4", job.step))[0], to_rank0=True)
         except RankErrors as error:
             return self.give_up(job.step, error)
         manifest: Manifest | None = None
         trouble = ""
         try:
-            self._at("P5", job.step)
+            self._inject("P5", job.step)
             entries = merge(written) if self._ranks.rank == 0 else {}
             pending = write_manifest(job, written, entries) if self._ranks.rank == 0 else None
-            self._at("P6", job.step)
+            self._inject("P6", job.step)
             if pending is not None:
                 self._rename(job.step)
             manifest = pending
@@ -82,12 +82,12 @@ class Committer:
         if manifest is not None or self._ranks.rank:
             late.append(self._afterwards("P7", job.step, lambda: self._renew_hints(job)))
         late.append(self._afterwards("P8", job.step, lambda: None))
-        told = self._ranks.gather((manifest.num_bytes if manifest else None, trouble, "; ".join(filter(None, late))))
-        num_bytes, trouble, _ = told[0]
+        reports = self._ranks.gather((manifest.num_bytes if manifest else None, trouble, "; ".join(filter(None, late))))
+        num_bytes, trouble, _ = reports[0]
         if num_bytes is None:
             return self.give_up(job.step, RankErrors({0: trouble}))
         self.failures_in_a_row = 0
-        warnings = [f"rank {rank}: {text}" for rank, (*_, text) in enumerate(told) if text]
+        warnings = [f"rank {rank}: {text}" for rank, (*_, text) in enumerate(reports) if text]
         warnings += filter(None, [self._afterwards("P9", job.step, lambda: self._prune(job))])
         for text in warnings:
             log.warning("checkpoint of step %d is safe, but: %s", job.step, text)
@@ -111,8 +111,8 @@ class Committer:
         log.warning("%s", failed)
         return failed
 
-    def _at(self, point: str, step: int) -> None:
-        self._faults.at(point, rank=self._ranks.rank, step=step)
+    def _inject(self, point: str, step: int) -> None:
+        self._faults.inject(point, rank=self._ranks.rank, step=step)
 
     def _rename(self, step: int) -> None:
         """The commit point. A checkpoint of another history under the same name waits until this one is in place."""
@@ -139,7 +139,7 @@ class Committer:
     def _afterwards(self, point: str, step: int, work: Callable[[], None]) -> str:
         """Do what cannot undo the commit any more; what went wrong, as text."""
         try:
-            self._at(point, step)
+            self._inject(point, step)
             work()
         except Exception as error:  # the checkpoint stands, and the other ranks are waiting
             return f"{point}: {explain(error)}"

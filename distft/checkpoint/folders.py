@@ -47,9 +47,9 @@ class Folders:
         return self.root / f".replaced-step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps with a committed checkpoint, good or bad, newest first."""
-        found = (_STEP.fullmatch(name) for name in self._names())
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        """Return the steps that have a committed checkpoint, good or bad, newest first."""
+        matches = (_STEP.fullmatch(name) for name in self._names())
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def quarantined(self) -> list[Path]:
         """Checkpoints found bad earlier."""

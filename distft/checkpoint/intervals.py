@@ -66,8 +66,8 @@ def check_piece(piece: Piece) -> None:
         raise PieceError(f"{piece.name}: piece [{piece.start}, {piece.stop}) is outside [0, {piece.numel})")
 
 
-def cut(pieces: Iterable[Piece], *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Piece]:
-    """The same intervals in pieces of at most `chunk_bytes` (views, nothing is copied); empty ones are left out."""
+def split_chunks(pieces: Iterable[Piece], *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Piece]:
+    """Split the pieces into ones of at most `chunk_bytes` (views, nothing is copied); empty ones are left out."""
     for piece in pieces:
         length = max(1, chunk_bytes // piece.data.dtype.itemsize)
         for begin in range(0, piece.length, length):
@@ -75,7 +75,7 @@ def cut(pieces: Iterable[Piece], *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[
 
 
 def tensor_entries(parts: Iterable[tuple[str, int, str, Chunk | None]]) -> dict[str, TensorEntry]:
-    """Whole tensors out of what all ranks wrote.
+    """Assemble the entries of whole tensors from the chunks that all ranks wrote.
 
     Args:
         parts: (name, numel, dtype, chunk) of every chunk of every rank; the chunk is None for an empty piece.
@@ -87,8 +87,8 @@ def tensor_entries(parts: Iterable[tuple[str, int, str, Chunk | None]]) -> dict[
     chunks: dict[str, list[Chunk]] = {}
     for name, numel, dtype, chunk in parts:
         if shapes.setdefault(name, (numel, dtype)) != (numel, dtype):
-            one, other = (f"{n} x {d}" for n, d in (shapes[name], (numel, dtype)))
-            raise PieceError(f"{name}: {one} on one rank, {other} on another")
+            first, second = (f"{n} x {d}" for n, d in (shapes[name], (numel, dtype)))
+            raise PieceError(f"{name}: {first} on one rank, {second} on another")
         chunks.setdefault(name, []).extend([chunk] if chunk else [])
     entries: dict[str, TensorEntry] = {}
     for name in sorted(shapes):

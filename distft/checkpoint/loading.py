@@ -115,9 +115,9 @@ def examine(path: Path, ranks: Ranks, *, expected_step: int | None) -> tuple[Loa
     manifest, reasons = _agreed(ranks, lambda: _manifest(path, expected_step))
     if not reasons and manifest is not None:
         read = hashlib.sha256(manifest.to_bytes()).hexdigest()
-        found = ranks.gather((faults_of(path, share_of(manifest, ranks.rank, ranks.world)), read))
-        reasons = sorted({reason for faults, _ in found for reason in faults})
-        if len({read for _, read in found}) > 1:  # then some file may have been nobody's share
+        results = ranks.gather((faults_of(path, share_of(manifest, ranks.rank, ranks.world)), read))
+        reasons = sorted({reason for faults, _ in results for reason in faults})
+        if len({read for _, read in results}) > 1:  # then some file may have been nobody's share
             reasons.append("ranks read different manifests")
     if reasons or manifest is None:
         return None, reasons

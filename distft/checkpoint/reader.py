@@ -41,24 +41,24 @@ class Reader:
         return len(self._entries)
 
     def entry(self, name: str) -> TensorEntry:
-        """Elements, dtype and chunks of one tensor.
+        """Return the elements, dtype and chunks of one tensor.
 
         Raises:
             CheckpointError: no such tensor.
         """
-        found = self._entries.get(name)
-        if found is None:
+        entry = self._entries.get(name)
+        if entry is None:
             near = difflib.get_close_matches(name, self._entries, n=1)
             hint = f", nearest: {near[0]}" if near else ""
             raise CheckpointError(f'{self._folder.name} has no tensor "{name}" ({len(self)} tensors{hint})')
-        return found
+        return entry
 
     def numel(self, name: str) -> int:
         """Elements of the whole tensor."""
         return self.entry(name).numel
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a flattened tensor.
+        """Read elements [start, stop) of a flattened tensor.
 
         Args:
             name: see `Piece`.
@@ -78,8 +78,8 @@ class Reader:
         wanted = torch.empty(stop - start, dtype=entry.dtype)
         if start == stop:
             return wanted
-        at = bisect.bisect_right(self._starts[name], start) - 1
-        for chunk in entry.chunks[at:]:
+        index = bisect.bisect_right(self._starts[name], start) - 1
+        for chunk in entry.chunks[index:]:
             if chunk.start >= stop:
                 break
             begin, end = max(start, chunk.start), min(stop, chunk.stop)

@@ -93,9 +93,11 @@ class Job:
     def _write(self) -> WrittenFiles:
         for name, text in self.texts.items():
             (self.folder / name).write_bytes(text)
-        at = {"rank": self.rank, "step": self.step}
-        parts = write_pieces(self.folder, self.pieces, rank=self.rank, halfway=lambda: self.faults.at("P2", **at))
-        self.faults.at("P3", **at)
+        where = {"rank": self.rank, "step": self.step}
+        parts = write_pieces(
+            self.folder, self.pieces, rank=self.rank, halfway=lambda: self.faults.inject("P2", **where)
+        )
+        self.faults.inject("P3", **where)
         names = sorted({chunk.file for *_, chunk in parts if chunk is not None} | set(self.texts))
         for name in names:
             sync_file(self.folder / name)
@@ -124,13 +126,15 @@ def merge(written: list[WrittenFiles]) -> dict[str, TensorEntry]:
 
 
 def write_manifest(job: Job, written: list[WrittenFiles], entries: Mapping[str, TensorEntry]) -> Manifest:
-    """Rank 0: index, DCP's metadata and the manifest (P5); after this only the folder's name is missing."""
+    """Write index, DCP's metadata and the manifest on rank 0 (P5); after this only the folder's name is missing."""
     write_file(job.folder / INDEX, index_bytes(entries), durable=True)
-    own = [entry_of(job.folder / INDEX)]
+    index_files = [entry_of(job.folder / INDEX)]
     if sum(len(entry.chunks) for entry in entries.values()) <= DCP_CHUNKS:
         write_dcp_metadata(job.folder, entries)
-        own.append(entry_of(job.folder / DCP_METADATA))
-    files = sorted([*own, *(file for one_rank in written for file in one_rank.files)], key=lambda file: file.path)
+        index_files.append(entry_of(job.folder / DCP_METADATA))
+    files = sorted(
+        [*index_files, *(file for one_rank in written for file in one_rank.files)], key=lambda file: file.path
+    )
     manifest = Manifest(step=job.step, world=job.world, engine=job.engine, hashes=dict(job.hashes), files=tuple(files))
     write_file(job.folder / MANIFEST, manifest.to_bytes(), durable=True)
     sync_folder(job.folder)

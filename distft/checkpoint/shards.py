@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
-from distft.checkpoint.intervals import Chunk, Piece, TensorEntry, check_piece, cut
+from distft.checkpoint.intervals import Chunk, Piece, TensorEntry, check_piece, split_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], *, rank: int, halfway: C
     pieces = list(pieces)
     for piece in pieces:
         check_piece(piece)
-    chunks = list(cut(pieces))
+    chunks = list(split_chunks(pieces))
     parts: list[Part] = [(p.name, p.numel, _dtype_name(p), None) for p in pieces if p.length == 0]
     if not chunks:
         halfway()

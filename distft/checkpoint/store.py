@@ -245,10 +245,10 @@ class CheckpointStore:
             SaveFailed: a rename failed.
         """
         self._settle()
-        later = [found for found in self._folders.steps() if found > step]
+        later = [newer for newer in self._folders.steps() if newer > step]
         try:
             names = on_all_ranks(
-                self._ranks, self._on_first(lambda: [self._folders.set_aside(found).name for found in later])
+                self._ranks, self._on_first(lambda: [self._folders.set_aside(newer).name for newer in later])
             )
         except RankErrors as error:
             raise SaveFailed(f"{self.folder}: cannot set later checkpoints aside: {error}") from error
@@ -264,8 +264,8 @@ class CheckpointStore:
     def _on_first(self, work: Callable[[], Any]) -> Callable[[], Any]:
         return work if self._ranks.rank == 0 else lambda: None
 
-    def _at(self, point: str, step: int) -> None:
-        self._faults.at(point, rank=self._ranks.rank, step=step)
+    def _inject(self, point: str, step: int) -> None:
+        self._faults.inject(point, rank=self._ranks.rank, step=step)
 
     def _begin(
         self,
@@ -281,17 +281,17 @@ class CheckpointStore:
         texts: dict[str, bytes] = {}
 
         def agree_to_save() -> tuple[int, int, bool]:
-            self._at("P0", step)
+            self._inject("P0", step)
             texts.update({STATE: canonical(state)} if self._ranks.rank == 0 else {})
             return step, mine, step in self._ours and self._folders.step(step).exists()
 
         try:
-            told = on_all_ranks(self._ranks, agree_to_save)
-            if len({at_step for at_step, *_ in told}) > 1:
-                raise RankErrors(dict(enumerate(f"is at step {at_step}" for at_step, *_ in told)))
-            if told[0][2]:
+            reports = on_all_ranks(self._ranks, agree_to_save)
+            if len({at_step for at_step, *_ in reports}) > 1:
+                raise RankErrors(dict(enumerate(f"is at step {at_step}" for at_step, *_ in reports)))
+            if reports[0][2]:
                 return None
-            need = on_all_ranks(self._ranks, lambda: self._prepare(step, sum(size for _, size, _ in told)))[0]
+            need = on_all_ranks(self._ranks, lambda: self._prepare(step, sum(size for _, size, _ in reports)))[0]
         except RankErrors as error:
             raise self._committer.give_up(step, error) from error
         return Job(
@@ -309,11 +309,11 @@ class CheckpointStore:
         )
 
     def _prepare(self, step: int, num_bytes: int) -> int | None:
-        self._at("P1", step)
+        self._inject("P1", step)
         if self._ranks.rank != 0:
             return None
-        known = self._folders.steps()
-        need = int(MARGIN * max(num_bytes, num_bytes_of(self._folders.step(known[0])) if known else 0))
+        kept_steps = self._folders.steps()
+        need = int(MARGIN * max(num_bytes, num_bytes_of(self._folders.step(kept_steps[0])) if kept_steps else 0))
         check_space(self.folder, need)
         aside = self._folders.aside(step)
         if aside.exists():

@@ -85,7 +85,7 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> in
         JobEnd(
             status=status,
             record=restart_policy.record_of(before, restart_policy.read_exit(run_dir)),
-            asked=warned.to_stop,
+            stop_requested=warned.to_stop,
             stop_file=(run_dir / "STOP").exists(),
             phase=_phase(given.job, warned),
             stalled=starts.stalled(given.job),
@@ -138,21 +138,21 @@ def _examine(
     if num_nodes == 1 or not want.doctor or warned.to_stop:
         return None
     port = slurm.rendezvous_port(given.job, given.restart + preflight.PORT_OFFSET)
-    found = preflight.examine(
+    examined = preflight.examine(
         preflight.command(given, num_nodes, want.recipe.run_dir, want.floors),
         step.environment(env, given, port),
         given.nodes[:num_nodes],
         lambda: warned.to_stop or warned.ending,
     )
-    if found is None:
+    if examined is None:
         return None  # whoever asked decides, as in the midst of a run
-    if found.ready:
+    if examined.ready:
         _say(f"doctor: {num_nodes} nodes are ready")
         return None
-    for line in found.said:
+    for line in examined.messages:
         _say(f"doctor: {line}")
     then = Then.END
-    if _may_go_elsewhere(found, given, num_nodes):
+    if _may_go_elsewhere(examined, given, num_nodes):
         then = Then.REQUEUE
     code = MachineError.exit_code
     starts.add(
@@ -160,28 +160,28 @@ def _examine(
             job=given.job,
             restart=given.restart,
             code=code,
-            reason=f"doctor: {found.why}",
+            reason=f"doctor: {examined.why}",
             checkpoint=starts.checkpoint(),
             then=then.value,
         )
     )
     if then is Then.REQUEUE:
-        _say(f"requeued without {' '.join(found.sick)}: the same command goes on elsewhere")
+        _say(f"requeued without {' '.join(examined.sick)}: the same command goes on elsewhere")
         try:
-            slurm.requeue_without(given.job, found.sick)
+            slurm.requeue_without(given.job, examined.sick)
             time.sleep(LAST_WAIT_S)
         except MachineError as error:
-            _say(f"that failed: {error}; sbatch --exclude={','.join(found.sick)} and the same command start it")
+            _say(f"that failed: {error}; sbatch --exclude={','.join(examined.sick)} and the same command start it")
     return code
 
 
-def _may_go_elsewhere(found: preflight.Examined, given: slurm.Allocation, num_nodes: int) -> bool:
-    sick = " ".join(found.sick)
-    if not preflight.can_be_replaced(found.sick, given.nodes[:num_nodes]):
+def _may_go_elsewhere(examined: preflight.Examined, given: slurm.Allocation, num_nodes: int) -> bool:
+    sick = " ".join(examined.sick)
+    if not preflight.can_be_replaced(examined.sick, given.nodes[:num_nodes]):
         _say("not requeued: " + (f"{sick} are too many to be replaced" if sick else "this is no single node's fault"))
         return False
     try:
-        without = [*slurm.excluded(given.job), *found.sick]
+        without = [*slurm.excluded(given.job), *examined.sick]
         left = slurm.spare_nodes(given, without)
     except MachineError as error:
         _say(f"not requeued: {error}")

@@ -35,7 +35,7 @@ class BatchArgs:
 
 
 def read(argv: Sequence[str]) -> BatchArgs:
-    """`[--launcher srun|torchrun] [--max-stalled-restarts K] [--no-doctor] RECIPE [train options]`.
+    """Read `[--launcher srun|torchrun] [--max-stalled-restarts K] [--no-doctor] RECIPE [train options]`.
 
     Raises:
         RecipeError: the recipe is faulty; said here once, before any process is started.
@@ -52,18 +52,18 @@ def read(argv: Sequence[str]) -> BatchArgs:
     made.add_argument("--link-floor", type=float, metavar="GB/s")
     made.add_argument("--disk-floor", type=float, metavar="GB/s")
     made.add_argument("train", nargs=argparse.REMAINDER)
-    own = made.parse_args(argv)
-    if not own.train or own.train[0].startswith("-"):
+    args = made.parse_args(argv)
+    if not args.train or args.train[0].startswith("-"):
         made.error("a recipe is needed, and comes before the options of distft.train")
     return BatchArgs(
-        recipe=_recipe(own.train),
-        train=tuple(own.train),
-        max_stalled=own.max_stalled_restarts,
-        launcher=own.launcher,
-        chain=own.chain,
-        after=own.after,
-        doctor=not own.no_doctor,
-        floors=Floors(link=own.link_floor, disk=own.disk_floor),
+        recipe=_recipe(args.train),
+        train=tuple(args.train),
+        max_stalled=args.max_stalled_restarts,
+        launcher=args.launcher,
+        chain=args.chain,
+        after=args.after,
+        doctor=not args.no_doctor,
+        floors=Floors(link=args.link_floor, disk=args.disk_floor),
     )
 
 

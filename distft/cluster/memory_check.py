@@ -38,11 +38,11 @@ def refuse_what_cannot_fit(
             raise
         return "not planned: the model's config.json is not on this machine"
     peak, has = case.memory.peak / 2**30, machine.gpu.memory_gib
-    said = f"{peak:.1f} GiB of {has:.1f} on each of {machine.world} {machine.gpu.name} (predicted)"
+    summary = f"{peak:.1f} GiB of {has:.1f} on each of {machine.world} {machine.gpu.name} (predicted)"
     if case.fits:
-        return f"fits: {said}"
+        return f"fits: {summary}"
     ways = "\n".join(f"    {change}" for change in changes)
     raise RecipeError(
         path,
-        [Problem(message=f"does not fit: {said}", fix=f"what does, cheapest first:\n{ways}" if ways else "")],
+        [Problem(message=f"does not fit: {summary}", fix=f"what does, cheapest first:\n{ways}" if ways else "")],
     )

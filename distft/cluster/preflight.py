@@ -34,19 +34,19 @@ class Floors:
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """What the doctor found."""
+    """The doctor's result."""
 
     ready: bool
-    """A run would work."""
-    said: tuple[str, ...]
-    """For a person: what is wrong, and the fix."""
+    """Whether a run would work."""
+    messages: tuple[str, ...]
+    """What is wrong, and the fix, one line each, for a person."""
     sick: tuple[str, ...]
     """Nodes to blame, as Slurm calls them; empty: no node in particular."""
 
     @property
     def why(self) -> str:
         """In one line."""
-        return self.said[0] if self.said else "the doctor said nothing"
+        return self.messages[0] if self.messages else "the doctor said nothing"
 
 
 def command(given: Allocation, num_nodes: int, run_dir: Path, floors: Floors) -> list[str]:
@@ -84,7 +84,7 @@ def examine(
 
 
 def read(output: str, status: int | None, nodes: Sequence[str]) -> Examined:
-    """What the processes printed: rank 0 a report on all, whoever could not come to it one on itself.
+    """Read what the processes printed: rank 0 a report on all, a process that could not reach it one on itself.
 
     Args:
         output: an object a line, other programs' lines between them.
@@ -94,16 +94,16 @@ def read(output: str, status: int | None, nodes: Sequence[str]) -> Examined:
     reports = list(_reports(output))
     wrong = [row for report in reports for row in report["findings"] if row["verdict"] == "fail"]
     hosts = [host for row in wrong for host in row["hosts"]]
-    said = [f"{row['check']}: {row['found']}; fix: {row['fix']}" for row in wrong]
+    messages = [f"{row['check']}: {row['found']}; fix: {row['fix']}" for row in wrong]
     if not any(report["world"] == len(nodes) for report in reports):
         heard = {host for report in reports for host in report["hosts"]}
         silent = [node for node in nodes if not any(_is(node, host) for host in heard)]
         late = f"no answer in {LIMIT_S:.0f} s" if status is None else f"srun ended with status {status}"
         if silent or not reports:
-            said.append(f"the doctor was not heard of on {', '.join(silent)}: {late}")
+            messages.append(f"the doctor was not heard of on {', '.join(silent)}: {late}")
             hosts += silent
     sick = tuple(node for node in nodes if any(_is(node, host) for host in hosts))
-    return Examined(ready=not said and status == 0, said=tuple(dict.fromkeys(said)), sick=sick)
+    return Examined(ready=not messages and status == 0, messages=tuple(dict.fromkeys(messages)), sick=sick)
 
 
 def can_be_replaced(sick: Sequence[str], nodes: Sequence[str]) -> bool:
@@ -113,9 +113,9 @@ def can_be_replaced(sick: Sequence[str], nodes: Sequence[str]) -> bool:
 
 def _reports(output: str) -> Iterator[dict[str, Any]]:
     for line in output.splitlines():
-        said = parse_json_object(line)
-        if said is not None and "bad_hosts" in said:
-            yield said
+        report = parse_json_object(line)
+        if report is not None and "bad_hosts" in report:
+            yield report
 
 
 def _is(node: str, host: str) -> bool:

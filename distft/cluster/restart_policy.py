@@ -36,16 +36,16 @@ class Then(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnd:
-    """All that is known when the run's processes are gone."""
+    """What is known when the run's processes have ended."""
 
     status: int
     """Exit status of the launcher."""
     record: dict[str, Any] | None
     """exit.json, if this start wrote one."""
-    asked: bool
-    """The wish to stop was passed on to the processes."""
+    stop_requested: bool
+    """Whether a request to stop was passed on to the processes."""
     stop_file: bool
-    """A person's STOP file lies in the run folder."""
+    """Whether a person's STOP file lies in the run folder."""
     phase: Phase
     stalled: int
     """Starts in a row, this one included, that began at the newest checkpoint there is now."""
@@ -94,8 +94,8 @@ def judge(ended: JobEnd) -> RestartDecision:
 
 
 def follows_from(records: Sequence[dict[str, Any]], before: str) -> RestartDecision | None:
-    """What a job of a chain does without starting anything, after how the job `before` it ended; None: it goes on."""
-    last = next((one for one in reversed(records) if "ended" in one and one.get("job") == before), None)
+    """Decide whether a job of a chain ends at once, by how the job `before` it ended; None: it goes on."""
+    last = next((record for record in reversed(records) if "ended" in record and record.get("job") == before), None)
     if last is None or last["code"] == PREEMPTED_AND_SAVED:  # a lost node says no last word
         return None
     code = last["code"]
@@ -130,6 +130,8 @@ def record_of(before: str | None, after: str | None) -> dict[str, Any] | None:
 def _own_word(ended: JobEnd) -> tuple[int, str]:
     if ended.record is not None:
         return ended.record["code"], str(ended.record.get("reason", ""))
-    if ended.asked:  # nothing is lost but time: the last checkpoint is whole, and the count of starts limits this
+    if (
+        ended.stop_requested
+    ):  # nothing is lost but time: the last checkpoint is whole, and the count of starts limits this
         return PREEMPTED_AND_SAVED, "asked to stop, and ended without a word: not begun yet, or too slow to save"
     return CRASHED, f"the processes ended with status {ended.status} and left no reason (killed? out of memory?)"

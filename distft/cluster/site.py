@@ -83,7 +83,7 @@ def read_site(path: Path) -> Site:
     return site
 
 
-def _unknown(key: KeyPath, known: list[str]) -> RecipeMistake:
+def _unknown(key: KeyPath, allowed: list[str]) -> RecipeMistake:
     return RecipeMistake(
-        key=key, message=f"unknown setting{did_you_mean(key[-1], known)}", fix=f"allowed: {', '.join(known)}"
+        key=key, message=f"unknown setting{did_you_mean(key[-1], allowed)}", fix=f"allowed: {', '.join(allowed)}"
     )

@@ -117,13 +117,13 @@ def excluded(job: str) -> tuple[str, ...]:
 
 
 def spare_nodes(given: Allocation, without: Sequence[str]) -> int:
-    """How many nodes of the job's partition could run it, whether free or not, when some are left out.
+    """Return how many nodes of the job's partition could run it, free or not, when some are left out.
 
     Raises:
         MachineError: sinfo is not there, or fails.
     """
-    said = _output("sinfo", "--noheader", "--Node", f"--partition={given.partition}", "--format=%N %t")
-    usable = {node for node, state in (line.split()[:2] for line in said.splitlines()) if _works(state)}
+    output = _output("sinfo", "--noheader", "--Node", f"--partition={given.partition}", "--format=%N %t")
+    usable = {node for node, state in (line.split()[:2] for line in output.splitlines()) if _works(state)}
     return len((usable | set(given.nodes)) - set(without))
 
 
@@ -166,8 +166,8 @@ def rendezvous_port(job: str, restart: int) -> int:
 
 
 def _fields(job: str) -> dict[str, str]:
-    said = _scontrol("show", "job", job, "-o")
-    return dict(pair.split("=", 1) for pair in said.split() if "=" in pair)
+    output = _scontrol("show", "job", job, "-o")
+    return dict(pair.split("=", 1) for pair in output.split() if "=" in pair)
 
 
 def _works(state: str) -> bool:

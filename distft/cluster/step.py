@@ -26,16 +26,16 @@ cannot use peer memory), the last contradicts --cpus-per-task."""
 
 
 def command(launcher: Launcher, given: Allocation, num_nodes: int, train: Sequence[str], port: int) -> list[str]:
-    """`srun …` with one task per process, or with one torchrun per node."""
-    own = [sys.executable, "-m", "distft.train", *train]
+    """Return `srun …` with one task per process, or with one torchrun per node."""
+    inner = [sys.executable, "-m", "distft.train", *train]
     tasks, cpus = given.per_node, given.cpus_per_process
     if launcher == "torchrun":
         tasks, cpus = 1, given.cpus_per_process * given.per_node
-        own = [
+        inner = [
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", str(num_nodes), "--nproc-per-node", str(given.per_node)),
             *("--master-addr", given.nodes[0], "--master-port", str(port)),
-            *own[1:],
+            *inner[1:],
         ]
     return [
         "srun",
@@ -48,7 +48,7 @@ def command(launcher: Launcher, given: Allocation, num_nodes: int, train: Sequen
         "--kill-on-bad-exit=1",  # one process gone: the others would wait for it in a collective
         "--label",
         *("bash", "-c", _SHIELD, "distft"),
-        *own,
+        *inner,
     ]
 
 

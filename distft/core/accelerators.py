@@ -154,17 +154,17 @@ BY_NAME = {gpu.name: gpu for gpu in ACCELERATORS}
 
 
 def of_device(device_name: str) -> Accelerator | None:
-    """The row of a device by the driver's product name; None for one that is not in the table (and for CPUs)."""
-    found = next((gpu for gpu in ACCELERATORS if gpu.product in device_name), None)
-    if found is not None and _OTHERS & set(device_name.partition(found.product)[2].lower().split()):
+    """Return the table's row for the driver's product name; None for a device that is not in it (and for CPUs)."""
+    accelerator = next((gpu for gpu in ACCELERATORS if gpu.product in device_name), None)
+    if accelerator is not None and _OTHERS & set(device_name.partition(accelerator.product)[2].lower().split()):
         return None
-    return found
+    return accelerator
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its product name; None when the table does not have it."""
-    found = of_device(device_name)
-    return None if found is None else found.bf16_flops
+    """Return a device's dense bf16 FLOP/s by its product name; None when the table does not have it."""
+    accelerator = of_device(device_name)
+    return None if accelerator is None else accelerator.bf16_flops
 
 
 def named(text: str) -> Accelerator:

@@ -47,20 +47,20 @@ class GitState:
     untracked: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For manifest.json, where the diff is a hash: its text has a file of its own."""
-        said: dict[str, Any] = {"commit": self.commit, "dirty": bool(self.diff), "untracked": list(self.untracked)}
-        return said | {"diff_sha256": hashlib.sha256(self.diff.encode()).hexdigest() if self.diff else None}
+        """Return the entry for manifest.json, where the diff is a hash: its text has a file of its own."""
+        fields: dict[str, Any] = {"commit": self.commit, "dirty": bool(self.diff), "untracked": list(self.untracked)}
+        return fields | {"diff_sha256": hashlib.sha256(self.diff.encode()).hexdigest() if self.diff else None}
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of every package that computes; None: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Return the versions of Python and of every package that computes; None for one that is not installed."""
+    by_package: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            by_package[package] = None
+    return by_package
 
 
 def built_with() -> dict[str, str | None]:
@@ -126,13 +126,13 @@ def _after(path: str, key: str) -> str:
 
 
 def _memory_gib() -> float | None:
-    said = _after("/proc/meminfo", "MemTotal").split()
-    return round(int(said[0]) / 2**20, 1) if said else None
+    fields = _after("/proc/meminfo", "MemTotal").split()
+    return round(int(fields[0]) / 2**20, 1) if fields else None
 
 
 def _driver() -> str | None:
     with contextlib.suppress(OSError):
-        said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", said):
-            return found[1]
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text):
+            return match[1]
     return None

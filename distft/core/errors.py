@@ -123,5 +123,5 @@ def explain(error: BaseException) -> str:
         where = f" ({PurePath(os.fsdecode(error.filename)).name})" if error.filename else ""
         return f"{error.strerror}{where}"
     text = str(error)
-    known = type(error).__module__.startswith("distft.")
-    return text if known and text else f"{type(error).__name__}: {text}"
+    is_ours = type(error).__module__.startswith("distft.")
+    return text if is_ours and text else f"{type(error).__name__}: {text}"

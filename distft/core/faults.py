@@ -44,10 +44,10 @@ class InjectedFault(RuntimeError):
 
 
 class Faults(Protocol):
-    """Whatever wants to know where the run is."""
+    """Fires planned faults at named points of a run."""
 
-    def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
-        """The run has reached `point`."""
+    def inject(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
+        """Fire the faults that are planned for `point`, which the run has reached."""
         ...
 
 
@@ -80,7 +80,7 @@ class Injector:
     planned: list[PlannedFault] = field(default_factory=list[PlannedFault])
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
+    def inject(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
         """Fire what is planned here.
 
         Raises:
@@ -106,11 +106,11 @@ def parse(text: str) -> list[PlannedFault]:
     return [_parse_one(part.strip()) for part in text.split(";") if part.strip()]
 
 
-def at(point: str, *, rank: int | None = None, step: int | None = None) -> None:
+def inject(point: str, *, rank: int | None = None, step: int | None = None) -> None:
     """Fire what DISTFT_FAULT plans for this point; costs a dictionary look-up when it is not set."""
     text = os.environ.get(VARIABLE)
     if text:
-        _injector_of(text).at(point, rank=rank, step=step)
+        _injector_of(text).inject(point, rank=rank, step=step)
 
 
 def now(point: str, *, rank: int) -> float:
@@ -121,11 +121,11 @@ def now(point: str, *, rank: int) -> float:
 
 
 class FromEnvironment:
-    """`at` as an object, for rooms that are handed their `Faults`."""
+    """`inject` as an object, for rooms that are handed their `Faults`."""
 
-    def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
+    def inject(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
         """See the function of that name."""
-        at(point, rank=rank, step=step)
+        inject(point, rank=rank, step=step)
 
 
 _injectors: dict[str, Injector] = {}

@@ -48,8 +48,8 @@ def _start() -> str:
     A process that no launcher started (a shell may start many) is a start of its own.
     """
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    parent, told = os.getppid() if launched else os.getpid(), ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-    parts = [_text_of("/proc/sys/kernel/random/boot_id"), parent, start_of(parent), *map(os.environ.get, told)]
+    parent, variables = os.getppid() if launched else os.getpid(), ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    parts = [_text_of("/proc/sys/kernel/random/boot_id"), parent, start_of(parent), *map(os.environ.get, variables)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 

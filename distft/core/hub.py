@@ -45,24 +45,24 @@ def snapshot(repo: str, revision: str | None, wanted: Sequence[str]) -> Path:
 
 
 def once(cache: Path, name: str, work: Callable[[], str], *, good: Callable[[str], bool], lasting: bool) -> str:
-    """What `work` gives, or gave another process of this start.
+    """Return the result of `work`, or the one that another process of this start has got from it.
 
     Args:
         cache: the folder that the work fills; one that may not be written has been filled by somebody else.
-        name: of the work.
-        work: how it is done.
-        good: whether what it gave is still there.
-        lasting: an earlier start's result is as good.
+        name: names the work.
+        work: fills the cache and returns a text, such as a path.
+        good: whether a result is still valid.
+        lasting: whether an earlier start's result may be used.
     """
     key = hashlib.sha256(name.encode()).hexdigest()[:24]
     notes = cache / ".distft"
     note = notes / f"{key}.json"
 
-    def known() -> str | None:
+    def stored_result() -> str | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            said = json.loads(note.read_text(encoding="utf-8"))
-            if said["name"] == name and (lasting or note.stat().st_mtime >= _started()) and good(said["gave"]):
-                return said["gave"]
+            record = json.loads(note.read_text(encoding="utf-8"))
+            if record["name"] == name and (lasting or note.stat().st_mtime >= _started()) and good(record["gave"]):
+                return record["gave"]
         return None
 
     try:
@@ -72,8 +72,8 @@ def once(cache: Path, name: str, work: Callable[[], str], *, good: Callable[[str
         probe.unlink()
     except OSError:
         return work()
-    with locked_once(notes / f"{key}.lock", wait_hook, done=lambda: known() is not None) as ours:
-        gave = None if ours else known()
+    with locked_once(notes / f"{key}.lock", wait_hook, done=lambda: stored_result() is not None) as ours:
+        gave = None if ours else stored_result()
         if gave is None:
             wait_hook()  # what the hub takes its time for is no hang of ours
             gave = work()

@@ -22,14 +22,14 @@ UNKILLABLE_S = 5.0
 
 
 def marked(mark: str) -> list[int]:
-    """Numbers of the living processes that carry `mark`, oldest number first; empty where there is no /proc."""
+    """Return the ids of the living processes that carry `mark`, in ascending order; empty where there is no /proc."""
     wanted = f"{MARK}={mark}".encode()
-    found: list[int] = []
+    pids: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if wanted in (folder / "environ").read_bytes().split(b"\0") and not is_dead(folder):
-                found.append(int(folder.name))
-    return sorted(found)
+                pids.append(int(folder.name))
+    return sorted(pids)
 
 
 def is_dead(folder: Path) -> bool:
@@ -38,13 +38,13 @@ def is_dead(folder: Path) -> bool:
 
 
 def ranks(mark: str, launcher: int) -> list[int]:
-    """The processes that a launcher has started: torchrun makes each of them the leader of a session."""
-    found: list[int] = []
+    """Return the processes that a launcher has started: torchrun makes each of them the leader of a session."""
+    pids: list[int] = []
     for pid in marked(mark):
         with contextlib.suppress(OSError):
             if pid != launcher and os.getsid(pid) == pid:
-                found.append(pid)
-    return found
+                pids.append(pid)
+    return pids
 
 
 def send(pids: list[int], number: int) -> None:
@@ -69,8 +69,8 @@ def tell(code: int) -> None:
             file.write(f"{code}\n")
 
 
-def told(path: Path) -> int | None:
-    """The first code that is none of success, else 0; None when no process told one."""
+def first_failing_code(path: Path) -> int | None:
+    """Return the first exit code that is not 0, else 0; None when no process has written one."""
     try:
         codes = [int(line) for line in path.read_text(encoding="ascii").split()]
     except (OSError, ValueError):

@@ -8,5 +8,5 @@ from collections.abc import Iterable
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return the allowed word that `word` was probably meant to be, or an empty string."""
-    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
-    return found[0] if found else ""
+    matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return matches[0] if matches else ""

@@ -1,7 +1,8 @@
 """Records which phase of a run the main thread is in, so that the watchdog and injected faults can tell.
 
 Points of a run, in order: `rows` `fetch` `join` `model` `weights` `restore`; then per step `data` `agree` `forward`
-`backward` `update` `step`, with `eval` and `save` in between; at the end `export`.
+`backward` `update` `step`, with `columns` where an objective has some of the whole batch, `eval` and `save` in between;
+at the end `export`.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class PhaseTracker:
         self.count += 1
         if self.on_enter is not None:
             self.on_enter()
-        faults.at(phase, step=self.step)
-        if not self._training and STOP.asked():
+        faults.inject(phase, step=self.step)
+        if not self._training and STOP.requested():
             raise Preempted(f"stopped by {STOP.reason} before training began ({phase}), so there is nothing to save")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,12 +37,20 @@ class BatchColumns(Protocol):
         """Collective, once a step, without gradients: return the micro-batches with their columns."""
         ...
 
+    def begin(self, micros: Sequence[Batch]) -> Callable[[Batch], Batch]:
+        """Collective, once an evaluation, in evaluation mode: return what gives each micro-batch its columns."""
+        ...
+
 
 @dataclass(frozen=True)
 class _NoColumns:
     def fill(self, micros: list[Batch]) -> list[Batch]:
         """Return them as they are."""
         return micros
+
+    def begin(self, micros: Sequence[Batch]) -> Callable[[Batch], Batch]:
+        """Return what changes nothing."""
+        return lambda micro: micro
 
 
 NO_COLUMNS: BatchColumns = _NoColumns()
@@ -59,10 +67,10 @@ class Every:
 
 
 class Guard(Protocol):
-    """What decides over steps that went wrong (`distft.guard`)."""
+    """Decides about steps that go wrong (`distft.guard`)."""
 
-    def accepts(self, loss: float) -> bool:
-        """Whether a step of this global loss may change weights."""
+    def allow_update(self, loss: float) -> bool:
+        """Return whether a step of this global loss may change weights."""
         ...
 
     def after(self, state: TrainState, report: StepReport) -> None:
@@ -71,20 +79,20 @@ class Guard(Protocol):
 
 
 class Best(Protocol):
-    """What knows the best evaluation so far (`distft.best`)."""
+    """Tracks the best evaluation so far (`distft.best`)."""
 
     @property
-    def enough(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether training may end early."""
         ...
 
-    def see(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
-        """What to keep of a state that is the best so far."""
+    def update(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
+        """Compare an evaluation with the best so far; return the content of best.json for a new best, else None."""
         ...
 
 
 class Checkpoints(Protocol):
-    """Where the loop leaves training state (`distft.resume`)."""
+    """Saves training state for the loop (`distft.resume`)."""
 
     def save(self, state: TrainState, best: dict[str, Any] | None = None) -> None:
         """Collective: write the state of this step; `best` says that it is the best so far."""

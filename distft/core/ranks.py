@@ -113,11 +113,11 @@ def on_all_ranks(ranks: Ranks, work: Callable[[], T], *, to_rank0: bool = False)
         RankErrors: `work` raised on some rank.
     """
     try:
-        own = (None, work())
+        outcome = (None, work())
     except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
-        own = (explain(error), None)
-    everyone = ranks.gather((own[0], None) if to_rank0 else own)
+        outcome = (explain(error), None)
+    everyone = ranks.gather((outcome[0], None) if to_rank0 else outcome)
     errors = {rank: text for rank, (text, _) in enumerate(everyone) if text is not None}
     if errors:
         raise RankErrors(errors)
-    return ranks.gather_to_rank0(own[1]) if to_rank0 else [value for _, value in everyone]
+    return ranks.gather_to_rank0(outcome[1]) if to_rank0 else [value for _, value in everyone]

@@ -28,7 +28,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""
-        """What asked: a signal's name or the STOP file; empty while nothing did."""
+        """Why a stop was requested: a signal's name or the STOP file; empty while none was."""
         self._count = 0
         self._granted = False
         self._file: Path | None = None
@@ -39,7 +39,7 @@ class StopRequest:
         """Take over the signals; only the main thread of the main program may. What was held comes now."""
         for number in STOPPING:
             if number in SIGNALS or signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._asked)
+                signal.signal(number, self._on_signal)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             self.launcher = os.getppid()
         hold(False)
@@ -48,7 +48,7 @@ class StopRequest:
         """A file that asks by existing (`runs/NAME/STOP`), for people without the right to signal."""
         self._file = file
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether this process has been asked to stop."""
         if not self.reason and self._file is not None and self._file.exists():
             self.reason = f"the file {self._file}"
@@ -68,7 +68,7 @@ class StopRequest:
         """Forget it, for a process that runs several jobs one after another."""
         self.reason, self._count, self._granted = "", 0, False
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         self.reason = self.reason or signal.Signals(number).name
         if self._count >= PATIENCE and not self._granted:

@@ -47,9 +47,9 @@ class CommandExit:
     """How a command ended."""
 
     code: int
-    """What its first rank that failed ended with; 128 + N when signal N ended it."""
-    asked: list[int] = field(default_factory=list[int])
-    """Signals that this process was sent meanwhile."""
+    """Exit code of the first rank that failed; 128 + N when signal N ended it."""
+    signals: list[int] = field(default_factory=list[int])
+    """Signals that this process received meanwhile."""
     timed_out: bool = False
 
 
@@ -83,7 +83,7 @@ def run(
     with _taken_over() as signals, _keeper(mark, codes) as done:
         try:
             if signals.sent:  # before anything was started
-                return CommandExit(code=_code_of_signal(signals.sent[0]), asked=signals.sent)
+                return CommandExit(code=_code_of_signal(signals.sent[0]), signals=signals.sent)
             process = subprocess.Popen(
                 _quietly(command) if launcher else list(command), env={**env, **held}, cwd=cwd,
                 stdin=subprocess.DEVNULL if output else None, stdout=output, stderr=output, start_new_session=True,
@@ -215,7 +215,7 @@ class _Running:
                 return ended
             if self.meanwhile is not None:
                 self.meanwhile()
-        return CommandExit(code=self._code(), asked=self.signals.sent)
+        return CommandExit(code=self._code(), signals=self.signals.sent)
 
     def _goes_on(self) -> bool:
         """Whether the command, or a rank whose launcher has died, is still there; waits a little."""
@@ -245,15 +245,15 @@ class _Running:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        return CommandExit(code=code, asked=self.signals.sent)
+        return CommandExit(code=code, signals=self.signals.sent)
 
     def _code(self) -> int:
-        """Of the first rank that failed; else the command's own."""
-        own = self.process.returncode
-        told = launched.told(self.codes)
-        if own == 0 or told in (None, 0):
-            return own if own >= 0 else 128 - own
-        return told
+        """Return the exit code of the first rank that failed; else the command's own."""
+        command_code = self.process.returncode
+        rank_code = launched.first_failing_code(self.codes)
+        if command_code == 0 or rank_code in (None, 0):
+            return command_code if command_code >= 0 else 128 - command_code
+        return rank_code
 
 
 def _code_of_signal(number: int) -> int:

@@ -233,10 +233,10 @@ class Piece:
         data = self.data
         if isinstance(data, Deferred):
             make = functools.partial(_shifted, data.make, begin)
-            cut: Tensor | Deferred = Deferred(length=end - begin, dtype=data.dtype, device=data.device, make=make)
+            sliced: Tensor | Deferred = Deferred(length=end - begin, dtype=data.dtype, device=data.device, make=make)
         else:
-            cut = data[begin:end]
-        return Piece(self.name, self.start + begin, self.numel, cut)
+            sliced = data[begin:end]
+        return Piece(self.name, self.start + begin, self.numel, sliced)
 
 
 def _shifted(make: Callable[[int, int], Tensor], by: int, begin: int, end: int) -> Tensor:
@@ -320,7 +320,7 @@ class Engine(Ranks, Protocol):
 
     name: str
     device: torch.device
-    lockstep: bool
+    collective_forward: bool
     """A forward is collective: every rank has to run as many as the others, gradients or not."""
 
     @property
@@ -329,11 +329,11 @@ class Engine(Ranks, Protocol):
         ...
 
     @property
-    def forward_only(self) -> nn.Module:
-        """What to call where no gradients are wanted: the bare module, unless a forward has to gather weights."""
+    def inference_module(self) -> nn.Module:
+        """The module to call where no gradients are wanted: the bare one, unless a forward has to gather weights."""
         ...
 
-    def adopt(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
+    def setup(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
         """Fill, shard and wrap the model; create the optimizer over what this rank owns.
 
         Raises:
@@ -360,11 +360,11 @@ class Engine(Ranks, Protocol):
         """
         ...
 
-    def step(self, state: TrainState, denominator: float, accepts: Callable[[float], bool]) -> StepReport:
-        """Clip by the true global norm and update; or leave it out on all ranks, and forget the gradients.
+    def step(self, state: TrainState, denominator: float, allow_update: Callable[[float], bool]) -> StepReport:
+        """Clip by the true global norm and update; or skip the update on all ranks and drop the gradients.
 
-        It is left out when the loss or the norm is not finite on some rank, or when `accepts`, asked with the step's
-        global loss on every rank, says no.
+        The update is skipped when the loss or the norm is not finite on some rank, or when `allow_update`, called with
+        the step's global loss on every rank, returns False.
         """
         ...
 

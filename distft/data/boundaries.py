@@ -30,30 +30,32 @@ class ByteLengths:
         for token, added in backend.get_added_tokens_decoder().items():
             self._length_V[token] = len(added.content.encode())
         self._normalises = backend.normalizer is not None
-        self._told = self._missed = 0
+        self._matched = self._missed = 0
 
     def can_tell(self, text: str, spans: Sequence[Span]) -> bool:
-        """Whether what is found equals the tokenizer's offsets: these may leave out a space before a word."""
-        if self._missed > self._told + _PATIENCE:  # one that adds a space of its own, say
+        """Return whether the result equals the tokenizer's offsets, which may leave out a space before a word."""
+        if self._missed > self._matched + _PATIENCE:  # one that adds a space of its own, say
             return False
         if self._normalises and not text.isascii() and not unicodedata.is_normalized("NFC", text):
             return False
-        return not any(at < len(text) and text[at] == " " for span in spans for at in span)
+        return not any(position < len(text) and text[position] == " " for span in spans for position in span)
 
     def trained(self, ids_T: np.ndarray, text: str, spans: Sequence[Span]) -> np.ndarray | None:
-        """Bool for each token: whether it lies in a span of characters, from the token that holds its first one up to
-        the one that holds what follows it. None: the tokens do not add up to the text, or one covers both the first
-        character of a span and what stands before it."""  # noqa: D205, D209
+        """Return a bool for each token: whether it lies in a span of characters.
+
+        A span's tokens go from the one that holds its first character up to the one that holds what follows it. None:
+        the tokens do not add up to the text, or one covers both a span's first character and what stands before it.
+        """
         end_T = self._length_V[ids_T].cumsum()
         ascii_only = text.isascii()
         whole = end_T[-1] if len(end_T) else 0
         if whole != (len(text) if ascii_only else len(text.encode())):
             self._missed += 1
             return None
-        self._told += 1
+        self._matched += 1
         trained_T = np.zeros(len(ids_T), np.bool_)
         for span in spans:
-            first, behind = (at if ascii_only else len(text[:at].encode()) for at in span)
+            first, behind = (position if ascii_only else len(text[:position].encode()) for position in span)
             begin, end = np.searchsorted(end_T, (first, behind), side="right")
             if first and first < whole and end_T[begin - 1] != first:
                 return None

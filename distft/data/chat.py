@@ -43,14 +43,14 @@ def conversation(messages: Sequence[Any], tools: Any = None, *, num_prompt: int 
 
 
 def message_list(value: Any, column: str) -> list[Any]:
-    """The messages in a column: a list, or the JSON text of one.
+    """Return the messages in a column, which holds a list or the JSON text of one.
 
     Raises:
         RowError: it is neither.
     """
     if isinstance(value, str) and value.strip():
         value = _parsed(value, column)
-    if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
+    if isinstance(value, dict) and value and all(isinstance(values, list) for values in value.values()):
         value = _rows(value, column)
     if not isinstance(value, list):
         raise RowError(f'"{column}" is {kind_of(value)}, expected a list of messages')
@@ -58,10 +58,10 @@ def message_list(value: Any, column: str) -> list[Any]:
 
 
 def _rows(columns: dict[str, list[Any]], column: str) -> list[dict[str, Any]]:
-    """Messages that a table keeps key by key, as `datasets` did with sequences of objects."""
-    if len({len(one) for one in columns.values()}) != 1:
+    """Return the messages of a table that keeps them key by key, as `datasets` did with sequences of objects."""
+    if len({len(values) for values in columns.values()}) != 1:
         raise RowError(f'"{column}" keeps its messages key by key, and not as many of each key')
-    return [dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _parsed(text: str, column: str) -> Any:
@@ -105,8 +105,8 @@ _MERGED = {"system": "system", "developer": "system", "human": "user", "user": "
 
 
 def _speaker(message: Any) -> str:
-    said = message.get("role", message.get("from")) if isinstance(message, dict) else None
-    return _MERGED.get(said, "") if isinstance(said, str) else ""
+    role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    return _MERGED.get(role, "") if isinstance(role, str) else ""
 
 
 def _joined(first: dict[str, Any], second: dict[str, Any], number: int) -> dict[str, Any]:
@@ -184,8 +184,8 @@ def _refuse_unknown(message: dict[str, Any], number: int) -> None:
 
 
 def _trained(message: dict[str, Any], number: int) -> bool | None:
-    """What `weight` and its relatives say: 0 or false is "not this turn"; None: nothing is said."""
-    said: dict[str, bool] = {}
+    """Return what `weight` and its relatives say of a turn: False is "not trained"; None where they say nothing."""
+    flags: dict[str, bool] = {}
     for key in FLAGS:
         value = message.get(key)
         if value is None:
@@ -193,20 +193,20 @@ def _trained(message: dict[str, Any], number: int) -> bool | None:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             shown = json.dumps(value, default=str)
             raise RowError(f"message {number}: {key} is {shown}; allowed: 0 or false (not trained), 1 or true")
-        said[key] = bool(value)
-    if len(set(said.values())) > 1:
-        raise RowError(f"message {number}: {' and '.join(said)} contradict each other")
-    return next(iter(said.values()), None)
+        flags[key] = bool(value)
+    if len(set(flags.values())) > 1:
+        raise RowError(f"message {number}: {' and '.join(flags)} contradict each other")
+    return next(iter(flags.values()), None)
 
 
 def _reasoning(message: dict[str, Any], from_parts: str, number: int) -> str:
-    found = {key: message[key] for key in REASONING if message.get(key, "") != ""}
-    for key, value in found.items():
+    by_key = {key: message[key] for key in REASONING if message.get(key, "") != ""}
+    for key, value in by_key.items():
         if not isinstance(value, str):
             raise RowError(f"message {number}: {key} is {kind_of(value)}, expected a string")
-    texts = {*found.values(), *([from_parts] if from_parts else [])}
+    texts = {*by_key.values(), *([from_parts] if from_parts else [])}
     if len(texts) > 1:
-        raise RowError(f"message {number}: {' and '.join(found) or 'reasoning'} differ; keep one of them")
+        raise RowError(f"message {number}: {' and '.join(by_key) or 'reasoning'} differ; keep one of them")
     return texts.pop() if texts else ""
 
 
@@ -240,7 +240,7 @@ def _json(text: str, what: str) -> Any:
 
 
 def _content(content: Any, number: int, *, optional: bool) -> tuple[str, str]:
-    """(what is said, what is thought), the latter from parts of type thinking."""
+    """Return (text, reasoning) of a content; the reasoning is that of parts of type thinking."""
     if isinstance(content, str):
         return content, ""
     if content is None:
@@ -253,17 +253,17 @@ def _content(content: Any, number: int, *, optional: bool) -> tuple[str, str]:
     thoughts: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-        said = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
-        if kind in ("thinking", "reasoning") and isinstance(said.get(kind, said.get("text")), str):
-            thoughts.append(said.pop(kind, None) or said.pop("text"))
-            said.pop("signature", None)  # of an API's own, for the same text
-        elif isinstance(part, dict) and kind in _TEXT_PARTS and isinstance(said.get("text"), str):
-            texts.append(said.pop("text"))
+        fields = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        if kind in ("thinking", "reasoning") and isinstance(fields.get(kind, fields.get("text")), str):
+            thoughts.append(fields.pop(kind, None) or fields.pop("text"))
+            fields.pop("signature", None)  # of an API's own, for the same text
+        elif isinstance(part, dict) and kind in _TEXT_PARTS and isinstance(fields.get("text"), str):
+            texts.append(fields.pop("text"))
         else:
             raise RowError(
                 f"message {number} has a content part that is not text ({kind or 'unknown'}); only text is trained"
             )
-        more = [key for key, value in said.items() if key != "type" and value not in ([], {}, "")]
+        more = [key for key, value in fields.items() if key != "type" and value not in ([], {}, "")]
         if more:
             raise RowError(f'message {number}: a content part has an unknown key "{more[0]}"' + _IGNORE.format(more[0]))
     return "".join(texts), "\n".join(thoughts)
@@ -314,12 +314,12 @@ def tool_call(call: Any, number: int) -> dict[str, Any]:
     return {"id": call["id"], **normal} if call.get("id") is not None else normal
 
 
-def _refuse_keys(given: dict[str, Any], known: Sequence[str], where: str) -> None:
+def _refuse_keys(given: dict[str, Any], allowed: Sequence[str], where: str) -> None:
     for key, value in given.items():
-        if key not in known and value not in (None, "", [], {}):
-            meant = nearest(str(key), list(known))
+        if key not in allowed and value not in (None, "", [], {}):
+            meant = nearest(str(key), list(allowed))
             hint = f', did you mean "{meant}"?' if meant else ""
-            raise RowError(f'{where} has an unknown key "{key}"{hint}  allowed: {", ".join(known)}')
+            raise RowError(f'{where} has an unknown key "{key}"{hint}  allowed: {", ".join(allowed)}')
 
 
 def present(value: Any) -> Any:
@@ -330,7 +330,7 @@ def present(value: Any) -> Any:
 
 
 def tool_definitions(tools: Any) -> list[dict[str, Any]] | None:
-    """The `tools` column (a list, or its JSON text) as function definitions; None when empty.
+    """Return the `tools` column (a list, or its JSON text) as function definitions; None when empty.
 
     Nulls in them are left out, unless the definition is JSON text.
 
@@ -344,8 +344,8 @@ def tool_definitions(tools: Any) -> list[dict[str, Any]] | None:
             raise RowError(f'"tools" is not valid JSON ({error})') from None
     elif isinstance(tools, list):
         tools = [
-            _json(tool, f'"tools": definition {at}') if isinstance(tool, str) else present(tool)
-            for at, tool in enumerate(tools, 1)
+            _json(tool, f'"tools": definition {number}') if isinstance(tool, str) else present(tool)
+            for number, tool in enumerate(tools, 1)
         ]
     if not tools:
         return None

@@ -61,10 +61,12 @@ class TemplateDrawing:
         return "Oslo" in drawn and "None" not in drawn
 
     def _called(self, content: str | None, call: dict[str, Any]) -> str:
-        """A chat that ends with a call; "" if the template refuses it."""
-        asked: Message = {"role": "user", "content": "where"}
+        """Render a chat that ends with a call; "" if the template refuses it."""
+        question: Message = {"role": "user", "content": "where"}
         try:
-            return self._draw([asked, {"role": "assistant", "content": content, "tool_calls": [call]}], None, False)[0]
+            return self._draw([question, {"role": "assistant", "content": content, "tool_calls": [call]}], None, False)[
+                0
+            ]
         except RowError:
             return ""
 

@@ -67,8 +67,8 @@ class ChatTemplate(TemplateContent):
     """A chat template bound to a tokenizer's special tokens: which turns it shows, and where."""
 
     def trained(self, chat: Conversation, loss_on: LossOn) -> list[Drawn]:
-        """The chat as the texts of one row or more, and the characters to train: each wanted turn from its header to
-        its end token.
+        """Render the chat as the texts of one row or more, with the characters to train: each wanted turn from its
+        header to its end token.
 
         Raises:
             RowError: the template refuses the chat, or leaves out something that it says.
@@ -82,25 +82,25 @@ class ChatTemplate(TemplateContent):
         if not wanted:
             return [Drawn(text=text, spans=[], notes=notes, empty=EMPTY_TURN in notes)]
         spans = [self._in_place(chat, text, marks, index) for index in sorted(wanted)]
-        found = [span for span in spans if span is not None]
-        if len(found) == len(spans):
+        turn_spans = [span for span in spans if span is not None]
+        if len(turn_spans) == len(spans):
             last = len(chat.messages) - 1
-            text, found = self._with_header(chat, text, found) if last in wanted else (text, found)
-            return [Drawn(text=text, spans=found, notes=notes | self._context(chat, text, wanted))]
+            text, turn_spans = self._with_header(chat, text, turn_spans) if last in wanted else (text, turn_spans)
+            return [Drawn(text=text, spans=turn_spans, notes=notes | self._context(chat, text, wanted))]
         rows = [self._as_last(chat, index) for index in sorted(wanted)]
         if len(rows) > 1:
             notes[SPLIT] = f"{len(rows)} rows"
         return [replace(rows[0], notes=notes | rows[0].notes), *rows[1:]]
 
     def _choose(self, chat: Conversation, loss_on: LossOn) -> tuple[set[int], dict[str, str]]:
-        """The turns to train, without those that the row leaves out or that say nothing."""
+        """Return the turns to train, without those that the row leaves out or that are empty, and notes on these."""
         for number, message in enumerate(chat.messages, 1):
-            said = message.get("trained")
-            if message["role"] != "assistant" and said is not None and said == (loss_on != "all"):
+            trained = message.get("trained")
+            if message["role"] != "assistant" and trained is not None and trained == (loss_on != "all"):
                 raise RowError(
-                    f"message {number} ({message['role']}) is to be {'trained' if said else 'left untrained'}, which "
-                    f'loss_on = "{loss_on}" does not do: '
-                    + ("it trains assistant turns only" if said else "it can leave out assistant turns only")
+                    f"message {number} ({message['role']}) is to be {'trained' if trained else 'left untrained'}, "
+                    f'which loss_on = "{loss_on}" does not do: '
+                    + ("it trains assistant turns only" if trained else "it can leave out assistant turns only")
                     + "  remove that key from the message"
                 )
         wanted = wanted_turns(chat, loss_on)
@@ -112,7 +112,7 @@ class ChatTemplate(TemplateContent):
     def _whole(
         self, chat: Conversation, text: str, marks: list[Span], wanted: set[int], notes: dict[str, str]
     ) -> Drawn:
-        """Every token of the chat but those of turns that are left out."""
+        """Train every token of the chat but those of turns that are left out."""
         last, whole = len(chat.messages) - 1, text
         if last in wanted and self._missing(chat, text, last):
             text = self._as_last(chat, last).text
@@ -129,30 +129,30 @@ class ChatTemplate(TemplateContent):
             return Drawn(text=text, spans=[], notes=notes, empty=EMPTY_TURN in notes)
         spans, begin = [], 0
         for index in sorted(wanted_turns(chat, "all") - wanted):
-            cut = self._in_place(chat, text, marks, index)
-            if cut is None:
+            excluded = self._in_place(chat, text, marks, index)
+            if excluded is None:
                 raise RowError(
                     f"message {index + 1} is to be left untrained, and the chat template does not show where it ends  "
                     'use loss_on = "assistant"'
                 )
-            spans.append((begin, cut[0]))
-            begin = cut[1]
+            spans.append((begin, excluded[0]))
+            begin = excluded[1]
         return Drawn(text=text, spans=[span for span in (*spans, (begin, len(text))) if span[0] < span[1]], notes=notes)
 
     def _lost(self, chat: Conversation, index: int, kind: str, text: str) -> str:
-        """That the template leaves out something, with a remedy that keeps it."""
+        """Return the message that the template leaves out something, with a remedy that keeps it."""
         message = chat.messages[index]
-        said = f"message {index + 1} ({message['role']}): the chat template leaves out its {kind}: {short(text)}"
+        problem = f"message {index + 1} ({message['role']}): the chat template leaves out its {kind}: {short(text)}"
         if message["role"] != "assistant":
-            return f"{said}  move it into a message that the template renders, or name another chat_template"
+            return f"{problem}  move it into a message that the template renders, or name another chat_template"
         if kind != CALL and not message.get("tool_calls"):
             try:
                 self._as_last(Conversation(messages=chat.messages[: index + 1], tools=chat.tools), index)
             except (RowError, DataError):
                 pass
             else:
-                return f'{said}  loss_on = "assistant" trains each turn as a row of its own, with all that it says'
-        return f"{said}  {self._keep(message, kind)}"
+                return f'{problem}  loss_on = "assistant" trains each turn as a row of its own, with all that it says'
+        return f"{problem}  {self._keep(message, kind)}"
 
     def _in_place(self, chat: Conversation, text: str, marks: list[Span], index: int) -> Span | None:
         """Where the whole chat's text has the turn at `index` just as if it were the last; None: it does not."""
@@ -172,24 +172,31 @@ class ChatTemplate(TemplateContent):
     def _ending(
         self, chat: Conversation, index: int, text: str, begin: int, limit: int, *, rewritten: bool = False
     ) -> Span | None:
-        """From `begin` to the end token of the turn at `index`; None: something that it says is not in
-        `text[begin:limit]`, or no token ends it."""  # noqa: D205, D209
-        found = find(text, chat.messages[index], begin, limit)
-        if found.missing:
+        """Return the span from `begin` to the end token of the turn at `index`.
+
+        None: a part of its content is not in `text[begin:limit]`, or no token ends it.
+        """
+        match = find(text, chat.messages[index], begin, limit)
+        if match.missing:
             return None
         if self._stops_at_header:  # tokens inside the turn, as around a call, end nothing
             next_token = self.any_token.search(text, limit)
             if next_token is not None and not text[limit : next_token.start()].strip():
                 return begin, next_token.end()
             return (begin, limit) if limit == len(text) else None
-        ends = [token.end() for token in self.any_token.finditer(text, found.end, limit)]
-        end = self._own(chat, index, text[:limit], ends, rewritten) if ends else None
+        ends = [token.end() for token in self.any_token.finditer(text, match.end, limit)]
+        end = self._last_own_end(chat, index, text[:limit], ends, rewritten) if ends else None
         return None if end is None else (begin, end)
 
-    def _own(self, chat: Conversation, index: int, through: str, ends: list[int], rewritten: bool) -> int | None:
-        """The last of a turn's tokens that another message would not take away: a template may end the text of a
-        whole chat with a token more, or with the header of an answer (the first Llama 3's), which begins as others do.
-        `rewritten`: something behind the turn was taken away already. None: only a header is left to end the turn."""  # noqa: D205, D209
+    def _last_own_end(
+        self, chat: Conversation, index: int, through: str, ends: list[int], rewritten: bool
+    ) -> int | None:
+        """Return the end of the last of a turn's tokens that another message would not take away.
+
+        A template may end the text of a whole chat with a token more, or with the header of an answer (the first
+        Llama 3's), which begins as others do. `rewritten`: something behind the turn was taken away already. None: only
+        a header is left to end the turn.
+        """
         if len(ends) == 1 or (index + 1 < len(chat.messages) and not rewritten):
             return ends[-1]
         if index + 1 < len(chat.messages):
@@ -200,10 +207,10 @@ class ChatTemplate(TemplateContent):
         except RowError:
             return ends[-1]
         common = _common(followed, through)
-        own = [end for end in ends if end <= common]
-        if len(own) in (0, len(ends)):  # none: the turn itself is written otherwise once another follows
+        own_ends = [end for end in ends if end <= common]
+        if len(own_ends) in (0, len(ends)):  # none: the turn itself is written otherwise once another follows
             return ends[-1]
-        return own[0] if len(own) == 1 else self._last_stop(through, own)
+        return own_ends[0] if len(own_ends) == 1 else self._last_stop(through, own_ends)
 
     def _last_stop(self, through: str, ends: list[int]) -> int | None:
         return next((end for end in reversed(ends) if through.endswith(self.stop, 0, end)), None)
@@ -252,11 +259,15 @@ class ChatTemplate(TemplateContent):
         Raises:
             DataError: where the turn begins in `text` cannot be told by what the two have in common before it.
         """  # noqa: D205
-        said = pieces(messages[index - 1])[-1:] if index else []
-        other = stand_in(messages[:index])  # short texts may stand in the header too: numbers do not
-        number = next((name for name in reversed(other.pieces) if other.pieces[name][0] == index - 1), "")
-        asked, _ = self.draw(other.messages, tools, True)
-        header = said[0].text + asked[asked.rfind(number) + len(number) :] if said and number in asked else ""
+        previous = pieces(messages[index - 1])[-1:] if index else []
+        probe = stand_in(messages[:index])  # short texts may stand in the header too: numbers do not
+        number = next((name for name in reversed(probe.pieces) if probe.pieces[name][0] == index - 1), "")
+        drawn_prompt, _ = self.draw(probe.messages, tools, True)
+        header = (
+            previous[0].text + drawn_prompt[drawn_prompt.rfind(number) + len(number) :]
+            if previous and number in drawn_prompt
+            else ""
+        )
         turn = self._turn_after(header, text, messages[index]) if before.endswith(header) else None
         if turn is None:
             closed, _ = self.draw(messages[:index], tools, False)
@@ -269,13 +280,13 @@ class ChatTemplate(TemplateContent):
         return before + turn
 
     def _turn_after(self, header: str, text: str, message: Message) -> str | None:
-        """What follows the last such header that has the whole message behind it; a header holds an added token."""
+        """Return what follows the last `header` with the whole message behind it; a header holds an added token."""
         if not self.any_token.search(header):
             return None
-        at = text.rfind(header)
-        while at >= 0 and find(text, message, at + len(header)).missing:
-            at = text.rfind(header, 0, at)
-        return None if at < 0 else text[at + len(header) :]
+        start = text.rfind(header)
+        while start >= 0 and find(text, message, start + len(header)).missing:
+            start = text.rfind(header, 0, start)
+        return None if start < 0 else text[start + len(header) :]
 
     def _without_thought(self, header: str, text: str, messages: Sequence[Message], index: int) -> str | None:
         """A turn behind a generation prompt that holds an empty block of reasoning, which the turn itself lacks.
@@ -298,20 +309,20 @@ class ChatTemplate(TemplateContent):
         message = upto.messages[index]
         thought, answer = thought_and_answer(message)
         bare = {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": answer}
-        asked = upto.messages[:index]
-        plain, _ = self.draw([*asked, bare], upto.tools, False)
+        history = upto.messages[:index]
+        plain, _ = self.draw([*history, bare], upto.tools, False)
         header = before[: opener.start()]
         if not plain.startswith(header):
             raise DataError(self._differs(index))
         closer = _closer(opener)
         thinks = thought + "\n" if thought else "\n"
         text = before + ("" if before.endswith("\n") else "\n") + thinks + f"{closer}\n\n" + plain[len(header) :]
-        alone = Conversation(messages=[*asked, message], tools=upto.tools)
-        found = find(text, message, len(before))
-        if found.missing:
-            raise self._left_out(upto, index, found.missing[0].kind, found.missing[0].text)
+        alone = Conversation(messages=[*history, message], tools=upto.tools)
+        match = find(text, message, len(before))
+        if match.missing:
+            raise self._left_out(upto, index, match.missing[0].kind, match.missing[0].text)
         closes = text.find(closer, len(before)) + len(closer)
-        ends = [token.end() for token in self.any_token.finditer(text, max(found.end, closes))]
+        ends = [token.end() for token in self.any_token.finditer(text, max(match.end, closes))]
         if not ends:
             raise DataError(f"{self.label}: ends message {index + 1} without a token that would stop the model")
         notes = {} if thought else {OPENED: f"message {index + 1}"}
@@ -331,7 +342,7 @@ class ChatTemplate(TemplateContent):
                 spans[-1] = (spans[-1][0], end)
             elif end > begin:
                 spans.append((begin, end))
-        turns = [at for at, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        turns = [position for position, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if len(spans) != len(turns):
             raise DataError(f"{self.label}: marks {len(spans)} of {len(turns)} assistant turns with {{% generation %}}")
         begin, end = spans[turns.index(index)]

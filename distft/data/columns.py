@@ -55,7 +55,7 @@ _MISSPELT = 0.85
 
 
 def unread_columns(row: Row, reads: Sequence[str], ignore: Sequence[str]) -> list[str]:
-    """Columns of the row that its format does not read.
+    """Return the columns of the row that its format does not read.
 
     Args:
         row: under the names its format expects.
@@ -71,7 +71,7 @@ def unread_columns(row: Row, reads: Sequence[str], ignore: Sequence[str]) -> lis
             continue
         fix = f'  rename it with columns, or say ignore = ["{name}"] in the source\'s table to leave it out on purpose'
         meaning = MEANINGFUL.get(name) or MEANINGFUL.get(name.lower())
-        absent = [known for known in reads if known not in row]
+        absent = [column for column in reads if column not in row]
         if name not in MEANINGFUL and (meant := difflib.get_close_matches(name.lower(), absent, n=1, cutoff=_MISSPELT)):
             raise RowError(f'the column "{name}" is not read, did you mean "{meant[0]}"?{fix}')
         if meaning:

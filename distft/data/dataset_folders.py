@@ -28,7 +28,7 @@ _DOCUMENTS = ("license", "licence", "readme", "notice", "citation", "requirement
 
 
 def data_files(folder: Path, table: SourceTable) -> list[Path]:
-    """The files of the split that the table names, in order.
+    """Return the files of the split that the table names, in order.
 
     Raises:
         DataError: there are none, or of several splits, of which the table names none.
@@ -41,12 +41,12 @@ def data_files(folder: Path, table: SourceTable) -> list[Path]:
             "another, or name the files by a glob"
         )
     if (folder / "dataset_dict.json").is_file():
-        known = _read(folder / "dataset_dict.json").get("splits") or []
-        folder = folder / _chosen(folder, table.split, [str(name) for name in known])
+        splits_here = _read(folder / "dataset_dict.json").get("splits") or []
+        folder = folder / _chosen(folder, table.split, [str(name) for name in splits_here])
         return _saved(folder, None)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved(folder, table.split)
-    found = sorted(
+    data_paths = sorted(
         path
         for path in folder.rglob("*")
         if file_type(path) is not None
@@ -54,26 +54,27 @@ def data_files(folder: Path, table: SourceTable) -> list[Path]:
         and path.name not in _ABOUT
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    if any(file_type(path) != ".txt" for path in found):
-        found = [path for path in found if not path.stem.lower().startswith(_DOCUMENTS) or file_type(path) != ".txt"]
-    splits = {path: _split_of(path.relative_to(folder)) for path in found}
-    known = list(dict.fromkeys(name for name in splits.values() if name))
+    if any(file_type(path) != ".txt" for path in data_paths):
+        data_paths = [
+            path for path in data_paths if not path.stem.lower().startswith(_DOCUMENTS) or file_type(path) != ".txt"
+        ]
+    splits = {path: _split_of(path.relative_to(folder)) for path in data_paths}
+    splits_here = list(dict.fromkeys(name for name in splits.values() if name))
     if table.split is not None:
-        chosen = _chosen(folder, table.split, known)
-        return [path for path in found if splits[path] == chosen]
-    if len(known) > 1:
-        _chosen(folder, None, known)
-    return found
+        chosen = _chosen(folder, table.split, splits_here)
+        return [path for path in data_paths if splits[path] == chosen]
+    if len(splits_here) > 1:
+        _chosen(folder, None, splits_here)
+    return data_paths
 
 
 def _saved(folder: Path, split: str | None) -> list[Path]:
-    """The files of a data set that `save_to_disk` wrote."""
+    """Return the files of a data set that `save_to_disk` wrote."""
     state = _read(folder / "state.json")
-    own = state.get("_split")
-    if split is not None and split != own:
-        raise DataError(
-            f'{folder}: holds {f"the split {own}" if own else "no split"}, not split = "{split}"  remove split'
-        )
+    saved_split = state.get("_split")
+    if split is not None and split != saved_split:
+        held = f"the split {saved_split}" if saved_split else "no split"
+        raise DataError(f'{folder}: holds {held}, not split = "{split}"  remove split')
     files = [folder / str(file["filename"]) for file in state.get("_data_files", [])]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
@@ -108,23 +109,25 @@ def _subset(folder: Path, subset: str) -> Path:
     raise DataError(f'{folder}: has no folder for subset = "{subset}"  it has: {", ".join(inside) or "none"}')
 
 
-def _chosen(folder: Path, wanted: str | None, known: Sequence[str]) -> str:
-    """The name under which the folder has the split that is wanted.
+def _chosen(folder: Path, wanted: str | None, splits: Sequence[str]) -> str:
+    """Return the name under which the folder has the split that is wanted.
 
     Raises:
         DataError: it has none of that name; or none is wanted, and it has several.
     """
     if wanted is None:
-        if len(known) == 1:
-            return known[0]
-        if not known:
+        if len(splits) == 1:
+            return splits[0]
+        if not splits:
             raise DataError(f"{folder}: a saved data set without splits")
-        raise DataError(f'{folder}: holds several splits: {", ".join(known)}  write split = "{known[0]}", or another')
-    same = [name for name in known if name == wanted] or [name for name in known if _word(name) == _word(wanted)]
+        raise DataError(f'{folder}: holds several splits: {", ".join(splits)}  write split = "{splits[0]}", or another')
+    same = [name for name in splits if name == wanted] or [name for name in splits if _word(name) == _word(wanted)]
     if not same:
-        meant = nearest(wanted, list(known))
+        meant = nearest(wanted, list(splits))
         hint = f', did you mean "{meant}"?' if meant else ""
-        raise DataError(f'{folder}: has no split = "{wanted}"{hint}  it has: {", ".join(known) or "files of no split"}')
+        raise DataError(
+            f'{folder}: has no split = "{wanted}"{hint}  it has: {", ".join(splits) or "files of no split"}'
+        )
     return same[0]
 
 

@@ -56,13 +56,13 @@ class Rendered:
     def group(cls, documents: Sequence[Rendered], values: tuple[float, ...] = ()) -> Rendered:
         """Return the documents of a group end to end."""
         return cls(
-            ids_T=np.concatenate([one.ids_T for one in documents]),
-            trained_T=np.concatenate([one.trained_T for one in documents]),
-            diverged=any(one.diverged for one in documents),
-            notes={kind: example for one in documents for kind, example in one.notes.items()},
-            empty=any(one.empty for one in documents),
+            ids_T=np.concatenate([document.ids_T for document in documents]),
+            trained_T=np.concatenate([document.trained_T for document in documents]),
+            diverged=any(document.diverged for document in documents),
+            notes={kind: example for document in documents for kind, example in document.notes.items()},
+            empty=any(document.empty for document in documents),
             stop_id=documents[-1].stop_id,
-            documents=tuple(len(one.ids_T) for one in documents) if len(documents) > 1 else (),
+            documents=tuple(len(document.ids_T) for document in documents) if len(documents) > 1 else (),
             values=values,
         )
 
@@ -91,23 +91,23 @@ class Encoder(ABC):
         """The chat template."""
 
     def _chats(self, drawn: Sequence[Drawn]) -> list[Rendered]:
-        """Chats as tokens, in order, those in a span trained."""
+        """Tokenise chats, in order; the tokens in a span are trained."""
         backend, lengths = self.tokenizer.backend_tokenizer, self._byte_lengths
-        found: list[Rendered | None] = [self._apart(one) if MARKED.search(one.text) else None for one in drawn]
-        todo = [at for at, one in enumerate(found) if one is None]
+        rendered: list[Rendered | None] = [self._apart(chat) if MARKED.search(chat.text) else None for chat in drawn]
+        todo = [index for index, row in enumerate(rendered) if row is None]
         if lengths is not None:
-            told = [at for at in todo if lengths.can_tell(drawn[at].text, drawn[at].spans)]
-            encoded = backend.encode_batch_fast([drawn[at].text for at in told], add_special_tokens=False)
-            for at, encoding in zip(told, encoded, strict=True):
+            candidates = [index for index in todo if lengths.can_tell(drawn[index].text, drawn[index].spans)]
+            encoded = backend.encode_batch_fast([drawn[index].text for index in candidates], add_special_tokens=False)
+            for index, encoding in zip(candidates, encoded, strict=True):
                 ids_T = np.array(encoding.ids, np.int32)
-                trained_T = lengths.trained(ids_T, drawn[at].text, drawn[at].spans)
+                trained_T = lengths.trained(ids_T, drawn[index].text, drawn[index].spans)
                 if trained_T is not None:
-                    found[at] = self._as_asked(self._rendered(drawn[at], ids_T, trained_T), drawn[at])
-            todo = [at for at in todo if found[at] is None]
-        asked = backend.encode_batch([drawn[at].text for at in todo], add_special_tokens=False)
-        for at, encoding in zip(todo, asked, strict=True):
-            found[at] = self._by_offsets(encoding, drawn[at])
-        return [one for one in found if one is not None]
+                    rendered[index] = self._as_asked(self._rendered(drawn[index], ids_T, trained_T), drawn[index])
+            todo = [index for index in todo if rendered[index] is None]
+        encodings = backend.encode_batch([drawn[index].text for index in todo], add_special_tokens=False)
+        for index, encoding in zip(todo, encodings, strict=True):
+            rendered[index] = self._by_offsets(encoding, drawn[index])
+        return [row for row in rendered if row is not None]
 
     def _rendered(
         self, drawn: Drawn, ids_T: np.ndarray, trained_T: np.ndarray, notes: Mapping[str, str] | None = None
@@ -125,12 +125,12 @@ class Encoder(ABC):
         )
 
     def _by_offsets(self, encoding: Any, drawn: Drawn) -> Rendered:
-        """As the tokenizer says which characters a token covers; apart where one covers both header and answer."""
+        """Tokenise by the tokenizer's offsets; in pieces where a token covers both header and answer."""
         for begin, _ in drawn.spans:
             if self._merges(encoding, _token_at(encoding, begin, drawn.text), begin, drawn.text):
                 return self._apart(drawn, merged=True)
-        told = _chat(encoding, drawn.text, drawn.spans)
-        row = self._rendered(drawn, told.ids_T, told.trained_T)
+        document = _chat(encoding, drawn.text, drawn.spans)
+        row = self._rendered(drawn, document.ids_T, document.trained_T)
         return row if self._byte_lengths is None else self._as_asked(row, drawn)
 
     def _as_asked(self, row: Rendered, drawn: Drawn) -> Rendered:
@@ -172,20 +172,28 @@ class Encoder(ABC):
         return alone != encoding.ids[:first]
 
     def _apart(self, drawn: Drawn, *, merged: bool = False) -> Rendered:
-        """Tokenised piece by piece, cut where training starts and around special tokens that stay text."""
+        """Tokenise piece by piece, cut where training starts and around special tokens that stay text."""
         text, begins = drawn.text, {begin for begin, _ in drawn.spans}
         typed = {match.span(): match for match in MARKED.finditer(text)}
-        cuts = sorted({0, len(text), *begins, *(end for _, end in drawn.spans), *(at for span in typed for at in span)})
+        cuts = sorted(
+            {
+                0,
+                len(text),
+                *begins,
+                *(end for _, end in drawn.spans),
+                *(position for span in typed for position in span),
+            }
+        )
         ids: list[int] = []
         trained: list[bool] = []
         for begin, end in itertools.pairwise(cuts):
             match = typed.get((begin, end))
             if match is None:
-                own = self._piece(text[begin:end], first=begin == 0)
+                piece_ids = self._piece(text[begin:end], first=begin == 0)
             else:
-                own = [] if match[1] is None else self._as_text(match[1], first=begin == 0)
-            ids += own
-            trained += [any(first <= begin and end <= last for first, last in drawn.spans)] * len(own)
+                piece_ids = [] if match[1] is None else self._as_text(match[1], first=begin == 0)
+            ids += piece_ids
+            trained += [any(first <= begin and end <= last for first, last in drawn.spans)] * len(piece_ids)
         notes = {APART: ""} if merged else {}
         return self._rendered(drawn, np.array(ids, np.int32), np.array(trained, np.bool_), notes)
 
@@ -217,7 +225,7 @@ class Encoder(ABC):
         splits = (
             [text]
             if backend.pre_tokenizer is None
-            else [one for one, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+            else [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
         )
         return [token.id for split in splits for token in backend.model.tokenize(split)]
 
@@ -253,9 +261,9 @@ def _chat(encoding: Any, text: str, spans: list[Span]) -> Rendered:
 
 
 def _token_at(encoding: Any, char: int, text: str) -> int:
-    """The first token that covers `char`, or a later character when no token does (white space a tokenizer drops)."""
-    for at in range(char, len(text)):
-        token = encoding.char_to_token(at)
+    """Return the first token that covers `char`, or a later character when none does (dropped white space)."""
+    for position in range(char, len(text)):
+        token = encoding.char_to_token(position)
         if token is not None:
             return token
     return len(encoding.ids)

@@ -58,9 +58,13 @@ _SETTINGS = {"max_length", "loss_on", "long_rows", "bad_rows", "special_tokens_i
 
 
 def _date(table: DataTable, tokenizer_files: Sequence[Path]) -> str | None:
-    """What a chat template that writes the date is given; None where none does."""
-    own = read_template(table.chat_template)
-    texts = [own.encode()] if own is not None else [path.read_bytes() for path in tokenizer_files if _may_hold(path)]
+    """Return the date that a chat template which writes it is given; None where none does."""
+    template = read_template(table.chat_template)
+    texts = (
+        [template.encode()]
+        if template is not None
+        else [path.read_bytes() for path in tokenizer_files if _may_hold(path)]
+    )
     return (table.date or today()) if any(b"strftime_now" in text for text in texts) else None
 
 
@@ -98,20 +102,20 @@ def sources_key(
 
 
 def file_hash(path: Path, memory: Path, waiting: Callable[[], None] = lambda: None) -> str:
-    """sha256 hex of a file's content; remembered in `memory` while size, mtime and inode stay the same.
+    """Return the sha256 hex of a file's content; remembered in `memory` while size, mtime and inode stay the same.
 
     Of several processes that share `memory` one reads the file; the others call `waiting` meanwhile.
     """
     path = path.resolve()
-    found = path.stat()
-    state = [found.st_size, found.st_mtime_ns, found.st_ino]
+    status = path.stat()
+    state = [status.st_size, status.st_mtime_ns, status.st_ino]
     note = memory / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
-    if (known := _noted(note, state)) is not None:
-        return known
+    if (remembered := _noted(note, state)) is not None:
+        return remembered
     memory.mkdir(parents=True, exist_ok=True)
     with locked_once(note.with_suffix(".lock"), waiting, done=lambda: _noted(note, state) is not None):
-        if (known := _noted(note, state)) is not None:
-            return known
+        if (remembered := _noted(note, state)) is not None:
+            return remembered
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         replace_json(note, {"path": str(path), "state": state, "sha256": digest})
@@ -119,10 +123,10 @@ def file_hash(path: Path, memory: Path, waiting: Callable[[], None] = lambda: No
 
 
 def _noted(note: Path, state: list[int]) -> str | None:
-    """None: not hashed yet, or a torn note, or the file has changed since."""
+    """Return the remembered hash; None: not hashed yet, a torn note, or the file has changed since."""
     try:
-        known = json.loads(note.read_text(encoding="utf-8"))
-        return known["sha256"] if known["state"] == state else None
+        record = json.loads(note.read_text(encoding="utf-8"))
+        return record["sha256"] if record["state"] == state else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -22,17 +22,17 @@ class JsonText:
         self.path = path
         self.pieces = _decoded(path)
         self.text = ""
-        self.at = 0
+        self.position = 0
         self.line = 1  # of text[0]
         self.decode = json.JSONDecoder().raw_decode
 
     def peek(self) -> str:
         """The next character that is not white space, "" at the end of the file."""
         while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
-                self.at += 1
-            if self.at < len(self.text):
-                return self.text[self.at]
+            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
+                self.position += 1
+            if self.position < len(self.text):
+                return self.text[self.position]
             if not self._grow():
                 return ""
 
@@ -40,47 +40,47 @@ class JsonText:
         """Pass over one character that must come next."""
         if self.peek() != char:
             raise self.fault(f"expected {char}" + ("" if self.peek() else ", but the file ends"))
-        self.at += 1
+        self.position += 1
 
     def value(self) -> Any:
         """The JSON value that starts here; the window doubles until its end is in it, so the cost stays linear."""
         self.peek()
         while True:
             try:
-                value, self.at = JSON.raw_decode(self.text, self.at)
+                value, self.position = JSON.raw_decode(self.text, self.position)
                 return value
             except RecursionError:
                 raise self.fault("nested too deeply") from None
             except json.JSONDecodeError as error:
-                into = error.pos - self.at
-                if len(self.text) - self.at > MAX_ROW_BYTES or not self._grow():
+                into = error.pos - self.position
+                if len(self.text) - self.position > MAX_ROW_BYTES or not self._grow():
                     raise self.fault(error.msg, into) from None
             except ValueError as error:
-                raise self._own_fault(error) from None
+                raise self._row_or_file_fault(error) from None
 
-    def _own_fault(self, error: ValueError) -> RowError | DataError:
-        """What is wrong with one row, behind which reading can go on; with the file, where its end cannot be told."""
-        shown = excerpt(self.text[self.at : self.at + 400])
+    def _row_or_file_fault(self, error: ValueError) -> RowError | DataError:
+        """Return the error of one row, after which reading can go on; of the file, where the row's end is not found."""
+        shown = excerpt(self.text[self.position : self.position + 400])
         while True:
             try:
-                _, self.at = self.decode(self.text, self.at)
+                _, self.position = self.decode(self.text, self.position)
                 return RowError(f"invalid JSON: {error}: {shown}")
-            except json.JSONDecodeError as other:
-                if len(self.text) - self.at > MAX_ROW_BYTES or not self._grow():
-                    return self.fault(other.msg, other.pos - self.at)
+            except json.JSONDecodeError as next_error:
+                if len(self.text) - self.position > MAX_ROW_BYTES or not self._grow():
+                    return self.fault(next_error.msg, next_error.pos - self.position)
             except ValueError:
                 return self.fault(str(error))
 
     def fault(self, message: str, into: int = 0) -> DataError:
         """What is wrong `into` characters behind the start of the value; shows the value from its start."""
-        shown = excerpt(self.text[self.at : self.at + 400])
-        line = self.line + self.text.count("\n", 0, self.at + into)
+        shown = excerpt(self.text[self.position : self.position + 400])
+        line = self.line + self.text.count("\n", 0, self.position + into)
         return DataError(f"{self.path.name}:{line}: invalid JSON: {message}" + (f": {shown}" if shown else ""))
 
     def _grow(self) -> bool:
         """Drop what was consumed and at least double the rest; False at the end of the file."""
-        self.line += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :], 0
+        self.line += self.text.count("\n", 0, self.position)
+        self.text, self.position = self.text[self.position :], 0
         more: list[str] = []
         while sum(map(len, more)) <= len(self.text) and (piece := next(self.pieces, None)) is not None:
             more.append(piece)
@@ -89,7 +89,7 @@ class JsonText:
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    """The file's text in pieces.
+    """Yield the file's text in pieces.
 
     Raises:
         DataError: bytes that are not UTF-8, with their offset.
@@ -103,9 +103,9 @@ def _decoded(path: Path) -> Iterator[str]:
             try:
                 yield decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                at = start - pending + error.start
+                offset = start - pending + error.start
                 raise DataError(
-                    f"{path.name}: invalid UTF-8 at byte offset {at}  if the file is Latin-1, convert it: "
+                    f"{path.name}: invalid UTF-8 at byte offset {offset}  if the file is Latin-1, convert it: "
                     f"iconv -f LATIN1 -t UTF-8 {path.name}"
                 ) from None
             start += len(data)

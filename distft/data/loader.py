@@ -124,15 +124,18 @@ class Steps:
         return min(self.global_batch_size, self.num_samples - step * self.global_batch_size)
 
     def from_step(self, step: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each step from `step` (0-based) on; seeking is arithmetic, nothing is read."""
-        steps = (self._step(at) for at in range(step, self.num_steps))
+        """Yield this rank's micro-batches of each step from `step` (0-based) on; seeking reads nothing."""
+        steps = (self._step(index) for index in range(step, self.num_steps))
         return prefetched(steps, ahead=self._prefetch) if self._prefetch else steps
 
     def sample_ids(self, step: int) -> tuple[str, ...]:
-        """`file row N` of every document of a step, on all ranks, for messages."""
+        """Return `file row N` of every document of a step, on all ranks, for messages."""
+        return tuple(self._prepared.sample_id(row) for row in self.rows_in(step))
+
+    def rows_in(self, step: int) -> np.ndarray:
+        """int64; the rows of a step (0-based) on all ranks, in the order of the stream."""
         begin = step * self.global_batch_size
-        rows = [self.order.sequence(at) for at in range(begin, begin + self.samples_in(step))]
-        return tuple(self._prepared.sample_id(row) for sequence in rows for row in sequence)
+        return np.array(self._rows(begin, self.samples_in(step)), np.int64)
 
     def _step(self, step: int) -> list[Batch]:
         from distft.data.batch import build_batch
@@ -141,10 +144,10 @@ class Steps:
             return self._single_step(step)
         begin = step * self.global_batch_size + self._rank * self._slice
         micros = []
-        for at in range(begin, begin + self._slice, self._micro):
-            rows = self._rows(at, self._micro)
+        for position in range(begin, begin + self._slice, self._micro):
+            rows = self._rows(position, self._micro)
             micros.append(
-                build_batch(self._prepared, rows, position=at, pad_to=self._pad_to, max_length=self._max_length)
+                build_batch(self._prepared, rows, position=position, pad_to=self._pad_to, max_length=self._max_length)
             )
         return micros
 
@@ -212,11 +215,11 @@ class EvalSteps(Sequence["Batch"]):
     @overload
     def __getitem__(self, index: slice) -> list[Batch]: ...
     def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        """This rank's micro-batch `index`, built anew each time."""
+        """Build this rank's micro-batch `index`, anew each time."""
         from distft.data.batch import build_batch
 
         if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
+            return [self[position] for position in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         begin = (index % len(self) * self._world + self._rank) * self._micro

@@ -43,17 +43,17 @@ def says_nothing(message: Message) -> bool:
 
 
 def pieces(message: Message) -> list[MessagePart]:
-    """Everything that a message says, in the order in which templates write it."""
+    """Return all parts of a message's content, in the order in which templates write them."""
     if message["role"] != "assistant":
         return [MessagePart(CONTENT, message["content"].strip())] if message["content"].strip() else []
     thought, answer = thought_and_answer(message)
-    said = [MessagePart(REASONING, thought), MessagePart(CONTENT, answer.strip())]
+    parts = [MessagePart(REASONING, thought), MessagePart(CONTENT, answer.strip())]
     for call in message.get("tool_calls", ()):
-        said += [
+        parts += [
             MessagePart(CALL, call["function"]["name"]),
             *(MessagePart(CALL, leaf) for leaf in _leaves(call["function"]["arguments"])),
         ]
-    return [piece for piece in said if piece.text]
+    return [piece for piece in parts if piece.text]
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -103,19 +103,19 @@ def find(text: str, message: Message, begin: int = 0, end: int | None = None) ->
 
 
 def _place(text: str, wanted: str, begin: int, end: int) -> tuple[int, int] | None:
-    """As it is, as JSON text (templates may write results so), or with other white space between its words."""
-    at = text.find(wanted, begin, end)
-    if at >= 0:
-        return at, at + len(wanted)
+    """Find `wanted` as it is, as JSON text (templates may write results so), or with other white space in it."""
+    start = text.find(wanted, begin, end)
+    if start >= 0:
+        return start, start + len(wanted)
     for form in (json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1]):
-        at = text.find(form, begin, end)
-        if at >= 0:
-            return at, at + len(form)
+        start = text.find(form, begin, end)
+        if start >= 0:
+            return start, start + len(form)
     words = wanted.split()
     if not 1 < len(words) <= _MOST_WORDS:
         return None
-    found = re.compile(r"\s+".join(map(re.escape, words))).search(text, begin, end)
-    return None if found is None else found.span()
+    match = re.compile(r"\s+".join(map(re.escape, words))).search(text, begin, end)
+    return None if match is None else match.span()
 
 
 _OPENS = re.compile(r"\s*(<[^<>\s]{1,40}>)")
@@ -152,7 +152,7 @@ def _has_tags(content: str) -> bool:
 
 
 def stand_in(messages: Sequence[Message]) -> StandIn:
-    """The same chat with numbers for what is said. Tags around a content stay, as templates look at them."""
+    """Return the same chat with numbers in place of its texts; tags around a content stay, as templates read them."""
     pieces: dict[str, tuple[int, str]] = {}
 
     def number(index: int, kind: str) -> str:
@@ -162,11 +162,11 @@ def stand_in(messages: Sequence[Message]) -> StandIn:
 
     others: list[Message] = []
     for index, message in enumerate(messages):
-        other: Message = {key: value for key, value in message.items() if key in ("role", "tool_call_id")}
+        stand_in_message: Message = {key: value for key, value in message.items() if key in ("role", "tool_call_id")}
         thought, answer = thought_and_answer(message) if message["role"] == "assistant" else ("", message["content"])
         inline = answer is not message["content"]
         if "reasoning_content" in message:
-            other["reasoning_content"] = number(index, REASONING)
+            stand_in_message["reasoning_content"] = number(index, REASONING)
         if answer.strip():
             before, behind = _OPENS.match(answer), _CLOSES.search(answer, max(0, len(answer) - 60))
             answer = f"{before[1] if before else ''}{number(index, CONTENT)}{behind[1] if behind else ''}"
@@ -175,9 +175,9 @@ def stand_in(messages: Sequence[Message]) -> StandIn:
         if inline:
             opener = "<think>" if message["content"].lstrip().startswith("<think>") else ""
             answer = f"{opener}\n{number(index, REASONING) if thought else ''}\n</think>\n\n{answer}"
-        other["content"] = answer
+        stand_in_message["content"] = answer
         if "tool_calls" in message:
-            other["tool_calls"] = [
+            stand_in_message["tool_calls"] = [
                 {
                     **{key: value for key, value in call.items() if key == "type"},
                     "id": "abcdefghi",
@@ -188,5 +188,5 @@ def stand_in(messages: Sequence[Message]) -> StandIn:
                 }
                 for call in message["tool_calls"]
             ]
-        others.append(other)
+        others.append(stand_in_message)
     return StandIn(others, pieces)

@@ -123,13 +123,13 @@ class SampleOrder:
         )
 
     def _cycle(self, source: int, begin: int, count: int) -> np.ndarray:
-        """Entries begin..begin + count of a source's endless cycle."""
+        """Return entries begin..begin + count of a source's endless cycle."""
         rows = self._source_rows[source]
         parts = []
         while count:
-            turn, at = divmod(begin, len(rows))
+            turn, offset = divmod(begin, len(rows))
             order = self._random(_CYCLE, turn, source).permutation(len(rows)) if self._shuffle else np.arange(len(rows))
-            parts.append(rows[order[at : at + count]])
+            parts.append(rows[order[offset : offset + count]])
             begin, count = begin + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
@@ -156,7 +156,7 @@ class SampleOrder:
 
 
 def rows_per_epoch(tables: Sequence[TrainSourceTable], num_rows: Sequence[int]) -> list[int]:
-    """How many rows an epoch takes from each source: weight x its rows, and shares of the whole on top.
+    """Return how many rows an epoch takes from each source: weight x its rows, and shares of the whole on top.
 
     When every source has a share an epoch ends with the first source that is used up.
 
@@ -182,8 +182,8 @@ def rows_per_epoch(tables: Sequence[TrainSourceTable], num_rows: Sequence[int]) 
     ]
     for table, rows, count in zip(tables, num_rows, taken, strict=True):
         if count == 0:
-            asked = f"weight = {table.weight:g}" if table.share is None else f"share = {table.share:g}"
-            raise DataError(f"[[data.train]] {table.path}: {asked} of {rows:,} rows takes no row at all  raise it")
+            setting = f"weight = {table.weight:g}" if table.share is None else f"share = {table.share:g}"
+            raise DataError(f"[[data.train]] {table.path}: {setting} of {rows:,} rows takes no row at all  raise it")
     return taken
 
 

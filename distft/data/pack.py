@@ -50,12 +50,12 @@ class _Bins:
         self.occupied = 0  # bit r is set when by_room[r] is not empty: the next fit is one shift away
 
     def place(self, length: int, number: int) -> np.ndarray:
-        """The bins of `number` documents of `length`, best fit first.
+        """Place `number` documents of `length` and return their bins, best fit first.
 
         A bin with the least sufficient room stays the best fit until the length no longer fits, so a group of bins
         with the same room takes `room // length` documents each.
         """
-        placed: list[np.ndarray] = []
+        bins: list[np.ndarray] = []
         while number:
             above = self.occupied >> length
             room = length + (above & -above).bit_length() - 1 if above else self.capacity
@@ -63,13 +63,13 @@ class _Bins:
             needed = -(-number // each)
             group = self._take(room, needed) if above else self._open(needed)
             full, rest = divmod(number, each) if len(group) == needed else (len(group), 0)
-            placed.append(np.repeat(group[:full], each))
+            bins.append(np.repeat(group[:full], each))
             self._put(room - each * length, group[:full])
             if rest:
-                placed.append(np.repeat(group[full:], rest))
+                bins.append(np.repeat(group[full:], rest))
                 self._put(room - rest * length, group[full:])
             number -= full * each + rest
-        return np.concatenate(placed)
+        return np.concatenate(bins)
 
     def _open(self, number: int) -> np.ndarray:
         self.count += number

@@ -72,12 +72,12 @@ class SourceReport:
         self.dropped[reason] = self.dropped.get(reason, 0) + count
 
     def note(self, kind: str, num_rows: int, example: str) -> None:
-        """Count rows of which `kind` is true."""
-        known = self.notes.setdefault(kind, Note(num_rows=0, example=example))
-        known.num_rows += num_rows
+        """Count rows that a note of this kind applies to."""
+        entry = self.notes.setdefault(kind, Note(num_rows=0, example=example))
+        entry.num_rows += num_rows
 
-    def said(self) -> Iterator[str]:
-        """What became of the rows, beyond their numbers: one line each."""
+    def messages(self) -> Iterator[str]:
+        """Yield what happened to the rows, beyond their numbers, one line each."""
         if self.num_dropped:
             yield f"dropped: {self.reasons()}; longest row {self.longest:,} tokens"
         if self.num_diverged:

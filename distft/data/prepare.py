@@ -73,7 +73,7 @@ def prepare(
     progress: Progress | None = None,
     waiting: Callable[[], None] | None = None,
 ) -> Prepared:
-    """The rows of `sources` as tokens: from the cache if they were prepared before, else prepared now.
+    """Return the rows of `sources` as tokens: from the cache if they were prepared before, else prepared now.
 
     Of several processes that ask together, on one machine or on a shared file system, one works and the others wait.
     Nothing half-made is ever seen: the finished folder appears by one rename, and the lock dies with its holder.
@@ -94,9 +94,9 @@ def prepare(
         FileSystemError: `cache_dir` cannot be written.
     """
     table = table if table.date else table.model_copy(update={"date": today()})  # one day, however long it takes
-    found = with_distinct_labels([find(source, merge_turns=table.merge_turns) for source in sources])
-    _refuse_twice(found, table.eval if split == "train" else (), split)
-    specs = [decide_format(source) for source in found]
+    row_sources = with_distinct_labels([find(source, merge_turns=table.merge_turns) for source in sources])
+    _refuse_twice(row_sources, table.eval if split == "train" else (), split)
+    specs = [decide_format(source) for source in row_sources]
     folder = tokenizer_folder(tokenizer, revision)
     names = (*TOKENIZER_FILES, "config.json")  # whose model_type decides the tokenizer's class
     tokenizer_files = [path for name in names if (path := folder / name).is_file()]
@@ -105,12 +105,12 @@ def prepare(
         cache_dir.mkdir(parents=True, exist_ok=True)
         heard = (progress or (lambda rows: None), waiting or (lambda: None))
         key = cache_key(
-            table, found, specs, tokenizer_files, cache_dir / "hashes", heard[1], virtual_tokens=virtual_tokens
+            table, row_sources, specs, tokenizer_files, cache_dir / "hashes", heard[1], virtual_tokens=virtual_tokens
         )[:40]
         target = cache_dir / key
         if target.is_dir():
             return Prepared(target)
-        job = _Job(table, found, specs, str(folder), f"[[data.{split}]]", virtual_tokens, *heard)
+        job = _Job(table, row_sources, specs, str(folder), f"[[data.{split}]]", virtual_tokens, *heard)
         return Prepared(target, from_cache=not _build_once(job, target))
     except OSError as error:
         raise FileSystemError(
@@ -119,14 +119,14 @@ def prepare(
         ) from None
 
 
-def _refuse_twice(found: Sequence[RowSource], held_out: Sequence[SourceTable], split: str) -> None:
-    """Globs and folders may name a file that another source names too.
+def _refuse_twice(row_sources: Sequence[RowSource], held_out: Sequence[SourceTable], split: str) -> None:
+    """Refuse files that two sources name, as globs and folders may.
 
     Raises:
         DataError: a file is read twice, or is trained on and held out.
     """
     seen: dict[Path, str] = {}
-    for source in found:
+    for source in row_sources:
         for file in source.files:
             if file.path is None:
                 continue
@@ -358,10 +358,12 @@ def _add_percentiles(writer: Writer, reports: list[SourceReport]) -> None:
     lengths_N = writer.lengths()
     begin = 0
     for report in reports:  # rows are written source by source
-        own = np.sort(lengths_N[begin : begin + report.num_kept])
+        lengths_S = np.sort(lengths_N[begin : begin + report.num_kept])
         begin += report.num_kept
-        at = {name: own[min(len(own) - 1, int(q * len(own)))] for name, q in _PERCENTILES.items()}
-        report.lengths = {name: int(value) for name, value in at.items()}
+        percentiles = {
+            name: lengths_S[min(len(lengths_S) - 1, int(q * len(lengths_S)))] for name, q in _PERCENTILES.items()
+        }
+        report.lengths = {name: int(value) for name, value in percentiles.items()}
 
 
 _PERCENTILES = {"p10": 0.10, "p50": 0.50, "p90": 0.90, "p99": 0.99, "max": 1.0}
@@ -388,7 +390,7 @@ def with_distinct_labels(sources: list[RowSource]) -> list[RowSource]:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns

@@ -50,17 +50,17 @@ class Columns:
     """The question is what a user says, instead of raw text."""
 
     def convert(self, row: Row) -> Sample:
-        """The row as a sample with an open end.
+        """Return the row as a sample with an open end.
 
         Raises:
             RowError: a column is missing or holds no text.
         """
-        asked = text_column(row, self.prompt)
+        prompt = text_column(row, self.prompt)
         if self.reference is not None and self.reference not in row:
             raise RowError(f'missing "{self.reference}"; the row has {columns_of(row)}')
         if self.as_chat:
-            return Conversation(messages=[{"role": "user", "content": asked}])
-        return PromptCompletion(prompt=asked, completion="")
+            return Conversation(messages=[{"role": "user", "content": prompt}])
+        return PromptCompletion(prompt=prompt, completion="")
 
     def answer(self, row: Row) -> str:
         """What the reference column holds; a list of right answers as JSON."""
@@ -77,7 +77,7 @@ def questions(
     skip_bad: bool,
     progress: Callable[[int], None],
 ) -> list[Question]:
-    """The rows of `sources` in their order, at most `max_rows` in all.
+    """Return the rows of `sources` in their order, at most `max_rows` in all.
 
     Args:
         sources: tables of files.
@@ -90,10 +90,10 @@ def questions(
     Raises:
         DataError: a source cannot be read, a row is bad, or there is no row.
     """
-    found = list(islice(_questions(sources, renderer, columns, skip_bad, progress), max_rows))
-    if not found:
+    rows = list(islice(_questions(sources, renderer, columns, skip_bad, progress), max_rows))
+    if not rows:
         raise DataError(f"{', '.join(source.path for source in sources)}: no row that asks anything")
-    return found
+    return rows
 
 
 def _questions(
@@ -128,10 +128,10 @@ def _questions(
             progress(count)
 
 
-def followed_by(renderer: Renderer, asked: Question, choice: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The question and a choice as tokens, tokenised together; a space joins raw text, as in lm-eval."""
-    joined = choice if asked.as_chat or asked.prompt[-1:].isspace() else f" {choice}"
-    return renderer.pair(asked.prompt, joined, as_chat=asked.as_chat)
+def followed_by(renderer: Renderer, question: Question, choice: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokenise the question and a choice together; a space joins raw text, as in lm-eval."""
+    joined = choice if question.as_chat or question.prompt[-1:].isspace() else f" {choice}"
+    return renderer.pair(question.prompt, joined, as_chat=question.as_chat)
 
 
 def _payloads(source: RowSource) -> Iterator[tuple[str, int, Payload]]:
@@ -164,10 +164,10 @@ def trained_as_chat(sources: Sequence[SourceTable], *, merge_turns: bool = False
     raise DataError(f"{sources[0].path}: none of its first rows is of the format {spec.name}")
 
 
-def rows_hash(asked: Sequence[Question]) -> str:
-    """sha256 over what is asked and what is right, in order: equal for equal sets."""
+def rows_hash(questions: Sequence[Question]) -> str:
+    """Return the sha256 over the questions and their references, in order: equal for equal sets."""
     digest = hashlib.sha256()
-    for one in asked:
-        said = [one.id, one.prompt, list(one.ids), one.reference, one.row]
-        digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    for question in questions:
+        fields = [question.id, question.prompt, list(question.ids), question.reference, question.row]
+        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -45,12 +45,12 @@ def parse_line(line: bytes) -> Row:
 
 
 def as_row(value: Any) -> Row:
-    """`value` if it is an object.
+    """Return `value` if it is an object.
 
     Raises:
         RowError: it is something else.
     """
-    if isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value):
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
         raise RowError('the row is a list of messages, expected an object  write {"messages": [...]}')
     if not isinstance(value, dict):
         raise RowError(f"the row is {kind_of(value)}, expected an object: {excerpt(json.dumps(value))}")
@@ -128,7 +128,7 @@ def read_tsv(path: Path) -> Iterator[tuple[int, Payload]]:
 
 
 def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, Payload]]:
-    """Comma-separated with a header line; a row's number is the line it starts on.
+    """Read rows of comma-separated cells below a header line; a row's number is the line it starts on.
 
     A first column without a name is pandas' index, and called as pandas does.
     """
@@ -142,9 +142,9 @@ def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, Payload
             raise DataError(
                 f"{path.name}:1: the header names a column twice or not at all: {excerpt(','.join(header))}"
             )
-        if len(header) == 1 and (other := next((mark for mark in _OTHER_MARKS if mark in header[0]), "")):
+        if len(header) == 1 and (separator := next((mark for mark in _OTHER_MARKS if mark in header[0]), "")):
             raise DataError(
-                f"{path.name}:1: the header is one column, {excerpt(header[0])!r}, separated by {other!r}?  "
+                f"{path.name}:1: the header is one column, {excerpt(header[0])!r}, separated by {separator!r}?  "
                 "write the file with commas, or with tabs as .tsv"
             )
         line = rows.line_num + 1
@@ -203,7 +203,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Payload]]:
 
 
 def read_arrow(path: Path) -> Iterator[tuple[int, Payload]]:
-    """Rows of an Arrow file, in its streaming form (as `datasets` saves them) or its file form."""
+    """Read rows of an Arrow file, in its streaming form (as `datasets` saves them) or its file form."""
     import pyarrow
     import pyarrow.ipc
 
@@ -213,7 +213,7 @@ def read_arrow(path: Path) -> Iterator[tuple[int, Payload]]:
                 batches: Any = pyarrow.ipc.open_stream(source)
             except pyarrow.ArrowInvalid:
                 whole: Any = pyarrow.ipc.open_file(source)
-                batches = (whole.get_batch(at) for at in range(whole.num_record_batches))
+                batches = (whole.get_batch(index) for index in range(whole.num_record_batches))
             number = 0
             for batch in batches:
                 for row in batch.to_pylist():

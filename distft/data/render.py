@@ -122,8 +122,8 @@ class Renderer(Encoder):
 
     @property
     def _own_templates(self) -> dict[str, str]:
-        own = self.tokenizer.chat_template
-        return own if isinstance(own, dict) else {"default": own} if own else {}
+        templates = self.tokenizer.chat_template
+        return templates if isinstance(templates, dict) else {"default": templates} if templates else {}
 
     def _bound(self, label: str, text: str) -> ChatTemplate:
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
@@ -164,12 +164,14 @@ class Renderer(Encoder):
         return rendered
 
     def render_many(self, samples: Sequence[Document]) -> list[Rendered | RowError | DataError]:
-        """Samples that are one row each, in order. See `render_rows`."""
+        """Render samples that are one row each, in order. See `render_rows`."""
         rows = self.render_rows(samples)
-        return [one if isinstance(one, Exception) else _only(one) for one in rows]
+        return [
+            rows_or_error if isinstance(rows_or_error, Exception) else _only(rows_or_error) for rows_or_error in rows
+        ]
 
     def render_rows(self, samples: Sequence[Document]) -> list[list[Rendered] | RowError | DataError]:
-        """The rows of each sample, in order; for one that cannot be rendered, why: its own fault or the template's.
+        """Render the rows of each sample, in order; one that cannot be rendered gives its error, or the template's.
 
         A sample is several rows where a chat template makes its turns rows of their own.
         Tokenised in one batch, which the tokenizer spreads over its threads. Chats are tokenised as their template
@@ -202,7 +204,7 @@ class Renderer(Encoder):
                 faults[index] = error
         backend = self.tokenizer.backend_tokenizer
         plain_ids = iter([encoding.ids for encoding in backend.encode_batch_fast(plain, add_special_tokens=True)])
-        rendered_chats = iter(self._chats([one for many in drawn.values() for one in many]))
+        rendered_chats = iter(self._chats([chat for many in drawn.values() for chat in many]))
         rendered: list[list[Rendered] | RowError | DataError] = []
         for index, sample in enumerate(samples):
             if index in faults:
@@ -234,25 +236,25 @@ class Renderer(Encoder):
         return rows
 
     def _typed_raw(self, text: str) -> dict[str, str]:
-        """Special tokens in raw text, which no template protects: they are tokens, and counted.
+        """Count special tokens in raw text, which no template protects: they are read as tokens.
 
         Raises:
             RowError: there are some, and they are to be an error.
         """
         body = text.removesuffix(self.tokenizer.eos_token)
         body = body.removeprefix(self.tokenizer.bos_token) if self.tokenizer.bos_token else body
-        found = self._special.search(body)
-        if found is None:
+        match = self._special.search(body)
+        if match is None:
             return {}
         if self.typed == "error":
             raise RowError(
-                f"the special token {found.group()} is typed inside raw text, where it is the token  [data] "
+                f"the special token {match.group()} is typed inside raw text, where it is the token  [data] "
                 'special_tokens_in_content = "allow" lets it be'
             )
-        return {TYPED.format("read as tokens").replace("a message", "raw text"): found.group()}
+        return {TYPED.format("read as tokens").replace("a message", "raw text"): match.group()}
 
     def ask(self, sample: Sample) -> tuple[str, list[int]]:
-        """The sample without its last answer, as text and as the tokens that answer would follow in training.
+        """Return the sample without its last answer, as text and as the tokens that the answer follows in training.
 
         A raw prompt is tokenised by itself, as at inference: where its last token would merge with the completion's
         first (`Rendered.diverged`), training saw that one token instead.
@@ -265,8 +267,8 @@ class Renderer(Encoder):
         if isinstance(sample, Conversation):
             template = self._template_of(sample)
             chat, _ = kept_text(sample, self._control, self.typed)
-            asked = chat.messages[:-1] if chat.messages[-1]["role"] == "assistant" else chat.messages
-            text, _ = template.draw(asked, chat.tools, True)
+            messages = chat.messages[:-1] if chat.messages[-1]["role"] == "assistant" else chat.messages
+            text, _ = template.draw(messages, chat.tools, True)
             if MARKED.search(valid(text)):
                 ids = self._apart(Drawn(text=text, spans=[])).ids_T.tolist()
                 text = without_marks(text)
@@ -287,7 +289,7 @@ class Renderer(Encoder):
     def pair(
         self, context: str, continuation: str, *, as_chat: bool = False
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Both as tokens, tokenised together: what follows the context's own tokens is the continuation.
+        """Tokenise both together: what follows the context's own tokens is the continuation.
 
         White space that ends the context goes over to the continuation, where tokenizers keep it, and an empty
         context is the token that starts a text: as in lm-eval (`TemplateLM._encode_pair`). `as_chat`: a template has
@@ -305,8 +307,8 @@ class Renderer(Encoder):
             start = self.tokenizer.bos_token_id
             start = self.tokenizer.eos_token_id if start is None else start
             before, ids = [start], ids if ids[:1] == [start] else [start, *ids]
-        at = min(len(before), len(ids) - 1)
-        return (*self.prefix, *ids[:at]), tuple(ids[at:])
+        split = min(len(before), len(ids) - 1)
+        return (*self.prefix, *ids[:split]), tuple(ids[split:])
 
     def tokens(self, text: str, *, as_chat: bool = False) -> list[int]:
         """A prompt in words, as `ask` would tokenise it; `as_chat`: a template has written it, special tokens too.
@@ -342,14 +344,15 @@ class Renderer(Encoder):
     def _prompt_completion(
         self, prompt: list[int], joint: list[int], sample: PromptCompletion, notes: dict[str, str]
     ) -> Rendered:
-        """The completion starts where the prompt's tokens and the joint ones part, as in TRL 1.16's SFTTrainer."""
+        """Start the completion where the prompt's tokens and the joint ones part, as in TRL 1.16's SFTTrainer."""
         whole = sample.prompt + sample.completion
         ids = self._with_eos(self._one_start(joint, whole), whole)
         prompt = self._without_added_eos(self._one_start(prompt, sample.prompt), sample.prompt)
         shared = len(prompt)
         if ids[:shared] != prompt:  # seldom; comparing whole is a tenth of the time of comparing one by one
             shared = next(
-                (at for at, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids))
+                (index for index, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b),
+                min(len(prompt), len(ids)),
             )
         trained_T = np.ones(len(ids), np.bool_)
         if self.loss_on != "all":

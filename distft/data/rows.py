@@ -93,35 +93,35 @@ class RowMaker:
             if isinstance(many, RowError):
                 self._bad(made, f"{where}: {without_marks(str(many))}")
                 continue
-            fitting = [one for one in many if self._fits(made, one, where)]
-            kept += [(number, one) for one in fitting]
+            fitting = [row for row in many if self._fits(made, row, where)]
+            kept += [(number, row) for row in fitting]
             if fitting:
                 made.num_split += len(fitting) - 1
-                for kind, example in {kind: said for one in many for kind, said in one.notes.items()}.items():
+                for kind, example in {kind: text for row in many for kind, text in row.notes.items()}.items():
                     made.note(kind, f"{where}: {example}" if example else where)
         made.rows = _rows(kept, self.table.max_length)
         return made
 
     def _rendered(self, samples: list[Sample]) -> Iterator[list[Rendered] | RowError | DataError]:
-        """The rows of each sample, or why there are none; all documents are tokenised in one batch."""
+        """Yield the rows of each sample, or the error; all documents are tokenised in one batch."""
         documents = [documents_of(sample) for sample in samples]
-        rendered = iter(self.renderer.render_rows([one for many in documents for one in many]))
-        for sample, own in zip(samples, documents, strict=True):
-            found = [next(rendered) for _ in own]
-            yield self._as_group(sample, found) if isinstance(sample, Group) else found[0]
+        rendered = iter(self.renderer.render_rows([document for many in documents for document in many]))
+        for sample, documents_of_sample in zip(samples, documents, strict=True):
+            results = [next(rendered) for _ in documents_of_sample]
+            yield self._as_group(sample, results) if isinstance(sample, Group) else results[0]
 
     def _as_group(
-        self, sample: Group, found: list[list[Rendered] | RowError | DataError]
+        self, sample: Group, results: list[list[Rendered] | RowError | DataError]
     ) -> list[Rendered] | RowError | DataError:
-        """The one row of a group's documents; where there is none, why."""
+        """Return the one row of a group's documents, or the error."""
         documents: list[Rendered] = []
-        for rows in found:
+        for rows in results:
             if isinstance(rows, Exception):
                 return rows
             if len(rows) != 1:
                 return RowError(
                     f"its chat becomes {len(rows)} rows, one for each trained turn, and a group is trained as a whole  "
-                    'set [data] loss_on = "last"'
+                    'set [data] loss_on = "last_turn"'
                 )
             documents += rows
         if sample.same_prompt and (why := self._prompts_differ(documents)):
@@ -129,28 +129,30 @@ class RowMaker:
         return [Rendered.group(documents, sample.values)]
 
     def _prompts_differ(self, documents: Sequence[Rendered]) -> str:
-        """Where the prompt's tokens part before the answers do, as words; "" when they are the same."""
+        """Describe where the prompt's tokens differ before the answers do; "" when they are the same."""
         first = documents[0].prompt
-        for other in documents[1:]:
-            second = other.prompt
+        for document in documents[1:]:
+            second = document.prompt
             if np.array_equal(first, second):
                 continue
             pairs = zip(first.tolist(), second.tolist(), strict=False)
-            at = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-            window = slice(max(0, at - 2), at + 3)
-            shown = [self.renderer.tokenizer.decode(one.ids_T[window].tolist()) for one in (documents[0], other)]
+            position = next((position for position, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+            window = slice(max(0, position - 2), position + 3)
+            shown = [
+                self.renderer.tokenizer.decode(document.ids_T[window].tolist()) for document in (documents[0], document)
+            ]
             return (
-                f"the prompt's tokens are not the same before both answers: from token {at + 1} on {shown[0]!r} and "
-                f"{shown[1]!r}  the answers must not merge with the prompt or change how it is written"
+                f"the prompt's tokens are not the same before both answers: from token {position + 1} on {shown[0]!r} "
+                f"and {shown[1]!r}  the answers must not merge with the prompt or change how it is written"
             )
         return ""
 
     def _sample(self, source: int, payload: Payload, made: Made) -> Sample:
-        own = self.sources[source]
-        row = own.renamed(payload)
+        row_source = self.sources[source]
+        row = row_source.renamed(payload)
         reads = self.reads[source] if self.reads else None
         if reads is not None:
-            made.unread.update(unread_columns(row, reads, own.table.ignore))
+            made.unread.update(unread_columns(row, reads, row_source.table.ignore))
         return self.converts[source](row)
 
     def _bad(self, made: Made, message: str) -> None:
@@ -160,12 +162,12 @@ class RowMaker:
         if len(made.faults) < SHOWN_FAULTS:
             made.faults.append(message)
 
-    def _fits(self, made: Made, one: Rendered, where: str) -> bool:
-        """Whether the row is kept; counts why not."""
-        length, limit = len(one.ids_T), self.table.max_length
+    def _fits(self, made: Made, row: Rendered, where: str) -> bool:
+        """Return whether the row is kept; the reason is counted where it is not."""
+        length, limit = len(row.ids_T), self.table.max_length
         made.longest = max(made.longest, length)
-        if not all(one.labels_of()):
-            made.dropped[EMPTY if one.empty else UNTRAINED] += 1
+        if not all(row.labels_of()):
+            made.dropped[EMPTY if row.empty else UNTRAINED] += 1
             return False
         if length > limit:
             if self.table.long_rows == "error":
@@ -176,11 +178,11 @@ class RowMaker:
             if self.table.long_rows == "drop":
                 made.dropped[TOO_LONG] += 1
                 return False
-            if not one.trained_T[1:limit].any():
+            if not row.trained_T[1:limit].any():
                 made.dropped[TRUNCATED_AWAY] += 1
                 return False
             made.num_truncated += 1
-        made.num_diverged += one.diverged
+        made.num_diverged += row.diverged
         return True
 
 
@@ -194,7 +196,7 @@ def group_size_of(sources: Sequence[RowSource], specs: Sequence[FormatSpec], tab
         where: the recipe's list of these sources, for messages.
 
     Raises:
-        DataError: the sources do not agree, or a group would be cut.
+        DataError: the sources do not agree, a group would be cut, or prompts would be trained whose answers are judged.
     """
     kinds = {
         (spec.group_size, spec.values): (source.table.path, spec.name)
@@ -203,7 +205,12 @@ def group_size_of(sources: Sequence[RowSource], specs: Sequence[FormatSpec], tab
     if len(kinds) > 1:
         listed = "; ".join(f"{path} ({name}): {size}" for (size, _), (path, name) in kinds.items())
         raise DataError(f"{where}: rows of different kinds: documents in a row of {listed}  use sources of one kind")
-    [(size, _)] = kinds
+    [(size, values)] = kinds
+    if values and table.loss_on == "all":
+        raise DataError(
+            f'{where}: loss_on = "all" would train the prompts too, and these rows judge answers  '
+            'set [data] loss_on = "assistant" or "last_turn"'
+        )
     if size > 1 and table.long_rows == "truncate":
         raise DataError(
             f'{where}: long_rows = "truncate" would cut one of the {size} documents of a row and not the others  '
@@ -215,22 +222,22 @@ def group_size_of(sources: Sequence[RowSource], specs: Sequence[FormatSpec], tab
 def _rows(kept: list[tuple[int, Rendered]], limit: int) -> Rows:
     if not kept:
         return _NO_ROWS
-    ids = [one.ids_T[:limit] for _, one in kept]
-    trained = [one.trained_T[:limit] for _, one in kept]
+    ids = [row.ids_T[:limit] for _, row in kept]
+    trained = [row.trained_T[:limit] for _, row in kept]
     return Rows(
         ids=np.concatenate(ids),
         trained=np.concatenate(trained).astype(np.uint8),
         lengths_N=np.array([len(part) for part in ids], np.int32),
-        supervised_N=np.array([_labels(one, limit) for _, one in kept], np.int32),
+        supervised_N=np.array([_labels(row, limit) for _, row in kept], np.int32),
         rows_N=np.array([number for number, _ in kept], np.int64),
-        stops_N=np.array([one.stop_id if len(one.ids_T) <= limit else -1 for _, one in kept], np.int32),
-        documents=np.array([one.documents for _, one in kept], np.int32).reshape(-1) if kept[0][1].documents else None,
-        values=np.array([one.values for _, one in kept], np.float32).reshape(-1) if kept[0][1].values else None,
+        stops_N=np.array([row.stop_id if len(row.ids_T) <= limit else -1 for _, row in kept], np.int32),
+        documents=np.array([row.documents for _, row in kept], np.int32).reshape(-1) if kept[0][1].documents else None,
+        values=np.array([row.values for _, row in kept], np.float32).reshape(-1) if kept[0][1].values else None,
     )
 
 
-def _labels(one: Rendered, limit: int) -> int:
-    return sum(one.labels_of()) if one.documents else int(one.trained_T[1:limit].sum())
+def _labels(row: Rendered, limit: int) -> int:
+    return sum(row.labels_of()) if row.documents else int(row.trained_T[1:limit].sum())
 
 
 _NO_ROWS = Rows(

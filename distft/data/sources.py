@@ -79,11 +79,11 @@ class RowSource:
         renames = self.table.columns
         if not renames:
             return self._with_messages(row)
-        for theirs in renames:
-            if theirs not in row:
-                meant = nearest(theirs, list(row))
+        for original in renames:
+            if original not in row:
+                meant = nearest(original, list(row))
                 hint = f', did you mean "{meant}"?' if meant else ""
-                raise RowError(f'no column "{theirs}" to rename{hint}  the row has {columns_of(row)}')
+                raise RowError(f'no column "{original}" to rename{hint}  the row has {columns_of(row)}')
         return self._with_messages({renames.get(name, name): value for name, value in row.items()})
 
     def _with_messages(self, row: Row) -> Row:
@@ -91,11 +91,11 @@ class RowSource:
             return row
         changed: Row = {}
         for column in _OF_MESSAGES & row.keys():
-            said: Any = row[column]
-            if isinstance(said, str) and column in ("messages", "conversations"):
-                said = message_list(said, column)
-            said = _without_keys(said, self.table.ignore)
-            changed[column] = merge_turns(said) if self.merge_turns else said
+            value: Any = row[column]
+            if isinstance(value, str) and column in ("messages", "conversations"):
+                value = message_list(value, column)
+            value = _without_keys(value, self.table.ignore)
+            changed[column] = merge_turns(value) if self.merge_turns else value
         return row | changed
 
 
@@ -104,27 +104,27 @@ _OF_MESSAGES = {"messages", "conversations", "prompt", "completion"}
 
 
 def _without_keys(messages: Any, keys: tuple[str, ...]) -> Any:
-    """Messages, and parts of their content, without these keys."""
+    """Return messages, and parts of their content, without these keys."""
     if not isinstance(messages, list) or not keys:
         return messages
     return [
         {
             key: _without_keys(value, keys) if key == "content" else value
-            for key, value in one.items()
+            for key, value in message.items()
             if key not in keys
         }
-        if isinstance(one, dict)
-        else one
-        for one in messages
+        if isinstance(message, dict)
+        else message
+        for message in messages
     ]
 
 
 def find(table: SourceTable, *, merge_turns: bool = False) -> RowSource:
-    """The files of a source, by name; nothing is read yet.
+    """Find the files of a source, by name; nothing is read yet.
 
     Args:
         table: the source.
-        merge_turns: of the whole recipe's [data].
+        merge_turns: the recipe's [data] merge_turns.
 
     Raises:
         DataError: the path does not exist, is of a type we do not read, or is an empty file or folder.
@@ -137,8 +137,8 @@ def find(table: SourceTable, *, merge_turns: bool = False) -> RowSource:
         return RowSource(table=table, files=(_readable(path, path.name),), merge_turns=merge_turns)
     if glob.has_magic(table.path):
         _refuse_split(table, "a glob")
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        files = tuple(_readable(one, one.name) for one in found if one.is_file())
+        paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        files = tuple(_readable(file, file.name) for file in paths if file.is_file())
         if not files:
             raise DataError(f"{table.path}: no file matches{_relative_to(path)}")
         return RowSource(table=table, files=files, merge_turns=merge_turns)
@@ -219,14 +219,13 @@ def decide_format(source: RowSource) -> FormatSpec:
 
 
 def _files_of(folder: Path, table: SourceTable) -> tuple[SourceFile, ...]:
-    """Every file we read below a folder, or those of the table's split, by name; hidden ones and other types are passed
-    over."""  # noqa: D205, D209
-    found = data_files(folder, table)
-    if not found:
+    """Return every readable file below a folder, or those of the table's split, by name; no hidden ones."""
+    paths = data_files(folder, table)
+    if not paths:
         raise DataError(f"{folder}: the folder holds no data files  allowed: {', '.join(READERS)}")
-    for path in found:
+    for path in paths:
         _refuse_unreadable(path)
-    return tuple(SourceFile(label=f"{folder.name}/{path.relative_to(folder)}", path=path) for path in found)
+    return tuple(SourceFile(label=f"{folder.name}/{path.relative_to(folder)}", path=path) for path in paths)
 
 
 def _refuse_unreadable(path: Path) -> None:

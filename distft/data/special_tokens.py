@@ -38,12 +38,12 @@ def control_tokens(added: dict[str, bool], written: str) -> re.Pattern[str]:
 
 
 def kept_text(chat: Conversation, control: re.Pattern[str], typed: Typed) -> tuple[Conversation, dict[str, str]]:
-    """The chat with typed tokens between marks (`escape`) or as they are (`allow`), and what was found, as notes.
+    """Return the chat with typed tokens between marks (`escape`) or as they are (`allow`), and notes on them.
 
     Raises:
         RowError: one was found, and it is to be an error.
     """
-    found: list[str] = []
+    matches: list[str] = []
 
     def mark(text: str) -> str:
         hits = control.findall(text)
@@ -51,27 +51,27 @@ def kept_text(chat: Conversation, control: re.Pattern[str], typed: Typed) -> tup
             return text
         if START in text or END in text:
             raise RowError("holds a special token and a character that is no text (U+FDD0 or U+FDD1)")
-        found.extend(hits)
+        matches.extend(hits)
         return control.sub(f"{START}\\g<0>{END}", text) if typed == "escape" else text
 
     messages: list[Message] = []
     where = ""
     for number, message in enumerate(chat.messages, 1):
-        before = len(found)
+        before = len(matches)
         messages.append({key: value if key == "role" else _mapped(value, mark) for key, value in message.items()})
-        if len(found) > before and not where:
+        if len(matches) > before and not where:
             where = f"message {number}"
     tools = _mapped(chat.tools, mark)
-    if not found:
+    if not matches:
         return chat, {}
     where = where or "the tools"
     if typed == "error":
         raise RowError(
-            f"{where}: the special token {found[0]} is typed as text, and would become a control token  [data] "
+            f"{where}: the special token {matches[0]} is typed as text, and would become a control token  [data] "
             'special_tokens_in_content = "escape" keeps it text, "allow" lets it be the token'
         )
     kind = TYPED.format("kept as text" if typed == "escape" else "read as tokens")
-    return replace(chat, messages=messages, tools=tools), {kind: f"{where}: {found[0]}"}
+    return replace(chat, messages=messages, tools=tools), {kind: f"{where}: {matches[0]}"}
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -198,7 +198,7 @@ class Prepared:
 
     def values(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Return the numbers of some rows by name: float32 [rows] each."""
-        return {name: self._values[list(rows), at] for at, name in enumerate(self.report.values)}
+        return {name: self._values[list(rows), column] for column, name in enumerate(self.report.values)}
 
     def sample_id(self, index: int) -> str:
         """`train.jsonl row 1812`."""

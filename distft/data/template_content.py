@@ -72,33 +72,33 @@ class TemplateContent(TemplateProbe, ABC):
         return notes
 
     def _missing(self, chat: Conversation, text: str, index: int) -> list[MessagePart]:
-        """What the message at `index` says and the text of the whole chat does not.
+        """Return the parts of the message at `index` that the text of the whole chat lacks.
 
         Short texts are found anywhere: the template is also asked about a chat of the same form that says other things.
         """
         message = chat.messages[index]
         missing = find(text, message).missing
-        kinds = {kind for at, kind in self._loses(chat) if at == index}
+        kinds = {kind for position, kind in self._loses(chat) if position == index}
         unseen = kinds - {piece.kind for piece in missing}
         lost = [piece for piece in pieces(message) if piece.kind in unseen]
         return lost + sorted(missing, key=lambda piece: piece.kind not in kinds)
 
     def _loses(self, chat: Conversation) -> frozenset[tuple[int, str]]:
-        """What the template leaves out of a chat of this form: (index of the message, kind of piece)."""
-        known = self._latest.get("chat")
-        if known is not None and known[0] is chat:
-            return known[1]
+        """Return what the template leaves out of a chat of this form: (index of the message, kind of piece)."""
+        latest = self._latest.get("chat")
+        if latest is not None and latest[0] is chat:
+            return latest[1]
         form = f"{bool(chat.tools)} {form_of(chat.messages)}"
         if form not in self._losses:
             if len(self._losses) >= _MOST_FORMS:
                 self._losses.clear()
-            other = stand_in(chat.messages)
+            probe = stand_in(chat.messages)
             try:
-                text, _ = self.draw(other.messages, chat.tools, False)
+                text, _ = self.draw(probe.messages, chat.tools, False)
             except RowError:
                 self._losses[form] = frozenset()  # it looks at what is said, so the row itself must do
             else:
-                self._losses[form] = frozenset(other.lost(text))
+                self._losses[form] = frozenset(probe.lost(text))
         self._latest["chat"] = (chat, self._losses[form])
         return self._losses[form]
 

@@ -44,7 +44,9 @@ class TemplateProbe:
 
     @cached_property
     def stop(self) -> str:
-        """The token that ends an assistant turn, found by rendering a short chat; it may begin the next turn's header.
+        """Return the token that ends an assistant turn, found by rendering a short chat.
+
+        It may begin the next turn's header.
 
         Raises:
             DataError: the template cannot render it, ends a turn with no token of the tokenizer, or leaves that token
@@ -58,14 +60,14 @@ class TemplateProbe:
         if start < 0:
             raise DataError(f"{self.label}: does not render what the assistant says")
         tail_at = start + len(_PROBE_ANSWER)
-        found = self.any_token.search(text, tail_at)
+        match = self.any_token.search(text, tail_at)
         if (
-            found is None
+            match is None
             and not text[tail_at:].strip()
             and (header := self._header_after(_PROBE, self._probe_tools, text))
         ):
             return header.strip()
-        if found is None:
+        if match is None:
             tail = text[tail_at:].strip()
             raise DataError(
                 f"{self.label}: ends an assistant turn with {tail!r}, which is no token of this tokenizer, so a model "
@@ -74,12 +76,12 @@ class TemplateProbe:
                 else f"{self.label}: writes nothing after an assistant turn, so a model trained on it would not stop  "
                 "end the turn with {{ eos_token }}"
             )
-        if self.marked and not any(begin <= start and found.end() <= end for begin, end in marks):
+        if self.marked and not any(begin <= start and match.end() <= end for begin, end in marks):
             raise DataError(
-                f"{self.label}: its {{% generation %}} marks leave out {found.group()!r}, the token that ends the "
+                f"{self.label}: its {{% generation %}} marks leave out {match.group()!r}, the token that ends the "
                 "assistant's turn, so a model trained on it would not stop  move {% endgeneration %} behind the token"
             )
-        return found.group()
+        return match.group()
 
     @cached_property
     def _probe_tools(self) -> list[dict[str, Any]] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from distft.data_quality.examine import told
+from distft.data_quality.examine import describe_shared
 from distft.data_quality.findings import DataQualityReport, Split
 
 _SHOWN = 10
@@ -32,7 +32,7 @@ def _lines(report: DataQualityReport, name: str, sources: Sequence[tuple[str, st
     yield "|---|---|---:|---:|---:|---:|"
     for split, figures in report.splits.items():
         for part, lengths in (("prompt", figures.prompt_chars), ("answer", figures.answer_chars)):
-            yield f"| {split} | {part} | {' | '.join(f'{lengths[at]:,}' for at in lengths)} |"
+            yield f"| {split} | {part} | {' | '.join(f'{lengths[quantile]:,}' for quantile in lengths)} |"
     yield ""
     yield from _labels(report.splits)
     yield from _repeats(report)
@@ -54,8 +54,8 @@ def _labels(splits: dict[str, Split]) -> Iterator[str]:
     held_out = splits.get("eval")
     yield from ("## Answers", "", "| answer | training rows | share | evaluation rows |", "|---|---:|---:|---:|")
     for label, count in list(train.labels.items())[:_SHOWN_LABELS]:
-        other = f"{held_out.labels.get(label, 0):,}" if held_out is not None and held_out.labels else ""
-        yield f"| {_plain(label) or '(empty)'} | {count:,} | {count / train.num_rows:.1%} | {other} |"
+        held_out_count = f"{held_out.labels.get(label, 0):,}" if held_out is not None and held_out.labels else ""
+        yield f"| {_plain(label) or '(empty)'} | {count:,} | {count / train.num_rows:.1%} | {held_out_count} |"
     if len(train.labels) > _SHOWN_LABELS:
         yield f"| {len(train.labels) - _SHOWN_LABELS} more | | | |"
     yield ""
@@ -73,7 +73,7 @@ def _repeats(report: DataQualityReport) -> Iterator[str]:
         yield f"- evaluation rows that are also trained on: {report.num_overlap:,}" + (f" ({kinds})" if kinds else "")
     yield ""
     if report.shared:
-        yield from (*(f"- {_plain(told(one))}" for one in report.shared[:_SHOWN]), "")
+        yield from (*(f"- {_plain(describe_shared(shared))}" for shared in report.shared[:_SHOWN]), "")
 
 
 def _finds(report: DataQualityReport) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _finds(report: DataQualityReport) -> Iterator[str]:
     yield from ("Found by shape, shown masked; a shape is no proof.", "")
     yield from ("| kind | rows | for example |", "|---|---:|---|")
     for kind, count in report.num_found.items():
-        first = next(one for one in report.found if one.kind == kind)
+        first = next(finding for finding in report.found if finding.kind == kind)
         yield f"| {kind} | {count:,} | {_plain(first.row)}: {_plain(first.masked)} |"
     yield ""
 

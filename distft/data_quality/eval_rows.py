@@ -18,22 +18,26 @@ if TYPE_CHECKING:
 def asked_sources(
     answers: Sequence[AnswersTable], held_out: Sequence[SourceTable]
 ) -> list[tuple[RowSource, FormatSpec]]:
-    """Each file once, with what reads its rows; those of `held_out` are looked at anyway.
+    """Return each evaluation set's source once, with what reads its rows, but those of `held_out`.
 
     Raises:
         DataError: a source cannot be read.
     """
-    known = {_place(table) for table in held_out}
-    found: list[tuple[RowSource, FormatSpec]] = []
-    for one in answers:
-        table = one.source
-        if table is None or not has_own_rows(one) or _place(table) in known:
+    known_places = {_place(table) for table in held_out}
+    sources: list[tuple[RowSource, FormatSpec]] = []
+    for answers_table in answers:
+        table = answers_table.source
+        if table is None or not has_own_rows(answers_table) or _place(table) in known_places:
             continue
-        known.add(_place(table))
-        source = find(table.model_copy(update={"max_rows": one.max_rows}))
-        spec = decide_format(source) if one.prompt is None else _columns(one.prompt, one.reference)
-        found.append((source, spec))
-    return found
+        known_places.add(_place(table))
+        source = find(table.model_copy(update={"max_rows": answers_table.max_rows}))
+        spec = (
+            decide_format(source)
+            if answers_table.prompt is None
+            else _columns(answers_table.prompt, answers_table.reference)
+        )
+        sources.append((source, spec))
+    return sources
 
 
 def _place(table: SourceTable) -> tuple[str | None, ...]:

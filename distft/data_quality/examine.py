@@ -47,7 +47,7 @@ def examine(
     progress: Callable[[int], None] = lambda rows: None,
     waiting: Callable[[], None] = lambda: None,
 ) -> DataQualityReport:
-    """What is to be known of the recipe's rows; from the cache where the same files were looked at before.
+    """Report on the recipe's rows; from the cache where the same files were examined before.
 
     Of several processes that ask together one works and the others wait.
 
@@ -63,19 +63,19 @@ def examine(
         FileSystemError: `cache_dir` cannot be written.
     """
     merge = table.merge_turns
-    splits = {"train": _found(table.train, merge)}
+    splits = {"train": _find_sources(table.train, merge)}
     if table.eval or any(map(has_own_rows, answers)):
-        splits["eval"] = _found(table.eval, merge, asked_sources(answers, table.eval))
+        splits["eval"] = _find_sources(table.eval, merge, asked_sources(answers, table.eval))
     try:
         folder = cache_dir / "care"
         folder.mkdir(parents=True, exist_ok=True)
         key = _key(splits, cache_dir / "hashes")
         note = folder / f"{key[:40]}.json"
         with locked_once(note.with_suffix(".lock"), waiting, done=lambda: _read(note) is not None):
-            if (known := _read(note)) is None:
-                known = _examine(splits, progress)
-                replace_json(note, known.to_json(), ensure_ascii=False)
-            return known
+            if (report := _read(note)) is None:
+                report = _examine(splits, progress)
+                replace_json(note, report.to_json(), ensure_ascii=False)
+            return report
     except OSError as error:
         raise FileSystemError(
             f"{cache_dir}: what was found in the rows cannot be kept: {error.strerror or error}  "
@@ -84,14 +84,14 @@ def examine(
 
 
 def refuse_overlap(report: DataQualityReport, table: DataTable) -> None:
-    """Hold to the recipe's `[data] overlap`.
+    """Enforce the recipe's `[data] overlap`.
 
     Raises:
         DataError: evaluation rows are also trained on, and it is "error"; names the first few on both sides.
     """
     if table.overlap != "error" or not report.num_overlap:
         return
-    shown = "".join(f"\n  {told(one)}" for one in report.shared[:_SHOWN_OVERLAP])
+    shown = "".join(f"\n  {describe_shared(shared)}" for shared in report.shared[:_SHOWN_OVERLAP])
     more = report.num_overlap - min(_SHOWN_OVERLAP, len(report.shared))
     raise DataError(
         f"{report.num_overlap:,} of {report.splits['eval'].num_rows:,} evaluation rows are also trained on "
@@ -99,19 +99,21 @@ def refuse_overlap(report: DataQualityReport, table: DataTable) -> None:
     )
 
 
-def told(one: Shared) -> str:
-    """A row that both splits hold, on one line."""
-    kinds = {"row": "is", "prompt": "asks the same as", "near": f"is {one.similarity:.0%} alike to"}
-    return f"{one.eval_row} {kinds[one.kind]} {one.train_row}"
+def describe_shared(shared: Shared) -> str:
+    """Describe a row that both splits hold, on one line."""
+    kinds = {"row": "is", "prompt": "asks the same as", "near": f"is {shared.similarity:.0%} alike to"}
+    return f"{shared.eval_row} {kinds[shared.kind]} {shared.train_row}"
 
 
 _Split = tuple[list[RowSource], list[FormatSpec]]
 
 
-def _found(tables: Sequence[SourceTable], merge: bool, more: Sequence[tuple[RowSource, FormatSpec]] = ()) -> _Split:
+def _find_sources(
+    tables: Sequence[SourceTable], merge: bool, more: Sequence[tuple[RowSource, FormatSpec]] = ()
+) -> _Split:
     sources = [find(table, merge_turns=merge) for table in tables]
-    found = [(source, decide_format(source)) for source in sources] + list(more)
-    return with_distinct_labels([source for source, _ in found]), [spec for _, spec in found]
+    with_formats = [(source, decide_format(source)) for source in sources] + list(more)
+    return with_distinct_labels([source for source, _ in with_formats]), [spec for _, spec in with_formats]
 
 
 def _key(splits: dict[str, _Split], memory: Path) -> str:
@@ -154,9 +156,9 @@ def _examine(splits: dict[str, _Split], progress: Callable[[int], None]) -> Data
     near_only = ~is_same[near.row_P]
     every = [train, *([held_out] if held_out else [])]
     num_shared, shared = _overlap(train, held_out)
-    num_found = sum((one.num_found for one in every), start=Counter[str]())
+    num_found = sum((gathered.num_found for gathered in every), start=Counter[str]())
     report = DataQualityReport(
-        splits={name: one.split(unread[name].num_rows) for name, one in zip(splits, every, strict=True)},
+        splits={name: gathered.split(unread[name].num_rows) for name, gathered in zip(splits, every, strict=True)},
         num_same=len(same.row_P),
         num_near=int(near_only.sum()),
         num_conflicting=int((~is_same[asked_again]).sum()),
@@ -168,7 +170,7 @@ def _examine(splits: dict[str, _Split], progress: Callable[[int], None]) -> Data
         num_shared=num_shared,
         shared=shared,
         num_found=dict(num_found),
-        found=tuple(found for one in every for found in one.found),
+        found=tuple(finding for gathered in every for finding in gathered.sensitive),
     )
     return replace(report, notes=tuple(notes(report)))
 
@@ -207,8 +209,8 @@ def _overlap(train: Gathered, held_out: Gathered | None) -> tuple[dict[str, int]
 
 
 def _in_both(held_out_N: np.ndarray, train_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Evaluation rows whose hash training rows have, the first of those, and that they are equal."""
+    """Return evaluation rows whose hash training rows have, the first of those, and their similarity of 1."""
     kinds, first = np.unique(train_N, return_index=True)
-    at = np.minimum(np.searchsorted(kinds, held_out_N), max(len(kinds) - 1, 0))
-    hit = np.flatnonzero((kinds[at] == held_out_N) & (held_out_N != 0)) if len(kinds) else np.zeros(0, np.int64)
-    return hit, first[at[hit]] if len(kinds) else hit, np.ones(len(hit))
+    nearest = np.minimum(np.searchsorted(kinds, held_out_N), max(len(kinds) - 1, 0))
+    hit = np.flatnonzero((kinds[nearest] == held_out_N) & (held_out_N != 0)) if len(kinds) else np.zeros(0, np.int64)
+    return hit, first[nearest[hit]] if len(kinds) else hit, np.ones(len(hit))

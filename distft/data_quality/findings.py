@@ -91,14 +91,14 @@ class DataQualityReport:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> DataQualityReport:
-        """The report that `to_json` gave."""
+        """Build the report from what `to_json` returned."""
         return cls(
             **stored
             | {
                 "splits": {name: Split(**split) for name, split in stored["splits"].items()},
-                "repeats": tuple(Repeat(**one) for one in stored["repeats"]),
-                "shared": tuple(Shared(**one) for one in stored["shared"]),
-                "found": tuple(SensitiveText(**one) for one in stored["found"]),
+                "repeats": tuple(Repeat(**fields) for fields in stored["repeats"]),
+                "shared": tuple(Shared(**fields) for fields in stored["shared"]),
+                "found": tuple(SensitiveText(**fields) for fields in stored["found"]),
                 "notes": tuple(stored["notes"]),
             }
         )

@@ -49,7 +49,7 @@ class Gathered:
     answers: Counter[str] | None = field(default_factory=Counter)
     """None: too many different ones to be labels."""
     num_found: Counter[str] = field(default_factory=Counter)
-    found: list[SensitiveText] = field(default_factory=list)
+    sensitive: list[SensitiveText] = field(default_factory=list)
     num_rows: int = 0
 
     def joined(self, name: str) -> np.ndarray:
@@ -130,9 +130,9 @@ def _look_through(made: Gathered, chunk: list[RowText]) -> None:
         hits = dict.fromkeys(patterns.find(f"{row.system}\n{row.text}"))  # each once
         made.num_found.update({hit.kind for hit in hits})
         for hit in hits:
-            if sum(one.kind == hit.kind for one in made.found) < SHOWN:
+            if sum(entry.kind == hit.kind for entry in made.sensitive) < SHOWN:
                 name = f"{made.labels_of_files[row.file]} row {row.number}"
-                made.found.append(SensitiveText(row=name, kind=hit.kind, secret=hit.secret, masked=hit.masked))
+                made.sensitive.append(SensitiveText(row=name, kind=hit.kind, secret=hit.secret, masked=hit.masked))
 
 
 def _count_answers(made: Gathered, chunk: list[RowText]) -> None:

@@ -13,9 +13,9 @@ _RARE = 10
 
 
 def notes(report: DataQualityReport) -> Iterator[str]:
-    """Warnings, gravest first."""
+    """Yield warnings, gravest first."""
     train, held_out = report.splits["train"], report.splits.get("eval")
-    secrets = sorted({one.kind for one in report.found if one.secret})
+    secrets = sorted({finding.kind for finding in report.found if finding.secret})
     if secrets:
         yield (
             f"secrets in the rows ({', '.join(secrets)}): revoke them, not only remove them; "
@@ -34,8 +34,8 @@ def notes(report: DataQualityReport) -> Iterator[str]:
         )
     if held_out is not None and held_out.num_rows < FEW_ROWS:
         half = of_share(held_out.num_rows // 2, held_out.num_rows) if held_out.num_rows else None
-        known = f": a share of one half is known to ± {50 * (half.high - half.low):.0f} points" if half else ""
-        yield f"{held_out.num_rows} evaluation rows{known}, so small gains and losses will not show"
+        margin = f": a share of one half is known to ± {50 * (half.high - half.low):.0f} points" if half else ""
+        yield f"{held_out.num_rows} evaluation rows{margin}, so small gains and losses will not show"
     repeated = report.num_same + report.num_near
     if repeated > _SHARE_THAT_MATTERS * train.num_rows:
         yield (

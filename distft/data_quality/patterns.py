@@ -64,12 +64,14 @@ def masked(text: str, shown: int) -> str:
 
 
 def luhn(text: str) -> bool:
-    """Whether digits are a card number: an issuer's first digits and length, and the check digit right."""
+    """Return whether digits are a card number: an issuer's first digits and length, and a right check digit."""
     digits = [int(char) for char in text if char.isdigit()]
-    known = _ISSUERS.fullmatch("".join(map(str, digits)))
-    if known is None or len(set(digits)) < 4:  # 4000000000000002 is nobody's
+    issuer = _ISSUERS.fullmatch("".join(map(str, digits)))
+    if issuer is None or len(set(digits)) < 4:  # 4000000000000002 is nobody's
         return False
-    doubled = [digit if at % 2 == 0 else sum(divmod(2 * digit, 10)) for at, digit in enumerate(reversed(digits))]
+    doubled = [
+        digit if position % 2 == 0 else sum(divmod(2 * digit, 10)) for position, digit in enumerate(reversed(digits))
+    ]
     return sum(doubled) % 10 == 0
 
 

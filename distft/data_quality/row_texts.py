@@ -63,16 +63,16 @@ def _row_text(file: int, number: int, sample: Sample) -> RowText:
     prompt = system = ""
     match sample:
         case Conversation(messages=messages, tools=tools):
-            system = "\n".join(_content(one) for one in messages if one["role"] == "system")
+            system = "\n".join(_content(message) for message in messages if message["role"] == "system")
             system += json.dumps(tools, ensure_ascii=False) if tools else ""
-            prompt = "\n".join(_content(one) for one in messages[:-1] if one["role"] != "system")
+            prompt = "\n".join(_content(message) for message in messages[:-1] if message["role"] != "system")
             answer = _content(messages[-1])
         case PromptCompletion(prompt=prompt, completion=answer):
             pass
         case Group(documents=documents):  # one question, its answers one after another
-            own = [_row_text(file, number, document) for document in documents]
-            prompt, system = own[0].prompt, own[0].system
-            answer = "\n".join(one.answer for one in own)
+            parts = [_row_text(file, number, document) for document in documents]
+            prompt, system = parts[0].prompt, parts[0].system
+            answer = "\n".join(part.answer for part in parts)
         case _:
             answer = sample.text
     return RowText(file=file, number=number, prompt=prompt, answer=answer, system=system)

@@ -59,12 +59,12 @@ _KNOWN_POWERS: dict[int, np.ndarray] = {}
 
 
 def _powers(base: int, count: int) -> np.ndarray:
-    known = _KNOWN_POWERS.get(base)
-    if known is None or len(known) < count:
+    powers = _KNOWN_POWERS.get(base)
+    if powers is None or len(powers) < count:
         factors = np.full(max(count, _BATCH_BYTES), base, np.uint64)
         factors[0] = 1
-        known = _KNOWN_POWERS[base] = np.cumprod(factors)
-    return known
+        powers = _KNOWN_POWERS[base] = np.cumprod(factors)
+    return powers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,10 @@ class Shingled:
 
 
 def shingle(texts: Sequence[str]) -> Shingled:
-    """Word 5-grams of each text, without regard to case, punctuation and white space."""
+    """Return the word 5-grams of each text, without regard to case, punctuation and white space."""
     encoded = [_prepared(text).encode("utf-8", errors="replace") for text in texts]
     bytes_B = np.frombuffer(b"\n".join(encoded) + b"\n", np.uint8)
-    row_begins_N = np.concatenate([[0], np.cumsum([len(one) + 1 for one in encoded])[:-1]])
+    row_begins_N = np.concatenate([[0], np.cumsum([len(prepared) + 1 for prepared in encoded])[:-1]])
     word_B = np.concatenate([[False], _IS_WORD[bytes_B], [False]])
     edges = np.flatnonzero(word_B[1:] != word_B[:-1])
     begins_W, ends_W = edges[::2], edges[1::2]
@@ -95,11 +95,14 @@ def shingle(texts: Sequence[str]) -> Shingled:
 
 
 def boilerplate(texts: Sequence[str]) -> np.ndarray:
-    """uint64, sorted: shingles that a fifth of these rows share. An instruction that every prompt repeats would make
-    all rows near. Empty for fewer than 50 rows: there, a fifth is no pattern."""  # noqa: D205, D209
+    """Return the shingles that a fifth of these rows share: uint64, sorted.
+
+    An instruction that every prompt repeats would make all rows near. Empty for fewer than 50 rows, of which a fifth is
+    no pattern.
+    """
     if len(texts) < _BOILERPLATE_FROM:
         return np.zeros(0, np.uint64)
-    seen = [np.unique(one.hashes_S[begin:end]) for one, begin, end in _rows_of(texts)]
+    seen = [np.unique(shingled.hashes_S[begin:end]) for shingled, begin, end in _rows_of(texts)]
     kinds, count = np.unique(np.concatenate(seen), return_counts=True)
     return kinds[count >= _BOILERPLATE * len(texts)]
 
@@ -118,8 +121,8 @@ def signatures(texts: Sequence[str], common: np.ndarray) -> np.ndarray:
 def _signed(made: Shingled, common: np.ndarray) -> np.ndarray:
     hashes_S, counts_N = made.hashes_S, made.counts_N
     if len(common):
-        at = np.minimum(np.searchsorted(common, hashes_S), len(common) - 1)
-        own_S = common[at] != hashes_S
+        position = np.minimum(np.searchsorted(common, hashes_S), len(common) - 1)
+        own_S = common[position] != hashes_S
         row_S = np.repeat(np.arange(len(counts_N)), counts_N)
         left_N = np.bincount(row_S[own_S], minlength=len(counts_N))
         own_S |= (left_N < _FEWEST_LEFT)[row_S]
@@ -157,13 +160,13 @@ def similarity(one_PK: np.ndarray, other_PK: np.ndarray) -> np.ndarray:
 
 
 def batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Runs of texts of about 2 MB; a longer text is a batch of its own."""
+    """Yield runs of texts of about 2 MB; a longer text is a batch of its own."""
     begin = size = 0
-    for at, text in enumerate(texts):
+    for index, text in enumerate(texts):
         size += len(text)
-        if size > _BATCH_BYTES and at > begin:
-            yield texts[begin:at]
-            begin, size = at, len(text)
+        if size > _BATCH_BYTES and index > begin:
+            yield texts[begin:index]
+            begin, size = index, len(text)
     if begin < len(texts):
         yield texts[begin:]
 

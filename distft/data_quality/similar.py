@@ -41,12 +41,12 @@ def repeats(hash_N: np.ndarray) -> Pairs:
 
 
 def near_repeats(minima_NK: np.ndarray) -> Pairs:
-    """Rows that an earlier row is near to; `like_P` is the nearest of those looked at.
+    """Return rows that an earlier row is near to; `like_P` is the nearest of those compared.
 
     A row is compared with the first and the previous row of each of its buckets, so the work stays linear also when a
     thousand rows are alike.
     """
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    candidates: list[tuple[np.ndarray, np.ndarray]] = []
     for keys_N in band_keys(minima_NK):
         order = np.argsort(keys_N, kind="stable")
         ordered = keys_N[order]
@@ -54,8 +54,8 @@ def near_repeats(minima_NK: np.ndarray) -> Pairs:
         if len(same):
             new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
             first = np.maximum.accumulate(np.where(new, np.arange(len(ordered)), 0))
-            found += [(order[same], order[first[same]]), (order[same], order[same - 1])]
-    return _verified(found, minima_NK, minima_NK)
+            candidates += [(order[same], order[first[same]]), (order[same], order[same - 1])]
+    return _verified(candidates, minima_NK, minima_NK)
 
 
 class EvalIndex:
@@ -68,18 +68,18 @@ class EvalIndex:
         self._keys = [keys[band][self._order[band]] for band in range(BANDS)]
 
     def near(self, train_NK: np.ndarray) -> Pairs:
-        """For each evaluation row (`row_P`) that some of these training rows are near to, the nearest (`like_P`)."""
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        """Return evaluation rows (`row_P`) near to some of these training rows, with the nearest one (`like_P`)."""
+        candidates: list[tuple[np.ndarray, np.ndarray]] = []
         for band, keys_N in enumerate(band_keys(train_NK)):
             begin = np.searchsorted(self._keys[band], keys_N)
             for step in range(_PER_BUCKET):
-                at = begin + step
-                hit = np.flatnonzero(at < len(self._keys[band]))
-                hit = hit[self._keys[band][at[hit]] == keys_N[hit]]
+                position = begin + step
+                hit = np.flatnonzero(position < len(self._keys[band]))
+                hit = hit[self._keys[band][position[hit]] == keys_N[hit]]
                 if not len(hit):
                     break
-                found.append((self._order[band][at[hit]], hit))
-        return _verified(found, self._minima_NK, train_NK)
+                candidates.append((self._order[band][position[hit]], hit))
+        return _verified(candidates, self._minima_NK, train_NK)
 
 
 def nearest(parts: list[Pairs]) -> Pairs:
@@ -93,16 +93,16 @@ def nearest(parts: list[Pairs]) -> Pairs:
     )
 
 
-def _verified(found: list[tuple[np.ndarray, np.ndarray]], rows_NK: np.ndarray, likes_NK: np.ndarray) -> Pairs:
-    """Candidates whose signatures say that they are near."""
-    if not found:
+def _verified(candidates: list[tuple[np.ndarray, np.ndarray]], rows_NK: np.ndarray, likes_NK: np.ndarray) -> Pairs:
+    """Return the candidates whose signatures are near."""
+    if not candidates:
         return nearest([])
-    rows, likes = (np.concatenate(side) for side in zip(*found, strict=True))
+    rows, likes = (np.concatenate(side) for side in zip(*candidates, strict=True))
     row_P, like_P = np.divmod(np.unique(rows * len(likes_NK) + likes), len(likes_NK))  # pairs as one number: fast
     near = np.concatenate(
         [
-            similarity(rows_NK[row_P[at : at + _PAIRS_AT_ONCE]], likes_NK[like_P[at : at + _PAIRS_AT_ONCE]])
-            for at in range(0, len(row_P), _PAIRS_AT_ONCE)
+            similarity(rows_NK[row_P[start : start + _PAIRS_AT_ONCE]], likes_NK[like_P[start : start + _PAIRS_AT_ONCE]])
+            for start in range(0, len(row_P), _PAIRS_AT_ONCE)
         ]
     )
     keep = near >= NEAR

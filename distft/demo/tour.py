@@ -104,8 +104,8 @@ class Tour:
         # The module, not the script: it is this interpreter's accelerate whatever PATH says.
         command = [sys.executable, "-m", "accelerate.commands.launch", *job]
         ended = supervise.run(command, env=os.environ, launcher=True)
-        if ended.asked and ended.code:
-            raise Preempted(f"stopped by {signal.Signals(ended.asked[0]).name} in {stage.recipe}")
+        if ended.signals and ended.code:
+            raise Preempted(f"stopped by {signal.Signals(ended.signals[0]).name} in {stage.recipe}")
         if ended.code:
             raise TourError(f"{stage.recipe} stopped{_reason(self.folder / stage.recipe, ended.code)}")
         return time.monotonic() - start
@@ -131,10 +131,10 @@ class Tour:
             train_s=train_s,
             sample=written[0],
         )
-        said = (
+        summary = (
             f"{exam.conforms:.1%} in {style} format, {exam.severity:.1%} of severities, {exam.all_right:.1%} all right"
         )
-        self.console.print(f"{label}: {said}")
+        self.console.print(f"{label}: {summary}")
         self.exams.append(exam)
         return exam
 
@@ -152,8 +152,8 @@ class Tour:
             "all fields right": (exam.all_right, stage.min_all_right),
         }
         if any(value < least for value, least in reached.values()):
-            said = ", ".join(f"{name} {value:.3f} (at least {least})" for name, (value, least) in reached.items())
-            raise TourError(f"{stage.recipe} trained but learned too little: {said}")
+            shortfalls = ", ".join(f"{name} {value:.3f} (at least {least})" for name, (value, least) in reached.items())
+            raise TourError(f"{stage.recipe} trained but learned too little: {shortfalls}")
 
     def show(self) -> None:
         """The closing table, and one report with everyone's answer."""
@@ -186,10 +186,10 @@ def _quote(console: Console, title: str, text: str) -> None:
 
 
 def _reason(run: Path, code: int) -> str:
-    """What the run wrote about its end; the launcher flattens exit codes, exit.json does not."""
+    """Return the reason in the run's exit.json, which has the exit code that launchers flatten."""
     try:
-        told = json.loads((run / "exit.json").read_text(encoding="utf-8"))
-        return f" with code {told['code']}: {told['reason']}"
+        record = json.loads((run / "exit.json").read_text(encoding="utf-8"))
+        return f" with code {record['code']}: {record['reason']}"
     except (OSError, ValueError, KeyError):
         return f" with code {code}; its own message is above"
 

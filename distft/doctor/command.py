@@ -22,8 +22,8 @@ JOIN_S = 120.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command: 0, or 9 when a run would fail here."""
-    own = parser().parse_args(argv)
+    """Run the command; return 0, or 9 when a run would fail here."""
+    args = parser().parse_args(argv)
     from distft.core.log import quiet_libraries
     from distft.doctor.checks import CHECKS
     from distft.doctor.finding import Here, Seen, fail, run_judge, run_look
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
     quiet_libraries()
     try:
-        asked = _asked(own)
+        options = _options(args)
     except DistftError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(error, file=sys.stderr)
@@ -44,17 +44,17 @@ def main(argv: Sequence[str]) -> int:
     except MachineError as error:
         report = Report((host,))
         report.add("processes", [fail(str(error).partition(";")[0], str(error).partition(";")[2].strip())])
-        print(report.text(as_json=own.json), flush=True)
+        print(report.text(as_json=args.json), flush=True)
         return report.code
-    here = Here(rank=rank, world=world, local_rank=local_rank, env=os.environ, asked=asked, hosts=(host,))
+    here = Here(rank=rank, world=world, local_rank=local_rank, env=os.environ, options=options, hosts=(host,))
     if world > 1:
-        return Together(here, as_json=own.json, join_s=own.join_s).examine()
+        return Together(here, as_json=args.json, join_s=args.join_s).examine()
     report = Report((host,))
     for check in CHECKS:
-        if check.short or not asked.short:
+        if check.short or not options.short:
             seen = [Seen(rank=0, host=host, facts=run_look(check, here))]
-            report.add(check.name, run_judge(check, seen, asked))
-    print(report.text(as_json=own.json), flush=True)
+            report.add(check.name, run_judge(check, seen, options))
+    print(report.text(as_json=args.json), flush=True)
     return report.code
 
 
@@ -80,29 +80,29 @@ def parser() -> CommandParser:
     return made
 
 
-def _asked(own: argparse.Namespace) -> DoctorOptions:
+def _options(args: argparse.Namespace) -> DoctorOptions:
     from distft.catalog import REGISTRIES
     from distft.cluster.site import Site, read_site
     from distft.doctor.finding import DoctorOptions
     from distft.recipe import load_recipe
 
     recipe: Recipe | None = None
-    if own.recipe is not None:
-        folder = [] if own.output_dir is None else [f"output_dir={_toml(str(own.output_dir))}"]
-        recipe = load_recipe(own.recipe, registries=REGISTRIES, overrides=[*own.overrides, *folder])
-    elif own.overrides:
+    if args.recipe is not None:
+        folder = [] if args.output_dir is None else [f"output_dir={_toml(str(args.output_dir))}"]
+        recipe = load_recipe(args.recipe, registries=REGISTRIES, overrides=[*args.overrides, *folder])
+    elif args.overrides:
         raise MachineError("--set changes a recipe: give --recipe FILE")
-    site = Site() if own.site is None else read_site(own.site)
-    output = recipe.run_dir if recipe is not None else own.output_dir or Path()
+    site = Site() if args.site is None else read_site(args.site)
+    output = recipe.run_dir if recipe is not None else args.output_dir or Path()
     return DoctorOptions(
         recipe=recipe,
         output=output,
-        shared=own.shared_folder or output,
-        short=own.short,
-        gib=own.gib,
-        link_floor_gb_per_s=own.link_floor if own.link_floor is not None else site.link_floor_gb_per_s,
-        disk_floor_gb_per_s=own.disk_floor if own.disk_floor is not None else site.disk_floor_gb_per_s,
-        per_host=own.per_host,
+        shared=args.shared_folder or output,
+        short=args.short,
+        gib=args.gib,
+        link_floor_gb_per_s=args.link_floor if args.link_floor is not None else site.link_floor_gb_per_s,
+        disk_floor_gb_per_s=args.disk_floor if args.disk_floor is not None else site.disk_floor_gb_per_s,
+        per_host=args.per_host,
     )
 
 

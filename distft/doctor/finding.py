@@ -30,28 +30,28 @@ class Severity(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One row of the table."""
+    """A row of the doctor's table: verdict, message and fix of one check."""
 
     verdict: Severity
-    found: str
+    message: str
     fix: str = ""
     hosts: tuple[str, ...] = ()
-    """Those to blame, and to be without; empty: it is no single host's fault."""
+    """Hosts that cause it and that a run should avoid; empty: it is no single host's fault."""
 
 
-def ok(found: str) -> Finding:
-    """As it should be."""
-    return Finding(verdict=Severity.OK, found=found)
+def ok(message: str) -> Finding:
+    """Return a finding that all is well."""
+    return Finding(verdict=Severity.OK, message=message)
 
 
-def warn(found: str, fix: str, hosts: Iterable[str] = ()) -> Finding:
-    """Worth knowing."""
-    return Finding(verdict=Severity.WARN, found=found, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
+def warn(message: str, fix: str, hosts: Iterable[str] = ()) -> Finding:
+    """Return a finding that does not prevent a run."""
+    return Finding(verdict=Severity.WARN, message=message, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
 
 
-def fail(found: str, fix: str, hosts: Iterable[str] = ()) -> Finding:
-    """In a run's way."""
-    return Finding(verdict=Severity.FAIL, found=found, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
+def fail(message: str, fix: str, hosts: Iterable[str] = ()) -> Finding:
+    """Return a finding that prevents a run."""
+    return Finding(verdict=Severity.FAIL, message=message, fix=fix, hosts=tuple(dict.fromkeys(hosts)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Here:
     world: int
     local_rank: int
     env: Mapping[str, str]
-    asked: DoctorOptions
+    options: DoctorOptions
     hosts: tuple[str, ...]
     """Of every rank; before the processes have met, of this one alone."""
     group: ProbeRanks | None = None
@@ -143,29 +143,30 @@ def run_look(check: Check, here: Here) -> Facts:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
-def run_judge(check: Check, seen: Sequence[Seen], asked: DoctorOptions) -> list[Finding]:
-    """Its findings; a process that could not look is one too."""
-    broken = [one for one in seen if "error" in one.facts]
-    found = [
-        fail(f"{one.who} could not look: {one.facts['error']}", "see the message", [one.host]) for one in broken[:3]
+def run_judge(check: Check, seen: Sequence[Seen], options: DoctorOptions) -> list[Finding]:
+    """Return the check's findings, with one for each process that could not look."""
+    broken = [process for process in seen if "error" in process.facts]
+    findings = [
+        fail(f"{process.who} could not look: {process.facts['error']}", "see the message", [process.host])
+        for process in broken[:3]
     ]
-    whole = [one for one in seen if "error" not in one.facts]
-    return found + (list(check.judge(whole, asked)) if whole else [])
+    whole = [process for process in seen if "error" not in process.facts]
+    return findings + (list(check.judge(whole, options)) if whole else [])
 
 
 def by_host(seen: Sequence[Seen]) -> list[Seen]:
-    """The first process of each host."""
+    """Return the first process of each host."""
     hosts: dict[str, Seen] = {}
-    for one in seen:
-        hosts.setdefault(one.host, one)
+    for process in seen:
+        hosts.setdefault(process.host, process)
     return list(hosts.values())
 
 
 def odd_ones(seen: Sequence[Seen], key: Callable[[Seen], Any]) -> tuple[Any, list[Seen]]:
-    """(what most have, those that have something else); of a draw, what the first has is right."""
-    values = [key(one) for one in seen]
+    """Return (the most frequent value, the processes with another one); of a draw the first one's value counts."""
+    values = [key(process) for process in seen]
     usual = max(values, key=lambda value: (values.count(value), value == values[0]))
-    return usual, [one for one, value in zip(seen, values, strict=True) if value != usual]
+    return usual, [process for process, value in zip(seen, values, strict=True) if value != usual]
 
 
 def names(items: Iterable[object], most: int = 4) -> str:

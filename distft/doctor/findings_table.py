@@ -18,19 +18,19 @@ ORDER = (Severity.OK, Severity.WARN, Severity.FAIL)
 
 @dataclass
 class Report:
-    """What was found so far."""
+    """The findings so far."""
 
     hosts: tuple[str, ...]
     """By rank."""
     rows: list[tuple[str, Finding]] = field(default_factory=list)
 
     def add(self, check: str, findings: Sequence[Finding]) -> None:
-        """One check's."""
+        """Add one check's findings."""
         self.rows += [(check, finding) for finding in findings]
 
     @property
     def verdict(self) -> Severity:
-        """The worst."""
+        """The worst verdict of all findings."""
         return max((finding.verdict for _, finding in self.rows), key=ORDER.index, default=Severity.OK)
 
     @property
@@ -40,12 +40,12 @@ class Report:
 
     @property
     def bad_hosts(self) -> list[str]:
-        """Those a run would do better without."""
+        """Hosts that a run should avoid."""
         failed = [host for _, finding in self.rows if finding.verdict is Severity.FAIL for host in finding.hosts]
         return list(dict.fromkeys(failed))
 
     def to_json(self) -> dict[str, Any]:
-        """One object."""
+        """Return the report as one JSON object."""
         return {
             "verdict": self.verdict.value,
             "code": self.code,
@@ -56,7 +56,7 @@ class Report:
                 {
                     "check": check,
                     "verdict": finding.verdict.value,
-                    "found": finding.found,
+                    "found": finding.message,
                     "fix": finding.fix,
                     "hosts": list(finding.hosts),
                 }
@@ -65,18 +65,18 @@ class Report:
         }
 
     def text(self, *, as_json: bool) -> str:
-        """To be printed."""
+        """Return the text to print."""
         return json.dumps(self.to_json()) if as_json else "\n".join(self.lines())
 
     def lines(self) -> Iterator[str]:
-        """A table: check, verdict, what was found, and below what is wrong the fix."""
+        """Yield the lines of a table: check, verdict, message, and below a problem its fix."""
         first = max([len("check"), *(len(check) for check, _ in self.rows)])
         yield f"{'check':<{first}}  {'':<4}  found"
         for check, finding in self.rows:
             head = f"{check:<{first}}  {finding.verdict.value:<4}  "
             blank = " " * len(head)
             yield from textwrap.wrap(
-                finding.found, WIDTH, initial_indent=head, subsequent_indent=blank, break_on_hyphens=False
+                finding.message, WIDTH, initial_indent=head, subsequent_indent=blank, break_on_hyphens=False
             )
             if finding.fix and finding.verdict is not Severity.OK:
                 yield from textwrap.wrap(

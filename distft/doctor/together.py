@@ -37,12 +37,12 @@ class Together:
     def __init__(self, here: Here, *, as_json: bool, join_s: float) -> None:
         """`join_s`: how long the others may take to come."""
         self._here, self._as_json, self._join_s = here, as_json, join_s
-        self._checks = [check for check in CHECKS if check.short or not here.asked.short]
+        self._checks = [check for check in CHECKS if check.short or not here.options.short]
         self._report = Report(here.hosts)
         self._now = "processes"
 
     def examine(self) -> int:
-        """From the first look to the printed table; the exit code, equal on all ranks that got that far."""
+        """Run all checks and print the table; return the exit code, equal on all ranks that got that far."""
         from distft.engine.rendezvous import Rendezvous
 
         facts = {check.name: run_look(check, self._here) for check in self._checks if not check.together}
@@ -50,12 +50,14 @@ class Together:
             rendezvous = Rendezvous.open(self._here.rank, self._here.world, self._join_s)
             rendezvous.announce(self._here.hosts[0])
             rendezvous.put(f"facts/{self._here.rank}", json.dumps({"host": self._here.hosts[0], "facts": facts}))
-            told = self._decide(rendezvous) if self._here.rank == 0 else rendezvous.wait_for("told", 2 * self._join_s)
-            if told is None:
+            decision = (
+                self._decide(rendezvous) if self._here.rank == 0 else rendezvous.wait_for("told", 2 * self._join_s)
+            )
+            if decision is None:
                 raise MachineError("rank 0 has looked at nothing and said nothing")
         except (MachineError, RuntimeError) as error:
             return self._alone(facts, str(error).splitlines()[0])
-        word = json.loads(told)
+        word = json.loads(decision)
         if not word["go"]:
             rendezvous.put(f"bye/{self._here.rank}", "")
             if self._here.rank == 0:
@@ -65,37 +67,37 @@ class Together:
         return self._measure(rendezvous)
 
     def _decide(self, rendezvous: Rendezvous) -> str:
-        """Rank 0: wait for all, judge what they saw alone, say whether they go on."""
+        """Wait for all ranks on rank 0, judge what each saw alone, and decide whether they go on."""
         world = range(self._here.world)
         heard = rendezvous.wait_for_all((f"facts/{rank}" for rank in world), self._join_s)
-        said = {rank: json.loads(heard[f"facts/{rank}"]) for rank in world if f"facts/{rank}" in heard}
-        self._report.hosts = tuple(word["host"] for word in said.values())
-        stop = len(said) < len(world)
+        reports = {rank: json.loads(heard[f"facts/{rank}"]) for rank in world if f"facts/{rank}" in heard}
+        self._report.hosts = tuple(word["host"] for word in reports.values())
+        stop = len(reports) < len(world)
         if stop:
-            self._report.add("processes", [_absent(self._here.world, self._report.hosts, said, self._here.env)])
+            self._report.add("processes", [_absent(self._here.world, self._report.hosts, reports, self._here.env)])
         for check in self._checks:
             if not check.together and not (stop and check.name == "processes"):
-                seen = [Seen(rank=r, host=w["host"], facts=w["facts"][check.name]) for r, w in said.items()]
-                found = run_judge(check, seen, self._here.asked)
-                self._report.add(check.name, found)
-                stop = stop or (check.gate and any(finding.verdict.value == "fail" for finding in found))
+                seen = [Seen(rank=r, host=w["host"], facts=w["facts"][check.name]) for r, w in reports.items()]
+                findings = run_judge(check, seen, self._here.options)
+                self._report.add(check.name, findings)
+                stop = stop or (check.gate and any(finding.verdict.value == "fail" for finding in findings))
         if stop:
             self._print()
-        told = {"go": not stop, "code": self._report.code, "came": list(said), "hosts": self._report.hosts}
-        rendezvous.put("told", json.dumps(told))
-        return json.dumps(told)
+        decision = {"go": not stop, "code": self._report.code, "came": list(reports), "hosts": self._report.hosts}
+        rendezvous.put("told", json.dumps(decision))
+        return json.dumps(decision)
 
     def _measure(self, rendezvous: Rendezvous) -> int:
-        """All: become a group, and make the checks that need one."""
+        """Form a process group on all ranks and run the checks that need one."""
         from distft.engine import processes
         from distft.engine.bandwidth import ProbeRanks
 
-        limit_s = SHORT_LIMIT_S if self._here.asked.short else LIMIT_S
+        limit_s = SHORT_LIMIT_S if self._here.options.short else LIMIT_S
         self._now = "network"
         with Deadline(self._join_s, self._stuck):
             try:
-                placed = processes.join(10 * limit_s, store=rendezvous.store)
-                group = ProbeRanks(placed)
+                process_info = processes.join(10 * limit_s, store=rendezvous.store)
+                group = ProbeRanks(process_info)
                 group.gather(None)
             except (MachineError, RuntimeError) as error:
                 return self._broken(error)
@@ -105,16 +107,16 @@ class Together:
                 self._now = check.name
                 with Deadline(limit_s, self._stuck):
                     try:
-                        self._one(check, here)
+                        self._run_check(check, here)
                     except RuntimeError as error:
                         return self._broken(error)
         if here.rank == 0:
             self._print()
         code = group.gather(self._report.code)[0]
-        processes.leave(placed)
+        processes.leave(process_info)
         return code
 
-    def _one(self, check: Check, here: Here) -> None:
+    def _run_check(self, check: Check, here: Here) -> None:
         assert here.group is not None
         everyone = here.group.gather(run_look(check, here))
         if here.rank == 0:
@@ -122,7 +124,7 @@ class Together:
                 Seen(rank=r, host=host, facts=facts)
                 for (r, facts), host in zip(enumerate(everyone), here.hosts, strict=True)
             ]
-            self._report.add(check.name, run_judge(check, seen, here.asked))
+            self._report.add(check.name, run_judge(check, seen, here.options))
 
     def _alone(self, facts: Mapping[str, Facts], why: str) -> int:
         """What this process could see by itself, when it cannot come to the others."""
@@ -130,24 +132,24 @@ class Together:
         for check in self._checks:
             if not check.together and check.name != "processes":
                 seen = [Seen(rank=here.rank, host=here.hosts[0], facts=facts[check.name])]
-                bad = [f for f in run_judge(check, seen, here.asked) if f.verdict.value != "ok"]
+                bad = [f for f in run_judge(check, seen, here.options) if f.verdict.value != "ok"]
                 self._report.add(check.name, bad)
         self._report.add("network", [fail(why, NETWORK_FIX, here.hosts)])
         self._print()
         return self._report.code
 
     def _broken(self, error: BaseException) -> int:
-        said = f"rank {self._here.rank} on {self._here.hosts[0]}: {str(error).splitlines()[0]}"
-        self._report.add(self._now, [fail(said, NETWORK_FIX)])
+        message = f"rank {self._here.rank} on {self._here.hosts[0]}: {str(error).splitlines()[0]}"
+        self._report.add(self._now, [fail(message, NETWORK_FIX)])
         self._print()
         return self._report.code
 
     def _stuck(self, limit_s: float) -> None:
-        """Called beside a main thread that does not come back."""
+        """End the process; called beside a main thread that does not come back."""
         if self._here.rank != 0:
             time.sleep(LINGER_S)  # rank 0's word first
-        said = f"no answer in {limit_s:.0f} s: a process hangs, or what it sends does not arrive"
-        self._report.add(self._now, [fail(said, NETWORK_FIX)])
+        message = f"no answer in {limit_s:.0f} s: a process hangs, or what it sends does not arrive"
+        self._report.add(self._now, [fail(message, NETWORK_FIX)])
         self._print()
         os._exit(self._report.code)
 
@@ -174,8 +176,8 @@ class Deadline:
         self._timer.cancel()
 
 
-def _absent(world: int, hosts: tuple[str, ...], said: Iterable[int], env: Mapping[str, str]) -> Finding:
-    came = list(said)
+def _absent(world: int, hosts: tuple[str, ...], reported: Iterable[int], env: Mapping[str, str]) -> Finding:
+    came = list(reported)
     missing = [rank for rank in range(world) if rank not in came]
     without = [host for host in _expected(env) if host not in hosts]
     who = f"; not heard of: rank{'s' if len(missing) > 1 else ''} {names(missing)}"

@@ -13,7 +13,7 @@ from distft.engine.spec import EngineSpec
 def choose(
     name: str,
     engines: Mapping[str, EngineSpec],
-    placed: Processes,
+    processes: Processes,
     *,
     trains_all: bool,
     elementwise: bool,
@@ -29,12 +29,12 @@ def choose(
             world size is not there, or the engine left to choose cannot do what optimizer or offload need.
     """
     if name != "auto":
-        _check_launcher(name, placed.wants)
+        _check_launcher(name, processes.wants)
         chosen, reason = name, "the recipe names it"
-    elif placed.wants:
-        chosen = {"deepspeed": "zero3", "fsdp": "fsdp2"}.get(placed.wants, placed.wants)
-        reason = f"accelerate launch was configured for {placed.wants}"
-    elif placed.world == 1 and offload == "none":
+    elif processes.wants:
+        chosen = {"deepspeed": "zero3", "fsdp": "fsdp2"}.get(processes.wants, processes.wants)
+        reason = f"accelerate launch was configured for {processes.wants}"
+    elif processes.world == 1 and offload == "none":
         chosen, reason = "solo", "one process"
     elif not elementwise:
         chosen, reason = "ddp", "the optimizer needs whole matrices"
@@ -46,7 +46,7 @@ def choose(
             reason += " (DeepSpeed is not installed)"
     else:
         chosen, reason = "ddp", "only adapters are trained: sharding them saves nothing and costs traffic"
-    if placed.wants_offload and offload == "none":
+    if processes.wants_offload and offload == "none":
         raise MachineError(
             "accelerate launch was configured with an offload_optimizer_device, and the recipe does not offload: "
             'set [engine] offload = "optimizer", or take it out of the launch file'
@@ -54,9 +54,9 @@ def choose(
     spec = engines[chosen]
     if spec.library and importlib.util.find_spec(spec.library) is None:
         raise MachineError(f"engine {chosen} needs {spec.library}, which is not installed: pip install {spec.library}")
-    if spec.max_world is not None and placed.world > spec.max_world:
+    if spec.max_world is not None and processes.world > spec.max_world:
         raise MachineError(
-            f"engine {chosen} runs in {spec.max_world} process, {placed.world} were started: "
+            f"engine {chosen} runs in {spec.max_world} process, {processes.world} were started: "
             'set [engine] name = "auto" or "ddp", or start one process'
         )
     if spec.flattens and not elementwise:

@@ -43,37 +43,37 @@ class ProbeRanks(ProcessRanks):
         return BusBandwidth(all_reduce=2 * share * 4 * count / reduce_s, all_gather=share * 4 * count / gather_s)
 
     def ring(self, num_bytes: int, ranks: Sequence[int]) -> dict[int, float]:
-        """Bytes per second, each way at once, between this rank and its two neighbours in the ring of `ranks`.
+        """Measure bytes per second, both ways at once, between this rank and its two neighbours in the ring of `ranks`.
 
         One pair of neighbours never waits for another: even places first with the next one, then odd ones, so that
         a slow rank is slow with both its neighbours and nobody else is.
         """
-        found: dict[int, float] = {}
+        bytes_per_s: dict[int, float] = {}
         for first, second in pairs(ranks):
             if self.rank in (first, second):
                 peer = second if self.rank == first else first
-                found[peer] = num_bytes / self._exchange_s(peer, num_bytes)
-        return found
+                bytes_per_s[peer] = num_bytes / self._exchange_s(peer, num_bytes)
+        return bytes_per_s
 
     def clock_ahead_s(self, rank: int, tag: int = 7) -> float | None:
-        """How far `rank`'s clock is ahead of rank 0's, by the quickest of some questions and answers; on rank 0.
+        """Measure how far `rank`'s clock is ahead of rank 0's, from the quickest of some round trips; known on rank 0.
 
-        Called by rank 0 and by `rank`; the others are not needed. Right to half the time of that round trip.
+        Only rank 0 and `rank` call it. The error is at most half the time of that round trip.
         """
         best, ahead = float("inf"), 0.0
-        told = torch.zeros(1, dtype=torch.float64)
+        clock_s = torch.zeros(1, dtype=torch.float64)
         for _ in range(PINGS):
             if self.rank == rank:
-                dist.recv(told, 0, group=self._host_group, tag=tag)
-                told[0] = faults.now("clock", rank=rank)
-                dist.send(told, 0, group=self._host_group, tag=tag)
+                dist.recv(clock_s, 0, group=self._host_group, tag=tag)
+                clock_s[0] = faults.now("clock", rank=rank)
+                dist.send(clock_s, 0, group=self._host_group, tag=tag)
             else:
-                asked, began = time.time(), time.monotonic()
-                dist.send(told, rank, group=self._host_group, tag=tag)
-                dist.recv(told, rank, group=self._host_group, tag=tag)
+                sent_at, began = time.time(), time.monotonic()
+                dist.send(clock_s, rank, group=self._host_group, tag=tag)
+                dist.recv(clock_s, rank, group=self._host_group, tag=tag)
                 took = time.monotonic() - began
                 if took < best:
-                    best, ahead = took, told.item() - (asked + took / 2)
+                    best, ahead = took, clock_s.item() - (sent_at + took / 2)
         return ahead if self.rank == 0 else None
 
     def _exchange_s(self, peer: int, num_bytes: int) -> float:
@@ -81,7 +81,7 @@ class ProbeRanks(ProcessRanks):
         back = torch.empty_like(out)
 
         def both() -> None:
-            faults.at("link", rank=self.rank)
+            faults.inject("link", rank=self.rank)
             works = dist.batch_isend_irecv([dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, back, peer)])
             for work in works:
                 work.wait()
@@ -104,10 +104,10 @@ class ProbeRanks(ProcessRanks):
 
 
 def pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """The neighbours of a ring, in an order in which all that can are measured at the same time."""
+    """Return the pairs of neighbours of a ring, ordered so that as many as possible are measured at the same time."""
     count = len(ranks)
     if count < 3:
         return [(ranks[0], ranks[1])] if count == 2 else []
-    ring = [(ranks[at], ranks[(at + 1) % count]) for at in range(count)]
+    ring = [(ranks[index], ranks[(index + 1) % count]) for index in range(count)]
     odd_one = [ring.pop()] if count % 2 else []
     return ring[0::2] + ring[1::2] + odd_one

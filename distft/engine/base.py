@@ -22,11 +22,11 @@ class BaseEngine(ProcessRanks):
     """Common ground; subclasses say how the model is wrapped, how gradients meet, and how a step is taken."""
 
     name = ""
-    lockstep = False
+    collective_forward = False
 
-    def __init__(self, placed: Processes) -> None:
-        super().__init__(placed)
-        self._placed = placed
+    def __init__(self, processes: Processes) -> None:
+        super().__init__(processes)
+        self._processes = processes
         self._module: nn.Module | None = None
         self._rule: UpdateRule | None = None
         self._losses: list[tuple[Tensor, tuple[str, ...]]] = []
@@ -35,18 +35,18 @@ class BaseEngine(ProcessRanks):
     @property
     def model(self) -> nn.Module:
         """The wrapped module to call."""
-        assert self._module is not None, "adopt() comes first"
+        assert self._module is not None, "setup() comes first"
         return self._module
 
     @property
-    def forward_only(self) -> nn.Module:
+    def inference_module(self) -> nn.Module:
         """What to call where no gradients are wanted."""
         return self.model
 
     @property
     def rule(self) -> UpdateRule:
         """How parameters change."""
-        assert self._rule is not None, "adopt() comes first"
+        assert self._rule is not None, "setup() comes first"
         return self._rule
 
     def place(self, batch: Batch) -> Batch:
@@ -88,7 +88,7 @@ class BaseEngine(ProcessRanks):
 
     def close(self) -> None:
         """Leave the process group, unless the caller made it."""
-        processes.leave(self._placed)
+        processes.leave(self._processes)
 
     def _remember(self, terms: LossTerms, samples: tuple[str, ...]) -> None:
         """Keep a micro-batch's loss and add up its figures.

@@ -184,6 +184,6 @@ def _settle_buckets(wrapped: DistributedDataParallel) -> None:
         param.grad = None
 
 
-def open_engine(name: str, params: EngineParams, placed: Processes) -> DdpEngine:
+def open_engine(name: str, params: EngineParams, processes: Processes) -> DdpEngine:
     """The engine, before it has a model."""
-    return DdpEngine(params, placed)
+    return DdpEngine(params, processes)

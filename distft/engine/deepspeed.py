@@ -38,18 +38,18 @@ from distft.engine.zero_footprint import bucket_elements
 class ZeroEngine(BaseEngine):
     """One class for the three stages; they differ in configuration and in where tensors are read back from."""
 
-    def __init__(self, stage: int, params: Zero12Params | Zero3Params, placed: Processes) -> None:
-        super().__init__(placed)
+    def __init__(self, stage: int, params: Zero12Params | Zero3Params, processes: Processes) -> None:
+        super().__init__(processes)
         self.name = f"zero{stage}"
-        self._stage, self.lockstep = stage, stage == 3
+        self._stage, self.collective_forward = stage, stage == 3
         self._offload = params.offload
         self._grad_dtype: GradDtype = params.grad_dtype
         within = params.shard_within if isinstance(params, Zero3Params) else "world"
-        self._second = group_size(within, placed)
+        self._second = group_size(within, processes)
         self._deepspeed = _import_deepspeed()
         self._last = True
 
-    def adopt(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
+    def setup(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
         """Fill and (stage 3) partition block by block, then let DeepSpeed take the rest over."""
         self._rule = rule
         module = weights.module
@@ -57,7 +57,7 @@ class ZeroEngine(BaseEngine):
         largest = max(param.numel() for param in module.parameters())
         config = self._config(weights.dtype, rule, micros_per_step, bucket_elements(numel, largest))
         group = self._second_copy_group()
-        with reading_once(weights, self._placed):
+        with reading_once(weights, self._processes):
             for unit in [*weights.blocks, module]:
                 weights.fill(unit, self.device)
                 if self._stage == 3:
@@ -135,9 +135,9 @@ class ZeroEngine(BaseEngine):
         return groups._get_zero_param_intra_parallel_group()
 
     def _check_partitioned(self) -> None:
-        found = self._wrapped.zero_optimization_stage()
-        if found != self._stage:
-            raise MachineError(f"zero{self._stage} was asked for, DeepSpeed runs stage {found}")
+        stage = self._wrapped.zero_optimization_stage()
+        if stage != self._stage:
+            raise MachineError(f"zero{self._stage} was asked for, DeepSpeed runs stage {stage}")
         spans = torch.distributed.get_world_size(self._wrapped.data_parallel_group)
         if spans != self.world:
             raise MachineError(f"DeepSpeed spans {spans} processes, {self.world} were started")
@@ -147,7 +147,7 @@ class ZeroEngine(BaseEngine):
                 raise MachineError(f"zero3 was asked for, but the largest parameter is whole on rank {self.rank}")
 
     @property
-    def forward_only(self) -> nn.Module:
+    def inference_module(self) -> nn.Module:
         """Stage 3 gathers in the wrapped module; below it every rank has the weights."""
         return self.model if self._stage == 3 else self._wrapped.module
 
@@ -167,10 +167,10 @@ class ZeroEngine(BaseEngine):
             # Reduced into this rank's part by now; DeepSpeed would keep the whole sums through the update.
             self._optimizer.zero_grad(set_to_none=True)
 
-    def step(self, state: TrainState, denominator: float, accepts: Callable[[float], bool]) -> StepReport:
+    def step(self, state: TrainState, denominator: float, allow_update: Callable[[float], bool]) -> StepReport:
         """The loss is checked before DeepSpeed's step; a bad norm makes that step skip the update on all ranks."""
         sums, _ = self._summed(self._step_sums())
-        accepted = math.isfinite(sums[0]) and accepts(sums[0] / denominator)
+        accepted = math.isfinite(sums[0]) and allow_update(sums[0] / denominator)
         lr = self.rule.lr_at(state.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -263,7 +263,7 @@ class ZeroEngine(BaseEngine):
             self._wrapped.destroy()
         if self._second < self.world:  # a global of the library, which the next run would find
             self._deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-        if self._placed.joined:  # by DeepSpeed, which else hands its groups to the next run of this Python process
+        if self._processes.joined:  # by DeepSpeed, which else hands its groups to the next run of this Python process
             self._deepspeed.comm.destroy_process_group()
         super().close()
 
@@ -309,6 +309,6 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def open_engine(name: str, params: Zero12Params | Zero3Params, placed: Processes) -> ZeroEngine:
+def open_engine(name: str, params: Zero12Params | Zero3Params, processes: Processes) -> ZeroEngine:
     """The engine, before it has a model."""
-    return ZeroEngine(int(name.removeprefix("zero")), params, placed)
+    return ZeroEngine(int(name.removeprefix("zero")), params, processes)

@@ -32,17 +32,17 @@ class Fsdp2Engine(SoloEngine):
 
     name = "fsdp2"
     sharded = True
-    lockstep = True
+    collective_forward = True
 
-    def __init__(self, params: Fsdp2Params, placed: Processes) -> None:
-        super().__init__(params, placed)
+    def __init__(self, params: Fsdp2Params, processes: Processes) -> None:
+        super().__init__(params, processes)
         self._offload: OffloadPolicy = (
-            CPUOffloadPolicy(pin_memory=placed.device.type == "cuda") if params.offload == "all" else OffloadPolicy()
+            CPUOffloadPolicy(pin_memory=processes.device.type == "cuda") if params.offload == "all" else OffloadPolicy()
         )
         self._once_a_step = params.gather == "once_a_step"
-        self._shards = group_size(params.shard_within, placed)
-        self._replicas = placed.world // self._shards
-        self._replica, self._shard = divmod(placed.rank, self._shards)
+        self._shards = group_size(params.shard_within, processes)
+        self._replicas = processes.world // self._shards
+        self._replica, self._shard = divmod(processes.rank, self._shards)
 
     def _wrap(self, weights: Weights) -> nn.Module:
         if self._replicas == 1:
@@ -132,6 +132,6 @@ class Fsdp2Engine(SoloEngine):
         return self._replicas
 
 
-def open_engine(name: str, params: Fsdp2Params, placed: Processes) -> Fsdp2Engine:
+def open_engine(name: str, params: Fsdp2Params, processes: Processes) -> Fsdp2Engine:
     """The engine, before it has a model."""
-    return Fsdp2Engine(params, placed)
+    return Fsdp2Engine(params, processes)

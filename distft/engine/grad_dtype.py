@@ -37,5 +37,5 @@ nearly equal ones (benchmarks/gradient_sums.py)."""
 
 
 def error_of_bf16_sums(micros_per_step: int) -> str:
-    """Range of the relative error of a step's gradient, as text."""
-    return next((said for count, said in BF16_ERRORS if micros_per_step <= count), "4 % to more than 50 %")
+    """Return the range of the relative error of a step's gradient, as text."""
+    return next((text for count, text in BF16_ERRORS if micros_per_step <= count), "4 % to more than 50 %")

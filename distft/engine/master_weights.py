@@ -84,9 +84,9 @@ class MasterWeights:
         for group in self._groups:
             members = [self._all[index] for index in group]
             for part in update_groups([owned.master.numel() for owned in members], self._limit):
-                at = range(group.start + part.start, group.start + part.stop)
-                _set_gradients([self._all[index] for index in at], [waiting[index] for index in at])
-                waiting[at.start : at.stop] = [None] * len(at)
+                indices = range(group.start + part.start, group.start + part.stop)
+                _set_gradients([self._all[index] for index in indices], [waiting[index] for index in indices])
+                waiting[indices.start : indices.stop] = [None] * len(indices)
             step([owned.master for owned in members if owned.master.grad is not None])
             for owned in members:
                 owned.master.grad = None

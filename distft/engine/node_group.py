@@ -22,14 +22,14 @@ class NodeGroup:
     everywhere, over a slower link.
     """
 
-    def __init__(self, placed: Processes, size: int) -> None:
+    def __init__(self, processes: Processes, size: int) -> None:
         """Collective among the ranks of the node."""
-        self._first = placed.rank - placed.rank % size
-        self.rank, self.size = placed.rank - self._first, size
+        self._first = processes.rank - processes.rank % size
+        self.rank, self.size = processes.rank - self._first, size
         # All are of one node: the group that is there, for another NCCL communicator would take memory of its own.
-        self._own = size < placed.world
+        self._is_subgroup = size < processes.world
         self._group: Any = None
-        if self._own:
+        if self._is_subgroup:
             members = list(range(self._first, self._first + size))
             self._group = dist.new_group(members, use_local_synchronization=True)
 
@@ -49,17 +49,17 @@ class NodeGroup:
         codes = torch.zeros(self.size, dtype=torch.int64)
         codes[self.rank] = code
         dist.all_reduce(codes, group=self._group)
-        failed = [rank for rank, its in enumerate(codes.tolist()) if its]
+        failed = [rank for rank, rank_code in enumerate(codes.tolist()) if rank_code]
         if not failed:
             return
-        said = self._text(f"{failure}" if code else "", failed[0])
+        message = self._text(f"{failure}" if code else "", failed[0])
         if failure is not None:
             raise failure
-        raise PeerEnded(int(codes[failed[0]]), said)
+        raise PeerEnded(int(codes[failed[0]]), message)
 
-    def _text(self, own: str, source: int) -> str:
-        """What rank `source` says."""
-        encoded = own.encode()
+    def _text(self, text: str, source: int) -> str:
+        """Return the text of rank `source`, on every rank; collective."""
+        encoded = text.encode()
         length = torch.tensor([len(encoded)])
         dist.broadcast(length, self._first + source, group=self._group)
         buffer = torch.zeros(int(length), dtype=torch.uint8)
@@ -71,22 +71,22 @@ class NodeGroup:
 
     def close(self) -> None:
         """Give back what a group of its own took; collective."""
-        if self._own:
+        if self._is_subgroup:
             dist.destroy_process_group(self._group)
 
 
 @contextlib.contextmanager
-def reading_once(weights: Weights, placed: Processes) -> Iterator[None]:
-    """Inside, the ranks of a node read each weight once between them; collective.
+def reading_once(weights: Weights, processes: Processes) -> Iterator[None]:
+    """Let the ranks of a node read each weight once between them, inside the context; collective.
 
     Not where a launcher does not say how many processes a node has: then every rank reads for itself. On an error the
     group is left as it is: giving up an NCCL communicator waits for ranks that may not come.
     """
-    size = placed.local_world
-    if placed.world == 1 or size is None or size == 1:
+    size = processes.local_world
+    if processes.world == 1 or size is None or size == 1:
         yield
         return
-    group = NodeGroup(placed, size)
+    group = NodeGroup(processes, size)
     weights.read_within(group)
     yield
     weights.read_within(None)

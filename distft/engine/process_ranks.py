@@ -15,8 +15,8 @@ from distft.engine.processes import Processes
 class ProcessRanks:
     """Exchanges small host objects between the processes that have joined."""
 
-    def __init__(self, placed: Processes) -> None:
-        self.rank, self.world, self.device = placed.rank, placed.world, placed.device
+    def __init__(self, processes: Processes) -> None:
+        self.rank, self.world, self.device = processes.rank, processes.world, processes.device
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, pickled over gloo; for small host objects."""

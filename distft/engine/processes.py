@@ -297,13 +297,13 @@ def _shares_accelerators() -> bool:
     return torch.cuda.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def leave(placed: Processes) -> None:
+def leave(processes: Processes) -> None:
     """Leave the process group if `join` made it."""
     import torch.distributed as dist
 
-    if placed.joined and dist.is_initialized():
+    if processes.joined and dist.is_initialized():
         dist.destroy_process_group()
-    for key, before in placed.exported.items():
+    for key, before in processes.exported.items():
         if before is None:
             os.environ.pop(key, None)
         else:

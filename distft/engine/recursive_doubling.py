@@ -20,27 +20,27 @@ against 4 ms for twice as many (benchmarks/at_scale.py)."""
 
 
 def summed(mine: Tensor, rank: int, world: int) -> Tensor:
-    """Collective: the sum of a small host tensor, bit by bit the same on every rank.
+    """Return the sum of a small host tensor over all ranks, bit by bit the same on every rank; collective.
 
     Partners add the same two sums, and a + b is b + a. Ranks beyond the largest power of two hand theirs to one below
     it and are told the result.
     """
     power = 1 << (world.bit_length() - 1)
-    extra, total, theirs = world - power, mine.clone(), torch.empty_like(mine)
+    extra, total, received = world - power, mine.clone(), torch.empty_like(mine)
     if rank >= power:
         dist.send(total, rank - power)
         dist.recv(total, rank - power)
         return total
     if rank < extra:
-        dist.recv(theirs, rank + power)
-        total = total + theirs
+        dist.recv(received, rank + power)
+        total = total + received
     distance = 1
     while distance < power:
         sent = dist.isend(total, rank ^ distance)
-        dist.recv(theirs, rank ^ distance)
+        dist.recv(received, rank ^ distance)
         if sent is not None:
             sent.wait()
-        total, distance = total + theirs, 2 * distance
+        total, distance = total + received, 2 * distance
     if rank < extra:
         dist.send(total, rank + power)
     return total

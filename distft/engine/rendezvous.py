@@ -72,17 +72,17 @@ class Rendezvous:
         return self.wait_for_all([key], timeout_s).get(key)
 
     def wait_for_all(self, keys: Iterable[str], timeout_s: float) -> dict[str, str]:
-        """The words under `keys`: of all, or of those that came in that time."""
-        until, found, wanted = time.monotonic() + timeout_s, dict[str, str](), list(keys)
+        """Return the values of `keys`: of all, or of those that were set within the time."""
+        until, values, wanted = time.monotonic() + timeout_s, dict[str, str](), list(keys)
         while wanted:
             came = [key for key in wanted if self.store.check([key])]
-            found |= {key: self._get(key) for key in came}
-            wanted = [key for key in wanted if key not in found]
+            values |= {key: self._get(key) for key in came}
+            wanted = [key for key in wanted if key not in values]
             if time.monotonic() >= until:
                 break
             if wanted:
                 time.sleep(LOOK_S)
-        return found
+        return values
 
     def _get(self, key: str) -> str:
         self.store.wait([key], timedelta(seconds=ANSWER_S))

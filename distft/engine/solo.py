@@ -30,19 +30,19 @@ class SoloEngine(BaseEngine):
     sharded = False
     """Ranks hold different pieces, so squared gradient norms add up over ranks."""
 
-    def __init__(self, params: EngineParams, placed: Processes) -> None:
-        super().__init__(placed)
+    def __init__(self, params: EngineParams, processes: Processes) -> None:
+        super().__init__(processes)
         self._grad_dtype: GradDtype = params.grad_dtype
         self._sums: GradientSums | None = None
 
-    def adopt(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
+    def setup(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
         """Fill, wrap, and create the optimizer over what this rank owns."""
         self._rule = rule
         half = weights.dtype == torch.bfloat16
         if half and self._grad_dtype == "bfloat16" and self.rank == 0:
             warn_of_bf16_sums(micros_per_step)
         self._sums_apart = keeps_fp32_gradients(self._grad_dtype, half=half, micros_per_step=micros_per_step)
-        with reading_once(weights, self._placed):
+        with reading_once(weights, self._processes):
             self._module = self._wrap(weights)
         self._module.train()
         if self._sums_apart:
@@ -64,7 +64,7 @@ class SoloEngine(BaseEngine):
         return self.model
 
     @property
-    def forward_only(self) -> nn.Module:
+    def inference_module(self) -> nn.Module:
         """Wrapping serves gradients here, and weights are whole; fsdp2 alone gathers in the wrapped module."""
         return self.model if self.sharded else self._unwrapped()
 
@@ -81,13 +81,13 @@ class SoloEngine(BaseEngine):
         self._remember(terms, samples)
         (terms.loss_sum * (self.world / divide_by)).backward()
 
-    def step(self, state: TrainState, denominator: float, accepts: Callable[[float], bool]) -> StepReport:
+    def step(self, state: TrainState, denominator: float, allow_update: Callable[[float], bool]) -> StepReport:
         """One host sync: loss, figures and squared norm together."""
         norm = _norm(self._owned.gradients(), self.device)
         sums, squares = self._summed(self._step_sums(), norm.square())
         grad_norm = math.sqrt(squares / self._copies_of_gradients)
         lr = self.rule.lr_at(state.step)
-        updated = math.isfinite(sums[0]) and math.isfinite(grad_norm) and accepts(sums[0] / denominator)
+        updated = math.isfinite(sums[0]) and math.isfinite(grad_norm) and allow_update(sums[0] / denominator)
         if updated:
             self._update(lr, grad_norm)
         self._owned.drop_gradients()
@@ -166,6 +166,6 @@ def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.linalg.vector_norm(norms).double().to(device)
 
 
-def open_engine(name: str, params: EngineParams, placed: Processes) -> SoloEngine:
+def open_engine(name: str, params: EngineParams, processes: Processes) -> SoloEngine:
     """The engine, before it has a model."""
-    return SoloEngine(params, placed)
+    return SoloEngine(params, processes)

@@ -39,6 +39,6 @@ class EngineSpec:
         key = self.params.model_fields.get("offload")
         return () if key is None else tuple(value for value in get_args(key.annotation) if value != "none")
 
-    def open(self, params: Params, placed: Processes) -> Engine:
+    def open(self, params: Params, processes: Processes) -> Engine:
         """The engine, before it has a model."""
-        return import_module(self.module).open_engine(self.name, params, placed)
+        return import_module(self.module).open_engine(self.name, params, processes)

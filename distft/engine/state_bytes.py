@@ -41,7 +41,7 @@ class MeasuredStateBytes:
 def measure(engine: Any) -> MeasuredStateBytes:
     """State after an optimizer step.
 
-    `engine` is any that has adopted a model.
+    `engine` is any that has been set up with a model.
     """
     seen: set[int] = set()
     weights = _bytes(_weights(_model(engine)), seen)
@@ -97,7 +97,7 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
 def _constants(module: nn.Module) -> Iterator[Tensor]:
     for part in module.modules():
         states = [getattr(part, "quant_state", None), *part.__dict__.get("quant_states", {}).values()]
-        for holder in (one for state in states for one in (state, getattr(state, "state2", None))):
+        for holder in (quant_state for state in states for quant_state in (state, getattr(state, "state2", None))):
             yield from (value for value in vars(holder).values() if isinstance(value, Tensor)) if holder else ()
 
 

@@ -10,11 +10,11 @@ GROUP_ELEMENTS = 2**28
 
 def update_groups(numels: Iterable[int], limit: int = GROUP_ELEMENTS) -> Iterator[range]:
     """Cut a list of tensors into neighbours of at most `limit` elements together; a larger tensor is alone."""
-    start = filled = at = 0
-    for at, numel in enumerate(numels, start=1):  # the end of the last group
+    start = filled = end = 0
+    for end, numel in enumerate(numels, start=1):  # the end of the last group
         if filled and filled + numel > limit:
-            yield range(start, at - 1)
-            start, filled = at - 1, 0
+            yield range(start, end - 1)
+            start, filled = end - 1, 0
         filled += numel
-    if at > start:
-        yield range(start, at)
+    if end > start:
+        yield range(start, end)

@@ -32,10 +32,10 @@ MICRO_TOKENS = 8192
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:
-    """Look at the model in this process, which may be one of many; the figures, equal on all ranks.
+    """Evaluate the model in this process, which may be one of many, and return the figures, equal on all ranks.
 
     Raises:
-        DistftError: there is nothing to look at, or it cannot be looked at.
+        DistftError: there is nothing to evaluate, or it cannot be evaluated.
     """
     from distft import assemble, compatibility
     from distft.core.log import quiet_libraries
@@ -48,32 +48,35 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     PHASE.begin()
     _, rank, world, _ = processes.placed_by(os.environ)
     say = _say if rank == 0 else _say_nothing
-    if not (subject.asked.eval.answers or subject.asked.data.eval):
+    if not (subject.eval_recipe.eval.answers or subject.eval_recipe.data.eval):
         problem = Problem(message="nothing to look at", fix="add [[data.eval]], [[eval.answers]], or --lm-eval TASK")
-        raise RecipeError(subject.asked.source, [problem])
+        raise RecipeError(subject.eval_recipe.source, [problem])
     compatibility.refuse_misfits(subject.built)
-    asked, built = _cut_for(subject.asked, world), _cut_for(subject.built, world)
-    cut = assemble.choose_layout(built, world, say)
-    known = trained_rows(subject)
-    if known is None:
-        rows: assemble.HeldOut = assemble.load_data(asked, cut, rank, world, say)
+    eval_recipe, built = _cut_for(subject.eval_recipe, world), _cut_for(subject.built, world)
+    layout = assemble.choose_layout(built, world, say)
+    trained = trained_rows(subject)
+    if trained is None:
+        rows: assemble.HeldOut = assemble.load_data(eval_recipe, layout, rank, world, say)
     else:
-        rows = assemble.load_held_out(asked, cut, rank, world, tuple(known["stop_ids"]), say)
-        asked = _asked_as(asked, chats=known["chats"])
-    eval_sets = assemble.build_eval_sets(asked, say)
+        rows = assemble.load_held_out(eval_recipe, layout, rank, world, tuple(trained["stop_ids"]), say)
+        eval_recipe = _with_ask_as(eval_recipe, chats=trained["chats"])
+    eval_sets = assemble.build_eval_sets(eval_recipe, say)
     with processes.leaving() as group:
-        placed = processes.join()
-        group.callback(processes.leave, placed)
-        engine = assemble.open_engine(built, placed, say)
+        process_info = processes.join()
+        group.callback(processes.leave, process_info)
+        engine = assemble.open_engine(built, process_info, say)
         group.callback(engine.close)
-        model = _held(replace(subject, built=built), engine, placed, cut, rows, say)
-        return _look(subject, engine, model, cut, rows, eval_sets, say)
+        model = _held(replace(subject, built=built), engine, process_info, layout, rows, say)
+        return _look(subject, engine, model, layout, rows, eval_sets, say)
 
 
-def _asked_as(recipe: Recipe, *, chats: bool) -> Recipe:
-    """`auto` said, so that no trained row has to be looked at."""
+def _with_ask_as(recipe: Recipe, *, chats: bool) -> Recipe:
+    """Set `ask_as` where it is "auto", so that no trained row has to be read."""
     how = {"ask_as": "chat" if chats else "text"}
-    answers = tuple(one.model_copy(update=how if one.ask_as == "auto" else {}) for one in recipe.eval.answers)
+    answers = tuple(
+        answers_table.model_copy(update=how if answers_table.ask_as == "auto" else {})
+        for answers_table in recipe.eval.answers
+    )
     return replace(recipe, eval=recipe.eval.model_copy(update={"answers": answers}))
 
 
@@ -85,9 +88,14 @@ def _cut_for(recipe: Recipe, world: int) -> Recipe:
 
 
 def _held(
-    subject: Subject, engine: Engine, placed: Processes, cut: assemble.Layout, rows: assemble.HeldOut, say: assemble.Say
+    subject: Subject,
+    engine: Engine,
+    processes: Processes,
+    layout: assemble.Layout,
+    rows: assemble.HeldOut,
+    say: assemble.Say,
 ) -> MetaModel:
-    """The model, filled and held by the engine."""
+    """Build and fill the model and hand it to the engine."""
     from distft import assemble
     from distft.core.types import TrainState
 
@@ -97,10 +105,10 @@ def _held(
 
         spec = from_folder(recipe.method.spec, subject.adapter)
         recipe = replace(recipe, method=replace(recipe.method, spec=spec))
-    model = assemble.build_model(recipe, placed, cut, rows, say)
+    model = assemble.build_model(recipe, processes, layout, rows, say)
     if subject.checkpoint is None:
         _freeze(model)
-    engine.adopt(model, assemble.update_rule(recipe, model, 1000), micros_per_step=cut.micros_per_step)
+    engine.setup(model, assemble.update_rule(recipe, model, 1000), micros_per_step=layout.micros_per_step)
     if subject.checkpoint is not None:
         from distft.checkpoint.loading import load_path
 
@@ -132,12 +140,12 @@ def _look(
     from distft.run_folder import RunFolder
     from distft.run_record import read_run
 
-    recipe = subject.asked
+    recipe = subject.eval_recipe
     objective = assemble.build_objective(recipe, engine, model, layout, rows, say, is_trained=subject.step > 0)
     folder = RunFolder(subject.folder, writes=engine.rank == 0)
     PHASE.training()  # from here on a stop is agreed on
     looks = assemble.build_evaluator(
-        recipe, folder, engine, model, rows, eval_sets, objective, num_steps=0, stop=STOP.asked, say=say
+        recipe, folder, engine, model, rows, eval_sets, objective, num_steps=0, stop=STOP.requested, say=say
     )
     figures = looks.under(subject.label, TrainState(step=subject.step))
     if figures is None:
@@ -169,19 +177,19 @@ def _with_tasks(subject: Subject, names: Sequence[str], limit: int | None, num_f
         )
         for name in names
     ]
-    table = subject.asked.eval
+    table = subject.eval_recipe.eval
     changed = table.model_copy(update={"answers": (*table.answers, *more)})
-    return replace(subject, asked=replace(subject.asked, eval=changed))
+    return replace(subject, eval_recipe=replace(subject.eval_recipe, eval=changed))
 
 
-def show(found: dict[str, Any]) -> Iterator[str]:
-    """What was found, as lines."""
+def show(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the result as lines for people."""
     from distft.evaluator import summary_line
 
-    yield f"{found['label']} (step {found['step']}): {found['folder']}"
-    for name, value in found["figures"].items():
+    yield f"{result['label']} (step {result['step']}): {result['folder']}"
+    for name, value in result["figures"].items():
         yield f"  {name:<40} {value:.6g}"
-    for entry in (found["summary"] or {}).get("sets", []):
+    for entry in (result["summary"] or {}).get("sets", []):
         for label in ("after", "best"):
             if (line := summary_line(entry, label)) is not None:
                 yield line
@@ -232,12 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject = _with_tasks(subject, names, given.limit, given.num_fewshot)
         # Libraries print to standard output, which is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
-            found = evaluate(subject)
+            result = evaluate(subject)
     except (Exception, KeyboardInterrupt) as error:
         report_error(error, rank)
         return exit_code(error)
     if rank == 0:
-        print(json.dumps(found, indent=1) if given.json else "\n".join(show(found)))
+        print(json.dumps(result, indent=1) if given.json else "\n".join(show(result)))
     return DONE
 
 

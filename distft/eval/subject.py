@@ -24,8 +24,8 @@ _LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 class Subject:
     """A model, and the run folder that its answers go to."""
 
-    asked: Recipe
-    """The recipe whose rows are asked, its paths recipe."""
+    eval_recipe: Recipe
+    """The recipe whose rows the model is evaluated on."""
     built: Recipe
     """The recipe that the model is built by: the same but for [model] and [method]."""
     folder: Path
@@ -51,7 +51,9 @@ def read(target: str, overrides: Sequence[str], output_dir: str | None) -> tuple
 
 
 def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -> Subject:
-    """What `--model` means: base, final, best, a checkpoint's step, or a folder; final where there is one, else base.
+    """Return the model that `--model` means: base, final, best, a checkpoint's step, or a folder.
+
+    Without `--model` it is final where there is one, else base.
 
     Raises:
         RecipeError: there is no such model, or the label is none.
@@ -60,7 +62,7 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
     recipe = with_date(recipe, folder)
     if label is not None and not _LABEL.fullmatch(label):
         raise _wrong(f'--label "{label}"  must be a plain folder name', "letters, digits, dots, dashes, underscores")
-    base = Subject(asked=recipe, built=recipe, folder=folder, label=label or "before", step=0)
+    base = Subject(eval_recipe=recipe, built=recipe, folder=folder, label=label or "before", step=0)
     if model == "base":
         return base
     checkpoints = Folders(folder / "checkpoints")
@@ -68,16 +70,16 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
         step = _best_step(checkpoints) if model == "best" else int(model)
         place = checkpoints.step(step)
         if not place.is_dir():
-            known = ", ".join(map(str, checkpoints.steps())) if checkpoints.root.is_dir() else ""
-            raise _wrong(f"--model {model}  {place}: no such checkpoint", f"steps kept: {known or 'none'}")
-        own = "best" if model == "best" else place.name
-        return replace(base, label=label or own, step=step, checkpoint=place)
+            steps = ", ".join(map(str, checkpoints.steps())) if checkpoints.root.is_dir() else ""
+            raise _wrong(f"--model {model}  {place}: no such checkpoint", f"steps kept: {steps or 'none'}")
+        default_label = "best" if model == "best" else place.name
+        return replace(base, label=label or default_label, step=step, checkpoint=place)
     place = folder / "final" if model == "final" else Path(model)
-    own, step = re.sub(r"[^A-Za-z0-9._-]+", "-", place.resolve().name), 0
+    default_label, step = re.sub(r"[^A-Za-z0-9._-]+", "-", place.resolve().name), 0
     if model == "final":
-        own = read_run(folder).final_label  # "best": the run went back to its best state
-        step = _best_step(checkpoints) if own == "best" else _last_step(folder)
-    trained = replace(base, label=label or own, step=step)
+        default_label = read_run(folder).final_label  # "best": the run went back to its best state
+        step = _best_step(checkpoints) if default_label == "best" else _last_step(folder)
+    trained = replace(base, label=label or default_label, step=step)
     if (place / "adapter_config.json").is_file():
         if not recipe.method.spec.adapter:
             raise _wrong(f"--model {model}  holds an adapter, and the recipe's method has none", "use its own recipe")
@@ -98,7 +100,7 @@ def trained_rows(subject: Subject) -> dict[str, Any] | None:
     try:
         noted = json.loads((subject.folder / "manifest.json").read_text(encoding="utf-8"))["trained_rows"]
         then = load_recipe(subject.folder / "recipe.toml", registries=REGISTRIES)
-        same = with_date(then, subject.folder).data == subject.asked.data
+        same = with_date(then, subject.folder).data == subject.eval_recipe.data
         return noted if same and noted["stop_ids"] and isinstance(noted["chats"], bool) else None
     except (OSError, ValueError, LookupError, TypeError, RecipeError):
         return None

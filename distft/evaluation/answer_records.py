@@ -14,7 +14,7 @@ from typing import Any
 
 from distft.core.errors import FileSystemError
 from distft.core.files import replace_file
-from distft.evaluation.eval_sets import EvalResult, EvalSet, known
+from distft.evaluation.eval_sets import EvalResult, EvalSet, none_if_nan
 from distft.scores import ScoreResult
 from distft.scores.paired import interval
 
@@ -33,13 +33,14 @@ class AnswerRecords:
         self.folder = folder
 
     def write(self, eval_set: EvalSet, result: EvalResult, *, label: str, step: int, model: str) -> None:
-        """Keep it; the .json comes last, so that where it is all of it is.
+        """Write the record; the .json comes last, so that a record with it is complete.
 
         Raises:
             FileSystemError: the folder cannot be written.
         """
         intervals = [
-            {figure.name: interval(one, figure).to_json() for figure in one.figures} for _, one in result.scored
+            {figure.name: interval(score_result, figure).to_json() for figure in score_result.figures}
+            for _, score_result in result.scored
         ]
         about = {
             "name": eval_set.name,
@@ -53,8 +54,8 @@ class AnswerRecords:
             "cut_prompts": result.cut_prompts,
             "settings": eval_set.settings,
             "scores": [
-                {"score": name, "scored": one.to_json(), "intervals": at}
-                for (name, one), at in zip(result.scored, intervals, strict=True)
+                {"score": name, "scored": score_result.to_json(), "intervals": figure_intervals}
+                for (name, score_result), figure_intervals in zip(result.scored, intervals, strict=True)
             ],
         }
         lines = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in _lines(result))
@@ -62,18 +63,22 @@ class AnswerRecords:
         self._put(label, f"{eval_set.name}.json", _pretty(about))
 
     def write_held_out(self, figures: dict[str, float], *, label: str, step: int, rows_sha256: str, model: str) -> None:
-        """Keep the loss on the held-out rows.
+        """Write the loss on the held-out rows.
 
         Raises:
             FileSystemError: the folder cannot be written.
         """
-        own = dict(figures)
-        loss, tokens, exponential = own.pop("eval_loss"), own.pop("eval_tokens"), own.pop("eval_perplexity", math.nan)
-        said: dict[str, Any] = {"loss": _finite(loss), "perplexity": _finite(exponential), "tokens": int(tokens)}
-        if own:
-            said["figures"] = {name: _finite(value) for name, value in own.items()}
+        rest = dict(figures)
+        loss, tokens, exponential = (
+            rest.pop("eval_loss"),
+            rest.pop("eval_tokens"),
+            rest.pop("eval_perplexity", math.nan),
+        )
+        record: dict[str, Any] = {"loss": _finite(loss), "perplexity": _finite(exponential), "tokens": int(tokens)}
+        if rest:
+            record["figures"] = {name: _finite(value) for name, value in rest.items()}
         self._put(
-            label, f"{HELD_OUT}.json", _pretty({**said, "step": step, "rows_sha256": rows_sha256, "model": model})
+            label, f"{HELD_OUT}.json", _pretty({**record, "step": step, "rows_sha256": rows_sha256, "model": model})
         )
 
     def copy(self, name: str, *, old: str, new: str) -> None:
@@ -87,25 +92,27 @@ class AnswerRecords:
                 self._put(new, path.name, text)
 
     def about(self, label: str, name: str) -> dict[str, Any] | None:
-        """What NAME.json says; None when it is not there, or torn."""
+        """Return the content of NAME.json; None when it is not there, or torn."""
         try:
-            found = json.loads((self.folder / label / f"{name}.json").read_text(encoding="utf-8"))
+            content = json.loads((self.folder / label / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) else None
+        return content if isinstance(content, dict) else None
 
     def holds(self, eval_set: EvalSet, *, label: str, step: int, model: str) -> bool:
-        """Whether this very model's answers to these very rows are kept already."""
-        said = self.about(label, eval_set.name)
+        """Return whether this very model's answers to these very rows are kept already."""
+        record = self.about(label, eval_set.name)
         wanted = {"step": step, "rows_sha256": eval_set.rows_sha256, "model": model, "settings": eval_set.settings}
-        return said is not None and all(said.get(key) == value for key, value in wanted.items())
+        return record is not None and all(record.get(key) == value for key, value in wanted.items())
 
     def totals(self, label: str, name: str) -> dict[str, float]:
-        """Figures of answers that are kept."""
-        said = self.about(label, name)
-        assert said is not None, "asked for after `holds`"
+        """Return the figures of kept answers."""
+        record = self.about(label, name)
+        assert record is not None, "called after `holds`"
         return {
-            key: value for one in said["scores"] for key, value in ScoreResult.from_json(one["scored"]).totals.items()
+            key: value
+            for score in record["scores"]
+            for key, value in ScoreResult.from_json(score["scored"]).totals.items()
         }
 
     def row_ids(self, label: str, name: str) -> list[str]:
@@ -137,7 +144,11 @@ def model_key(*parts: Any) -> str:
 
 def _lines(result: EvalResult) -> Iterator[dict[str, Any]]:
     for index, answer in enumerate(result.answers):
-        scores = {name: known(values[index]) for _, one in result.scored for name, values in one.rows.items()}
+        scores = {
+            name: none_if_nan(values[index])
+            for _, score_result in result.scored
+            for name, values in score_result.rows.items()
+        }
         line: dict[str, Any] = {
             "id": answer.id,
             "prompt": answer.prompt,

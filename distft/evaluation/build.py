@@ -38,7 +38,9 @@ def build_eval_sets(
 def _any(
     table: AnswersTable, data: DataTable, renderer: Renderer, seed: int, progress: Callable[[int], None]
 ) -> EvalSet:
-    return _task(table, data, renderer, seed) if is_task(table) else _exam(table, data, renderer, seed, progress)
+    return (
+        _task(table, data, renderer, seed) if is_task(table) else _row_eval_set(table, data, renderer, seed, progress)
+    )
 
 
 def _task(table: AnswersTable, data: DataTable, renderer: Renderer, seed: int) -> EvalSet:
@@ -76,22 +78,22 @@ def _as_chat(table: AnswersTable, data: DataTable) -> bool:
     return trained_as_chat(data.train, merge_turns=data.merge_turns)
 
 
-def _exam(
+def _row_eval_set(
     table: AnswersTable, data: DataTable, renderer: Renderer, seed: int, progress: Callable[[int], None]
 ) -> RowEvalSet:
-    own = table.source
-    if own is not None and own.path.startswith(SPOT):
-        own = SourceTable(path=sanity_sets.path_of(own.path))
+    source = table.source
+    if source is not None and source.path.startswith(SPOT):
+        source = SourceTable(path=sanity_sets.path_of(source.path))
     try:
-        asked = questions(
-            data.eval if own is None else [own],
+        set_questions = questions(
+            data.eval if source is None else [source],
             renderer,
             columns=_columns(table, data),
             max_rows=table.max_rows,
             skip_bad=data.bad_rows == "skip",
             progress=progress,
         )
-        scorings = tuple(_scoring(raw, asked, renderer) for raw in table.scores)
+        scorings = tuple(_scoring(raw, set_questions, renderer) for raw in table.scores)
     except DataError as error:
         raise DataError(f'[[eval.answers]] "{table.name}": {error}') from None
     writing = SamplingParams(
@@ -103,7 +105,7 @@ def _exam(
         batch_size=None if table.batch_size == "auto" else table.batch_size,
     )
     return RowEvalSet(
-        name=table.name, questions=asked, scorings=scorings, writing=writing, every_steps=table.every_steps
+        name=table.name, questions=set_questions, scorings=scorings, writing=writing, every_steps=table.every_steps
     )
 
 
@@ -115,17 +117,18 @@ def _columns(table: AnswersTable, data: DataTable) -> Columns | None:
     return Columns(prompt=prompt, reference=reference, as_chat=_as_chat(table, data))
 
 
-def _scoring(raw: dict[str, Any], asked: Sequence[Question], renderer: Renderer) -> BoundScore:
+def _scoring(raw: dict[str, Any], set_questions: Sequence[Question], renderer: Renderer) -> BoundScore:
     spec = SCORES[raw["name"]]
     params = listed_params(raw, spec.params)
     scoring = BoundScore(spec=spec, params=params, scorer=spec.build(params))
     if spec.choices is None:
         return scoring
     pairs = tuple(
-        tuple(followed_by(renderer, one, choice) for choice in choices(scoring, _unanswered(one))) for one in asked
+        tuple(followed_by(renderer, question, choice) for choice in choices(scoring, _unanswered(question)))
+        for question in set_questions
     )
     return BoundScore(spec=spec, params=params, scorer=scoring.scorer, pairs=pairs)
 
 
-def _unanswered(one: Question) -> Answer:
-    return Answer(id=one.id, row=one.row, reference=one.reference)
+def _unanswered(question: Question) -> Answer:
+    return Answer(id=question.id, row=question.row, reference=question.reference)

@@ -119,7 +119,8 @@ class RowEvalSet:
             "seed": how.seed,
         }
         judged = [
-            {"name": one.spec.name, **one.params.model_dump(mode="json", exclude_none=True)} for one in self.scorings
+            {"name": score.spec.name, **score.params.model_dump(mode="json", exclude_none=True)}
+            for score in self.scorings
         ]
         return {**(written if self.writes else {}), "scores": judged}
 
@@ -131,35 +132,43 @@ class RowEvalSet:
     @property
     def longest_prompt(self) -> int:
         """See `EvalSet`."""
-        return max(len(one.ids) for one in self.questions)
+        return max(len(question.ids) for question in self.questions)
 
     @property
     def writes(self) -> bool:
         """Whether any score looks at text."""
-        return any(one.spec.choices is None for one in self.scorings)
+        return any(score.spec.choices is None for score in self.scorings)
 
     def figures(self) -> dict[str, MetricInfo]:
         """See `EvalSet`."""
-        return {figure.name: figure for one in self.scorings for figure in one.spec.figures(one.params)}
+        return {figure.name: figure for score in self.scorings for figure in score.spec.figures(score.params)}
 
     def run(self, generator: Generator, engine: Engine) -> EvalResult | None:
         """See `EvalSet`."""
         questions, room = self.questions, self.writing.max_new_tokens
         texts: list[Completion] | None = [Completion(text="", num_tokens=0, ended=True)] * len(questions)
-        seconds, cut = 0.0, 0
+        seconds, num_truncated = 0.0, 0
         if self.writes:
             prompts = [
-                Prompt(seed_key=f"{one.id}\n{one.prompt}", ids=generator.truncate_prompt(one.ids, room))
-                for one in questions
+                Prompt(seed_key=f"{question.id}\n{question.prompt}", ids=generator.truncate_prompt(question.ids, room))
+                for question in questions
             ]
-            cut = sum(len(prompt.ids) < len(one.ids) for prompt, one in zip(prompts, questions, strict=True))
+            num_truncated = sum(
+                len(prompt.ids) < len(question.ids) for prompt, question in zip(prompts, questions, strict=True)
+            )
             texts = generator.generate(prompts, self.writing)
             seconds += generator.seconds
         if texts is None:
             return None
         answers = [
-            Answer(id=one.id, row=one.row, reference=one.reference, text=said.text, prompt=one.prompt)
-            for one, said in zip(questions, texts, strict=True)
+            Answer(
+                id=question.id,
+                row=question.row,
+                reference=question.reference,
+                text=completion.text,
+                prompt=question.prompt,
+            )
+            for question, completion in zip(questions, texts, strict=True)
         ]
         scored: list[tuple[str, ScoreResult]] = []
         for scoring in self.scorings:
@@ -171,8 +180,10 @@ class RowEvalSet:
                 judged = answers = weighed
                 seconds += generator.seconds
             scored.append((scoring.spec.name, _judged(scoring, judged, engine)))
-        tokens = sum(said.num_tokens for said in texts)
-        return EvalResult(answers=answers, scored=scored, seconds=seconds, answer_tokens=tokens, cut_prompts=cut)
+        tokens = sum(completion.num_tokens for completion in texts)
+        return EvalResult(
+            answers=answers, scored=scored, seconds=seconds, answer_tokens=tokens, cut_prompts=num_truncated
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,18 +201,20 @@ class EvalResult:
     @property
     def totals(self) -> dict[str, float]:
         """Figure -> value over all rows."""
-        return {name: value for _, one in self.scored for name, value in one.totals.items()}
+        return {name: value for _, score_result in self.scored for name, value in score_result.totals.items()}
 
 
 def _with_loglikelihoods(
     eval_set: RowEvalSet, scoring: BoundScore, answers: list[Answer], generator: Generator
 ) -> list[Answer] | None:
-    """The answers with the log-likelihood of each choice; where nothing was written, the likeliest is the text."""
-    pairs = [(generator.truncate_prompt(asked, len(choice)), choice) for row in scoring.pairs for asked, choice in row]
-    found = generator.loglikelihood(pairs, batch_size=eval_set.writing.batch_size)
-    if found is None:
+    """Add the log-likelihood of each choice to the answers; where nothing was written, the likeliest is the text."""
+    pairs = [
+        (generator.truncate_prompt(prompt, len(choice)), choice) for row in scoring.pairs for prompt, choice in row
+    ]
+    results = generator.loglikelihood(pairs, batch_size=eval_set.writing.batch_size)
+    if results is None:
         return None
-    likelihoods = iter(found)
+    likelihoods = iter(results)
     weighed = []
     for answer in answers:
         known_choices = choices(scoring, answer)
@@ -221,13 +234,13 @@ def choices(scoring: BoundScore, answer: Answer) -> tuple[str, ...]:
 
 
 def _judged(scoring: BoundScore, answers: list[Answer], engine: Engine) -> ScoreResult:
-    """On rank 0, for a judge may cost money and a function may count its calls; a mistake ends all ranks alike."""
+    """Score on rank 0, for a judge may cost money and a function may count its calls; errors end all ranks alike."""
     PHASE.enter("eval", patient=True)
-    said = on_rank_zero(engine, lambda: scoring.scorer(answers))
+    result = on_rank_zero(engine, lambda: scoring.scorer(answers))
     PHASE.enter("eval")
-    return said
+    return result
 
 
-def known(value: float) -> float | None:
-    """None for NaN: JSON has none."""
+def none_if_nan(value: float) -> float | None:
+    """Return None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value

@@ -32,38 +32,45 @@ class LmEvalBackend:
         """So far."""
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation after its context, and whether it is what the model would write.
+        """Return each continuation's log-likelihood after its context, and whether the model would write it.
 
         Raises:
             Preempted: asked to stop.
         """
         # White space goes over to the continuation in chats too, where the library's figures have it.
-        cut = [(bare := one.rstrip(), one[len(bare) :] + two) for one, two in pairs]
-        tokens = [self._renderer.pair(one, two, as_chat=self._as_chat) for one, two in cut]
-        return self._loglikelihoods([(self._truncate(one, len(two)), two) for one, two in tokens])
+        stripped_pairs = [
+            (bare := context.rstrip(), context[len(bare) :] + continuation) for context, continuation in pairs
+        ]
+        tokens = [
+            self._renderer.pair(context, continuation, as_chat=self._as_chat)
+            for context, continuation in stripped_pairs
+        ]
+        return self._loglikelihoods(
+            [(self._truncate(context, len(continuation)), continuation) for context, continuation in tokens]
+        )
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        """Log-likelihood of each text, in windows as lm-eval cuts them (`get_rolling_token_windows`).
+        """Return the log-likelihood of each text, in windows as lm-eval cuts them (`get_rolling_token_windows`).
 
         Raises:
             Preempted: asked to stop.
         """
         windows = [self._windows(text) for text in texts]
-        found = iter(self._loglikelihoods([window for own in windows for window in own]))
-        return [sum(next(found)[0] for _ in own) for own in windows]
+        results = iter(self._loglikelihoods([window for text_windows in windows for window in text_windows]))
+        return [sum(next(results)[0] for _ in text_windows) for text_windows in windows]
 
     def generate(
         self, prompts: Sequence[str], *, stop: tuple[str, ...], max_new_tokens: int, temperature: float
     ) -> list[str]:
-        """What the model writes after each prompt.
+        """Return what the model writes after each prompt.
 
         Raises:
             Preempted: asked to stop.
         """
         ids = [self._renderer.tokens(prompt, as_chat=self._as_chat) for prompt in prompts]
-        asked = [
-            Prompt(seed_key=prompt, ids=self._truncate(one, max_new_tokens))
-            for prompt, one in zip(prompts, ids, strict=True)
+        requests = [
+            Prompt(seed_key=prompt, ids=self._truncate(token_ids, max_new_tokens))
+            for prompt, token_ids in zip(prompts, ids, strict=True)
         ]
         how = SamplingParams(
             max_new_tokens=max_new_tokens,
@@ -72,15 +79,15 @@ class LmEvalBackend:
             seed=self._seed,
             batch_size=self._batch_size,
         )
-        written = _all(self._generator.generate(asked, how))
+        written = _all(self._generator.generate(requests, how))
         self.seconds += self._generator.seconds
-        self.answer_tokens += sum(one.num_tokens for one in written)
-        return [one.text for one in written]
+        self.answer_tokens += sum(completion.num_tokens for completion in written)
+        return [completion.text for completion in written]
 
     def _loglikelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-        found = _all(self._generator.loglikelihood(pairs, batch_size=self._batch_size))
+        results = _all(self._generator.loglikelihood(pairs, batch_size=self._batch_size))
         self.seconds += self._generator.seconds
-        return found
+        return results
 
     def _truncate(self, ids: Sequence[int], room: int) -> Sequence[int]:
         kept = self._generator.truncate_prompt(ids, room)
@@ -101,7 +108,7 @@ class LmEvalBackend:
         return windows
 
 
-def _all(found: list[T] | None) -> list[T]:
-    if found is None:
+def _all(results: list[T] | None) -> list[T]:
+    if results is None:
         raise Preempted("stopped while answering; sets that were finished are kept")
-    return found
+    return results

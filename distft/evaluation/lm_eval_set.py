@@ -59,7 +59,9 @@ class LmEvalSet:
     @property
     def longest_prompt(self) -> int:
         """See `EvalSet`; the answer of a likelihood counts as an answer."""
-        return max(len(self.renderer.tokens(one, as_chat=self.as_chat)) for one in set(self.tasks.prompts) if one)
+        return max(
+            len(self.renderer.tokens(prompt, as_chat=self.as_chat)) for prompt in set(self.tasks.prompts) if prompt
+        )
 
     def figures(self) -> dict[str, MetricInfo]:
         """See `EvalSet`."""

@@ -18,10 +18,12 @@ SHOWN_REGRESSIONS = 100
 
 
 def summary(records: AnswerRecords) -> dict[str, Any]:
-    """Made of the kept answers alone, so it can be made again at any time."""
+    """Build the summary from the kept answers alone, so that it can be built again at any time."""
     held_out = {label: records.about(label, HELD_OUT) for label in LABELS}
     shown = {
-        label: {key: said[key] for key in ("loss", "perplexity", "step")} for label, said in held_out.items() if said
+        label: {key: record[key] for key in ("loss", "perplexity", "step")}
+        for label, record in held_out.items()
+        if record
     }
     return {"sets": [entry for name in _names(records) for entry in _entries(records, name)], "held_out": shown}
 
@@ -43,20 +45,20 @@ def write_summary(records: AnswerRecords) -> dict[str, Any]:
 
 
 def _names(records: AnswerRecords) -> list[str]:
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for label in LABELS:
         for path in sorted((records.folder / label).glob("*.json")):
             if path.stem != HELD_OUT:
-                found[path.stem] = None
-    return list(found)
+                names[path.stem] = None
+    return list(names)
 
 
 def _entries(records: AnswerRecords, name: str) -> Iterator[dict[str, Any]]:
-    said = {label: records.about(label, name) for label in LABELS}
-    newest = next(one for label in ("after", "best", "before") if (one := said[label]) is not None)
+    by_label = {label: records.about(label, name) for label in LABELS}
+    newest = next(record for label in ("after", "best", "before") if (record := by_label[label]) is not None)
     ids = records.row_ids(newest["label"], name)
     for score in newest["scores"]:
-        of = {label: _score(one, score["score"], newest["rows_sha256"]) for label, one in said.items()}
+        of = {label: _score(record, score["score"], newest["rows_sha256"]) for label, record in by_label.items()}
         changes = {label: _changes(of["before"], of[label]) for label in ("after", "best")}
         for figure in ScoreResult.from_json(score["scored"]).figures:
             change, best = changes["after"].get(figure.name), changes["best"].get(figure.name)
@@ -76,15 +78,15 @@ def _entries(records: AnswerRecords, name: str) -> Iterator[dict[str, Any]]:
 
 def _worse(change: PairedComparison | None, ids: list[str]) -> list[str]:
     worst = () if change is None else change.regressions[:SHOWN_REGRESSIONS]
-    return [ids[one.index] for one in worst if one.index < len(ids)]
+    return [ids[regression.index] for regression in worst if regression.index < len(ids)]
 
 
-def _score(said: dict[str, Any] | None, score: str, rows_sha256: str) -> dict[str, Any] | None:
-    """A score's entry, if it is of the same rows, with the step it was made at."""
-    if said is None or said["rows_sha256"] != rows_sha256:
+def _score(record: dict[str, Any] | None, score: str, rows_sha256: str) -> dict[str, Any] | None:
+    """Return a score's entry with its step, if it is of the same rows."""
+    if record is None or record["rows_sha256"] != rows_sha256:
         return None
-    found = next((one for one in said["scores"] if one["score"] == score), None)
-    return None if found is None else {**found, "step": said["step"]}
+    match = next((entry for entry in record["scores"] if entry["score"] == score), None)
+    return None if match is None else {**match, "step": record["step"]}
 
 
 def _changes(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, PairedComparison]:
@@ -96,7 +98,7 @@ def _changes(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dic
     return {}
 
 
-def _interval(said: dict[str, Any] | None, figure: str) -> dict[str, Any] | None:
-    if said is None or figure not in said["intervals"]:
+def _interval(entry: dict[str, Any] | None, figure: str) -> dict[str, Any] | None:
+    if entry is None or figure not in entry["intervals"]:
         return None
-    return {**said["intervals"][figure], "step": said["step"]}
+    return {**entry["intervals"][figure], "step": entry["step"]}

@@ -146,12 +146,12 @@ def save_config(lm: Any, folder: Path, *, finish: Callable[[Any], None] = lambda
 
 
 def save_generation_config(lm: Any, folder: Path, stop_ids: Sequence[int]) -> None:
-    """generation_config.json that stops at what trained rows end with, besides what the base stops at."""
+    """Write a generation_config.json that stops at what trained rows end with, besides what the base stops at."""
     config = copy.deepcopy(getattr(lm, "generation_config", None))
     if config is None:
         return
     base = config.eos_token_id
-    known = [] if base is None else list(base) if isinstance(base, list | tuple) else [base]
-    stops = [*known, *(token for token in stop_ids if token not in known)]
+    base_ids = [] if base is None else list(base) if isinstance(base, list | tuple) else [base]
+    stops = [*base_ids, *(token for token in stop_ids if token not in base_ids)]
     config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     config.save_pretrained(folder)

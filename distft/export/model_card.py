@@ -86,22 +86,24 @@ def _metadata(run: RunRecord) -> Iterator[str]:
 
 
 def _index(run: RunRecord) -> Iterator[str]:
-    told = [(one, value) for one in run.results if (value := number((one.tuned or {}).get("value"))) is not None]
-    if not told:
+    measured = [
+        (result, value) for result in run.results if (value := number((result.tuned or {}).get("value"))) is not None
+    ]
+    if not measured:
         return
     yield from ("model-index:", f"- name: {_yaml(run.name)}", "  results:")
-    for name in dict.fromkeys(one.name for one, _ in told):
+    for name in dict.fromkeys(result.name for result, _ in measured):
         yield "  - task:"
         yield "      type: text-generation"
         yield "    dataset:"
         yield f"      name: {_yaml(name)}"
         yield f"      type: {_yaml(name)}"
         yield "    metrics:"
-        for one, value in told:
-            if one.name == name:
-                yield f"    - type: {_yaml(one.figure)}"
+        for result, value in measured:
+            if result.name == name:
+                yield f"    - type: {_yaml(result.figure)}"
                 yield f"      value: {value:.6g}"
-                yield f"      name: {_yaml(one.title)}"
+                yield f"      name: {_yaml(result.title)}"
 
 
 def _is_hub_id(run: RunRecord) -> bool:
@@ -115,15 +117,15 @@ def _here(source: dict[str, Any]) -> bool:
 
 
 def _licence(run: RunRecord) -> str:
-    """The base model's, where its own card names one."""
+    """Return the base model's licence, where its own card names one."""
     folder = (run.manifest.get("model") or {}).get("folder")
     if not folder:
         return ""
     with contextlib.suppress(OSError):
         text = (Path(folder) / CARD).read_text(encoding="utf-8", errors="replace")
         head = text.split("---")[1] if text.startswith("---") else ""
-        if found := re.search(r"^license:\s*[\"']?([\w.+-]+)", head, re.MULTILINE):
-            return found[1]
+        if match := re.search(r"^license:\s*[\"']?([\w.+-]+)", head, re.MULTILINE):
+            return match[1]
     return ""
 
 
@@ -152,29 +154,29 @@ def _scores(run: RunRecord) -> Iterator[str]:
         "| rows | score | before | after | change | verdict |",
         "|---|---|---:|---:|---:|---|",
     )
-    for one in run.results:
-        change = one.change or {}
-        cells = (one.name, one.title, _interval(one, one.before), _interval(one, one.tuned),
-                 _interval(one, change.get("difference")), one.verdict)  # fmt: skip
+    for result in run.results:
+        change = result.change or {}
+        cells = (result.name, result.title, _interval(result, result.before), _interval(result, result.tuned),
+                 _interval(result, change.get("difference")), result.verdict)  # fmt: skip
         yield f"| {' | '.join(map(_plain, cells))} |"
     if after is not None:
         change = "" if before is None else f"{after - before:+.4g}"
         yield f"| held-out rows | loss | {'' if before is None else f'{before:.4g}'} | {after:.4g} | {change} | |"
     yield ""
     if run.results:
-        counts = [number((one.before or one.tuned or {}).get("num_rows")) for one in run.results]
+        counts = [number((result.before or result.tuned or {}).get("num_rows")) for result in run.results]
         rows = sorted({int(count) for count in counts if count is not None})
-        told = ", ".join(map(str, rows))
-        yield f"Before: the base model, on the same rows ({told}); after: the state that is here{state}."
+        row_counts = ", ".join(map(str, rows))
+        yield f"Before: the base model, on the same rows ({row_counts}); after: the state that is here{state}."
         yield "In brackets 95 % intervals over rows."
         yield ""
 
 
-def _interval(one: EvalFigure, told: Any) -> str:
-    value = None if not told else number(told.get("value"))
+def _interval(result: EvalFigure, measured: Any) -> str:
+    value = None if not measured else number(measured.get("value"))
     if value is None:
         return ""
-    low, high = number(told.get("low")), number(told.get("high"))
+    low, high = number(measured.get("low")), number(measured.get("high"))
     return f"{value:.4g}" if low is None or high is None else f"{value:.4g} [{low:.4g}, {high:.4g}]"
 
 
@@ -219,9 +221,9 @@ print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_
 
 
 def _prompt(run: RunRecord) -> str:
-    for one in run.results:
-        for label in (one.label, "before"):
-            for answer in run.answers(label, one.name).values():
+    for result in run.results:
+        for label in (result.label, "before"):
+            for answer in run.answers(label, result.name).values():
                 return str(answer.get("prompt", "")) or "…"
     return "…"
 
@@ -272,12 +274,12 @@ def _data(run: RunRecord) -> Iterator[str]:
 
 def _limits(run: RunRecord) -> Iterator[str]:
     yield from ("## Limits", "")
-    tested = ", ".join(f"`{_code(name)}`" for name in dict.fromkeys(one.name for one in run.results))
+    tested = ", ".join(f"`{_code(name)}`" for name in dict.fromkeys(result.name for result in run.results))
     yield f"- Measured on {tested} and nothing else." if tested else "- Its answers were not measured on any task."
-    worse = [one for one in run.results if one.verdict == "worse"]
+    worse = [result for result in run.results if result.verdict == "worse"]
     if worse:
-        yield f"- Worse than its base: {', '.join(_plain(f'{one.title} on {one.name}') for one in worse)}."
-    lost = max((one.num_worse for one in run.results), default=0)
+        yield f"- Worse than its base: {', '.join(_plain(f'{result.title} on {result.name}') for result in worse)}."
+    lost = max((result.num_worse for result in run.results), default=0)
     if lost:
         yield f"- Up to {lost:,} evaluated rows are answered worse than before; the run's report lists them."
     rows = ((run.care or {}).get("splits") or {}).get("train") or {}
@@ -298,14 +300,14 @@ def _again(run: RunRecord) -> Iterator[str]:
 
 
 def _sources(run: RunRecord, split: str) -> list[dict[str, Any]]:
-    found = run.table("data").get(split) or []
-    return [source for source in found if isinstance(source, dict) and "path" in source]
+    sources = run.table("data").get(split) or []
+    return [source for source in sources if isinstance(source, dict) and "path" in source]
 
 
 def _named(table: Mapping[str, Any]) -> str:
-    """A part and its settings: `adamw, learning_rate 0.005`; settings that are empty say nothing."""
-    told = (f"{key} {_value(value)}" for key, value in table.items() if key != "name" and value not in ([], {}))
-    return ", ".join([str(table.get("name", "")), *told]) if table else ""
+    """Return a part and its settings: `adamw, learning_rate 0.005`; empty settings are left out."""
+    settings = (f"{key} {_value(value)}" for key, value in table.items() if key != "name" and value not in ([], {}))
+    return ", ".join([str(table.get("name", "")), *settings]) if table else ""
 
 
 def _value(value: Any) -> str:

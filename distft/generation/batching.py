@@ -30,19 +30,19 @@ class BatchLimits:
 
 
 def split_batches(lengths: Sequence[int], new_tokens: int, limits: BatchLimits, world: int) -> list[list[int]]:
-    """Indices of the prompts, longest first (of equals the earlier), in batches; at least `world` of them if it can be.
+    """Split the indices of the prompts, longest first, into batches; at least `world` of them where possible.
 
     The first batch is the largest that any rank will hold, so memory that does not suffice is missed at once.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     most = max(1, min(limits.rows, -(-len(order) // world)))
     batches: list[list[int]] = []
-    at = 0
-    while at < len(order):
-        longest = max(1, lengths[order[at]])
+    start = 0
+    while start < len(order):
+        longest = max(1, lengths[order[start]])
         fits = min(limits.prompt_tokens // longest, limits.cache_tokens // (longest + new_tokens), most)
-        batches.append(order[at : at + max(1, fits)])
-        at += max(1, fits)
+        batches.append(order[start : start + max(1, fits)])
+        start += max(1, fits)
     return batches
 
 

@@ -109,20 +109,22 @@ class Generator:
         with engine.evaluating(), modes.generation_mode(self._module):
             batches = split_batches(lengths, new_tokens, self._limits(rows), engine.world)
             for first in range(0, len(batches), engine.world):
-                own = first + engine.rank
-                if not self._together(self._in_parts(batches[own], mine, work) if own < len(batches) else None):
+                batch_index = first + engine.rank
+                if not self._together(
+                    self._in_parts(batches[batch_index], mine, work) if batch_index < len(batches) else None
+                ):
                     return None
         self.seconds = time.monotonic() - began
-        found: dict[int, Any] = {}
+        results: dict[int, Any] = {}
         for part in engine.gather(mine):
-            found |= part
-        return [found[index] for index in range(len(lengths))]
+            results |= part
+        return [results[index] for index in range(len(lengths))]
 
     def _in_parts(self, batch: list[int], keep: dict[int, Any], work: Work) -> Iterator[None]:
-        """`work` on a batch: on less of it at a time once memory has run out, which changes no answer."""
+        """Run `work` on a batch, in smaller parts once memory has run out, which changes no answer."""
         most = max(1, int(len(batch) * self.share))
-        for at in range(0, len(batch), most):
-            yield from self._in_halves(batch[at : at + most], len(batch), keep, work)
+        for start in range(0, len(batch), most):
+            yield from self._in_halves(batch[start : start + most], len(batch), keep, work)
 
     def _in_halves(self, batch: list[int], of: int, keep: dict[int, Any], work: Work) -> Iterator[None]:
         """Again in halves when memory runs out.
@@ -136,7 +138,7 @@ class Generator:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if len(batch) == 1 or self._engine.lockstep:
+            if len(batch) == 1 or self._engine.collective_forward:
                 few = f"set batch_size = {len(batch) // 2} in [[eval.answers]]"
                 fix = few if len(batch) > 1 else "lower max_new_tokens, or ask shorter questions"
                 raise MachineError(
@@ -164,7 +166,7 @@ class Generator:
                 work = None
                 if engine.world == 1:
                     return True
-            if work is None and engine.lockstep:
+            if work is None and engine.collective_forward:
                 self._forward([[0]])
 
     def _generate_batch(
@@ -177,7 +179,7 @@ class Generator:
         ids_BL, positions_BL, mask_BK, width = read.ids_BL, read.positions_BL, read.mask_BL, read.ids_BL.shape[1]
         rows = [_Row(name) for name in names]
         for number in range(longest):
-            logits_BV = self._engine.forward_only(
+            logits_BV = self._engine.inference_module(
                 input_ids_BL=ids_BL,
                 attention_mask_BK=None if mask_BK is None else mask_BK[:, : width + number],
                 position_ids_BL=positions_BL,
@@ -226,10 +228,10 @@ class Generator:
             for back in range(len(continuation), 0, -1)
         ]
         labels_S = torch.tensor([token for _, continuation in pairs for token in continuation])
-        found_S2 = self._forward(rows, at_S=at_S, labels_S=labels_S).cpu().double()
+        scored_S2 = self._forward(rows, at_S=at_S, labels_S=labels_S).cpu().double()
         counts = [len(continuation) for _, continuation in pairs]
-        for name, found in zip(names, found_S2.split(counts), strict=True):
-            keep[name] = (float(found[:, 0].sum()), bool(found[:, 1].all()))
+        for name, scored in zip(names, scored_S2.split(counts), strict=True):
+            keep[name] = (float(scored[:, 0].sum()), bool(scored[:, 1].all()))
         yield
 
     def _forward(
@@ -238,7 +240,7 @@ class Generator:
         """One forward of whole rows, without a cache."""
         device = self._engine.device
         read = pad_left(rows, device)
-        return self._engine.forward_only(
+        return self._engine.inference_module(
             input_ids_BL=read.ids_BL,
             attention_mask_BK=read.mask_BL,
             position_ids_BL=read.positions_BL,
@@ -248,7 +250,7 @@ class Generator:
 
     def _answer(self, row: _Row, stop: tuple[str, ...]) -> Completion:
         text = self._decode(row.ids)
-        ends = [at for one in stop if (at := text.find(one)) >= 0]
+        ends = [position for stop_text in stop if (position := text.find(stop_text)) >= 0]
         return Completion(
             text=text[: min(ends)] if ends else text,
             ids=tuple(row.taken),
@@ -258,9 +260,12 @@ class Generator:
         )
 
     def _says_stop(self, ids: list[int], stop: tuple[str, ...]) -> bool:
-        """Looks at the last tokens only: a token writes a byte at least, and the one before it may hold the start."""
-        last = self._decode(ids[-(max(len(one.encode()) for one in stop) + 4) :])
-        return any(one in last for one in stop)
+        """Return whether the last tokens hold a stop text.
+
+        A token writes a byte at least, and the one before the last ones may hold the start of the text.
+        """
+        last = self._decode(ids[-(max(len(stop_text.encode()) for stop_text in stop) + 4) :])
+        return any(stop_text in last for stop_text in stop)
 
     def _limits(self, rows: int | None) -> BatchLimits:
         """The same on every rank, or they would cut other batches: the least that any of them has free."""

@@ -104,17 +104,17 @@ class HeartbeatFile:
             self._map.flush()
 
     def read(self, ranks: Iterable[int]) -> dict[int, Heartbeat]:
-        """The records there are of these ranks; one that cannot be read is left out."""
-        found: dict[int, Heartbeat] = {}
+        """Read the records of these ranks; one that is missing or cannot be read is left out."""
+        records: dict[int, Heartbeat] = {}
         for rank in ranks:
             with contextlib.suppress(OSError, ValueError, TypeError):
                 text, _, mark = self._path(rank).read_bytes().rstrip().partition(b"\n")
-                said = json.loads(text)
+                fields = json.loads(text)
                 if mark.strip():
                     phase, step, passed = mark.split()
-                    said |= {"phase": phase.decode(), "step": int(step), "passed": int(passed)}
-                found[rank] = Heartbeat(**said)
-        return found
+                    fields |= {"phase": phase.decode(), "step": int(step), "passed": int(passed)}
+                records[rank] = Heartbeat(**fields)
+        return records
 
     def stacks(self, rank: int) -> Path:
         """Where a rank's stacks go."""

@@ -55,7 +55,7 @@ class SlowdownDetector:
         self._looks: deque[dict[str, float]] = deque(maxlen=KEPT)
 
     def look(self, spent: Mapping[str, float], step: int) -> StepTimes | None:
-        """Compare with before; None at the first look, which only begins to count.
+        """Compare the steps since the last call with the ones before; None at the first call, which starts the count.
 
         Args:
             spent: seconds by phase since the run began.
@@ -66,9 +66,11 @@ class SlowdownDetector:
         if before is None or step <= since:  # the first, or the run has gone back to a checkpoint
             return None
         took = {phase: max(0.0, now[phase] - before[phase]) / (step - since) for phase in PHASES}
-        known = len(self._looks) >= FEWEST
-        usual = {phase: statistics.median(look[phase] for look in self._looks) if known else 0.0 for phase in PHASES}
-        whole = statistics.median(sum(look.values()) for look in self._looks) if known else None
+        has_usual = len(self._looks) >= FEWEST
+        usual = {
+            phase: statistics.median(look[phase] for look in self._looks) if has_usual else 0.0 for phase in PHASES
+        }
+        whole = statistics.median(sum(look.values()) for look in self._looks) if has_usual else None
         self._looks.append(took)
         phase = max(PHASES, key=lambda name: took[name] - usual[name])
         return StepTimes(

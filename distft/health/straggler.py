@@ -70,20 +70,20 @@ class Slowest:
 
 
 def slowest(timings: Sequence[Timing]) -> Slowest:
-    """The rank that is furthest behind the median of the others, where and by how much.
+    """Return the rank that is furthest behind the median of the others, at what and by how much.
 
     Waiting for data counts only where it is more than noise.
     """
-    found = [
+    candidates = [
         worst
-        for what, least, times in _told(timings)
+        for what, least, times in _measurements(timings)
         if (worst := _worst(timings, what, times)).took_s - worst.others_s > least or not least
     ]
-    return max(found, key=lambda worst: worst.percent)
+    return max(candidates, key=lambda worst: worst.percent)
 
 
-def _told(timings: Sequence[Timing]) -> list[tuple[str, float, list[float]]]:
-    """(what, differences that are noise, seconds by rank)."""
+def _measurements(timings: Sequence[Timing]) -> list[tuple[str, float, list[float]]]:
+    """Return (what was measured, differences that are noise, seconds by rank) of each measurement."""
     return [
         ("waiting for its data", LEAST_S, [timing.data_s for timing in timings]),
         ("a fixed piece of arithmetic", 0.0, [timing.probe_s for timing in timings]),
@@ -92,7 +92,7 @@ def _told(timings: Sequence[Timing]) -> list[tuple[str, float, list[float]]]:
 
 def _worst(timings: Sequence[Timing], what: str, times: list[float]) -> Slowest:
     rank = max(range(len(times)), key=times.__getitem__)
-    others = statistics.median([seconds for other, seconds in enumerate(times) if other != rank])
+    others = statistics.median([seconds for index, seconds in enumerate(times) if index != rank])
     return Slowest(rank=rank, who=timings[rank].who, what=what, took_s=times[rank], others_s=others)
 
 

@@ -59,7 +59,7 @@ class Watchdog:
         self._heartbeats = HeartbeatFile(folder / "ranks", rank)
         self._exit = folder / "exit.json"
         self._world, self._timeout_s, self._end = world, timeout_s, end
-        self._neighbours = [other for other in neighbours if other != rank]
+        self._neighbours = [neighbour for neighbour in neighbours if neighbour != rank]
         self._beat_s = min(MAX_BEAT_S, max(0.1, timeout_s / 6))
         self._record = Heartbeat(rank=rank, process=host.this_start(PHASE.runs))
         self._parent = STOP.launcher or os.getppid() if launched else None
@@ -105,13 +105,13 @@ class Watchdog:
                     path.unlink()
 
     def cause(self, error: BaseException) -> BaseException:
-        """What is behind an error of a broken connection: a peer that died or ended; else the error itself."""
+        """Return what caused an error of a broken connection: a peer that died or ended; else the error itself."""
         if isinstance(error, DistftError | KeyboardInterrupt) or self._world == 1:
             return error
         until = time.monotonic() + 3 * self._beat_s  # its last words may still be on their way
         while time.monotonic() < until:
-            if found := self._peer():
-                return found
+            if peer_error := self._peer():
+                return peer_error
             time.sleep(min(0.1, self._beat_s))
         return error
 
@@ -139,14 +139,14 @@ class Watchdog:
         self._heartbeats.mark(PHASE.phase, PHASE.step, PHASE.count)
 
     def _write(self, idle_s: float = 0.0) -> None:
-        at, waits = _innermost(self._main)
+        frame, waits = _innermost(self._main)
         self._record = replace(
             self._record,
             phase=PHASE.phase,
             step=PHASE.step,
             passed=PHASE.count,
             idle_s=round(idle_s, 1),
-            at=at,
+            at=frame,
             waits=waits,
             beats=self._record.beats + 1,
         )
@@ -156,11 +156,11 @@ class Watchdog:
             faulthandler.dump_traceback_later(self._timeout_s + self._beat_s, exit=True, file=self._stacks)
 
     def _peer(self) -> DistftError | None:
-        """A peer whose end ends this rank too."""
-        said = _text(self._exit)
-        if said and said != self._exit_before:
+        """Return the error of a peer whose end ends this rank too; None while there is none."""
+        text = _text(self._exit)
+        if text and text != self._exit_before:
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(said)
+                record = json.loads(text)
                 if record["code"] != 0 and record["rank"] != self._record.rank:
                     who = f"rank {record['rank']} on {record['host']}"
                     return PeerEnded(record["code"], f"{who} ended the run: {record['reason']}")

@@ -21,11 +21,11 @@ class SampleLog:
         Files of ranks that this start does not have are cut back by rank 0.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        own = folder / f"{rank:05d}.jsonl"
+        own_path = folder / f"{rank:05d}.jsonl"
         others = [path for path in folder.glob("*.jsonl") if int(path.stem) >= world] if rank == 0 else []
-        for path in (own, *others):
+        for path in (own_path, *others):
             keep_until(path, start)
-        self._file = own.open("a", encoding="utf-8", buffering=1)
+        self._file = own_path.open("a", encoding="utf-8", buffering=1)
         self._ids: list[str] = []
 
     def start(self) -> None:

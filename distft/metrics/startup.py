@@ -112,12 +112,12 @@ def slowest(starts: Sequence[StartupTimes]) -> dict[str, StartupTimes]:
 
 
 def text(mine: StartupTimes, worst: Mapping[str, StartupTimes], launched: float | None) -> str:
-    """`first step 21.4 s after the process's start: imports 9.1, rows 0.4 (rank 3 on node2: 6.0), …`."""
+    """Return a line like `first step 21.4 s after the process's start: imports 9.1, rows 0.4 (rank 3 on node2: 6)`."""
     parts = []
     for phase, seconds in mine.seconds.items():
-        other = worst[phase]
-        longer = other.rank != mine.rank and other.seconds[phase] > 1.2 * seconds + 0.5
-        more = f" (rank {other.rank} on {other.host}: {other.seconds[phase]:.1f})" if longer else ""
+        slowest = worst[phase]
+        longer = slowest.rank != mine.rank and slowest.seconds[phase] > 1.2 * seconds + 0.5
+        more = f" (rank {slowest.rank} on {slowest.host}: {slowest.seconds[phase]:.1f})" if longer else ""
         parts.append(f"{phase.replace('_', ' ')} {seconds:.1f}{more}")
     since = "" if launched is None else f", which came {launched:.1f} s after the job's"
     return f"first step {mine.total_s:.1f} s after the process's start{since}: {', '.join(parts)}"

@@ -265,11 +265,11 @@ def _capped(
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[length, length] causal mask of a sliding window; None when the whole document fits in it."""
+    """Return the [length, length] causal mask of a sliding window; None when the whole document fits in it."""
     if window is None or length <= window:
         return None
-    at = torch.arange(length, device=device)
-    back = at[:, None] - at[None, :]
+    positions = torch.arange(length, device=device)
+    back = positions[:, None] - positions[None, :]
     return (back >= 0) & (back < window)
 
 

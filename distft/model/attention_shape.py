@@ -32,12 +32,12 @@ def attention_shapes(config: Any) -> list[AttentionShape]:
     layers = [text] * text.num_hidden_layers
     if getattr(text, "is_heterogeneous", False):
         layers = list(text.per_layer_config[: text.num_hidden_layers])
-    found = []
+    shapes = []
     for index, layer in enumerate(layers):
         attends = kinds is None or index >= len(kinds) or ("attention" in kinds[index] and "linear" not in kinds[index])
         if attends and (shape := _shape(layer)) is not None:
-            found.append(shape)
-    return found
+            shapes.append(shape)
+    return shapes
 
 
 def largest_attention(config: Any) -> AttentionShape:

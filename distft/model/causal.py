@@ -91,9 +91,11 @@ class CausalLM(nn.Module):
         rule = self.observed.rule
         product = types.MethodType(type(head).forward, head)
 
-        def forward(self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, said: HeadLoss = loss) -> Tensor:
+        def forward(
+            self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, head_loss: HeadLoss = loss
+        ) -> Tensor:
             hidden = hidden.to(self.weight.dtype)  # Mamba's residuals are fp32, and its own forward converts here
-            return product(hidden) if labels is None else said(hidden, self.weight, self.bias, labels, rule)
+            return product(hidden) if labels is None else head_loss(hidden, self.weight, self.bias, labels, rule)
 
         head.forward = types.MethodType(forward, head)
 
@@ -131,7 +133,7 @@ class CausalLM(nn.Module):
             at_S = torch.zeros(1, dtype=torch.long, device=labels_T.device)
         labels_S = labels_T[at_S].clamp(min=0) if nothing else labels_T[at_S]
         if self.path.head == "own":
-            output = self._own(input_ids_T[None], inputs, at_S)
+            output = self._own_forward(input_ids_T[None], inputs, at_S)
             losses = F.cross_entropy(output.logits[0].float(), labels_S, reduction="none")
         else:
             output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
@@ -188,7 +190,7 @@ class CausalLM(nn.Module):
         if self.path.head == "own":
             length = input_ids_BL.shape[1]
             columns_C, column_S = (at_S % length).unique(return_inverse=True)
-            output = self._own(input_ids_BL, inputs, columns_C, use_cache=cache is not None)
+            output = self._own_forward(input_ids_BL, inputs, columns_C, use_cache=cache is not None)
             logits_SV = output.logits[at_S // length, column_S].float()
             return logits_SV if labels_S is None else judged(logits_SV, labels_S)
         given = _taken(self.trunk, inputs)
@@ -200,8 +202,10 @@ class CausalLM(nn.Module):
         rule = self.observed.rule
         return rule.finish(self.head(hidden_SE * rule.hidden_scale if rule.hidden_scale != 1.0 else hidden_SE).float())
 
-    def _own(self, input_ids_BL: Tensor, inputs: dict[str, Any], at_S: Tensor, *, use_cache: bool = False) -> Any:
-        """The model's own forward, with the logits of positions `at_S` [S] of every row: [B, S, V]."""
+    def _own_forward(
+        self, input_ids_BL: Tensor, inputs: dict[str, Any], at_S: Tensor, *, use_cache: bool = False
+    ) -> Any:
+        """Run the model's own forward; the logits are those of positions `at_S` [S] of every row: [B, S, V]."""
         lm = self.transformer
         takes = _parameters(type(lm))
         if "logits_to_keep" in takes:
@@ -251,7 +255,7 @@ def _cache_argument(module: Any) -> str:
 
 
 def _use_loss_with_adapter(head: Any, loss: HeadLoss, rule: LogitRule) -> None:
-    """The same for a head under PEFT's LoRA.
+    """Do the same as `use_loss` for a head under PEFT's LoRA.
 
     Each of its parts is called once, however many chunks the loss has: engines that gather parameters around a part's
     forward run a collective for every call, and ranks have different numbers of chunks. So the loss runs inside the
@@ -261,25 +265,25 @@ def _use_loss_with_adapter(head: Any, loss: HeadLoss, rule: LogitRule) -> None:
     if not isinstance(base, nn.Linear) or list(getattr(head, "lora_A", ())) != ["default"] or head.use_dora["default"]:
         raise TypeError(f"the output projection is {type(head).__name__}, neither a linear layer nor one under LoRA")
     down, up, dropout = head.lora_A["default"], head.lora_B["default"], head.lora_dropout["default"]
-    own, own_base, own_up = (types.MethodType(type(part).forward, part) for part in (head, base, up))
+    own_head, own_base, own_up = (types.MethodType(type(part).forward, part) for part in (head, base, up))
 
     def base_forward(self: nn.Linear, hidden: Tensor, inner: Any = None, up_VR: Any = None, *labelled: Any) -> Tensor:
         if inner is None:
             return own_base(hidden)
-        labels, said = labelled
-        return with_adapter(said, hidden, inner, self.weight, self.bias, up_VR, labels, rule)
+        labels, head_loss = labelled
+        return with_adapter(head_loss, hidden, inner, self.weight, self.bias, up_VR, labels, rule)
 
     def up_forward(self: nn.Linear, inner: Tensor, hidden: Any = None, *labelled: Any) -> Tensor:
         return own_up(inner) if hidden is None else base(hidden, inner, self.weight, *labelled)
 
-    def forward(self: Any, hidden: Tensor, labels: Tensor | None = None, said: HeadLoss = loss) -> Tensor:
+    def forward(self: Any, hidden: Tensor, labels: Tensor | None = None, head_loss: HeadLoss = loss) -> Tensor:
         hidden = hidden.to(base.weight.dtype)
         if labels is None:
-            return own(hidden)
+            return own_head(hidden)
         if rule.hidden_scale != 1.0:
             hidden = hidden * rule.hidden_scale
         inner = down(dropout(hidden.to(down.weight.dtype))) * self.scaling["default"]
-        return up(inner, hidden, labels, said)
+        return up(inner, hidden, labels, head_loss)
 
-    for part, its in ((base, base_forward), (up, up_forward), (head, forward)):
-        part.forward = types.MethodType(its, part)
+    for part, new_forward in ((base, base_forward), (up, up_forward), (head, forward)):
+        part.forward = types.MethodType(new_forward, part)

@@ -147,7 +147,9 @@ class _Chunked(torch.autograd.Function):
         inputs, num_rows = ctx.saved_tensors, ctx.num_rows
         wanted = [index for index, want in enumerate(ctx.needs_input_grad[3:]) if want]
         shared = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs[num_rows:]]
-        found: dict[int, Tensor] = {index: torch.empty_like(inputs[index]) for index in wanted if index < num_rows}
+        grad_by_index: dict[int, Tensor] = {
+            index: torch.empty_like(inputs[index]) for index in wanted if index < num_rows
+        }
         for start in reversed(range(0, len(grad_S), ctx.size)):  # autograd's order
             part = slice(start, start + ctx.size)
             chunk = [row[part].detach().requires_grad_(row.requires_grad) for row in inputs[:num_rows]]
@@ -155,15 +157,17 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 losses_C = ctx.losses(*given)
             for index, grad in zip(
-                wanted, torch.autograd.grad(losses_C, [given[at] for at in wanted], grad_S[part]), strict=True
+                wanted,
+                torch.autograd.grad(losses_C, [given[wanted_index] for wanted_index in wanted], grad_S[part]),
+                strict=True,
             ):
                 if index < num_rows:
-                    found[index][part] = grad
-                elif index in found:
-                    found[index] += grad
+                    grad_by_index[index][part] = grad
+                elif index in grad_by_index:
+                    grad_by_index[index] += grad
                 else:
-                    found[index] = grad.float()
-        grads = (found[at].to(x.dtype) if at in found else None for at, x in enumerate(inputs))
+                    grad_by_index[index] = grad.float()
+        grads = (grad_by_index[index].to(x.dtype) if index in grad_by_index else None for index, x in enumerate(inputs))
         return None, None, None, *grads
 
 
@@ -172,10 +176,10 @@ def likelihoods(
 ) -> Tensor:
     """fp32 [S, 2]: log-likelihood of each label, and whether it is the likeliest token; in chunks, no gradients."""
     size = chunk_tokens(weight_VE.shape[0])
-    found = []
+    judgements = []
     for hidden_CE, labels_C in zip(hidden_SE.split(size), labels_S.split(size), strict=True):
-        found.append(judged(rule.logits(hidden_CE, weight_VE, bias_V), labels_C))
-    return torch.cat(found)
+        judgements.append(judged(rule.logits(hidden_CE, weight_VE, bias_V), labels_C))
+    return torch.cat(judgements)
 
 
 def judged(logits_SV: Tensor, labels_S: Tensor) -> Tensor:
@@ -194,17 +198,17 @@ def with_adapter(
     labels_S: Tensor,
     rule: LogitRule = PLAIN,
 ) -> Tensor:
-    """What `loss` gives, where the head's product is hidden @ weight.T + inner @ up.T: `likelihoods`, else losses.
+    """Compute `loss` of a head whose product is hidden @ weight.T + inner @ up.T: `likelihoods`, else losses.
 
     R is the adapter's rank. In chunks as `chunked_loss`, and recomputed in the backward pass like those. The rule's
     `hidden_scale` has been applied to both inputs.
     """
-    one = judged if loss is likelihoods else functools.partial(F.cross_entropy, reduction="none")
+    chunk_loss = judged if loss is likelihoods else functools.partial(F.cross_entropy, reduction="none")
 
     def of_chunk(
         hidden_CE: Tensor, inner_CR: Tensor, labels_C: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor
     ) -> Tensor:
-        return one(rule.finish((F.linear(hidden_CE, weight, bias) + F.linear(inner_CR, up)).float()), labels_C)
+        return chunk_loss(rule.finish((F.linear(hidden_CE, weight, bias) + F.linear(inner_CR, up)).float()), labels_C)
 
     size, rows, shared = chunk_tokens(weight_VE.shape[0]), (hidden_SE, inner_SR, labels_S), (weight_VE, bias_V, up_VR)
     if len(labels_S) <= size:

@@ -37,7 +37,7 @@ def all_expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]
 
 
 def compute_with(module: Any, short: str, change: Change, *, first: bool = False) -> None:
-    """Have the module's forward compute with `change` of the parameter, after the changes before, or before them."""
+    """Have the module's forward compute with `change` of the parameter, after the earlier changes, or before them."""
     if "changes" not in module.__dict__:
         module.__dict__["changes"] = {}
         inner = module.forward
@@ -46,8 +46,8 @@ def compute_with(module: Any, short: str, change: Change, *, first: bool = False
             try:
                 for name, changes in self.__dict__["changes"].items():
                     value = self._parameters[name]
-                    for one in changes:
-                        value = one(value)
+                    for apply in changes:
+                        value = apply(value)
                     self.__dict__[name] = value  # found before the parameter of that name
                 return inner(*args, **kwargs)
             finally:
@@ -67,8 +67,8 @@ _PER_TOKEN = (
 
 
 def active_share(config: Any, module: nn.Module) -> float:
-    """The share of an expert module's weights that one token is multiplied with; 1 where the config does not say."""
+    """Return the share of an expert module's weights that one token is multiplied with; 1 if the config gives none."""
     text = config.get_text_config()
-    told = [value for key in _PER_TOKEN if isinstance(value := getattr(text, key, None), int) and value > 0]
+    top_k = [value for key in _PER_TOKEN if isinstance(value := getattr(text, key, None), int) and value > 0]
     count = max(param.shape[0] for short in expert_tensors(module) if (param := module._parameters[short]) is not None)
-    return min(1.0, told[0] / count) if told else 1.0
+    return min(1.0, top_k[0] / count) if top_k else 1.0

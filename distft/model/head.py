@@ -67,11 +67,11 @@ def _observed(lm: Any, trunk: nn.Module, head: nn.Linear) -> LogitRule | None:
     given: list[Tensor] = []
     try:
         with _replaced(trunk, hidden_1TE), _answering(head, product_1TV, given), in_double(), torch.no_grad():
-            found = lm(input_ids=torch.zeros(1, _POSITIONS, dtype=torch.long), use_cache=False)
+            output = lm(input_ids=torch.zeros(1, _POSITIONS, dtype=torch.long), use_cache=False)
     except Exception as error:  # any: the model's own forward is the answer then, and it is right
         raise_mistakes(error)
         return None
-    logits_1TV = getattr(found, "logits", None)
+    logits_1TV = getattr(output, "logits", None)
     if len(given) != 1 or logits_1TV is None or logits_1TV.is_meta or logits_1TV.shape != product_1TV.shape:
         return None
     hidden_scale = _factor(given[0], hidden_1TE)
@@ -79,11 +79,11 @@ def _observed(lm: Any, trunk: nn.Module, head: nn.Linear) -> LogitRule | None:
     return None if rule is None or hidden_scale is None else replace(rule, hidden_scale=hidden_scale)
 
 
-def _factor(found: Tensor, given: Tensor) -> float | None:
-    if found.is_meta or found.shape != given.shape:  # a layer of the model stands in between
+def _factor(actual: Tensor, given: Tensor) -> float | None:
+    if actual.is_meta or actual.shape != given.shape:  # a layer of the model stands in between
         return None
-    factor = float((found.double() * given.double()).sum() / given.double().square().sum())
-    same = torch.allclose(found.double(), factor * given.double(), rtol=_RTOL, atol=0)
+    factor = float((actual.double() * given.double()).sum() / given.double().square().sum())
+    same = torch.allclose(actual.double(), factor * given.double(), rtol=_RTOL, atol=0)
     if not same:
         return None
     return 1.0 if abs(factor - 1) < 1e-9 else factor

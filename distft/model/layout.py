@@ -20,7 +20,7 @@ class FileLayout:
     """Transformers' rules for saving one architecture."""
 
     def __init__(self, lm: Any) -> None:
-        """`lm`: before an engine or an adapter changed its classes and names.
+        """Read the conversions of `lm`, before an engine or an adapter has changed its classes and names.
 
         Prefixes that the base's files lacked are written, as transformers does for a model that it made itself; tensors
         are taken apart whether or not the base's files were.
@@ -29,21 +29,25 @@ class FileLayout:
         from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
         forward = [
-            one for one in get_model_conversion_mapping(lm, add_legacy=False) if not isinstance(one, PrefixChange)
+            transform
+            for transform in get_model_conversion_mapping(lm, add_legacy=False)
+            if not isinstance(transform, PrefixChange)
         ]
-        backward = [one.reverse_transform() for one in reversed(forward)]
-        self._renamings = [one for one in backward if isinstance(one, WeightRenaming)]
-        self._converters = [one for one in backward if isinstance(one, WeightConverter)]
-        self._by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
+        backward = [transform.reverse_transform() for transform in reversed(forward)]
+        self._renamings = [transform for transform in backward if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in backward if isinstance(transform, WeightConverter)]
+        self._by_pattern = {
+            pattern: transform for transform in self._converters for pattern in transform.source_patterns
+        }
         self._model = Shapes(lm)
 
     def groups(self, names: Iterable[str]) -> list[tuple[str, ...]]:
-        """`names` of parameters, those together that are saved as one tensor."""
-        found: dict[str, list[str]] = {}
+        """Group the names of parameters that are saved as one tensor."""
+        grouped: dict[str, list[str]] = {}
         for name in names:
             target, pattern = self._target(name)
-            found.setdefault(name if pattern is None else f"{pattern} {target}", []).append(name)
-        return [tuple(group) for group in found.values()]
+            grouped.setdefault(name if pattern is None else f"{pattern} {target}", []).append(name)
+        return [tuple(group) for group in grouped.values()]
 
     def stored(self, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the files that hold one group of parameters."""

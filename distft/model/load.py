@@ -128,7 +128,7 @@ class MetaModel:
         """Give every parameter below `unit` that is still meta its value on `device`; tied tensors stay tied."""
         PHASE.enter("weights")
         if self._shared_reads is not None:
-            self._shared_reads.read(self._asked_of(unit), device)
+            self._shared_reads.read(self._calls_of(unit), device)
         for module in unit.modules():
             if any(True for _ in meta_params(module)):
                 self._fill_one(module, device)
@@ -140,34 +140,34 @@ class MetaModel:
         if group is not None and isinstance(self._source, SafetensorsSource):
             self._shared_reads = SharedReads(self._source, self._source.tensors, group)
 
-    def _asked_of(self, unit: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Every call of the source's `values` that filling `unit` takes, in order."""
-        asked: list[tuple[str, nn.Module]] = []
+    def _calls_of(self, unit: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Return every call of the source's `values` that filling `unit` takes, in order."""
+        calls: list[tuple[str, nn.Module]] = []
         met = set(self._filled)
         for module in unit.modules():
             pending = {short: meta for short, meta in meta_params(module) if id(meta) not in met}
             met |= {id(meta) for meta in pending.values()}
             if pending and not self._is_fresh(module):
-                asked += self._asked(module, pending)
-        return asked
+                calls += self._calls(module, pending)
+        return calls
 
-    def _asked(self, module: nn.Module, pending: Mapping[str, Tensor]) -> list[tuple[str, nn.Module]]:
-        """The calls of the source's `values` for one module: names, and modules with the parameters that are wanted."""
-        asked: list[tuple[str, nn.Module]] = []
+    def _calls(self, module: nn.Module, pending: Mapping[str, Tensor]) -> list[tuple[str, nn.Module]]:
+        """Return the calls of the source's `values` for one module: names, and modules with the wanted parameters."""
+        calls: list[tuple[str, nn.Module]] = []
         base = self._method.base_name(f"{self._names[id(module)]}.x").removesuffix(".x")
         wanted = dict(pending)
         if base in self._tied:
             # The copy of a tied head that an adapter trains whole starts as what the head is tied to.
-            asked.append(self._tied[base])
+            calls.append(self._tied[base])
             for short, _ in meta_params(self._tied[base][1]):
                 wanted.pop(short, None)
         if len(wanted) == len(list(meta_params(module))):
-            asked.append((base, module))
+            calls.append((base, module))
         elif wanted:  # what is its own beside the shared weight, such as a bias
             rest: Any = copy.copy(module)
             rest._parameters = wanted
-            asked.append((base, rest))
-        return asked
+            calls.append((base, rest))
+        return calls
 
     def _is_fresh(self, module: nn.Module) -> bool:
         """An adapter's own, which starts from its seed and not from the files."""
@@ -216,8 +216,8 @@ class MetaModel:
             }
         else:
             values = {}
-            for base, asked in self._asked(module, pending):
-                values |= (self._shared_reads or self._source).values(base, asked, device)
+            for base, requested in self._calls(module, pending):
+                values |= (self._shared_reads or self._source).values(base, requested, device)
         for short, meta in pending.items():
             module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
 
@@ -313,15 +313,15 @@ def build(
 
 
 def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:
-    """As `MetaModel` wants them, while all is still meta."""
-    found: dict[str, tuple[str, nn.Module]] = {}
+    """Return, by name, what each tied module is tied to, while all tensors are still meta."""
+    tied: dict[str, tuple[str, nn.Module]] = {}
     for target, origin in (getattr(lm, "all_tied_weights_keys", None) or {}).items():
         shared, name = target.rpartition(".")[0], origin.rpartition(".")[0]
         owner = lm.get_submodule(name)
         stand_in = copy.copy(owner)
         stand_in._parameters = dict(owner._parameters)
-        found[shared] = (name, stand_in)
-    return found
+        tied[shared] = (name, stand_in)
+    return tied
 
 
 def head_size(config: Any) -> int:
@@ -330,10 +330,10 @@ def head_size(config: Any) -> int:
     if getattr(text, "is_heterogeneous", False):  # then the config itself refuses to say (Gemma 4)
         return max(head_size(layer) for layer in text.per_layer_config)
     latent = (getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0)
-    own = latent or getattr(text, "head_dim", None)
+    size = latent or getattr(text, "head_dim", None)
     hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
-    if isinstance(own, int) and own:
-        return own
+    if isinstance(size, int) and size:
+        return size
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
 
 

@@ -40,7 +40,7 @@ _GROUPED = tuple(
 def _grouped_mm(
     rows_SE: Tensor, weight_XEF: Tensor, *, offs: Tensor, bias: Any = None, out_dtype: Any = None
 ) -> Tensor:
-    """Rows sorted by expert, each times its expert's matrix: [S, F]; rows behind the last expert's are zeros.
+    """Multiply rows sorted by expert with their expert's matrix: [S, F]; rows after the last expert's are zeros.
 
     Raises:
         NotImplementedError: another of the kernel's forms is asked for.
@@ -48,7 +48,7 @@ def _grouped_mm(
     if rows_SE.ndim != 2 or weight_XEF.ndim != 3 or bias is not None:
         raise NotImplementedError("grouped matrices of another form, in float64")
     bounds = [0, *offs.tolist()]
-    parts = [rows_SE[start:end] @ weight_XEF[at] for at, (start, end) in enumerate(pairwise(bounds))]
+    parts = [rows_SE[start:end] @ weight_XEF[expert] for expert, (start, end) in enumerate(pairwise(bounds))]
     return torch.cat([*parts, rows_SE.new_zeros(len(rows_SE) - bounds[-1], weight_XEF.shape[-1])]).to(out_dtype)
 
 

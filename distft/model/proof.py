@@ -144,7 +144,7 @@ def small_models(config: Any, build: Callable[[Any, str], Any], max_length: int)
     Raises:
         MachineError: there is none; says why.
     """
-    why, found = "", False
+    why, any_valid = "", False
     with torch.device("meta"):
         for small in _shrunk(config, build, max_length):
             try:
@@ -158,9 +158,9 @@ def small_models(config: Any, build: Callable[[Any, str], Any], max_length: int)
             if numel > MOST_PARAMETERS:
                 why = why or f"its smallest copy has {numel:,} parameters"
                 continue
-            found = True
+            any_valid = True
             yield small
-    if not found:
+    if not any_valid:
         raise MachineError(f"no small copy of its config is a valid model: {why}")
 
 

@@ -24,7 +24,7 @@ def verdict_on(
     head: str = "lm",
     waiting: Callable[[], None] = lambda: None,
 ) -> ProofVerdict:
-    """Return what is known of the model in `folder`, or find it out: seconds, without its weights.
+    """Return the kept verdict on the model in `folder`, or reach one, which takes seconds and needs no weights.
 
     Args:
         table: of the recipe.
@@ -56,8 +56,8 @@ def verdict_on(
         verdict = proof.prove(config, load.untrained, attentions=names, **given)
         path = verdict.path
         if path is not None and (hold := HEADS[head].hold) is not None:
-            other = proof.difference_of(lambda: hold(config, path, where, max_length))
-            return replace(verdict, path=None, reason=f"under a {head} head: {other}") if other else verdict
+            gap = proof.difference_of(lambda: hold(config, path, where, max_length))
+            return replace(verdict, path=None, reason=f"under a {head} head: {gap}") if gap else verdict
         return verdict
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -90,7 +90,7 @@ class Reference:
         device: torch.device,
         precision: torch.dtype,
     ) -> None:
-        """Compute them, and how much of them is rounding.
+        """Compute the reference numbers, and how much of them is rounding.
 
         Args:
             config: of a small model.
@@ -112,9 +112,9 @@ class Reference:
             self.right = self._numbers(lm)
             moved = self._numbers(self._moved(lm))
         pairs = zip(moved.losses, self.right.losses, strict=True)
-        loss = max(abs(other - right) / abs(right) for other, right in pairs)
+        loss = max(abs(changed - right) / abs(right) for changed, right in pairs)
         pairs = zip(moved.logits, self.right.logits, strict=True)
-        logits = max(float((other - right).abs().max() / right.abs().max()) for other, right in pairs)
+        logits = max(float((changed - right).abs().max() / right.abs().max()) for changed, right in pairs)
         gradient, _ = self._gradient_gap(moved.gradients)
         self.loss_rtol = LOSS[precision].tolerance(loss)
         self.gradient_rtol = GRADIENT[precision].tolerance(gradient)
@@ -124,22 +124,22 @@ class Reference:
         return in_double() if self._precision == torch.float64 else nullcontext()
 
     def _numbers(self, lm: Any) -> Numbers:
-        """What `lm` computes of the probes, each read alone; leaves gradients on a copy."""
+        """Return what `lm` computes for each probe alone; gradients are left on a copy."""
         count = sum(len(ids) - 1 for ids in self.probes)
         losses: list[float] = []
         logits: list[Tensor] = []
         gradients: dict[str, Tensor | None] = dict.fromkeys(n for n, p in lm.named_parameters() if not p.is_meta)
         for ids in self.probes:
             # A copy for each: some models remember the longest text that they have seen.
-            own = copy.deepcopy(lm)
-            output = own(input_ids=ids[None], labels=ids[None], use_cache=False)
+            fresh = copy.deepcopy(lm)
+            output = fresh(input_ids=ids[None], labels=ids[None], use_cache=False)
             if output.loss is None or not torch.isfinite(output.loss):
                 raise RuntimeError("its own loss is not a number")
             loss_sum = output.loss * (len(ids) - 1)
             losses.append(float(loss_sum))
             logits.append(output.logits[0].detach().to(self._precision))
             torch.autograd.backward(loss_sum / count)
-            for name, param in own.named_parameters():
+            for name, param in fresh.named_parameters():
                 if param.grad is not None:
                     before = gradients[name]
                     gradients[name] = param.grad if before is None else before + param.grad
@@ -207,8 +207,8 @@ class Reference:
         ids[-1] = (ids[-1] + 1) % (VOCABULARY - 8)
         right = self.right.logits[0]
         with torch.no_grad(), self._computing():
-            other = self._fresh("eager")(input_ids=ids[None], use_cache=False).logits[0]
-        gap = float((other[:-1] - right[:-1]).abs().max() / right.abs().max())
+            changed = self._fresh("eager")(input_ids=ids[None], use_cache=False).logits[0]
+        gap = float((changed[:-1] - right[:-1]).abs().max() / right.abs().max())
         return gap if gap > self.logits_rtol else None
 
     def predicts_each_token_itself(self) -> bool:

@@ -29,7 +29,7 @@ def find_config(table: ModelTable) -> Path:
 
 
 def find(table: ModelTable, wanted: list[str]) -> Path:
-    """The model's folder; of a model on the hub the files that match `wanted` are fetched.
+    """Return the model's folder; of a model on the hub the files that match `wanted` are fetched.
 
     Raises:
         RecipeError: neither a folder with a config.json nor a hub id that can be had.
@@ -38,19 +38,19 @@ def find(table: ModelTable, wanted: list[str]) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() or table.path.startswith((".", "/", "~")) or table.path.count("/") != 1:
-        said = "no such folder"
+        problem = "no such folder"
         if folder.is_dir():
-            found = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
-            said = f"the folder has no config.json (it holds: {found or 'nothing'})"
-        message = f'[model] path = "{table.path}"  {said}'
+            contents = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
+            problem = f"the folder has no config.json (it holds: {contents or 'nothing'})"
+        message = f'[model] path = "{table.path}"  {problem}'
         raise RecipeError("recipe", [Problem(message=message, fix="a folder with config.json, or a hub id owner/name")])
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return hub.snapshot(table.path, table.revision, wanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        said = str(error).strip().splitlines()[0]
-        message = f'[model] path = "{table.path}"  no such folder here, and the hub did not give it: {said}'
+        problem = str(error).strip().splitlines()[0]
+        message = f'[model] path = "{table.path}"  no such folder here, and the hub did not give it: {problem}'
         fix = "log in for gated models, or download it once and give the folder"
         raise RecipeError("recipe", [Problem(message=message, fix=fix)]) from error
 
@@ -66,11 +66,11 @@ def build(config: Any, head: HeadSpec | None = None) -> Any:
 
 
 def has_positions(folder: Path, longest: int) -> bool:
-    """Whether config.json says in plain words that a text of so many tokens is not too long."""
+    """Return whether config.json states a number of positions that is enough for `longest` tokens."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        said = raw.get("text_config", raw).get("max_position_embeddings")
-        return isinstance(said, int) and longest <= said
+        limit = raw.get("text_config", raw).get("max_position_embeddings")
+        return isinstance(limit, int) and longest <= limit
     return False
 
 
@@ -97,10 +97,10 @@ def num_positions(config: Any) -> int | None:
 
 
 def _ropes(parameters: Any) -> Iterator[dict[str, Any]]:
-    """One, or one for each kind of layer."""
+    """Yield the rotary parameters: one set, or one for each kind of layer."""
     if not isinstance(parameters, dict):
         return
     if "rope_type" in parameters:
         yield parameters
     else:
-        yield from (one for one in parameters.values() if isinstance(one, dict))
+        yield from (rope for rope in parameters.values() if isinstance(rope, dict))

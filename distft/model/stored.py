@@ -90,49 +90,51 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _scheme(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> dict[str, _Stored]:
-    """The weights that are stored quantised, by name."""
+    """Return the weights that are stored quantised, by name."""
     method = str(config.get("quant_method", "")).lower()
     if not method and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         method = "bitsandbytes"
-    known: dict[str, Callable[[Path, Mapping[str, Any], TensorFiles], dict[str, _Stored]]] = {
+    schemes: dict[str, Callable[[Path, Mapping[str, Any], TensorFiles], dict[str, _Stored]]] = {
         "fp8": _fp8,
         "mxfp4": _mxfp4,
         "bitsandbytes": _bitsandbytes,
         "compressed-tensors": _compressed_tensors,
     }
-    if method not in known:
+    if method not in schemes:
         raise mistake(
             f"{folder}/config.json: the weights are stored as {method or 'something without a quant_method'}, "
-            f"which is not read here (read are: {', '.join(known)})",
+            f"which is not read here (read are: {', '.join(schemes)})",
             _FIX,
         )
-    return known[method](folder, config, files)
+    return schemes[method](folder, config, files)
 
 
 def _fp8(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> dict[str, _Stored]:
-    """DeepSeek's and Qwen's blocks: `X.weight` in 8 bits and `X.weight_scale_inv`, one factor a block."""
+    """Find DeepSeek's and Qwen's blocks: `X.weight` in 8 bits and `X.weight_scale_inv`, one factor a block."""
     block = _block(folder, config.get("weight_block_size"))
-    found: dict[str, _Stored] = {}
+    stored_weights: dict[str, _Stored] = {}
     for name in files.names:
         for suffix in ("_scale_inv", ".scale"):
             weight = name.removesuffix(suffix) if suffix == "_scale_inv" else f"{name.removesuffix(suffix)}.weight"
             if name.endswith(suffix) and weight in files.names and files.entries[weight].dtype == "F8_E4M3":
                 _check_blocks(files, weight, name, block)
-                found[weight] = _Stored(
+                stored_weights[weight] = _Stored(
                     parts={"": weight, "scale": name},
                     dequantize=lambda parts, dtype: scaled(parts[""], parts["scale"], block, dtype),
                 )
-    return _some(folder, "fp8", found)
+    return _some(folder, "fp8", stored_weights)
 
 
 def _mxfp4(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> dict[str, _Stored]:
-    """Experts of gpt-oss: `X_blocks`, two 4-bit values a byte, and `X_scales`, a power of two for 32 values."""
-    found = {}
+    """Find experts of gpt-oss: `X_blocks`, two 4-bit values a byte, and `X_scales`, a power of two for 32 values."""
+    stored_weights = {}
     for name in files.names:
         weight = name.removesuffix("_blocks")
         if weight != name and f"{weight}_scales" in files.names:
-            found[weight] = _Stored(parts={"blocks": name, "scales": f"{weight}_scales"}, dequantize=_mxfp4_value)
-    return _some(folder, "mxfp4", found)
+            stored_weights[weight] = _Stored(
+                parts={"blocks": name, "scales": f"{weight}_scales"}, dequantize=_mxfp4_value
+            )
+    return _some(folder, "mxfp4", stored_weights)
 
 
 def _mxfp4_value(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -142,28 +144,34 @@ def _mxfp4_value(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _bitsandbytes(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> dict[str, _Stored]:
-    """`X.weight` with `X.SCB` (8 bits), or with `X.weight.absmax` and the rest of a quantisation state (4 bits)."""
-    found: dict[str, _Stored] = {}
+    """Find `X.weight` with `X.SCB` (8 bits), or with `X.weight.absmax` and its quantisation state (4 bits)."""
+    stored_weights: dict[str, _Stored] = {}
     for name in files.names:
         if name.endswith(".SCB"):
             weight = f"{name.removesuffix('.SCB')}.weight"
-            found[weight] = _Stored(
+            stored_weights[weight] = _Stored(
                 parts={"": weight, "scale": name},
                 dequantize=lambda parts, dtype: (parts[""].float() * (parts["scale"].float() / 127)[:, None]).to(dtype),
             )
         elif ".quant_state.bitsandbytes__" in name:
             weight = name.partition(".quant_state.bitsandbytes__")[0]
-            parts = {other.removeprefix(f"{weight}."): other for other in files.names if other.startswith(f"{weight}.")}
-            found[weight] = _Stored(parts={"": weight} | parts, dequantize=quantize.stored_4bit)
+            parts = {
+                part_name.removeprefix(f"{weight}."): part_name
+                for part_name in files.names
+                if part_name.startswith(f"{weight}.")
+            }
+            stored_weights[weight] = _Stored(parts={"": weight} | parts, dequantize=quantize.stored_4bit)
     for name in [name for name in files.names if name.endswith(".weight_format")]:  # of 8 bits: the layout of its row
         weight = f"{name.removesuffix('.weight_format')}.weight"
-        if weight in found:
-            found[weight] = _Stored(parts={**found[weight].parts, "format": name}, dequantize=found[weight].dequantize)
-    return _some(folder, "bitsandbytes", found)
+        if weight in stored_weights:
+            stored_weights[weight] = _Stored(
+                parts={**stored_weights[weight].parts, "format": name}, dequantize=stored_weights[weight].dequantize
+            )
+    return _some(folder, "bitsandbytes", stored_weights)
 
 
 def _compressed_tensors(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> dict[str, _Stored]:
-    """`X.weight` in 8 bits and `X.weight_scale`: one factor for the tensor, for each row, or for each block.
+    """Find `X.weight` in 8 bits and `X.weight_scale`: one factor for the tensor, for each row, or for each block.
 
     Source: https://github.com/vllm-project/compressed-tensors, its formats float-quantized and int-quantized.
     """
@@ -184,38 +192,42 @@ def _compressed_tensors(folder: Path, config: Mapping[str, Any], files: TensorFi
             _FIX,
         )
     weights = [group.get("weights") or {} for group in config.get("config_groups", {}).values()]
-    if any(not told.get("symmetric", True) or told.get("num_bits", 8) != 8 for told in weights):
+    if any(
+        not weight_config.get("symmetric", True) or weight_config.get("num_bits", 8) != 8 for weight_config in weights
+    ):
         raise mistake(f"{folder}/config.json: compressed-tensors with zero points or other than 8 bits", _FIX)
-    blocks = {tuple(told["block_structure"]) for told in weights if told.get("block_structure")}
+    blocks = {
+        tuple(weight_config["block_structure"]) for weight_config in weights if weight_config.get("block_structure")
+    }
     block = _block(folder, list(blocks.pop()) if len(blocks) == 1 else None)
-    found = {}
+    stored_weights = {}
     for name in files.names:
         weight = name.removesuffix("_scale")
         if name.endswith(".weight_scale") and weight in files.names:
             _check_blocks(files, weight, name, block, rows_too=True)
-            found[weight] = _Stored(
+            stored_weights[weight] = _Stored(
                 parts={"": weight, "scale": name},
                 dequantize=lambda parts, dtype: scaled(parts[""], parts["scale"], block, dtype),
             )
-    return _some(folder, "compressed-tensors", found)
+    return _some(folder, "compressed-tensors", stored_weights)
 
 
-def _some(folder: Path, method: str, found: dict[str, _Stored]) -> dict[str, _Stored]:
-    """Refuses a config that names a storage of which the files hold nothing: other files, or another spelling."""
-    if not found:
+def _some(folder: Path, method: str, stored_weights: dict[str, _Stored]) -> dict[str, _Stored]:
+    """Refuse a config that names a storage of which the files hold nothing: other files, or another spelling."""
+    if not stored_weights:
         raise mistake(
             f"{folder}/config.json says that the weights are stored as {method}, and the files hold none that are",
             "remove quantization_config if the weights are plain, or fetch the files that belong to the config",
         )
-    return found
+    return stored_weights
 
 
-def _block(folder: Path, told: Any) -> tuple[int, int] | None:
-    if told is None:
+def _block(folder: Path, sizes: Any) -> tuple[int, int] | None:
+    if sizes is None:
         return None
-    if not (isinstance(told, list | tuple) and len(told) == 2 and all(isinstance(n, int) and n > 0 for n in told)):
-        raise mistake(f"{folder}/config.json: blocks of {told!r}; two sizes are expected", _FIX)
-    return (told[0], told[1])
+    if not (isinstance(sizes, list | tuple) and len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes)):
+        raise mistake(f"{folder}/config.json: blocks of {sizes!r}; two sizes are expected", _FIX)
+    return (sizes[0], sizes[1])
 
 
 def _check_blocks(

@@ -83,7 +83,7 @@ class TensorFiles:
 
 
 def _weight_files(folder: Path) -> tuple[Mapping[str, str], list[Path]]:
-    """(tensor -> file as the index says, empty without one; every file to read), by transformers' order of names."""
+    """Return (tensor -> file by the index, empty without one; every file to read), in transformers' order of names."""
     if (folder / INDEX).is_file():
         named = _index(folder / INDEX)
         missing = sorted({name for name in named.values() if not (folder / name).is_file()})
@@ -102,9 +102,9 @@ def _weight_files(folder: Path) -> tuple[Mapping[str, str], list[Path]]:
             f"name a single file {SINGLE}; of several files fetch {INDEX} too",
         )
     pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
-    said = f"only pickled weights ({pickles[0]}), which can run code" if pickles else "no *.safetensors weights"
+    problem = f"only pickled weights ({pickles[0]}), which can run code" if pickles else "no *.safetensors weights"
     raise mistake(
-        f"{folder}: {said}",
+        f"{folder}: {problem}",
         'convert to safetensors, or set [model] init = "random" to start from the config alone',
     )
 
@@ -122,13 +122,13 @@ def _index(path: Path) -> Mapping[str, str]:
 
 
 def _complete(folder: Path, shards: list[Path]) -> list[Path]:
-    """Shards without an index are read all, if their names say that none is missing."""
-    found = [_SHARD.fullmatch(path.name) for path in shards]
-    counts = {int(match[2]) for match in found if match}
+    """Return the shards of a model without an index, if their names say that none is missing."""
+    matches = [_SHARD.fullmatch(path.name) for path in shards]
+    counts = {int(match[2]) for match in matches if match}
     if len(counts) > 1:
         raise mistake(f"{folder}: shards of {' and of '.join(map(str, sorted(counts)))} files, and no {INDEX}", _AGAIN)
     [count] = counts
-    missing = sorted(set(range(1, count + 1)) - {int(match[1]) for match in found if match})
+    missing = sorted(set(range(1, count + 1)) - {int(match[1]) for match in matches if match})
     if missing:
         raise mistake(
             f"{folder}: no {INDEX}, and of {count} shards these are not there: {', '.join(map(str, missing[:6]))}",
@@ -147,7 +147,7 @@ def _pointer_or(path: Path, otherwise: str) -> str:
 
 
 def _header(path: Path) -> dict[str, Entry]:
-    """What the file's header says.
+    """Read the entries of the file's header.
 
     Raises:
         RecipeError: the file is empty, a pointer, cut, or not in the format.
@@ -167,12 +167,12 @@ def _header(path: Path) -> dict[str, Entry]:
         raw = json.loads(text)
         raw.pop("__metadata__", None)
         entries = {
-            name: Entry(file=path, dtype=told["dtype"], shape=tuple(told["shape"])) for name, told in raw.items()
+            name: Entry(file=path, dtype=fields["dtype"], shape=tuple(fields["shape"])) for name, fields in raw.items()
         }
-        end = max((told["data_offsets"][1] for told in raw.values()), default=0)
+        end = max((fields["data_offsets"][1] for fields in raw.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise mistake(f"{path}: the header is not safetensors'", _AGAIN) from error
     if size != 8 + length + end:
-        said = "cut" if size < 8 + length + end else "longer than its header says"
-        raise mistake(f"{path}: the file is {said}: {size:,} of {8 + length + end:,} bytes", _AGAIN)
+        problem = "cut" if size < 8 + length + end else "longer than its header says"
+        raise mistake(f"{path}: the file is {problem}: {size:,} of {8 + length + end:,} bytes", _AGAIN)
     return entries

@@ -107,22 +107,22 @@ class SafetensorsSource:
         return self._value(name, device, cast=False) if name in self._model.tensors else None
 
     def _assign(self, lm: Any, transforms: list[Any]) -> set[str]:
-        """Which parameter each stored tensor belongs to; returns the (renamed) names that no parameter has.
+        """Assign each stored tensor to its parameter; return the (renamed) names that no parameter has.
 
         The same steps as transformers' `convert_and_load_state_dict_in_model`.
         """
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-        renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-        converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        prefix, known = lm.base_model_prefix, self._model.tensors
+        prefix, tensors = lm.base_model_prefix, self._model.tensors
         unwanted: set[str] = set()
         for stored in sorted(self._weights.names, key=dot_natural_key):
-            target, pattern = rename_source_key(stored, renamings, converters, prefix, known)  # type: ignore[arg-type]
-            if target not in known and stored in known:
-                target, pattern = rename_source_key(stored, [], [], prefix, known)  # type: ignore[arg-type]
-            if target not in known:
+            target, pattern = rename_source_key(stored, renamings, converters, prefix, tensors)  # type: ignore[arg-type]
+            if target not in tensors and stored in tensors:
+                target, pattern = rename_source_key(stored, [], [], prefix, tensors)  # type: ignore[arg-type]
+            if target not in tensors:
                 unwanted.add(target)
                 continue
             converter = None if pattern is None else by_pattern[pattern]
@@ -203,7 +203,7 @@ class SafetensorsSource:
                 )
 
     def _value(self, name: str, device: torch.device, *, cast: bool = True) -> Tensor:
-        (value, own), wanted = self._made(name), self._model.tensors[name]
+        (value, owned), wanted = self._made(name), self._model.tensors[name]
         if value.shape != wanted.shape:
             raise mistake(
                 f"{self._origin(name)}: {name} has shape {tuple(value.shape)} in the weights "
@@ -212,7 +212,7 @@ class SafetensorsSource:
             )
         if value.device != device or (cast and value.dtype != wanted.dtype):
             value = value.to(device, wanted.dtype if cast else value.dtype)
-        elif not own:
+        elif not owned:
             value = value.clone()
         if value.is_floating_point() and value.numel():
             low, high = torch.aminmax(value)  # NaN is the least and the greatest
@@ -263,7 +263,7 @@ class SafetensorsSource:
             ) from error
 
     def _by_expert(self, first: str, recipe: _Recipe) -> dict[str, Tensor]:
-        """The same one expert at a time, so that no more is held than what is made; nothing where that is not known.
+        """Convert one expert at a time, so that no more is held than the result; empty where that is not possible.
 
         Stacked and joined at once the parts of `gate_up_proj` would be there twice.
         """
@@ -280,12 +280,12 @@ class SafetensorsSource:
         if wanted.shape[0] != count:
             return {}
         whole = torch.empty(wanted.shape, dtype=wanted.dtype)
-        for at, names in enumerate(zip(*parts.values(), strict=True)):
+        for expert, names in enumerate(zip(*parts.values(), strict=True)):
             stored = list(zip(names, parts, strict=True))
             made = self._at_once(first, _Recipe(converter=recipe.converter, stored=stored))[targets[0]]
             if made.shape != (1, *wanted.shape[1:]):
-                raise ValueError(f"expert {at} has shape {tuple(made.shape[1:])}, not {tuple(wanted.shape[1:])}")
-            whole[at].copy_(made[0])
+                raise ValueError(f"expert {expert} has shape {tuple(made.shape[1:])}, not {tuple(wanted.shape[1:])}")
+            whole[expert].copy_(made[0])
         return {targets[0]: whole}
 
     def _at_once(self, first: str, recipe: _Recipe) -> dict[str, Tensor]:
@@ -300,26 +300,26 @@ class SafetensorsSource:
         for stored, pattern in recipe.stored:
             converter.add_tensor(first, stored, pattern, functools.partial(reading, stored))
         made = converter.convert(first, model=self._model, config=self._model.config)
-        own: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, value in made.items():
             tensor = value[0] if isinstance(value, list) else value
             memory = tensor.untyped_storage().data_ptr()
-            own[name] = tensor.clone() if memory in read else tensor.contiguous()
+            tensors[name] = tensor.clone() if memory in read else tensor.contiguous()
             read.add(memory)
-        return own
+        return tensors
 
 
 def _stacks_experts(converter: Any) -> bool:
-    """Whether a converter stacks matrices and does nothing after it that mixes one with another."""
+    """Return whether a converter stacks matrices and does nothing after it that mixes one with another."""
     from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
     stacking, *others = converter.operations
     if not isinstance(stacking, MergeModulelist) or stacking.dim != 0:
         return False
     within = [
-        (isinstance(other, Concatenate) and other.dim > 0)
-        or (isinstance(other, Transpose) and not other.check_dims and min(other.dim0, other.dim1) > 0)
-        for other in others
+        (isinstance(operation, Concatenate) and operation.dim > 0)
+        or (isinstance(operation, Transpose) and not operation.check_dims and min(operation.dim0, operation.dim1) > 0)
+        for operation in others
     ]
     return all(within)
 

@@ -43,9 +43,9 @@ def build(params: AdafactorParams, groups: ParamGroups) -> torch.optim.Optimizer
 def _state_bytes(shape: tuple[int, ...]) -> StateBytes:
     """fp32: one row and one column of every matrix, a whole second moment of a vector."""
     if len(shape) < 2:
-        return StateBytes(own=4 * prod(shape))
+        return StateBytes(per_tensor=4 * prod(shape))
     *outer, rows, columns = shape
-    return StateBytes(own=4 * prod(outer) * (rows + columns))
+    return StateBytes(per_tensor=4 * prod(outer) * (rows + columns))
 
 
 SPEC = OptimizerSpec(

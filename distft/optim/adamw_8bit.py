@@ -27,8 +27,8 @@ def state_bytes(shape: tuple[int, ...]) -> StateBytes:
     """Two moments of a byte an element and a constant a block, or of fp32 in a small tensor."""
     numel = prod(shape)
     if numel < SMALLEST_8BIT:
-        return StateBytes(own=8 * numel)
-    return StateBytes(own=2 * numel + 2 * 4 * -(-numel // BLOCK), shared=2 * CODE_BOOK_BYTES)
+        return StateBytes(per_tensor=8 * numel)
+    return StateBytes(per_tensor=2 * numel + 2 * 4 * -(-numel // BLOCK), shared=2 * CODE_BOOK_BYTES)
 
 
 def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:

@@ -39,7 +39,7 @@ SMALLEST_PAGED = 100_000
 
 def _state_32bit(shape: tuple[int, ...]) -> StateBytes:
     moments = 8 * prod(shape)
-    return StateBytes(own=moments, pageable=moments if prod(shape) >= SMALLEST_PAGED else 0)
+    return StateBytes(per_tensor=moments, pageable=moments if prod(shape) >= SMALLEST_PAGED else 0)
 
 
 def _state_8bit(shape: tuple[int, ...]) -> StateBytes:

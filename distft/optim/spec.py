@@ -35,17 +35,17 @@ class AdamParams(Params):
 class StateBytes:
     """Bytes of state an optimizer keeps for one tensor, without its step counter."""
 
-    own: int
-    """All of it."""
+    per_tensor: int
+    """Bytes that belong to this tensor alone."""
     pageable: int = 0
-    """The part of `own` that a GPU may keep in managed memory."""
+    """The part of `per_tensor` that a GPU may keep in managed memory."""
     shared: int = 0
     """Code books: once for the whole optimizer, however many tensors use them."""
 
 
 def fp32_moments(count: int) -> Callable[[tuple[int, ...]], StateBytes]:
     """State of an optimizer that keeps `count` fp32 values for each element."""
-    return lambda shape: StateBytes(own=4 * count * prod(shape))
+    return lambda shape: StateBytes(per_tensor=4 * count * prod(shape))
 
 
 @dataclass(frozen=True, kw_only=True)

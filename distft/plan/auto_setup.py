@@ -69,7 +69,7 @@ def choose(
     liger: bool,
     document_tokens: int | None = None,
 ) -> AutoSetup:
-    """The recipe's own values, and for `auto` the pair that is predicted to be fastest among those that fit.
+    """Choose the recipe's own values, and for `auto` the pair predicted to be fastest among those that fit.
 
     When nothing fits, what needs least: one sequence, and full checkpointing. `document_tokens`: see `Setup`.
 
@@ -98,7 +98,9 @@ def choose(
         return AutoSetup(setup=setups[0], reason="as the recipe says")
     best: tuple[float, Setup] | None = None
     for mode in modes:
-        for setup in (one for one in setups if one.checkpointing == mode):  # large micro-batches first
+        for setup in (
+            candidate for candidate in setups if candidate.checkpointing == mode
+        ):  # large micro-batches first
             held = memory.of_setup(inventory, setup)
             if held.peak - held.state.pageable > limit:
                 continue
@@ -120,11 +122,11 @@ def choose(
 
 
 def _micros(recipe: Recipe, machine: Machine, path: ForwardPath) -> list[int]:
-    """Micro-batch sizes to try, largest first."""
-    own = recipe.train.micro_batch_size
-    if own != "auto":
-        check_world(recipe, machine.world, own)
-        return [own]
+    """Return the micro-batch sizes to try, largest first."""
+    configured = recipe.train.micro_batch_size
+    if configured != "auto":
+        check_world(recipe, machine.world, configured)
+        return [configured]
     share = check_world(recipe, machine.world, 1)
     if path.documents == "single":
         return [1]

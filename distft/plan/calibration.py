@@ -116,7 +116,7 @@ def place(named: str | None = None) -> Path:
 
 
 def read(path: Path, *, gpu: str | None = None) -> Calibration:
-    """The calibration that follows from the measurement in `path`; `gpu`: the one that the user means.
+    """Return the calibration that follows from the measurement in `path`; `gpu`: the one that the user means.
 
     Raises:
         RecipeError: it is no measurement, of a device without a data sheet, of another GPU than `gpu`, or says what
@@ -127,125 +127,128 @@ def read(path: Path, *, gpu: str | None = None) -> Calibration:
     except OSError as error:
         raise _refused(path, [Problem(message=f"cannot be read: {error.strerror}")]) from None
     except ValidationError as error:
-        told = [
-            Problem(message=f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}") for one in error.errors()
+        mistakes = [
+            Problem(message=f"{'.'.join(map(str, detail['loc'])) or 'the file'}: {detail['msg']}")
+            for detail in error.errors()
         ]
-        raise _refused(path, told, "the calibration.json that make gpu-first writes") from None
+        raise _refused(path, mistakes, "the calibration.json that make gpu-first writes") from None
     if measured.schema_ != SCHEMA:
         raise _refused(path, [Problem(message=f"schema: {measured.schema_}, this version reads {SCHEMA}")])
-    known = accelerators.of_device(measured.device)
-    if known is None:
+    accelerator = accelerators.of_device(measured.device)
+    if accelerator is None:
         message = f'device: "{measured.device}" is not in the catalogue, and rates are kept as shares of a data sheet'
         fix = "add a row to distft/core/accelerators.py; a CPU is never calibrated"
         raise _refused(path, [Problem(message=message, fix=fix)])
-    problems = list(_nonsense(measured, known, gpu))
+    problems = list(_nonsense(measured, accelerator, gpu))
     if problems:
         raise _refused(path, problems)
-    found = _calibrated(measured, known)
-    if found.error is not None and found.error > MOST_ERROR:
-        message = f"cases: fitted rates leave step times {found.error:.0%} off; they are not those of one GPU at work"
+    calibration = _calibrated(measured, accelerator)
+    if calibration.error is not None and calibration.error > MOST_ERROR:
+        message = (
+            f"cases: fitted rates leave step times {calibration.error:.0%} off; they are not those of one GPU at work"
+        )
         raise _refused(path, [Problem(message=message, fix="measure again on a GPU that nobody else uses")])
-    return found
+    return calibration
 
 
 def _refused(path: Path, problems: Sequence[Problem], wanted: str = "") -> RecipeError:
-    told = [replace(problem, fix=problem.fix or wanted) for problem in problems]
-    return RecipeError(f"distft plan --calibrate {path}", told)
+    with_fixes = [replace(problem, fix=problem.fix or wanted) for problem in problems]
+    return RecipeError(f"distft plan --calibrate {path}", with_fixes)
 
 
-def _nonsense(measured: Measurement, known: Accelerator, gpu: str | None) -> Iterator[Problem]:
-    """What cannot be true of this GPU."""
+def _nonsense(measured: Measurement, accelerator: Accelerator, gpu: str | None) -> Iterator[Problem]:
+    """Yield what cannot be true of this GPU."""
     if gpu is not None:
         try:
             meant = accelerators.named(gpu)
         except KeyError:
             meant = None
-        if meant != known:
-            yield Problem(message=f"device: {measured.device} is {known.name}, not --gpu {gpu}")
+        if meant != accelerator:
+            yield Problem(message=f"device: {measured.device} is {accelerator.name}, not --gpu {gpu}")
     kernels = measured.kernels
     for name, peak, unit in (
-        ("matmul_flops_per_s", known.bf16_flops, "FLOP/s"),
-        ("attention_flops_per_s", known.bf16_flops, "FLOP/s"),
-        ("copy_bytes_per_s", known.memory_bytes_per_s, "bytes/s"),
-        ("link_bytes_per_s", known.link_bytes_per_s, "bytes/s"),
+        ("matmul_flops_per_s", accelerator.bf16_flops, "FLOP/s"),
+        ("attention_flops_per_s", accelerator.bf16_flops, "FLOP/s"),
+        ("copy_bytes_per_s", accelerator.memory_bytes_per_s, "bytes/s"),
+        ("link_bytes_per_s", accelerator.link_bytes_per_s, "bytes/s"),
     ):
         rate = getattr(kernels, name)
         if rate is not None and rate > peak:
-            yield Problem(message=f"kernels.{name}: {rate:.4g} is above {known.name}'s peak, {peak:.4g} {unit}")
+            yield Problem(message=f"kernels.{name}: {rate:.4g} is above {accelerator.name}'s peak, {peak:.4g} {unit}")
     if kernels.launch_s is not None and kernels.launch_s > MOST_LAUNCH_S:
         yield Problem(message=f"kernels.launch_s: {kernels.launch_s:g} is no launch, at most {MOST_LAUNCH_S:g}")
     names = {field.name for field in fields(Work)}
     for number, case in enumerate(measured.cases):
-        at = f"cases.{number} ({case.name})"
+        where = f"cases.{number} ({case.name})"
         if case.device != measured.device:
-            yield Problem(message=f"{at}: measured on {case.device}, the file is of {measured.device}")
+            yield Problem(message=f"{where}: measured on {case.device}, the file is of {measured.device}")
         if unknown := sorted(set(case.work) ^ names):
-            yield Problem(message=f"{at}: work has not the fields of this version: {', '.join(unknown)}")
+            yield Problem(message=f"{where}: work has not the fields of this version: {', '.join(unknown)}")
             continue
         work = _work(case)
-        least = work.micros * (work.matmul_flops + work.attention_flops) / known.bf16_flops
+        least = work.micros * (work.matmul_flops + work.attention_flops) / accelerator.bf16_flops
         if case.step_s < least:
-            yield Problem(message=f"{at}: a step of {case.step_s:g} s is faster than the peak allows, {least:.4g} s")
-        yield from _impossible_memory(at, case)
+            yield Problem(message=f"{where}: a step of {case.step_s:g} s is faster than the peak allows, {least:.4g} s")
+        yield from _impossible_memory(where, case)
 
 
-def _impossible_memory(at: str, case: Measured) -> Iterator[Problem]:
+def _impossible_memory(where: str, case: Measured) -> Iterator[Problem]:
     sizes = [case.allocated_bytes, case.reserved_bytes, case.used_bytes]
     given = [size for size in sizes if size is not None]
     if given and (len(given) != 3 or given != sorted(given)):
-        yield Problem(message=f"{at}: allocated, reserved and used bytes must be all there and grow: {sizes}")
+        yield Problem(message=f"{where}: allocated, reserved and used bytes must be all there and grow: {sizes}")
     elif given and given[2] - given[1] > MOST_CONTEXT_BYTES:
         beside = (given[2] - given[1]) / GIB
-        yield Problem(message=f"{at}: {beside:.1f} GiB of the device belong to somebody else than this process")
+        yield Problem(message=f"{where}: {beside:.1f} GiB of the device belong to somebody else than this process")
 
 
 def _work(case: Measured) -> Work:
     return Work(**(case.work | {"micros": int(case.work["micros"])}))  # type: ignore[arg-type]  # the rest are floats
 
 
-def _calibrated(measured: Measurement, known: Accelerator) -> Calibration:
+def _calibrated(measured: Measurement, accelerator: Accelerator) -> Calibration:
     kernels = measured.kernels
     shares = {
-        "matmul": kernels.matmul_flops_per_s and kernels.matmul_flops_per_s / known.bf16_flops,
-        "attention": kernels.attention_flops_per_s and kernels.attention_flops_per_s / known.bf16_flops,
-        "memory": kernels.copy_bytes_per_s and kernels.copy_bytes_per_s / known.memory_bytes_per_s,
-        "link": kernels.link_bytes_per_s and kernels.link_bytes_per_s / known.link_bytes_per_s,
+        "matmul": kernels.matmul_flops_per_s and kernels.matmul_flops_per_s / accelerator.bf16_flops,
+        "attention": kernels.attention_flops_per_s and kernels.attention_flops_per_s / accelerator.bf16_flops,
+        "memory": kernels.copy_bytes_per_s and kernels.copy_bytes_per_s / accelerator.memory_bytes_per_s,
+        "link": kernels.link_bytes_per_s and kernels.link_bytes_per_s / accelerator.link_bytes_per_s,
         "launch_s": kernels.launch_s,
         "pcie_bytes_per_s": kernels.pcie_bytes_per_s,
     }
     begin = replace(ASSUMED, **{key: value for key, value in shares.items() if value is not None})
     alone = [case for case in measured.cases if case.world == 1]
     steps = [(_work(case), case.step_s) for case in alone]
-    rates = replace(fit(steps, begin, known), **_memory(measured.cases))
+    rates = replace(fit(steps, begin, accelerator), **_memory(measured.cases))
     commit = measured.commit[:9]
     rates = replace(rates, source=f"calibrated {measured.date[:10]} on {measured.device}, commit {commit}")
     return Calibration(
-        gpu=known,
+        gpu=accelerator,
         rates=rates,
         cases=len(steps),
-        error_before=_error(steps, ASSUMED, known),
-        error=_error(steps, rates, known),
+        error_before=_error(steps, ASSUMED, accelerator),
+        error=_error(steps, rates, accelerator),
     )
 
 
 def _memory(cases: Sequence[Measured]) -> dict[str, Any]:
-    """Context, NCCL's buffers and fragmentation, as medians of the cases that tell."""
-    told = [case for case in cases if case.allocated_bytes is not None]
-    found: dict[str, Any] = {}
-    alone = [_beside(case) for case in told if case.world == 1]
+    """Return context, NCCL's buffers and fragmentation, as medians of the cases that measured memory."""
+    complete = [case for case in cases if case.allocated_bytes is not None]
+    rates: dict[str, Any] = {}
+    alone = [_beside(case) for case in complete if case.world == 1]
     if alone:
-        found["context_bytes"] = int(statistics.median(alone))
-    together = [_beside(case) for case in told if case.world > 1]
+        rates["context_bytes"] = int(statistics.median(alone))
+    together = [_beside(case) for case in complete if case.world > 1]
     if together and alone:
-        found["nccl_bytes"] = max(0, int(statistics.median(together)) - found["context_bytes"])
+        rates["nccl_bytes"] = max(0, int(statistics.median(together)) - rates["context_bytes"])
     lost = [
         (case.reserved_bytes or 0) / case.allocated_bytes - 1
-        for case in told
+        for case in complete
         if case.allocated_bytes and case.allocated_bytes >= LARGE_BYTES
     ]
     if lost:
-        found["fragmentation"] = min(MOST_FRAGMENTATION, statistics.median(lost))
-    return found
+        rates["fragmentation"] = min(MOST_FRAGMENTATION, statistics.median(lost))
+    return rates
 
 
 def _beside(case: Measured) -> int:
@@ -313,14 +316,14 @@ def _error(steps: Sequence[tuple[Work, float]], rates: HardwareRates, gpu: Accel
 # -- kept ------------------------------------------------------------------------------------------------------------
 
 
-def keep(found: Calibration, path: Path) -> None:
-    """Put it beside those of other GPUs, in place of an earlier one of its own.
+def keep(calibration: Calibration, path: Path) -> None:
+    """Keep the calibration beside those of other GPUs, in place of an earlier one of its own.
 
     Raises:
         RecipeError: the file there is not one of calibrations.
     """
     kept = _kept(path)
-    kept[found.gpu.name] = asdict(found.rates)
+    kept[calibration.gpu.name] = asdict(calibration.rates)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_json(path, {"schema": SCHEMA, "gpus": kept}, indent=1)
 

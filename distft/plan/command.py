@@ -72,13 +72,13 @@ def _run(options: argparse.Namespace) -> int:
     # Mistakes of the user are told before anything heavy is imported.
     calibrations = calibration.place(options.calibration)
     if options.calibrate is not None:
-        found = calibration.read(Path(options.calibrate), gpu=options.gpu)
-        calibration.keep(found, calibrations)
-        print("\n".join(found.lines()), file=sys.stderr)
+        calibrated = calibration.read(Path(options.calibrate), gpu=options.gpu)
+        calibration.keep(calibrated, calibrations)
+        print("\n".join(calibrated.lines()), file=sys.stderr)
         print(f"kept: {calibrations}", file=sys.stderr)
         if options.recipe is None:
             return DONE
-        options.gpu = found.gpu.name
+        options.gpu = calibrated.gpu.name
     elif options.recipe is None:
         raise RecipeError("distft plan", [Problem(message="RECIPE  is missing", fix="or --calibrate FILE")])
     machine = read_machine(options.gpu, options.gpus, options.nodes, calibrations)
@@ -122,19 +122,19 @@ def _run(options: argparse.Namespace) -> int:
             lines += [*show.details(case, price=options.price, explain=True), ""] if options.explain else []
         if id(case) in changes:
             lines += [*show.advice(changes[id(case)]), ""]
-    lines += [show.limit(found, case) for found, case in zip(limits, cases, strict=False)]
+    lines += [show.limit(limit, case) for limit, case in zip(limits, cases, strict=False)]
     print("\n".join(lines).rstrip())
     return DONE
 
 
-def _row_tokens(said: int | None, recipe: Any) -> int | None:
+def _row_tokens(row_tokens: int | None, recipe: Any) -> int | None:
     from distft.core.errors import Problem, RecipeError
 
     longest = recipe.data.max_length
-    if said is not None and not 1 <= said <= longest:
-        problem = Problem(message=f"--row-tokens {said}  must be from 1 to [data] max_length = {longest}")
+    if row_tokens is not None and not 1 <= row_tokens <= longest:
+        problem = Problem(message=f"--row-tokens {row_tokens}  must be from 1 to [data] max_length = {longest}")
         raise RecipeError("distft plan", [problem])
-    return said
+    return row_tokens
 
 
 def _names(text: str) -> list[str]:
@@ -158,4 +158,4 @@ def _json(name: str, cases: Any, refused: Any, changes: Any, limits: Any) -> dic
         if limits:
             row["max"] = {"what": limits[number].what, "value": limits[number].value}
         listed.append(row)
-    return {"recipe": name, "cases": listed, "refused": [vars(one) for one in refused]}
+    return {"recipe": name, "cases": listed, "refused": [vars(refusal) for refusal in refused]}

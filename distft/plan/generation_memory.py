@@ -36,7 +36,7 @@ class GenerationMemory:
 
 
 def generation_memory(inventory: Inventory, setup: Setup, kept: Activations, *, held: int) -> GenerationMemory | None:
-    """None where the recipe asks nothing.
+    """Return the memory of the largest evaluation set; None where the recipe has none.
 
     Args:
         inventory: of the model.
@@ -45,21 +45,21 @@ def generation_memory(inventory: Inventory, setup: Setup, kept: Activations, *, 
         held: bytes on the device before the first question.
     """
     free = setup.machine.gpu.memory_bytes - held
-    found = [_of(one, inventory, setup, kept, free) for one in setup.recipe.eval.answers]
-    return max(found, key=lambda one: one.num_bytes, default=None)
+    needs = [_of(answers, inventory, setup, kept, free) for answers in setup.recipe.eval.answers]
+    return max(needs, key=lambda need: need.num_bytes, default=None)
 
 
-def _of(one: AnswersTable, inventory: Inventory, setup: Setup, kept: Activations, free: int) -> GenerationMemory:
-    """`batch_size = "auto"` takes as many rows as the cache's share of free memory holds, at least one."""
-    new = one.max_new_tokens  # a task's own limit is known when it has been loaded
+def _of(answers: AnswersTable, inventory: Inventory, setup: Setup, kept: Activations, free: int) -> GenerationMemory:
+    """Return a set's memory; `batch_size = "auto"` takes as many rows as the cache's share of free memory holds."""
+    new = answers.max_new_tokens  # a task's own limit is known when it has been loaded
     longest = longest_text(inventory.config)
     prompt = (
         setup.recipe.data.max_length if longest is None else min(setup.recipe.data.max_length, max(1, longest - new))
     )
     per_token = cache_bytes_per_token(inventory.config, inventory.dtype)
     room = int(max(0, free) * CACHE_SHARE) // max(1, per_token * (prompt + new))
-    asked = MAX_ROWS if one.batch_size == "auto" else one.batch_size
-    rows = max(1, min(PROMPT_TOKENS // prompt, room, asked))
+    batch_size = MAX_ROWS if answers.batch_size == "auto" else answers.batch_size
+    rows = max(1, min(PROMPT_TOKENS // prompt, room, batch_size))
     path = setup.path
     cached = path.generation != "uncached"
     read = prompt if cached else prompt + new
@@ -73,7 +73,7 @@ def _of(one: AnswersTable, inventory: Inventory, setup: Setup, kept: Activations
         heads = largest_attention(inventory.config).heads
         mask += rows * heads * read * read * (inventory.dtype.itemsize + FP32)
     return GenerationMemory(
-        name=one.name,
+        name=answers.name,
         rows=rows,
         prompt=prompt,
         new_tokens=new,

@@ -295,11 +295,11 @@ def _linears(built: MetaModel, extra: int) -> Iterator[tuple[int, bool]]:
 
 
 def _repeated(params: list[Param], extra: int) -> Iterator[Param]:
-    """`params` with the last block repeated `extra` more times, in the module's order."""
+    """Yield `params` with the last block repeated `extra` more times, in the module's order."""
     last = max(param.block for param in params)
-    at = [index for index, param in enumerate(params) if param.block == last]
-    yield from params[: at[-1] + 1]
+    indices = [index for index, param in enumerate(params) if param.block == last]
+    yield from params[: indices[-1] + 1]
     for index in range(last + 1, last + 1 + extra):
-        for param in params[at[0] : at[-1] + 1]:
+        for param in params[indices[0] : indices[-1] + 1]:
             yield replace(param, block=index, name=re.sub(rf"\.{last}\.", f".{index}.", param.name, count=1))
-    yield from params[at[-1] + 1 :]
+    yield from params[indices[-1] + 1 :]

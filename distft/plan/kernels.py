@@ -149,7 +149,7 @@ def register() -> None:
 
 @contextlib.contextmanager
 def standing_in(kernel: str, *, packed: bool) -> Iterator[None]:
-    """While it lasts, what no value decides runs on the meta device.
+    """Let operations that depend on values run on the meta device, inside the context.
 
     Args:
         kernel: FLASH, CPU, SDPA, SDPA_CPU or EAGER.
@@ -158,12 +158,12 @@ def standing_in(kernel: str, *, packed: bool) -> Iterator[None]:
     from transformers import masking_utils
     from transformers.integrations import moe
 
-    found, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
+    find_indices, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
 
     def indices(position_ids: Tensor) -> Tensor | None:
         """Whether there are several documents is read off the values otherwise."""
         if not position_ids.is_meta:
-            return found(position_ids)
+            return find_indices(position_ids)
         return torch.empty_like(position_ids) if packed else None
 
     def has_grouped(input: Tensor, weight: Tensor, offs: Tensor) -> bool:
@@ -182,7 +182,7 @@ def standing_in(kernel: str, *, packed: bool) -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = attends
-        masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm = found, grouped
+        masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm = find_indices, grouped
 
 
 def _on_cpu(

@@ -19,7 +19,7 @@ _GIB = re.compile(r"(\d+(?:\.\d+)?)(?:gib)?", re.IGNORECASE)
 
 
 def read_machine(gpu: str | None, gpus: int, nodes: int, calibration: Path | None = None) -> Machine:
-    """`gpus` in each of `nodes`; their rates from `calibration`, by default where calibrations are kept.
+    """Return a machine of `gpus` in each of `nodes`, rates from `calibration`, by default where these are kept.
 
     Raises:
         RecipeError: an unknown GPU, or numbers that are none.
@@ -29,10 +29,10 @@ def read_machine(gpu: str | None, gpus: int, nodes: int, calibration: Path | Non
         problems.append(Problem(message=f"--gpus {gpus}  must be at least 1"))
     if nodes < 1:
         problems.append(Problem(message=f"--nodes {nodes}  must be at least 1"))
-    found = _read_gpu(gpu or DEFAULT_GPU, problems)
-    if problems or found is None:
+    accelerator = _read_gpu(gpu or DEFAULT_GPU, problems)
+    if problems or accelerator is None:
         raise RecipeError("distft plan", problems)
-    return Machine(gpu=found, gpus_per_node=gpus, nodes=nodes, rates=of_gpu(found, calibration))
+    return Machine(gpu=accelerator, gpus_per_node=gpus, nodes=nodes, rates=of_gpu(accelerator, calibration))
 
 
 def _read_gpu(text: str, problems: list[Problem]) -> Accelerator | None:
@@ -62,19 +62,19 @@ def of_size(gib: float) -> Accelerator:
     return replace(near, name=f"{gib:g}gib", product=f"{gib:g} GiB, rates of {near.name}", memory_gib=gib)
 
 
-def check_names(flag: str, names: Sequence[str], known: list[str]) -> None:
-    """Names given to a flag are ones that somebody registered.
+def check_names(flag: str, names: Sequence[str], allowed: list[str]) -> None:
+    """Check that names given to a flag are registered.
 
     Raises:
         RecipeError: those that are not, each with the nearest.
     """
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in allowed]
     if unknown:
         raise RecipeError(
             "distft plan",
             [
                 Problem(
-                    message=f"{flag} {name}  unknown{did_you_mean(name, known)}", fix=f"allowed: {', '.join(known)}"
+                    message=f"{flag} {name}  unknown{did_you_mean(name, allowed)}", fix=f"allowed: {', '.join(allowed)}"
                 )
                 for name in unknown
             ],

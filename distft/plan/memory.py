@@ -188,14 +188,14 @@ def _update_workspace(inventory: Inventory, setup: Setup) -> int:
 def _save_workspace(inventory: Inventory, setup: Setup) -> int:
     """8-bit moments become fp32 on the device, a block of the staging area at a time."""
     size = setup.recipe.optim.spec.state_bytes
-    if size is None or size((2**20,)).own >= 2**20 * FP32:
+    if size is None or size((2**20,)).per_tensor >= 2**20 * FP32:
         return 0
     local = -(-inventory.trained // setup.shards) if setup.footprint.shards_state else inventory.trained
     return 0 if setup.offload != "none" else min(FP32 * local, CHUNK_BYTES)
 
 
 def _checkpoint(inventory: Inventory, setup: Setup) -> int:
-    """fp32 masters and moments of every trained element; 8-bit moments as the fp32 they stand for."""
+    """Return bytes of fp32 masters and moments of every trained element; 8-bit moments as the fp32 they stand for."""
     size = setup.recipe.optim.spec.state_bytes
     trained = [param for param in inventory.params if param.trained]
     masters = sum(FP32 * param.numel for param in trained)
@@ -203,8 +203,12 @@ def _checkpoint(inventory: Inventory, setup: Setup) -> int:
         return 3 * masters
     moments = 0
     for param in trained:
-        own = size(param.shape).own
-        moments += own if own >= FP32 * param.numel or setup.recipe.optim.spec.update_bytes else 2 * FP32 * param.numel
+        tensor_bytes = size(param.shape).per_tensor
+        moments += (
+            tensor_bytes
+            if tensor_bytes >= FP32 * param.numel or setup.recipe.optim.spec.update_bytes
+            else 2 * FP32 * param.numel
+        )
     return masters + moments
 
 

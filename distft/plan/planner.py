@@ -96,40 +96,48 @@ class Planner:
         return self._proven[key]
 
     def cases(self, methods: Sequence[str], engines: Sequence[str]) -> tuple[list[PlanCase], list[Refused]]:
-        """Every method under every engine; the recipe's own where a list is empty.
+        """Plan every method under every engine; the recipe's own where a list is empty.
 
         Raises:
             RecipeError: with one method and engine, what refuses them.
             MachineError: the same.
         """
-        own = self.recipe()
+        base_recipe = self.recipe()
         planned: list[PlanCase] = []
         refused: list[Refused] = []
-        pairs = [(method, engine) for method in methods or [own.method.name] for engine in engines or [""]]
+        pairs = [(method, engine) for method in methods or [base_recipe.method.name] for engine in engines or [""]]
         for method, engine in pairs:
-            extra = [*method_override(own, method), *engine_override(own, engine or own.engine.name)]
+            extra = [
+                *method_override(base_recipe, method),
+                *engine_override(base_recipe, engine or base_recipe.engine.name),
+            ]
             try:
                 planned.append(self.case(extra))
             except (RecipeError, MachineError) as error:
                 if len(pairs) == 1:
                     raise
-                refused.append(Refused(method=method, engine=engine or own.engine.name, reason=_one_line(error)))
+                refused.append(
+                    Refused(method=method, engine=engine or base_recipe.engine.name, reason=_one_line(error))
+                )
         return planned, refused
 
     def changes(self, case: PlanCase) -> list[RecipeChange]:
-        """What would make `case` fit."""
+        """Return changes that would make `case` fit."""
         recipe = case.setup.recipe
-        own = self.recipe()
-        base = [*method_override(own, recipe.method.name), *engine_override(own, case.setup.engine)]
+        base_recipe = self.recipe()
+        base = [*method_override(base_recipe, recipe.method.name), *engine_override(base_recipe, case.setup.engine)]
         return changes(case, lambda extra, machine: self.case([*base, *extra], machine))
 
     def limit(self, what: str, case: PlanCase) -> Limit:
-        """The largest sequence (`seq`), micro-batch (`micro`) or model (`model`) with which `case` fits.
+        """Find the largest sequence (`seq`), micro-batch (`micro`) or model (`model`) with which `case` fits.
 
         What the recipe leaves to `auto` stays as `case` has it, but for the micro-batch under `seq` and `model`: one.
         """
-        own = self.recipe()
-        base = [*method_override(own, case.setup.recipe.method.name), *engine_override(own, case.setup.engine)]
+        base_recipe = self.recipe()
+        base = [
+            *method_override(base_recipe, case.setup.recipe.method.name),
+            *engine_override(base_recipe, case.setup.engine),
+        ]
         base.append(f'train.activation_checkpointing="{case.setup.checkpointing}"')
         world = self.machine.world
         match what:
@@ -153,35 +161,35 @@ class Planner:
                 return largest(what, deep, step=model.depths[-1])
 
     def _longest(self, overrides: list[str]) -> Limit:
-        """The path is proven at the length that is found too, for a few models have others at other lengths."""
+        """Find the longest sequence; the path is proven at that length too, for a few models change it with length."""
 
-        def found(path: ForwardPath) -> Limit:
+        def longest_under(path: ForwardPath) -> Limit:
             fixed = replace(self, path_of_model=path)
             return largest("seq", lambda tokens: fixed.case([*overrides, f"data.max_length={tokens}"]), step=256)
 
         path = self._path(self.recipe(overrides))
-        limit = found(path)
+        limit = longest_under(path)
         if limit.case is None:
             return limit
         there = self._path(limit.case.setup.recipe)
-        return limit if there == path else found(there)
+        return limit if there == path else longest_under(there)
 
 
-def method_override(own: Recipe, method: str) -> list[str]:
-    """`own`'s settings of the method as far as another method has them too."""
-    if method == own.method.name:
+def method_override(recipe: Recipe, method: str) -> list[str]:
+    """Return an override with the recipe's settings of its method, as far as another method has them too."""
+    if method == recipe.method.name:
         return []
-    known = REGISTRIES.method[method].params.model_fields
-    kept = {key: value for key, value in _set(own.method.params).items() if key in known}
+    fields = REGISTRIES.method[method].params.model_fields
+    kept = {key: value for key, value in _set(recipe.method.params).items() if key in fields}
     return [f"method={toml_value({'name': method, **kept})}"]
 
 
-def engine_override(own: Recipe, engine: str) -> list[str]:
-    """`own`'s settings of the engine as far as another engine has them too."""
-    if engine == own.engine.name:
+def engine_override(recipe: Recipe, engine: str) -> list[str]:
+    """Return an override with the recipe's settings of its engine, as far as another engine has them too."""
+    if engine == recipe.engine.name:
         return []
-    known = REGISTRIES.engine[engine].params.model_fields
-    kept = {key: value for key, value in _set(own.engine.params).items() if key in known}
+    fields = REGISTRIES.engine[engine].params.model_fields
+    kept = {key: value for key, value in _set(recipe.engine.params).items() if key in fields}
     return [f"engine={toml_value({'name': engine, **kept})}"]
 
 

@@ -16,7 +16,7 @@ _COLUMNS = ("method", "engine", "micro", "ckpt", "weights", "grads", "master", "
 
 
 def table(cases: Sequence[PlanCase], refused: Sequence[Refused]) -> Iterator[str]:
-    """One line for each case, GiB per GPU."""
+    """Yield one line for each case, GiB per GPU."""
     rows = [_COLUMNS, *map(_row, cases)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     yield "GiB per GPU; peak and speed are predicted, weights to optimizer state are exact"
@@ -28,8 +28,8 @@ def table(cases: Sequence[PlanCase], refused: Sequence[Refused]) -> Iterator[str
         yield "  " + "  ".join(cells).rstrip()
     sources = {case.setup.machine.rates.source for case in cases} - {""}
     yield from (f"  rates: {source}" for source in sorted(sources))
-    for one in refused:
-        yield f"  {one.method} x {one.engine}: not possible: {one.reason}"
+    for refusal in refused:
+        yield f"  {refusal.method} x {refusal.engine}: not possible: {refusal.reason}"
 
 
 def _row(case: PlanCase) -> tuple[str, ...]:
@@ -135,18 +135,20 @@ def advice(changes: Sequence[RecipeChange]) -> Iterator[str]:
         yield f"  {number}. {change}"
 
 
-def limit(found: Limit, case: PlanCase) -> str:
-    """One sentence."""
+def limit(result: Limit, case: PlanCase) -> str:
+    """Return the limit in one sentence."""
     gpu = case.setup.machine.gpu
-    if found.case is None:
-        return f"max {found.what}: not even the smallest fits {gpu.name}"
-    peak = found.case.memory.peak / GIB
+    if result.case is None:
+        return f"max {result.what}: not even the smallest fits {gpu.name}"
+    peak = result.case.memory.peak / GIB
     words = {
-        "seq": f"{found.value:,} tokens in a sequence (micro-batch 1)",
-        "micro": f"{found.value:,} sequences of {case.setup.recipe.data.max_length:,} tokens in a micro-batch",
+        "seq": f"{result.value:,} tokens in a sequence (micro-batch 1)",
+        "micro": f"{result.value:,} sequences of {case.setup.recipe.data.max_length:,} tokens in a micro-batch",
     }
-    said = words.get(found.what)
-    if said is None:
-        billions = found.case.parameters / 1e9
-        said = f"{billions:.1f} B parameters (this architecture with {found.value} blocks of the same width)"
-    return f"max {found.what}: {said}: {peak:.1f} of {gpu.memory_gib:.1f} GiB, checkpointing {case.setup.checkpointing}"
+    text = words.get(result.what)
+    if text is None:
+        billions = result.case.parameters / 1e9
+        text = f"{billions:.1f} B parameters (this architecture with {result.value} blocks of the same width)"
+    return (
+        f"max {result.what}: {text}: {peak:.1f} of {gpu.memory_gib:.1f} GiB, checkpointing {case.setup.checkpointing}"
+    )

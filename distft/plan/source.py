@@ -65,12 +65,12 @@ def _given(path: Path) -> Iterator[Path]:
 
 
 def _cached(recipe: Recipe) -> Path | None:
-    """config.json in the hub's local cache, where an earlier download left it."""
+    """Return config.json in the hub's local cache, where an earlier download left it."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(recipe.model.path, "config.json", revision=recipe.model.revision)
+        path = try_to_load_from_cache(recipe.model.path, "config.json", revision=recipe.model.revision)
     except HFValidationError:  # a path that cannot be a hub id
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None

@@ -29,17 +29,17 @@ def of_rank(
     offload: str = "none",
     fp32_gradients: bool = False,
 ) -> State:
-    """State of one rank; rank 0 is among those that hold most.
+    """Return the state of one rank; rank 0 is among those that hold most.
 
     `fp32_gradients`: gradients of a half-precision model are kept in fp32 (see `distft.engine.grad_dtype`).
     """
     footprint = ENGINES[engine].footprint
     rule = GradientRule(fp32=fp32_gradients and inventory.item_bytes < FP32, per_tensor=optim.per_tensor)
     state = footprint.state(inventory, world, rank, rule)
-    own = pageable = shared = 0
+    per_tensor = pageable = shared = 0
     for size in _sizes(optim, optim_params, state.updated):
-        own, pageable, shared = own + size.own, pageable + size.pageable, max(shared, size.shared)
-    state = replace(state, optimizer=own + shared, pageable=pageable)
+        per_tensor, pageable, shared = per_tensor + size.per_tensor, pageable + size.pageable, max(shared, size.shared)
+    state = replace(state, optimizer=per_tensor + shared, pageable=pageable)
     return _offloaded(state, offload, keeps_sums=rule.fp32 and footprint.sums_stay_on_device)
 
 
@@ -52,7 +52,7 @@ def _sizes(optim: OptimizerSpec, params: Any, shapes: Sequence[tuple[int, ...]])
         yield from map(optim.state_bytes, shapes)
         return
     each = _probed(optim, params)
-    yield from (StateBytes(own=round(each * prod(shape))) for shape in shapes)
+    yield from (StateBytes(per_tensor=round(each * prod(shape))) for shape in shapes)
 
 
 def _probed(optim: OptimizerSpec, params: Any) -> float:

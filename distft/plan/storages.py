@@ -51,9 +51,9 @@ class Event:
 class Storages(TorchDispatchMode):
     """Follows every storage that operations make, until it is freed."""
 
-    def __init__(self, own: set[int]) -> None:
+    def __init__(self, uncounted: set[int]) -> None:
         super().__init__()
-        self._own = own
+        self._uncounted = uncounted
         self._alive: dict[int, tuple[int, int]] = {}
         self._events: list[Event] = []
         self._phase = "blocks"
@@ -73,7 +73,7 @@ class Storages(TorchDispatchMode):
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._alive or key in self._own:
+        if key in self._alive or key in self._uncounted:
             return
         self._serial += 1
         self._alive[key] = (self._serial, storage.nbytes())
@@ -103,7 +103,7 @@ class Storages(TorchDispatchMode):
         """Context in which tensors that autograd saves are counted, parameters and inputs left out."""
 
         def pack(tensor: Tensor) -> Tensor:
-            if key_of(tensor) not in self._own:
+            if key_of(tensor) not in self._uncounted:
                 self._follow(tensor)
                 serial, size = self._alive[key_of(tensor)]
                 self._saved[serial] = size

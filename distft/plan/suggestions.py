@@ -49,19 +49,19 @@ class RecipeChange:
 
 
 def changes(case: PlanCase, replan: Replan) -> list[RecipeChange]:
-    """Single changes, and where none is enough pairs of them, that make `case` fit, in order of their cost.
+    """Return single changes, and where none is enough pairs of them, that make `case` fit, in order of their cost.
 
     Savers of memory come first, in order of tokens/s per GPU; then more GPUs; then methods that train something else.
     """
     machine = case.setup.machine
     tried = [_tried(case, replan, what, overrides, machine) for what, overrides in _savers(case)]
     singles = [change for change in tried if change is not None]
-    found = [change for change in singles if change.case.fits]
-    if not found:
+    fitting = [change for change in singles if change.case.fits]
+    if not fitting:
         helpful = sorted(singles, key=lambda change: change.case.memory.peak)[:4]
-        found = list(_pairs(case, replan, helpful))
-    found.sort(key=lambda change: (change.cost, len(change.overrides)))
-    return [*found, *_more_gpus(case, replan), *_methods(case, replan)]
+        fitting = list(_pairs(case, replan, helpful))
+    fitting.sort(key=lambda change: (change.cost, len(change.overrides)))
+    return [*fitting, *_more_gpus(case, replan), *_methods(case, replan)]
 
 
 def _savers(case: PlanCase) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -104,9 +104,15 @@ def _saving_engines() -> list[EngineSpec]:
 
 
 def _tried(
-    case: PlanCase, replan: Replan, what: str, overrides: tuple[str, ...], machine: Machine, *, other: bool = False
+    case: PlanCase,
+    replan: Replan,
+    what: str,
+    overrides: tuple[str, ...],
+    machine: Machine,
+    *,
+    changes_result: bool = False,
 ) -> RecipeChange | None:
-    """None when the recipe's rules or the engine refuse the change."""
+    """Plan a change; None when the recipe's rules or the engine refuse it."""
     try:
         planned = replan(_pinned(case, overrides, machine), machine)
     except DistftError:
@@ -118,7 +124,7 @@ def _tried(
         machine=machine,
         case=planned,
         cost=1 - after / before,
-        changes_result=other,
+        changes_result=changes_result,
     )
 
 
@@ -135,17 +141,17 @@ def _pinned(case: PlanCase, overrides: tuple[str, ...], machine: Machine) -> tup
 
 
 def _pairs(case: PlanCase, replan: Replan, helpful: list[RecipeChange]) -> Iterator[RecipeChange]:
-    """Two, three, … of the changes that save most, until it fits."""
+    """Combine two, three, … of the changes that save most, until the case fits."""
     taken: list[RecipeChange] = []
     for change in helpful:
-        tables = {override.split("=")[0] for one in taken for override in one.overrides}
+        tables = {override.split("=")[0] for chosen in taken for override in chosen.overrides}
         if any(override.split("=")[0] in tables for override in change.overrides):
             continue
         taken.append(change)
         if len(taken) < 2:
             continue
-        overrides = tuple(override for one in taken for override in one.overrides)
-        what = " and ".join(one.what for one in taken)
+        overrides = tuple(override for chosen in taken for override in chosen.overrides)
+        what = " and ".join(chosen.what for chosen in taken)
         both = _tried(case, replan, what, overrides, case.setup.machine)
         if both is not None and both.case.fits:
             yield both
@@ -175,6 +181,8 @@ def _methods(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
     saving = [spec for spec in METHODS.values() if spec.saves_memory > now.saves_memory]
     for spec in sorted(saving, key=lambda spec: spec.saves_memory):
         overrides = (f'method={{name="{spec.name}"}}', 'engine={name="auto"}')
-        change = _tried(case, replan, f"{spec.name} instead of {now.name}", overrides, case.setup.machine, other=True)
+        change = _tried(
+            case, replan, f"{spec.name} instead of {now.name}", overrides, case.setup.machine, changes_result=True
+        )
         if change is not None and change.case.fits:
             yield change

@@ -67,7 +67,7 @@ class Activations:
 
 
 def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss) -> Activations:
-    """Figures of a micro-batch of `tokens`.
+    """Trace a micro-batch of `tokens` and return its figures.
 
     `kernel`: what attends (see `distft.plan.kernels`). `loss`: what the head runs (see
     `distft.model.cross_entropy`).
@@ -86,13 +86,15 @@ def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel
     head = _by_chunks(inventory, tokens, "off", kernel, loss, blocks=False)
 
     def of_blocks(name: str) -> int:
-        return round(_through([getattr(one, name) for one in whole], tokens / step))
+        return round(_through([getattr(traced, name) for traced in whole], tokens / step))
 
     def of_both(name: str) -> int:
-        blocks = [getattr(one, name) - getattr(other, name) for one, other in zip(whole, heads, strict=True)]
+        blocks = [
+            getattr(traced, name) - getattr(head_alone, name) for traced, head_alone in zip(whole, heads, strict=True)
+        ]
         return round(_through(blocks, tokens / step)) + getattr(head, name)
 
-    first, second, third = ([one.peaks[phase] for one in whole] for phase in range(3))
+    first, second, third = ([traced.peaks[phase] for traced in whole] for phase in range(3))
     peaks = tuple(round(_through(values, tokens / step)) for values in (first, second, third))
     assert len(peaks) == 3
     return Activations(
@@ -116,15 +118,15 @@ _FIRST_OF_DIRECT = 12
 """Steps up to which a micro-batch is traced as it is."""
 
 
-def _through(values: list[int], at: float) -> float:
-    """The polynomial of the second degree through (1, a), (2, b) and (3, c), at `at`."""
-    one, two, three = values
-    return one + (two - one) * (at - 1) + (three - 2 * two + one) * (at - 1) * (at - 2) / 2
+def _through(values: list[int], x: float) -> float:
+    """Return the value at `x` of the polynomial of second degree through (1, a), (2, b) and (3, c)."""
+    first, second, third = values
+    return first + (second - first) * (x - 1) + (third - 2 * second + first) * (x - 1) * (x - 2) / 2
 
 
 @functools.lru_cache(maxsize=64)
 def _loop_step(inventory: Inventory, kernel: str, longest: int) -> int | None:
-    """Tokens that a loop over the sequence does at a time; None when nothing loops, or not by any of `_LOOP_STEPS`.
+    """Return the tokens that a loop over the sequence does at a time; None when nothing loops, or by another step.
 
     No more than `longest` tokens are looked at: a model has positions for no more.
     """
@@ -136,7 +138,7 @@ def _loop_step(inventory: Inventory, kernel: str, longest: int) -> int | None:
 
     if ran(_LOOP_STEPS[0]) == ran(min(longest, 2 * _LOOP_STEPS[-1])):
         return None
-    for step in (one for one in _LOOP_STEPS if 3 * one <= longest):
+    for step in (candidate for candidate in _LOOP_STEPS if 3 * candidate <= longest):
         counts = [ran(times * step) for times in (1, 2, 3)]
         growth = {more - fewer for fewer, more in itertools.pairwise(counts)}
         if len(growth) == 1 and growth.pop() > 0:
@@ -281,12 +283,12 @@ def _followed(
     with _ready(module, sample.blocks, checkpointing, kernel, loss), skipped:
         batch = _batch(module, tokens)
         inputs = [value for value in batch.values() if isinstance(value, Tensor)]
-        own = {key_of(tensor) for tensor in [*module.parameters(), *module.buffers(), *inputs]}
-        looked = Storages(own)
+        uncounted = {key_of(tensor) for tensor in [*module.parameters(), *module.buffers(), *inputs]}
+        looked = Storages(uncounted)
         if evaluate:
             with looked, torch.no_grad(), _marked(sample.blocks, looked):
                 module(**batch)
-        with Storages(own) as seen, seen.saved():
+        with Storages(uncounted) as seen, seen.saved():
             with _marked(sample.blocks, seen):
                 losses = module(**batch)
                 total = losses.sum() if isinstance(losses, Tensor) else sum(part.sum() for part in losses)
@@ -332,14 +334,14 @@ def _ready(
 
 
 def _block_output(sample: MetaModel, kernel: str) -> Any:
-    """What the last block returns for a few tokens."""
-    found: list[Any] = []
-    hook = sample.blocks[-1].register_forward_hook(lambda block, given, output: found.append(output))
+    """Return what the last block returns for a few tokens."""
+    outputs: list[Any] = []
+    hook = sample.blocks[-1].register_forward_hook(lambda block, given, output: outputs.append(output))
     try:
         _operations(sample, 8, kernel)
     finally:
         hook.remove()
-    return found[-1]
+    return outputs[-1]
 
 
 @contextlib.contextmanager

@@ -39,52 +39,52 @@ _NOT_OF_TASKS = ("format", "split", "subset", "columns", "prompt", "reference", 
 
 
 def names_are_plain_and_distinct(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """A set's name is the name of its files, and the first half of its figures'."""
+    """Check names of sets, which name their files and begin the names of their figures."""
     seen: set[str] = set()
-    for at, one in enumerate(recipe.eval.answers):
-        key = ("eval", "answers", at, "name")
-        if not _NAME.fullmatch(one.name) or one.name in ("summary", "held_out"):
-            safe = re.sub(r"[^A-Za-z0-9_-]+", "-", one.name).strip("-")[:60]
+    for index, answers in enumerate(recipe.eval.answers):
+        key = ("eval", "answers", index, "name")
+        if not _NAME.fullmatch(answers.name) or answers.name in ("summary", "held_out"):
+            safe = re.sub(r"[^A-Za-z0-9_-]+", "-", answers.name).strip("-")[:60]
             message = "must be up to 60 letters, digits, dashes and underscores, and not summary or held_out"
             yield RecipeMistake(key=key, message=message, fix=f"try {toml_value(safe)}" if safe else "")
-        elif one.name in seen:
+        elif answers.name in seen:
             yield RecipeMistake(key=key, message="is the name of an earlier set", fix="name each set differently")
-        seen.add(one.name)
+        seen.add(answers.name)
 
 
 def answers_have_rows(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
-    """Rows come from a path of the set's own, or from the held-out rows."""
+    """Check that rows come from a path of the set's own, or from the held-out rows."""
     formats = ["auto", *registries.formats]
     trained = {(source.path, source.subset, source.split) for source in recipe.data.train}
-    for at, one in enumerate(recipe.eval.answers):
-        where = ("eval", "answers", at)
-        if one.path is None:
+    for index, answers in enumerate(recipe.eval.answers):
+        where = ("eval", "answers", index)
+        if answers.path is None:
             if not recipe.data.eval:
                 yield RecipeMistake(
                     key=(*where, "path"), message="is required without a [[data.eval]] source", also=(("data", "eval"),)
                 )
             for key in ("format", "split", "subset", "columns"):
-                if _is_set(one, key):
+                if _is_set(answers, key):
                     yield RecipeMistake(
                         key=(*where, key), message="has no effect without path", fix="remove it, or add path"
                     )
-        elif one.path == TASK:
+        elif answers.path == TASK:
             yield RecipeMistake(key=(*where, "path"), message="names no task", fix='for example "lm-eval:gsm8k"')
-        elif one.path.startswith(SPOT) and one.path not in SPOT_SETS:
-            message = f"is no set of the project's{did_you_mean(one.path, list(SPOT_SETS))}"
+        elif answers.path.startswith(SPOT) and answers.path not in SPOT_SETS:
+            message = f"is no set of the project's{did_you_mean(answers.path, list(SPOT_SETS))}"
             yield RecipeMistake(
                 key=(*where, "path"), message=message, fix=f"allowed: {', '.join(SPOT_SETS)}, or rows of yours"
             )
-        elif (one.path, one.subset, one.split) in trained:
+        elif (answers.path, answers.subset, answers.split) in trained:
             yield RecipeMistake(
                 key=(*where, "path"),
                 message="is also trained on, in [[data.train]]",
                 fix="ask about rows that are not trained",
             )
-        if one.format not in formats:
-            message = f"unknown format{did_you_mean(one.format, formats)}"
+        if answers.format not in formats:
+            message = f"unknown format{did_you_mean(answers.format, formats)}"
             yield RecipeMistake(key=(*where, "format"), message=message, fix=f"allowed: {', '.join(formats)}")
-        elif one.format == "text":
+        elif answers.format == "text":
             yield RecipeMistake(
                 key=(*where, "format"),
                 message="is plain text, which asks nothing",
@@ -93,23 +93,23 @@ def answers_have_rows(recipe: Recipe, registries: Registries) -> Iterator[Recipe
 
 
 def questions_are_found_one_way(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """A row is of a data format, or its columns are named."""
-    for at, one in enumerate(recipe.eval.answers):
-        where = ("eval", "answers", at)
-        if one.num_fewshot is not None and not is_task(one):
+    """Check that a row is of a data format, or its columns are named."""
+    for index, answers in enumerate(recipe.eval.answers):
+        where = ("eval", "answers", index)
+        if answers.num_fewshot is not None and not is_task(answers):
             yield RecipeMistake(
                 key=(*where, "num_fewshot"), message="has no effect but on tasks of lm-eval", fix="remove it"
             )
-        if is_task(one):
+        if is_task(answers):
             for key in _NOT_OF_TASKS:
-                if _is_set(one, key):
+                if _is_set(answers, key):
                     yield RecipeMistake(
-                        key=(*where, key), message=f"has no effect: {one.path} says it itself", fix="remove it"
+                        key=(*where, key), message=f"has no effect: {answers.path} says it itself", fix="remove it"
                     )
-        elif one.prompt is None:
+        elif answers.prompt is None:
             for key, is_set in (
-                ("reference", one.reference is not None),
-                ("ask_as", one.ask_as != "auto" and not _is_spot(one)),
+                ("reference", answers.reference is not None),
+                ("ask_as", answers.ask_as != "auto" and not _is_spot(answers)),
             ):
                 if is_set:
                     yield RecipeMistake(
@@ -117,27 +117,29 @@ def questions_are_found_one_way(recipe: Recipe, _: Registries) -> Iterator[Recip
                         message="has no effect without prompt",
                         fix="name the column of the question, or remove it",
                     )
-        elif one.format != "auto":
+        elif answers.format != "auto":
             yield RecipeMistake(
                 key=(*where, "prompt"), message="cannot be set together with format", fix="remove one of the two"
             )
-        elif _is_spot(one):
+        elif _is_spot(answers):
             yield RecipeMistake(
-                key=(*where, "prompt"), message=f"has no effect on {one.path}, whose columns are known", fix="remove it"
+                key=(*where, "prompt"),
+                message=f"has no effect on {answers.path}, whose columns are known",
+                fix="remove it",
             )
 
 
 def answers_are_scored(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
-    """Each score once, no two figures of one name, and settings that the scores make use of."""
-    for at, one in enumerate(recipe.eval.answers):
-        where = ("eval", "answers", at)
-        if is_task(one):
+    """Check that no two figures have one name, and that every setting has an effect on the scores."""
+    for index, answers in enumerate(recipe.eval.answers):
+        where = ("eval", "answers", index)
+        if is_task(answers):
             continue
-        if not one.scores and not _is_spot(one):
+        if not answers.scores and not _is_spot(answers):
             fix = f'allowed: {", ".join(registries.scores)}  for example: scores = [{{ name = "exact_match" }}]'
             yield RecipeMistake(key=(*where, "scores"), message="is required: what makes an answer right?", fix=fix)
         owner: dict[str, str] = {}
-        for number, (name, params) in enumerate(_parts(one, registries)):
+        for number, (name, params) in enumerate(_parts(answers, registries)):
             for figure in registries.scores[name].figures(params):
                 if figure.name in owner:
                     yield RecipeMistake(
@@ -147,23 +149,23 @@ def answers_are_scored(recipe: Recipe, registries: Registries) -> Iterator[Recip
                     )
                     break
                 owner[figure.name] = name
-        written = any(registries.scores[name].choices is None for name, _ in _parts(one, registries))
-        if list(_parts(one, registries)) and not written:
+        written = any(registries.scores[name].choices is None for name, _ in _parts(answers, registries))
+        if list(_parts(answers, registries)) and not written:
             for key in _OF_WRITING:
-                if _is_set(one, key):
+                if _is_set(answers, key):
                     yield RecipeMistake(
                         key=(*where, key),
                         message="has no effect: these scores weigh choices, nothing is written",
                         fix="remove it",
                     )
-        elif one.temperature == 0 and _is_set(one, "top_p"):
+        elif answers.temperature == 0 and _is_set(answers, "top_p"):
             yield RecipeMistake(
                 key=(*where, "top_p"), message="has no effect with temperature = 0", fix="remove it, or set temperature"
             )
 
 
 def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
-    """The figure that decides must exist, be measured during training, and decide something."""
+    """Check that the figure that decides exists, is measured during training, and decides something."""
     if recipe.train.load_best and not recipe.checkpoint.best:
         yield RecipeMistake(
             key=("train", "load_best"),
@@ -175,19 +177,21 @@ def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[Reci
     if by == EVAL_LOSS:
         return
     owners = {
-        f"{one.name}.{name}": at for at, one in enumerate(recipe.eval.answers) for name in figures_of(one, registries)
+        f"{answers.name}.{name}": index
+        for index, answers in enumerate(recipe.eval.answers)
+        for name in figures_of(answers, registries)
     }
     also = (("eval", "answers"),)
     # Which figures a task of lm-eval gives is known when it has been loaded.
-    for at, one in enumerate(recipe.eval.answers):
-        if is_task(one) and by.startswith(f"{one.name}."):
-            owners[by] = at
+    for index, answers in enumerate(recipe.eval.answers):
+        if is_task(answers) and by.startswith(f"{answers.name}."):
+            owners[by] = index
     if by not in owners:
-        known = [EVAL_LOSS, *owners]
+        allowed = [EVAL_LOSS, *owners]
         yield RecipeMistake(
             key=key,
-            message=f"is measured nowhere{did_you_mean(by, known)}",
-            fix=f"allowed: {', '.join(known)}",
+            message=f"is measured nowhere{did_you_mean(by, allowed)}",
+            fix=f"allowed: {', '.join(allowed)}",
             also=also,
         )
         return
@@ -207,17 +211,17 @@ def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[Reci
         )
 
 
-def figures_of(one: AnswersTable, registries: Registries) -> dict[str, Any]:
-    """Every figure that a set's scores give, by name."""
-    found: dict[str, Any] = {}
-    for name, params in _parts(one, registries):
-        found |= {figure.name: figure for figure in registries.scores[name].figures(params)}
-    return found
+def figures_of(answers: AnswersTable, registries: Registries) -> dict[str, Any]:
+    """Return every figure that a set's scores give, by name."""
+    figures: dict[str, Any] = {}
+    for name, params in _parts(answers, registries):
+        figures |= {figure.name: figure for figure in registries.scores[name].figures(params)}
+    return figures
 
 
-def _parts(one: AnswersTable, registries: Registries) -> Iterator[tuple[str, Any]]:
-    """(name, params) of each score that could be read."""
-    for raw in one.scores:
+def _parts(answers: AnswersTable, registries: Registries) -> Iterator[tuple[str, Any]]:
+    """Yield (name, params) of each score that could be read."""
+    for raw in answers.scores:
         name = raw.get("name")
         if isinstance(name, str) and name in registries.scores:
             with contextlib.suppress(ValidationError):  # reported where it was read
@@ -229,23 +233,23 @@ def listed_params(raw: dict[str, Any], kind: type[ParamsT]) -> ParamsT:
     return kind.model_validate_json(json.dumps({key: value for key, value in raw.items() if key != "name"}))
 
 
-def _is_set(one: AnswersTable, key: str) -> bool:
-    """Whether a key says something: a resolved recipe says every default too."""
-    return getattr(one, key) != AnswersTable.model_fields[key].default
+def _is_set(answers: AnswersTable, key: str) -> bool:
+    """Return whether a key has another value than its default: a resolved recipe states defaults too."""
+    return getattr(answers, key) != AnswersTable.model_fields[key].default
 
 
-def is_task(one: AnswersTable) -> bool:
-    """Whether rows, prompts and scores are those of a task of lm-eval."""
-    return one.path is not None and one.path.startswith(TASK)
+def is_task(answers: AnswersTable) -> bool:
+    """Return whether rows, prompts and scores are those of a task of lm-eval."""
+    return answers.path is not None and answers.path.startswith(TASK)
 
 
-def has_own_rows(one: AnswersTable) -> bool:
-    """Whether it asks about rows of the user's that `[[data.eval]]` does not name."""
-    return one.path is not None and not is_task(one) and not _is_spot(one)
+def has_own_rows(answers: AnswersTable) -> bool:
+    """Return whether the set has rows of the user's that `[[data.eval]]` does not name."""
+    return answers.path is not None and not is_task(answers) and not _is_spot(answers)
 
 
-def _is_spot(one: AnswersTable) -> bool:
-    return one.path is not None and one.path.startswith(SPOT)
+def _is_spot(answers: AnswersTable) -> bool:
+    return answers.path is not None and answers.path.startswith(SPOT)
 
 
 ANSWER_RULES = (

@@ -23,9 +23,9 @@ ExplainUnknown = Callable[[KeyPath, list[str]], RecipeMistake]
 
 
 def read_table(
-    kind: type[ParamsT], raw: dict[str, Any], at: KeyPath, explain_unknown: ExplainUnknown
+    kind: type[ParamsT], raw: dict[str, Any], prefix: KeyPath, explain_unknown: ExplainUnknown
 ) -> tuple[ParamsT, list[RecipeMistake]]:
-    """`raw` as a `kind`, and what is wrong with it.
+    """Read `raw` as a `kind`; return the table and its mistakes.
 
     With faults, the table holds defaults where they are, so that rules between tables can still look at the rest.
     """
@@ -35,9 +35,9 @@ def read_table(
         wrong = dict(_by_key(error, raw))
     schema = kind.model_json_schema()
     faults = [
-        explain_unknown((*at, *key), list(node_at(schema, key[:-1]).get("properties", {})))
+        explain_unknown((*prefix, *key), list(node_at(schema, key[:-1]).get("properties", {})))
         if detail["type"] == "extra_forbidden"
-        else _fault(key, detail, schema, raw, at)
+        else _fault(key, detail, schema, raw, prefix)
         for key, detail in wrong.items()
     ]
     try:
@@ -47,9 +47,9 @@ def read_table(
 
 
 def did_you_mean(word: object, allowed: list[str]) -> str:
-    """`, did you mean "x"?`, or nothing when no allowed word is near."""
-    found = nearest(word.lower(), allowed) if isinstance(word, str) else ""
-    return f", did you mean {toml_value(found)}?" if found else ""
+    """Return `, did you mean "x"?`, or nothing when no allowed word is near."""
+    match = nearest(word.lower(), allowed) if isinstance(word, str) else ""
+    return f", did you mean {toml_value(match)}?" if match else ""
 
 
 def _validated(kind: type[ParamsT], raw: dict[str, Any]) -> ParamsT:
@@ -57,12 +57,12 @@ def _validated(kind: type[ParamsT], raw: dict[str, Any]) -> ParamsT:
 
 
 def _by_key(error: ValidationError, raw: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """One pydantic error per key. The members of a union complain one by one: the outermost speaks for all."""
+    """Yield one pydantic error per key: of the errors of a union's members the outermost stands for all."""
     details = [dict(detail) for detail in error.errors(include_url=False) if not _is_echo(detail, raw)]
-    found = {_key(detail, raw): detail for detail in reversed(details)}
-    for key in reversed(found):
-        if not any(key[:depth] in found for depth in range(1, len(key))):
-            yield key, found[key]
+    by_key = {_key(detail, raw): detail for detail in reversed(details)}
+    for key in reversed(by_key):
+        if not any(key[:depth] in by_key for depth in range(1, len(key))):
+            yield key, by_key[key]
 
 
 def _is_echo(detail: Any, raw: dict[str, Any]) -> bool:
@@ -89,18 +89,18 @@ def _key(detail: Any, raw: dict[str, Any]) -> KeyPath:
     return key
 
 
-def _fault(key: KeyPath, detail: dict[str, Any], schema: Schema, raw: dict[str, Any], at: KeyPath) -> RecipeMistake:
+def _fault(key: KeyPath, detail: dict[str, Any], schema: Schema, raw: dict[str, Any], prefix: KeyPath) -> RecipeMistake:
     node = node_at(schema, key)
     if detail["type"] == "missing" and key[-1] not in _value(raw, key[:-1]):  # else elements of an array are missing
-        return RecipeMistake(key=(*at, *key), message="is required", fix=_example((*at, *key), node))
+        return RecipeMistake(key=(*prefix, *key), message="is required", fix=_example((*prefix, *key), node))
     if detail["type"] in ("value_error", "assertion_error"):
-        said = str(detail["ctx"]["error"])
-        named = [name for name in raw if name in re.findall(r"\w+", said)] if not key else []
-        return RecipeMistake(key=(*at, *key, *named[:1]), message=said)
+        reason = str(detail["ctx"]["error"])
+        named = [name for name in raw if name in re.findall(r"\w+", reason)] if not key else []
+        return RecipeMistake(key=(*prefix, *key, *named[:1]), message=reason)
     value = _value(raw, key)
     expected = in_words(schema, node)
     message = f"must be {expected}{did_you_mean(value, allowed_words(schema, node))}"
-    return RecipeMistake(key=(*at, *key), message=message, fix=_rewritten(value, expected))
+    return RecipeMistake(key=(*prefix, *key), message=message, fix=_rewritten(value, expected))
 
 
 def _example(key: KeyPath, node: Schema) -> str:

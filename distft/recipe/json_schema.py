@@ -66,19 +66,19 @@ def _definitions(kinds: list[type[Params]]) -> tuple[dict[type[Params], str], Sc
 
 
 def _one_of(registry: Registry[Any], default: str | None, params: dict[type[Params], Schema]) -> Schema:
-    """One closed branch per part, told apart by `name`; the default part's may leave it out."""
+    """Return one closed branch per part, distinguished by `name`, which the default part may leave out."""
     branches: list[Schema] = []
     for name, spec in registry.items():
-        own = params[spec.params]
-        required = [*([] if name == default else ["name"]), *own.get("required", [])]
-        about = {} if spec.params is NoParams else {"description": own.get("description", "")}
+        part_schema = params[spec.params]
+        required = [*([] if name == default else ["name"]), *part_schema.get("required", [])]
+        about = {} if spec.params is NoParams else {"description": part_schema.get("description", "")}
         chosen = {"const": name, **({"default": default} if name == default else {})}
         branches.append(
             {
                 "title": name,
                 **about,
                 "type": "object",
-                "properties": {"name": chosen, **own.get("properties", {})},
+                "properties": {"name": chosen, **part_schema.get("properties", {})},
                 **({"required": required} if required else {}),
                 "additionalProperties": False,
             }

@@ -35,7 +35,7 @@ def find_lines(text: str) -> dict[KeyPath, int]:
 class _Scanner:
     def __init__(self, text: str) -> None:
         self.text = text
-        self.at = 0
+        self.position = 0
         self.lines: dict[KeyPath, int] = {}
         self._line, self._counted = 1, 0
 
@@ -43,20 +43,20 @@ class _Scanner:
         table: KeyPath = ()
         sizes: dict[KeyPath, int] = {}  # arrays of tables, and how many tables they have so far
         while self.more():
-            if self.text.startswith("[[", self.at):
+            if self.text.startswith("[[", self.position):
                 line, array = self.line(), self.header("]]", sizes)
                 position = sizes.setdefault(array, 0)
                 sizes[array] += 1
                 table = (*array, position)
                 self.lines[table] = line
-            elif self.text[self.at] == "[":
+            elif self.text[self.position] == "[":
                 table = self.header("]", sizes)
             else:
                 self.pair(table)
         return self.lines
 
     def header(self, end: str, sizes: dict[KeyPath, int]) -> KeyPath:
-        self.at += len(end)
+        self.position += len(end)
         line, path = self.line(), ()
         self.skip(_BLANK)
         keys = self.dotted()
@@ -66,7 +66,7 @@ class _Scanner:
             if path in sizes and depth < len(keys):
                 path = (*path, sizes[path] - 1)  # [a.b] below [[a]] speaks of the last a
         self.skip(_BLANK)
-        self.at += len(end)
+        self.position += len(end)
         return path
 
     def pair(self, table: KeyPath) -> None:
@@ -78,7 +78,7 @@ class _Scanner:
         self.value(path)
 
     def value(self, path: KeyPath) -> None:
-        match self.text[self.at]:
+        match self.text[self.position]:
             case "[":
                 self.items("]", lambda position: self.element((*path, position)))
             case "{":
@@ -91,35 +91,35 @@ class _Scanner:
         self.value(path)
 
     def items(self, end: str, read: Callable[[int], None]) -> None:
-        self.at += 1
+        self.position += 1
         position = 0
-        while self.more() and self.text[self.at] != end:
+        while self.more() and self.text[self.position] != end:
             read(position)
             position += 1
             self.skip(_BLANK)
-            self.at += self.text[self.at] == ","
-        self.at += 1
+            self.position += self.text[self.position] == ","
+        self.position += 1
 
     def dotted(self) -> list[str]:
         keys = [_unquoted(self.skip(_KEY_PART))]
-        while _DOT.match(self.text, self.at):
+        while _DOT.match(self.text, self.position):
             self.skip(_DOT)
             keys.append(_unquoted(self.skip(_KEY_PART)))
         return keys
 
     def more(self) -> bool:
         self.skip(_BLANK)
-        return self.at < len(self.text)
+        return self.position < len(self.text)
 
     def skip(self, pattern: re.Pattern[str]) -> str:
-        found = pattern.match(self.text, self.at)
-        assert found, f"the scanner lost its way at line {self.line()} of a document that tomllib accepts"
-        self.at = found.end()
-        return found[0]
+        match = pattern.match(self.text, self.position)
+        assert match, f"the scanner lost its way at line {self.line()} of a document that tomllib accepts"
+        self.position = match.end()
+        return match[0]
 
     def line(self) -> int:
-        self._line += self.text.count("\n", self._counted, self.at)
-        self._counted = self.at
+        self._line += self.text.count("\n", self._counted, self.position)
+        self._counted = self.position
         return self._line
 
 

@@ -61,7 +61,7 @@ def load_recipe(path: str | Path, *, registries: Registries, overrides: Iterable
 
 
 def parse_recipe(text: str, *, source: str, registries: Registries, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe written in `text`; `source` is what messages call it.
+    """Parse the recipe written in `text`; `source` is what messages call it.
 
     Raises:
         RecipeError: lists every mistake in the text and in the overrides; or a plugin cannot be loaded.
@@ -73,9 +73,9 @@ def parse_recipe(text: str, *, source: str, registries: Registries, overrides: I
         raise RecipeError(source, [_not_toml(text, str(error))]) from None
     except RecursionError:
         raise RecipeError(source, [Problem(message="not a recipe: nested too deeply")]) from None
-    placed, problems = apply_overrides(raw, overrides)
-    lines = {key: line for key, line in lines.items() if not any(key[: len(new)] == new for new in placed)}
-    origin = Origin(raw=raw, lines=lines, overrides=placed)
+    overridden, problems = apply_overrides(raw, overrides)
+    lines = {key: line for key, line in lines.items() if not any(key[: len(new)] == new for new in overridden)}
+    origin = Origin(raw=raw, lines=lines, overrides=overridden)
     reader = _Reader(origin, registries)
     recipe = reader.recipe(source)
     problems += [origin.problem(fault) for fault in reader.faults]
@@ -114,34 +114,36 @@ class _Reader:
         return self.read(kind, self.table(table), (table,))
 
     def scored(self, table: EvalTable) -> EvalTable:
-        """The table with every score's settings checked and filled in."""
+        """Return the table with every score's settings checked and filled in."""
         sets: list[AnswersTable] = []
-        for at, one in enumerate(table.answers):
-            asked = one.scores or SPOT_SETS.get(one.path or "", ())
-            scores = tuple(self.score(dict(raw), at, number) for number, raw in enumerate(asked))
-            sets.append(one.model_copy(update={"scores": scores}))
+        for index, answers in enumerate(table.answers):
+            raw_scores = answers.scores or SPOT_SETS.get(answers.path or "", ())
+            scores = tuple(self.score(dict(raw), index, number) for number, raw in enumerate(raw_scores))
+            sets.append(answers.model_copy(update={"scores": scores}))
         return table.model_copy(update={"answers": tuple(sets)})
 
     def score(self, raw: dict[str, Any], position: int, number: int) -> dict[str, Any]:
         return self.listed(self.registries.scores, raw, ("eval", "answers", position, "scores", number))
 
     def exported(self, table: ExportTable) -> ExportTable:
-        """The table with every export's settings checked and filled in."""
+        """Return the table with every export's settings checked and filled in."""
         registry = self.registries.exports
-        also = tuple(self.listed(registry, dict(raw), ("export", "also", at)) for at, raw in enumerate(table.also))
+        also = tuple(
+            self.listed(registry, dict(raw), ("export", "also", index)) for index, raw in enumerate(table.also)
+        )
         return table.model_copy(update={"also": also})
 
-    def listed(self, registry: Registry[Any], raw: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """One entry of a list of parts, each a name and its settings, with its defaults filled in."""
+    def listed(self, registry: Registry[Any], raw: dict[str, Any], key_path: KeyPath) -> dict[str, Any]:
+        """Return one entry of a list of parts, each a name and its settings, with its defaults filled in."""
         name = raw.pop("name", None)
         if not isinstance(name, str) or name not in registry:
             noun = registry.noun
             article = "an" if noun[0] in "aeiou" else "a"
-            known = did_you_mean(name, list(registry))
-            message = f"{article} {noun} needs a name" if name is None else f"unknown {noun}{known}"
-            self.report(RecipeMistake(key=(*at, "name"), message=message, fix=f"allowed: {', '.join(registry)}"))
+            hint = did_you_mean(name, list(registry))
+            message = f"{article} {noun} needs a name" if name is None else f"unknown {noun}{hint}"
+            self.report(RecipeMistake(key=(*key_path, "name"), message=message, fix=f"allowed: {', '.join(registry)}"))
             return {"name": name, **raw}
-        params = self.read(registry[name].params, raw, at, part=name)
+        params = self.read(registry[name].params, raw, key_path, part=name)
         return {"name": name, **params.model_dump(mode="json", exclude_none=True)}
 
     def chosen(self, table: str) -> Choice[Any]:
@@ -151,9 +153,9 @@ class _Reader:
             spec = registry[name]
             params = self.read(spec.params, raw, (table,), part=name)
         else:
-            known = list(registry)
-            message = f"unknown {registry.noun}{did_you_mean(name, known)}"
-            self.report(RecipeMistake(key=(table, "name"), message=message, fix=f"allowed: {', '.join(known)}"))
+            allowed = list(registry)
+            message = f"unknown {registry.noun}{did_you_mean(name, allowed)}"
+            self.report(RecipeMistake(key=(table, "name"), message=message, fix=f"allowed: {', '.join(allowed)}"))
             self.report_keys_of_no_part(table, raw)
             spec = next(iter(registry.values()))
             params = spec.params.model_construct()
@@ -161,10 +163,10 @@ class _Reader:
         return Choice(name=str(name), params=params, spec=spec, line=line)
 
     def report_keys_of_no_part(self, table: str, raw: dict[str, Any]) -> None:
-        known = sorted({key for spec in self.registries.part(table).values() for key in spec.params.model_fields})
+        allowed = sorted({key for spec in self.registries.part(table).values() for key in spec.params.model_fields})
         for key in raw:
-            if key not in known:
-                self.report(unknown_key((table, key), known, self.registries))
+            if key not in allowed:
+                self.report(unknown_key((table, key), allowed, self.registries))
 
     def table(self, name: str) -> dict[str, Any]:
         """A copy of the raw table; an empty one when it is absent, or is no table at all."""
@@ -175,20 +177,20 @@ class _Reader:
         self.report(RecipeMistake(key=(name,), message="must be a table", fix=f"write [{name}] and below it {pair}"))
         return {}
 
-    def read(self, kind: type[ParamsT], raw: dict[str, Any], at: KeyPath, part: str | None = None) -> ParamsT:
-        def explain(key: KeyPath, known: list[str]) -> RecipeMistake:
+    def read(self, kind: type[ParamsT], raw: dict[str, Any], key_path: KeyPath, part: str | None = None) -> ParamsT:
+        def explain(key: KeyPath, allowed: list[str]) -> RecipeMistake:
             if len(key) == 1:
                 return unknown_top(key, self.registries, is_table=isinstance(raw[str(key[0])], dict | list))
-            return unknown_key(key, known, self.registries, part=part)
+            return unknown_key(key, allowed, self.registries, part=part)
 
-        table, faults = read_table(kind, raw, at, explain)
+        table, faults = read_table(kind, raw, key_path, explain)
         for fault in faults:
             self.report(fault)
         return table
 
     def report(self, fault: RecipeMistake) -> None:
         """Keep the fault, unless its key was reported before: what follows from a removed value is no news."""
-        if not fault.touches(known.key for known in self.faults):
+        if not fault.touches(reported.key for reported in self.faults):
             self.faults.append(fault)
 
 
@@ -223,30 +225,38 @@ def _unusable(value: object) -> str:
             return ""
 
 
-def _without(value: Any, bad: set[KeyPath], at: KeyPath) -> Any:
-    """A copy without the values at the `bad` keys."""
+def _without(value: Any, bad: set[KeyPath], key_path: KeyPath) -> Any:
+    """Return a copy without the values at the `bad` keys."""
     if is_table(value):
-        return {step: _without(inner, bad, (*at, step)) for step, inner in value.items() if (*at, step) not in bad}
+        return {
+            step: _without(inner, bad, (*key_path, step))
+            for step, inner in value.items()
+            if (*key_path, step) not in bad
+        }
     if is_array(value):
-        return [_without(inner, bad, (*at, place)) for place, inner in enumerate(value) if (*at, place) not in bad]
+        return [
+            _without(inner, bad, (*key_path, place))
+            for place, inner in enumerate(value)
+            if (*key_path, place) not in bad
+        ]
     return value
 
 
 def _not_a_file(path: Path) -> Problem:
     if path.is_dir():
-        recipes = sorted(found.name for found in path.glob("*.toml"))
+        recipes = sorted(file.name for file in path.glob("*.toml"))
         return Problem(message="is a folder, not a recipe", fix=f"it holds: {', '.join(recipes)}" if recipes else "")
     if path.exists():
         return Problem(message="is not a regular file")
-    beside = sorted(found.name for found in path.parent.glob("*.toml"))
+    beside = sorted(file.name for file in path.parent.glob("*.toml"))
     near = nearest(path.name, beside) or nearest(f"{path.name}.toml", beside)
     return Problem(message="no such file", fix=f"did you mean {path.parent / near}?" if near else "")
 
 
-def _not_toml(text: str, said: str) -> Problem:
-    """What tomllib complained of, with the line of text it is about."""
-    place = re.search(r" \(at line (\d+), column (\d+)\)$", said)
-    what = said[: place.start()] if place else said.removesuffix(" (at end of document)")
+def _not_toml(text: str, complaint: str) -> Problem:
+    """Explain an error of tomllib, with the line of text that it is about."""
+    place = re.search(r" \(at line (\d+), column (\d+)\)$", complaint)
+    what = complaint[: place.start()] if place else complaint.removesuffix(" (at end of document)")
     line = int(place[1]) if place else text.count("\n") + (not text.endswith("\n"))
     lines = text.splitlines()
     written = lines[line - 1].strip() if 0 < line <= len(lines) else ""

@@ -25,9 +25,9 @@ class RecipeMistake:
     """Further keys it depends on: when one of them is faulty itself, this fault may be an echo of that one."""
 
     def touches(self, faulty: Iterable[KeyPath]) -> bool:
-        """Whether it concerns one of these keys, or something inside or around one."""
-        theirs, mine = list(faulty), (self.key, *self.also)
-        return any(a[: len(b)] == b or b[: len(a)] == a for a in mine for b in theirs)
+        """Return whether the mistake concerns one of these keys, or something inside or around one."""
+        faulty_keys, mine = list(faulty), (self.key, *self.also)
+        return any(a[: len(b)] == b or b[: len(a)] == a for a in mine for b in faulty_keys)
 
 
 @dataclass(frozen=True, kw_only=True)

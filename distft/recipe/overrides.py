@@ -22,7 +22,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> tuple[dict
     Returns:
         What each override set, by key; and what is wrong with those that set nothing.
     """
-    placed: dict[KeyPath, str] = {}
+    overridden: dict[KeyPath, str] = {}
     problems: list[Problem] = []
     for text in overrides:
         try:
@@ -30,9 +30,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> tuple[dict
         except _OverrideError as error:
             problems.append(Problem(message=f"--set {shown(text)}  {error}", fix=error.fix))
         else:
-            placed = {old: said for old, said in placed.items() if old[: len(key)] != key}
-            placed[key] = text
-    return placed, problems
+            overridden = {old: earlier for old, earlier in overridden.items() if old[: len(key)] != key}
+            overridden[key] = text
+    return overridden, problems
 
 
 class _OverrideError(Exception):

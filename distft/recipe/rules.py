@@ -26,7 +26,7 @@ def broken_rules(recipe: Recipe, registries: Registries) -> Iterator[RecipeMista
 
 
 def check_world(recipe: Recipe, world: int, micro_batch_size: int | None = None) -> int:
-    """How many micro-batches each of `world` ranks runs per optimizer step.
+    """Return how many micro-batches each of `world` ranks runs per optimizer step.
 
     `micro_batch_size` is what "auto" was resolved to; None takes the recipe's, and 1 where that is "auto".
 
@@ -34,8 +34,8 @@ def check_world(recipe: Recipe, world: int, micro_batch_size: int | None = None)
         RecipeError: the global batch does not split evenly; lists the world and micro batch sizes that do.
     """
     total = recipe.train.global_batch_size
-    own = recipe.train.micro_batch_size
-    micro = micro_batch_size or (1 if own == "auto" else own)
+    configured = recipe.train.micro_batch_size
+    micro = micro_batch_size or (1 if configured == "auto" else configured)
     if total % (world * micro) == 0:
         return total // (world * micro)
     worlds = _divisors(total // micro) if total % micro == 0 else []
@@ -66,16 +66,16 @@ def check_steps(recipe: Recipe, num_steps: int) -> None:
 def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[RecipeMistake]:
     params: Any = recipe.schedule.params
     how = "max_steps" if recipe.train.max_steps is not None else "epochs"
-    said = f"{how} = {getattr(recipe.train, how):g}"
+    run_length = f"{how} = {getattr(recipe.train, how):g}"
     if how == "epochs":
-        said += f", which is {num_steps:,} step{'s' if num_steps != 1 else ''} of these rows"
+        run_length += f", which is {num_steps:,} step{'s' if num_steps != 1 else ''} of these rows"
     key = "warmup_steps" if getattr(params, "warmup_steps", None) is not None else "warmup_ratio"
     warmup: int = params.num_warmup(num_steps) if hasattr(params, "num_warmup") else 0
     one_of_one = key == "warmup_ratio" and num_steps == 1  # a share of one step is none or all of it
     if warmup >= max(1, num_steps) and not one_of_one:
         yield RecipeMistake(
             key=("schedule", key),
-            message=f"is not shorter than the run: {said}",
+            message=f"is not shorter than the run: {run_length}",
             fix="3 % to 10 % of the steps is usual",
             also=(("train", how),),
         )
@@ -83,7 +83,7 @@ def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[RecipeMistake]:
     if decay < num_steps and warmup < num_steps < warmup + decay:
         yield RecipeMistake(
             key=("schedule", key),
-            message=f"is {warmup:,} steps, and the decay of {decay:,} does not fit behind it: {said}",
+            message=f"is {warmup:,} steps, and the decay of {decay:,} does not fit behind it: {run_length}",
             fix="lower one of the two",
             also=(("schedule", "decay_ratio"),),
         )
@@ -91,7 +91,7 @@ def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[RecipeMistake]:
     if wanted and not recipe.eval.at_end and recipe.eval.best_by == "eval_loss" and (every or 0) > num_steps:
         yield RecipeMistake(
             key=("eval", "every_steps"),
-            message=f"is longer than the run, so no evaluation finds a best state: {said}",
+            message=f"is longer than the run, so no evaluation finds a best state: {run_length}",
             fix=f"at most {num_steps}",
             also=(("train", how),),
         )
@@ -110,13 +110,13 @@ def name_is_a_folder_name(recipe: Recipe, _: Registries) -> Iterator[RecipeMista
 
 
 def chat_template_is_known(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
-    """A template is the tokenizer's, a built-in one, or a file."""
-    template, known = recipe.data.chat_template, ["auto", *registries.templates]
-    if template not in known and not template.endswith(".jinja"):
+    """Check that a template is the tokenizer's, a built-in one, or a file."""
+    template, allowed = recipe.data.chat_template, ["auto", *registries.templates]
+    if template not in allowed and not template.endswith(".jinja"):
         yield RecipeMistake(
             key=("data", "chat_template"),
-            message=f"unknown template{did_you_mean(template, known)}",
-            fix=f"allowed: {', '.join(known)}, or a file ending in .jinja",
+            message=f"unknown template{did_you_mean(template, allowed)}",
+            fix=f"allowed: {', '.join(allowed)}, or a file ending in .jinja",
         )
 
 
@@ -129,15 +129,15 @@ def date_is_a_day(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
 
 
 def formats_are_known(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
-    """A row format is one that somebody registered."""
-    known = list(dict.fromkeys(["auto", *registries.formats]))
+    """Check that a row format is registered."""
+    allowed = list(dict.fromkeys(["auto", *registries.formats]))
     for part, sources in _sources(recipe):
         for position, source in enumerate(sources):
-            if source.format not in known:
+            if source.format not in allowed:
                 yield RecipeMistake(
                     key=("data", part, position, "format"),
-                    message=f"unknown format{did_you_mean(source.format, known)}",
-                    fix="allowed: " + ", ".join(known),
+                    message=f"unknown format{did_you_mean(source.format, allowed)}",
+                    fix="allowed: " + ", ".join(allowed),
                 )
 
 
@@ -261,9 +261,9 @@ def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake
 
 
 def overlap_needs_two_sides(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """Without evaluation rows none of them can be trained on."""
-    asked = any(map(has_own_rows, recipe.eval.answers))
-    if recipe.data.overlap == "error" and not recipe.data.eval and not asked:
+    """Check that there are evaluation rows where overlap with them is an error."""
+    has_questions = any(map(has_own_rows, recipe.eval.answers))
+    if recipe.data.overlap == "error" and not recipe.data.eval and not has_questions:
         yield RecipeMistake(
             key=("data", "overlap"),
             message="has no effect without a [[data.eval]] source",

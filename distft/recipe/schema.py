@@ -299,16 +299,16 @@ class Recipe:
         return self.origin.lines.get(key_path(key))
 
     def resolved(self) -> dict[str, Any]:
-        """The content as plain TOML values, every default filled in; what is off (None) is left out."""
+        """Return the content as plain TOML values, every default filled in; what is off (None) is left out."""
         content: dict[str, Any] = {}
-        for known in fields(self):
-            match getattr(self, known.name):
+        for table_field in fields(self):
+            match getattr(self, table_field.name):
                 case Params() as table:
-                    content[known.name] = _plain(table)
+                    content[table_field.name] = _plain(table)
                 case Choice(name=name, params=params):
-                    content[known.name] = {"name": name, **_plain(params)}
-                case value if known.compare:
-                    content[known.name] = value
+                    content[table_field.name] = {"name": name, **_plain(params)}
+                case value if table_field.compare:
+                    content[table_field.name] = value
                 case _:
                     pass
         for noted in reversed(self.replacements):
@@ -333,8 +333,10 @@ class Recipe:
 
 @cache
 def all_tables() -> tuple[str, ...]:
-    """Every table, in the order a recipe is written."""
-    return tuple(known.name for known in fields(Recipe) if known.name in {*fixed_tables(), *chosen_tables()})
+    """Return the names of all tables, in the order a recipe is written."""
+    return tuple(
+        table_field.name for table_field in fields(Recipe) if table_field.name in {*fixed_tables(), *chosen_tables()}
+    )
 
 
 @cache

@@ -48,17 +48,17 @@ def allowed_words(schema: Schema, node: Schema) -> list[str]:
 
 
 def node_at(schema: Schema, key: KeyPath) -> Schema:
-    """The schema of the value at `key`; an empty one where the class allows anything."""
+    """Return the schema of the value at `key`; an empty one where the class allows anything."""
     node: Schema = schema
     for step in key:
         node = _resolved(schema, node)
         branches: list[Schema] = [_resolved(schema, choice) for choice in node.get("anyOf", [node])]
         if isinstance(step, int):
-            found = [branch["items"] for branch in branches if "items" in branch]
+            children = [branch["items"] for branch in branches if "items" in branch]
         else:
-            found = [branch["properties"][step] for branch in branches if step in branch.get("properties", ())]
-            found += [branch["additionalProperties"] for branch in branches if branch.get("additionalProperties")]
-        node = found[0] if found else {}
+            children = [branch["properties"][step] for branch in branches if step in branch.get("properties", ())]
+            children += [branch["additionalProperties"] for branch in branches if branch.get("additionalProperties")]
+        node = children[0] if children else {}
     return {**_resolved(schema, node), **node}
 
 
@@ -87,6 +87,6 @@ def _array_in_words(schema: Schema, node: Schema) -> str:
 
 
 def _plural(words: str) -> str:
-    for one, many in {"a whole number": "whole numbers", "a number": "numbers", "a table": "tables"}.items():
-        words = re.sub(rf"^{one}\b", many, words)
+    for singular, plural in {"a whole number": "whole numbers", "a number": "numbers", "a table": "tables"}.items():
+        words = re.sub(rf"^{singular}\b", plural, words)
     return words

@@ -51,8 +51,8 @@ def toml_value(value: object) -> str:
 
 def _sections(header: str, table: Mapping[str, Any]) -> list[str]:
     arrays = {key: value for key, value in table.items() if _is_array_of_tables(value)}
-    own = {key: value for key, value in table.items() if key not in arrays}
-    sections = [f"[{header}]\n{_pairs(own)}".rstrip()]
+    plain = {key: value for key, value in table.items() if key not in arrays}
+    sections = [f"[{header}]\n{_pairs(plain)}".rstrip()]
     for key, rows in arrays.items():
         sections += [f"[[{header}.{toml_key(key)}]]\n{_pairs(row)}" for row in rows]
     return sections

@@ -19,28 +19,30 @@ from distft.recipe.toml_text import toml_value
 
 
 def unknown_top(key: KeyPath, registries: Registries, *, is_table: bool) -> RecipeMistake:
-    """Explains a name at the top of a recipe that is neither a key nor a table."""
+    """Explain a name at the top of a recipe that is neither a key nor a table."""
     word, tables = str(key[0]), all_tables()
     if is_table:
         near = nearest(word, tables)
         hint = f", did you mean [{near}]?" if near else ""
         allowed = ", ".join(f"[{name}]" for name in tables)
         return RecipeMistake(key=key, message=f"unknown table{hint}", fix=f"allowed: {allowed}")
-    known = list(RunKeys.model_fields)
-    return _stray(key, known, registries, f"allowed above the tables: {', '.join(known)}")
+    keys = list(RunKeys.model_fields)
+    return _stray(key, keys, registries, f"allowed above the tables: {', '.join(keys)}")
 
 
-def unknown_key(key: KeyPath, known: list[str], registries: Registries, *, part: str | None = None) -> RecipeMistake:
-    """Explains a key of a table; `known` is what the table has, `part` the name it chose, if it chooses one."""
+def unknown_key(
+    key: KeyPath, allowed_keys: list[str], registries: Registries, *, part: str | None = None
+) -> RecipeMistake:
+    """Explain an unknown key of a table with `allowed_keys`; `part` is the name that it chose, if it chooses one."""
     word, table = str(key[-1]), str(key[0])
-    allowed = "allowed: " + (", ".join(known) if known else "nothing")
+    allowed = "allowed: " + (", ".join(allowed_keys) if allowed_keys else "nothing")
     if part is not None and len(key) == 2:
         owners = [name for name, spec in registries.part(table).items() if word in spec.params.model_fields]
         if owners:
             message = f"has no effect with name = {toml_value(part)}; it belongs to {', '.join(owners)}"
             return RecipeMistake(key=key, message=message, fix=f"remove it, or choose name = {toml_value(owners[0])}")
-        allowed = f"allowed with name = {toml_value(part)}: {', '.join(['name', *known])}"
-    return _stray(key, known, registries, allowed)
+        allowed = f"allowed with name = {toml_value(part)}: {', '.join(['name', *allowed_keys])}"
+    return _stray(key, allowed_keys, registries, allowed)
 
 
 def _homes_of(word: str, registries: Registries) -> list[str]:
@@ -52,11 +54,11 @@ def _homes_of(word: str, registries: Registries) -> list[str]:
     return homes
 
 
-def _stray(key: KeyPath, known: list[str], registries: Registries, allowed: str) -> RecipeMistake:
+def _stray(key: KeyPath, allowed_keys: list[str], registries: Registries, allowed: str) -> RecipeMistake:
     word = str(key[-1])
     if word in OTHER_WORDS:
         hint = f"unknown key, here it is called {OTHER_WORDS[word]}"
-    elif near := nearest(word, known):
+    elif near := nearest(word, allowed_keys):
         hint = f'unknown key, did you mean "{near}"?'
     elif homes := _homes_of(word, registries):
         hint = f"unknown key here; it belongs to {' or '.join(homes)}"

@@ -44,22 +44,22 @@ def line_chart(
     from_zero: bool = False,
     logarithmic: bool = False,
 ) -> Html | None:
-    """A figure; None when no series has a point. `says`: what a reader who cannot see it is told."""
-    drawn = [one for one in series if one.points]
+    """Return a figure; None when no series has a point. `says`: its text alternative for screen readers."""
+    drawn = [curve for curve in series if curve.points]
     if not drawn:
         return None
-    xs = [x for one in drawn for x, _ in one.points if one.kind != "level"] or [0.0, 1.0]
-    ys = [y for one in drawn for _, y in one.points]
-    x_ticks = [at for at in ticks(min(xs), max(xs), 5) if min(xs) <= at <= max(xs)]
+    xs = [x for curve in drawn for x, _ in curve.points if curve.kind != "level"] or [0.0, 1.0]
+    ys = [y for curve in drawn for _, y in curve.points]
+    x_ticks = [tick for tick in ticks(min(xs), max(xs), 5) if min(xs) <= tick <= max(xs)]
     spread = decades if logarithmic else ticks
     y_ticks = spread(min([0.0, *ys] if from_zero else ys), max(ys), 4)
     frame = _Frame(min(xs), max(xs), y_ticks[0], y_ticks[-1], logarithmic)
     unit = ", ".join(filter(None, [unit, "logarithmic" if logarithmic else ""]))
     svg = h(
         "svg",
-        [h("line", x1=0, x2=_WIDE, y1=frame.y(at), y2=frame.y(at), class_="grid") for at in y_ticks[1:]],
+        [h("line", x1=0, x2=_WIDE, y1=frame.y(tick), y2=frame.y(tick), class_="grid") for tick in y_ticks[1:]],
         h("line", x1=0, x2=_WIDE, y1=_HIGH, y2=_HIGH, class_="axis"),
-        [_drawn(one, frame) for one in drawn],
+        [_drawn(curve, frame) for curve in drawn],
         viewBox=f"0 0 {_WIDE} {_HIGH}",
         preserveAspectRatio="none",
         aria_hidden="true",
@@ -68,8 +68,11 @@ def line_chart(
     area = h(
         "div",
         svg,
-        [h("span", short(at), class_="y", style=f"bottom:{100 - frame.y(at) / _HIGH * 100:.2f}%") for at in y_ticks],
-        [h("span", short(at), class_="x", style=f"left:{frame.x(at) / _WIDE * 100:.2f}%") for at in x_ticks],
+        [
+            h("span", short(tick), class_="y", style=f"bottom:{100 - frame.y(tick) / _HIGH * 100:.2f}%")
+            for tick in y_ticks
+        ],
+        [h("span", short(tick), class_="x", style=f"left:{frame.x(tick) / _WIDE * 100:.2f}%") for tick in x_ticks],
         class_="area",
     )
     heading = h("figcaption", h("h3", title, h("span", f" {unit}", class_="soft") if unit else None), _legends(drawn))
@@ -80,14 +83,14 @@ def line_chart(
 def scatter(
     title: str, dots: Sequence[tuple[str, float, float]], *, says: str, across: str, up: str, wide: bool = False
 ) -> Html:
-    """Named dots (name, x, y), each of its own shape and colour."""
+    """Draw named dots (name, x, y), each of its own shape and colour."""
     xs, ys = [x for _, x, _ in dots], [y for _, _, y in dots]
     x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs) * 1.08, 4), ticks(min(ys), max(ys), 4)
     frame = _Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
     svg = h(
         "svg",
-        [h("line", x1=0, x2=_WIDE, y1=frame.y(at), y2=frame.y(at), class_="grid") for at in y_ticks[1:]],
-        [h("line", x1=frame.x(at), x2=frame.x(at), y1=0, y2=_HIGH, class_="grid") for at in x_ticks[1:]],
+        [h("line", x1=0, x2=_WIDE, y1=frame.y(tick), y2=frame.y(tick), class_="grid") for tick in y_ticks[1:]],
+        [h("line", x1=frame.x(tick), x2=frame.x(tick), y1=0, y2=_HIGH, class_="grid") for tick in x_ticks[1:]],
         h("line", x1=0, x2=_WIDE, y1=_HIGH, y2=_HIGH, class_="axis"),
         viewBox=f"0 0 {_WIDE} {_HIGH}",
         preserveAspectRatio="none",
@@ -106,22 +109,25 @@ def scatter(
     area = h(
         "div",
         svg,
-        [h("span", short(at), class_="y", style=f"bottom:{100 - frame.y(at) / _HIGH * 100:.2f}%") for at in y_ticks],
-        [h("span", short(at), class_="x", style=f"left:{frame.x(at) / _WIDE * 100:.2f}%") for at in x_ticks],
+        [
+            h("span", short(tick), class_="y", style=f"bottom:{100 - frame.y(tick) / _HIGH * 100:.2f}%")
+            for tick in y_ticks
+        ],
+        [h("span", short(tick), class_="x", style=f"left:{frame.x(tick) / _WIDE * 100:.2f}%") for tick in x_ticks],
         marks,
         class_="area",
     )
-    names = [h("span", sign(at), name, class_="legend") for at, (name, _, _) in enumerate(dots, start=1)]
+    names = [h("span", sign(position), name, class_="legend") for position, (name, _, _) in enumerate(dots, start=1)]
     heading = h("figcaption", h("h3", title), h("span", f"{up}, over {across}", class_="over"), names)
     plot = h("div", area, class_="plot", role="img", aria_label=f"{title}: {says}")
     return h("figure", heading, plot, class_="wide" if wide else None)
 
 
 def whisker(low: float, high: float, marks: Sequence[tuple[float, float, float, int]]) -> Html:
-    """Intervals one below another on the scale low to high: (value, low, high, style); style 0 is a base model's."""
+    """Draw intervals one below another, from low to high: (value, low, high, style); style 0 is a base model's."""
     width, left = 176.0, 6.0
 
-    def at(value: float) -> float:
+    def x_of(value: float) -> float:
         share = 0.5 if high <= low else (value - low) / (high - low)
         return round(left + min(1.0, max(0.0, share)) * (width - 2 * left), 1)
 
@@ -129,8 +135,8 @@ def whisker(low: float, high: float, marks: Sequence[tuple[float, float, float, 
     for number, (value, below, above, style) in enumerate(marks):
         y = 16.0 if len(marks) == 1 else 9.0 + 14.0 * number
         rows += [
-            h("line", x1=at(below), x2=at(above), y1=y, y2=y, class_=f"c{style}" if style else "c6 dashed"),
-            h("circle", cx=at(value), cy=y, r=4, class_=f"full c{style}" if style else "hollow"),
+            h("line", x1=x_of(below), x2=x_of(above), y1=y, y2=y, class_=f"c{style}" if style else "c6 dashed"),
+            h("circle", cx=x_of(value), cy=y, r=4, class_=f"full c{style}" if style else "hollow"),
         ]
     rule = h("line", x1=left, x2=width - left, y1=31, y2=31, class_="scale")
     return h("svg", rule, rows, viewBox=f"0 0 {width:.0f} 32", class_="whisker", aria_hidden="true", focusable="false")
@@ -148,7 +154,7 @@ def sign(style: int) -> Html:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers, equally far apart, the first at or below `low` and the last at or above `high`."""
+    """Return round numbers, equally far apart, the first at or below `low` and the last at or above `high`."""
     if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):  # the same, but for digits that floats do not hold
         pad = abs(low) * 0.1 if abs(low) > 1e-300 else 1.0
         low, high = low - pad if low else 0.0, high + pad
@@ -156,16 +162,16 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     step = next(step * times for times in (1, 2, 2.5, 5, 10) if (high - low) / (step * times) <= most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     places = max(0, 3 - math.floor(math.log10(step)))  # of the step's own digits, however small it is
-    return [round(at * step, places) for at in range(first, last + 1)]
+    return [round(index * step, places) for index in range(first, last + 1)]
 
 
 def decades(low: float, high: float, most: int) -> list[float]:
-    """1, 2 and 5 of each power of ten from at or below `low` to at or above `high`; tens alone when these are many."""
+    """Return 1, 2 and 5 times the powers of ten around `low` to `high`; powers alone when these are many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     times = (1, 2, 5) if last - first <= most else (1,)
     every = [round(10.0**power * by, 12) for power in range(first, last + 1) for by in times]
-    begin = max(at for at, value in enumerate(every) if value <= low * (1 + 1e-9))
-    end = min(at for at, value in enumerate(every) if value >= high * (1 - 1e-9))
+    begin = max(index for index, value in enumerate(every) if value <= low * (1 + 1e-9))
+    end = min(index for index, value in enumerate(every) if value >= high * (1 - 1e-9))
     return every[begin : end + 1]
 
 
@@ -181,25 +187,29 @@ class _Frame:
         return _round(_WIDE * (value - self.low_x) / ((self.high_x - self.low_x) or 1))
 
     def y(self, value: float) -> float:
-        value, low, high = (math.log(one) if self.logarithmic else one for one in (value, self.low_y, self.high_y))
+        value, low, high = (
+            math.log(bound) if self.logarithmic else bound for bound in (value, self.low_y, self.high_y)
+        )
         return _round(_HIGH * (1 - (value - low) / ((high - low) or 1)))
 
 
-def _drawn(one: Series, frame: _Frame) -> Iterator[Html]:
-    style = f"c{(one.style - 1) % 6 + 1} d{(one.style - 1) % 6 + 1}"
-    match one.kind:
+def _drawn(curve: Series, frame: _Frame) -> Iterator[Html]:
+    style = f"c{(curve.style - 1) % 6 + 1} d{(curve.style - 1) % 6 + 1}"
+    match curve.kind:
         case "level":
-            y = frame.y(one.points[0][1])
+            y = frame.y(curve.points[0][1])
             yield h("line", x1=0, x2=_WIDE, y1=y, y2=y, class_=f"trend {style}")
         case "dots":
             yield h(
-                "path", d=" ".join(f"M{frame.x(x)} {frame.y(y)}h0" for x, y in one.points), class_=f"mark c{one.style}"
+                "path",
+                d=" ".join(f"M{frame.x(x)} {frame.y(y)}h0" for x, y in curve.points),
+                class_=f"mark c{curve.style}",
             )
-        case "noisy" if len(one.points) > _NOISY:
-            yield h("path", d=_path(thin(one.points), frame), class_=f"raw c{one.style}")
-            yield h("path", d=_path(thin(running_mean(one.points)), frame), class_=f"trend {style}")
+        case "noisy" if len(curve.points) > _NOISY:
+            yield h("path", d=_path(thin(curve.points), frame), class_=f"raw c{curve.style}")
+            yield h("path", d=_path(thin(running_mean(curve.points)), frame), class_=f"trend {style}")
         case _:
-            yield h("path", d=_path(thin(one.points), frame), class_=f"trend {style}")
+            yield h("path", d=_path(thin(curve.points), frame), class_=f"trend {style}")
 
 
 def _path(points: Points, frame: _Frame) -> str:
@@ -209,34 +219,34 @@ def _path(points: Points, frame: _Frame) -> str:
 
 
 def thin(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most `most` points: of each run of neighbours the mean."""
+    """Return at most `most` points: of each run of neighbours the mean."""
     if len(points) <= most:
         return points
-    edges = [round(at * len(points) / most) for at in range(most + 1)]
+    edges = [round(index * len(points) / most) for index in range(most + 1)]
     parts = [points[begin:end] for begin, end in pairwise(edges)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
 def running_mean(points: Points) -> Points:
-    """Over a fortieth of the line on both sides, less at its ends so that these are not bent."""
+    """Return means over a fortieth of the line on both sides, less at its ends so that these are not bent."""
     reach = max(1, len(points) // 40)
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
     smooth = []
-    for at, (x, _) in enumerate(points):
-        near = min(reach, at, len(points) - 1 - at)
-        smooth.append((x, (sums[at + near + 1] - sums[at - near]) / (2 * near + 1)))
+    for index, (x, _) in enumerate(points):
+        near = min(reach, index, len(points) - 1 - index)
+        smooth.append((x, (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)))
     return smooth
 
 
 def _legends(series: Sequence[Series]) -> list[Html]:
-    return [h("span", _swatch(one), one.name, class_="legend") for one in series] if len(series) > 1 else []
+    return [h("span", _swatch(curve), curve.name, class_="legend") for curve in series] if len(series) > 1 else []
 
 
-def _swatch(one: Series) -> Html:
-    number = (one.style - 1) % 6 + 1
-    if one.kind == "dots":
+def _swatch(curve: Series) -> Html:
+    number = (curve.style - 1) % 6 + 1
+    if curve.kind == "dots":
         inside = h("path", d="M16 7h0", class_=f"mark c{number}")
     else:
         inside = h("line", x1=0, x2=32, y1=7, y2=7, class_=f"trend c{number} d{number}")

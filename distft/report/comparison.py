@@ -41,7 +41,7 @@ class Line:
 
 
 def line(run: RunRecord, price: float | None) -> Line:
-    """What a run comes to."""
+    """Summarise a run in one line of the comparison."""
     hours = run.gpu_hours
     return Line(
         run=run.name,
@@ -53,7 +53,7 @@ def line(run: RunRecord, price: float | None) -> Line:
         steps=run.last.get("step"),
         tokens=run.last.get("tokens"),
         held_out_loss=run.held_out_losses[1],
-        quality={_key(one): number((one.tuned or {}).get("value")) for one in run.results},
+        quality={_key(result): number((result.tuned or {}).get("value")) for result in run.results},
         peak_memory_gib=run.peak_gib,
         tokens_per_s=run.tokens_per_s,
         wall_s=run.wall_s,
@@ -63,16 +63,16 @@ def line(run: RunRecord, price: float | None) -> Line:
 
 
 def names(runs: Sequence[RunRecord]) -> list[str]:
-    """What the page calls each run: its name, with its folder's parent where two have one name."""
-    known = [run.name for run in runs]
+    """Return what the page calls each run: its name, with its folder's parent where two have one name."""
+    run_names = [run.name for run in runs]
     return [
-        run.name if known.count(run.name) == 1 else f"{run.folder.resolve().parent.name}/{run.folder.name}"
+        run.name if run_names.count(run.name) == 1 else f"{run.folder.resolve().parent.name}/{run.folder.name}"
         for run in runs
     ]
 
 
 def comparison_page(runs: Sequence[RunRecord], *, price: float | None = None) -> str:
-    """One HTML document; runs in the order they were named."""
+    """Return one HTML document; runs in the order they were named."""
     called = names(runs)
     lines = [line(run, price) for run in runs]
     title = " · ".join(called) if len(called) <= 4 else f"{len(called)} runs"
@@ -91,34 +91,38 @@ def comparison_page(runs: Sequence[RunRecord], *, price: float | None = None) ->
         class_="top",
     )
     nav = h(
-        "nav", h("ul", [h("li", h("a", part[0], href=f"#{at}")) for at, part in parts.items()]), aria_label="Contents"
+        "nav",
+        h("ul", [h("li", h("a", part[0], href=f"#{anchor}")) for anchor, part in parts.items()]),
+        aria_label="Contents",
     )
-    main = h("main", [section(at, *part) for at, part in parts.items()], id="main")
+    main = h("main", [section(anchor, *part) for anchor, part in parts.items()], id="main")
     where = ", ".join(str(run.folder) for run in runs)
     return page(f"{title} – distft compare", skip(), h("div", header, nav, main, footer(where), class_="wrap"))
 
 
 def _lead(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line]) -> str:
-    """Who is first at what; nothing where runs cannot be told apart or are not comparable."""
-    told = []
+    """Return which run is best at what; nothing where runs do not differ or are not comparable."""
+    claims = []
     first = _shared(runs)[0] if _shared(runs) else None
     if first is not None:
-        values = {name: one.quality[_key(first)] for name, one in zip(called, lines, strict=True)}
-        told.append(_best(f"best {first.title} on {first.name}", values, largest=first.higher_is_better))
+        values = {name: summary.quality[_key(first)] for name, summary in zip(called, lines, strict=True)}
+        claims.append(_best(f"best {first.title} on {first.name}", values, largest=first.higher_is_better))
     elif _same_held_out(runs):
-        told.append(_best("lowest held-out loss", dict(zip(called, (one.held_out_loss for one in lines), strict=True))))
-    told.append(_best("least memory", dict(zip(called, (one.peak_memory_gib for one in lines), strict=True))))
-    speeds = dict(zip(called, (one.tokens_per_s for one in lines), strict=True))
-    told.append(_best("fastest", speeds, largest=True))
-    said = "; ".join(part for part in told if part)
-    return said[:1].upper() + said[1:] + "." if said else ""
+        claims.append(
+            _best("lowest held-out loss", dict(zip(called, (summary.held_out_loss for summary in lines), strict=True)))
+        )
+    claims.append(_best("least memory", dict(zip(called, (summary.peak_memory_gib for summary in lines), strict=True))))
+    speeds = dict(zip(called, (summary.tokens_per_s for summary in lines), strict=True))
+    claims.append(_best("fastest", speeds, largest=True))
+    text = "; ".join(part for part in claims if part)
+    return text[:1].upper() + text[1:] + "." if text else ""
 
 
 def _best(what: str, values: Mapping[str, float | None], *, largest: bool = False) -> str:
-    known = {name: value for name, value in values.items() if value is not None}
-    if len(known) < 2 or len(set(known.values())) == 1:
+    present = {name: value for name, value in values.items() if value is not None}
+    if len(present) < 2 or len(set(present.values())) == 1:
         return ""
-    return f"{what}: {(max if largest else min)(known, key=known.__getitem__)}"
+    return f"{what}: {(max if largest else min)(present, key=present.__getitem__)}"
 
 
 def _side_by_side(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html]:
@@ -130,33 +134,35 @@ def _side_by_side(runs: Sequence[RunRecord], called: Sequence[str], lines: Seque
         "process hours": ("gpu_hours", formatting.figure),
         "cost": ("cost", lambda value: formatting.NOTHING if value is None else money(value)),
     }
-    if all(one.cost is None for one in lines):
+    if all(summary.cost is None for summary in lines):
         del columns["cost"]
     rows: list[list[Child]] = []
-    for at, (name, one) in enumerate(zip(called, lines, strict=True), start=1):
-        engine = f"{one.engine} × {one.world}" if one.engine else formatting.NOTHING
-        cells = [how(getattr(one, column)) for column, how in columns.values()]
-        trained = formatting.count(one.trained_parameters)
-        rows.append([_called(at, name), one.method, engine, trained, formatting.count(one.tokens), *cells])
+    for position, (name, summary) in enumerate(zip(called, lines, strict=True), start=1):
+        engine = f"{summary.engine} × {summary.world}" if summary.engine else formatting.NOTHING
+        cells = [how(getattr(summary, column)) for column, how in columns.values()]
+        trained = formatting.count(summary.trained_parameters)
+        rows.append(
+            [_called(position, name), summary.method, engine, trained, formatting.count(summary.tokens), *cells]
+        )
     heads = ["run", "method", "engine", "trained parameters", "tokens", *columns]
     yield table("What each run gave, and what it took", heads, rows, numbers=range(3, len(heads)))
     if not _same_held_out(runs):
-        said = "The runs were evaluated on different rows: their held-out losses do not compare."
-        yield h("p", said, class_="note")
-    if len({one.tokens for one in lines}) > 1:
+        note = "The runs were evaluated on different rows: their held-out losses do not compare."
+        yield h("p", note, class_="note")
+    if len({summary.tokens for summary in lines}) > 1:
         yield h(
             "p", "The runs saw different numbers of tokens; time, hours and cost are of the whole run.", class_="soft"
         )
 
 
 def _quality(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
-    every = {_key(one): one for run in reversed(runs) for one in run.results}
+    every = {_key(figure): figure for run in reversed(runs) for figure in run.results}
     if not every:
         yield missing("None of these runs has evaluated answers; ", h("code", "distft eval"), " adds them.")
         return
-    order = list(dict.fromkeys(_key(one) for run in runs for one in run.results))
+    order = list(dict.fromkeys(_key(figure) for run in runs for figure in run.results))
     first = {(every[key].name, every[key].score): key for key in reversed(order)}
-    others = sorted({one.name for one in every.values() if not _same(runs, one.name)})
+    others = sorted({figure.name for figure in every.values() if not _same(runs, figure.name)})
     if others:
         named = [[h("code", name), " "] for name in others]
         yield h(
@@ -185,39 +191,39 @@ def _quality(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]
         )
 
 
-def _figure(kind: EvalFigure, found: Sequence[EvalFigure | None], called: Sequence[str]) -> Html:
+def _figure(kind: EvalFigure, figures: Sequence[EvalFigure | None], called: Sequence[str]) -> Html:
     bounds = [
-        number(told.get(at))
-        for one in found
-        if one is not None
-        for told in (one.before, one.tuned)
-        if told is not None
-        for at in ("low", "value", "high")
+        number(interval.get(key))
+        for figure in figures
+        if figure is not None
+        for interval in (figure.before, figure.tuned)
+        if interval is not None
+        for key in ("low", "value", "high")
     ]
-    known = [bound for bound in bounds if bound is not None]
-    scale = (0.0, 1.0) if not known or (min(known) >= 0 and max(known) <= 1) else (min(known), max(known))
+    present = [bound for bound in bounds if bound is not None]
+    scale = (0.0, 1.0) if not present or (min(present) >= 0 and max(present) <= 1) else (min(present), max(present))
     rows: list[list[Child]] = []
-    for at, (name, one) in enumerate(zip(called, found, strict=True), start=1):
-        if one is None:
-            rows.append([_called(at, name), "", formatting.NOTHING, formatting.NOTHING, formatting.NOTHING])
+    for position, (name, figure) in enumerate(zip(called, figures, strict=True), start=1):
+        if figure is None:
+            rows.append([_called(position, name), "", formatting.NOTHING, formatting.NOTHING, formatting.NOTHING])
             continue
-        cells = (formatting.interval(one, one.before), formatting.interval(one, one.tuned), verdict(one))
-        rows.append([_called(at, name), picture(one, (at - 1) % 6 + 1, scale), *cells])
+        cells = (formatting.interval(figure, figure.before), formatting.interval(figure, figure.tuned), verdict(figure))
+        rows.append([_called(position, name), picture(figure, (position - 1) % 6 + 1, scale), *cells])
     less = "" if kind.higher_is_better else ", less is better"
     heads = ("run", "(picture)", "before", "after, with its 95 % interval", "against its own base")
     return table(f"{kind.name}: {kind.title}{less}", heads, rows, numbers=(2, 3))
 
 
-def _called(at: int, name: str) -> Html:
-    return h("span", sign(at), f" {name}", class_="nowrap")
+def _called(position: int, name: str) -> Html:
+    return h("span", sign(position), f" {name}", class_="nowrap")
 
 
 def _of(run: RunRecord, key: str) -> EvalFigure | None:
-    return next((one for one in run.results if _key(one) == key), None)
+    return next((figure for figure in run.results if _key(figure) == key), None)
 
 
-def _cell(one: EvalFigure | None) -> str:
-    return formatting.NOTHING if one is None else formatting.interval(one, one.tuned)
+def _cell(figure: EvalFigure | None) -> str:
+    return formatting.NOTHING if figure is None else formatting.interval(figure, figure.tuned)
 
 
 def _same_held_out(runs: Sequence[RunRecord]) -> bool:
@@ -225,20 +231,20 @@ def _same_held_out(runs: Sequence[RunRecord]) -> bool:
     return len({str((run.manifest.get("data") or {}).get("eval", "")) for run in runs} - {""}) <= 1
 
 
-def _tuned(one: EvalFigure | None) -> float | None:
-    return None if one is None else number((one.tuned or {}).get("value"))
+def _tuned(figure: EvalFigure | None) -> float | None:
+    return None if figure is None else number((figure.tuned or {}).get("value"))
 
 
 def _against(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line]) -> Iterator[Html]:
     shared = _shared(runs)
     if shared:
         first = shared[0]
-        name, quality = f"{first.title} on {first.name}", [one.quality[_key(first)] for one in lines]
+        name, quality = f"{first.title} on {first.name}", [summary.quality[_key(first)] for summary in lines]
     elif not _same_held_out(runs):
         yield missing("The runs share no figure on the same rows, so there is nothing to draw.")
         return
     else:
-        name, quality = "held-out loss (less is better)", [one.held_out_loss for one in lines]
+        name, quality = "held-out loss (less is better)", [summary.held_out_loss for summary in lines]
     charts = []
     for title, column, unit in (
         ("Memory", "peak_memory_gib", "peak GiB, rank 0"),
@@ -247,8 +253,8 @@ def _against(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[L
     ):
         dots = [
             (who, taken, value)
-            for who, one, value in zip(called, lines, quality, strict=True)
-            if value is not None and (taken := getattr(one, column)) is not None
+            for who, summary, value in zip(called, lines, quality, strict=True)
+            if value is not None and (taken := getattr(summary, column)) is not None
         ]
         if len(dots) > 1:
             says = "; ".join(f"{who}: {formatting.figure(x)}, {formatting.figure(y)}" for who, x, y in dots)
@@ -268,8 +274,8 @@ def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
         ),
     ):
         series = [
-            Series(name=name, points=line, style=at)
-            for at, (name, line) in enumerate(zip(called, points, strict=True), 1)
+            Series(name=name, points=line, style=position)
+            for position, (name, line) in enumerate(zip(called, points, strict=True), 1)
         ]
         says = "; ".join(
             f"{name} from {formatting.figure(line[0][1])} to {formatting.figure(line[-1][1])}"
@@ -283,10 +289,10 @@ def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
             yield h("div", chart, class_="charts")
     rows = [
         [
-            _called(at, name),
+            _called(position, name),
             *(formatting.figure(value) for value in (*(run.losses or (None, None)), *run.held_out_losses)),
         ]
-        for at, (name, run) in enumerate(zip(called, runs, strict=True), start=1)
+        for position, (name, run) in enumerate(zip(called, runs, strict=True), start=1)
     ]
     heads = ("run", "training, at first", "at the end", "held-out, before", "after")
     yield table("The ends of the curves", heads, rows, numbers=range(1, 5))
@@ -298,35 +304,39 @@ def _settings(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html
         yield h("p", "None, but for names and folders.")
         return
     rows = [
-        [h("code", key), *(h("code", value) if value else formatting.NOTHING for value in found)]
-        for key, found in differing
+        [h("code", key), *(h("code", value) if value else formatting.NOTHING for value in values)]
+        for key, values in differing
     ]
     yield table("Keys of the recipe that are not the same everywhere", ("key", *called), rows)
 
 
 def settings_that_differ(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run as text; "" where it is not set), sorted by table."""
+    """Return (key, its value in each run as text; "" where it is not set), sorted by table."""
     flat = [dict(_flat(run.recipe)) for run in runs]
-    keys = list(dict.fromkeys(key for one in flat for key in one))
-    found = [(key, [one.get(key, "") for one in flat]) for key in keys if key not in _IGNORED]
-    return sorted(((key, values) for key, values in found if len(set(values)) > 1), key=lambda pair: pair[0])
+    keys = list(dict.fromkeys(key for settings in flat for key in settings))
+    rows = [(key, [settings.get(key, "") for settings in flat]) for key in keys if key not in _IGNORED]
+    return sorted(((key, values) for key, values in rows if len(set(values)) > 1), key=lambda pair: pair[0])
 
 
-def _flat(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(inner, f"{at}.{key}" if at else str(key))
+            yield from _flat(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
         for place, inner in enumerate(value):
-            yield from _flat(inner, f"{at}.{place}")
+            yield from _flat(inner, f"{path}.{place}")
     else:
-        yield at, str(value).lower() if isinstance(value, bool) else str(value)
+        yield path, str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _shared(runs: Sequence[RunRecord]) -> list[EvalFigure]:
-    """Figures that every run has of the same rows, in the first run's order."""
-    keys = [{_key(one) for one in run.results if _tuned(one) is not None} for run in runs]
-    return [one for one in runs[0].results if _same(runs, one.name) and all(_key(one) in known for known in keys)]
+    """Return the figures that every run has of the same rows, in the first run's order."""
+    keys = [{_key(figure) for figure in run.results if _tuned(figure) is not None} for run in runs]
+    return [
+        figure
+        for figure in runs[0].results
+        if _same(runs, figure.name) and all(_key(figure) in keys_of_run for keys_of_run in keys)
+    ]
 
 
 def _same(runs: Sequence[RunRecord], name: str) -> bool:
@@ -334,5 +344,5 @@ def _same(runs: Sequence[RunRecord], name: str) -> bool:
     return len({run.rows_sha256(name) for run in runs} - {""}) <= 1
 
 
-def _key(one: EvalFigure) -> str:
-    return f"{one.name}, {one.title}"
+def _key(figure: EvalFigure) -> str:
+    return f"{figure.name}, {figure.title}"

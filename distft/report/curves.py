@@ -46,25 +46,25 @@ def _loss(run: RunRecord) -> Html | None:
     )
     if held_out:
         says += f"; held-out loss from {formatting.figure(held_out[0][1])} to {formatting.figure(held_out[-1][1])}"
-    values = [value for one in series for _, value in one.points]
+    values = [value for curve in series for _, value in curve.points]
     steep = min(values, default=0) > 0 and max(values) > _STEEP * min(values)
     return line_chart("Loss", series, says=says, wide=True, logarithmic=steep)
 
 
 def _charts(run: RunRecord) -> Iterator[Html | None]:
-    yield _one(run, "lr", "Learning rate", from_zero=True)
-    yield _one(run, "grad_norm", "Gradient norm", unit="before clipping", from_zero=True)
-    yield _one(run, "tokens_per_s", "Speed", unit="tokens/s, all processes", from_zero=True)
-    yield _one(run, "mfu", "MFU", unit="of the dense bf16 peak", from_zero=True)
+    yield _column_chart(run, "lr", "Learning rate", from_zero=True)
+    yield _column_chart(run, "grad_norm", "Gradient norm", unit="before clipping", from_zero=True)
+    yield _column_chart(run, "tokens_per_s", "Speed", unit="tokens/s, all processes", from_zero=True)
+    yield _column_chart(run, "mfu", "MFU", unit="of the dense bf16 peak", from_zero=True)
     yield _memory(run)
 
 
 def _scores(run: RunRecord) -> Iterator[Html | None]:
-    """The first figure of each set that was asked during training; shares together, others each for itself."""
-    asked = [(figure, points) for figure in _firsts(run) if len(points := run.looked(figure)) > 2]
-    shares = [(figure, points) for figure, points in asked if all(0 <= value <= 1 for _, value in points)]
-    others = [one for one in asked if one not in shares]
-    for together in ([shares[:STYLES]] if shares else []) + [[one] for one in others]:
+    """Draw the first figure of each set evaluated during training; shares together, others each for itself."""
+    measured = [(figure, points) for figure in _firsts(run) if len(points := run.looked(figure)) > 2]
+    shares = [(figure, points) for figure, points in measured if all(0 <= value <= 1 for _, value in points)]
+    others = [item for item in measured if item not in shares]
+    for together in ([shares[:STYLES]] if shares else []) + [[item] for item in others]:
         series = [
             Series(name=figure, points=points, style=style) for style, (figure, points) in enumerate(together, start=1)
         ]
@@ -76,7 +76,7 @@ def _scores(run: RunRecord) -> Iterator[Html | None]:
         yield line_chart(title, series, says=says, wide=True, from_zero=together[0] in shares)
 
 
-def _one(run: RunRecord, column: str, title: str, *, unit: str = "", from_zero: bool = False) -> Html | None:
+def _column_chart(run: RunRecord, column: str, title: str, *, unit: str = "", from_zero: bool = False) -> Html | None:
     points = run.column(column)
     if not points:
         return None
@@ -104,10 +104,10 @@ def _steps(run: RunRecord) -> Html:
     columns = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gib")
     heads = ("step", "loss", "learning rate", "gradient norm", "tokens/s", "MFU", "GiB")
     last = len(run.steps) - 1
-    chosen = sorted({round(at * last / (_TABLE_ROWS - 1)) for at in range(_TABLE_ROWS)})
+    chosen = sorted({round(index * last / (_TABLE_ROWS - 1)) for index in range(_TABLE_ROWS)})
     rows = [
-        [run.steps[at]["step"], *(formatting.figure(number(run.steps[at].get(name))) for name in columns)]
-        for at in chosen
+        [run.steps[index]["step"], *(formatting.figure(number(run.steps[index].get(name))) for name in columns)]
+        for index in chosen
     ]
     caption = f"{len(chosen)} of {formatting.noun(len(run.steps), 'step')}; all are in metrics.jsonl"
     return table(caption, heads, rows, numbers=range(len(heads)))
@@ -127,6 +127,6 @@ def _evals(run: RunRecord) -> Html | None:
 
 
 def _firsts(run: RunRecord) -> list[str]:
-    """The first figure of each set."""
-    firsts = {one.name: f"{one.name}.{one.figure}" for one in reversed(run.results)}
+    """Return the first figure of each set."""
+    firsts = {result.name: f"{result.name}.{result.figure}" for result in reversed(run.results)}
     return list(reversed(firsts.values()))

@@ -19,9 +19,9 @@ _LABELS = 12
 
 
 def with_care(run: RunRecord) -> tuple[RunRecord, str]:
-    """The record with a data card, which is kept beside it as data-card.json and data-card.md.
+    """Return the record with a data card, which is kept beside it as data-card.json and data-card.md.
 
-    Where there is none yet, the recipe's rows are looked at now (or were, by `distft check`: then it takes no time).
+    Where there is none yet, the recipe's rows are examined now (or were, by `distft check`: then it takes no time).
 
     Returns:
         The record, and why it has no card; "" when it has one.
@@ -39,16 +39,20 @@ def with_care(run: RunRecord) -> tuple[RunRecord, str]:
 
     try:
         recipe = load_recipe(run.folder / "recipe.toml", registries=REGISTRIES)
-        found = examine(recipe.data, answers=recipe.eval.answers, cache_dir=cache_folder(recipe.data))
+        quality_report = examine(recipe.data, answers=recipe.eval.answers, cache_dir=cache_folder(recipe.data))
     except DistftError as error:
         return run, " ".join(str(error).split())
-    care = json.loads(json.dumps(found.to_json()))
+    care = json.loads(json.dumps(quality_report.to_json()))
     sources = [
         (split, recipe.written(source.path)) for split in ("train", "eval") for source in getattr(recipe.data, split)
     ]
-    sources += [("eval", recipe.written(one.path)) for one in recipe.eval.answers if has_own_rows(one) and one.path]
+    sources += [
+        ("eval", recipe.written(answers.path))
+        for answers in recipe.eval.answers
+        if has_own_rows(answers) and answers.path
+    ]
     _keep(run.folder / CARE, json.dumps(care, ensure_ascii=False, indent=1) + "\n")
-    _keep(run.folder / "data-card.md", card(found, name=run.name, sources=sources))
+    _keep(run.folder / "data-card.md", card(quality_report, name=run.name, sources=sources))
     return replace(run, care=care), ""
 
 
@@ -78,9 +82,9 @@ def _sources(run: RunRecord) -> Html:
     hashed = run.manifest.get("sources") or {}
     rows: list[list[Child]] = []
     for split in ("train", "eval"):
-        for at, source in enumerate(recipe.get(split) or []):
-            known = hashed.get(split) or []
-            files = known[at].get("files", {}) if at < len(known) else {}
+        for index, source in enumerate(recipe.get(split) or []):
+            hashes = hashed.get(split) or []
+            files = hashes[index].get("files", {}) if index < len(hashes) else {}
             digests = [h("div", h("code", digest[:16]), f" {label}") for label, digest in list(files.items())[:5]]
             shown = digests or [h("span", formatting.NOTHING)]
             rows.append([source.get("path", ""), split, source.get("format", "auto"), shown])
@@ -93,15 +97,15 @@ def _lengths(splits: Mapping[str, Any]) -> Html:
     rows = [
         [
             split,
-            formatting.count(told["num_rows"]),
-            formatting.count(told["num_unread"]),
+            formatting.count(figures["num_rows"]),
+            formatting.count(figures["num_unread"]),
             *(
-                formatting.count(told[part].get(at))
+                formatting.count(figures[part].get(quantile))
                 for part in ("prompt_chars", "answer_chars")
-                for at in ("p50", "p90", "max")
+                for quantile in ("p50", "p90", "max")
             ),
         ]
-        for split, told in splits.items()
+        for split, figures in splits.items()
     ]
     heads = ("split", "rows", "of no format", "prompt, median", "90 %", "longest", "answer, median", "90 %", "longest")
     return table("Rows, and their lengths in characters", heads, rows, numbers=range(1, 9))
@@ -143,13 +147,13 @@ def _labels(splits: Mapping[str, Any]) -> Iterator[Html]:
 
 
 def _finds(care: Mapping[str, Any]) -> Iterator[Html]:
-    found = care.get("num_found") or {}
-    if not found:
+    counts = care.get("num_found") or {}
+    if not counts:
         yield h("p", "No personal data or secrets by shape; names and addresses of people have none.", class_="soft")
         return
-    first = {one["kind"]: one for one in reversed(care.get("found") or [])}
+    first = {finding["kind"]: finding for finding in reversed(care.get("found") or [])}
     rows = [
         [kind, formatting.count(count), f"{first[kind]['row']}: {first[kind]['masked']}" if kind in first else ""]
-        for kind, count in found.items()
+        for kind, count in counts.items()
     ]
     yield table("Personal data and secrets by shape, masked", ("kind", "rows", "for example"), rows, numbers=(1,))

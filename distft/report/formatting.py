@@ -61,16 +61,16 @@ def moment(seconds: float) -> str:
 
 
 def of(result: EvalFigure, value: Any) -> str:
-    """A value of this figure: shares in percent."""
-    known = number(value)
-    return percent(known) if result.binary else figure(known)
+    """Format a value of this figure: shares in percent."""
+    parsed = number(value)
+    return percent(parsed) if result.binary else figure(parsed)
 
 
-def interval(result: EvalFigure, told: Mapping[str, Any] | None, *, signed: bool = False) -> str:
-    """`88.1 % [81.0, 93.0]`, to be broken before its bounds alone; without bounds where there are none."""
-    if told is None:
+def interval(result: EvalFigure, measured: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """Return `88.1 % [81.0, 93.0]`, which may be broken before its bounds alone; without bounds where it has none."""
+    if measured is None:
         return NOTHING
-    value, low, high = (number(told.get(key)) for key in ("value", "low", "high"))
+    value, low, high = (number(measured.get(key)) for key in ("value", "low", "high"))
     if value is None:
         return NOTHING
     if signed and result.binary:
@@ -88,6 +88,6 @@ MINUS = "\u2212"
 NO_BREAK = "\u00a0"
 
 
-def noun(number_of: int, one: str, many: str = "") -> str:
-    """`1 step`, `2 steps`."""
-    return f"{number_of:,} {one if number_of == 1 else many or one + 's'}"
+def noun(number_of: int, singular: str, plural: str = "") -> str:
+    """Return `1 step`, `2 steps`."""
+    return f"{number_of:,} {singular if number_of == 1 else plural or singular + 's'}"

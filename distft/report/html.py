@@ -22,11 +22,11 @@ Attribute: TypeAlias = str | int | float | bool | None
 
 
 def h(tag: str, *children: Child, **attributes: Attribute) -> Html:
-    """An element. `class_` is written class, `aria_label` aria-label; None and False leave an attribute out."""
-    told = "".join(_attribute(name, value) for name, value in attributes.items())
+    """Return an element. `class_` is written class, `aria_label` aria-label; None and False leave an attribute out."""
+    text = "".join(_attribute(name, value) for name, value in attributes.items())
     if tag in VOID:
-        return Html(f"<{tag}{told}>" if tag not in ("line", "path", "rect", "circle") else f"<{tag}{told}/>")
-    return Html(f"<{tag}{told}>{join(children)}</{tag}>")
+        return Html(f"<{tag}{text}>" if tag not in ("line", "path", "rect", "circle") else f"<{tag}{text}/>")
+    return Html(f"<{tag}{text}>{join(children)}</{tag}>")
 
 
 def join(children: Child) -> Html:

@@ -21,7 +21,7 @@ _STATES = {"complete": ("good", "● complete"), "failed": ("bad", "✕ failed")
 
 
 def run_page(run: RunRecord, status: Status, *, price: float | None = None, no_card: str = "") -> str:
-    """One HTML document. `no_card`: why there is no data card."""
+    """Return one HTML document. `no_card`: why there is no data card."""
     parts = {
         "results": ("Did it help?", list(results(run))),
         "curves": ("Curves", list(curves(run))),
@@ -33,13 +33,13 @@ def run_page(run: RunRecord, status: Status, *, price: float | None = None, no_c
         "environment": ("Environment", list(environment(run))),
     }
     contents = [("glance", "At a glance"), *((name, title) for name, (title, _) in parts.items())]
-    kind, told = _STATES.get(status.state, ("", status.state))
+    kind, state_text = _STATES.get(status.state, ("", status.state))
     kicker = " · ".join(filter(None, [run.method_title, run.base, _where(run)]))
     header = h(
         "header",
         h("p", kicker, class_="kicker"),
         h("h1", run.name),
-        h("p", h("span", told, class_=f"state {kind}"), f" {_lead(run, status)}", class_="lead"),
+        h("p", h("span", state_text, class_=f"state {kind}"), f" {_lead(run, status)}", class_="lead"),
         h("p", h("strong", "Why: "), status.why, class_="note") if status.why else None,
         _keys(run, price),
         class_="top",
@@ -75,23 +75,23 @@ def _where(run: RunRecord) -> str:
 
 
 def _lead(run: RunRecord, status: Status) -> str:
-    """One sentence for somebody with ten seconds."""
+    """Return the outcome in one sentence."""
     step = f"{status.step or 0:,}" + (f" of {status.num_steps:,}" if status.num_steps else "")
-    told = f"after step {step}" if status.state != "complete" else f"after {formatting.noun(status.step or 0, 'step')}"
+    text = f"after step {step}" if status.state != "complete" else f"after {formatting.noun(status.step or 0, 'step')}"
     tokens = run.last.get("tokens")
     if tokens:
-        told += f" and {formatting.count(tokens)} tokens"
-    told += "."
+        text += f" and {formatting.count(tokens)} tokens"
+    text += "."
     first = run.results[0] if run.results else None
     if first is not None and first.before and first.tuned:
-        told += f" On {first.name}, {first.title} went from {formatting.of(first, first.before.get('value'))} to "
-        told += f"{formatting.of(first, (first.tuned or {}).get('value'))}"
-        told += f": {first.verdict}." if first.verdict else "."
+        text += f" On {first.name}, {first.title} went from {formatting.of(first, first.before.get('value'))} to "
+        text += f"{formatting.of(first, (first.tuned or {}).get('value'))}"
+        text += f": {first.verdict}." if first.verdict else "."
     else:
         before, after = run.held_out_losses
         if before is not None and after is not None:
-            told += f" The held-out loss went from {formatting.figure(before)} to {formatting.figure(after)}."
-    return told
+            text += f" The held-out loss went from {formatting.figure(before)} to {formatting.figure(after)}."
+    return text
 
 
 def _keys(run: RunRecord, price: float | None) -> Html:
@@ -103,8 +103,8 @@ def _keys(run: RunRecord, price: float | None) -> Html:
     cells = []
     if first is not None:
         change = (first.change or {}).get("difference")
-        told = [formatting.interval(first, change, signed=True), " ", verdict(first)] if change else None
-        cells.append(key(f"{first.name}, {first.title}", formatting.of(first, (first.last or {}).get("value")), told))
+        detail = [formatting.interval(first, change, signed=True), " ", verdict(first)] if change else None
+        cells.append(key(f"{first.name}, {first.title}", formatting.of(first, (first.last or {}).get("value")), detail))
     if after is not None:
         cells.append(key("Held-out loss", formatting.figure(after), f"before {formatting.figure(before)}"))
     elif run.losses:
@@ -117,8 +117,8 @@ def _keys(run: RunRecord, price: float | None) -> Html:
         key("Speed", formatting.count(speed), "tokens/s, median") if speed else key("Speed", formatting.NOTHING)
     )
     planned = run.planned_gib
-    told = f"planned {formatting.gib(planned)}" if planned else ("on a GPU" if run.on_gpu else "host memory, no GPU")
-    cells.append(key("Peak memory, rank 0", formatting.gib(run.peak_gib), told))
+    detail = f"planned {formatting.gib(planned)}" if planned else ("on a GPU" if run.on_gpu else "host memory, no GPU")
+    cells.append(key("Peak memory, rank 0", formatting.gib(run.peak_gib), detail))
     hours = run.gpu_hours
     if price is not None and hours is not None:
         cells.append(key("Cost", money(hours * price), f"{formatting.figure(hours)} hours at {price:g}"))
@@ -161,12 +161,13 @@ def _facts(run: RunRecord, status: Status, price: float | None) -> Iterator[tupl
     before, after = run.held_out_losses
     if after is not None:
         yield "held-out loss", f"{formatting.figure(before)} before, {formatting.figure(after)} after"
-    for one in run.results[:1]:
+    for result in run.results[:1]:
         yield (
-            f"{one.name}, {one.title}",
+            f"{result.name}, {result.title}",
             [
-                f"{formatting.interval(one, one.before)} before, {formatting.interval(one, one.tuned)} after ",
-                verdict(one),
+                f"{formatting.interval(result, result.before)} before, "
+                f"{formatting.interval(result, result.tuned)} after ",
+                verdict(result),
             ],
         )
     if run.best:

@@ -55,23 +55,23 @@ def verdict(result: EvalFigure) -> Html | str:
     return h("span", text, class_=f"verdict {kind}")
 
 
-def _scores(found: Sequence[EvalFigure]) -> Html:
+def _scores(results: Sequence[EvalFigure]) -> Html:
     heads = ("rows", "score", "(picture)", "before", "after", "change", "verdict")
     body = []
-    for one in found:
-        change = one.change or {}
+    for result in results:
+        change = result.change or {}
         body.append(
             [
-                one.name,
-                [one.title, h("span", "" if one.higher_is_better else " (less is better)", class_="soft")],
-                picture(one),
-                formatting.interval(one, one.before),
+                result.name,
+                [result.title, h("span", "" if result.higher_is_better else " (less is better)", class_="soft")],
+                picture(result),
+                formatting.interval(result, result.before),
                 [
-                    formatting.interval(one, one.tuned),
-                    h("span", " best" if one.label == "best" and one.tuned else "", class_="soft"),
+                    formatting.interval(result, result.tuned),
+                    h("span", " best" if result.label == "best" and result.tuned else "", class_="soft"),
                 ],
-                [formatting.interval(one, change.get("difference"), signed=True), _p_value(change)],
-                verdict(one),
+                [formatting.interval(result, change.get("difference"), signed=True), _p_value(change)],
+                verdict(result),
             ]
         )
     return table("Scores before and after training, with 95 % intervals", heads, body, numbers=(3, 4, 5))
@@ -82,18 +82,18 @@ def _p_value(change: Any) -> Html | None:
     if not test:
         return None
     p = number(test.get("p_value"))
-    told = "" if p is None else f", p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
-    return h("span", f" {test['gained']} gained, {test['lost']} lost{told}", class_="under")
+    p_text = "" if p is None else f", p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+    return h("span", f" {test['gained']} gained, {test['lost']} lost{p_text}", class_="under")
 
 
-def picture(one: EvalFigure, style: int = 1, scale: tuple[float, float] | None = None) -> Html | None:
-    """Before above after, on a scale from 0 to 1 where both lie in it."""
+def picture(result: EvalFigure, style: int = 1, scale: tuple[float, float] | None = None) -> Html | None:
+    """Draw before above after, on a scale from 0 to 1 where both lie in it."""
     marks = []
-    for told, of in ((one.before, 0), (one.tuned, style)):
-        value = None if told is None else number(told.get("value"))
-        if told is None or value is None:
+    for interval, of in ((result.before, 0), (result.tuned, style)):
+        value = None if interval is None else number(interval.get("value"))
+        if interval is None or value is None:
             continue
-        low, high = number(told.get("low")), number(told.get("high"))
+        low, high = number(interval.get("low")), number(interval.get("high"))
         marks.append((value, value if low is None else low, value if high is None else high, of))
     if not marks:
         return None
@@ -126,28 +126,30 @@ def _held_out(run: RunRecord) -> Iterator[Html]:
 def _regressions(run: RunRecord) -> Iterator[Html]:
     if not run.results:
         return
-    first = {(one.name, one.score): one for one in reversed(run.results)}  # a score's own list goes by its first figure
-    lost = [one for one in run.results if one is first[one.name, one.score] and one.regressions]
+    first = {
+        (result.name, result.score): result for result in reversed(run.results)
+    }  # a score's own list goes by its first figure
+    lost = [result for result in run.results if result is first[result.name, result.score] and result.regressions]
     yield h("h3", "Rows that got worse")
     if not lost:
         yield h("p", "None: no row has a lower score than before.")
-    for at, one in enumerate(lost):
-        num = one.num_worse
+    for index, result in enumerate(lost):
+        num = result.num_worse
         more = f", the worst {SHOWN} shown" if num > SHOWN else ""
-        yield h("p", f"{one.name}, {one.title}: {formatting.noun(num, 'row')}{more}, worst first.")
-        old, new = run.answers("before", one.name), run.answers(one.label, one.name)
-        for place, row in enumerate(islice(one.regressions, SHOWN)):
-            yield _row(one, row, old.get(row), new.get(row), opened=at == 0 and place < _OPEN)
+        yield h("p", f"{result.name}, {result.title}: {formatting.noun(num, 'row')}{more}, worst first.")
+        old, new = run.answers("before", result.name), run.answers(result.label, result.name)
+        for place, row in enumerate(islice(result.regressions, SHOWN)):
+            yield _row(result, row, old.get(row), new.get(row), opened=index == 0 and place < _OPEN)
 
 
-def _mark(one: EvalFigure, value: Any) -> str:
-    known = number(value)
-    return formatting.of(one, value) if not one.binary or known not in (0, 1) else "right" if known else "wrong"
+def _mark(result: EvalFigure, value: Any) -> str:
+    parsed = number(value)
+    return formatting.of(result, value) if not result.binary or parsed not in (0, 1) else "right" if parsed else "wrong"
 
 
-def _row(one: EvalFigure, row: str, old: Any, new: Any, *, opened: bool) -> Html:
-    told = [_mark(one, ((said or {}).get("scores") or {}).get(one.figure)) for said in (old, new)]
-    summary = h("summary", h("strong", row), " ", h("span", f"{told[0]} \u2192 {told[1]}", class_="soft nowrap"))
+def _row(result: EvalFigure, row: str, old: Any, new: Any, *, opened: bool) -> Html:
+    marks = [_mark(result, ((answer or {}).get("scores") or {}).get(result.figure)) for answer in (old, new)]
+    summary = h("summary", h("strong", row), " ", h("span", f"{marks[0]} \u2192 {marks[1]}", class_="soft nowrap"))
     if old is None and new is None:
         return h("details", summary, missing("The answers of this row are not in the run folder."), class_="row")
     any_ = old or new

@@ -13,64 +13,66 @@ from distft.run_record import RunRecord
 
 
 def recipe(run: RunRecord) -> Iterator[Html]:
-    """The resolved recipe."""
+    """Yield the resolved recipe."""
     if not run.recipe_text:
         yield missing("The run folder has no recipe.toml.")
         return
     digest = str(run.manifest.get("recipe_sha256", ""))
-    told = ["Every default is filled in; "]
-    told += ["sha256 ", h("code", digest[:16]), "." if digest else ""]
+    parts = ["Every default is filled in; "]
+    parts += ["sha256 ", h("code", digest[:16]), "." if digest else ""]
     given = (run.manifest.get("recipe") or {}).get("overrides") or []
-    yield h("p", told, class_="soft")
+    yield h("p", parts, class_="soft")
     if given:
-        yield h("p", "Changed on the command line: ", [[h("code", one), " "] for one in given])
+        yield h("p", "Changed on the command line: ", [[h("code", override), " "] for override in given])
     yield fold("recipe.toml", h("pre", h("code", run.recipe_text), tabindex=0))
 
 
 def environment(run: RunRecord) -> Iterator[Html]:
-    """Hardware, versions, code."""
-    said = run.manifest
-    if not said:
+    """Yield hardware, versions and code."""
+    manifest = run.manifest
+    if not manifest:
         yield missing("The run folder has no manifest.json, so nothing is known of the machine.")
         return
-    machine, code, layout = said.get("hardware") or {}, said.get("git") or {}, said.get("layout") or {}
+    machine, code, layout = manifest.get("hardware") or {}, manifest.get("git") or {}, manifest.get("layout") or {}
     kinds: dict[str, int] = {}
-    for place in said.get("devices") or []:
+    for place in manifest.get("devices") or []:
         kinds[place["device"]] = kinds.get(place["device"], 0) + 1
-    devices = ", ".join(f"{count} × {name}" for name, count in kinds.items()) or said.get("device", "")
+    devices = ", ".join(f"{count} × {name}" for name, count in kinds.items()) or manifest.get("device", "")
     memory = machine.get("memory_gib")
     processor = ", ".join(
-        part for part in (machine.get("cpu"), f"{said.get('cpus')} cores", f"{memory} GiB" if memory else "") if part
+        part
+        for part in (machine.get("cpu"), f"{manifest.get('cpus')} cores", f"{memory} GiB" if memory else "")
+        if part
     )
     commit: Child = None
-    if said.get("git_commit"):
+    if manifest.get("git_commit"):
         dirty = [" with changes, in ", h("code", "uncommitted.diff")] if code.get("dirty") else ", unchanged"
-        commit = [h("code", str(said["git_commit"])[:12]), dirty]
+        commit = [h("code", str(manifest["git_commit"])[:12]), dirty]
     yield facts(
         "Machine and processes",
         [
             ("devices", devices),
             ("driver", machine.get("gpu_driver")),
             ("processor", processor),
-            ("system", said.get("platform")),
-            ("processes", f"{said.get('world', '')} on {formatting.noun(int(said.get('nodes') or 1), 'node')}"),
-            ("launcher", " ".join(filter(None, [said.get("launcher"), said.get("launcher_wants")]))),
+            ("system", manifest.get("platform")),
+            ("processes", f"{manifest.get('world', '')} on {formatting.noun(int(manifest.get('nodes') or 1), 'node')}"),
+            ("launcher", " ".join(filter(None, [manifest.get("launcher"), manifest.get("launcher_wants")]))),
             ("engine", run.engine),
             ("micro-batch", _micro(layout)),
             ("checkpointing", layout.get("checkpointing")),
-            ("seed", said.get("seed")),
+            ("seed", manifest.get("seed")),
             ("code", commit),
-            ("folder", h("code", said.get("cwd")) if said.get("cwd") else None),
-            ("Slurm job", said.get("slurm_job")),
+            ("folder", h("code", manifest.get("cwd")) if manifest.get("cwd") else None),
+            ("Slurm job", manifest.get("slurm_job")),
         ],
     )
-    versions = {name: version for name, version in (said.get("versions") or {}).items() if version}
-    versions |= {str(plugin.get("distribution")): plugin.get("version") for plugin in said.get("plugins") or []}
+    versions = {name: version for name, version in (manifest.get("versions") or {}).items() if version}
+    versions |= {str(plugin.get("distribution")): plugin.get("version") for plugin in manifest.get("plugins") or []}
     yield fold("Versions", table("Installed packages", ("package", "version"), list(versions.items())))
-    if said.get("environment"):
-        named = [[name, h("code", value)] for name, value in said["environment"].items()]
+    if manifest.get("environment"):
+        named = [[name, h("code", value)] for name, value in manifest["environment"].items()]
         yield fold("Environment variables", table("Variables that libraries read", ("name", "value"), named))
-    command = said.get("command") or []
+    command = manifest.get("command") or []
     if command:
         yield fold("Command of rank 0", h("pre", h("code", " ".join(map(str, command))), tabindex=0))
 

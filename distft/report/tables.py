@@ -11,17 +11,17 @@ _FEW = 4
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Child]], *, numbers: Iterable[int] = ()) -> Html:
-    """Scrolls sideways by itself on a narrow screen, by keyboard too; each row's first cell is its heading.
+    """Return a table that scrolls sideways on a narrow screen, by keyboard too; a row's first cell is its heading.
 
     `numbers`: columns that are set flush right.
     """
     right = frozenset(numbers)
-    head = h("tr", [_head(text, "num" if at in right else None) for at, text in enumerate(heads)])
+    head = h("tr", [_head(text, "num" if index in right else None) for index, text in enumerate(heads)])
     body = [
         h(
             "tr",
             h("th", row[0], scope="row", class_="num" if 0 in right else None),
-            [h("td", cell, class_="num" if at in right else None) for at, cell in enumerate(row[1:], start=1)],
+            [h("td", cell, class_="num" if index in right else None) for index, cell in enumerate(row[1:], start=1)],
         )
         for row in rows
     ]

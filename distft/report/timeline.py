@@ -38,24 +38,24 @@ _OTHER = _Kind(sign="◆", name="")
 
 
 def timeline(run: RunRecord) -> Iterator[Html]:
-    """The section's content."""
+    """Yield the section's content."""
     if not run.spans:
         yield missing("events.jsonl names no start of this run.")
         return
-    happened = sorted(_happened(run), key=lambda one: one[0])
+    happened = sorted(_happened(run), key=lambda entry: entry[0])
     first, last = run.spans[0].began, max(span.ended for span in run.spans)
     yield _strip(run, happened, first, max(last, first + 1))
     yield h("p", _sentence(run))
     restarts = len(run.spans) - 1
     rows = [
         [
-            h("span", formatting.moment(at), class_="nowrap"),
-            f"+{formatting.duration(at - first)}",
+            h("span", formatting.moment(seconds), class_="nowrap"),
+            f"+{formatting.duration(seconds - first)}",
             "" if step is None else formatting.count(step),
             [h("span", kind.sign, aria_hidden="true"), f" {name}"],
-            told,
+            reason,
         ]
-        for at, step, kind, name, told in happened[:_SHOWN]
+        for seconds, step, kind, name, reason in happened[:_SHOWN]
     ]
     heads = ("time", "after", "step", "what", "why")
     shown = table("Starts, ends and faults, in order", heads, rows, numbers=(1, 2))
@@ -68,18 +68,18 @@ def _sentence(run: RunRecord) -> str:
     saves = [event for event in run.events if event.get("event") == "saved"]
     blocked = sum(float(event.get("blocked_s", 0)) for event in saves)
     restarts = len(run.spans) - 1
-    told = f"{formatting.noun(len(run.spans), 'start')}, {formatting.duration(run.wall_s)} in all, of which "
-    told += f"{formatting.duration(run.training_s)} in optimizer steps. "
-    told += f"{formatting.noun(len(saves), 'checkpoint')} saved"
-    told += f", training waited {formatting.duration(blocked)} for them. " if saves else ". "
+    text = f"{formatting.noun(len(run.spans), 'start')}, {formatting.duration(run.wall_s)} in all, of which "
+    text += f"{formatting.duration(run.training_s)} in optimizer steps. "
+    text += f"{formatting.noun(len(saves), 'checkpoint')} saved"
+    text += f", training waited {formatting.duration(blocked)} for them. " if saves else ". "
     lost = sum(int(bool(span.code is None)) for span in run.spans[:-1])
-    return told + (
+    return text + (
         f"{formatting.noun(restarts, 'restart')}, {lost} after a start without a last word." if restarts else ""
     )
 
 
 def _happened(run: RunRecord) -> Iterator[tuple[float, int | None, _Kind, str, Child]]:
-    """(when, step, kind, name, why)."""
+    """Yield (when, step, kind, name, why) of each event."""
     for span in run.spans:
         where = f"{span.engine} × {formatting.noun(span.world, 'process', 'processes')}"
         begun = _Kind(sign="▶", name="started")
@@ -89,11 +89,11 @@ def _happened(run: RunRecord) -> Iterator[tuple[float, int | None, _Kind, str, C
         name = kind.name if span.code in (0, 75, None) else f"{kind.name}, code {span.code}"
         yield span.ended, run.exit.get("step") if last else None, kind, name, "" if span.code == 0 else span.reason
     for event in run.events:
-        at = seconds_of(event.get("time"))
-        said = str(event.get("event", ""))
-        if at is not None and said not in _USUAL:
-            kind = KINDS.get(said, _OTHER)
-            yield at, event.get("step"), kind, kind.name or said, _why(event)
+        seconds = seconds_of(event.get("time"))
+        event_name = str(event.get("event", ""))
+        if seconds is not None and event_name not in _USUAL:
+            kind = KINDS.get(event_name, _OTHER)
+            yield seconds, event.get("step"), kind, kind.name or event_name, _why(event)
 
 
 def _why(event: Mapping[str, Any]) -> str:
@@ -105,8 +105,8 @@ def _why(event: Mapping[str, Any]) -> str:
 
 
 def _strip(run: RunRecord, happened: list[Any], first: float, last: float) -> Html:
-    def left(at: float) -> str:
-        return f"left:{100 * (at - first) / (last - first):.2f}%"
+    def left(seconds: float) -> str:
+        return f"left:{100 * (seconds - first) / (last - first):.2f}%"
 
     bars = [
         h(
@@ -117,8 +117,8 @@ def _strip(run: RunRecord, happened: list[Any], first: float, last: float) -> Ht
         for span in run.spans
     ]
     signs = [
-        h("span", kind.sign, class_="sign bad" if kind.bad else "sign", style=left(at))
-        for at, _, kind, _, _ in happened[:_SHOWN]
+        h("span", kind.sign, class_="sign bad" if kind.bad else "sign", style=left(seconds))
+        for seconds, _, kind, _, _ in happened[:_SHOWN]
     ]
     ends = [
         h("span", formatting.moment(first), class_="tick begin", style="left:0"),

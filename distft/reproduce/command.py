@@ -64,25 +64,25 @@ def _run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     recipe = load_recipe(options.run / "recipe.toml", registries=REGISTRIES)
-    found = differences(first.manifest, recipe, _device())
-    said: dict[str, Any] = {"run": str(options.run), "differences": [vars(one) for one in found]}
+    changes = differences(first.manifest, recipe, _device())
+    result: dict[str, Any] = {"run": str(options.run), "differences": [vars(change) for change in changes]}
     say = _quiet if options.json else print
     say(f"{first.name}: rows, weights and versions against manifest.json")
-    for one in found:
-        mark = "!" if one.is_fatal else "~" if one.kind == "computes" else " "
-        say(f"  {mark} {one}")
-    if not found:
+    for change in changes:
+        mark = "!" if change.is_fatal else "~" if change.kind == "computes" else " "
+        say(f"  {mark} {change}")
+    if not changes:
         say("  all as they were")
-    fatal = [one for one in found if one.is_fatal]
+    fatal = [change for change in changes if change.is_fatal]
     if fatal and options.against is None:
         say("not the same rows or weights: there is nothing to reproduce")
-        return _told(options, said, _EXITS[fatal[0].kind])
+        return _finish(options, result, _EXITS[fatal[0].kind])
     if options.only_check:
-        return _told(options, said, DONE)
-    return _held_against(options, first, said, say)
+        return _finish(options, result, DONE)
+    return _held_against(options, first, result, say)
 
 
-def _held_against(options: argparse.Namespace, first: RunRecord, said: dict[str, Any], say: Any) -> int:
+def _held_against(options: argparse.Namespace, first: RunRecord, result: dict[str, Any], say: Any) -> int:
     from distft.reproduce.outcome import compare
 
     if options.against is not None:
@@ -90,15 +90,15 @@ def _held_against(options: argparse.Namespace, first: RunRecord, said: dict[str,
     else:
         folder, code = _again(options, first, say)
     second = read_run(folder)
-    said |= {"again": str(folder), "exit_code": code}
+    result |= {"again": str(folder), "exit_code": code}
     if code not in (DONE, PREEMPTED_AND_SAVED if options.steps is not None else DONE):
         say(f"the second run ended with code {code}: {second.exit.get('reason', 'its own message is above')}")
-        return _told(options, said, code)
+        return _finish(options, result, code)
     outcome = compare(first, second, until=options.steps)
     same = _layout(first) == _layout(second)
     verdict = "equal" if outcome.equal else "within 1e-5" if outcome.within else "differs"
     good = outcome.equal or (outcome.within and not same)
-    said |= {"outcome": outcome.to_json(), "same_layout": same, "verdict": verdict, "reproduced": good}
+    result |= {"outcome": outcome.to_json(), "same_layout": same, "verdict": verdict, "reproduced": good}
     say(f"{folder}, {_words(second)}" + ("" if same else f", where the first was {_words(first)}"))
     for line in outcome.lines():
         say(f"  {line}")
@@ -111,7 +111,7 @@ def _held_against(options: argparse.Namespace, first: RunRecord, said: dict[str,
             "not reproduced"
             + (": within 1e-5, but the same layout should give the same bits" if outcome.within else "")
         )
-    return _told(options, said, DONE if good else DIFFERS)
+    return _finish(options, result, DONE if good else DIFFERS)
 
 
 def _again(options: argparse.Namespace, first: RunRecord, say: Any) -> tuple[Path, int]:
@@ -150,8 +150,8 @@ def _again(options: argparse.Namespace, first: RunRecord, say: Any) -> tuple[Pat
             output=output,
             meanwhile=None if options.steps is None else _Until(folder, options.steps).look,
         )
-    if ended.asked and ended.code:
-        raise Preempted(f"stopped by {signal.Signals(ended.asked[0]).name}; {folder} holds what was run again so far")
+    if ended.signals and ended.code:
+        raise Preempted(f"stopped by {signal.Signals(ended.signals[0]).name}; {folder} holds what was run again so far")
     return folder, ended.code
 
 
@@ -160,20 +160,20 @@ class _Until:
 
     def __init__(self, folder: Path, steps: int) -> None:
         self._folder, self._steps = folder, steps
-        self._next, self._asked = 0.0, False
+        self._next, self._stop_requested = 0.0, False
 
     def look(self) -> None:
         """Called several times a second."""
         now = time.monotonic()
-        if not self._asked and now >= self._next:
+        if not self._stop_requested and now >= self._next:
             self._next = now + _POLL_S
             if read_run(self._folder).last.get("step", 0) >= self._steps:
                 (self._folder / "STOP").touch()
-                self._asked = True
+                self._stop_requested = True
 
 
 def _pinned(first: RunRecord, nproc: int) -> list[str]:
-    """What the recipe left to `auto` and the first run chose, as far as it can be on this number of processes."""
+    """Return settings for what the recipe left to `auto` and the first run chose, as far as `nproc` allows."""
     from distft.catalog import REGISTRIES
     from distft.recipe.toml_text import toml_value
 
@@ -182,8 +182,8 @@ def _pinned(first: RunRecord, nproc: int) -> list[str]:
         settings.append(f"data.date={toml_value(date)}")  # chat templates may write it
     layout = first.manifest.get("layout") or {}
     if first.table("engine").get("name") == "auto" and not (first.engine == "solo" and nproc > 1):
-        known = REGISTRIES.engine[first.engine].params.model_fields
-        kept = {key: value for key, value in first.table("engine").items() if key in known}
+        fields = REGISTRIES.engine[first.engine].params.model_fields
+        kept = {key: value for key, value in first.table("engine").items() if key in fields}
         settings.append(f"engine={toml_value({'name': first.engine, **kept})}")
     train, micro = first.table("train"), layout.get("micro_batch_size")
     if train.get("micro_batch_size") == "auto" and micro and train.get("global_batch_size", 0) % (nproc * micro) == 0:
@@ -194,8 +194,8 @@ def _pinned(first: RunRecord, nproc: int) -> list[str]:
 
 
 def _layout(run: RunRecord) -> tuple[Any, ...]:
-    cut = run.manifest.get("layout") or {}
-    return run.engine, run.world, cut.get("micro_batch_size"), run.manifest.get("device")
+    layout = run.manifest.get("layout") or {}
+    return run.engine, run.world, layout.get("micro_batch_size"), run.manifest.get("device")
 
 
 def _words(run: RunRecord) -> str:
@@ -216,9 +216,9 @@ def _device() -> str:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
 
 
-def _told(options: argparse.Namespace, said: dict[str, Any], code: int) -> int:
+def _finish(options: argparse.Namespace, result: dict[str, Any], code: int) -> int:
     if options.json:
-        print(json.dumps(said | {"code": code}, default=str))
+        print(json.dumps(result | {"code": code}, default=str))
     return code
 
 

@@ -50,13 +50,13 @@ class Difference:
 
 
 def differences(manifest: Mapping[str, Any], recipe: Recipe, device: str) -> list[Difference]:
-    """Gravest first; things that the manifest does not know are left out. `device`: this machine's, or "cpu".
+    """Return the differences, gravest first, of what the manifest knows. `device`: this machine's, or "cpu".
 
     Raises:
         DataError: rows are not there any more.
         RecipeError: the model is not.
     """
-    found = [
+    changes = [
         *_rows(manifest.get("sources") or {}, recipe),
         *_weights(manifest.get("model") or {}, recipe),
         *_versions(manifest.get("versions") or {}),
@@ -66,7 +66,7 @@ def differences(manifest: Mapping[str, Any], recipe: Recipe, device: str) -> lis
         *_variables(manifest.get("environment") or {}),
     ]
     order = (DATA, MODEL, COMPUTES, TOLD)
-    return sorted(found, key=lambda one: order.index(one.kind))
+    return sorted(changes, key=lambda change: order.index(change.kind))
 
 
 def _rows(then: Mapping[str, Any], recipe: Recipe) -> Iterator[Difference]:
@@ -77,9 +77,9 @@ def _rows(then: Mapping[str, Any], recipe: Recipe) -> Iterator[Difference]:
         return
     now = input_hashes.rows(recipe)
     for split, sources in then.items():
-        for at, source in enumerate(sources):
+        for index, source in enumerate(sources):
             here = now.get(split, [])
-            files = here[at]["files"] if at < len(here) else {}
+            files = here[index]["files"] if index < len(here) else {}
             yield from _hashes(DATA, f"[[data.{split}]] {source['path']}", source["files"], files)
 
 
@@ -140,16 +140,18 @@ def _code(then: Mapping[str, Any]) -> Iterator[Difference]:
     here = environment.git_state(Path.cwd())
     now = {} if here is None else here.to_json()
     if then and (then.get("commit"), then.get("diff_sha256")) != (now.get("commit"), now.get("diff_sha256")):
-        told = [
-            f"{str(one.get('commit'))[:12]}{' with changes' if one.get('dirty') else ''}" if one else "no repository"
-            for one in (then, now)
+        commits = [
+            f"{str(state.get('commit'))[:12]}{' with changes' if state.get('dirty') else ''}"
+            if state
+            else "no repository"
+            for state in (then, now)
         ]
-        yield Difference(kind=TOLD, what="code around the run", then=told[0], now=told[1])
+        yield Difference(kind=TOLD, what="code around the run", then=commits[0], now=commits[1])
 
 
 def _variables(then: Mapping[str, str]) -> Iterator[Difference]:
     now = environment.library_variables(os.environ)
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name) and not name.startswith(_IGNORED):
-            pair = [one.get(name, "not set") for one in (then, now)]
+            pair = [variables.get(name, "not set") for variables in (then, now)]
             yield Difference(kind=TOLD, what=f"${name}", then=pair[0], now=pair[1])

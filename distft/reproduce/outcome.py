@@ -79,29 +79,31 @@ class Outcome:
 
     @property
     def equal(self) -> bool:
-        """All of it, bit for bit."""
-        told = all(column.equal for column in self.columns) and bool(self.columns)
+        """Whether all of it is equal, bit for bit."""
+        columns_equal = all(column.equal for column in self.columns) and bool(self.columns)
         parts = [part.equal for part in (self.tensors, self.answers) if part is not None]
-        return told and not self.missing_steps and all(parts)
+        return columns_equal and not self.missing_steps and all(parts)
 
     @property
     def within(self) -> bool:
-        """Losses and norms within the tolerance."""
-        return bool(self.columns) and not self.missing_steps and all(one.worst <= TOLERANCE for one in self.columns)
+        """Whether losses and norms are within the tolerance."""
+        return (
+            bool(self.columns) and not self.missing_steps and all(column.worst <= TOLERANCE for column in self.columns)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self) | {"equal": self.equal, "within_1e-5": self.within}
 
     def lines(self) -> Iterator[str]:
-        """For people."""
-        for one in self.columns:
-            if one.equal:
-                yield f"{one.name:<10} equal in all {one.num_steps:,} values"
+        """Yield the outcome as lines for people."""
+        for column in self.columns:
+            if column.equal:
+                yield f"{column.name:<10} equal in all {column.num_steps:,} values"
             else:
                 yield (
-                    f"{one.name:<10} differs from step {one.first_step} on, by at most {one.worst:.2g} of its value "
-                    f"(step {one.worst_step})"
+                    f"{column.name:<10} differs from step {column.first_step} on, by at most {column.worst:.2g} "
+                    f"of its value (step {column.worst_step})"
                 )
         if self.missing_steps:
             yield f"{'steps':<10} {self.missing_steps:,} were not made"
@@ -110,23 +112,23 @@ class Outcome:
         if self.answers is not None:
             yield f"{'answers':<10} {_about_answers(self.answers)}"
 
-    def _about(self, found: Tensors) -> str:
-        if found.equal:
-            return f"equal in all {found.num_tensors:,} tensors"
-        if found.only_in_one:
-            return f"not the same tensors: {', '.join(found.only_in_one[:5])} in one of the two"
+    def _about(self, tensors: Tensors) -> str:
+        if tensors.equal:
+            return f"equal in all {tensors.num_tensors:,} tensors"
+        if tensors.only_in_one:
+            return f"not the same tensors: {', '.join(tensors.only_in_one[:5])} in one of the two"
         return (
-            f"{found.num_tensors - found.num_equal:,} of {found.num_tensors:,} tensors differ, most in "
-            f"{found.worst_name}: {found.worst:.2g}, {found.worst_relative:.2g} of its greatest element"
+            f"{tensors.num_tensors - tensors.num_equal:,} of {tensors.num_tensors:,} tensors differ, most in "
+            f"{tensors.worst_name}: {tensors.worst:.2g}, {tensors.worst_relative:.2g} of its greatest element"
         )
 
 
-def _about_answers(found: Answers) -> str:
-    if found.missing:
-        return f"not there: {', '.join(found.missing[:5])}"
-    if found.equal:
-        return f"equal in all {found.num_answers:,} rows"
-    return f"{found.num_answers - found.num_equal:,} of {found.num_answers:,} rows differ, first {found.first}"
+def _about_answers(answers: Answers) -> str:
+    if answers.missing:
+        return f"not there: {', '.join(answers.missing[:5])}"
+    if answers.equal:
+        return f"equal in all {answers.num_answers:,} rows"
+    return f"{answers.num_answers - answers.num_equal:,} of {answers.num_answers:,} rows differ, first {answers.first}"
 
 
 def compare(first: RunRecord, second: RunRecord, *, until: int | None = None) -> Outcome:
@@ -143,12 +145,12 @@ def compare(first: RunRecord, second: RunRecord, *, until: int | None = None) ->
 
 
 def _column(name: str, first: RunRecord, second: RunRecord, until: int | None) -> Column | None:
-    one, other = _values(name, first), _values(name, second)
-    shared = [step for step in one if step in other and (until is None or step <= until)]
+    first_values, second_values = _values(name, first), _values(name, second)
+    shared = [step for step in first_values if step in second_values and (until is None or step <= until)]
     if not shared:
         return None
-    unequal = [step for step in shared if one[step] != other[step]]
-    off = {step: _relative(one[step], other[step]) for step in unequal}
+    unequal = [step for step in shared if first_values[step] != second_values[step]]
+    off = {step: _relative(first_values[step], second_values[step]) for step in unequal}
     worst_step = max(off, key=off.__getitem__, default=None)
     return Column(
         name=name,
@@ -166,20 +168,20 @@ def _values(name: str, run: RunRecord) -> dict[int, Any]:
 
 
 def _answers(first: RunRecord, second: RunRecord, until: int | None) -> Answers | None:
-    """Of every set that training asked: not those that somebody asked afterwards under another label."""
-    own = [path for path in sorted((first.folder / "eval").glob("*/*.jsonl")) if _asked_by(path.parent.name, until)]
-    if not own:
+    """Compare the answers of the sets that training evaluated, not those evaluated afterwards under another label."""
+    files = [path for path in sorted((first.folder / "eval").glob("*/*.jsonl")) if _asked_by(path.parent.name, until)]
+    if not files:
         return None
     count, equal, differing, missing = 0, 0, "", []
-    for path in own:
+    for path in files:
         label, name = path.parent.name, path.stem
-        ours, theirs = first.answers(label, name), second.answers(label, name)
-        if not theirs:
+        ours, second_lines = first.answers(label, name), second.answers(label, name)
+        if not second_lines:
             missing.append(f"{label}/{name}")
             continue
         count += len(ours)
         for row, line in ours.items():
-            if line == theirs.get(row):
+            if line == second_lines.get(row):
                 equal += 1
             elif not differing:
                 differing = f"{label}/{name}, {row}"
@@ -192,8 +194,8 @@ def _asked_by(label: str, until: int | None) -> bool:
     return label == "before" or (until is None and label in ("after", "best"))
 
 
-def _relative(one: Any, other: Any) -> float:
-    a, b = number(one), number(other)
+def _relative(first: Any, second: Any) -> float:
+    a, b = number(first), number(second)
     if a is None or b is None:
         return float("inf")
     return abs(a - b) / max(abs(a), abs(b), 1e-30)
@@ -224,12 +226,12 @@ def _tensors(first: Path, second: Path) -> Tensors | None:
     )
 
 
-def _off(name: str, one: Path, other: Path) -> tuple[float, float, bool]:
-    """(largest difference, the same over the largest element, whether all bits are equal); one tensor at a time."""
+def _off(name: str, first_file: Path, second_file: Path) -> tuple[float, float, bool]:
+    """Return (largest difference, the same over the largest element, whether all bits are equal) of one tensor."""
     import torch
     from safetensors import safe_open
 
-    with safe_open(one, framework="pt") as first, safe_open(other, framework="pt") as second:
+    with safe_open(first_file, framework="pt") as first, safe_open(second_file, framework="pt") as second:
         a, b = first.get_tensor(name), second.get_tensor(name)
     if a.shape != b.shape or a.dtype != b.dtype:
         return float("inf"), float("inf"), False

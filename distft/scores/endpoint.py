@@ -61,7 +61,7 @@ class Endpoint:
     sleep: Callable[[float], None] = time.sleep
 
     def ask(self, prompt: str) -> str:
-        """The model's answer to one user message, at temperature 0; from the cache where it was asked before.
+        """Return the model's answer to one user message, at temperature 0; from the cache where it was asked before.
 
         Raises:
             Unanswered: every try failed for a reason that may pass.
@@ -75,8 +75,8 @@ class Endpoint:
             "max_tokens": self.max_tokens,
         }
         note = None if self.cache is None else self.cache / f"{self._hash(body)}.json"
-        if note is not None and (known := _read(note)) is not None:
-            return known
+        if note is not None and (cached := _read(note)) is not None:
+            return cached
         answer = self._ask_until_answered(json.dumps(body).encode())
         if note is not None:
             _write(note, {"url": self.url, **body, "answer": answer})
@@ -116,12 +116,12 @@ class Endpoint:
         if len(raw) > MAX_BYTES:
             raise ValueError(f"an answer of more than {MAX_BYTES >> 20} MiB")
         try:
-            said = json.loads(raw)["choices"][0]["message"]["content"]
+            content = json.loads(raw)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
             raise ValueError(f"no chat completion: {raw[:80]!r}") from None
-        if not isinstance(said, str):
+        if not isinstance(content, str):
             raise ValueError(f"a chat completion without text: {raw[:80]!r}")
-        return said
+        return content
 
     def _excerpt(self, error: urllib.error.HTTPError) -> str:
         """The start of what the server says; some repeat the key they refuse."""

@@ -62,11 +62,11 @@ def plain(text: str, params: ExactMatchParams) -> str:
 
 
 def build(params: ExactMatchParams) -> Scorer:
-    """Of several references any one will do."""
+    """Build the scorer; of several references any one will do."""
 
     def judge(answer: Answer) -> tuple[bool]:
-        said = plain(answer.text, params)
-        return (any(said == plain(right, params) for right in references(answer, params.reference)),)
+        prediction = plain(answer.text, params)
+        return (any(prediction == plain(right, params) for right in references(answer, params.reference)),)
 
     return by_row((FIGURE,), judge)
 

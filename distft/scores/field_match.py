@@ -42,17 +42,17 @@ def read_fields(text: str, form: str) -> Mapping[str, Any] | None:
         except (ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for name, value in _LINE.findall(text):
-        found.setdefault(name, value)
-    return found or None
+        fields.setdefault(name, value)
+    return fields or None
 
 
 def build(params: FieldMatchParams) -> Scorer:
-    """A reference that lacks a named field is a mistake in the data; an answer that lacks it is wrong."""
+    """Build the scorer: a reference that lacks a named field is a mistake in the data, an answer that does is wrong."""
 
     def judge(answer: Answer) -> list[float]:
-        said = read_fields(answer.text, params.form)
+        predicted = read_fields(answer.text, params.form)
         best: list[float] = []
         for right in references(answer, params.reference):
             wanted = read_fields(right, params.form)
@@ -61,20 +61,20 @@ def build(params: FieldMatchParams) -> Scorer:
                 value = _value(wanted, name)
                 if value is _MISSING:
                     raise DataError(f'{answer.id}: the reference has no field "{name}": {right[:80]!r}')
-                each.append(float(_same(_value(said, name), value, params.ignore_case)))
+                each.append(float(_same(_value(predicted, name), value, params.ignore_case)))
             best = max(best, [float(all(each)), sum(each) / len(each), *each])
         return best
 
     return by_row(figures(params), judge)
 
 
-def _value(found: Mapping[str, Any] | None, name: str) -> Any:
-    """The field, by its whole name first: a line's key may have a dot in it."""
-    if found is None:
+def _value(fields: Mapping[str, Any] | None, name: str) -> Any:
+    """Return the field, looked up by its whole name first: a line's key may have a dot in it."""
+    if fields is None:
         return _MISSING
-    if name in found:
-        return found[name]
-    value: Any = found
+    if name in fields:
+        return fields[name]
+    value: Any = fields
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return _MISSING
@@ -82,13 +82,13 @@ def _value(found: Mapping[str, Any] | None, name: str) -> Any:
     return value
 
 
-def _same(said: Any, right: Any, ignore_case: bool) -> bool:
-    if isinstance(said, bool) != isinstance(right, bool):  # Python takes True for 1, JSON does not
+def _same(prediction: Any, reference: Any, ignore_case: bool) -> bool:
+    if isinstance(prediction, bool) != isinstance(reference, bool):  # Python takes True for 1, JSON does not
         return False
-    if isinstance(said, str) and isinstance(right, str):
-        said, right = said.strip(), right.strip()
-        return said.casefold() == right.casefold() if ignore_case else said == right
-    return said == right
+    if isinstance(prediction, str) and isinstance(reference, str):
+        prediction, reference = prediction.strip(), reference.strip()
+        return prediction.casefold() == reference.casefold() if ignore_case else prediction == reference
+    return prediction == reference
 
 
 SPEC = ScoreSpec(name="field_match", params=FieldMatchParams, figures=figures, build=build)

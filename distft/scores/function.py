@@ -70,29 +70,29 @@ def build(params: FunctionParams) -> Scorer:
 
 
 def find(name: str) -> Callable[..., Any]:
-    """The function called `module:function`, or that of an entry point.
+    """Import the function called `module:function`, or that of an entry point.
 
     Raises:
         RecipeError: none of that name can be imported, or what is found cannot be called.
     """
     module_name, colon, function_name = name.partition(":")
     if not colon:
-        known = {point.name: point for point in entry_points(group=GROUP)}
-        if name not in known:
-            meant = nearest(name, known)
+        by_name = {point.name: point for point in entry_points(group=GROUP)}
+        if name not in by_name:
+            meant = nearest(name, by_name)
             hint = f'did you mean "{meant}"?  ' if meant else ""
-            have = f"entry points here: {', '.join(known)}" if known else f"no package here offers {GROUP}"
+            have = f"entry points here: {', '.join(by_name)}" if by_name else f"no package here offers {GROUP}"
             raise _wrong(name, "no such entry point", f'{hint}write "module:function"; {have}')
-        found = _imported(name, known[name].load)
+        function = _imported(name, by_name[name].load)
     else:
         module = _imported(name, lambda: importlib.import_module(module_name))
-        found = getattr(module, function_name, None)
-        if found is None:
+        function = getattr(module, function_name, None)
+        if function is None:
             meant = nearest(function_name, list(vars(module)))
             raise _wrong(name, f"{module_name} has no {function_name!r}", f'did you mean "{meant}"?' if meant else "")
-    if not callable(found):
-        raise _wrong(name, f"is {_shown(found)}, not a function", "")
-    return found
+    if not callable(function):
+        raise _wrong(name, f"is {_shown(function)}, not a function", "")
+    return function
 
 
 def _imported(name: str, load: Callable[[], Any]) -> Any:

@@ -90,23 +90,23 @@ class LmEvalTasks:
                     task.set_config(key="num_fewshot", value=num_fewshot)
                 elif task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
-            asked = [list(self._requests(task)) for task in self._tasks.values()]
-        self.rows = sum(len({at for at, _ in requests}) for requests in asked)
+            requests_by_task = [list(self._requests(task)) for task in self._tasks.values()]
+        self.rows = sum(len({doc_id for doc_id, _ in requests}) for requests in requests_by_task)
         """Of all its tasks."""
-        self.sha256 = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
+        self.sha256 = hashlib.sha256(json.dumps(requests_by_task, default=str).encode()).hexdigest()
         """Of every request that is made of the model, prompts in full."""
-        self.prompts = [args[0] for requests in asked for _, args in requests]
+        self.prompts = [args[0] for requests in requests_by_task for _, args in requests]
         """Of every request."""
         self.planned = self._planned()
         """Figures it will give, as its configuration says."""
 
     def run(self, model: TextGenerator) -> tuple[list[Answer], ScoreResult]:
-        """Each row with its prompt, the right answer and the model's, and what the library says of them."""
+        """Return each row with its prompt, the right answer and the model's, and the library's scores of them."""
         library: Any = importlib.import_module("lm_eval")
         with _seeded(self._seed):
             for task in self._tasks.values():
                 task.set_fewshot_seed(seed=self._seed)  # or a second run would show other rows
-            found: Any = library.evaluate(
+            output: Any = library.evaluate(
                 lm=_wrapped(model, self._drawn),
                 task_dict=self._loaded,
                 limit=self._limit,
@@ -119,14 +119,14 @@ class LmEvalTasks:
         parts: list[ScoreResult] = []
         answers: list[Answer] = []
         for leaf in self._tasks:
-            better |= found["higher_is_better"].get(leaf, {})
-            samples = found["samples"][leaf]
-            parts.append(_scored(found["results"][leaf], samples, better))
+            better |= output["higher_is_better"].get(leaf, {})
+            samples = output["samples"][leaf]
+            parts.append(_scored(output["results"][leaf], samples, better))
             answers += _answers(leaf, samples)
         if len(parts) == 1:
             return answers, parts[0]
         group = next(iter(self._loaded["groups"]), "")  # the outermost; a tag is none
-        return answers, _together(parts, found["results"].get(group, {}))
+        return answers, _together(parts, output["results"].get(group, {}))
 
     def _requests(self, task: Any) -> Iterator[tuple[int, Any]]:
         task.set_fewshot_seed(seed=self._seed)
@@ -142,8 +142,8 @@ class LmEvalTasks:
             )
         except ValueError as error:
             raise DataError(f"lm-eval task {self.name}: {error}") from None
-        for one in task.instances:
-            yield one.doc_id, one.args
+        for instance in task.instances:
+            yield instance.doc_id, instance.args
 
     def _drawn(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """By the library's names."""
@@ -154,13 +154,17 @@ class LmEvalTasks:
         shared: dict[str, MetricInfo] | None = None
         for task in self._tasks.values():
             better = task.higher_is_better()
-            own = {
+            task_figures = {
                 name: MetricInfo(name=name, higher_is_better=better.get(metric, True))
                 for metric in task.aggregation()
-                for one in task._filters
-                for name in [_figure(metric, one.name)]
+                for task_filter in task._filters
+                for name in [_figure(metric, task_filter.name)]
             }
-            shared = own if shared is None else {name: one for name, one in shared.items() if name in own}
+            shared = (
+                task_figures
+                if shared is None
+                else {name: info for name, info in shared.items() if name in task_figures}
+            )
         if not shared:
             names = ", ".join(list(self._tasks)[:5])
             problem = Problem(
@@ -197,23 +201,23 @@ def _load(spec: str | dict[str, Any], name: str) -> dict[str, Any]:
         manager = manager_of()
         if isinstance(spec, str) and spec not in manager.all_tasks:
             raise RecipeError("lm-eval", [_unknown(spec, list(manager.all_tasks))])
-    found: list[Any] = []
+    results: list[Any] = []
 
     def load() -> str:
-        found.append(manager.load([spec]))
+        results.append(manager.load([spec]))
         return "read"
 
     cache = Path(importlib.import_module("datasets.config").HF_DATASETS_CACHE)
     try:
         hub.once(cache, f"lm-eval {spec}", load, good=bool, lasting=False)
-        loaded = found[0] if found else manager.load([spec])
+        loaded = results[0] if results else manager.load([spec])
     except Exception as error:  # whatever a task's file or its rows make the library raise
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(f"lm-eval task {name}: cannot be loaded: {type(error).__name__}: {reason}") from None
     for leaf, task in loaded["tasks"].items():
-        for flag, said in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "shows pictures")):
+        for flag, why in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "shows pictures")):
             if getattr(task, flag, False):
-                raise RecipeError("lm-eval", [Problem(message=f'task "{leaf}"  {said}, which is not done here')])
+                raise RecipeError("lm-eval", [Problem(message=f'task "{leaf}"  {why}, which is not done here')])
     return loaded
 
 
@@ -232,8 +236,8 @@ def _no_bar(rows: Iterable[Any], *, total: int | None = None) -> Iterable[Any]:
     return rows
 
 
-def _unknown(task: str, known: list[str]) -> Problem:
-    meant = nearest(task, known)
+def _unknown(task: str, tasks: list[str]) -> Problem:
+    meant = nearest(task, tasks)
     return Problem(message=f'task "{task}"  is not one of lm-eval\'s', fix=f'did you mean "{meant}"?' if meant else "")
 
 
@@ -282,12 +286,12 @@ def _wrapped(model: TextGenerator, drawn: Callable[..., str]) -> Any:
     return Model()
 
 
-def _settings(asked: Mapping[str, Any]) -> tuple[tuple[str, ...], int, float]:
-    until = asked.get("until") or ()
+def _settings(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], int, float]:
+    until = gen_kwargs.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(until)
-    most = asked.get("max_gen_toks") or asked.get("max_new_tokens") or MAX_NEW_TOKENS
-    sampled = asked.get("do_sample") is not False
-    return stop, int(most), float(asked.get("temperature") or 0.0) if sampled else 0.0
+    most = gen_kwargs.get("max_gen_toks") or gen_kwargs.get("max_new_tokens") or MAX_NEW_TOKENS
+    sampled = gen_kwargs.get("do_sample") is not False
+    return stop, int(most), float(gen_kwargs.get("temperature") or 0.0) if sampled else 0.0
 
 
 def _figure(metric: str, filter_name: str) -> str:
@@ -304,9 +308,11 @@ def _scored(result: Mapping[str, Any], samples: list[Mapping[str, Any]], better:
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         name = _figure(metric, filter_name)
-        own = sorted((one for one in samples if one["filter"] == filter_name), key=lambda one: one["doc_id"])
-        values = [float(one[metric]) for one in own if isinstance(one.get(metric), int | float)]
-        per_row = len(values) == len(own)  # else: counts that only the total makes sense of
+        filtered = sorted(
+            (sample for sample in samples if sample["filter"] == filter_name), key=lambda sample: sample["doc_id"]
+        )
+        values = [float(sample[metric]) for sample in filtered if isinstance(sample.get(metric), int | float)]
+        per_row = len(values) == len(filtered)  # else: counts that only the total makes sense of
         binary = per_row and set(values) <= _TWO_VALUES
         totals[name] = float(value) if math.isfinite(value) else math.nan
         if per_row:
@@ -316,46 +322,51 @@ def _scored(result: Mapping[str, Any], samples: list[Mapping[str, Any]], better:
 
 
 def _together(parts: Sequence[ScoreResult], of_group: Mapping[str, Any]) -> ScoreResult:
-    """Rows end to end. The total is the library's own where it has one for the group; where that is another mean than
-    that of the rows, because each task counts alike, the figure has no interval."""  # noqa: D205, D209
-    shared = [one for one in parts[0].figures if all(one.name in part.totals for part in parts)]
+    """Join the rows of all tasks.
+
+    The total is the library's own where it has one for the group; where that is another mean than that of the rows,
+    because each task counts alike, the figure has no interval.
+    """
+    shared = [figure for figure in parts[0].figures if all(figure.name in part.totals for part in parts)]
     figures: list[MetricInfo] = []
     rows: dict[str, tuple[float, ...]] = {}
     totals: dict[str, float] = {}
-    for one in shared:
-        metric, _, filter_name = one.name.partition(",")
-        said = of_group.get(f"{metric},{filter_name or 'none'}")
-        per_row = all(one.name in part.rows for part in parts)
-        values = tuple(value for part in parts for value in part.rows[one.name]) if per_row else ()
-        if not isinstance(said, int | float):
+    for figure in shared:
+        metric, _, filter_name = figure.name.partition(",")
+        total = of_group.get(f"{metric},{filter_name or 'none'}")
+        per_row = all(figure.name in part.rows for part in parts)
+        values = tuple(value for part in parts for value in part.rows[figure.name]) if per_row else ()
+        if not isinstance(total, int | float):
             if not per_row:
                 continue
-            said = mean(values)
-        per_row = per_row and math.isclose(said, mean(values), rel_tol=1e-9, abs_tol=1e-12)
-        totals[one.name] = float(said)
+            total = mean(values)
+        per_row = per_row and math.isclose(total, mean(values), rel_tol=1e-9, abs_tol=1e-12)
+        totals[figure.name] = float(total)
         if per_row:
-            rows[one.name] = values
+            rows[figure.name] = values
         binary = per_row and set(values) <= _TWO_VALUES
-        figures.append(MetricInfo(name=one.name, higher_is_better=one.higher_is_better, binary=binary, per_row=per_row))
+        figures.append(
+            MetricInfo(name=figure.name, higher_is_better=figure.higher_is_better, binary=binary, per_row=per_row)
+        )
     return ScoreResult(figures=tuple(figures), rows=rows, totals=totals)
 
 
 def _answers(task: str, samples: list[Mapping[str, Any]]) -> list[Answer]:
-    """A row once, whatever filters looked at it."""
-    rows = {one["doc_id"]: one for one in reversed(samples)}
+    """Return each row's answer once, however many filters were applied to it."""
+    rows = {sample["doc_id"]: sample for sample in reversed(samples)}
     return [_answer(task, rows[doc]) for doc in sorted(rows)]
 
 
 def _answer(task: str, row: Mapping[str, Any]) -> Answer:
-    asked, said, target = row["arguments"], row["resps"], row["target"]
+    arguments, responses, target = row["arguments"], row["resps"], row["target"]
     about: dict[str, Any] = {"id": f"{task} row {row['doc_id'] + 1}", "row": {"task": task, **dict(row["doc"])}}
-    weighed = len(asked[0]) == 2 and isinstance(asked[0][1], str)
+    weighed = len(arguments[0]) == 2 and isinstance(arguments[0][1], str)
     if not weighed:  # written, or the likelihood of a whole text
-        text = said[0][0] if isinstance(said[0][0], str) else ""
-        return Answer(**about, prompt=asked[0][0], reference=str(target), text=text)
+        text = responses[0][0] if isinstance(responses[0][0], str) else ""
+        return Answer(**about, prompt=arguments[0][0], reference=str(target), text=text)
     # A task that looks at the gain over no context asks everything twice.
-    options = [at for at, one in enumerate(asked) if one[0] or not asked[0][0]]
-    logprobs = tuple(float(said[at][0][0]) for at in options)
-    likeliest = asked[options[max(range(len(logprobs)), key=logprobs.__getitem__)]][1]
-    right = asked[target][1] if isinstance(target, int) and target < len(asked) else str(target)
-    return Answer(**about, prompt=asked[0][0], reference=right.strip(), text=likeliest.strip(), logprobs=logprobs)
+    options = [index for index, argument in enumerate(arguments) if argument[0] or not arguments[0][0]]
+    logprobs = tuple(float(responses[index][0][0]) for index in options)
+    likeliest = arguments[options[max(range(len(logprobs)), key=logprobs.__getitem__)]][1]
+    right = arguments[target][1] if isinstance(target, int) and target < len(arguments) else str(target)
+    return Answer(**about, prompt=arguments[0][0], reference=right.strip(), text=likeliest.strip(), logprobs=logprobs)

@@ -28,7 +28,7 @@ class JsonSchemaParams(Params):
     """A Markdown code fence around the whole answer does not count."""
 
     @model_validator(mode="after")
-    def _one(self) -> Self:
+    def _exactly_one(self) -> Self:
         if (self.file is None) == (self.inline is None):
             raise ValueError("needs either file or inline")
         return self

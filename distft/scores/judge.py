@@ -107,22 +107,22 @@ def build(params: JudgeParams) -> Scorer:
 
 
 def judge(params: JudgeParams, endpoint: Endpoint) -> Scorer:
-    """Marks of what `endpoint` answers; rows it gives no mark stay unscored, and are named."""
+    """Build a scorer that takes marks from answers of `endpoint`; rows without a mark stay unscored, and are named."""
 
     def mark(answer: Answer) -> float | str:
         reference = references(answer, params.reference)[0]
         filled = {"prompt": answer.prompt, "reference": reference, "answer": answer.text}
         question = params.prompt.format(**filled, lowest=f"{params.lowest:g}", highest=f"{params.highest:g}")
         try:
-            said = endpoint.ask(question)
+            reply = endpoint.ask(question)
         except Unanswered as error:
             return str(error)
-        found = re.findall(params.pattern, said)
-        if not found:
-            return f"no mark in its answer: {said[:80]!r}"
-        value = _float(found[-1])
+        matches = re.findall(params.pattern, reply)
+        if not matches:
+            return f"no mark in its answer: {reply[:80]!r}"
+        value = _float(matches[-1])
         if not params.lowest <= value <= params.highest:
-            return f"mark {found[-1]} is not between {params.lowest:g} and {params.highest:g}"
+            return f"mark {matches[-1]} is not between {params.lowest:g} and {params.highest:g}"
         return value
 
     def scored(answers: Sequence[Answer]) -> ScoreResult:
@@ -140,7 +140,7 @@ def judge(params: JudgeParams, endpoint: Endpoint) -> Scorer:
                 f"{params.url}: the judge {params.model!r} gave no mark for {len(unscored)} of {len(answers)} answers "
                 f"(max_unscored = {params.max_unscored:g}); {row}: {why}"
             )
-        values = tuple(math.nan if isinstance(one, str) else one for one in marks)
+        values = tuple(math.nan if isinstance(mark_or_reason, str) else mark_or_reason for mark_or_reason in marks)
         return ScoreResult(figures=(FIGURE,), rows={"judge": values}, totals={"judge": mean(values)}, unscored=unscored)
 
     return scored

@@ -30,44 +30,48 @@ class MultipleChoiceParams(Params):
 
 
 def choices(params: MultipleChoiceParams, answer: Answer) -> tuple[str, ...]:
-    """The row's choices.
+    """Return the row's choices.
 
     Raises:
         DataError: the column holds no list of at least two texts.
     """
-    found = answer.row.get(params.choices)
-    if not isinstance(found, list | tuple) or len(found) < 2 or not all(isinstance(one, str) and one for one in found):
+    options = answer.row.get(params.choices)
+    if (
+        not isinstance(options, list | tuple)
+        or len(options) < 2
+        or not all(isinstance(option, str) and option for option in options)
+    ):
         raise DataError(f'{answer.id}: "{params.choices}" is no list of two or more texts')
-    return tuple(found)
+    return tuple(options)
 
 
 def right_choice(params: MultipleChoiceParams, answer: Answer) -> int:
-    """Index of the right choice.
+    """Return the index of the right choice.
 
     Raises:
         DataError: the label names none of them.
     """
-    known, label = choices(params, answer), answer.row.get(params.label)
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(known):
+    options, label = choices(params, answer), answer.row.get(params.label)
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(options):
         return label
     if isinstance(label, str):
-        if label in known:  # before letters: a choice may be called "B" and stand first
-            return known.index(label)
-        if label in string.ascii_uppercase[: len(known)] and label:
+        if label in options:  # before letters: a choice may be called "B" and stand first
+            return options.index(label)
+        if label in string.ascii_uppercase[: len(options)] and label:
             return string.ascii_uppercase.index(label)
-        if label.isdecimal() and int(label) < len(known):
+        if label.isdecimal() and int(label) < len(options):
             return int(label)
-    raise DataError(f'{answer.id}: "{params.label}" is {label!r}, which names none of its {len(known)} choices')
+    raise DataError(f'{answer.id}: "{params.label}" is {label!r}, which names none of its {len(options)} choices')
 
 
 def build(params: MultipleChoiceParams) -> Scorer:
-    """Needs `logprobs`, one for each of `choices`."""
+    """Build the scorer, which needs `logprobs`, one for each of `choices`."""
 
     def judge(answer: Answer) -> tuple[bool, bool, bool]:
-        known, right = choices(params, answer), right_choice(params, answer)
-        assert len(answer.logprobs) == len(known), "a log-likelihood for each choice"
-        per_char = [logprob / len(text) for logprob, text in zip(answer.logprobs, known, strict=True)]
-        per_byte = [logprob / len(text.encode()) for logprob, text in zip(answer.logprobs, known, strict=True)]
+        options, right = choices(params, answer), right_choice(params, answer)
+        assert len(answer.logprobs) == len(options), "a log-likelihood for each choice"
+        per_char = [logprob / len(text) for logprob, text in zip(answer.logprobs, options, strict=True)]
+        per_byte = [logprob / len(text.encode()) for logprob, text in zip(answer.logprobs, options, strict=True)]
         return _likeliest(answer.logprobs) == right, _likeliest(per_char) == right, _likeliest(per_byte) == right
 
     return by_row(FIGURES, judge)

@@ -28,9 +28,9 @@ def normalise(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def word_f1(said: str, right: str) -> float:
-    """Harmonic mean of precision and recall over words, each counted as often as it occurs."""
-    words, wanted = normalise(said).split(), normalise(right).split()
+def word_f1(prediction: str, right: str) -> float:
+    """Return the harmonic mean of precision and recall over words, each counted as often as it occurs."""
+    words, wanted = normalise(prediction).split(), normalise(right).split()
     if not words or not wanted:
         return float(words == wanted)
     common = sum((Counter(words) & Counter(wanted)).values())
@@ -38,12 +38,14 @@ def word_f1(said: str, right: str) -> float:
 
 
 def build(params: NormalisedMatchParams) -> Scorer:
-    """Of several references the best counts, for each figure by itself."""
+    """Build the scorer; of several references the best counts, for each figure by itself."""
 
     def judge(answer: Answer) -> tuple[float, float]:
         right = references(answer, params.reference)
-        said = normalise(answer.text)
-        return any(said == normalise(one) for one in right), max(word_f1(answer.text, one) for one in right)
+        prediction = normalise(answer.text)
+        return any(prediction == normalise(reference) for reference in right), max(
+            word_f1(answer.text, reference) for reference in right
+        )
 
     return by_row(FIGURES, judge)
 

@@ -40,24 +40,24 @@ class NumericParams(ReferenceParams):
 
 
 def strict(text: str) -> str:
-    """lm-eval's filter `strict-match`."""
-    found = STRICT.findall(text)
-    return found[0].strip() if found else INVALID
+    """Apply lm-eval's filter `strict-match`."""
+    matches = STRICT.findall(text)
+    return matches[0].strip() if matches else INVALID
 
 
 def flexible(text: str) -> str:
-    """lm-eval's filter `flexible-extract`."""
-    found = FLEXIBLE.findall(text)
-    return next(part for part in found[-1] if part).strip() if found else INVALID
+    """Apply lm-eval's filter `flexible-extract`."""
+    matches = FLEXIBLE.findall(text)
+    return next(part for part in matches[-1] if part).strip() if matches else INVALID
 
 
 def number(text: str) -> Decimal | None:
-    """The value that a text ends in; None when there is no number."""
+    """Return the value that a text ends in; None when there is no number."""
     _, mark, behind = text.rpartition("####")
-    found = _NUMBER.findall(behind if mark else text)
-    if not found:
+    matches = _NUMBER.findall(behind if mark else text)
+    if not matches:
         return None
-    written = found[0 if mark else -1].replace("\u2212", "-")
+    written = matches[0 if mark else -1].replace("\u2212", "-")
     try:
         return Decimal(re.sub(r"[,$€£¥]", "", written))
     except InvalidOperation:  # a sign before the currency and another behind it
@@ -65,18 +65,20 @@ def number(text: str) -> Decimal | None:
 
 
 def build(params: NumericParams) -> Scorer:
-    """Of several references any one will do."""
+    """Build the scorer; of several references any one will do."""
 
     def judge(answer: Answer) -> tuple[bool, bool, bool]:
         right = references(answer, params.reference)
-        values = [number(one) for one in right]
+        values = [number(reference) for reference in right]
         if None in values:
             raise DataError(f"{answer.id}: the reference has no number: {right[values.index(None)][-80:]!r}")
-        said = number(answer.text)
-        near = said is not None and any(
-            abs(said - value) <= Decimal(str(params.tolerance)) * abs(value) for value in values if value is not None
+        prediction = number(answer.text)
+        near = prediction is not None and any(
+            abs(prediction - value) <= Decimal(str(params.tolerance)) * abs(value)
+            for value in values
+            if value is not None
         )
-        wanted = {plain(one, GSM8K) for one in right}
+        wanted = {plain(reference, GSM8K) for reference in right}
         return near, plain(strict(answer.text), GSM8K) in wanted, plain(flexible(answer.text), GSM8K) in wanted
 
     return by_row(FIGURES, judge)

@@ -60,7 +60,7 @@ class PairedComparison:
         return "better" if (self.difference.value > 0) == self.figure.higher_is_better else "worse"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return {
             "figure": vars(self.figure),
             "before": self.before.to_json(),
@@ -68,7 +68,7 @@ class PairedComparison:
             "difference": self.difference.to_json(),
             "mcnemar": None if self.mcnemar is None else vars(self.mcnemar),
             "verdict": self.verdict,
-            "regressions": [vars(one) for one in self.regressions],
+            "regressions": [vars(regression) for regression in self.regressions],
         }
 
 
@@ -94,15 +94,15 @@ def compare(
 
 
 def interval(scored: ScoreResult, figure: MetricInfo, *, confidence: float = CONFIDENCE, **bootstrap: int) -> Interval:
-    """Of one figure: Wilson's where rows are right or wrong, else the bootstrap's; none where rows have no figure."""
+    """Return a figure's interval: Wilson's where rows are right or wrong, else the bootstrap's; bare without rows."""
     if not figure.per_row:
         counted = max((len(values) for values in scored.rows.values()), default=0)
         return _bare(scored.totals[figure.name], counted, confidence)
     values = scored.rows[figure.name]
     if not figure.binary:
         return of_mean(values, confidence=confidence, **bootstrap)
-    known = [value for value in values if not math.isnan(value)]
-    return of_share(round(sum(known)), len(known), confidence=confidence)
+    numbers = [value for value in values if not math.isnan(value)]
+    return of_share(round(sum(numbers)), len(numbers), confidence=confidence)
 
 
 def mcnemar(before: Sequence[float], after: Sequence[float]) -> McNemar:
@@ -122,13 +122,13 @@ def mcnemar(before: Sequence[float], after: Sequence[float]) -> McNemar:
 def regressions(
     before: Sequence[float], after: Sequence[float], *, higher_is_better: bool = True
 ) -> tuple[Regression, ...]:
-    """Rows that got worse, worst first; of equals the earlier row."""
-    found = []
+    """Return the rows that got worse, worst first; of equals the earlier row comes first."""
+    worse = []
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         worse_by = old - new if higher_is_better else new - old
         if worse_by > 0:  # False for NaN
-            found.append(Regression(index=index, before=old, after=new, worse_by=worse_by))
-    return tuple(sorted(found, key=lambda one: (-one.worse_by, one.index)))
+            worse.append(Regression(index=index, before=old, after=new, worse_by=worse_by))
+    return tuple(sorted(worse, key=lambda regression: (-regression.worse_by, regression.index)))
 
 
 def _change(figure: MetricInfo, before: ScoreResult, after: ScoreResult, options: dict[str, Any]) -> PairedComparison:
@@ -148,10 +148,10 @@ def _change(figure: MetricInfo, before: ScoreResult, after: ScoreResult, options
 
 
 def _two_sided_sign_test(gained: int, lost: int) -> float:
-    """Twice the smaller tail of a fair coin, at most 1; in logarithms, as binomials of a thousand overflow floats."""
+    """Return twice the smaller tail of a fair coin, at most 1; in logarithms, as binomials of 1,000 overflow."""
     total, few = gained + lost, min(gained, lost)
     logs = [math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in range(few + 1)]
-    return min(1.0, 2 * math.fsum(math.exp(one - total * math.log(2)) for one in logs))
+    return min(1.0, 2 * math.fsum(math.exp(log_binomial - total * math.log(2)) for log_binomial in logs))
 
 
 def _bare(value: float, num_rows: int, confidence: float) -> Interval:

@@ -31,19 +31,19 @@ class RegexParams(ReferenceParams):
     def _check(self) -> Self:
         check_pattern(self.pattern)
         compiled = re.compile(self.pattern)
-        known = [*range(compiled.groups + 1), *compiled.groupindex]
-        if self.group not in known:
-            raise ValueError(f"the pattern has no group {self.group!r}; it has {', '.join(map(repr, known))}")
+        groups = [*range(compiled.groups + 1), *compiled.groupindex]
+        if self.group not in groups:
+            raise ValueError(f"the pattern has no group {self.group!r}; it has {', '.join(map(repr, groups))}")
         if self.must == "match" and self.reference is not None:
             raise ValueError('reference has no effect with must = "match"')
         return self
 
 
 def build(params: RegexParams) -> Scorer:
-    """Under "equal" the pattern is applied to the reference too where it is found there, else all of it counts."""
+    """Build the scorer; under "equal" the pattern is applied to the reference too; without a match all of it counts."""
     pattern = re.compile(params.pattern, re.IGNORECASE if params.ignore_case else 0)
 
-    def found(text: str) -> str | None:
+    def extract(text: str) -> str | None:
         finds = list(pattern.finditer(text))
         return (finds[0 if params.take == "first" else -1].group(params.group) or "") if finds else None
 
@@ -51,11 +51,14 @@ def build(params: RegexParams) -> Scorer:
         return text.strip().lower() if params.ignore_case else text.strip()
 
     def judge(answer: Answer) -> tuple[bool]:
-        said = found(answer.text)
-        if said is None or params.must == "match":
-            return (said is not None,)
-        right = [one if (inside := found(one)) is None else inside for one in references(answer, params.reference)]
-        return (any(plain(said) == plain(one) for one in right),)
+        prediction = extract(answer.text)
+        if prediction is None or params.must == "match":
+            return (prediction is not None,)
+        right = [
+            reference if (inside := extract(reference)) is None else inside
+            for reference in references(answer, params.reference)
+        ]
+        return (any(plain(prediction) == plain(reference) for reference in right),)
 
     return by_row((FIGURE,), judge)
 

@@ -30,7 +30,7 @@ def figures(params: RougeParams) -> tuple[MetricInfo, ...]:
 
 
 def build(params: RougeParams) -> Scorer:
-    """Of several references the best counts.
+    """Build the scorer; of several references the best counts.
 
     Raises:
         MachineError: rouge-score is not installed.
@@ -42,8 +42,8 @@ def build(params: RougeParams) -> Scorer:
     library: Any = rouge_scorer.RougeScorer(list(params.kinds), use_stemmer=params.stemmer)
 
     def judge(answer: Answer) -> list[float]:
-        found = library.score_multi(list(references(answer, params.reference)), answer.text)
-        return [found[kind].fmeasure for kind in params.kinds]
+        results = library.score_multi(list(references(answer, params.reference)), answer.text)
+        return [results[kind].fmeasure for kind in params.kinds]
 
     return by_row(figures(params), judge)
 

@@ -106,7 +106,7 @@ class ReferenceParams(Params):
 
 
 def references(answer: Answer, column: str | None) -> tuple[str, ...]:
-    """The right answers of a row, at least one.
+    """Return the right answers of a row, at least one.
 
     Raises:
         DataError: the row has no such column, or it holds something that is no text.
@@ -117,18 +117,18 @@ def references(answer: Answer, column: str | None) -> tuple[str, ...]:
         have = ", ".join(f'"{name}"' for name in answer.row)
         raise DataError(f'{answer.id}: no column "{column}" to compare with; the row has {have or "no columns"}')
     value = answer.row[column]
-    found = tuple(_text(one) for one in (value if isinstance(value, list | tuple) else [value]))
-    if not found or any(one is None for one in found):
+    texts = tuple(_text(item) for item in (value if isinstance(value, list | tuple) else [value]))
+    if not texts or any(text is None for text in texts):
         raise DataError(f'{answer.id}: "{column}" holds no text, number or list of these to compare with')
-    return tuple(one for one in found if one is not None)
+    return tuple(text for text in texts if text is not None)
 
 
 def by_row(figures: Sequence[MetricInfo], judge: Callable[[Answer], Sequence[float]]) -> Scorer:
-    """A scorer that looks at one answer at a time and averages; `judge` gives a value for each of `figures`."""
+    """Build a scorer that judges one answer at a time and averages; `judge` gives a value for each of `figures`."""
 
     def scored(answers: Sequence[Answer]) -> ScoreResult:
         table = [tuple(float(value) for value in judge(answer)) for answer in answers]
-        rows = {figure.name: tuple(line[at] for line in table) for at, figure in enumerate(figures)}
+        rows = {figure.name: tuple(line[index] for line in table) for index, figure in enumerate(figures)}
         return ScoreResult(
             figures=tuple(figures), rows=rows, totals={name: mean(values) for name, values in rows.items()}
         )
@@ -137,9 +137,9 @@ def by_row(figures: Sequence[MetricInfo], judge: Callable[[Answer], Sequence[flo
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of those that are not NaN; NaN when none is."""
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
+    """Return the mean of the values that are not NaN; NaN when there are none."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _text(value: Any) -> str | None:

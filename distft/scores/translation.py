@@ -70,12 +70,13 @@ def _scorer(name: str, sentence: Any, corpus: Any, column: str | None) -> Scorer
 
     def scored(answers: Sequence[Answer]) -> ScoreResult:
         right = [references(answer, column) for answer in answers]
-        said = [answer.text for answer in answers]
+        predictions = [answer.text for answer in answers]
         values = tuple(
-            float(sentence.sentence_score(text, list(one)).score) for text, one in zip(said, right, strict=True)
+            float(sentence.sentence_score(text, list(row_references)).score)
+            for text, row_references in zip(predictions, right, strict=True)
         )
         streams = [list(stream) for stream in zip_longest(*right)]  # sacrebleu takes None for a reference too few
-        total = float(corpus.corpus_score(said, streams).score) if answers else math.nan
+        total = float(corpus.corpus_score(predictions, streams).score) if answers else math.nan
         return ScoreResult(
             figures=figures(name), rows={rows_name: values}, totals={rows_name: mean(values), name: total}
         )

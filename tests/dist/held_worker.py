@@ -39,7 +39,7 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
     engine = spec.open(spec.params(), placed)
     try:
         micros = case["micros"]
-        engine.adopt(built, rule, micros_per_step=micros)
+        engine.setup(built, rule, micros_per_step=micros)
         rows = batch(documents([17, 9], seed=placed.rank))
         for micro in range(micros):
             accumulating = state_bytes.gradient_bytes(engine)

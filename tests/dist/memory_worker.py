@@ -102,7 +102,7 @@ def main() -> None:
         decayed=frozenset(),
         max_grad_norm=None,
     )
-    engine.adopt(built, sgd, micros_per_step=1)
+    engine.setup(built, sgd, micros_per_step=1)
     facts = {"whole": whole, "largest_unit": largest, "peak": max(seen), "after": held(built.module)}
     facts["host_peak"] = host_peaks[-1]
     facts["read"] = read.total

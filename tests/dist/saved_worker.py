@@ -38,7 +38,7 @@ def measure(folder: Path, engine_name: str, mode: str, compiled: bool) -> dict[s
     engine = spec.open(spec.params(), placed)
     built = build(folder, fill=False)
     activation_checkpointing.checkpoint_blocks(built.module.transformer, mode)
-    engine.adopt(built, RULE, micros_per_step=1)
+    engine.setup(built, RULE, micros_per_step=1)
     arrived: list[str] = []
     for name, param in engine.model.named_parameters():
         param.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))

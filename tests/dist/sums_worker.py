@@ -68,7 +68,7 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, float]:
     )
     engine = spec.open(spec.params.model_validate_json(json.dumps(case["engine_params"])), placed)
     try:
-        engine.adopt(whole, rule, micros_per_step=micros)
+        engine.setup(whole, rule, micros_per_step=micros)
         before = {(piece.name, piece.start): piece.data.clone() for piece in engine.pieces()}
         weight = WEIGHT * micros * placed.world
         for micro in range(micros):

@@ -101,7 +101,7 @@ def count(engine: str, method: str, layers: int, micros: int, settings: dict[str
     )
     spec = ENGINES[engine]
     opened = spec.open(spec.params(**settings), processes.join())
-    opened.adopt(model, rule, micros_per_step=micros)
+    opened.setup(model, rule, micros_per_step=micros)
     found = Collectives()
     for step in range(3):  # what is allocated, cut and traced in the first steps is over in the third
         found.made.clear()

@@ -30,7 +30,7 @@ def opened(
     """A model of random weights that a solo engine holds, and its generator."""
     built = build(folder, method, fill=False, params=params, device=device, dtype=dtype)
     engine = open_engine("solo", EngineParams(), replace(ALONE, device=device))
-    engine.adopt(built, RULE, micros_per_step=1)
+    engine.setup(built, RULE, micros_per_step=1)
     return engine, generator(engine, built.module)
 
 

@@ -31,7 +31,7 @@ class Told:
         """As an engine does it; whether weights changed."""
         PHASE.step = self.state.step + 1
         finite = loss == loss and norm == norm
-        updated = finite and self.guard.accepts(loss)
+        updated = finite and self.guard.allow_update(loss)
         report = StepReport(
             step=self.state.step + 1,
             loss=loss,

@@ -13,36 +13,36 @@ LARGE_S, FATAL_S = 1.0, 60.0
 
 
 def look(here: Here) -> Facts:
-    """Questions and answers between rank 0 and the first rank of every other host; then a file's time."""
+    """Compare the clocks of rank 0 and the first rank of every other host; then that of the shared folder."""
     ahead: dict[int, float] = {}
     if here.group is not None:
         for leader in here.leaders[1:]:
             if here.rank in (0, leader):
-                said = here.group.clock_ahead_s(leader)
-                ahead |= {} if said is None else {leader: said}
+                ahead_s = here.group.clock_ahead_s(leader)
+                ahead |= {} if ahead_s is None else {leader: ahead_s}
     facts: Facts = {"ahead_s": ahead, "file_s": None}
     if here.rank == 0:
-        with Probe(here.asked.shared) as probe:
+        with Probe(here.options.shared) as probe:
             probe.write("clock", b"now")
             facts["file_s"] = probe.modified("clock") - faults.now("clock", rank=0)
     return facts
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """Close enough together."""
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Judge whether the clocks are close enough together."""
     ahead = {seen[0].host: 0.0} | {
-        next(one.host for one in seen if one.rank == int(rank)): seconds
+        next(process.host for process in seen if process.rank == int(rank)): seconds
         for rank, seconds in seen[0].facts["ahead_s"].items()
     }
     usual = sorted(ahead.values())[(len(ahead) - 1) // 2]
     off = {host: seconds - usual for host, seconds in ahead.items() if abs(seconds - usual) > LARGE_S}
     fatal = {host: seconds for host, seconds in off.items() if abs(seconds) > FATAL_S}
     if off:
-        said = names(
+        message = names(
             f"{host} is {abs(s):.1f} s {'ahead of' if s > 0 else 'behind'} the others" for host, s in off.items()
         )
         say, hosts = (fail, fatal) if fatal else (warn, off)
-        yield say(said, "let one time server set all clocks: chronyc tracking, timedatectl", hosts)
+        yield say(message, "let one time server set all clocks: chronyc tracking, timedatectl", hosts)
     file_s = seen[0].facts["file_s"]
     if file_s is not None and abs(file_s) > LARGE_S and not off:
         side = "ahead of" if file_s > 0 else "behind"

@@ -17,12 +17,12 @@ LIMIT_S, SHORT_LIMIT_S = 30.0, 3.0
 
 def look(here: Here) -> Facts:
     """Writes and makes durable."""
-    size = int((here.asked.gib or (0.0625 if here.asked.short else 0.25)) * 2**30)
-    limit_s = SHORT_LIMIT_S if here.asked.short else LIMIT_S
+    size = int((here.options.gib or (0.0625 if here.options.short else 0.25)) * 2**30)
+    limit_s = SHORT_LIMIT_S if here.options.short else LIMIT_S
     if not here.leads:
         return {"rate": None, "bytes": 0}
     done, began = 0, time.perf_counter()
-    with Probe(here.asked.output) as probe:
+    with Probe(here.options.output) as probe:
         while done < size and (not done or time.perf_counter() - began < limit_s):
             probe.write(f"{done}", b"\xa5" * min(16 * MIB, size - done))
             done += min(16 * MIB, size - done)
@@ -30,24 +30,24 @@ def look(here: Here) -> Facts:
         return {"rate": done / took, "bytes": done, "folder": str(probe.parent)}
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """Against the floor that was given, else against what makes saves tedious."""
-    writers = [one for one in seen if one.facts["rate"]]
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Compare with the floor that was given, else with a rate that makes saves slow."""
+    writers = [process for process in seen if process.facts["rate"]]
     if not writers:
         return
-    slowest = min(writers, key=lambda one: one.facts["rate"])
+    slowest = min(writers, key=lambda process: process.facts["rate"])
     rate, folder = slowest.facts["rate"], slowest.facts["folder"]
-    said = f"{folder}: {rate / 1e6:,.0f} MB/s written and made durable by {slowest.host}"
-    said += f", the slowest of {len(writers)} hosts" if len(writers) > 1 else ""
-    floor = asked.disk_floor_gb_per_s
-    others = sorted(one.facts["rate"] for one in writers)[len(writers) // 2]
+    message = f"{folder}: {rate / 1e6:,.0f} MB/s written and made durable by {slowest.host}"
+    message += f", the slowest of {len(writers)} hosts" if len(writers) > 1 else ""
+    floor = options.disk_floor_gb_per_s
+    others = sorted(process.facts["rate"] for process in writers)[len(writers) // 2]
     hosts = [slowest.host] if len(writers) > 1 and others > 2 * rate else []
     if floor is not None and rate < floor * 1e9:
-        yield fail(f"{said}; {floor:g} GB/s are asked for", "another output_dir, or tell the site", hosts)
+        yield fail(f"{message}; {floor:g} GB/s are asked for", "another output_dir, or tell the site", hosts)
     elif rate < SLOW_BYTES_PER_S:
-        yield warn(said, "a faster output_dir, or fewer checkpoints ([checkpoint] every_steps)", hosts)
+        yield warn(message, "a faster output_dir, or fewer checkpoints ([checkpoint] every_steps)", hosts)
     else:
-        yield ok(said)
+        yield ok(message)
 
 
 CHECK = Check(name="disk", look=look, judge=judge, together=True)

@@ -42,12 +42,12 @@ def look(here: Here) -> Facts:
         return facts | {"trouble": f"no answer in {ASK_S:.0f} s"}
     if done.returncode:
         return facts | {"trouble": (done.stdout + done.stderr).strip().splitlines()[0]}
-    driver, gpus = read_smi(done.stdout, own={os.getpid()})
+    driver, gpus = read_smi(done.stdout, own_pids={os.getpid()})
     return facts | {"driver": driver, "gpus": visible(gpus, here.env)}
 
 
-def read_smi(text: str, own: set[int] = frozenset()) -> tuple[str, list[Facts]]:  # pyright: ignore[reportArgumentType]
-    """(driver's version, facts by GPU) from the XML, whose elements have moved between driver versions.
+def read_smi(text: str, own_pids: set[int] = frozenset()) -> tuple[str, list[Facts]]:  # pyright: ignore[reportArgumentType]
+    """Read (driver's version, facts by GPU) from the XML, whose elements have moved between driver versions.
 
     Raises:
         ValueError: it is no XML.
@@ -78,7 +78,7 @@ def read_smi(text: str, own: set[int] = frozenset()) -> tuple[str, list[Facts]]:
             "pids": [
                 pid
                 for process in gpu.iterfind("processes/process_info")
-                if (pid := _number(process.findtext("pid"))) not in own and "C" in process.findtext("type", "C")
+                if (pid := _number(process.findtext("pid"))) not in own_pids and "C" in process.findtext("type", "C")
             ],
         }
         for index, gpu in enumerate(root.iterfind("gpu"))
@@ -94,32 +94,32 @@ def visible(gpus: list[Facts], env: Mapping[str, str]) -> list[Facts]:
     return [gpu for gpu in gpus if any(w == str(gpu["index"]) or gpu["uuid"].startswith(w) for w in words)]
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """Healthy, free, as many and the same on every host."""
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Judge whether GPUs are healthy, free, and the same number and kind on every host."""
     leaders = by_host(seen)
-    found = [finding for one in leaders for finding in _of_host(one)]
-    found += _between(leaders)
-    yield from found
-    if not found:
+    findings = [finding for process in leaders for finding in _of_host(process)]
+    findings += _between(leaders)
+    yield from findings
+    if not findings:
         gpus = leaders[0].facts["gpus"]
         each = f"{len(gpus)} x {gpus[0]['name']}, driver {leaders[0].facts['driver']}" if gpus else "none"
         yield ok(each + (f", on each of {len(leaders)} hosts" if len(leaders) > 1 and gpus else ""))
 
 
-def _of_host(one: Seen) -> Iterator[Finding]:
-    gpus, host, trouble = one.facts["gpus"], one.host, one.facts["trouble"]
+def _of_host(process: Seen) -> Iterator[Finding]:
+    gpus, host, trouble = process.facts["gpus"], process.host, process.facts["trouble"]
     if trouble and trouble != "absent":
         yield fail(
             f"nvidia-smi on {host}: {trouble}", "the driver or a GPU is broken: drain the node, reboot it", [host]
         )
-    elif one.facts["expected"] and trouble == "absent":
+    elif process.facts["expected"] and trouble == "absent":
         yield warn(
-            f"the job has {one.facts['expected']} GPUs on {host}, and there is no nvidia-smi to ask about them",
+            f"the job has {process.facts['expected']} GPUs on {host}, and there is no nvidia-smi to ask about them",
             "put the driver's programs on PATH, or run in a container with --gpus (Docker) or --nv (Apptainer)",
         )
-    elif one.facts["expected"] > len(gpus):
+    elif process.facts["expected"] > len(gpus):
         yield fail(
-            f"the job has {one.facts['expected']} GPUs on {host}, the driver shows {len(gpus)}",
+            f"the job has {process.facts['expected']} GPUs on {host}, the driver shows {len(gpus)}",
             "a GPU has fallen off the bus (dmesg: Xid 79): drain the node",
             [host],
         )
@@ -145,23 +145,23 @@ def _of_host(one: Seen) -> Iterator[Finding]:
         taken = gpu["used_mib"] / max(1, gpu["total_mib"])
         if gpu["pids"] or taken > TAKEN:
             whose = f"processes {names(gpu['pids'])}" if gpu["pids"] else "processes that are not shown here"
-            said = f"{which}: {gpu['used_mib'] / 1024:.1f} of {gpu['total_mib'] / 1024:.1f} GiB are taken by {whose}"
+            message = f"{which}: {gpu['used_mib'] / 1024:.1f} of {gpu['total_mib'] / 1024:.1f} GiB are taken by {whose}"
             fix = "end them (ps -p PID), or ask for the node alone (--exclusive)"
-            yield fail(said, fix, [host]) if taken > TAKEN else warn(said, fix, [host])
+            yield fail(message, fix, [host]) if taken > TAKEN else warn(message, fix, [host])
 
 
 def _between(leaders: Sequence[Seen]) -> Iterator[Finding]:
     for what, key in (
-        ("GPUs", lambda one: len(one.facts["gpus"])),
-        ("GPUs called", lambda one: ", ".join(sorted({gpu["name"] for gpu in one.facts["gpus"]}))),
-        ("driver", lambda one: one.facts.get("driver")),
+        ("GPUs", lambda process: len(process.facts["gpus"])),
+        ("GPUs called", lambda process: ", ".join(sorted({gpu["name"] for gpu in process.facts["gpus"]}))),
+        ("driver", lambda process: process.facts.get("driver")),
     ):
         usual, others = odd_ones(leaders, key)
         if others:
-            said = f"{what} {key(others[0])} on {names(one.host for one in others)}, {usual} on others"
+            message = f"{what} {key(others[0])} on {names(process.host for process in others)}, {usual} on others"
             fix = "ask for nodes of one kind (--constraint, or a partition)"
-            hosts = [one.host for one in others]
-            yield fail(said, fix, hosts) if what == "GPUs" else warn(said, fix, hosts)
+            hosts = [process.host for process in others]
+            yield fail(message, fix, hosts) if what == "GPUs" else warn(message, fix, hosts)
 
 
 def _number(text: str | None) -> int:

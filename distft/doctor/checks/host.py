@@ -28,17 +28,17 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """Enough of each for every process of a host."""
-    found = list[Finding]()
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Judge whether cores, memory and shared memory suffice for every process of a host."""
+    findings = list[Finding]()
     for first in by_host(seen):
-        here = [one for one in seen if one.host == first.host]
-        count = asked.per_host or len(here)
-        cores = len({core for one in here for core in one.facts["affinity"]})
+        here = [process for process in seen if process.host == first.host]
+        count = options.per_host or len(here)
+        cores = len({core for process in here for core in process.facts["affinity"]})
         memory, shm = first.facts["memory"], first.facts["shm"]
         each = f"for each of {count} processes" if count > 1 else "for the process"
         if count > cores:
-            found.append(
+            findings.append(
                 warn(
                     f"{cores} cores for {count} processes on {first.host}",
                     "ask for more (--cpus-per-task): data loading and launching kernels take one each, and more",
@@ -48,22 +48,22 @@ def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
         if memory / count < LITTLE_MEMORY:
             say = fail if memory / count < LEAST_MEMORY else warn
             fix = "ask for more (--mem=0 is all of a node), or end what uses it"
-            found.append(say(f"{memory / count / GIB:.1f} GiB of memory {each} on {first.host}", fix, [first.host]))
+            findings.append(say(f"{memory / count / GIB:.1f} GiB of memory {each} on {first.host}", fix, [first.host]))
         if shm is not None and shm < LITTLE_SHM:
             say = fail if shm < LEAST_SHM and count * len(by_host(seen)) > 1 else warn
             fix = "remove what is left there; in a container --shm-size=16g or --ipc=host"
-            found.append(say(f"{shm / 2**20:.0f} MiB free in /dev/shm of {first.host}", fix, [first.host]))
+            findings.append(say(f"{shm / 2**20:.0f} MiB free in /dev/shm of {first.host}", fix, [first.host]))
         threads = first.facts["threads"]
         if threads.isdecimal() and int(threads) * count > 2 * cores:
-            found.append(
+            findings.append(
                 warn(
                     f"OMP_NUM_THREADS={threads} in {count} processes on {cores} cores of {first.host}",
                     f"OMP_NUM_THREADS={max(1, cores // count)}",
                 )
             )
-    yield from found
-    if not found:
-        least = min(seen, key=lambda one: one.facts["memory"])
+    yield from findings
+    if not findings:
+        least = min(seen, key=lambda process: process.facts["memory"])
         shm = least.facts["shm"]
         yield ok(
             f"{least.facts['cores']} cores, {least.facts['memory'] / GIB:.0f} GiB of memory free"

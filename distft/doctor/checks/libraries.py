@@ -19,18 +19,18 @@ def look(here: Here) -> Facts:
     return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """Whatever differs between ranks computes differently, or does not understand the others."""
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Report versions that differ between ranks, which compute or communicate differently, or are too old."""
     bad = False
     for package in seen[0].facts:
-        usual, others = odd_ones(seen, lambda one, package=package: one.facts.get(package))
+        usual, others = odd_ones(seen, lambda process, package=package: process.facts.get(package))
         if others:
             bad = True
             yield fail(
-                f"{package} {others[0].facts.get(package) or 'is not there'} on {names(one.who for one in others)}, "
-                f"{usual or 'not there'} on others",
+                f"{package} {others[0].facts.get(package) or 'is not there'} on "
+                f"{names(process.who for process in others)}, {usual or 'not there'} on others",
                 "the same environment on every host: one on the shared folder, or one container image",
-                (one.host for one in others),
+                (process.host for process in others),
             )
     for package, wants in _too_old(seen[0].facts):
         bad = True

@@ -20,22 +20,24 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """An adapter that moves memory by itself must lock it; connections and checkpoint files are open files."""
-    locked = [one for one in seen if one.facts["fabric"] and one.facts["memlock"] != resource.RLIM_INFINITY]
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Judge the limits of locked memory, which RDMA adapters need, and of open files."""
+    locked = [
+        process for process in seen if process.facts["fabric"] and process.facts["memlock"] != resource.RLIM_INFINITY
+    ]
     if locked:
         yield fail(
             f"at most {locked[0].facts['memlock'] // 1024} KiB may be locked on {names({o.host: 0 for o in locked})}, "
             "and InfiniBand locks all it sends (NCCL: ibv_reg_mr failed)",
             "ulimit -l unlimited; in Slurm PropagateResourceLimitsExcept=MEMLOCK, for containers --ulimit memlock=-1",
-            (one.host for one in locked),
+            (process.host for process in locked),
         )
-    few = [one for one in seen if 0 <= one.facts["nofile"] < FEW_FILES]
+    few = [process for process in seen if 0 <= process.facts["nofile"] < FEW_FILES]
     if few:
-        least = min(one.facts["nofile"] for one in few)
+        least = min(process.facts["nofile"] for process in few)
         say = fail if least < LEAST_FILES else warn
-        said = f"at most {least} open files on {names({one.host: 0 for one in few})}"
-        yield say(said, "ulimit -n 65536", (one.host for one in few) if least < LEAST_FILES else ())
+        message = f"at most {least} open files on {names({process.host: 0 for process in few})}"
+        yield say(message, "ulimit -n 65536", (process.host for process in few) if least < LEAST_FILES else ())
     if not locked and not few:
         files = seen[0].facts["nofile"]
         yield ok(f"open files {files if files >= 0 else 'unlimited'}")

@@ -21,7 +21,9 @@ def look(here: Here) -> Facts:
     import torch
 
     gpu = here.group.device.type == "cuda"
-    gib = here.asked.gib or ((0.125 if here.asked.short else 1.0) if gpu else (1 / 128 if here.asked.short else 1 / 32))
+    gib = here.options.gib or (
+        (0.125 if here.options.short else 1.0) if gpu else (1 / 128 if here.options.short else 1 / 32)
+    )
     size = int(gib * 2**30)
     rates = here.group.rates(size)
     ring = here.group.ring(max(1, size // 8), range(here.world))
@@ -35,39 +37,39 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """A floor that was given, half of what the GPUs' links have on paper, and nobody far below the others."""
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Compare with the floor that was given, half of the GPUs' nominal link rate, and the other ranks."""
     facts = seen[0].facts
     if facts["alone"]:
         yield ok("one process: nothing to send")
         return
     rate = min(facts["all_reduce"], facts["all_gather"])
-    said = (
+    message = (
         f"all-reduce {facts['all_reduce'] / 1e9:.2f} GB/s, all-gather {facts['all_gather'] / 1e9:.2f} GB/s "
         f"({facts['bytes'] / 2**20:.0f} MiB, {len(seen)} ranks, bus bandwidth)"
     )
-    slowest, its, usual = slowest_rank(seen)
-    who = f"; slowest rank: {slowest.rank} on {slowest.host}, {its / 1e9:.2f} GB/s with its better neighbour"
+    slowest, rank_rate, usual = slowest_rank(seen)
+    who = f"; slowest rank: {slowest.rank} on {slowest.host}, {rank_rate / 1e9:.2f} GB/s with its better neighbour"
     who += f", the median {usual / 1e9:.2f}" if len(seen) > 2 else ""
-    odd = len(seen) > 2 and its < ODD_SHARE * usual
-    hosts = (slowest.host,) if odd and len({one.host for one in seen}) > 1 else ()
-    floor = None if asked.link_floor_gb_per_s is None else asked.link_floor_gb_per_s * 1e9
-    expected = expected_link(facts["device"], hosts=len({one.host for one in seen}))
+    odd = len(seen) > 2 and rank_rate < ODD_SHARE * usual
+    hosts = (slowest.host,) if odd and len({process.host for process in seen}) > 1 else ()
+    floor = None if options.link_floor_gb_per_s is None else options.link_floor_gb_per_s * 1e9
+    expected = expected_link(facts["device"], hosts=len({process.host for process in seen}))
     fix = "NCCL_DEBUG=INFO says which network it chose (NET/IB, NET/OFI, NET/Socket); GPUs: nvidia-smi topo -m"
     if floor is not None and rate < floor:
-        yield fail(f"{said}: {floor / 1e9:g} GB/s are asked for{who}", fix, hosts)
+        yield fail(f"{message}: {floor / 1e9:g} GB/s are asked for{who}", fix, hosts)
     elif expected is not None and rate < EXPECTED_SHARE * expected:
-        yield warn(f"{said}: the link has {expected / 1e9:.0f} GB/s on paper{who}", fix, hosts)
+        yield warn(f"{message}: the link has {expected / 1e9:.0f} GB/s on paper{who}", fix, hosts)
     elif odd:
-        yield warn(f"{said}{who}", "its cable, adapter or neighbours; or something else runs there", hosts)
+        yield warn(f"{message}{who}", "its cable, adapter or neighbours; or something else runs there", hosts)
     else:
-        yield ok(said + who)
+        yield ok(message + who)
 
 
 def slowest_rank(seen: Sequence[Seen]) -> tuple[Seen, float, float]:
-    """(rank, its rate with its better neighbour, the median rank's): a slow one is slow with both."""
-    best = {one.rank: max(one.facts["ring"].values(), default=0.0) for one in seen}
-    slowest = min(seen, key=lambda one: best[one.rank])
+    """Return (rank, its rate with its better neighbour, the median rank's): a slow one is slow with both."""
+    best = {process.rank: max(process.facts["ring"].values(), default=0.0) for process in seen}
+    slowest = min(seen, key=lambda process: best[process.rank])
     return slowest, best[slowest.rank], statistics.median(best.values())
 
 

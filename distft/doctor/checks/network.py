@@ -34,8 +34,8 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """Every process finds the meeting place, and every interface that is named exists and is up."""
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Judge whether every process resolves MASTER_ADDR, and every named interface exists and is up."""
     bad = False
     for finding in [*_meeting(seen), *_names(seen), *_interfaces(seen), *_adapters(seen)]:
         bad = True
@@ -48,13 +48,13 @@ def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
 
 
 def _meeting(seen: Sequence[Seen]) -> Iterator[Finding]:
-    lost = [one for one in seen if one.facts["unresolved"]]
+    lost = [process for process in seen if process.facts["unresolved"]]
     if lost:
         yield fail(
-            f"MASTER_ADDR of {lost[0].facts['meets']} means nothing to {names(one.who for one in lost)}: "
+            f"MASTER_ADDR of {lost[0].facts['meets']} means nothing to {names(process.who for process in lost)}: "
             f"{lost[0].facts['unresolved']}",
             "use a name that every host resolves (getent hosts NAME), or rank 0's IP address",
-            (one.host for one in lost),
+            (process.host for process in lost),
         )
     elif seen[0].facts["foreign"]:
         yield warn(
@@ -70,12 +70,16 @@ def _meeting(seen: Sequence[Seen]) -> Iterator[Finding]:
 
 
 def _names(seen: Sequence[Seen]) -> Iterator[Finding]:
-    """Without an interface to use, gloo listens where its host's name leads, and others must reach it there."""
+    """Report host names that others cannot reach: without an interface gloo listens at its host name's address."""
     leaders = by_host(seen)
-    lost = [one for one in leaders if not one.facts["name"] and "GLOO_SOCKET_IFNAME" not in one.facts["wanted"]]
+    lost = [
+        process
+        for process in leaders
+        if not process.facts["name"] and "GLOO_SOCKET_IFNAME" not in process.facts["wanted"]
+    ]
     if lost and len(leaders) > 1:
         yield warn(
-            f"the name of {names(one.host for one in lost)} leads to no address that others can reach",
+            f"the name of {names(process.host for process in lost)} leads to no address that others can reach",
             "GLOO_SOCKET_IFNAME=INTERFACE (site file: interface), or mend /etc/hosts",
         )
 
@@ -83,22 +87,22 @@ def _names(seen: Sequence[Seen]) -> Iterator[Finding]:
 def _interfaces(seen: Sequence[Seen]) -> Iterator[Finding]:
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         without, down = list[Seen](), list[Seen]()
-        for one in seen:
-            wanted = one.facts["wanted"].get(variable, "")
+        for process in seen:
+            wanted = process.facts["wanted"].get(variable, "")
             if not wanted:
                 continue
-            chosen = chosen_interfaces(wanted, one.facts["interfaces"], exactly=variable.startswith("GLOO"))
+            chosen = chosen_interfaces(wanted, process.facts["interfaces"], exactly=variable.startswith("GLOO"))
             if not chosen:
-                without.append(one)
-            elif all(one.facts["interfaces"][name] == "down" for name in chosen):
-                down.append(one)
+                without.append(process)
+            elif all(process.facts["interfaces"][name] == "down" for name in chosen):
+                down.append(process)
         for which, what in ((without, "names no interface"), (down, "names an interface that is down")):
             if which:
                 facts = which[0].facts
                 yield fail(
-                    f"{variable}={facts['wanted'][variable]} {what} of {names({one.host: 0 for one in which})}",
+                    f"{variable}={facts['wanted'][variable]} {what} of {names({process.host: 0 for process in which})}",
                     f"choose of: {', '.join(facts['interfaces'])}; or unset it (site file: interface)",
-                    (one.host for one in which),
+                    (process.host for process in which),
                 )
 
 
@@ -116,26 +120,30 @@ def chosen_interfaces(wanted: str, there: Mapping[str, str], *, exactly: bool) -
 
 
 def _adapters(seen: Sequence[Seen]) -> Iterator[Finding]:
-    """InfiniBand and RoCE ports that are there and do not work."""
-    for one in by_host(seen):
-        ports = one.facts["adapters"]
-        named = [word.lstrip("^=").partition(":")[0] for word in one.facts["hca"].split(",") if word]
+    """Report InfiniBand and RoCE ports that are there and do not work."""
+    for process in by_host(seen):
+        ports = process.facts["adapters"]
+        named = [word.lstrip("^=").partition(":")[0] for word in process.facts["hca"].split(",") if word]
         ours = {port: state for port, state in ports.items() if not named or any(port.startswith(n) for n in named)}
         dead = [port for port, state in ours.items() if "ACTIVE" not in state]
-        if not one.facts["ib"] or not (named or dead):
+        if not process.facts["ib"] or not (named or dead):
             continue
-        if named and not one.facts["hca"].startswith("^") and not ours:
+        if named and not process.facts["hca"].startswith("^") and not ours:
             yield fail(
-                f"NCCL_IB_HCA={one.facts['hca']} names no adapter of {one.host}",
+                f"NCCL_IB_HCA={process.facts['hca']} names no adapter of {process.host}",
                 f"choose of: {', '.join(ports) or 'none, there is no InfiniBand here'}",
-                [one.host],
+                [process.host],
             )
         elif dead and len(dead) == len(ours):
             yield fail(
-                f"no port of {names(dead)} on {one.host} is active", "see ibstat: cable, subnet manager", [one.host]
+                f"no port of {names(dead)} on {process.host} is active",
+                "see ibstat: cable, subnet manager",
+                [process.host],
             )
         elif dead:
-            yield warn(f"{names(dead)} on {one.host} is not active", "see ibstat: cable, subnet manager", [one.host])
+            yield warn(
+                f"{names(dead)} on {process.host} is not active", "see ibstat: cable, subnet manager", [process.host]
+            )
 
 
 def _state(path: Path) -> str:

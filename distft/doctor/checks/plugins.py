@@ -17,17 +17,17 @@ def look(here: Here) -> Facts:
         return {"plugins": [], "problems": [[problem.message, problem.fix] for problem in error.problems]}
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """A plugin that fails ends every command that reads a recipe; one that only some ranks have ends a run."""
-    usual, others = odd_ones(seen, lambda one: one.facts)
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Report plugins that fail, which end every command that reads a recipe, or that only some ranks have."""
+    usual, others = odd_ones(seen, lambda process: process.facts)
     if others:
-        shown = f"{_shown(others[0].facts)} on {names(one.who for one in others)}, {_shown(usual)} on others"
+        shown = f"{_shown(others[0].facts)} on {names(process.who for process in others)}, {_shown(usual)} on others"
         yield fail(
             shown,
             "the same environment on every host: one on the shared folder, or one container image",
-            (one.host for one in others),
+            (process.host for process in others),
         )
-    problems = {message: fix for one in seen for message, fix in one.facts["problems"]}
+    problems = {message: fix for process in seen for message, fix in process.facts["problems"]}
     yield from (fail(message, fix) for message, fix in problems.items())
     if not others and not problems:
         yield ok(_shown(usual))

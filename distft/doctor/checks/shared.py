@@ -22,7 +22,7 @@ LEAST_INODES = 10_000
 
 def look(here: Here) -> Facts:
     """Each process writes, then looks for what the others wrote; rank 0 replaces a file that all read, and locks it."""
-    probe = Probe(here.asked.shared, here.from_first(Probe(here.asked.shared).name))
+    probe = Probe(here.options.shared, here.from_first(Probe(here.options.shared).name))
     wrote = _try(lambda: _write(probe, here.rank))
     everyone = here.gather(wrote)
     there = [rank for rank, error in enumerate(everyone) if not error]
@@ -40,48 +40,48 @@ def look(here: Here) -> Facts:
     return facts
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """One folder, writable by all, with room."""
-    folder, found = seen[0].facts["folder"], list[Finding]()
-    unable = [one for one in seen if one.facts["wrote"]]
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Judge whether the folder is one for all, writable by all, and has room."""
+    folder, findings = seen[0].facts["folder"], list[Finding]()
+    unable = [process for process in seen if process.facts["wrote"]]
     if unable:
-        found.append(
+        findings.append(
             fail(
-                f"{folder}: {names(one.who for one in unable)} cannot write: {unable[0].facts['wrote']}",
+                f"{folder}: {names(process.who for process in unable)} cannot write: {unable[0].facts['wrote']}",
                 "permissions (ls -ld), quota, read-only mount; or another output_dir",
-                {one.host for one in unable} if len(unable) < len(seen) else (),
+                {process.host for process in unable} if len(unable) < len(seen) else (),
             )
         )
     apart = _apart(seen)
     if apart:
-        hosts = names({one.host: 0 for one in apart})
-        said = f"{folder} of {hosts} is not the others' folder: {apart[0].who} does not see what they wrote"
-        found.append(
+        hosts = names({process.host: 0 for process in apart})
+        message = f"{folder} of {hosts} is not the others' folder: {apart[0].who} does not see what they wrote"
+        findings.append(
             fail(
-                said,
+                message,
                 "put output_dir on a file system that every host mounts (df PATH on each)",
                 (o.host for o in apart),
             )
         )
-    stale = [one for one in seen if one.facts["replaced"] and one not in apart]
+    stale = [process for process in seen if process.facts["replaced"] and process not in apart]
     if stale and not unable:
-        said = f"{folder}: a file that rank 0 replaced is not whole for {stale[0].who}: {stale[0].facts['replaced']}"
-        found.append(fail(said, "the file system has no atomic rename: keep runs elsewhere", ()))
-    broken = [one for one in seen if one.facts["lock"] and one not in apart]
+        message = f"{folder}: a file that rank 0 replaced is not whole for {stale[0].who}: {stale[0].facts['replaced']}"
+        findings.append(fail(message, "the file system has no atomic rename: keep runs elsewhere", ()))
+    broken = [process for process in seen if process.facts["lock"] and process not in apart]
     if broken and not unable:
-        said = f"{folder}: {broken[0].facts['lock']} ({names(one.who for one in broken)})"
+        message = f"{folder}: {broken[0].facts['lock']} ({names(process.who for process in broken)})"
         fix = "two starts may take a dead run's folder over at once: mount with locks (Lustre: -o flock; NFS 4)"
-        found.append(warn(said, fix))
-    found += _room(seen)
-    yield from found
-    if not found:
-        facts = min(seen, key=lambda one: one.facts["space"]).facts
+        findings.append(warn(message, fix))
+    findings += _room(seen)
+    yield from findings
+    if not findings:
+        facts = min(seen, key=lambda process: process.facts["space"]).facts
         all_ = f"{len(seen)} processes see each other's files, " if len(seen) > 1 else ""
         yield ok(f"{folder}: {all_}{facts['space'] / GIB:.0f} GiB free")
 
 
 def _room(seen: Sequence[Seen]) -> Iterator[Finding]:
-    facts = min(seen, key=lambda one: one.facts["space"]).facts
+    facts = min(seen, key=lambda process: process.facts["space"]).facts
     fix = "remove what is not needed (older checkpoints: [checkpoint] keep), or another output_dir"
     if facts["space"] < LITTLE_SPACE:
         say = fail if facts["space"] < LEAST_SPACE else warn
@@ -91,17 +91,17 @@ def _room(seen: Sequence[Seen]) -> Iterator[Finding]:
 
 
 def _apart(seen: Sequence[Seen]) -> list[Seen]:
-    """Those outside the largest set of processes that see each other."""
+    """Return the processes outside the largest set of processes that see each other's files."""
     sets = dict[tuple[int, ...], list[Seen]]()
-    for one in seen:
-        if not one.facts["wrote"]:
-            sets.setdefault(tuple(one.facts["missing"]), []).append(one)
+    for process in seen:
+        if not process.facts["wrote"]:
+            sets.setdefault(tuple(process.facts["missing"]), []).append(process)
     together = max(sets.values(), key=len, default=[])
-    return [one for one in seen if not one.facts["wrote"] and one not in together]
+    return [process for process in seen if not process.facts["wrote"] and process not in together]
 
 
 def _write(probe: Probe, rank: int) -> None:
-    faults.at("shared", rank=rank)
+    faults.inject("shared", rank=rank)
     probe.path.mkdir(exist_ok=True)
     probe.write(f"rank-{rank}", str(rank).encode())
 
@@ -124,34 +124,34 @@ def _replace(probe: Probe) -> None:
 
 def _see_replaced(probe: Probe) -> None:
     until = time.monotonic() + SOON_S
-    while (said := _read(probe, "state")) != b"new" * 1000:
+    while (content := _read(probe, "state")) != b"new" * 1000:
         if time.monotonic() > until:
-            raise OSError(errno.ESTALE, "absent" if said is None else f"{len(said)} bytes of something else")
+            raise OSError(errno.ESTALE, "absent" if content is None else f"{len(content)} bytes of something else")
         time.sleep(0.2)
 
 
 def _lock(probe: Probe, here: Here) -> str:
-    """What is wrong with locks, as `checkpoint.lock` uses them; rank 0 holds one that the others must not get."""
-    descriptor, said = None, ""
+    """Return what is wrong with locks, as `checkpoint.lock` uses them: rank 0 holds one that others must not get."""
+    descriptor, problem = None, ""
     try:
         descriptor = os.open(probe.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         if here.rank == 0:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        said = f"a lock (flock) is refused: {error.strerror}"
+        problem = f"a lock (flock) is refused: {error.strerror}"
     here.gather(None)
     if descriptor is not None and here.rank != 0:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            said = "a lock (flock) that one host holds does not keep another one out"
+            problem = "a lock (flock) that one host holds does not keep another one out"
         except BlockingIOError:
             pass
         except OSError as error:
-            said = f"a lock (flock) is refused: {error.strerror}"
+            problem = f"a lock (flock) is refused: {error.strerror}"
     here.gather(None)
     if descriptor is not None:
         os.close(descriptor)
-    return said
+    return problem
 
 
 def _space(probe: Probe) -> dict[str, Any]:

@@ -15,29 +15,29 @@ def look(here: Here) -> Facts:
 
     from distft.health.straggler import StragglerProbe
 
-    device = here.group.device if here.group is not None else _own(torch.cuda.is_available())
+    device = here.group.device if here.group is not None else _own_device(torch.cuda.is_available())
     here.gather(None)  # all at the same time, as in a run
     timing = StragglerProbe().read(0.0, torch.device(device))
     return {"ms": 1000 * timing.probe_s, "device": str(device)}
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """Nobody is much slower than the others."""
-    times = sorted(one.facts["ms"] for one in seen)
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Report processes that are much slower than the others."""
+    times = sorted(process.facts["ms"] for process in seen)
     usual = times[(len(times) - 1) // 2]
-    slow = [one for one in seen if one.facts["ms"] > FACTOR * usual]
+    slow = [process for process in seen if process.facts["ms"] > FACTOR * usual]
     if slow:
-        listed = names(f"{one.who}, {one.facts['device']}: {one.facts['ms']:.2f} ms" for one in slow)
+        listed = names(f"{process.who}, {process.facts['device']}: {process.facts['ms']:.2f} ms" for process in slow)
         yield warn(
             f"slower than the others ({usual:.2f} ms for a matrix product): {listed}",
             "something else runs there (top, nvidia-smi), or it is throttled",
-            (one.host for one in slow),
+            (process.host for process in slow),
         )
     else:
         yield ok(f"{usual:.2f} ms for a matrix product" + (f", at most {times[-1]:.2f}" if len(times) > 1 else ""))
 
 
-def _own(has_gpu: bool) -> str:
+def _own_device(has_gpu: bool) -> str:
     return "cuda:0" if has_gpu else "cpu"
 
 

@@ -25,24 +25,24 @@ def look(here: Here) -> Facts:
     }
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """The same on every rank, and GPUs where there are some."""
-    blind = [one for one in seen if one.facts["driver"] and not one.facts["gpus"]]
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Judge whether the build is the same on every rank, and uses GPUs where there are some."""
+    blind = [process for process in seen if process.facts["driver"] and not process.facts["gpus"]]
     if blind:
         cuda = blind[0].facts["cuda"]
         why = f"the driver is too old for its CUDA {cuda}" if cuda else "it is a build for CPUs"
         yield fail(
-            f"torch uses no GPU on {names({one.host: 0 for one in blind})}, where a driver is: {why}",
+            f"torch uses no GPU on {names({process.host: 0 for process in blind})}, where a driver is: {why}",
             "install the torch build that fits the driver (pytorch.org), or hide the GPUs: CUDA_VISIBLE_DEVICES=",
-            (one.host for one in blind) if len(blind) < len(seen) else (),
+            (process.host for process in blind) if len(blind) < len(seen) else (),
         )
     for what in ("cuda", "nccl"):
-        usual, others = odd_ones(seen, lambda one, what=what: one.facts[what])
+        usual, others = odd_ones(seen, lambda process, what=what: process.facts[what])
         if others:
             yield fail(
-                f"{what} {others[0].facts[what]} on {names(one.who for one in others)}, {usual} on others",
+                f"{what} {others[0].facts[what]} on {names(process.who for process in others)}, {usual} on others",
                 "the same environment on every host",
-                (one.host for one in others),
+                (process.host for process in others),
             )
     if not blind:
         facts = seen[0].facts

@@ -14,16 +14,17 @@ def look(here: Here) -> Facts:
     return {"world": here.world, "nodes": int(here.env.get("SLURM_JOB_NUM_NODES", "0"))}
 
 
-def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
-    """All hosts have as many, and the global batch splits over them."""
-    hosts = Counter(one.host for one in seen)
-    world, per_host = len(seen), asked.per_host or max(hosts.values())
-    said, others = odd_ones(seen, lambda one: one.facts["world"])
+def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
+    """Judge whether all hosts have the same number of processes, and the global batch splits over them."""
+    hosts = Counter(process.host for process in seen)
+    world, per_host = len(seen), options.per_host or max(hosts.values())
+    usual, others = odd_ones(seen, lambda process: process.facts["world"])
     if others:
         yield fail(
-            f"{names(one.who for one in others)} was started for {others[0].facts['world']} processes, others {said}",
+            f"{names(process.who for process in others)} was started for {others[0].facts['world']} processes, "
+            f"others {usual}",
             "give every machine the same --num_processes (accelerate) or --nnodes and --nproc-per-node (torchrun)",
-            (one.host for one in others),
+            (process.host for process in others),
         )
     if len(set(hosts.values())) > 1:
         fewest = min(hosts, key=hosts.__getitem__)
@@ -36,16 +37,16 @@ def judge(seen: Sequence[Seen], asked: DoctorOptions) -> Iterator[Finding]:
             f"the job has {seen[0].facts['nodes']} nodes, the processes are on {len(hosts)}",
             "srun without --nodes and --ntasks uses one: cluster/train.sbatch says both",
         )
-    if asked.recipe is not None:
+    if options.recipe is not None:
         from distft.recipe import check_world
 
         try:
-            check_world(asked.recipe, len(hosts) * per_host if asked.per_host else world)
+            check_world(options.recipe, len(hosts) * per_host if options.per_host else world)
         except RecipeError as error:
             problem = error.problems[0]
             yield fail(problem.message, problem.fix)
-    one, on = ("process", "host") if world == 1 else ("processes", "host" if len(hosts) == 1 else "hosts")
-    yield ok(f"{world} {one} on {len(hosts)} {on} ({names(hosts)})")
+    noun, on = ("process", "host") if world == 1 else ("processes", "host" if len(hosts) == 1 else "hosts")
+    yield ok(f"{world} {noun} on {len(hosts)} {on} ({names(hosts)})")
 
 
 CHECK = Check(name="processes", look=look, judge=judge)

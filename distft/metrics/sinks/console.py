@@ -16,12 +16,12 @@ def _is_step(record: dict[str, Any]) -> bool:
     return "loss" in record
 
 
-def _said(record: dict[str, Any]) -> str:
+def _line(record: dict[str, Any]) -> str:
     if not _is_step(record):
-        said = [f"{name} {value:.4g}" for name, value in record.items() if "." in name]
+        parts = [f"{name} {value:.4g}" for name, value in record.items() if "." in name]
         if "eval_loss" in record:  # there may be answers alone
-            said.insert(0, f"eval loss {record['eval_loss']:.4f} over {record['eval_tokens']:,.0f} tokens")
-        return "  ".join(said)
+            parts.insert(0, f"eval loss {record['eval_loss']:.4f} over {record['eval_tokens']:,.0f} tokens")
+        return "  ".join(parts)
     mfu = "" if record["mfu"] is None else f"  mfu {100 * record['mfu']:.1f} %"
     return (
         f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3g}  lr {record['lr']:.2e}  "
@@ -50,9 +50,9 @@ class BarSink:
     def write(self, record: dict[str, Any]) -> None:
         """Steps move the bar."""
         if not _is_step(record):
-            self._progress.console.print(f"step {record['step']}  {_said(record)}")
+            self._progress.console.print(f"step {record['step']}  {_line(record)}")
         else:
-            self._progress.update(self._task, completed=record["step"], description=_said(record))
+            self._progress.update(self._task, completed=record["step"], description=_line(record))
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -85,7 +85,7 @@ class LineSink:
         if is_step and self._first is not None and step > self._first[0]:
             seconds = (now - self._first[1]) / (step - self._first[0]) * (self._total - step)
             left = f"  {duration(seconds)} left"
-        print(f"{self._name} {step}/{self._total}  {_said(record)}{left}", file=sys.stderr, flush=True)
+        print(f"{self._name} {step}/{self._total}  {_line(record)}{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Nothing is held back."""

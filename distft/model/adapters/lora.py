@@ -95,10 +95,10 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
 
 
 def _not_adapted(lm: Any) -> list[str] | None:
-    """Names of linear layers that `all-linear` leaves out.
+    """Return the names of linear layers that `all-linear` leaves out; None where there are none.
 
-    What no text passes through; routers and other layers of a model's own class, whose forward is no plain product;
-    and what fused state-space kernels read past the layer's forward, which is why PEFT refuses it.
+    These are layers that no text passes through; routers and other layers of a model's own class whose forward is no
+    plain product; and layers whose weights fused state-space kernels read directly, which PEFT refuses.
     """
     from torch import nn
 
@@ -106,23 +106,23 @@ def _not_adapted(lm: Any) -> list[str] | None:
 
     left_out = set(other_modules(lm))
     for name, module in lm.named_modules():
-        own = type(module).__module__.startswith("transformers.") and isinstance(module, nn.Linear)
+        is_custom = type(module).__module__.startswith("transformers.") and isinstance(module, nn.Linear)
         fused = lm.config.model_type in _STATE_SPACE and name.rpartition(".")[2] == "out_proj"
-        if fused or (own and not _is_product(module)):
+        if fused or (is_custom and not _is_product(module)):
             left_out.add(name)
     return sorted(left_out) or None
 
 
 def _is_product(module: Any) -> bool:
-    """Whether a linear layer of a model's own class gives one product: Falcon's does, Llama 4's router does not."""
+    """Return whether a linear layer of a model's own class gives one product: Falcon's does, Llama 4's router not."""
     import torch
 
     given = torch.empty(1, module.in_features, device="meta", dtype=module.weight.dtype)
     try:
-        found = module(given)
+        output = module(given)
     except (RuntimeError, TypeError, ValueError):
         return False
-    return isinstance(found, torch.Tensor) and found.shape == (1, module.out_features)
+    return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
 
 
 _STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -130,20 +130,20 @@ _STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def _expert_targets(lm: Any, params: LoraParams) -> set[str]:
-    """Names that PEFT matches against the ends of whole names, of the expert tensors that get an adapter.
+    """Return names of the expert tensors that get an adapter, which PEFT matches against the ends of whole names.
 
     All of them by default; else those that a name in `target_modules` ends in, such as "experts.down_proj".
     """
     from distft.model import experts
 
     whole = {f"{name}.{short}" for name, _, short in experts.all_expert_tensors(lm)}
-    found = {".".join(name.rsplit(".", 3)[-3:]) for name in whole}
+    suffixes = {".".join(name.rsplit(".", 3)[-3:]) for name in whole}
     if params.target_modules == "all-linear":
-        return found
+        return suffixes
     if isinstance(params.target_modules, str):  # a regular expression, which fits whole names
         fits = {name for name in whole if re.fullmatch(params.target_modules, name)}
-        return {tensor for tensor in found if any(name.endswith(tensor) for name in fits)}
-    return {tensor for tensor in found if any(_matches(tensor, name) for name in params.target_modules)}
+        return {tensor for tensor in suffixes if any(name.endswith(tensor) for name in fits)}
+    return {tensor for tensor in suffixes if any(_matches(tensor, name) for name in params.target_modules)}
 
 
 def _matches(tensor: str, name: str) -> bool:

@@ -47,13 +47,13 @@ class Module:
 
     name: str
     kind: str
-    """Its class."""
+    """The name of its class."""
     adapts: Literal["linear", "embedding", ""]
     """What kind of low-rank product it can have; "": none."""
-    own: bool
-    """It has parameters itself."""
+    has_params: bool
+    """Whether it has parameters itself."""
     trains: bool
-    """It has parameters, or a module in it does."""
+    """Whether it has parameters, or a module in it does."""
     head: bool
     """It makes the logits."""
     block: bool
@@ -73,9 +73,9 @@ class Listing:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, said: dict[str, Any]) -> Listing:
-        """What `to_json` gave."""
-        return cls(modules=tuple(Module(**one) for one in said["modules"]), experts=tuple(said["experts"]))
+    def from_json(cls, fields: dict[str, Any]) -> Listing:
+        """Build the listing from what `to_json` returned."""
+        return cls(modules=tuple(Module(**entry) for entry in fields["modules"]), experts=tuple(fields["experts"]))
 
 
 def listing(lm: Any) -> Listing:
@@ -89,7 +89,7 @@ def listing(lm: Any) -> Listing:
             name=name,
             kind=type(module).__name__,
             adapts=_adapts(module),
-            own=any(True for _ in module.parameters(recurse=False)),
+            has_params=any(True for _ in module.parameters(recurse=False)),
             trains=any(True for _ in module.parameters()),
             head=module is head,
             block=id(module) in blocks,
@@ -102,26 +102,26 @@ def listing(lm: Any) -> Listing:
 
 
 def exact(lm: nn.Module, names: Sequence[str]) -> list[str]:
-    """`modules_to_save` as PEFT must be told them so that it takes these modules and no others.
+    """Return `modules_to_save` in the form in which PEFT takes these modules and no others.
 
     A name is a whole one, or its end from a dot on, as in `target_modules`.
     """
-    known = [name for name, _ in lm.named_modules() if name]
-    told: list[str] = []
+    modules = [name for name, _ in lm.named_modules() if name]
+    exact_names: list[str] = []
     for name in names:
-        meant = [module for module in known if _ends_with(module, name)]
-        same = [module for module in known if module.endswith(name)]
-        told += [name] if same == meant else meant
-    return told
+        meant = [module for module in modules if _ends_with(module, name)]
+        same = [module for module in modules if module.endswith(name)]
+        exact_names += [name] if same == meant else meant
+    return exact_names
 
 
 def faults(listed: Listing, params: Any) -> list[RecipeMistake]:
-    """What is wrong with the names of an adapter method for this model, before anything is attached to it."""
+    """Return the mistakes in the module names of an adapter method for this model, before anything is attached."""
     if not hasattr(params, "target_modules"):
         return []
     names = _Names(listed, bool(getattr(params, "quant", None)))
-    found = [*_of_targets(names, params), *_of_saved(names, params)]
-    return found or list(_of_both(names, params))
+    mistakes = [*_of_targets(names, params), *_of_saved(names, params)]
+    return mistakes or list(_of_both(names, params))
 
 
 class _Names:
@@ -155,22 +155,22 @@ class _Names:
         return bool(self.modules[name].adapts)
 
     def nearest(self, name: str, *, adapted: bool) -> str:
-        """What `name` was probably meant to be; else a few names that there are."""
-        known: dict[str, None] = {}
+        """Return a hint: what `name` was probably meant to be, else a few of the model's names."""
+        candidates: dict[str, None] = {}
         for module in self.modules:
-            if self.has_adapter(module) or (not adapted and self.modules[module].own):
+            if self.has_adapter(module) or (not adapted and self.modules[module].has_params):
                 parts = [part for part in module.split(".") if not part.isdigit()]
-                known |= dict.fromkeys([parts[-1], ".".join(parts[-2:])])
-        by_lower = {word.lower(): word for word in reversed(known)}
+                candidates |= dict.fromkeys([parts[-1], ".".join(parts[-2:])])
+        by_lower = {word.lower(): word for word in reversed(candidates)}
         # An end that somebody has cut short ("head"), or a word misspelt.
-        ends = [word for word in known if "." not in word and word.endswith(f"_{name}")]
+        ends = [word for word in candidates if "." not in word and word.endswith(f"_{name}")]
         near = [
             by_lower[word]
             for word in difflib.get_close_matches(name.strip().lower(), list(by_lower), _MANY, cutoff=0.6)
         ]
-        if found := list(dict.fromkeys([*near, *ends]))[:_MANY]:
-            return f"did you mean {_either(found)}?"
-        listed = [word for word in known if "." not in word]
+        if suggestions := list(dict.fromkeys([*near, *ends]))[:_MANY]:
+            return f"did you mean {_either(suggestions)}?"
+        listed = [word for word in candidates if "." not in word]
         return f"the model has {', '.join(listed[:12])}{', ...' if len(listed) > 12 else ''}"
 
     def below(self, name: str) -> list[str]:
@@ -190,8 +190,8 @@ def _of_targets(names: _Names, params: Any) -> Iterator[RecipeMistake]:
         yield RecipeMistake(
             key=_TARGETS, message="names no module", fix=f'"{ALL_LINEAR}" is every linear layer but the head'
         )
-    for at, name in enumerate(targets):
-        key = (*_TARGETS, at)
+    for index, name in enumerate(targets):
+        key = (*_TARGETS, index)
         meant = names.matched(name)
         if not meant and name in names.experts:
             continue  # the method looks for these itself
@@ -232,8 +232,8 @@ def _of_pattern(names: _Names, pattern: str, *, dora: bool) -> Iterator[RecipeMi
         )
 
 
-def _of_kinds(names: _Names, key: Any, said: str, meant: list[str], *, dora: bool) -> Iterator[RecipeMistake]:
-    """Of modules that were found, the first one that takes no adapter."""
+def _of_kinds(names: _Names, key: Any, subject: str, meant: list[str], *, dora: bool) -> Iterator[RecipeMistake]:
+    """Report the first of the matched modules that takes no adapter."""
     without = next((module for module in meant if not names.has_adapter(module)), None)
     if without is not None:
         inside = names.below(without)
@@ -241,37 +241,41 @@ def _of_kinds(names: _Names, key: Any, said: str, meant: list[str], *, dora: boo
         if not inside and names.modules[without].trains:
             fix = "leave it out, or train it whole: modules_to_save"
         kind = names.modules[without].kind
-        message = f"{said} means {without}, a {kind}: only linear layers and embeddings take an adapter"
+        message = f"{subject} means {without}, a {kind}: only linear layers and embeddings take an adapter"
         yield RecipeMistake(key=key, message=message, fix=fix)
         return
     without_dora = [module for module in meant if names.modules[module].adapts == "embedding" or names.is_head(module)]
     if dora and without_dora:
         yield RecipeMistake(
-            key=key, message=f"{said} means {without_dora[0]}: embeddings and the head take no DoRA",
+            key=key, message=f"{subject} means {without_dora[0]}: embeddings and the head take no DoRA",
             fix="leave it out, or dora = false", also=(("method", "dora"),),
         )  # fmt: skip
 
 
 def _of_saved(names: _Names, params: Any) -> Iterator[RecipeMistake]:
-    for at, name in enumerate(_saved(params)):
-        key, meant = (*_SAVED, at), names.matched(name)
+    for index, name in enumerate(_saved(params)):
+        key, meant = (*_SAVED, index), names.matched(name)
         if not meant:
             fix = names.nearest(name, adapted=False)
             yield RecipeMistake(key=key, message=f'"{name}" is no module of the model', fix=fix)
             continue
-        empty = next((one for one in meant if not names.modules[one].trains), None)
+        empty = next((module for module in meant if not names.modules[module].trains), None)
         if empty is not None:
             message = f'"{name}" means {empty}, a {names.modules[empty].kind}, which has nothing to train'
             yield RecipeMistake(key=key, message=message, fix="leave it out")
             continue
-        block = next((one for one in names.blocks if any(one == m or one.startswith(f"{m}.") for m in meant)), None)
+        block = next(
+            (inner for inner in names.blocks if any(inner == m or inner.startswith(f"{m}.") for m in meant)), None
+        )
         if block is not None:
             yield RecipeMistake(
                 key=key, message=f'"{name}" holds whole blocks, such as {block}',
                 fix='name layers in them, or train all of the model: name = "full"',
             )  # fmt: skip
             continue
-        packed = next((one for one in names.in_4bit if any(one == m or one.startswith(f"{m}.") for m in meant)), None)
+        packed = next(
+            (inner for inner in names.in_4bit if any(inner == m or inner.startswith(f"{m}.") for m in meant)), None
+        )
         if packed is not None:
             yield RecipeMistake(
                 key=key, message=f'"{name}" holds {packed}, which is stored in 4 bits and cannot be trained whole',
@@ -280,7 +284,7 @@ def _of_saved(names: _Names, params: Any) -> Iterator[RecipeMistake]:
 
 
 def _of_both(names: _Names, params: Any) -> Iterator[RecipeMistake]:
-    """A module is trained whole, or gets an adapter; PEFT would leave the adapter out."""
+    """Report modules that are both trained whole and given an adapter, which PEFT would leave out."""
     whole = [module for name in _saved(params) for module in names.matched(name)]
     for inner in whole:
         outer = next((module for module in whole if inner.startswith(f"{module}.")), None)
@@ -293,11 +297,11 @@ def _of_both(names: _Names, params: Any) -> Iterator[RecipeMistake]:
         return
     patterns = isinstance(params.target_modules, str)
     targets = [(_TARGETS, params.target_modules)] if patterns else [
-        ((*_TARGETS, at), name) for at, name in enumerate(params.target_modules)
+        ((*_TARGETS, index), name) for index, name in enumerate(params.target_modules)
     ]  # fmt: skip
     for key, name in targets:
         meant = names.fitting(name) if patterns else names.matched(name)
-        if meant and all(any(one == w or one.startswith(f"{w}.") for w in whole) for one in meant):
+        if meant and all(any(module == w or module.startswith(f"{w}.") for w in whole) for module in meant):
             yield RecipeMistake(
                 key=key, message=f'"{name}" is trained whole by modules_to_save, so its adapter would have no effect',
                 fix="name it in one of the two", also=(_SAVED,),

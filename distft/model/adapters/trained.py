@@ -18,7 +18,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def from_folder(method: MethodSpec, folder: Path) -> MethodSpec:
-    """`method`, its own parameters filled with what `folder` holds.
+    """Return `method` with its own parameters filled from `folder`.
 
     Raises:
         RecipeError: the folder has no safetensors weights; later, when it is filled: they do not fit the recipe.
@@ -35,13 +35,15 @@ def from_folder(method: MethodSpec, folder: Path) -> MethodSpec:
 
         key = file_key(name)
         with safe_open(file, framework="pt") as weights:
-            found: Any = weights.get_tensor(key) if key in weights.keys() else None  # noqa: SIM118
-        if found is None or found.shape != meta.shape:
-            said = "lacks it" if found is None else f"has it as {tuple(found.shape)} instead of {tuple(meta.shape)}"
-            raise RecipeError(
-                str(file), [Problem(message=f"{key}: the file {said}", fix="use the adapter's own recipe")]
+            tensor: Any = weights.get_tensor(key) if key in weights.keys() else None  # noqa: SIM118
+        if tensor is None or tensor.shape != meta.shape:
+            problem = (
+                "lacks it" if tensor is None else f"has it as {tuple(tensor.shape)} instead of {tuple(meta.shape)}"
             )
-        return found
+            raise RecipeError(
+                str(file), [Problem(message=f"{key}: the file {problem}", fix="use the adapter's own recipe")]
+            )
+        return tensor
 
     return replace(method, owns=owns, fresh=stored)
 

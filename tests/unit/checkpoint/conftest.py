@@ -87,14 +87,14 @@ class Hook:
         self.point, self.error, self.rank, self.step = point, error, rank, step
         self.seen: list[str] = []
 
-    def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
+    def inject(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
         self.seen.append(point)
         if point == self.point and self.rank in (None, rank) and self.step in (None, step):
             raise self.error()
 
 
 class Quiet:
-    def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
+    def inject(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
         pass
 
 

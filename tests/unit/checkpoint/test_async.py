@@ -24,7 +24,7 @@ class Gate:
     def __init__(self) -> None:
         self.open, self.reached = threading.Event(), threading.Event()
 
-    def at(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
+    def inject(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
         if point == "P3":
             self.reached.set()
             assert self.open.wait(20)

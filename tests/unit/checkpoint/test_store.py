@@ -23,7 +23,7 @@ from distft.core.errors import CheckpointError, FileSystemError
 @pytest.mark.row(16)
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 3), (3, 2), (4, 1)])
 def test_any_slicing_reads_any_other(kit, tmp_path: Path, monkeypatch, before: int, after: int) -> None:
-    monkeypatch.setattr(intervals.cut, "__kwdefaults__", {"chunk_bytes": 640})  # several chunks per piece
+    monkeypatch.setattr(intervals.split_chunks, "__kwdefaults__", {"chunk_bytes": 640})  # several chunks per piece
     kit.filled(tmp_path, 4, world=before)
     want = kit.tensors(4)
 

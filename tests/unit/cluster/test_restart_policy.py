@@ -9,7 +9,7 @@ from distft.cluster.restart_policy import JobEnd, Phase, Then, judge, read_exit,
 
 SAVED = {"code": 75, "reason": "preempted: stopped by SIGUSR1 after step 7; the state is saved", "step": 7}
 PREEMPTED = JobEnd(
-    status=75, record=SAVED, asked=True, stop_file=False, phase=Phase.RUNNING, stalled=1, max_stalled=3
+    status=75, record=SAVED, stop_requested=True, stop_file=False, phase=Phase.RUNNING, stalled=1, max_stalled=3
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_complete_is_complete_whatever_else_is_known() -> None:
 
 
 def test_killed_without_a_word_is_a_crash() -> None:
-    verdict = judge(replace(PREEMPTED, status=137, record=None, asked=False))
+    verdict = judge(replace(PREEMPTED, status=137, record=None, stop_requested=False))
     assert (verdict.then, verdict.exit_code) == (Then.END, 1)
     assert "status 137" in verdict.reason
 

@@ -22,19 +22,19 @@ def request_(monkeypatch: pytest.MonkeyPatch) -> StopRequest:
 
 
 def test_the_first_reason_stays_and_the_third_signal_ends_the_process(request_: StopRequest) -> None:
-    request_._asked(signal.SIGUSR1, None)
-    request_._asked(signal.SIGTERM, None)
-    assert request_.asked()
+    request_._on_signal(signal.SIGUSR1, None)
+    request_._on_signal(signal.SIGTERM, None)
+    assert request_.requested()
     assert request_.reason == "SIGUSR1"
     with pytest.raises(Gone, match=str(128 + signal.SIGTERM)):
-        request_._asked(signal.SIGTERM, None)
+        request_._on_signal(signal.SIGTERM, None)
 
 
 def test_once_the_state_is_saved_signals_cut_nothing_short(request_: StopRequest) -> None:
     request_.ask("the launcher's end")
     request_.granted()
     for _ in range(2 * PATIENCE):
-        request_._asked(signal.SIGTERM, None)
+        request_._on_signal(signal.SIGTERM, None)
     assert request_.reason == "the launcher's end"
     request_.clear()
-    assert not request_.asked()
+    assert not request_.requested()

@@ -46,9 +46,9 @@ open(f"ready{rank}", "w").write(str(os.getpid()))
 if os.environ["DEAF"] == rank:
     signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
 until = time.monotonic() + float(os.environ["RUNS_S"])
-while time.monotonic() < until and (not STOP.asked() or os.environ["DEAF"] == rank):
+while time.monotonic() < until and (not STOP.requested() or os.environ["DEAF"] == rank):
     time.sleep(0.02)
-if STOP.asked():
+if STOP.requested():
     time.sleep(0.3)
     open(f"saved{rank}", "w").write(f"{STOP.reason} {STOP._count}")
     hard_exit(75)
@@ -261,7 +261,7 @@ def test_without_room_for_a_file_the_commands_own_code_is_left(monkeypatch: pyte
 
     monkeypatch.setattr(tempfile, "mkstemp", full)
     ended = supervise.run([sys.executable, "-c", "raise SystemExit(4)"], env=os.environ, launcher=False)
-    assert (ended.code, ended.asked) == (4, [])
+    assert (ended.code, ended.signals) == (4, [])
     assert Path(os.devnull).exists()
 
 

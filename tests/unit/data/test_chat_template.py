@@ -373,7 +373,7 @@ def test_a_split_is_reported_with_its_rows(tmp_path: Path) -> None:
     source = made.report.sources[0]
     assert (source.num_read, source.num_kept, source.num_split) == (3, 7, 4)
     assert [made.sample_id(row) for row in range(3)] == [f"train.jsonl row {row}" for row in (1, 2, 2)]
-    assert list(source.said()) == [
+    assert list(source.messages()) == [
         f"2 rows: {chat_template.SPLIT} (4 rows more than were read); first train.jsonl:2: 2 rows"
     ]
 

@@ -63,7 +63,7 @@ def test_the_others_are_counted(write: Write, prepared: Prepare) -> None:
     rows = [{"text": "a", "id": 1, "source": "x", "Unnamed: 0": 3}, {"text": "b", "id": 2}]
     source = prepared(write(rows)).report.sources[0]
     assert source.unread == {"id": 2, "source": 1}
-    assert list(source.said()) == ['columns not read: "id" (2), "source" (1)']
+    assert list(source.messages()) == ['columns not read: "id" (2), "source" (1)']
 
 
 def test_a_renamed_column_is_read(write: Write, prepared: Prepare) -> None:

@@ -116,7 +116,7 @@ def test_header_tokens_that_are_not_special_count_too(tmp_path: Path) -> None:
 def test_they_are_counted_and_named(write: Callable[..., Path], prepared: Callable[..., Prepared]) -> None:
     clean = {"messages": [TYPED_CHAT[0] | {"content": "x"}, TYPED_CHAT[1] | {"content": "y"}]}
     path = write([clean, {"messages": TYPED_CHAT}] * 2)
-    (line,) = prepared(path).report.sources[0].said()
+    (line,) = prepared(path).report.sources[0].messages()
     assert line == f"2 rows: {ESCAPED}; first train.jsonl:2: message 1: <|im_end|>"
     with pytest.raises(DataError, match=r"train\.jsonl:2: message 1: the special token <\|im_end\|> is typed as text"):
         prepared(path, special_tokens_in_content="error")

@@ -120,6 +120,6 @@ def test_a_stopped_tour_is_no_failure_of_its_stage(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _pretend(monkeypatch)
-    monkeypatch.setattr(tour.supervise, "run", lambda command, **_: CommandExit(code=75, asked=[15]))
+    monkeypatch.setattr(tour.supervise, "run", lambda command, **_: CommandExit(code=75, signals=[15]))
     assert tour.main([]) == 75
     assert "stopped by SIGTERM in tiny-full" in capsys.readouterr().out

@@ -37,7 +37,7 @@ def here(**more) -> Here:
         "world": 1,
         "local_rank": 0,
         "env": {},
-        "asked": DoctorOptions(),
+        "options": DoctorOptions(),
         "hosts": (socket.gethostname(),),
     }
     return Here(**(known | more))
@@ -47,7 +47,7 @@ def test_every_check_looks_alone_and_judges_what_it_saw(tmp_path: Path) -> None:
     asked = DoctorOptions(shared=tmp_path, output=tmp_path, gib=0.001)
     report = Report(("me",))
     for check in CHECKS:
-        facts = run_look(check, here(asked=asked))
+        facts = run_look(check, here(options=asked))
         assert "error" not in facts, (check.name, facts)
         findings = run_judge(check, [Seen(rank=0, host="me", facts=facts)], asked)
         assert findings, check.name
@@ -65,7 +65,7 @@ def test_who_could_not_look_is_a_finding() -> None:
     assert facts == {"error": "OSError: [Errno 5] Input/output error"}
     found = only(judged(limits.CHECK, {"error": "OSError: Input/output error"}))
     assert found.verdict is Severity.FAIL
-    assert found.found == "rank 0 (node1) could not look: OSError: Input/output error"
+    assert found.message == "rank 0 (node1) could not look: OSError: Input/output error"
     assert found.hosts == ("node1",)
 
 
@@ -80,15 +80,15 @@ def installed(**other) -> dict:
 def test_another_version_on_one_rank() -> None:
     found = only(judged(libraries.CHECK, *[installed()] * 3, installed(torch="2.12.0")))
     assert found.verdict is Severity.FAIL
-    assert found.found == "torch 2.12.0 on rank 3 (node2), 2.13.0 on others"
+    assert found.message == "torch 2.12.0 on rank 3 (node2), 2.13.0 on others"
     assert found.hosts == ("node2",)
     gone = only(judged(libraries.CHECK, *[installed(deepspeed="0.19.8")] * 3, installed()))
-    assert gone.found == "deepspeed is not there on rank 3 (node2), 0.19.8 on others"
+    assert gone.message == "deepspeed is not there on rank 3 (node2), 0.19.8 on others"
 
 
 def test_too_old_is_said_with_what_is_wanted() -> None:
     found = only(judged(libraries.CHECK, installed(transformers="4.40.0")))
-    assert found.found == "transformers 4.40.0, wanted >=5.17"
+    assert found.message == "transformers 4.40.0, wanted >=5.17"
     assert found.fix == 'pip install "transformers>=5.17"'
 
 
@@ -136,7 +136,7 @@ def of_smi(text: str, **more) -> dict:
 def test_healthy_gpus() -> None:
     found = only(judged(gpus.CHECK, *[of_smi(smi({}, {}))] * 4))
     assert found.verdict is Severity.OK
-    assert found.found == "2 x NVIDIA H100 80GB HBM3, driver 570.86.15, on each of 2 hosts"
+    assert found.message == "2 x NVIDIA H100 80GB HBM3, driver 570.86.15, on each of 2 hosts"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_healthy_gpus() -> None:
 def test_a_sick_gpu(sick: dict, verdict: str, said: str) -> None:
     well = of_smi(smi({}, {}))
     found = only(judged(gpus.CHECK, well, well, of_smi(smi({}, sick)), well | {"gpus": []}))
-    assert (found.verdict.value, found.found) == (verdict, said)
+    assert (found.verdict.value, found.message) == (verdict, said)
     assert found.fix
     assert found.hosts == ("node2",)
 
@@ -182,12 +182,12 @@ def test_errors_as_older_drivers_count_them() -> None:
 
 def test_gpus_that_are_not_there() -> None:
     one_less = judged(gpus.CHECK, of_smi(smi({}, {}), expected=2), of_smi(smi({}), expected=2), hosts=("a", "b"))
-    assert [finding.found for finding in one_less] == [
+    assert [finding.message for finding in one_less] == [
         "the job has 2 GPUs on b, the driver shows 1",
         "GPUs 1 on b, 2 on others",
     ]
     none = {"expected": 0, "gpus": [], "trouble": "no answer in 60 s"}
-    assert only(judged(gpus.CHECK, none)).found == "nvidia-smi on node1: no answer in 60 s"
+    assert only(judged(gpus.CHECK, none)).message == "nvidia-smi on node1: no answer in 60 s"
     assert only(judged(gpus.CHECK, none | {"trouble": "absent"})).verdict is Severity.OK
     assert only(judged(gpus.CHECK, none | {"trouble": "absent", "expected": 8})).verdict is Severity.WARN
 
@@ -210,13 +210,13 @@ def room(**other) -> dict:
 def test_too_little_of_a_host() -> None:
     assert only(judged(host.CHECK, *[room()] * 4)).verdict is Severity.OK
     shm = only(judged(host.CHECK, room(), room(), room(shm=16 * 2**20), room(shm=16 * 2**20)))
-    assert (shm.verdict, shm.found, shm.hosts) == (Severity.FAIL, "16 MiB free in /dev/shm of node2", ("node2",))
+    assert (shm.verdict, shm.message, shm.hosts) == (Severity.FAIL, "16 MiB free in /dev/shm of node2", ("node2",))
     memory = only(judged(host.CHECK, room(), room(), room(memory=GIB), room(memory=GIB)))
-    assert (memory.verdict.value, memory.found) == ("fail", "0.5 GiB of memory for each of 2 processes on node2")
+    assert (memory.verdict.value, memory.message) == ("fail", "0.5 GiB of memory for each of 2 processes on node2")
     cores = only(judged(host.CHECK, *[room(affinity=[3])] * 2))
-    assert (cores.verdict.value, cores.found) == ("warn", "1 cores for 2 processes on node1")
+    assert (cores.verdict.value, cores.message) == ("warn", "1 cores for 2 processes on node1")
     planned = only(judged(host.CHECK, room(memory=16 * GIB), asked=DoctorOptions(per_host=8)))
-    assert planned.found == "2.0 GiB of memory for each of 8 processes on node1"
+    assert planned.message == "2.0 GiB of memory for each of 8 processes on node1"
 
 
 def test_limits() -> None:
@@ -225,7 +225,7 @@ def test_limits() -> None:
     assert only(judged(limits.CHECK, well | {"memlock": 65536, "fabric": False})).verdict is Severity.OK
     locked = only(judged(limits.CHECK, well, well | {"memlock": 65536}, hosts=("a", "b")))
     assert (locked.verdict, locked.hosts) == (Severity.FAIL, ("b",))
-    assert "at most 64 KiB may be locked on b" in locked.found
+    assert "at most 64 KiB may be locked on b" in locked.message
     assert only(judged(limits.CHECK, well | {"nofile": 1024})).verdict is Severity.WARN
     assert only(judged(limits.CHECK, well | {"nofile": 256})).verdict is Severity.FAIL
 
@@ -261,19 +261,21 @@ def test_a_wrong_interface() -> None:
     no_ib = net(**wanted, interfaces={"lo": "unknown", "ens3": "up"})
     found = only(judged(network.CHECK, net(**wanted), net(**wanted), no_ib, no_ib))
     assert (found.verdict, found.hosts) == (Severity.FAIL, ("node2",))
-    assert found.found == "GLOO_SOCKET_IFNAME=ib0 names no interface of node2"
+    assert found.message == "GLOO_SOCKET_IFNAME=ib0 names no interface of node2"
     assert "choose of: lo, ens3" in found.fix
     down = net(**wanted, interfaces={"ib0": "down"})
-    assert only(judged(network.CHECK, down)).found == "GLOO_SOCKET_IFNAME=ib0 names an interface that is down of node1"
+    assert (
+        only(judged(network.CHECK, down)).message == "GLOO_SOCKET_IFNAME=ib0 names an interface that is down of node1"
+    )
 
 
 def test_the_meeting_place() -> None:
     lost = only(judged(network.CHECK, net(), net(), net(), net(unresolved="Name or service not known")))
-    assert lost.found.startswith("MASTER_ADDR of node1:29500 means nothing to rank 3 (node2): Name or service")
+    assert lost.message.startswith("MASTER_ADDR of node1:29500 means nothing to rank 3 (node2): Name or service")
     busy = only(judged(network.CHECK, net(busy=True), net()))
-    assert (busy.verdict.value, busy.found) == ("fail", "port 29500 of node1 is taken, and rank 0 is to listen there")
+    assert (busy.verdict.value, busy.message) == ("fail", "port 29500 of node1 is taken, and rank 0 is to listen there")
     assert only(judged(network.CHECK, net(foreign=True))).verdict is Severity.WARN
-    assert "leads to no address" in only(judged(network.CHECK, net(), net(), net(name=""), net(name=""))).found
+    assert "leads to no address" in only(judged(network.CHECK, net(), net(), net(name=""), net(name=""))).message
 
 
 def test_ports_in_use_are_seen() -> None:
@@ -292,10 +294,10 @@ def test_ports_in_use_are_seen() -> None:
 def test_adapters() -> None:
     up, down = "4: ACTIVE", "1: DOWN"
     half = net(adapters={"mlx5_0:1": up, "mlx5_1:1": down})
-    assert only(judged(network.CHECK, half)).found == "mlx5_1:1 on node1 is not active"
+    assert only(judged(network.CHECK, half)).message == "mlx5_1:1 on node1 is not active"
     assert only(judged(network.CHECK, half | {"hca": "mlx5_0"})).verdict is Severity.OK
     assert only(judged(network.CHECK, half | {"hca": "mlx5_1"})).verdict is Severity.FAIL
-    assert only(judged(network.CHECK, half | {"hca": "mlx4"})).found == "NCCL_IB_HCA=mlx4 names no adapter of node1"
+    assert only(judged(network.CHECK, half | {"hca": "mlx4"})).message == "NCCL_IB_HCA=mlx4 names no adapter of node1"
     assert only(judged(network.CHECK, half | {"hca": "mlx4", "ib": False})).verdict is Severity.OK
 
 
@@ -311,14 +313,14 @@ def test_clocks() -> None:
 
     assert of({1: 0.01, 2: -0.2, 3: 0.0}).verdict is Severity.OK
     late = of({1: 0.0, 2: -5.0, 3: 0.0})
-    assert (late.verdict.value, late.found) == ("warn", "node3 is 5.0 s behind the others")
+    assert (late.verdict.value, late.message) == ("warn", "node3 is 5.0 s behind the others")
     first = of({1: -90.0, 2: -90.1, 3: -90.0})
-    assert (first.verdict.value, first.found, first.hosts) == (
+    assert (first.verdict.value, first.message, first.hosts) == (
         "fail",
         "node1 is 90.0 s ahead of the others",
         ("node1",),
     )
-    assert "the shared folder's clock is 7.0 s behind node1's" in of({1: 0.0, 2: 0.0, 3: 0.0}, -7.0).found
+    assert "the shared folder's clock is 7.0 s behind node1's" in of({1: 0.0, 2: 0.0, 3: 0.0}, -7.0).message
 
 
 def folder(**other) -> dict:
@@ -330,15 +332,15 @@ def test_folders() -> None:
     assert only(judged(shared.CHECK, *[folder()] * 4)).verdict is Severity.OK
     apart = only(judged(shared.CHECK, folder(missing=[2, 3]), folder(missing=[2, 3]), *[folder(missing=[0, 1])] * 2))
     assert (apart.verdict, apart.hosts) == (Severity.FAIL, ("node2",))
-    assert "/runs of node2 is not the others' folder: rank 2 (node2) does not see" in apart.found
+    assert "/runs of node2 is not the others' folder: rank 2 (node2) does not see" in apart.message
     denied = only(judged(shared.CHECK, folder(), folder(), folder(), folder(wrote="Permission denied", missing=[])))
-    assert denied.found == "/runs: rank 3 (node2) cannot write: Permission denied"
+    assert denied.message == "/runs: rank 3 (node2) cannot write: Permission denied"
     assert denied.hosts == ("node2",)
     assert only(judged(shared.CHECK, folder(lock="a lock (flock) is refused: x"))).verdict is Severity.WARN
     assert "no atomic rename" in only(judged(shared.CHECK, folder(replaced="absent"))).fix
     assert only(judged(shared.CHECK, folder(space=GIB // 2))).verdict is Severity.FAIL
     assert only(judged(shared.CHECK, folder(space=5 * GIB))).verdict is Severity.WARN
-    assert "room for 3 more files" in only(judged(shared.CHECK, folder(inodes=3))).found
+    assert "room for 3 more files" in only(judged(shared.CHECK, folder(inodes=3))).message
 
 
 def sent(rate: float, ring: dict[int, float], **other) -> dict:
@@ -351,15 +353,15 @@ def test_links() -> None:
     slow = only(judged(link.CHECK, *[sent(5e9, each) for each in ring]))
     assert slow.verdict is Severity.WARN
     assert slow.hosts == ("node2",)
-    assert "slowest rank: 3 on node2, 1.00 GB/s with its better neighbour, the median 9.00" in slow.found
+    assert "slowest rank: 3 on node2, 1.00 GB/s with its better neighbour, the median 9.00" in slow.message
     floor = only(judged(link.CHECK, *[sent(5e9, each) for each in ring], asked=DoctorOptions(link_floor_gb_per_s=20)))
     assert (floor.verdict, floor.hosts) == (Severity.FAIL, ("node2",))
-    assert "20 GB/s are asked for" in floor.found
+    assert "20 GB/s are asked for" in floor.message
     even = [{3: 9e9, 1: 9e9}] * 4
     assert only(judged(link.CHECK, *[sent(5e9, each) for each in even])).verdict is Severity.OK
     h100 = {"device": "NVIDIA H100 80GB HBM3"}
     paper = only(judged(link.CHECK, *[sent(5e9, each, **h100) for each in even]))
-    assert (paper.verdict.value, "the link has 50 GB/s on paper" in paper.found) == ("warn", True)
+    assert (paper.verdict.value, "the link has 50 GB/s on paper" in paper.message) == ("warn", True)
     assert only(judged(link.CHECK, *[sent(40e9, each, **h100) for each in even])).verdict is Severity.OK
 
 
@@ -387,28 +389,28 @@ def test_a_ring_measures_every_neighbour_once(count: int) -> None:
 
 def test_worlds() -> None:
     four = {"world": 4, "nodes": 0}
-    assert only(judged(world.CHECK, *[four] * 4)).found == "4 processes on 2 hosts (node1, node2)"
+    assert only(judged(world.CHECK, *[four] * 4)).message == "4 processes on 2 hosts (node1, node2)"
     odd = judged(world.CHECK, four, four, four, four | {"world": 8})
-    assert odd[0].found == "rank 3 (node2) was started for 8 processes, others 4"
+    assert odd[0].message == "rank 3 (node2) was started for 8 processes, others 4"
     idle = judged(world.CHECK, *[four | {"nodes": 3}] * 4)
-    assert idle[0].found == "the job has 3 nodes, the processes are on 2"
+    assert idle[0].message == "the job has 3 nodes, the processes are on 2"
     recipe = load_recipe(
         ROOT / "recipes/tiny-full.toml",
         registries=REGISTRIES,
         overrides=["train.global_batch_size=6", "train.micro_batch_size=1"],
     )
     batch = judged(world.CHECK, *[four] * 4, asked=DoctorOptions(recipe=recipe))
-    assert (batch[0].verdict, "global_batch_size" in batch[0].found) == (Severity.FAIL, True)
+    assert (batch[0].verdict, "global_batch_size" in batch[0].message) == (Severity.FAIL, True)
 
 
 def test_the_report() -> None:
     report = Report(HOSTS)
-    report.add("disk", [Finding(verdict=Severity.OK, found="fast")])
+    report.add("disk", [Finding(verdict=Severity.OK, message="fast")])
     assert (report.code, report.bad_hosts) == (0, [])
-    report.add("clock", [Finding(verdict=Severity.WARN, found="late " * 30, fix="chrony", hosts=("node1",))])
+    report.add("clock", [Finding(verdict=Severity.WARN, message="late " * 30, fix="chrony", hosts=("node1",))])
     assert (report.code, report.bad_hosts) == (0, [])
     assert report.text(as_json=False).splitlines()[-1] == "doctor: ready, with 1 to look at"
-    report.add("GPUs", [Finding(verdict=Severity.FAIL, found="sick", fix="drain it", hosts=("node2",))])
+    report.add("GPUs", [Finding(verdict=Severity.FAIL, message="sick", fix="drain it", hosts=("node2",))])
     assert (report.code, report.bad_hosts) == (9, ["node2"])
     lines = report.text(as_json=False).splitlines()
     assert lines[1] == "disk   ok    fast"

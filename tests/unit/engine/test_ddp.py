@@ -33,7 +33,7 @@ def _group():
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_first_step_has_the_buckets_of_every_other(tiny_config: Path, method: str) -> None:
     engine = open_engine("ddp", EngineParams(), ALONE)
-    engine.adopt(build(tiny_config, method, fill=False), RULE, micros_per_step=1)
+    engine.setup(build(tiny_config, method, fill=False), RULE, micros_per_step=1)
     assert all(p.grad is None or not p.grad.any() for p in engine.model.parameters())
     for step in range(2):
         micro = batch(documents([20, 9], seed=step))

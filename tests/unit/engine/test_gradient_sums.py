@@ -106,7 +106,7 @@ def adopted(folder: Path, *, micros: int, grad_dtype: Any = "auto", method: str 
         per_tensor=True,
     )
     engine = open_engine("solo", EngineParams(grad_dtype=grad_dtype), ALONE)
-    engine.adopt(build(folder, method, fill=False, dtype="bfloat16", **how), rule, micros_per_step=micros)
+    engine.setup(build(folder, method, fill=False, dtype="bfloat16", **how), rule, micros_per_step=micros)
     return engine
 
 

@@ -46,7 +46,7 @@ def local(rank, world, weights):
     weights.fill = lambda unit, device: None  # stays on meta: sizes only
     place = Processes(rank=rank, world=world, local_rank=0, device=CPU, launcher="torchrun", wants="fsdp", joined=True)
     engine = open_engine("fsdp2", Fsdp2Params(), place)
-    engine.adopt(weights, RULE, micros_per_step=1)
+    engine.setup(weights, RULE, micros_per_step=1)
     held = sum(param.to_local().numel() for param in engine.model.parameters())
     engine.close()
     return held

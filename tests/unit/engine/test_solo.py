@@ -27,7 +27,7 @@ RULE = UpdateRule(
 
 def opened(folder: Path, method: str = "full", **how) -> SoloEngine:
     engine = open_engine("solo", EngineParams(), ALONE)
-    engine.adopt(build(folder, method, fill=False, **how), RULE, micros_per_step=1)
+    engine.setup(build(folder, method, fill=False, **how), RULE, micros_per_step=1)
     return engine
 
 

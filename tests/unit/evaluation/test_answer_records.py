@@ -195,11 +195,11 @@ def test_a_mistake_in_a_row_ends_the_run_in_words() -> None:
 @pytest.mark.parametrize(("higher", "wanted"), [(True, 3), (False, 2)])
 def test_the_figure_that_decides_has_a_direction(higher: bool, wanted: int) -> None:
     best = BestTracker(keep=True, patience=2, by="set.f1", higher_is_better=higher)
-    said = [best.see(TrainState(step=step), {"set.f1": value}) for step, value in enumerate((0.3, 0.1, 0.7, 0.5), 1)]
+    said = [best.update(TrainState(step=step), {"set.f1": value}) for step, value in enumerate((0.3, 0.1, 0.7, 0.5), 1)]
     assert best.step == wanted
     assert said[wanted - 1] == {"step": wanted, "set.f1": {3: 0.7, 2: 0.1}[wanted]}
-    assert best.see(TrainState(step=9), {"eval_loss": 1.0}) is None, "not measured there: no news"
-    assert not best.enough or not higher
+    assert best.update(TrainState(step=9), {"eval_loss": 1.0}) is None, "not measured there: no news"
+    assert not best.should_stop or not higher
 
 
 def test_perplexity_of_a_lost_model_is_infinite() -> None:

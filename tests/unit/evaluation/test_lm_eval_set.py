@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Path:
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> SoloEngine:
     opened = open_engine("solo", EngineParams(), ALONE)
-    opened.adopt(build(folder, fill=False, init="pretrained"), RULE, micros_per_step=1)
+    opened.setup(build(folder, fill=False, init="pretrained"), RULE, micros_per_step=1)
     return opened
 
 

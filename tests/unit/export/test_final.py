@@ -51,7 +51,7 @@ def opened(folder: Path, method: str = "full", **how) -> tuple[SoloEngine, MetaM
     }
     place = Processes(rank=0, world=1, local_rank=0, device=CPU, launcher="plain", wants="", joined=False)
     engine = open_engine("solo", EngineParams(), place)
-    engine.adopt(model, RULE, micros_per_step=1)
+    engine.setup(model, RULE, micros_per_step=1)
     return engine, model, shapes
 
 

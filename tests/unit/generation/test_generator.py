@@ -169,7 +169,7 @@ def test_the_cache_is_counted_as_it_is(tiny_config: Path) -> None:
 
     cache = new_cache(own._module)
     with engine.evaluating(), generation_mode(own._module):
-        own._engine.forward_only(
+        own._engine.inference_module(
             input_ids_BL=torch.ones(2, 5, dtype=torch.int64), attention_mask_BK=None,
             position_ids_BL=torch.arange(5)[None], at_S=torch.tensor([4]), cache=cache,
         )  # fmt: skip
@@ -182,17 +182,17 @@ def test_the_cache_is_counted_as_it_is(tiny_config: Path) -> None:
 class Small:
     """Stands before an engine whose memory holds a few rows."""
 
-    def __init__(self, engine: SoloEngine, rows: int, *, lockstep: bool = False) -> None:
-        self._engine, self._rows, self.lockstep, self.failed = engine, rows, lockstep, 0
+    def __init__(self, engine: SoloEngine, rows: int, *, collective_forward: bool = False) -> None:
+        self._engine, self._rows, self.collective_forward, self.failed = engine, rows, collective_forward, 0
 
     def __getattr__(self, name: str):
         return getattr(self._engine, name)
 
-    def forward_only(self, **inputs):
+    def inference_module(self, **inputs):
         if inputs["input_ids_BL"].shape[0] > self._rows:
             self.failed += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return self._engine.forward_only(**inputs)
+        return self._engine.inference_module(**inputs)
 
 
 def test_where_memory_runs_out_less_is_answered_at_once(tiny_config: Path) -> None:
@@ -211,4 +211,6 @@ def test_where_memory_runs_out_less_is_answered_at_once(tiny_config: Path) -> No
     with pytest.raises(MachineError, match=r"memory ran out while 1 rows were answered at once.*max_new_tokens"):
         generator(Small(engine, 0), engine.model).generate(prompts(), SamplingParams(max_new_tokens=4))
     with pytest.raises(MachineError, match=r"while 6 rows were answered.*set batch_size = 3 in \[\[eval.answers\]\]"):
-        generator(Small(engine, 5, lockstep=True), engine.model).generate(prompts(), SamplingParams(max_new_tokens=4))
+        generator(Small(engine, 5, collective_forward=True), engine.model).generate(
+            prompts(), SamplingParams(max_new_tokens=4)
+        )
