@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,7 +68,18 @@ _PAIRS = {
     "user_defined.default": RowType(format="preference", note="prompt and answers are raw text"),
     "bradley_terry.chat_template": RowType(format="preference", columns={"input": "instruction"}),
 }
+_JUDGED = {"prompt": "instruction", "completion": "output"}
 _OLD_ARGILLA = {"chosen_response": "chosen", "rejected_response": "rejected"}
+_UNPAIRED = {
+    "": RowType(format="unpaired"),
+    "user_defined": RowType(format="unpaired", note="prompt and answer are raw text"),
+    "user_defined.default": RowType(format="unpaired", note="prompt and answer are raw text"),
+    "argilla": RowType(format="unpaired", columns={"completion": "output"}, note=_CHAT),
+    "argilla_chat": RowType(format="unpaired", columns={"completion": "messages"}, note=_CHAT),
+    "intel": RowType(format="unpaired", columns={**_QUESTION, "completion": "output"}, note=_CHAT),
+    "prompt_pairs": RowType(format="unpaired", columns=_JUDGED, note=_CHAT),
+    "ultra": RowType(format="unpaired", columns=_JUDGED, note=_CHAT),
+}
 _TEMPLATES = ("chatml", "llama3", "zephyr")
 """Ways in which types of pairs are written: `chatml.intel` is `intel` in ChatML."""
 
@@ -198,17 +209,24 @@ def _row_type(work: Conversion, section: Section, rows: Rows, default: str) -> R
         if style in work.registries.templates and not work.top().has("chat_template"):
             work.set("data.chat_template", style, (section, "type"))
     if rows == "unpaired":
-        return RowType(format="unpaired", note="" if name in ("", "argilla", "user_defined") else f"{name} there")
+        row_type = _UNPAIRED.get(name)
+        if row_type is None:
+            section.problem("type", "is no form of judged answers that is known", f"known: {_listed(_UNPAIRED)}")
+        return row_type
     row_type = _PAIRS.get(name)
     if name == "argilla" and style in _TEMPLATES:
         return RowType(format="preference", columns=_OLD_ARGILLA, note=_CHAT)
     if row_type is None:
-        section.problem("type", "is no form of pairs that is known", f"known: {', '.join(filter(None, _PAIRS))}")
+        section.problem("type", "is no form of pairs that is known", f"known: {_listed(_PAIRS)}")
         return None
     names = {"field_messages": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
     columns = {section.text(theirs) or ours: ours for theirs, ours in names.items() if section.has(theirs)}
     _mapping(section)
     return RowType(format="preference", columns={**row_type.columns, **columns}, note=row_type.note)
+
+
+def _listed(types: Mapping[str, RowType]) -> str:
+    return ", ".join(filter(None, types))
 
 
 def _chat(section: Section, row_type: RowType) -> RowType | None:

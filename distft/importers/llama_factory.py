@@ -275,7 +275,7 @@ def _shape(
 def _alpaca(named: dict[str, str], rows: Rows) -> tuple[str, dict[str, str], str]:
     ours = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
     if rows == "unpaired":
-        ours = {**ours, "prompt": "prompt", "response": "completion", "kto_tag": "label"}
+        ours["kto_tag"] = "label"
     ours |= {"chosen": "chosen", "rejected": "rejected"} if rows == "pairs" else {}
     mapping = {theirs: ours[name] for name, theirs in named.items() if name in ours}
     return {"single": "alpaca", "pairs": "preference", "unpaired": "unpaired"}[rows], mapping, _ALPACA

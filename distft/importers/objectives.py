@@ -10,6 +10,10 @@ from distft.importers.section import Section
 IPO = "the mean per token, as in TRL and LLaMA-Factory; others take the sum of tokens"
 ORPO = "beta is the paper's lambda; the likelihood is the answer's alone, and a mean over pairs"
 SIMPO = "gamma is the paper's: beta x (difference of mean log-probabilities) - gamma"
+_UNPAIRED_NOTES = {
+    "kto": "rewards are measured against the KL of the whole global batch; against a micro-batch's there",
+    "bco": "the threshold is that of the global batch; a running mean there, and prompts are not weighed",
+}
 _DPO_LOSSES = {
     "sigmoid": ("sigmoid", ""),
     "dpo": ("sigmoid", ""),
@@ -129,7 +133,7 @@ def set_unpaired(
     if not work.part("objective", name, section, chosen_by, name.upper()):
         return
     refuse_settings(section, name, keys.sft_weight)
-    work.set("objective.name", name, (section, chosen_by))
+    work.set("objective.name", name, (section, chosen_by), _UNPAIRED_NOTES[name])
     _set_beta(work, section, keys)
     if name != "kto":
         return

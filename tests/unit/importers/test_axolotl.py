@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from import_kit import keys, loaded, made, values
+from import_kit import keys, loaded, made, values, without
 
 from distft.core.errors import RecipeError
 
@@ -544,16 +544,25 @@ def test_splits_of_files(split: str, refusal: str | None, tmp_path: Path) -> Non
 
 
 def test_kto_asks_the_registry(tmp_path: Path) -> None:
-    from distft.data.formats import FORMATS
-    from distft.objectives import OBJECTIVES
-
-    text = BASE.replace("type: alpaca", "type: llama3.argilla") + "rl: kto\nrl_beta: 0.5\nkto_desirable_weight: 0.2\n"
-    if "kto" in OBJECTIVES and "unpaired" in FORMATS:
-        expected = {"objective.name": "kto", "objective.beta": 0.5, "objective.desirable_weight": 0.2}
-        assert values(loaded(made(tmp_path, text)), expected) == expected
-    else:
-        with pytest.raises(RecipeError, match="KTO is not trained here  objectives here: sft, dpo"):
-            made(tmp_path, text)
+    text = BASE.replace("type: alpaca", "type: llama3.ultra") + "rl: kto\nrl_beta: 0.5\nkto_desirable_weight: 0.2\n"
+    expected = {
+        "objective.name": "kto",
+        "objective.beta": 0.5,
+        "objective.desirable_weight": 0.2,
+        "objective.undesirable_weight": 1.0,
+        "data.train.0.format": "unpaired",
+        "data.train.0.columns": {"prompt": "instruction", "completion": "output"},
+        "data.chat_template": "llama3",
+        "data.packing": False,
+        "data.max_length": 2048,
+    }
+    assert values(loaded(made(tmp_path, text)), expected) == expected
+    with pytest.raises(RecipeError, match="KTO is not trained here  objectives here: sft, dpo"):
+        made(tmp_path, text, registries=without("objective", "kto"))
+    with pytest.raises(RecipeError, match="rows of format unpaired are not read here"):
+        made(tmp_path, text, registries=without("formats", "unpaired"))
+    with pytest.raises(RecipeError, match="is no form of judged answers that is known"):
+        made(tmp_path, text.replace("llama3.ultra", "llama3.icr"))
 
 
 def test_gpus_are_stated_or_assumed_aloud(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from import_kit import keys, loaded, made, values
+from import_kit import keys, loaded, made, values, without
 
 from distft.core.errors import RecipeError
 from distft.importers import IMPORTERS
@@ -59,6 +59,10 @@ INFO = {
         "file_name": "mllm_demo.json",
         "formatting": "sharegpt",
         "columns": {"messages": "messages", "images": "images"},
+    },
+    "judged": {
+        "hf_hub_url": "argilla/ultrafeedback-binarized-preferences-cleaned-kto",
+        "columns": {"prompt": "prompt", "response": "completion", "kto_tag": "label"},
     },
     "scripted": {"script_url": "belle.py"},
     "odd": {"file_name": "odd.json", "formatting": "sharegpt", "tags": {"role_tag": "who", "content_tag": "said"}},
@@ -400,16 +404,18 @@ def test_a_data_set_without_dataset_info_is_refused_with_where_it_was_looked_for
 
 
 def test_kto_asks_the_registry(tmp_path: Path) -> None:
-    from distft.data.formats import FORMATS
-    from distft.objectives import OBJECTIVES
-
-    text = changed(BASE, stage="kto", dataset="kto_en_demo", pref_beta="0.3", kto_chosen_weight="1.5")
-    if "kto" in OBJECTIVES and "unpaired" in FORMATS:
-        expected = {"objective.name": "kto", "objective.beta": 0.3, "objective.desirable_weight": 1.5}
-        assert values(loaded(made(tmp_path, text)), expected) == expected
-    else:
-        with pytest.raises(RecipeError, match="KTO is not trained here"):
-            made(tmp_path, text)
+    text = changed(BASE, stage="kto", dataset="kto_en_demo,judged", pref_beta="0.3", kto_chosen_weight="1.5")
+    expected = {
+        "objective.name": "kto",
+        "objective.beta": 0.3,
+        "objective.desirable_weight": 1.5,
+        "data.train.0.format": "unpaired",
+        "data.train.0.columns": None,
+        "data.train.1.columns": {"prompt": "instruction", "completion": "output"},
+    }
+    assert values(loaded(made(tmp_path, text)), expected) == expected
+    with pytest.raises(RecipeError, match="KTO is not trained here"):
+        made(tmp_path, text, registries=without("objective", "kto"))
 
 
 @pytest.mark.parametrize("tool", ["llama_factory", "trl"])

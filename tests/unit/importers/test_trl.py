@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from import_kit import keys, loaded, made, values
+from import_kit import keys, loaded, made, values, without
 
 from distft.core.errors import RecipeError
 
@@ -332,13 +332,10 @@ def test_keys_that_commands_share_do_not_decide(more: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("task", ["kto", "bco"])
 def test_unpaired_objectives_ask_the_registry(task: str, tmp_path: Path) -> None:
-    from distft.data.formats import FORMATS
-    from distft.objectives import OBJECTIVES
-
-    text = PAIRS + "beta: 0.3\n" + ("desirable_weight: 2.0\n" if task == "kto" else "")
-    if task in OBJECTIVES and "unpaired" in FORMATS:
-        expected = {"objective.name": task, "objective.beta": 0.3}
-        assert values(loaded(made(tmp_path, text, task=task)), expected) == expected
-    else:
-        with pytest.raises(RecipeError, match=f"{task.upper()} is not trained here"):
-            made(tmp_path, text, task=task)
+    text = PAIRS + "beta: 0.3\n" + ("desirable_weight: 2.0\nloss_type: apo_zero_unpaired\n" if task == "kto" else "")
+    expected = {"objective.name": task, "objective.beta": 0.3, "data.train.0.format": "unpaired"}
+    if task == "kto":
+        expected |= {"objective.desirable_weight": 2.0, "objective.loss": "apo_zero"}
+    assert values(loaded(made(tmp_path, text, task=task)), expected) == expected
+    with pytest.raises(RecipeError, match=f"{task.upper()} is not trained here"):
+        made(tmp_path, text, task=task, registries=without("objective", task))
