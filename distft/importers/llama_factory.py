@@ -118,6 +118,9 @@ def _set_method(work: Conversion, top: Section) -> None:
     work.set("method.alpha", top.number("lora_alpha", 2 * rank), (top, "lora_alpha"))
     work.set("method.dropout", top.number("lora_dropout", 0.0), (top, "lora_dropout"))
     targets = top.texts("lora_target") or ["all"]
+    if "all" in targets and targets != ["all"]:
+        fix = "name every module, or take all and additional_target"
+        top.problem("lora_target", "names modules beside all", fix)
     note = "every linear layer but the head" if targets == ["all"] else ""
     work.set("method.target_modules", "all-linear" if targets == ["all"] else targets, (top, "lora_target"), note)
     for theirs, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):

@@ -39,7 +39,7 @@ class Reading:
         """Return the value at a key, shortened; no secrets."""
         value: Any = self.file.content
         for step in location:
-            value = value[step] if isinstance(step, int) else _by_name(value, step)
+            value = _inside(value, step)
         if str(location[-1]).lower().endswith(_SECRET):
             return "***"
         return shown(json.dumps(value, ensure_ascii=False, default=str))
@@ -111,7 +111,7 @@ class Section:
     def text(self, key: str, default: str | None = None, *, allowed: Sequence[str] = ()) -> str | None:
         """Return a text, one of `allowed` where there are some."""
         value = self.raw(key)
-        if value is None:
+        if value is None or value == "":
             return default
         if not isinstance(value, str) or not value.strip():
             self.problem(key, "must be text" + (f", one of {', '.join(allowed)}" if allowed else ""))
@@ -182,5 +182,8 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _by_name(values: Any, name: str) -> Any:
-    return next((value for key, value in values.items() if str(key) == name), None)
+def _inside(values: Any, step: str | int) -> Any:
+    """Return what is at a key or position; None where there is nothing, as in a file that the configuration names."""
+    if isinstance(values, dict):
+        return next((value for key, value in values.items() if str(key) == step), None)
+    return values[step] if isinstance(values, list) and isinstance(step, int) and step < len(values) else None

@@ -120,9 +120,25 @@ _FSDP_OPERATIONS = (
 """Settings that need no counterpart: fsdp2 here wraps block by block, and loads and saves in its own way."""
 
 
+def _settings(work: Conversion, section: Section, config: str) -> Section:
+    """Return the mapping at a key, or that of the JSON file which it names."""
+    value = section.raw(config)
+    if not isinstance(value, str):
+        return section.section(config)
+    path, content = find_beside(work, value), {}
+    if path is None:
+        work.leave(section, config, "the file is not here: its settings are not read")
+    else:
+        try:
+            content = read_json(path)
+        except RecipeError as error:
+            section.problem(config, error.problems[0].message)
+    return Section(reading=section.reading, location=section.path(config), values=content)
+
+
 def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
     """Set [engine] from `fsdp` (words) and `fsdp_config` (a mapping); return whether there was any."""
-    value, settings = section.raw(key), section.section(config)
+    value, settings = section.raw(key), _settings(work, section, config)
     if not value and not settings.values:
         return False
     if value is True:

@@ -379,6 +379,7 @@ REFUSED = {
         changed(BASE, stage="dpo", dataset="dpo_en_demo", pref_loss="orpo", pref_ftx="0.5"),
         "orpo has no such term here",
     ),
+    "targets": (changed(BASE, lora_target="all,lm_head"), "names modules beside all"),
     "dft": (changed(BASE, use_dft_loss="true"), "DFT weighs tokens by their probability"),
     "qlora+full": (changed(BASE, finetuning_type="full", lora_target=None, quantization_bit="4"), "needs a base in 16"),
 }
