@@ -21,6 +21,7 @@ from distft.importers.sources import Rows
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_training
 
+_WARMUP = "at most 100 steps there"
 _TRAINER = TrainerKeys(
     micro_batch="micro_batch_size",
     micro_batch_default=1,
@@ -28,7 +29,7 @@ _TRAINER = TrainerKeys(
     epochs_default=1.0,
     optimizer="optimizer",
     learning_rate_default=None,
-    schedule=ScheduleKeys(name="lr_scheduler", default="cosine", default_ratio=0.03),
+    schedule=ScheduleKeys(name="lr_scheduler", default="cosine", default_ratio=0.03, default_note=_WARMUP),
     sharing=("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree"),
     bf16_default=True,
 )

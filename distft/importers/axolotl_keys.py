@@ -75,7 +75,7 @@ AXOLOTL_KEYS = {
         lr_scheduler_kwargs=carried("[schedule] min_ratio, decay_ratio"),
         cosine_min_lr_ratio=carried("[schedule] min_ratio"),
         warmup_steps=carried("[schedule] warmup_steps"),
-        warmup_ratio=carried("[schedule] warmup_ratio", "0.03 where neither is set"),
+        warmup_ratio=carried("[schedule] warmup_ratio", "0.03 where neither is set, at most 100 steps there"),
         max_grad_norm=carried("[train] max_grad_norm"),
         gradient_checkpointing=carried(),
         activation_checkpointing=carried("[train] activation_checkpointing"),
@@ -110,6 +110,7 @@ AXOLOTL_KEYS = {
             "no rows are held out by chance: split them off into a file and name it as "
             "[[data.eval]]; all rows are trained"
         ),
+        eval_sequence_len=left("held-out rows have the length of the trained ones"),
         eval_sample_packing=left("held-out rows are packed as the trained ones are", off=(None, True, False)),
         pad_to_sequence_len=left("sequences are padded no further than needed; the same numbers"),
         group_by_length=left("rows are packed; their order comes from the seed alone"),
@@ -222,7 +223,8 @@ AXOLOTL_KEYS = {
         "mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_comet comet_api_key comet_workspace "
         "comet_project_name comet_experiment_key comet_mode comet_online comet_experiment_config use_tensorboard "
         "include_tokens_per_second profiler_steps profiler_steps_start include_tkps eval_table_size "
-        "eval_max_new_tokens loss_watchdog_threshold loss_watchdog_patience use_otel_metrics use_trackio "
+        "eval_max_new_tokens generate_samples num_generation_samples generation_max_new_tokens "
+        "loss_watchdog_threshold loss_watchdog_patience use_otel_metrics use_trackio "
         "trackio_project_name trackio_run_name",
         left(_TRACKING),
     ),

@@ -84,6 +84,7 @@ class ScheduleKeys:
     warmup_steps: str = "warmup_steps"
     warmup_ratio: str = "warmup_ratio"
     default_ratio: float = 0.0
+    default_note: str = ""
 
 
 _SCHEDULES = {
@@ -131,7 +132,7 @@ def _set_warmup(work: Conversion, section: Section, keys: ScheduleKeys) -> None:
     elif ratio:
         work.set("schedule.warmup_ratio", ratio, (section, keys.warmup_ratio))
     elif steps is None and ratio is None and keys.default_ratio:
-        work.set("schedule.warmup_ratio", keys.default_ratio, (section, keys.warmup_ratio))
+        work.set("schedule.warmup_ratio", keys.default_ratio, (section, keys.warmup_ratio), keys.default_note)
 
 
 def _set_kwargs(work: Conversion, section: Section, keys: ScheduleKeys, name: str) -> None:
