@@ -58,6 +58,7 @@ def set_dpo(work: Conversion, section: Section, chosen_by: str, loss: str, keys:
     work.set("objective.name", "dpo", (section, chosen_by))
     _set_beta(work, section, keys)
     work.set("objective.loss", here, (section, chosen_by), note)
+    _set_length_desensitising(work, section)
     smoothing = section.number(keys.label_smoothing)
     if smoothing:
         note = "cDPO's under sigmoid; TRL 1.16 uses it under robust and exo_pair alone" if here == "sigmoid" else ""
@@ -66,6 +67,17 @@ def set_dpo(work: Conversion, section: Section, chosen_by: str, loss: str, keys:
     if weight:
         note = "weight of the chosen answer's negative log-likelihood per token (RPO)"
         work.set("objective.sft_weight", weight, (section, keys.sft_weight), note)
+
+
+def _set_length_desensitising(work: Conversion, section: Section) -> None:
+    """Set LD-DPO's weight of the longer answer's further tokens, where dpo has it here."""
+    alpha = section.number("ld_alpha")
+    if alpha is None:
+        return
+    if "ld_alpha" in work.registries.objective["dpo"].params.model_fields:
+        work.set("objective.ld_alpha", alpha, (section, "ld_alpha"))
+    elif alpha != 1:
+        section.problem("ld_alpha", "LD-DPO is another loss, which is not here", "remove it")
 
 
 def dpo_loss(work: Conversion, section: Section, key: str, weights: str, default: str = "sigmoid") -> str:

@@ -158,6 +158,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
             pref_ftx="0.2",
             learning_rate="5.0e-6",
             dpo_label_smoothing="0.1",
+            ld_alpha="0.5",
         ),
         {
             "objective.name": "dpo",
@@ -165,6 +166,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
             "objective.beta": 0.1,
             "objective.sft_weight": 0.2,
             "objective.label_smoothing": 0.1,
+            "objective.ld_alpha": 0.5,
             "data.max_length": 4096,
             "data.train.0.format": "preference",
             "data.train.0.columns": None,
