@@ -59,6 +59,9 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     """Set the sources of [data], lengths, packing, and what is trained."""
     value = top.values.get("dataset")
     sections = top.sections("dataset") if isinstance(value, list) else [top.section("dataset")]
+    if not sections:
+        top.problem("dataset", "holds no dataset", "add one, with a _component_")
+        return
     inputs: set[bool] = set()
     packed: list[Section] = []
     for section in sections:
