@@ -67,7 +67,7 @@ def find_beside(work: Conversion, name: str) -> Path | None:
 def _from_content(work: Conversion, section: Section, key: str, content: dict[str, Any], name: str) -> None:
     zero = content.get("zero_optimization") or {}
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if stage not in _STAGES or isinstance(stage, bool):
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in _STAGES:
         section.problem(key, f"zero_optimization.stage of {name} is {stage!r}", "known: 0, 1, 2, 3")
         return
     params, states = (_device(zero.get(part)) for part in ("offload_param", "offload_optimizer"))
