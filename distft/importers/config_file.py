@@ -78,21 +78,26 @@ def parse_yaml(text: str, path: Path) -> ConfigFile:
     """
     import yaml
 
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        lines, problems = _walk(node) if node is not None else ({}, [])
-        if problems:
-            raise RecipeError(str(path), problems)
-        content = loader.construct_document(node) if node is not None else None
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            lines, problems = _walk(node) if node is not None else ({}, [])
+            if problems:
+                raise RecipeError(str(path), problems)
+            content = loader.construct_document(node) if node is not None else None
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         raise RecipeError(str(path), [_not_yaml(text, error)]) from None
+    except yaml.reader.ReaderError as error:  # a character that is not text
+        line = text.count("\n", 0, error.position) + 1
+        message = f"not valid YAML: character #x{int(error.character):04x}"
+        raise RecipeError(str(path), [Problem(message=message, line=line, fix="remove it")]) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that Python does not have
         raise RecipeError(str(path), [Problem(message=f"not valid YAML: {shown(str(error))}")]) from None
     except RecursionError:
         raise RecipeError(str(path), [Problem(message="nested too deeply")]) from None
-    finally:
-        loader.dispose()
     return ConfigFile(path=path, content=_mapping(path, content), lines=lines)
 
 

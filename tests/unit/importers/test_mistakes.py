@@ -25,6 +25,7 @@ MISTAKES = {
     "bracket": ("base_model: [a\n", 2, "not valid YAML"),
     "colon": ("base_model: a: b\n", 1, "not valid YAML: mapping values are not allowed here"),
     "python": ("base_model: !!python/object/apply:os.system ['true']\n", 1, "not valid YAML"),
+    "zero byte": ("base_model: a\nrl: d\x00o\n", 2, "not valid YAML: character #x0000"),
     "two documents": ("base_model: a\n---\nbase_model: b\n", 2, "not valid YAML"),
     "twice": (AXOLOTL + "learning_rate: 2e-4\n", 8, "learning_rate  is set twice: here and in line 7"),
     "twice inside": (AXOLOTL.replace("    type: alpaca", "    type: alpaca\n    type: oasst"), 5, "type  is set twice"),
