@@ -8,6 +8,7 @@ from distft.importers.config_file import ConfigFile
 from distft.importers.conversion import Conversion
 from distft.importers.objectives import (
     PreferenceKeys,
+    dpo_loss,
     set_dpo,
     set_orpo,
     set_reward,
@@ -20,6 +21,7 @@ from distft.importers.sources import Rows
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_training
 
+_WARMUP = "at most 100 steps there"
 _TRAINER = TrainerKeys(
     micro_batch="micro_batch_size",
     micro_batch_default=1,
@@ -27,7 +29,8 @@ _TRAINER = TrainerKeys(
     epochs_default=1.0,
     optimizer="optimizer",
     learning_rate_default=None,
-    schedule=ScheduleKeys(name="lr_scheduler", default="cosine", default_ratio=0.03),
+    schedule=ScheduleKeys(name="lr_scheduler", default="cosine", default_ratio=0.03, default_note=_WARMUP),
+    sharing=("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree"),
     bf16_default=True,
 )
 _PREFERENCE = PreferenceKeys(
@@ -73,7 +76,8 @@ def _set_objective(work: Conversion, top: Section) -> Rows | None:
     else:
         beta = _PREFERENCE
     if kind in ("dpo", "ipo"):
-        set_dpo(work, top, "rl", "ipo" if kind == "ipo" else top.text("dpo_loss_type") or "sigmoid", beta)
+        loss = "ipo" if kind == "ipo" else dpo_loss(work, top, "dpo_loss_type", "dpo_loss_weights")
+        set_dpo(work, top, "rl", loss, beta)
     elif kind == "orpo":
         set_orpo(work, top, "rl", PreferenceKeys(beta="orpo_alpha" if top.has("orpo_alpha") else beta.beta))
     elif kind == "simpo":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from distft.importers.axolotl_keys import DATASET_KEYS
 from distft.importers.conversion import Conversion
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths, set_template
+from distft.importers.sources import Rows, Source, add_source, data_files, set_lengths, set_template
 
 _CHAT = "rendered by the chat template"
 _NO_TEMPLATE = (
@@ -68,7 +68,18 @@ _PAIRS = {
     "user_defined.default": RowType(format="preference", note="prompt and answers are raw text"),
     "bradley_terry.chat_template": RowType(format="preference", columns={"input": "instruction"}),
 }
+_JUDGED = {"prompt": "instruction", "completion": "output"}
 _OLD_ARGILLA = {"chosen_response": "chosen", "rejected_response": "rejected"}
+_UNPAIRED = {
+    "": RowType(format="unpaired"),
+    "user_defined": RowType(format="unpaired", note="prompt and answer are raw text"),
+    "user_defined.default": RowType(format="unpaired", note="prompt and answer are raw text"),
+    "argilla": RowType(format="unpaired", columns={"completion": "output"}, note=_CHAT),
+    "argilla_chat": RowType(format="unpaired", columns={"completion": "messages"}, note=_CHAT),
+    "intel": RowType(format="unpaired", columns={**_QUESTION, "completion": "output"}, note=_CHAT),
+    "prompt_pairs": RowType(format="unpaired", columns=_JUDGED, note=_CHAT),
+    "ultra": RowType(format="unpaired", columns=_JUDGED, note=_CHAT),
+}
 _TEMPLATES = ("chatml", "llama3", "zephyr")
 """Ways in which types of pairs are written: `chatml.intel` is `intel` in ChatML."""
 
@@ -89,8 +100,8 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     long_rows = _long_rows(top)
     pretrains = top.has("pretraining_dataset")
     packing = top.flag("sample_packing", pretrains)
-    of = (top, "sample_packing")
-    set_lengths(work, top, "sequence_len", 512, rows=rows, long_rows=long_rows, packing=packing, packing_of=of)
+    origin = (top, "sample_packing")
+    set_lengths(work, top, "sequence_len", 512, rows=rows, long_rows=long_rows, packing=packing, packing_of=origin)
     if rows == "single":
         _set_mask(work, top)
     own = ("tokenizer_default", "tokenizer")
@@ -133,28 +144,25 @@ def _set_mask(work: Conversion, top: Section) -> None:
 
 
 def _add_dataset(work: Conversion, section: Section, part: Literal["train", "eval"], rows: Rows, default: str) -> None:
-    of = (section, "path")
-    path, files = section.text("path"), section.texts("data_files")
+    origin = (section, "path")
+    path = section.text("path")
     kind = _row_type(work, section, rows, default)
     if path is None:
         if not section.has("path"):
-            section.reading.problem(section.at, "a dataset without a path", "add its path")
+            section.reading.problem(section.location, "a dataset without a path", "add its path")
         return
-    if files and (path in ("json", "parquet", "csv", "text", "arrow") or path.endswith(("/", "."))):
-        paths = files
-    elif files:
-        section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as path")
-        return
-    else:
-        paths = [path]
-    split = section.text("split") or section.text("train_on_split")
+    files = data_files(section, path, "path")
     if kind is not None:
-        for one in paths:
-            source = Source(
-                path=one, format=kind.format, subset=section.text("name"), split=local_split(one, split),
-                columns=kind.columns, note=kind.note,
-            )  # fmt: skip
-            add_source(work, part, source, of)
+        split = section.text("split") or section.text("train_on_split")
+        source = Source(
+            path=path,
+            format=kind.format,
+            subset=section.text("name"),
+            split=split,
+            columns=kind.columns,
+            note=kind.note,
+        )
+        add_source(work, part, source, origin, files)
     _settle_dataset(work, section)
 
 
@@ -186,38 +194,45 @@ def _row_type(work: Conversion, section: Section, rows: Rows, default: str) -> R
         return _own_type(section.section("type"), rows)
     name = section.text("type", default) or ""
     if rows == "single":
-        found = _SINGLE.get(name) or _SINGLE.get(name.partition(":")[0]) or _SINGLE.get(name.split(".")[0])
-        if found is None:
+        row_type = _SINGLE.get(name) or _SINGLE.get(name.partition(":")[0]) or _SINGLE.get(name.split(".")[0])
+        if row_type is None:
             section.problem("type" if name else "path", "has no type that is known", f"known: {', '.join(_SINGLE)}")
-        elif found.format in ("messages", "sharegpt"):
-            return _chat(section, found)
-        elif found.format == "text":
+        elif row_type.format in ("messages", "sharegpt"):
+            return _chat(section, row_type)
+        elif row_type.format == "text":
             column = section.text("field") or section.text("text_column") or "text"
-            return RowType(format="text", columns={column: "text"}, note=found.note)
-        return found
+            return RowType(format="text", columns={column: "text"}, note=row_type.note)
+        return row_type
     style, _, rest = name.partition(".")
     if style in _TEMPLATES:
         name = rest
         if style in work.registries.templates and not work.top().has("chat_template"):
             work.set("data.chat_template", style, (section, "type"))
     if rows == "unpaired":
-        return RowType(format="unpaired", note="" if name in ("", "argilla", "user_defined") else f"{name} there")
-    found = _PAIRS.get(name)
+        row_type = _UNPAIRED.get(name)
+        if row_type is None:
+            section.problem("type", "is no form of judged answers that is known", f"known: {_listed(_UNPAIRED)}")
+        return row_type
+    row_type = _PAIRS.get(name)
     if name == "argilla" and style in _TEMPLATES:
         return RowType(format="preference", columns=_OLD_ARGILLA, note=_CHAT)
-    if found is None:
-        section.problem("type", "is no form of pairs that is known", f"known: {', '.join(filter(None, _PAIRS))}")
+    if row_type is None:
+        section.problem("type", "is no form of pairs that is known", f"known: {_listed(_PAIRS)}")
         return None
     names = {"field_messages": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
     columns = {section.text(theirs) or ours: ours for theirs, ours in names.items() if section.has(theirs)}
     _mapping(section)
-    return RowType(format="preference", columns={**found.columns, **columns}, note=found.note)
+    return RowType(format="preference", columns={**row_type.columns, **columns}, note=row_type.note)
 
 
-def _chat(section: Section, found: RowType) -> RowType | None:
+def _listed(types: Mapping[str, RowType]) -> str:
+    return ", ".join(filter(None, types))
+
+
+def _chat(section: Section, row_type: RowType) -> RowType | None:
     """The type of chats, by what their turns and their column are called."""
     turn = _mapping(section)
-    if found.format == "sharegpt" or turn == ("from", "value"):
+    if row_type.format == "sharegpt" or turn == ("from", "value"):
         format, column = "sharegpt", "conversations"
     elif turn == ("role", "content"):
         format, column = "messages", "messages"
@@ -225,7 +240,7 @@ def _chat(section: Section, found: RowType) -> RowType | None:
         key = "message_property_mappings" if section.has("message_property_mappings") else "message_field_role"
         section.problem(key, f"turns have {turn[0]} and {turn[1]}", "rename them in the rows to role and content")
         return None
-    default = "messages" if found.format == "messages" else column
+    default = "messages" if row_type.format == "messages" else column
     columns = {section.text("field_messages", default) or default: column}
     if section.has("field_tools"):
         columns[section.text("field_tools") or "tools"] = "tools"

@@ -130,29 +130,29 @@ def _walk(top: yaml.Node) -> tuple[dict[KeyPath, int], list[Problem]]:
     waiting: list[tuple[yaml.Node, KeyPath]] = [(top, ())]
     count = 0
     while waiting:
-        node, at = waiting.pop()
+        node, location = waiting.pop()
         count += 1
-        if count > _MOST_VALUES or len(at) > _DEEPEST:
-            return lines, [Problem(message="too large, too deep, or refers to itself", line=lines.get(at))]
+        if count > _MOST_VALUES or len(location) > _DEEPEST:
+            return lines, [Problem(message="too large, too deep, or refers to itself", line=lines.get(location))]
         if isinstance(node, yaml.SequenceNode):
             for position, element in enumerate(node.value):
-                lines[(*at, position)] = _line(element)
-                waiting.append((element, (*at, position)))
+                lines[(*location, position)] = _line(element)
+                waiting.append((element, (*location, position)))
         elif isinstance(node, yaml.MappingNode):
             first: dict[str, int] = {}
             for key, value in node.value:
                 name = key.value if isinstance(key, yaml.ScalarNode) else None
                 if name == "<<":  # a merge: the lines are those of the mapping that is merged
-                    waiting.append((value, at))
+                    waiting.append((value, location))
                 elif not isinstance(name, str):
                     problems.append(Problem(message="a key must be a word", line=_line(key)))
                 elif name in first:
                     message = f"{shown(name)}  is set twice: here and in line {first[name]}"
                     problems.append(Problem(message=message, line=_line(key), fix="keep one of them"))
                 else:
-                    first[name] = lines[(*at, name)] = _line(key)
-                    waiting.append((value, (*at, name)))
-                    if key.tag != "tag:yaml.org,2002:str" and at == ():
+                    first[name] = lines[(*location, name)] = _line(key)
+                    waiting.append((value, (*location, name)))
+                    if key.tag != "tag:yaml.org,2002:str" and location == ():
                         message = f"{shown(name)}  is no text, and no key of any tool"
                         problems.append(Problem(message=message, line=_line(key)))
     return lines, problems
@@ -176,11 +176,11 @@ def _json(path: Path, text: str) -> dict[str, Any]:
     doubled: list[str] = []
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
             names = [name for name, _ in pairs]
-            doubled.extend(name for name in made if names.count(name) > 1)
-        return made
+            doubled.extend(name for name in mapping if names.count(name) > 1)
+        return mapping
 
     try:
         content = json.loads(text, object_pairs_hook=once)

@@ -36,18 +36,18 @@ class Conversion:
         """Return the top of the file."""
         return self.reading.top()
 
-    def set(self, home: str, value: Any, of: tuple[Section, str] | None = None, note: str = "") -> None:
+    def set(self, home: str, value: Any, origin: tuple[Section, str] | None = None, note: str = "") -> None:
         """Set `table.key` of the recipe from a key of the file; None sets nothing.
 
         Where the file has no value at that key, what is set is the tool's default, and the recipe says so.
         """
         if value is None:
             return
-        default = of is not None and not of[0].has(of[1])
+        default = origin is not None and not origin[0].has(origin[1])
         if default:
-            said = f"{self.spec.title}'s default"
-            note = f"{said}; {note}" if note else said
-        self.draft.set(home, value, of=of[0].path(of[1]) if of and not default else (), note=note)
+            text = f"{self.spec.title}'s default"
+            note = f"{text}; {note}" if note else text
+        self.draft.set(home, value, origin=origin[0].path(origin[1]) if origin and not default else (), note=note)
 
     def leave(self, section: Section, key: str, why: str) -> None:
         """Say that a key has no counterpart; nothing where the file does not have it."""
@@ -57,9 +57,9 @@ class Conversion:
 
     def require(self, home: str, section: Section, key: str, message: str, fix: str) -> None:
         """Ask for a key of the recipe that the file cannot give."""
-        at = section.path(key)
-        said = f"{self.reading.written(at)}  {message}" if section.has(key) else message
-        problem = Problem(message=said, fix=fix, line=self.reading.file.line_of(at))
+        location = section.path(key)
+        text = f"{self.reading.written(location)}  {message}" if section.has(key) else message
+        problem = Problem(message=text, fix=fix, line=self.reading.file.line_of(location))
         self.required.append((key_path(home), problem))
 
     def part(self, table: str, name: str, section: Section, key: str, what: str) -> bool:
@@ -77,20 +77,25 @@ class Conversion:
     def settle(self, section: Section, table: KeyTable) -> None:
         """Account for every key of a section: refuse, list as left, as unknown, or as read in vain."""
         for name, value in section.values.items():
-            at = section.path(name)
+            location = section.path(name)
             key = table.get(name)
             if key is None:
-                if at in self.reading.read:
+                if location in self.reading.read:
                     continue
                 near = nearest(name, table)
                 hint = f" (did you mean {near}?)" if near else ""
-                self.unknown.append(self._remark(at, f"not known to this importer{hint}"))
-            elif key.fate == "refused" and at not in self.reading.read and key.asks(value):
-                self.reading.problem(at, key.text)
-            elif key.fate == "left" and at not in self.reading.read and key.asks(value):
-                self.left.append(self._remark(at, key.text))
-            elif key.fate in ("carried", "changed") and at not in self.reading.read and key.asks(value):
-                self.left.append(self._remark(at, NO_EFFECT))
+                self.unknown.append(self._remark(location, f"not known to this importer{hint}"))
+            elif key.fate == "refused" and location not in self.reading.read and key.asks(value):
+                self.reading.problem(location, key.text)
+            elif key.fate == "left" and location not in self.reading.read and key.asks(value):
+                self.left.append(self._remark(location, key.text))
+            elif key.fate in ("carried", "changed") and location not in self.reading.read and key.asks(value):
+                self.left.append(self._remark(location, NO_EFFECT))
 
-    def _remark(self, at: KeyPath, text: str) -> Remark:
-        return Remark(key=dotted(at), value=self.reading.value_text(at), line=self.reading.file.line_of(at), text=text)
+    def _remark(self, location: KeyPath, text: str) -> Remark:
+        return Remark(
+            key=dotted(location),
+            value=self.reading.value_text(location),
+            line=self.reading.file.line_of(location),
+            text=text,
+        )

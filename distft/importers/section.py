@@ -26,27 +26,27 @@ class Reading:
     problems: list[Problem] = field(default_factory=list)
     read: set[KeyPath] = field(default_factory=set)
 
-    def problem(self, at: KeyPath, message: str, fix: str = "") -> None:
+    def problem(self, location: KeyPath, message: str, fix: str = "") -> None:
         """Report a mistake at a key."""
-        said = f"{self.written(at)}  {message}" if at else message
-        self.problems.append(Problem(message=said, fix=fix, line=self.file.line_of(at)))
+        text = f"{self.written(location)}  {message}" if location else message
+        self.problems.append(Problem(message=text, fix=fix, line=self.file.line_of(location)))
 
-    def written(self, at: KeyPath) -> str:
+    def written(self, location: KeyPath) -> str:
         """Return a key and its value as the file has them, on one line; no secrets."""
-        return f"{dotted(at)} = {self.value_text(at)}"
+        return f"{dotted(location)} = {self.value_text(location)}"
 
-    def value_text(self, at: KeyPath) -> str:
+    def value_text(self, location: KeyPath) -> str:
         """Return the value at a key, shortened; no secrets."""
         value: Any = self.file.content
-        for step in at:
-            value = value[step] if isinstance(step, int) else _by_name(value, step)
-        if str(at[-1]).lower().endswith(_SECRET):
+        for step in location:
+            value = _inside(value, step)
+        if str(location[-1]).lower().endswith(_SECRET):
             return "***"
         return shown(json.dumps(value, ensure_ascii=False, default=str))
 
     def top(self) -> Section:
         """Return the mapping at the top of the file."""
-        return Section(reading=self, at=(), values=self.file.content)
+        return Section(reading=self, location=(), values=self.file.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ class Section:
     """One mapping of the file. A value of the wrong kind is reported, and its default returned."""
 
     reading: Reading
-    at: KeyPath
+    location: KeyPath
     values: dict[str, Any]
 
     def path(self, key: str) -> KeyPath:
         """Return the key's whole path."""
-        return (*self.at, key)
+        return (*self.location, key)
 
     def has(self, key: str) -> bool:
         """Whether the key has a value; an empty one is none."""
@@ -111,7 +111,7 @@ class Section:
     def text(self, key: str, default: str | None = None, *, allowed: Sequence[str] = ()) -> str | None:
         """Return a text, one of `allowed` where there are some."""
         value = self.raw(key)
-        if value is None:
+        if value is None or value == "":
             return default
         if not isinstance(value, str) or not value.strip():
             self.problem(key, "must be text" + (f", one of {', '.join(allowed)}" if allowed else ""))
@@ -142,7 +142,7 @@ class Section:
             self.problem(key, "must be a mapping of keys to values")
         values = value if isinstance(value, dict) else {}
         named = {str(name): inner for name, inner in values.items()}
-        return Section(reading=self.reading, at=self.path(key), values=named)
+        return Section(reading=self.reading, location=self.path(key), values=named)
 
     def sections(self, key: str) -> list[Section]:
         """Return the mappings in the list at a key."""
@@ -152,20 +152,22 @@ class Section:
         if not isinstance(value, list):
             self.problem(key, "must be a list: one entry, with a dash in front, for each")
             return []
-        found: list[Section] = []
+        sections: list[Section] = []
         for position, inner in enumerate(value):
             if isinstance(inner, dict):
-                at = (*self.path(key), position)
-                found.append(Section(reading=self.reading, at=at, values={str(name): v for name, v in inner.items()}))
+                location = (*self.path(key), position)
+                sections.append(
+                    Section(reading=self.reading, location=location, values={str(name): v for name, v in inner.items()})
+                )
             else:
                 self.reading.problem((*self.path(key), position), "must be a mapping of keys to values")
-        return found
+        return sections
 
 
-def dotted(at: KeyPath) -> str:
+def dotted(location: KeyPath) -> str:
     """Return a path as text: `datasets[0].path`."""
     text = ""
-    for step in at:
+    for step in location:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
     return shown(text)
 
@@ -180,5 +182,8 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _by_name(values: Any, name: str) -> Any:
-    return next((value for key, value in values.items() if str(key) == name), None)
+def _inside(values: Any, step: str | int) -> Any:
+    """Return what is at a key or position; None where there is nothing, as in a file that the configuration names."""
+    if isinstance(values, dict):
+        return next((value for key, value in values.items() if str(key) == step), None)
+    return values[step] if isinstance(values, list) and isinstance(step, int) and step < len(values) else None

@@ -67,7 +67,7 @@ def find_beside(work: Conversion, name: str) -> Path | None:
 def _from_content(work: Conversion, section: Section, key: str, content: dict[str, Any], name: str) -> None:
     zero = content.get("zero_optimization") or {}
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if stage not in _STAGES or isinstance(stage, bool):
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in _STAGES:
         section.problem(key, f"zero_optimization.stage of {name} is {stage!r}", "known: 0, 1, 2, 3")
         return
     params, states = (_device(zero.get(part)) for part in ("offload_param", "offload_optimizer"))
@@ -120,9 +120,25 @@ _FSDP_OPERATIONS = (
 """Settings that need no counterpart: fsdp2 here wraps block by block, and loads and saves in its own way."""
 
 
+def _settings(work: Conversion, section: Section, config: str) -> Section:
+    """Return the mapping at a key, or that of the JSON file which it names."""
+    value = section.raw(config)
+    if not isinstance(value, str):
+        return section.section(config)
+    path, content = find_beside(work, value), {}
+    if path is None:
+        work.leave(section, config, "the file is not here: its settings are not read")
+    else:
+        try:
+            content = read_json(path)
+        except RecipeError as error:
+            section.problem(config, error.problems[0].message)
+    return Section(reading=section.reading, location=section.path(config), values=content)
+
+
 def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
     """Set [engine] from `fsdp` (words) and `fsdp_config` (a mapping); return whether there was any."""
-    value, settings = section.raw(key), section.section(config)
+    value, settings = section.raw(key), _settings(work, section, config)
     if not value and not settings.values:
         return False
     if value is True:
@@ -132,30 +148,32 @@ def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
     else:
         words = section.texts(key)
     known = {name.removeprefix("fsdp_"): name for name in settings.values}
-    of = (section, key if value else config)
+    origin = (section, key if value else config)
     sharding = next((word.lower() for word in words if word.lower() in {*_SHARDS, "no_shard"}), None)
     if name := known.get("sharding_strategy"):
-        said = str(settings.raw(name)).lower()
-        sharding = sharding or _NUMBERS.get(said, said)
+        strategy = str(settings.raw(name)).lower()
+        sharding = sharding or _NUMBERS.get(strategy, strategy)
     again = known.get("reshard_after_forward")
     if again and isinstance(settings.raw(again), bool | str):
-        said = str(settings.raw(again)).lower()
-        sharding = sharding or {"true": "full_shard", "false": "shard_grad_op"}.get(said, said)
+        strategy = str(settings.raw(again)).lower()
+        sharding = sharding or {"true": "full_shard", "false": "shard_grad_op"}.get(strategy, strategy)
     sharding = sharding or "full_shard"
     if sharding == "no_shard":
-        work.set("engine.name", "ddp", of, "NO_SHARD there")
+        work.set("engine.name", "ddp", origin, "NO_SHARD there")
     elif sharding not in _SHARDS:
-        section.problem(of[1], f"sharding strategy {sharding} is not known", f"known: {', '.join(_SHARDS)}, no_shard")
+        section.problem(
+            origin[1], f"sharding strategy {sharding} is not known", f"known: {', '.join(_SHARDS)}, no_shard"
+        )
     else:
         version = settings.raw(known["version"]) if "version" in known else section.raw("fsdp_version")
         two = str(version) == "2"
         note = "" if two else "FSDP there; FSDP2 here"
-        work.set("engine.name", "fsdp2", of, "; ".join(filter(None, (note, _SHARD_NOTES[sharding]))))
-        for setting, said in _SHARDS[sharding].items():
-            work.set(f"engine.{setting}", said, of)
+        work.set("engine.name", "fsdp2", origin, "; ".join(filter(None, (note, _SHARD_NOTES[sharding]))))
+        for setting, setting_value in _SHARDS[sharding].items():
+            work.set(f"engine.{setting}", setting_value, origin)
     offload = known.get("offload_params")
     if "offload" in words or (offload and settings.flag(offload)):
-        work.set("engine.offload", "all", of)
+        work.set("engine.offload", "all", origin)
     if (name := known.get("activation_checkpointing")) and settings.flag(name):
         work.set("train.activation_checkpointing", "full", (settings, name))
     for name in settings.values:

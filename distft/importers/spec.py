@@ -45,7 +45,7 @@ class Imported:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        remarks = {"left": [vars(one) for one in self.left], "unknown": [vars(one) for one in self.unknown]}
+        remarks = {"left": [vars(remark) for remark in self.left], "unknown": [vars(remark) for remark in self.unknown]}
         return {"tool": self.tool, "toml": self.toml, "changed": self.changed, **remarks}
 
 

@@ -58,23 +58,23 @@ def _resolve(work: Conversion) -> None:
     """Put values in place of `${output_dir}`."""
     file = work.reading.file
 
-    def resolved(value: Any, at: tuple[str | int, ...], depth: int = 0) -> Any:
+    def resolved(value: Any, location: tuple[str | int, ...], depth: int = 0) -> Any:
         if isinstance(value, dict):
-            return {key: resolved(inner, (*at, str(key))) for key, inner in value.items()}
+            return {key: resolved(inner, (*location, str(key))) for key, inner in value.items()}
         if isinstance(value, list):
-            return [resolved(inner, (*at, place)) for place, inner in enumerate(value)]
-        found = _REFERENCE.search(value) if isinstance(value, str) else None
-        if found is None:
+            return [resolved(inner, (*location, place)) for place, inner in enumerate(value)]
+        reference = _REFERENCE.search(value) if isinstance(value, str) else None
+        if reference is None:
             return value
         target: Any = file.content
-        for step in found[1].split("."):
+        for step in reference[1].split("."):
             target = target.get(step) if isinstance(target, dict) else None
         if target is None or isinstance(target, dict | list) or depth > 8:
-            work.reading.problem(at, f"{found[0]} names no value of the file", "write the value itself")
+            work.reading.problem(location, f"{reference[0]} names no value of the file", "write the value itself")
             return None
-        if found[0] == value:
-            return resolved(target, at, depth + 1)
-        return resolved(value.replace(found[0], str(target)), at, depth + 1)
+        if reference[0] == value:
+            return resolved(target, location, depth + 1)
+        return resolved(value.replace(reference[0], str(target)), location, depth + 1)
 
     work.reading.file = replace(file, content=resolved(file.content, ()))
 
@@ -121,8 +121,9 @@ def _set_model(work: Conversion, top: Section) -> None:
     loader, model = top.section("checkpointer"), top.section("model")
     folder = loader.text("checkpoint_dir")
     if folder is None:
-        top.reading.problem(loader.at if top.has("checkpointer") else (), "checkpointer.checkpoint_dir is missing",
-                            "add it: the folder of the model in the hub's layout")  # fmt: skip
+        location = loader.location if top.has("checkpointer") else ()
+        fix = "add it: the folder of the model in the hub's layout"
+        top.reading.problem(location, "checkpointer.checkpoint_dir is missing", fix)
     work.set("model.path", folder, (loader, "checkpoint_dir"))
     if loader.has("keep_last_n_checkpoints"):
         kept = loader.whole("keep_last_n_checkpoints", 2, least=1) or 2
@@ -151,10 +152,10 @@ def _set_model(work: Conversion, top: Section) -> None:
     work.set("method.alpha", model.number("lora_alpha", 16), (model, "lora_alpha"))
     work.set("method.dropout", model.number("lora_dropout", 0.0), (model, "lora_dropout"))
     named = model.texts("lora_attn_modules")
-    for one in named:
-        if one not in _MODULES:
-            model.problem("lora_attn_modules", f"{one} is not known", f"known: {', '.join(_MODULES)}")
-    targets = [_MODULES.get(one, one) for one in named]
+    for module in named:
+        if module not in _MODULES:
+            model.problem("lora_attn_modules", f"{module} is not known", f"known: {', '.join(_MODULES)}")
+    targets = [_MODULES.get(module, module) for module in named]
     targets += ["gate_proj", "up_proj", "down_proj"] if model.flag("apply_lora_to_mlp") else []
     targets += ["lm_head"] if model.flag("apply_lora_to_output") else []
     work.set(
@@ -175,7 +176,11 @@ def _set_optimizer(work: Conversion, top: Section) -> None:
     if name not in _OPTIMIZERS:
         known = ", ".join(_OPTIMIZERS)
         section.reading.problem(
-            section.path("_component_") if section.has("_component_") else section.at if top.has("optimizer") else (),
+            section.path("_component_")
+            if section.has("_component_")
+            else section.location
+            if top.has("optimizer")
+            else (),
             "is not an optimizer here, and another one would train another model"
             if name
             else "optimizer has no _component_",
@@ -186,16 +191,16 @@ def _set_optimizer(work: Conversion, top: Section) -> None:
     rate = section.number("lr")
     if rate is None and not section.has("lr"):
         section.reading.problem(
-            section.at if top.has("optimizer") else (), "optimizer.lr is missing", "add it, as in lr: 2e-5"
+            section.location if top.has("optimizer") else (), "optimizer.lr is missing", "add it, as in lr: 2e-5"
         )
     work.set("optim.learning_rate", rate, (section, "lr"))
-    said = "norms and biases are left out here, and decayed there"
+    note = "norms and biases are left out here, and decayed there"
     work.set(
-        "optim.weight_decay", section.number("weight_decay", decay), (section, "weight_decay"), said if decay else ""
+        "optim.weight_decay", section.number("weight_decay", decay), (section, "weight_decay"), note if decay else ""
     )
     betas = section.raw("betas")
     if betas is not None:
-        if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(one, float) for one in betas):
+        if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, float) for beta in betas):
             section.problem("betas", "must be two numbers below 1, as [0.9, 0.95]")
         else:
             work.set("optim.betas", betas, (section, "betas"))
@@ -222,12 +227,8 @@ def _set_schedule(work: Conversion, top: Section) -> None:
 
 def _set_training(work: Conversion, top: Section) -> None:
     micro = top.whole("batch_size", 1, least=1) or 1
-    set_batches(
-        work,
-        top,
-        ("batch_size", micro),
-        ("gradient_accumulation_steps", top.whole("gradient_accumulation_steps", 1, least=1)),
-    )
+    shared = ("tensor_parallel_dim", "context_parallel_dim")
+    set_batches(work, top, ("batch_size", micro), "gradient_accumulation_steps", shared)
     epochs, most = top.whole("epochs", 1, least=1) or 1, top.whole("max_steps_per_epoch")
     if most:
         note = f"max_steps_per_epoch {most} x epochs {epochs}" if epochs > 1 else "of one epoch"
@@ -255,7 +256,7 @@ def _set_training(work: Conversion, top: Section) -> None:
         work.set("engine.gather", "once_a_step", (top, "fsdp_reshard_after_forward"))
     _set_steps(work, top)
     if top.has("seed"):
-        work.draft.set("seed", top.whole("seed", DEFAULT_SEED, least=0), of=top.path("seed"))
+        work.draft.set("seed", top.whole("seed", DEFAULT_SEED, least=0), origin=top.path("seed"))
     else:
         work.draft.set("seed", DEFAULT_SEED, note="drawn by chance there")
 

@@ -6,6 +6,7 @@ from distft.importers.config_file import ConfigFile
 from distft.importers.conversion import Conversion
 from distft.importers.objectives import (
     PreferenceKeys,
+    dpo_loss,
     set_cpo,
     set_dpo,
     set_orpo,
@@ -14,7 +15,7 @@ from distft.importers.objectives import (
     set_unpaired,
 )
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths
+from distft.importers.sources import Rows, Source, add_source, data_files, set_lengths
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_order, set_training
 from distft.importers.trl_keys import TRL_DATASET_KEYS, TRL_KEYS
@@ -29,7 +30,6 @@ _ONLY = {
     "cpo": ("cpo_alpha", "simpo_gamma"),
     "reward": ("center_rewards_coefficient",),
     "dpo": (
-        "precompute_ref_log_probs",
         "rpo_alpha",
         "f_divergence_type",
         "sync_ref_model",
@@ -38,17 +38,17 @@ _ONLY = {
     ),
 }
 """Keys that only one command has."""
-_DPO_ONLY_LOSSES = (
-    "robust",
-    "exo_pair",
-    "nca_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sigmoid_norm",
-    "aot",
-)
+_SHARED = (
+    "beta", "loss_type", "label_smoothing", "precompute_ref_log_probs", "max_prompt_length", "max_completion_length",
+)  # fmt: skip
+"""Keys that several commands on preferences have."""
+_ONLY_LOSSES = {
+    "sft": ("nll", "chunked_nll", "dft"),
+    "dpo": ("robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "aot"),
+    "cpo": ("simpo", "alphapo"),
+    "kto": ("kto", "apo_zero_unpaired"),
+}
+"""Values of loss_type that only one command has."""
 _MARKS = {
     "dataset_name", "use_peft", "lora_r", "max_length", "assistant_only_loss", "completion_only_loss", "beta",
     "loss_type", "dataset_text_field", "dataset_train_split", "dataset_config", "max_seq_length",
@@ -93,29 +93,26 @@ def _task(work: Conversion, top: Section) -> str | None:
             top.reading.problem((), f"--task {asked} has no importer", f"known: {', '.join(TASKS)}")
             return None
         return asked
-    found = [task for task, keys in _ONLY.items() if any(top.has(key) for key in keys)]
+    tasks = [task for task, keys in _ONLY.items() if any(top.has(key) for key in keys)]
     loss = top.values.get("loss_type")
-    if loss == "simpo" and "cpo" not in found:
-        found.append("cpo")
-    if loss in _DPO_ONLY_LOSSES and "dpo" not in found:
-        found.append("dpo")
-    if len(found) == 1:
-        work.draft.comment("objective.name", f"read from the keys of the file: trl {found[0]}")
-        return found[0]
-    shared = [key for key in ("beta", "loss_type", "label_smoothing") if top.has(key)]
-    if not found and not shared:
+    tasks += [task for task, losses in _ONLY_LOSSES.items() if loss in losses and task not in tasks]
+    if len(tasks) == 1:
+        work.draft.comment("objective.name", f"read from the keys of the file: trl {tasks[0]}")
+        return tasks[0]
+    shared = [key for key in _SHARED if top.has(key)]
+    if not tasks and not shared:
         work.draft.comment(
             "objective.name", "the file does not say which command it is for: trl sft is assumed; --task says it"
         )
         return "sft"
     by = (
-        f"has keys of {' and of '.join(found)}"
-        if found
+        f"has keys of {' and of '.join(tasks)}"
+        if tasks
         else f"has {', '.join(shared)}, which dpo, orpo, cpo and others share"
     )
-    at = top.path(shared[0]) if shared else ()
+    location = top.path(shared[0]) if shared else ()
     top.reading.problem(
-        at, f"the file {by}: it is not clear which command it is for", f"say --task: {', '.join(TASKS)}"
+        location, f"the file {by}: it is not clear which command it is for", f"say --task: {', '.join(TASKS)}"
     )
     return None
 
@@ -129,7 +126,7 @@ def _set_objective(work: Conversion, top: Section, task: str) -> Rows:
         work.draft.set("objective.name", "sft")
         return "single"
     if task == "dpo":
-        set_dpo(work, top, "loss_type", _dpo_loss(work, top), _PREFERENCE)
+        set_dpo(work, top, "loss_type", dpo_loss(work, top, "loss_type", "loss_weights"), _PREFERENCE)
     elif task == "orpo":
         set_orpo(work, top, "beta", _PREFERENCE)
     elif task == "reward":
@@ -144,22 +141,6 @@ def _set_objective(work: Conversion, top: Section, task: str) -> Rows:
         set_unpaired(work, top, "loss_type", task, loss or "kto", _PREFERENCE)
         return "unpaired"
     return "pairs"
-
-
-def _dpo_loss(work: Conversion, top: Section) -> str:
-    """Return the loss; sigmoid with sft beside it is RPO's, with the weight of sft."""
-    losses = top.texts("loss_type") or ["sigmoid"]
-    if len(losses) == 1:
-        return losses[0]
-    weights = top.raw("loss_weights")
-    values = weights if isinstance(weights, list) else []
-    numbers = [float(value) for value in values if isinstance(value, int | float)]
-    if sorted(losses) == ["sft", "sigmoid"] and len(numbers) == 2 and numbers[losses.index("sigmoid")] == 1:
-        weight = numbers[losses.index("sft")]
-        work.set("objective.sft_weight", weight, (top, "loss_weights"), "the weight of sft beside sigmoid")
-    else:
-        top.problem("loss_type", "mixes losses", "one loss, or sigmoid with weight 1 and sft, is trained here")
-    return "sigmoid"
 
 
 def _set_model(work: Conversion, top: Section) -> None:
@@ -179,12 +160,12 @@ def _set_model(work: Conversion, top: Section) -> None:
 def _set_dtype(work: Conversion, top: Section) -> None:
     """The type of the weights counts more than that of autocast where it is said."""
     for key in ("dtype", "torch_dtype"):
-        said = top.text(key, allowed=("auto", "bfloat16", "float16", "float32")) if top.has(key) else None
-        if said == "float16":
+        dtype = top.text(key, allowed=("auto", "bfloat16", "float16", "float32")) if top.has(key) else None
+        if dtype == "float16":
             work.set("model.dtype", "bfloat16", (top, key), "float16 there")
-        elif said == "bfloat16":
+        elif dtype == "bfloat16":
             work.draft.comments.pop(("model", "dtype"), None)
-            work.set("model.dtype", said, (top, key), "with an fp32 master copy in the optimizer, which is not there")
+            work.set("model.dtype", dtype, (top, key), "with an fp32 master copy in the optimizer, which is not there")
 
 
 def _set_method(work: Conversion, top: Section) -> None:
@@ -231,15 +212,11 @@ def _set_sources(work: Conversion, top: Section, task: str) -> bool:
         format, columns = "text", {top.text("dataset_text_field") or "text": "text"}
     for section in top.sections("datasets"):
         path = section.text("path") or ""
-        files = section.texts("data_files")
-        if files and path not in ("json", "csv", "parquet", "text", "arrow"):
-            section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as path")
-        for one in files or [path]:
-            source = Source(
-                path=one, format=format, subset=section.text("name"), split=local_split(one, section.text("split")),
-                columns=columns,
-            )  # fmt: skip
-            add_source(work, "train", source, (section, "path"))
+        files = data_files(section, path, "path")
+        source = Source(
+            path=path, format=format, subset=section.text("name"), split=section.text("split"), columns=columns
+        )
+        add_source(work, "train", source, (section, "path"), files)
         work.settle(section, TRL_DATASET_KEYS)
     name = top.text("dataset_name")
     if name is not None and not top.has("datasets"):
@@ -252,7 +229,7 @@ def _set_sources(work: Conversion, top: Section, task: str) -> bool:
 def _set_named(work: Conversion, top: Section, name: str, format: str, columns: dict[str, str]) -> None:
     train = Source(
         path=name, format=format, subset=top.text("dataset_config"),
-        split=local_split(name, top.text("dataset_train_split", "train")), columns=columns,
+        split=top.text("dataset_train_split", "train"), columns=columns,
     )  # fmt: skip
     add_source(work, "train", train, (top, "dataset_name"))
     if top.values.get("eval_strategy") in (None, "no", False):
@@ -287,8 +264,8 @@ def _set_mask(work: Conversion, top: Section) -> None:
             "TRL trains whole chats and texts; of rows with a prompt and a completion the completion alone: then write "
         )
         note += '"completion"' if completion is None else ""
-        said = note if completion is None else "prompts are trained too"
-        work.set("data.loss_on", "all", (top, "completion_only_loss"), said)
+        reason = note if completion is None else "prompts are trained too"
+        work.set("data.loss_on", "all", (top, "completion_only_loss"), reason)
 
 
 SPEC = ImporterSpec(
