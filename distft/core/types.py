@@ -99,8 +99,7 @@ class LossTerms:
     loss_sum: Tensor
     """Scalar with gradient: the loss summed over supervised tokens (SFT) or pairs (preference objectives)."""
     figures: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
-    """By name [2], sum and count without gradient. They are added up over micro-batches and ranks with the loss and
-    logged as means; every micro-batch of a run gives the same names."""
+    """By name [2], sum and count without gradient: added up with the loss, logged as means, the same names always."""
 
     by_group: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     """Figures of each group: [G], without gradient; evaluations keep them."""
