@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 
 def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe file with every default filled in; `overrides` are "table.key=value".
+    """Load a recipe file with every default filled in; `overrides` are "table.key=value".
 
     Raises:
         RecipeError: every mistake in it, with lines.

@@ -103,7 +103,7 @@ class CheckReport:
     """Sequences of the whole run."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         content = asdict(self)
         del content["recipe_toml"]
         return content
@@ -183,7 +183,7 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
 
 
 def _verdict(recipe: Recipe) -> str:
-    """What is proven of the model on a CPU, in seconds, then from the cache; a run proves its accelerator's kernels.
+    """Return the proven path on a CPU, in seconds or from the cache; a run proves its accelerator's kernels.
 
     Raises:
         RecipeError: it would not be trained on its own loss.
@@ -324,7 +324,7 @@ def _show_split(split: SplitView, console: Console) -> None:
 
 
 def highlighted(sample: SampleView, *, colour: bool) -> Text:
-    """The sample with its trained text on green, or between marks where there is no colour."""
+    """Return the sample with its trained text on green, or between marks where there is no colour."""
     text = Text()
     for piece, trained in sample.pieces:
         if colour:

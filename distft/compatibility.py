@@ -42,7 +42,7 @@ def refuse_missing_folder(recipe: Recipe) -> None:
 
 
 def has_config(recipe: Recipe) -> bool:
-    """Whether the model is one that training could start from; False for a folder that holds a tokenizer alone."""
+    """Return whether training could start from the model; False for a folder that holds a tokenizer alone."""
     folder = Path(recipe.model.path).expanduser()
     return not folder.is_dir() or (folder / "config.json").is_file()
 

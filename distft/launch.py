@@ -18,7 +18,7 @@ from distft.train_options import parser
 
 
 def launch_command(nproc: int, arguments: list[str], *, module: str = "distft.train") -> list[str]:
-    """The command line that starts `nproc` processes of the main job, or another module, on this machine."""
+    """Return the command line that starts `nproc` processes of the main job, or another module, on this machine."""
     started = ["-m", module, *arguments]
     if nproc == 1:
         return [sys.executable, *started]

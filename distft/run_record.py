@@ -245,7 +245,7 @@ class RunRecord:
         return self.manifest.get("device", "cpu") != "cpu"
 
     def rows_sha256(self, name: str) -> str:
-        """Of the rows that a set of results is about: a name alone may mean others in another run. "" unknown."""
+        """Return the hash of the rows of a set of results: a name alone may mean others in another run. "" unknown."""
         return _first_hash(self.folder / "eval", name)
 
     def answers(self, label: str, name: str) -> dict[str, dict[str, Any]]:
@@ -289,7 +289,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None: metrics.jsonl writes "nan" and "inf" as text."""
+    """Return a finite number, or None: metrics.jsonl writes "nan" and "inf" as text."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

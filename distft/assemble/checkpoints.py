@@ -31,7 +31,7 @@ def open_checkpoints(
     resume: Resume,
     allow_changes: bool,
 ) -> tuple[CheckpointManager, TrainState, StateReader | None]:
-    """Where state is saved, and where this run starts: at zero, or at a checkpoint with a reader for its tensors.
+    """Open the checkpoints and decide where this run starts: at zero, or at one with a reader of its tensors.
 
     Raises:
         CheckpointError: there are checkpoints and none is valid, or the one to continue does not fit this run.

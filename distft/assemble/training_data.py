@@ -153,7 +153,7 @@ def with_date(recipe: Recipe, folder: Path, resume: Path | str = "auto") -> Reci
 
 
 def _date_noted(file: Path) -> str | None:
-    """The date that a checkpoint or a manifest names; of older manifests the day on which the run was started."""
+    """Return the date that a checkpoint or manifest names; of older manifests the day of the run's start."""
     try:
         noted = json.loads(file.read_text(encoding="utf-8"))
         date = str(noted.get("date") or noted["started"])[:10]
@@ -165,7 +165,7 @@ def _date_noted(file: Path) -> str | None:
 def load_held_out(
     recipe: Recipe, layout: Layout, rank: int, world: int, stop_ids: tuple[int, ...], say: Say
 ) -> HeldOut:
-    """The evaluation rows alone, for a run whose training rows may be gone.
+    """Return the evaluation rows alone, for a run whose training rows may be gone.
 
     Raises:
         DataError: rows that cannot be evaluated.
@@ -224,7 +224,7 @@ class Preparing:
         self._say, self._said_at = say, -math.inf
 
     def __call__(self, rows: int) -> None:
-        """Called after every few rows.
+        """Report progress; called after every few rows.
 
         Raises:
             Preempted: this process has been asked to stop.

@@ -56,7 +56,7 @@ def run_case(case: BenchCase, folder: Path, *, timeout_s: float, module: Sequenc
 
 
 def start(command: list[str], log: Path, *, timeout_s: float) -> int | None:
-    """Its exit code, 128 + N after signal N, None when it took too long. However this ends, so have its processes.
+    """Run a command; return its exit code, 128 + N after signal N, None when it took too long.
 
     Raises:
         Preempted: this process was asked to stop.

@@ -31,14 +31,14 @@ ROUNDED = Tolerance(early=1e-2, all=5e-2, why="bf16 (8 bits of mantissa) or an 8
 
 
 def tolerance(record: dict[str, Any]) -> Tolerance:
-    """For a case's type and optimizer."""
+    """Return the tolerance for a case's type and optimizer."""
     case = record["case"]
     rounded = case["model"]["dtype"] != "float32" or "8bit" in case["optim"]["name"]
     return ROUNDED if rounded else EXACT
 
 
 def judge(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records with `loss_check`: {reference, early, all, tolerance…, equal}; cases that were not measured as is."""
+    """Return the records with `loss_check`: {reference, early, all, tolerance…, equal}; unmeasured cases as is."""
     measured = [record for record in records if record["outcome"] == "measured"]
     references: dict[Any, dict[str, Any]] = {}
     for record in sorted(measured, key=lambda record: record["case"]["engine"] != "solo"):

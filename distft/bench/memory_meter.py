@@ -15,7 +15,7 @@ from distft.core.accelerators import GIB
 
 
 def set_limit(gib: float) -> None:
-    """From here on, private writable memory of this process ends at `gib`: an allocation beyond it fails.
+    """Limit this process's private writable memory to `gib`: an allocation beyond it fails.
 
     RLIMIT_DATA counts heap and anonymous maps, Python and the libraries' own included; files that are mapped and
     memory shared between processes are not in it. (RLIMIT_AS would count address space that nothing ever touches.)
@@ -94,7 +94,7 @@ class Device:
         }
 
     def _used(self) -> int:
-        """Of the whole device by NVML, context and managed pages included; by the driver where NVML has no binding."""
+        """Return the device's used bytes by NVML, managed pages included; by the driver where NVML has no binding."""
         import torch
 
         try:
@@ -120,7 +120,7 @@ def cpu_tensors() -> int:
 
 
 def cpu_growth(work: Callable[[], None]) -> int:
-    """Most bytes of tensors on the CPU that existed at one time during `work` beyond those that were there before.
+    """Return the most bytes of CPU tensors that existed during `work` beyond those before it.
 
     Counted by torch's own CPU allocator, as its profiler reports every allocation and release.
     """

@@ -30,7 +30,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of at least one value, by linear interpolation between neighbours."""
+    """Return the spread of at least one value, by linear interpolation between neighbours."""
     if len(values) == 1:
         return Spread(median=values[0], p10=values[0], p90=values[0])
     tenths = statistics.quantiles(values, n=10, method="inclusive")
@@ -112,7 +112,7 @@ class Clock:
         self._since = now
 
     def read(self) -> dict[str, float | None]:
-        """Nothing: no sink is asked to write while time is measured."""
+        """Return nothing: no sink writes while time is measured."""
         return {}
 
     def _is_warm(self, taken: int) -> bool:
@@ -155,14 +155,14 @@ class Count:
         """The loop begins."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Nothing."""
+        """Ignore the micro-batch."""
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """One less."""
+        """Count one step less."""
         self._left -= 1
 
     def read(self) -> dict[str, float | None]:
-        """Nothing."""
+        """Return nothing."""
         return {}
 
 
@@ -188,7 +188,7 @@ class GradientBytes:
         self._first = False
 
     def read(self) -> dict[str, float | None]:
-        """Nothing."""
+        """Return nothing."""
         return {}
 
 
@@ -202,7 +202,7 @@ class Nobody:
         return True
 
     def after(self, state: TrainState, report: StepReport) -> None:
-        """No action; a step that was left out shows in the clock."""
+        """Take no action; a step that was skipped shows in the clock."""
 
     def update(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
         """Keeps nothing."""
@@ -212,4 +212,4 @@ class Nobody:
         """Keeps nothing."""
 
     def poll(self, state: TrainState) -> None:
-        """Nothing is being written."""
+        """Do nothing: nothing is being written."""

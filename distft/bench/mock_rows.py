@@ -34,7 +34,7 @@ class FullSteps:
         self._rank, self._slice = rank, global_batch_size // world
 
     def samples_in(self, step: int) -> int:
-        """As many in every step."""
+        """Return the same number for every step."""
         return self._batch
 
     def epoch_at(self, samples: int) -> float:

@@ -25,7 +25,7 @@ COLOURS = ("#4477AA", "#228833", "#EE6677", "#AA3377", "#CCBB44", "#66CCEE")
 
 
 def available() -> bool:
-    """Whether there is anything to draw with."""
+    """Return whether there is anything to draw with."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

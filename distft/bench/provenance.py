@@ -39,7 +39,7 @@ def gpus() -> list[str]:
 
 @functools.cache
 def code() -> dict[str, Any]:
-    """The commit of this code, whether it was changed since, and a hash of all that a measurement passes through."""
+    """Return this code's commit, whether it was changed since, and a hash of all that a measurement runs through."""
     git = ["git", "-C", str(PACKAGE)]
     commit = _output([*git, "rev-parse", "HEAD"]).strip() or None
     changed = _output([*git, "status", "--porcelain", "--", str(PACKAGE)]).strip()
@@ -60,7 +60,7 @@ def _cpu_model() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; empty when it is not there or fails."""
+    """Return what a command prints; empty when it is not there or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASKING_S, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -35,7 +35,7 @@ class Runner:
         self._run, self._say = run, say
 
     def all(self, cases: Sequence[BenchCase]) -> list[dict[str, Any]]:
-        """The records of `cases`, measured now or before."""
+        """Return the records of `cases`, measured now or before."""
         kept = {case.key: record for case in cases if (record := self.kept(case)) is not None}
         if kept:
             self._say(f"{len(kept)} of {len(cases)} cases are measured already, in {self.folder}")
@@ -55,7 +55,7 @@ class Runner:
         return records
 
     def kept(self, case: BenchCase) -> dict[str, Any] | None:
-        """The record of an earlier run, if it is one to keep."""
+        """Return the record of an earlier run, if it is one to keep."""
         try:
             record = json.loads(self._path(case).read_text(encoding="utf-8"))
         except (OSError, ValueError):

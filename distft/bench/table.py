@@ -62,7 +62,7 @@ def compact(num_bytes: float | None) -> str:
 
 
 def name_of(record: dict[str, Any]) -> str:
-    """A case in a few words, for rows and axes."""
+    """Return a case in a few words, for rows and axes."""
     case = record["case"]
     ranks = f" x {case['world']}" if case["world"] > 1 else ""
     return f"{case['method']} {case['engine']}{ranks}"
@@ -104,7 +104,7 @@ def _valid(record: dict[str, Any]) -> bool:
 
 
 def notes(record: dict[str, Any]) -> Iterator[str]:
-    """What a reader must know of a measured row."""
+    """Yield what a reader must know of a measured row."""
     check = record.get("loss_check")
     if check and not check["equal"]:
         left = f", {record['left_out']} updates left out" if record["left_out"] else ""

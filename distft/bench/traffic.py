@@ -130,7 +130,7 @@ def _largest(args: dict[str, Any]) -> int:
 
 
 def _ranks(kind: str, args: dict[str, Any]) -> int | None:
-    """Of a gather or scatter between one whole tensor and one part."""
+    """Return the ranks of a gather or scatter between one whole tensor and one part."""
     sizes = sorted(size for dims in args["Input Dims"] if (size := _elements(dims)))
     return sizes[-1] // sizes[-2] if kind in ("all_gather", "reduce_scatter") and len(sizes) == 2 else None
 

@@ -13,7 +13,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_regular(path: Path) -> int:
-    """A read-only descriptor of a regular file; links, pipes and devices are refused.
+    """Open a regular file for reading and return its descriptor; links, pipes and devices are refused.
 
     Raises:
         OSError: it is not there, not readable, or not a regular file.
@@ -26,7 +26,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_regular(path: Path, *, limit: int) -> bytes:
-    """The whole file.
+    """Read the whole file.
 
     Args:
         path: a regular file, not a link.
@@ -58,7 +58,7 @@ def remove_tree(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a full disk or quota is behind an error; torch's archive writer wraps the OSError."""
+    """Return whether a full disk or quota is behind an error; torch's archive writer wraps the OSError."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

@@ -134,7 +134,7 @@ class RunLock:
         return True
 
     def _read(self) -> bytes | None:
-        """The lock's bytes, None when there is none."""
+        """Read the lock's bytes; None when there is none."""
         try:
             return read_regular(self.path, limit=1 << 16)
         except FileNotFoundError:
@@ -217,7 +217,7 @@ def _guarded(descriptor: int) -> bool:
 
 
 def _owner(holder: bytes) -> dict[str, Any]:
-    """What a lock says; empty when it cannot be read (then only its heartbeat counts)."""
+    """Return what a lock says; empty when it cannot be read (then only its heartbeat counts)."""
     return parse_json_object(holder) or {}
 
 
@@ -231,7 +231,7 @@ def _slurm_start(env: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _came_before(holder: Any, ours: dict[str, Any] | None) -> bool:
-    """Whether the lock is an earlier start's of the same job."""
+    """Return whether the lock is an earlier start's of the same job."""
     return (
         isinstance(holder, dict)
         and ours is not None

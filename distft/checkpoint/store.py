@@ -184,7 +184,7 @@ class CheckpointStore:
         return outcome
 
     def load_newest(self) -> Loaded | None:
-        """The newest checkpoint that passes every check; collective. Bad ones are renamed, never deleted.
+        """Load the newest checkpoint that passes every check; collective. Bad ones are renamed, never deleted.
 
         Returns:
             None when the folder has never held a checkpoint.
@@ -196,7 +196,7 @@ class CheckpointStore:
         return self._remember(load_newest(self._folders, self._ranks))
 
     def load(self, path: Path) -> Loaded:
-        """One checkpoint by its folder, anywhere; collective. It is left as it is, good or bad.
+        """Load one checkpoint by its folder, anywhere; collective. It is left as it is, good or bad.
 
         Raises:
             CheckpointError: it is not valid; the message lists what is wrong.
@@ -206,7 +206,7 @@ class CheckpointStore:
         return loaded
 
     def load_best(self) -> Loaded | None:
-        """The checkpoint that best.json names; collective. None when none was ever the best.
+        """Load the checkpoint that best.json names; collective. None when none was ever the best.
 
         Raises:
             CheckpointError: it is not valid, or best.json is not.

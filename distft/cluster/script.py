@@ -33,7 +33,7 @@ class SlurmRequest:
 
 
 def render(site: Site, wanted: SlurmRequest, *trains: Sequence[str]) -> str:
-    """A whole batch script; each of `trains` is a recipe and the options of distft.train, several are an array."""
+    """Return a whole batch script; each of `trains` is a recipe and distft.train's options, several are an array."""
     cpus = site.cpus_per_gpu * max(1, wanted.gpus_per_node)
     partition = wanted.partition or site.partition
     options = [
@@ -83,7 +83,7 @@ def render(site: Site, wanted: SlurmRequest, *trains: Sequence[str]) -> str:
 
 
 def output_name(job: str) -> str:
-    """The file of a job's output."""
+    """Return the file of a job's output."""
     return f"job-{job}.out"
 
 

@@ -9,14 +9,14 @@ from distft.core.errors import DistftError
 
 
 def exit_code(error: BaseException) -> int:
-    """The process's exit code for what ended it."""
+    """Return the process's exit code for what ended it."""
     if isinstance(error, DistftError):
         return error.exit_code
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def reason(error: BaseException) -> str:
-    """Its kind and what it says, as exit.json has it."""
+    """Return the error's kind and message, as exit.json has it."""
     kind = error.kind if isinstance(error, DistftError) else type(error).__name__
     return f"{kind}: {error}" if str(error) else kind
 

@@ -73,7 +73,7 @@ def built_with() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """This host: processor, cores, memory, driver."""
+    """Describe this host: processor, cores, memory, driver."""
     return {
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -94,7 +94,7 @@ def library_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def git_state(folder: Path) -> GitState | None:
-    """The repository that `folder` is in; None outside of any, or where git is missing or slow."""
+    """Return the repository that `folder` is in; None outside of any, or where git is missing or slow."""
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None

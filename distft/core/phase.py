@@ -42,7 +42,7 @@ class PhaseTracker:
         self._training = False
 
     def training(self) -> None:
-        """From here on all ranks agree on a stop at the next step; before, there was nothing to save."""
+        """Begin training: from here on all ranks agree on a stop at the next step; there is something to save."""
         self._training = True
 
     def enter(self, phase: str, step: int | None = None, *, patient: bool = False) -> None:

@@ -49,7 +49,7 @@ class StopRequest:
         self._file = file
 
     def requested(self) -> bool:
-        """Whether this process has been asked to stop."""
+        """Return whether this process has been asked to stop."""
         if not self.reason and self._file is not None and self._file.exists():
             self.reason = f"the file {self._file}"
         if not self.reason and self.launcher not in (None, os.getppid()):

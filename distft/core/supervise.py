@@ -89,7 +89,7 @@ def run(
                 stdin=subprocess.DEVNULL if output else None, stdout=output, stderr=output, start_new_session=True,
                 preexec_fn=_child(os.getpid(), launcher=launcher, saves=saves),
             )  # fmt: skip
-            return _Running(process, mark, codes, signals, launcher, timeout_s, meanwhile).to_its_end()
+            return _Running(process, mark, codes, signals, launcher, timeout_s, meanwhile).wait()
         finally:
             launched.kill(mark)  # also what a rank has left behind
             done()
@@ -98,7 +98,7 @@ def run(
 
 
 def _file_of_codes() -> Path:
-    """An empty file; where none can be made (a full disk) nobody tells a code, and the launcher's is taken."""
+    """Make an empty file; where none can be made (a full disk) no code is told, and the launcher's is taken."""
     try:
         handle, name = tempfile.mkstemp(prefix="distft-codes-")
     except OSError:
@@ -171,7 +171,7 @@ def _keeper(mark: str, codes: Path) -> Generator[Callable[[], None]]:
 
 
 def _child(parent: int, *, launcher: bool, saves: bool) -> Callable[[], None]:
-    """What the child does between fork and exec."""
+    """Prepare the child between fork and exec."""
     # A launcher that is killed takes its ranks along: each sees that its parent is gone, saves and ends. A rank is
     # asked itself.
     number = signal.SIGKILL if launcher else signal.SIGTERM
@@ -198,7 +198,7 @@ class _Running:
     timeout_s: float | None
     meanwhile: Callable[[], None] | None
 
-    def to_its_end(self) -> CommandExit:
+    def wait(self) -> CommandExit:
         """Pass signals on until it has ended."""
         passed, began = 0, time.monotonic()
         while self._goes_on():
@@ -218,7 +218,7 @@ class _Running:
         return CommandExit(code=self._code(), signals=self.signals.sent)
 
     def _goes_on(self) -> bool:
-        """Whether the command, or a rank whose launcher has died, is still there; waits a little."""
+        """Return whether the command, or a rank whose launcher has died, is still there; waits a little."""
         try:
             self.process.wait(_POLL_S)
         except subprocess.TimeoutExpired:
@@ -257,5 +257,5 @@ class _Running:
 
 
 def _code_of_signal(number: int) -> int:
-    """Of a run that was asked to stop before it began: the same command starts it."""
+    """Return the code of a run that was asked to stop before it began: the same command starts it."""
     return PREEMPTED_AND_SAVED if number in STOPPING else 128 + number

@@ -72,7 +72,7 @@ class Batch:
         return values_S.new_zeros(self.num_documents).index_add(0, document_S, values_S)
 
     def inputs(self) -> dict[str, Any]:
-        """What the model's forward takes. Plain tensors and ints, because engines look for tensors in arguments."""
+        """Return the arguments of the model's forward: plain tensors and ints, as engines look for tensors in them."""
         return {
             "input_ids_T": self.input_ids_T,
             "labels_T": self.labels_T,
@@ -171,7 +171,7 @@ class TrainState:
         return self.step - self.left_out
 
     def after(self, report: StepReport, *, samples: int, tokens: int, tokens_loss: int) -> TrainState:
-        """The state one optimizer step later."""
+        """Return the state one optimizer step later."""
         return replace(
             self,
             step=self.step + 1,
@@ -229,7 +229,7 @@ class Piece:
         return self.data.detach()[begin:end]
 
     def part(self, begin: int, end: int) -> Piece:
-        """The same elements as a piece of their own; nothing is copied or made."""
+        """Return the same elements as a piece of their own; nothing is copied or made."""
         data = self.data
         if isinstance(data, Deferred):
             make = functools.partial(_shifted, data.make, begin)
@@ -247,7 +247,7 @@ class StateReader(Protocol):
     """The tensors of a checkpoint, by name."""
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor."""
+        """Return whether there is such a tensor."""
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -342,7 +342,7 @@ class Engine(Ranks, Protocol):
         ...
 
     def place(self, batch: Batch) -> Batch:
-        """The same micro-batch on this rank's device."""
+        """Return the same micro-batch on this rank's device."""
         ...
 
     def sum_over_ranks(self, *values: float) -> list[float]:
@@ -381,7 +381,7 @@ class Engine(Ranks, Protocol):
         ...
 
     def pieces(self) -> Iterator[Piece]:
-        """This rank's share of the training state; all ranks' together hold every element exactly once."""
+        """Yield this rank's share of the training state; all ranks' together hold every element exactly once."""
         ...
 
     def restore(self, reader: StateReader, state: TrainState) -> None:

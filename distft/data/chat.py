@@ -270,7 +270,7 @@ def _content(content: Any, number: int, *, optional: bool) -> tuple[str, str]:
 
 
 def tool_call(call: Any, number: int) -> dict[str, Any]:
-    """One call as `{"type": "function", "function": {"name", "arguments": object}}`; `id` is kept.
+    """Return one call as `{"type": "function", "function": {"name", "arguments": object}}`; `id` is kept.
 
     Nulls in arguments given as an object are left out, as Arrow writes them for every argument of any other call; in
     JSON text they are the author's and stay.
@@ -323,7 +323,7 @@ def _refuse_keys(given: dict[str, Any], allowed: Sequence[str], where: str) -> N
 
 
 def present(value: Any) -> Any:
-    """Without the keys whose value is null: columnar files write every key of every row."""
+    """Return the object without keys whose value is null: columnar files write every key of every row."""
     if isinstance(value, dict):
         return {key: present(item) for key, item in value.items() if item is not None}
     return [present(item) for item in value] if isinstance(value, list) else value

@@ -155,7 +155,7 @@ class ChatTemplate(TemplateContent):
         return f"{problem}  {self._keep(message, kind)}"
 
     def _in_place(self, chat: Conversation, text: str, marks: list[Span], index: int) -> Span | None:
-        """Where the whole chat's text has the turn at `index` just as if it were the last; None: it does not."""
+        """Return where the whole chat's text has the turn at `index` just as if it were the last; None: it does not."""
         if self.marked:
             span = self._marked_turns(chat, text, marks, index)
             lost = find(text, chat.messages[index], *span).missing or self._missing(chat, text, index)
@@ -216,7 +216,7 @@ class ChatTemplate(TemplateContent):
         return next((end for end in reversed(ends) if through.endswith(self.stop, 0, end)), None)
 
     def _as_last(self, chat: Conversation, index: int) -> Drawn:
-        """The chat up to the turn at `index`, that turn trained.
+        """Return the chat up to the turn at `index`, that turn trained.
 
         Raises:
             RowError: the template leaves out something that the turn says.
@@ -289,7 +289,7 @@ class ChatTemplate(TemplateContent):
         return None if start < 0 else text[start + len(header) :]
 
     def _without_thought(self, header: str, text: str, messages: Sequence[Message], index: int) -> str | None:
-        """A turn behind a generation prompt that holds an empty block of reasoning, which the turn itself lacks.
+        """Return a turn behind a generation prompt that holds an empty block of reasoning, which the turn itself lacks.
 
         Raises:
             RowError: the turn has reasoning, for which that prompt leaves no place.
@@ -353,7 +353,7 @@ class ChatTemplate(TemplateContent):
 
 
 def _common(first: str, second: str) -> int:
-    """How many characters two texts have in common from their start, found by halving."""
+    """Return how many characters two texts have in common from their start, found by halving."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

@@ -60,7 +60,7 @@ def _open(path: Path) -> Any:
 
 
 def _open_zstd(path: Path) -> Any:
-    """By Python's own module (3.14), or by the package that does the same before."""
+    """Open the file with Python's own module (3.14), or with the package that does the same before."""
     for name in ("compression.zstd", "backports.zstd", "zstandard"):
         try:
             return importlib.import_module(name).open(path, "rb")
@@ -81,7 +81,7 @@ MAX_ROW_BYTES = 64 << 20
 
 
 def excerpt(text: str | bytes, limit: int = 80) -> str:
-    """The start of a row on one line, for messages."""
+    """Return the start of a row on one line, for messages."""
     if isinstance(text, bytes):
         text = text[: limit * 4].decode("utf-8", errors="replace")
     text = " ".join(text[: limit * 2].split())

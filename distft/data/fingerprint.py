@@ -83,7 +83,7 @@ def sources_key(
     memory: Path,
     waiting: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Everything that could change a row as its format reads it: plain values."""
+    """Return everything that could change a row as its format reads it, as plain values."""
     return [
         {
             "table": source.table.model_dump(include={"path", "split", "subset", "max_rows", "columns", "ignore"}),
@@ -132,6 +132,6 @@ def _noted(note: Path, state: list[int]) -> str | None:
 
 
 def _code_hash(spec: FormatSpec) -> str:
-    """A format's own code, so that editing one (also outside this package) prepares its rows anew."""
+    """Hash a format's own code, so that editing one (also outside this package) prepares its rows anew."""
     code = getattr(sys.modules.get(spec.convert.__module__), "__file__", None)
     return hashlib.sha256(Path(code).read_bytes()).hexdigest() if code else ""

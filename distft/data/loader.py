@@ -149,12 +149,12 @@ class Steps:
         return micros
 
     def _rows(self, begin: int, count: int) -> list[int]:
-        """The documents of some sequences of the stream; none behind the end of the run."""
+        """Return the documents of some sequences of the stream; none behind the end of the run."""
         real = range(begin, min(begin + count, self.num_samples))
         return [int(row) for position in real for row in self.order.sequence(position)]
 
     def _single_step(self, step: int) -> list[Batch]:
-        """One micro-batch a document; ranks with fewer documents end with empty ones, for all must run as many."""
+        """Return one micro-batch a document; ranks with fewer end with empty ones, for all must run as many."""
         from distft.data.batch import build_batch
 
         begin = step * self.global_batch_size

@@ -37,7 +37,7 @@ def thought_and_answer(message: Message) -> tuple[str, str]:
 
 
 def says_nothing(message: Message) -> bool:
-    """Whether there is no text but white space, and no tool call."""
+    """Return whether there is no text but white space, and no tool call."""
     thought, answer = thought_and_answer(message)
     return not (thought or answer.strip() or message.get("tool_calls"))
 

@@ -37,7 +37,7 @@ class Epoch:
         return len(self.offsets) - 1
 
     def sequence(self, index: int) -> np.ndarray:
-        """The rows of one sequence."""
+        """Return the rows of one sequence."""
         return self.rows_N[self.offsets[index] : self.offsets[index + 1]]
 
 
@@ -105,14 +105,14 @@ class SampleOrder:
         return self._starts[1]
 
     def epoch_of(self, position: int) -> int:
-        """The epoch that holds sequence `position` of the stream."""
+        """Return the epoch that holds sequence `position` of the stream."""
         epoch = position // self.per_epoch if self.epochs_alike or not self._packing else 0
         while self.start(epoch + 1) <= position:
             epoch += 1
         return epoch
 
     def sequence(self, position: int) -> np.ndarray:
-        """The rows of one sequence of the stream, in reading order."""
+        """Return the rows of one sequence of the stream, in reading order."""
         epoch = self.epoch_of(position)
         return self.epoch(epoch).sequence(position - self.start(epoch))
 
@@ -188,7 +188,7 @@ def rows_per_epoch(tables: Sequence[TrainSourceTable], num_rows: Sequence[int]) 
 
 
 def train_order(lengths: np.ndarray, source_rows: Sequence[np.ndarray], table: DataTable, *, seed: int) -> SampleOrder:
-    """The stream that the recipe asks for.
+    """Return the stream that the recipe asks for.
 
     Raises:
         DataError: weights and shares that cannot be met.

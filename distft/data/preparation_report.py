@@ -59,7 +59,7 @@ class SourceReport:
     """Columns that the format does not read -> rows that have them."""
 
     def __post_init__(self) -> None:
-        """As read from JSON, notes are plain values."""
+        """Convert notes that were read from JSON, where they are plain values."""
         self.notes = {kind: note if isinstance(note, Note) else Note(**note) for kind, note in self.notes.items()}
 
     @property
@@ -124,12 +124,12 @@ class PrepareReport:
         return sum(source.num_tokens for source in self.sources)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> PrepareReport:
-        """The report that `to_json` gave."""
+        """Return the report that `to_json` gave."""
         return cls(
             sources=tuple(SourceReport(**source) for source in stored["sources"]),
             files=tuple(stored["files"]),

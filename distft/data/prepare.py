@@ -256,7 +256,7 @@ def _size(value: object) -> int:
 
 
 def _made(maker: RowMaker, tasks: Iterator[Task]) -> Iterator[tuple[Task, Made]]:
-    """What becomes of each task, in order; made here or by worker processes."""
+    """Yield what becomes of each task, in order; made here or by worker processes."""
     workers = maker.table.num_workers
     if workers == "auto":
         first = list(islice(tasks, _PARALLEL_FROM_TASKS))
@@ -270,7 +270,7 @@ def _made(maker: RowMaker, tasks: Iterator[Task]) -> Iterator[tuple[Task, Made]]
 
 
 def _can_travel(maker: RowMaker) -> bool:
-    """Whether another process can be given the formats: one defined in a script or a test cannot be."""
+    """Return whether another process can be given the formats: one defined in a script or a test cannot be."""
     try:
         pickle.dumps(maker)
     except (pickle.PicklingError, AttributeError, TypeError):

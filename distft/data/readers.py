@@ -28,7 +28,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def parse_line(line: bytes) -> Row:
-    """One JSON line as a row.
+    """Parse one JSON line as a row.
 
     Raises:
         RowError: not JSON, or not an object.
@@ -58,7 +58,7 @@ def as_row(value: Any) -> Row:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Payload]]:
-    """One JSON object per line; blank lines are passed over. A file that is one JSON list is read as such."""
+    """Read one JSON object per line; blank lines are skipped. A file that is one JSON list is read as such."""
     if _is_one_list(path):
         yield from enumerate(_array_elements(path), 1)
         return
@@ -68,7 +68,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Payload]]:
 
 
 def read_json(path: Path) -> Iterator[tuple[int, Payload]]:
-    """A list of objects, streamed element by element; a file that starts with `{` is read as JSON lines."""
+    """Read a list of objects, streamed element by element; a file that starts with `{` is read as JSON lines."""
     if not _starts_with_list(path):
         if _is_one_object(path):
             raise DataError(f"{path.name}: holds one JSON object, expected a list of rows  write [{{...}}, {{...}}]")
@@ -84,7 +84,7 @@ def _starts_with_list(path: Path) -> bool:
 
 
 def _is_one_list(path: Path) -> bool:
-    """Whether the file is one JSON list, and not a list on each line."""
+    """Return whether the file is one JSON list, and not a list on each line."""
     if not _starts_with_list(path):
         return False
     lines = (line for _, line in _lines(path) if isinstance(line, RowError) or line.strip())
@@ -99,7 +99,7 @@ def _is_one_list(path: Path) -> bool:
 
 
 def _is_one_object(path: Path) -> bool:
-    """Whether an object is spread over several lines, which JSON lines never are."""
+    """Return whether an object is spread over several lines, which JSON lines never are."""
     first = next((line for _, line in _lines(path) if not isinstance(line, RowError) and line.strip()), b"")
     return first.strip() == b"{"
 
@@ -123,7 +123,7 @@ def _array_elements(path: Path) -> Iterator[Payload]:
 
 
 def read_tsv(path: Path) -> Iterator[tuple[int, Payload]]:
-    """As CSV, separated by tabs."""
+    """Read rows like those of CSV, separated by tabs."""
     yield from read_csv(path, delimiter="\t")
 
 
@@ -245,7 +245,7 @@ _MAPPED = (".parquet", ".arrow")
 
 
 def file_type(path: Path) -> str | None:
-    """The key in READERS of a file, packed or not; None: it is not read."""
+    """Return the key in READERS of a file, packed or not; None: it is not read."""
     inner = bare(path)
     suffix = inner.suffix.lower()
     return suffix if suffix in READERS and (inner == path or suffix not in _MAPPED) else None
@@ -284,7 +284,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
 
 
 def _fault(line: bytes, offset: int) -> RowError | None:
-    """What makes a line not UTF-8 text. `offset` is where it starts in the file."""
+    """Return what makes a line not UTF-8 text. `offset` is where it starts in the file."""
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -151,7 +151,7 @@ def find(table: SourceTable, *, merge_turns: bool = False) -> RowSource:
 
 
 def _readable(path: Path, label: str) -> SourceFile:
-    """A file that can be read, by its name.
+    """Return a file that can be read, by its name.
 
     Raises:
         DataError: it is of a type that is not, or empty, or may not be read.
@@ -174,12 +174,12 @@ def _refuse_split(table: SourceTable, what: str) -> None:
 
 
 def _relative_to(path: Path) -> str:
-    """Where a relative path starts, for messages."""
+    """Return where a relative path starts, for messages."""
     return "" if path.is_absolute() else f" (relative to {Path.cwd()}, the folder that the command runs in)"
 
 
 def decide_format(source: RowSource) -> FormatSpec:
-    """The source's format: as named, or, for `auto`, the one that its first rows fit.
+    """Return the source's format: as named, or, for `auto`, the one that its first rows fit.
 
     Raises:
         DataError: the source has no rows, or its first rows fit no format, or several.

@@ -83,5 +83,5 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def without_marks(text: str) -> str:
-    """The text as it was."""
+    """Return the text as it was."""
     return text.replace(START, "").replace(END, "")

@@ -96,7 +96,7 @@ class Writer:
         self._num_rows += len(rows.rows_N)
 
     def stop_ids(self) -> tuple[int, ...]:
-        """What at least a tenth of the rows' answers end with."""
+        """Return what at least a tenth of the rows' answers end with."""
         return tuple(token for token, count in self._ends.most_common() if 10 * count >= self._num_rows)
 
     def fingerprint(self) -> str:

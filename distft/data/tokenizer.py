@@ -30,7 +30,7 @@ MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def tokenizer_folder(path: str, revision: str | None = None) -> Path:
-    """The folder with the tokenizer's files; those of a hub id are fetched or found in the hub's cache.
+    """Return the folder with the tokenizer's files; those of a hub id are fetched or found in the hub's cache.
 
     Raises:
         DataError: there is no such folder or hub id, or it holds no tokenizer.
@@ -51,7 +51,7 @@ def tokenizer_folder(path: str, revision: str | None = None) -> Path:
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
-    """The fast transformers tokenizer of a folder or hub id; it neither truncates nor pads.
+    """Return the fast transformers tokenizer of a folder or hub id; it neither truncates nor pads.
 
     Raises:
         DataError: it cannot be loaded, runs remote code, has no fast form or no end-of-sequence token.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distft.recipe.evaluation import AnswersTable, SourceTable
 
 
-def asked_sources(
+def question_sources(
     answers: Sequence[AnswersTable], held_out: Sequence[SourceTable]
 ) -> list[tuple[RowSource, FormatSpec]]:
     """Return each evaluation set's source once, with what reads its rows, but those of `held_out`.

@@ -83,7 +83,7 @@ class Incident:
 
 
 def datasets() -> dict[str, list[dict[str, str]]]:
-    """The `{"prompt", "completion"}` rows of each dataset.
+    """Return the `{"prompt", "completion"}` rows of each dataset.
 
     No dataset shares a report with another: two streams, which see each other's.
     """
@@ -138,7 +138,7 @@ def near_miss(rng: random.Random, facts: Incident) -> Incident:
 
 
 def render(incident: Incident, style: Style) -> str:
-    """The answer in one of the two fixed formats."""
+    """Return the answer in one of the two fixed formats."""
     if style == "json":
         return json.dumps(incident.answer, separators=(",", ":"))
     return "\n".join(f"{key}: {value}" for key, value in incident.answer.items())

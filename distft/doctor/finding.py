@@ -98,7 +98,7 @@ class Here:
         return self.local_rank == 0 if self.group is None else self.rank in self.leaders
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value."""
+        """Return every rank's value."""
         return [value] if self.group is None else self.group.gather(value)
 
     def from_first(self, value: Any) -> Any:
@@ -136,7 +136,7 @@ class Check:
 
 
 def run_look(check: Check, here: Here) -> Facts:
-    """Its facts; what stopped it is one too."""
+    """Return the facts of a check; an error that stopped it is a fact too."""
     try:
         return check.look(here)
     except (OSError, RuntimeError, ValueError, MachineError) as error:

@@ -36,5 +36,5 @@ class Probe:
             os.fsync(file.fileno())
 
     def modified(self, name: str) -> float:
-        """When, by the file system's clock."""
+        """Return when the file was modified, by the file system's clock."""
         return (self.path / name).stat().st_mtime

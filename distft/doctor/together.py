@@ -127,7 +127,7 @@ class Together:
             self._report.add(check.name, run_judge(check, seen, here.options))
 
     def _alone(self, facts: Mapping[str, Facts], why: str) -> int:
-        """What this process could see by itself, when it cannot come to the others."""
+        """Return what this process could see by itself, when it cannot come to the others."""
         here = self._here
         for check in self._checks:
             if not check.together and check.name != "processes":
@@ -195,7 +195,7 @@ def _absent(world: int, hosts: tuple[str, ...], reported: Iterable[int], env: Ma
 
 
 def _expected(env: Mapping[str, str]) -> tuple[str, ...]:
-    """The hosts that should have come, where a scheduler says so."""
+    """Return the hosts that should have come, where a scheduler says so."""
     from distft.cluster.slurm import host_names
 
     listed = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")

@@ -50,7 +50,7 @@ class BaseEngine(ProcessRanks):
         return self._rule
 
     def place(self, batch: Batch) -> Batch:
-        """The same micro-batch on this rank's device (copies overlap with compute from pinned memory)."""
+        """Return the same micro-batch on this rank's device (copies overlap with compute from pinned memory)."""
         if self.device.type == "cpu":
             return batch
         tensors = {
@@ -68,7 +68,7 @@ class BaseEngine(ProcessRanks):
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
-        """One micro-batch's forward and backward.
+        """Surround one micro-batch's forward and backward.
 
         The seed names the data, not the process, so dropout repeats after a resume and on another world size.
         """
@@ -106,7 +106,7 @@ class BaseEngine(ProcessRanks):
             self._figures[name] = self._figures[name] + figure.double() if name in self._figures else figure.double()
 
     def _step_sums(self) -> Tensor:
-        """This rank's loss sum over the step so far, and its figures' sums and counts; float64 on the device."""
+        """Return this rank's loss sum over the step so far, and its figures' sums and counts; float64 on the device."""
         loss = torch.stack([loss.double() for loss, _ in self._losses]).sum()
         return torch.cat([loss.reshape(1), *(self._figures[name] for name in sorted(self._figures))])
 

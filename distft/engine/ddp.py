@@ -59,7 +59,7 @@ class DdpEngine(SoloEngine):
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
-        """No gradient traffic before the last micro-batch."""
+        """Send no gradients before the last micro-batch."""
         quiet = contextlib.nullcontext()
         if isinstance(self.model, DistributedDataParallel) and not last:
             quiet = self.model.no_sync()
@@ -185,5 +185,5 @@ def _settle_buckets(wrapped: DistributedDataParallel) -> None:
 
 
 def open_engine(name: str, params: EngineParams, processes: Processes) -> DdpEngine:
-    """The engine, before it has a model."""
+    """Return the engine, before it has a model."""
     return DdpEngine(params, processes)

@@ -182,7 +182,7 @@ class ZeroEngine(BaseEngine):
         return self._report(state, sums=sums, grad_norm=grad_norm, lr=lr, denominator=denominator, updated=updated)
 
     def create_state(self) -> None:
-        """Of this rank's partition; stages 1 and 2 have made it long before."""
+        """Create the state of this rank's partition; stages 1 and 2 have made it long before."""
         fragments.create_state(self._flats(), self._step_inner, self._optimizer.optimizer)
 
     def pieces(self) -> Iterator[Piece]:
@@ -220,7 +220,7 @@ class ZeroEngine(BaseEngine):
             group["params"] = []
 
     def _fragments(self) -> Iterator[Fragment]:
-        """Where each parameter's elements on this rank lie.
+        """Yield where each parameter's elements on this rank lie.
 
         Stage 3: rank r holds [r·c, (r+1)·c) of each tensor, c = ceil(numel / world). Stages 1 and 2: one flat tensor
         of all parameters is cut into `world` parts, so a parameter may lie on two ranks or on one.
@@ -310,5 +310,5 @@ def _import_deepspeed() -> Any:
 
 
 def open_engine(name: str, params: Zero12Params | Zero3Params, processes: Processes) -> ZeroEngine:
-    """The engine, before it has a model."""
+    """Return the engine, before it has a model."""
     return ZeroEngine(int(name.removeprefix("zero")), params, processes)

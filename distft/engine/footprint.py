@@ -213,7 +213,7 @@ class Sent:
     step_inside: float = 0.0
 
     def of_step(self, micros: int) -> float:
-        """All together, in a step of so many micro-batches."""
+        """Return all together, in a step of so many micro-batches."""
         return micros * (self.micro + self.micro_inside) + self.step + self.step_inside
 
 
@@ -237,7 +237,7 @@ class Footprint:
         return setup.world
 
     def storage(self, shards: int) -> str:
-        """What a rank keeps of each tensor, in words."""
+        """Return what a rank keeps of each tensor, in words."""
         return "whole"
 
     def keeps_fp32_gradients(self, setup: EngineSetup) -> bool:
@@ -245,7 +245,7 @@ class Footprint:
         return keeps_fp32_gradients(setup.grad_dtype, half=setup.half, micros_per_step=setup.micros_per_step)
 
     def state(self, model: ModelSizes, shards: int, rank: int, rule: GradientRule) -> State:
-        """What rank `rank` of `shards` keeps, without the optimizer's state, which follows from `State.updated`.
+        """Return what rank `rank` of `shards` keeps, without the optimizer's state, which follows from `State.updated`.
 
         Gradients of a bucketed all-reduce are views of its buckets, which stay; fp32 sums do not.
         """
@@ -268,7 +268,7 @@ class Footprint:
         return state.accumulating if setup.micros_per_step > 1 else state.kept_gradients
 
     def load_bytes(self, model: ModelSizes, state: State) -> int:
-        """Most while weights are filled, sharded and wrapped, before masters are made; beside `State`'s own."""
+        """Return the most bytes while weights are filled, sharded and wrapped, before masters; beside `State`'s own."""
         return state.weights + state.quant_constants + model.largest_4bit * model.item_bytes
 
     def gathered(self, model: ModelSizes, setup: EngineSetup) -> GatheredLayers:
@@ -278,14 +278,14 @@ class Footprint:
         return GatheredLayers(num_bytes=0, formula="none: ddp's buckets are the gradients themselves")
 
     def fresh_gradient_bytes(self, model: ModelSizes, *, added: bool) -> int:
-        """The largest gradient, while it exists beside what it is added to.
+        """Return the largest gradient, while it exists beside what it is added to.
 
         `added`: to sums of other micro-batches, or in another type.
         """
         return largest_trained_bytes(model)
 
     def sent(self, model: ModelSizes, setup: EngineSetup) -> Sent:
-        """What a rank sends."""
+        """Return what a rank sends."""
         return Sent(step=2 * setup.reduced_bytes * model.trained * (setup.world - 1) / setup.world)
 
 
@@ -293,7 +293,7 @@ class SoloFootprint(Footprint):
     """One process: a gradient becomes the parameter's own."""
 
     def fresh_gradient_bytes(self, model: ModelSizes, *, added: bool) -> int:
-        """None where the gradient is not added to another."""
+        """Return the bytes of a fresh gradient; None where it is not added to another."""
         return largest_trained_bytes(model) if added else 0
 
 
@@ -308,13 +308,13 @@ def constants_bytes(model: ModelSizes) -> int:
 
 
 def unit_bytes(model: ModelSizes) -> int:
-    """The largest block, or what is in none: a unit is whole until it is sharded."""
+    """Return the largest block, or what is in none: a unit is whole until it is sharded."""
     units = {param.block for param in model.params}
     return max(sum(param.stored_bytes for param in model.params if param.block == unit) for unit in units)
 
 
 def block_bytes(model: ModelSizes) -> int:
-    """The largest block."""
+    """Return the largest block."""
     return max(sum(p.stored_bytes for p in model.params if p.block == block) for block in range(model.num_blocks))
 
 

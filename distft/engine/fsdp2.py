@@ -133,5 +133,5 @@ class Fsdp2Engine(SoloEngine):
 
 
 def open_engine(name: str, params: Fsdp2Params, processes: Processes) -> Fsdp2Engine:
-    """The engine, before it has a model."""
+    """Return the engine, before it has a model."""
     return Fsdp2Engine(params, processes)

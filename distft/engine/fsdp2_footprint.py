@@ -33,7 +33,7 @@ class Fsdp2Footprint(Footprint):
     traffic = "blocks gathered for forward and backward, the root once, gradients scattered"
 
     def shards(self, setup: EngineSetup) -> int:
-        """The ranks of a group."""
+        """Return the ranks of a group."""
         return setup.group(_params(setup).shard_within)
 
     def storage(self, shards: int) -> str:
@@ -41,7 +41,7 @@ class Fsdp2Footprint(Footprint):
         return f"ceil(rows / {shards}) of each tensor"
 
     def keeps_fp32_gradients(self, setup: EngineSetup) -> bool:
-        """The library itself keeps fp32 what is unreduced, or a group's share; what it reduces is bf16 again."""
+        """Return False where the library itself keeps fp32 what is unreduced, or a group's share."""
         if _gathers_once(setup) or self.shards(setup) < setup.world:
             return False
         return super().keeps_fp32_gradients(setup)

@@ -78,13 +78,13 @@ def gradient_bytes(engine: Any) -> int:
 
 
 def _model(engine: Any) -> nn.Module:
-    """The module with its own parameter names, without the engine's wrapper."""
+    """Return the module with its own parameter names, without the engine's wrapper."""
     module = engine.model
     return getattr(module, "module", module)
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:
-    """The optimizer that was built, without the engine's wrapper."""
+    """Return the optimizer that was built, without the engine's wrapper."""
     return getattr(engine._optimizer, "optimizer", engine._optimizer)
 
 
@@ -107,7 +107,7 @@ def _masters(engine: Any) -> Iterator[Tensor]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dicts and lists."""
+    """Yield every tensor in nested dicts and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

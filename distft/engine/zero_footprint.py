@@ -216,7 +216,7 @@ def _share(param: ParamSizes, shards: int) -> int:
 
 
 def _sub_groups(group: list[ParamSizes], shards: int) -> Iterator[int]:
-    """A group's local elements, cut after the tensor that reaches ZERO3_SUB_GROUP of them."""
+    """Yield a group's local elements, cut after the tensor that reaches ZERO3_SUB_GROUP of them."""
     if sum(param.numel for param in group) <= ZERO3_SUB_GROUP:
         yield sum(_share(param, shards) for param in group)
         return
@@ -247,7 +247,7 @@ def _gradients_touching(group: list[ParamSizes], start: int, part: int) -> int:
 
 
 def _groups(trained: Iterable[ParamSizes]) -> list[list[ParamSizes]]:
-    """The optimizer's parameter groups: with weight decay, and without; empty ones are left out."""
+    """Return the optimizer's parameter groups: with weight decay, and without; empty ones are left out."""
     trained = list(trained)
     groups = ([p for p in trained if p.decayed], [p for p in trained if not p.decayed])
     return [group for group in groups if group]

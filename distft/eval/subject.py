@@ -37,7 +37,7 @@ class Subject:
 
 
 def read(target: str, overrides: Sequence[str], output_dir: str | None) -> tuple[Recipe, Path]:
-    """The recipe in a file or a run folder, and the run folder.
+    """Return the recipe in a file or a run folder, and the run folder.
 
     Raises:
         RecipeError: every mistake in it.
@@ -107,7 +107,7 @@ def trained_rows(subject: Subject) -> dict[str, Any] | None:
 
 
 def _whole(recipe: Recipe, place: Path) -> Recipe:
-    """The recipe on a trained model instead of its base; the tokenizer stays, or other tokens would be asked."""
+    """Return the recipe on a trained model instead of its base; the tokenizer stays, or other tokens would be asked."""
     spec = REGISTRIES.method["full"]
     tokenizer = recipe.model.tokenizer or recipe.model.path
     model = recipe.model.model_copy(update={"path": str(place), "init": "pretrained", "tokenizer": tokenizer})

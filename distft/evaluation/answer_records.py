@@ -22,7 +22,7 @@ HELD_OUT = "held_out"
 
 
 def step_label(step: int) -> str:
-    """Of answers during training."""
+    """Return the label of answers during training."""
     return f"step-{step:08d}"
 
 
@@ -133,12 +133,12 @@ class AnswerRecords:
 
 
 def perplexity(loss: float) -> float:
-    """The exponential of the loss; infinite where that is no number any more."""
+    """Return the exponential of the loss; infinite where that is no number any more."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def model_key(*parts: Any) -> str:
-    """A short name for the weights that answered."""
+    """Return a short name for the weights that answered."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

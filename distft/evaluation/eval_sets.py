@@ -72,7 +72,7 @@ class EvalSet(Protocol):
         ...
 
     def figures(self) -> dict[str, MetricInfo]:
-        """Every figure it gives, by name."""
+        """Return every figure it gives, by name."""
         ...
 
     def run(self, generator: Generator, engine: Engine) -> EvalResult | None:
@@ -225,7 +225,7 @@ def _with_loglikelihoods(
 
 
 def choices(scoring: BoundScore, answer: Answer) -> tuple[str, ...]:
-    """The texts whose likelihood a score asks for.
+    """Return the texts whose likelihood a score asks for.
 
     Raises:
         DataError: the row has none.

@@ -32,7 +32,7 @@ def write_model(
     layout: FileLayout,
     save_rest: Callable[[Path], None],
 ) -> None:
-    """Every tensor of the model, gathered to rank 0 a file at a time and written in the hub's layout.
+    """Write every tensor of the model, gathered to rank 0 a file at a time, in the hub's layout.
 
     `prefix` is what engines put before the names; `save_rest` writes config and tokenizer (rank 0 only).
     """
@@ -91,7 +91,7 @@ def write_adapter(
 
 
 def _split(shapes: Shapes, layout: FileLayout) -> list[list[tuple[str, ...]]]:
-    """The groups of parameters that go into each file; a group is saved together."""
+    """Return the groups of parameters that go into each file; a group is saved together."""
     files: list[list[tuple[str, ...]]] = [[]]
     held = 0
     for group in layout.groups(shapes):

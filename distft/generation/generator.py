@@ -73,7 +73,7 @@ class Generator:
         return ids[-most:]
 
     def generate(self, prompts: Sequence[Prompt], how: SamplingParams) -> list[Completion] | None:
-        """An answer to each prompt, in order; None when some rank was asked to stop before the end."""
+        """Generate an answer to each prompt, in order; None when some rank was asked to stop before the end."""
         return self._run_batches(
             [len(prompt.ids) for prompt in prompts],
             how.max_new_tokens,
@@ -237,7 +237,7 @@ class Generator:
     def _forward(
         self, rows: Sequence[Sequence[int]], *, at_S: Sequence[int] = (0,), labels_S: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One forward of whole rows, without a cache."""
+        """Run one forward of whole rows, without a cache."""
         device = self._engine.device
         read = pad_left(rows, device)
         return self._engine.inference_module(
@@ -268,7 +268,7 @@ class Generator:
         return any(stop_text in last for stop_text in stop)
 
     def _limits(self, rows: int | None) -> BatchLimits:
-        """The same on every rank, or they would cut other batches: the least that any of them has free."""
+        """Return the limits of the rank with least free memory, equal on all ranks: they must cut equal batches."""
         engine, config = self._engine, self._module.transformer.config
         if self._module.path.generation != "batched":
             return BatchLimits(rows=1, prompt_tokens=PROMPT_TOKENS, cache_tokens=PROMPT_TOKENS)

@@ -11,7 +11,7 @@ SHOWN_HOSTS = 8
 
 
 def diagnose_hang(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat], world: int) -> str:
-    """The ranks that are to blame when nobody gets on, as a person would name them.
+    """Return the ranks that are to blame when nobody gets on, as a person would name them.
 
     Args:
         before: records at a first look.

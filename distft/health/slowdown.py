@@ -35,7 +35,7 @@ class StepTimes:
     phase_usual_s: float
 
     def is_slow(self, factor: float) -> bool:
-        """Whether a step takes `factor` times as long as it did."""
+        """Return whether a step takes `factor` times as long as it did."""
         usual = self.usual_s
         return usual is not None and self.step_s > factor * usual and self.step_s - usual > LEAST_S
 

@@ -20,7 +20,7 @@ class MemoryMetric:
         self._on_gpu = facts.device_name != "cpu"
 
     def start(self) -> None:
-        """No clock here."""
+        """Do nothing: this metric has no clock."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
         """Peaks are kept by the allocator."""

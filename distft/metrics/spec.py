@@ -17,15 +17,15 @@ class Metric(Protocol):
         ...
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """After each micro-batch of this rank."""
+        """Take note of a micro-batch of this rank."""
         ...
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """After each optimizer step; `state` and `report` are equal on all ranks."""
+        """Take note of an optimizer step; `state` and `report` are equal on all ranks."""
         ...
 
     def read(self) -> dict[str, float | None]:
-        """The step's figures by name; None where this machine cannot say."""
+        """Return the step's figures by name; None where this machine cannot say."""
         ...
 
 

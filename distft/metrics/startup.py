@@ -46,10 +46,10 @@ class StartUp:
         self._launched_s = launched_s(env)
 
     def start(self) -> None:
-        """No clock of its own."""
+        """Do nothing: this metric has no clock of its own."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Nothing to see."""
+        """Do nothing: micro-batches do not matter here."""
 
     def step(self, state: TrainState, report: StepReport) -> None:
         """Collective, once."""
@@ -74,7 +74,7 @@ class StartUp:
         self._say(text(mine, worst, self._launched_s))
 
     def read(self) -> dict[str, float | None]:
-        """No figures."""
+        """Return no figures."""
         return {}
 
 
@@ -103,7 +103,7 @@ def launched_s(env: Mapping[str, str]) -> float | None:
 
 
 def slowest(starts: Sequence[StartupTimes]) -> dict[str, StartupTimes]:
-    """By phase, the rank that was in it longest."""
+    """Return, by phase, the rank that was in it longest."""
     every = dict.fromkeys(phase for start in starts for phase in start.seconds)
     return {
         phase: max((start for start in starts if phase in start.seconds), key=lambda start: start.seconds[phase])

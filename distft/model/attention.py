@@ -72,7 +72,7 @@ def _flash_packages(device: torch.device) -> list[tuple[str, str]]:
 
 
 def _why_no_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """Why FlashAttention's kernels do not run; "" where they do."""
+    """Return why FlashAttention's kernels do not run; "" where they do."""
     if device.type != "cuda":
         return "it needs a CUDA device"
     if dtype not in _HALF:
@@ -201,7 +201,7 @@ def _repeated(heads_BGTD: Tensor, count: int) -> Tensor:
 
 
 def _no_scores(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """On a GPU, only kernels that do not hold scores of [H, L, L].
+    """Allow, on a GPU, only kernels that do not hold scores of [H, L, L].
 
     In fp32 that is the memory-efficient one, which takes no grouped heads: left to choose, torch computes scores.
     """

@@ -159,7 +159,7 @@ class CausalLM(nn.Module):
         return head(output.last_hidden_state[0][ends_D].to(head.weight.dtype)).float().squeeze(1)
 
     def _documents(self, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
-        """What tells the model where documents begin and end."""
+        """Return what tells the model where documents begin and end."""
         inputs: dict[str, Any] = {"position_ids": position_ids_T[None]}
         if self.path.documents == "packed":
             inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
@@ -235,7 +235,7 @@ def _parameters(kind: type) -> dict[str, Any]:
 
 
 def _taken(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that the module's forward names, and, where it passes keywords on, the others.
+    """Return the inputs that the module's forward names, and, where it passes keywords on, the others.
 
     What a model does without (positions, borders of documents) it is not given; whether it is right without them is
     what `distft.model.proof` finds out.

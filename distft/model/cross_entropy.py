@@ -75,7 +75,7 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 def choose(name: str, device: torch.device, *, per_token: bool = False) -> HeadLoss:
-    """The loss for a recipe's `cross_entropy`: fused on a GPU with Liger, else chunked.
+    """Choose the loss for a recipe's `cross_entropy`: fused on a GPU with Liger, else chunked.
 
     `per_token`: the objective needs each token's loss, which neither the fused kernel nor `chunked_sum` give.
 
@@ -100,7 +100,7 @@ def choose(name: str, device: torch.device, *, per_token: bool = False) -> HeadL
 def full_loss(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """All logits at once: the plain reference."""
+    """Compute the loss of all logits at once: the plain reference."""
     return F.cross_entropy(rule.logits(hidden_SE, weight_VE, bias_V), labels_S, reduction="none")
 
 
@@ -219,7 +219,7 @@ def with_adapter(
 def chunked_sum(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """The sum of `chunked_loss`, [1], with nothing computed twice.
+    """Return the sum of `chunked_loss`, [1], with nothing computed twice.
 
     Each chunk makes its gradients while its logits exist, and the backward pass only scales them. Keeps as much as
     the gradients weigh, from the head's forward to its backward. Tokens of one chunk run as `full_loss`.
@@ -316,14 +316,14 @@ class _WeightGradient:
         return self._grad_GV[rows]
 
     def finish(self) -> Tensor:
-        """The sum over all chunks, fp32."""
+        """Return the sum over all chunks, fp32."""
         if self._waits:
             self._multiply()
             del self._grad_GV, self._hidden_GE
         return self._total_VE
 
     def _multiply(self) -> None:
-        """In parts of at most CHUNK_BYTES: a product of the head's size is the largest tensor of many models."""
+        """Multiply in parts of at most CHUNK_BYTES: a product of the head's size is many models' largest tensor."""
         rows = max(1, CHUNK_BYTES // (4 * self._total_VE.shape[1]))
         grad_GV, hidden_GE = self._grad_GV[: self._filled], self._hidden_GE[: self._filled]
         for total, grad in zip(self._total_VE.split(rows), grad_GV.split(rows, dim=1), strict=True):
@@ -332,7 +332,7 @@ class _WeightGradient:
 
 
 def _scale_(grad: Tensor, by_1: Tensor) -> Tensor:
-    """In place, multiplied in fp32: in bf16 the factor alone would be rounded by up to 0.4 %, the same way for all."""
+    """Multiply in place in fp32: in bf16 the factor alone would be rounded by up to 0.4 %, the same way for all."""
     if grad.dtype == torch.float32:
         return grad.mul_(by_1)
     rows = max(1, CHUNK_BYTES // (4 * max(1, grad[0].numel())))

@@ -146,7 +146,7 @@ class Reference:
         return Numbers(losses=losses, logits=logits, gradients=gradients)
 
     def _moved(self, lm: Any) -> Any:
-        """A copy of `lm` with every weight moved by up to half a unit in its last place: another rounding of it."""
+        """Copy `lm` with every weight moved by up to half a unit in its last place: another rounding of it."""
         generator = torch.Generator().manual_seed(2)
         moved = copy.deepcopy(lm)
         with torch.no_grad():
@@ -157,7 +157,7 @@ class Reference:
         return moved
 
     def _fresh(self, kernel: str, dtype: torch.dtype | None = None) -> Any:
-        """The model with the reference's weights; what no text passes through has none."""
+        """Return the model with the reference's weights; what no text passes through has none."""
         dtype = dtype or self._precision
         from accelerate import init_empty_weights
 
@@ -212,7 +212,7 @@ class Reference:
         return gap if gap > self.logits_rtol else None
 
     def predicts_each_token_itself(self) -> bool:
-        """Whether the model's own loss is of the tokens that it reads, not of the next ones (decoders of a pair)."""
+        """Return whether the model's own loss is of the tokens that it reads, not of the next ones."""
         pairs = zip(self.right.logits, self.probes, self.right.losses, strict=True)
         return all(
             abs(float(F.cross_entropy(logits_LV, ids)) * (len(ids) - 1) - loss) <= 1e-5 * loss
@@ -268,7 +268,7 @@ class Reference:
             raise NotEqualError(f"the gradient of {name} differs by {gap:.1e} of its largest entry")
 
     def _gradient_gap(self, got: dict[str, Tensor | None]) -> tuple[float, str]:
-        """The largest difference of a gradient, infinite when there is none, and the parameter's name."""
+        """Return the largest difference of a gradient, infinite when there is none, and the parameter's name."""
         largest, worst, where = self.right.largest, 0.0, ""
         for name, right in self.right.gradients.items():
             mine = got[name]

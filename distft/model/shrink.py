@@ -187,7 +187,7 @@ def _limit_sight(text: Any, max_length: int) -> None:
 
 
 def _ropes(rope: Any) -> Iterator[dict[str, Any]]:
-    """The rope tables of a config: one, or one for each type of layer."""
+    """Yield the rope tables of a config: one, or one for each type of layer."""
     if isinstance(rope, dict):
         if "rope_type" in rope:
             yield rope

@@ -20,7 +20,7 @@ _EXTENDING = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def find_config(table: ModelTable) -> Path:
-    """The folder with the model's config.json; of a model on the hub nothing else is fetched.
+    """Return the folder with the model's config.json; of a model on the hub nothing else is fetched.
 
     Raises:
         RecipeError: neither a folder with a config.json nor a hub id that can be had.
@@ -56,7 +56,7 @@ def find(table: ModelTable, wanted: list[str]) -> Path:
 
 
 def build(config: Any, head: HeadSpec | None = None) -> Any:
-    """The transformers model without values, to be asked for its modules."""
+    """Return the transformers model without values, to be asked for its modules."""
     import torch
 
     from distft.model import load

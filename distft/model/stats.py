@@ -49,7 +49,7 @@ def products(module: nn.Module) -> Iterator[tuple[int, bool]]:
 
 
 def of_module(part: nn.Module, model: nn.Module) -> Iterator[tuple[int, bool]]:
-    """What `products` gives for one module of `model`, a causal language model or a wrapper of one."""
+    """Yield what `products` gives for one module of `model`, a causal language model or a wrapper of one."""
     from transformers.pytorch_utils import Conv1D
 
     config = getattr(getattr(model, "transformer", model), "config", None)

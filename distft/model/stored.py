@@ -59,16 +59,16 @@ class StoredWeights:
                 )
 
     def entry(self, name: str) -> Entry | None:
-        """What the header says of a tensor that is stored as it is; None for one that is dequantised."""
+        """Return what the header says of a tensor that is stored as it is; None for one that is dequantised."""
         return None if name in self._stored else self.files.entries[name]
 
     def file(self, name: str) -> Path:
-        """Where the tensor, or its first part, is."""
+        """Return where the tensor, or its first part, is."""
         stored = self._stored.get(name)
         return self.files.entries[next(iter(stored.parts.values())) if stored else name].file
 
     def read(self, name: str) -> Tensor:
-        """The value; of a tensor that is stored as it is a view of the mapped file."""
+        """Return the value; of a tensor that is stored as it is a view of the mapped file."""
         stored = self._stored.get(name)
         if stored is None:
             return self.files.read(name)

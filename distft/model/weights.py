@@ -25,7 +25,7 @@ from distft.model.tensor_files import mistake
 if TYPE_CHECKING:
     from distft.model.heads.spec import HeadSpec
 
-_SAID = 6
+_NAMES_SHOWN = 6
 """Names that a message lists."""
 
 
@@ -33,11 +33,11 @@ class WeightSource(Protocol):
     """Where base weights come from."""
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """The direct parameters of the base module called `name`, by their short names, in memory of their own."""
+        """Return the base module's direct parameters by their short names, in memory of their own."""
         ...
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
-        """A buffer that belongs to the weights, by its whole name; None where the constructor's value stands."""
+        """Return a buffer that belongs to the weights, by its whole name; None where the constructor's value stands."""
         ...
 
 
@@ -176,7 +176,9 @@ class SafetensorsSource:
             if not any(re.search(rule, name) for rule in rules) and not {name, prefix + name} & buffers
         )
         if left:
-            listed = ", ".join(left[:_SAID]) + (f" and {len(left) - _SAID} more" if len(left) > _SAID else "")
+            listed = ", ".join(left[:_NAMES_SHOWN]) + (
+                f" and {len(left) - _NAMES_SHOWN} more" if len(left) > _NAMES_SHOWN else ""
+            )
             raise mistake(
                 f"{self._folder}: {type(lm).__name__} has no place for {len(left)} tensors of the files: {listed}",
                 "the files and config.json belong to different models, or the model is stored in a way that "
@@ -229,7 +231,7 @@ class SafetensorsSource:
         return self._weights.file(stored)
 
     def _made(self, name: str) -> tuple[Tensor, bool]:
-        """The value of a parameter, and whether its memory is its own, not a mapped file's or another parameter's.
+        """Return a parameter's value, and whether its memory is its own, not a file's or another parameter's.
 
         Of those that come from the same tensors the others are kept until something else is asked for: they are
         neighbours in a block.
@@ -247,7 +249,7 @@ class SafetensorsSource:
         return self._latest[1].pop(name), True
 
     def _converted(self, first: str, recipe: _Recipe) -> dict[str, Tensor]:
-        """The parameters that are made of a recipe's tensors, each in memory of its own.
+        """Return the parameters that are made of a recipe's tensors, each in memory of its own.
 
         Raises:
             RecipeError: what is stored does not fit together.
@@ -332,12 +334,12 @@ class Shapes:
         self.tensors: Mapping[str, Tensor] = dict(lm.state_dict())
 
     def get_parameter(self, name: str) -> Tensor:
-        """A parameter by its name."""
+        """Return a parameter by its name."""
         return self.tensors[name]
 
 
 def meta_params(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The direct parameters of a module that have no values yet."""
+    """Yield the direct parameters of a module that have no values yet."""
     for short, param in module._parameters.items():
         if param is not None and param.is_meta:
             yield short, param

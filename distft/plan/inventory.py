@@ -151,7 +151,7 @@ def read(
     path: ForwardPath | None = None,
     head: str = "lm",
 ) -> Inventory:
-    """The model that `table` and `method` describe; `folder` needs only a config.json.
+    """Read the model that `table` and `method` describe; `folder` needs only a config.json.
 
     `path`: the proven one (see `distft.model.proving`); None: the one of a model that needs no fall-back. `head`: name
     of what stands on its hidden states.
@@ -187,13 +187,13 @@ def read(
 
 
 def _unproven(table: ModelTable, built: MetaModel) -> ForwardPath:
-    """The path of a model that takes none of the fall-backs."""
+    """Return the path of a model that takes none of the fall-backs."""
     attention = table.attention if table.attention in ("sdpa", "eager") else VARLEN
     return ForwardPath(head=built.module.path.head, attention=attention)
 
 
 def resized(inventory: Inventory, num_blocks: int) -> Inventory:
-    """The same architecture with another number of equal blocks.
+    """Return the same architecture with another number of equal blocks.
 
     Raises:
         ValueError: its blocks differ, or that is fewer than were built.
@@ -225,7 +225,7 @@ def _build(
 
 
 def _import_bitsandbytes() -> None:
-    """What PEFT imports too, without the compiler.
+    """Import what PEFT imports too, without the compiler.
 
     bitsandbytes wraps functions in torch.compile, of which a plan runs none, and so imports inductor: 2 s, as long as
     the rest of a plan takes. To be deleted when a version later than 0.50.2 no longer does.
@@ -246,7 +246,7 @@ def _uncompiled(model: Any = None, **options: Any) -> Any:
 
 
 def _shortened(config: Any, depth: int) -> Any:
-    """The same model with `depth` blocks; lists with an entry for each block are cut too."""
+    """Return the same model with `depth` blocks; lists with an entry for each block are cut too."""
     shorter = copy.deepcopy(config)
     text = shorter.get_text_config(decoder=True)
     whole = text.num_hidden_layers
@@ -258,7 +258,7 @@ def _shortened(config: Any, depth: int) -> Any:
 
 
 def _blocks_are_equal(config: Any) -> bool:
-    """Whether every block has the same class and parameters; the whole model, on meta, takes milliseconds."""
+    """Return whether every block has the same class and parameters; the whole model, on meta, takes milliseconds."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

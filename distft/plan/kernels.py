@@ -161,13 +161,13 @@ def standing_in(kernel: str, *, packed: bool) -> Iterator[None]:
     find_indices, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
 
     def indices(position_ids: Tensor) -> Tensor | None:
-        """Whether there are several documents is read off the values otherwise."""
+        """Return a stand-in for what is read off the values otherwise: whether there are several documents."""
         if not position_ids.is_meta:
             return find_indices(position_ids)
         return torch.empty_like(position_ids) if packed else None
 
     def has_grouped(input: Tensor, weight: Tensor, offs: Tensor) -> bool:
-        """On meta torch has it in bf16 alone; transformers' stand-in keeps the same tensors."""
+        """Return whether the grouped product can run: on meta torch has it in bf16 alone."""
         return grouped(input, weight, offs) and not (weight.is_meta and weight.dtype != torch.bfloat16)
 
     masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm = indices, has_grouped
@@ -238,7 +238,7 @@ def _on_gpu(
 
 
 def _additive(mask: Tensor | None, query_BHTD: Tensor) -> Tensor | None:
-    """A mask of yes and no becomes one that is added, in the query's type."""
+    """Turn a mask of yes and no into one that is added, in the query's type."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query_BHTD.dtype).masked_fill_(mask.logical_not(), float("-inf"))
@@ -254,7 +254,7 @@ def _plain(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """Plain products, where no kernel does it."""
+    """Compute plain products, where no kernel does it."""
     math, mask = torch.ops.aten._scaled_dot_product_attention_math, _additive(mask, query_BHTD)
     given = (query_BHTD, key_BGTD, value_BGTD, mask, dropout, is_causal)
     return math(*given, scale=scale, enable_gqa=enable_gqa)[0]

@@ -176,7 +176,7 @@ def _phases(
 
 
 def _load(inventory: Inventory, setup: Setup, state: State) -> int:
-    """While weights are filled, sharded and wrapped, with the masters made at the end."""
+    """Return the bytes while weights are filled, sharded and wrapped, with the masters made at the end."""
     end = state.weights + state.quant_constants + state.master + state.kept_gradients
     return max(end, setup.footprint.load_bytes(inventory, state))
 
@@ -216,7 +216,7 @@ def _checkpoint(inventory: Inventory, setup: Setup) -> int:
 
 
 def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> Part:
-    """What exists for a moment while a block runs."""
+    """Return what exists for a moment while a block runs."""
     item = inventory.dtype.itemsize
     largest = inventory.largest_4bit
     whole = largest * item + FP32 * -(-largest // 64)
@@ -240,13 +240,13 @@ def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> P
 
 
 def _fresh_gradient(inventory: Inventory, setup: Setup) -> int:
-    """The largest gradient, while it exists beside what it is added to."""
+    """Return the largest gradient, while it exists beside what it is added to."""
     added = setup.micros_per_step > 1 or setup.fp32_gradients
     return setup.footprint.fresh_gradient_bytes(inventory, added=added)
 
 
 def _head_gradient(inventory: Inventory) -> int:
-    """The head's, in the model's type: `chunked_sum` makes it of an fp32 sum, which the trace has seen."""
+    """Return the head's, in the model's type: `chunked_sum` makes it of an fp32 sum, which the trace has seen."""
     head = inventory.samples[-1].module.head.weight
     return head.numel() * head.element_size() if head.requires_grad else 0
 

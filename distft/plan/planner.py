@@ -68,7 +68,7 @@ class Planner:
         return plan(recipe, inventory, machine or self.machine, document_tokens=self.document_tokens)
 
     def inventory(self, recipe: Recipe) -> Inventory:
-        """The model as the recipe trains it; read once for each method and type.
+        """Return the model as the recipe trains it; read once for each method and type.
 
         Raises:
             RecipeError: transformers does not know the config, or no path gives the model's numbers.
@@ -82,7 +82,7 @@ class Planner:
         return self._read[key]
 
     def _path(self, recipe: Recipe) -> ForwardPath:
-        """As a run proves it, on this machine: without an accelerator, on its CPU."""
+        """Return the path as a run proves it, on this machine: without an accelerator, on its CPU."""
         if self.path_of_model is not None:
             return self.path_of_model
         head = recipe.objective.spec.head

@@ -89,7 +89,7 @@ class Times:
 
 
 def times(work: Work, rates: HardwareRates, gpu: Accelerator, *, link_bytes_per_s: float | None = None) -> Times:
-    """How long `work` takes. `link_bytes_per_s`: of the slowest link; None: the one inside a node."""
+    """Return how long `work` takes. `link_bytes_per_s`: of the slowest link; None: the one inside a node."""
     compute = work.matmul_flops / (rates.matmul * gpu.bf16_flops)
     compute += work.attention_flops / (rates.attention * gpu.bf16_flops)
     bandwidth = rates.memory * gpu.memory_bytes_per_s

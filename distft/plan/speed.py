@@ -161,5 +161,5 @@ def _attention_flops(inventory: Inventory, length: int) -> float:
 
 
 def sent(inventory: Inventory, setup: Setup) -> Sent:
-    """What a rank sends; counted against running processes in tests/dist/test_traffic.py."""
+    """Return what a rank sends; counted against running processes in tests/dist/test_traffic.py."""
     return setup.footprint.sent(inventory, setup.ranks)

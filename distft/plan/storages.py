@@ -94,7 +94,7 @@ class Storages(TorchDispatchMode):
         return self._alive[key_of(tensor)][0]
 
     def note(self, phase: str) -> None:
-        """What follows belongs to `phase`. Recomputation passes the marks again: a phase starts once, in order."""
+        """Begin a phase. Recomputation passes the marks again: a phase starts once, in order."""
         if PHASES.index(phase) == PHASES.index(self._phase) + 1:
             self._phase = phase
             self._events.append(Event(phase, 0, 0))
@@ -140,5 +140,5 @@ class Storages(TorchDispatchMode):
 
 
 def key_of(tensor: Tensor) -> int:
-    """What tells the tensor's storage from others while it lives."""
+    """Return what tells the tensor's storage from others while it lives."""
     return tensor.untyped_storage()._cdata

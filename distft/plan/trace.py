@@ -169,7 +169,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _has_window(inventory: Inventory, tokens: int) -> bool:
-    """Whether attention of some layer sees less than `tokens`: short micro-batches then say nothing of long ones."""
+    """Return whether some layer attends to less than `tokens`: short micro-batches then do not stand for long."""
     text = inventory.config.get_text_config(decoder=True)
     limits = [value for name, value in vars(text).items() if "window" in name or "attention_chunk" in name]
     return any(isinstance(limit, int) and not isinstance(limit, bool) and 0 < limit < tokens for limit in limits)
@@ -244,7 +244,7 @@ def _traced(
 
 
 def _batch(module: CausalLM, tokens: int) -> dict[str, Any]:
-    """One document as the forward takes it; every token supervised, or, under a scalar head, its last one scored."""
+    """Build one document as the forward takes it; every token supervised, or a scalar head's last one scored."""
     ids = torch.zeros(tokens, dtype=torch.long, device="meta")
     bounds = torch.tensor([0, tokens], dtype=torch.int32)  # router losses read them
     batch = {"input_ids_T": ids, "position_ids_T": ids, "cu_seqlens": bounds, "max_seqlen": tokens}
@@ -346,7 +346,7 @@ def _block_output(sample: MetaModel, kernel: str) -> Any:
 
 @contextlib.contextmanager
 def _skipped(blocks: list[nn.Module], output: Any) -> Iterator[None]:
-    """While it lasts blocks return their input, multiplied by something trained, in the form of `output`."""
+    """Let blocks return their input, multiplied by something trained, in the form of `output`."""
     factor = torch.ones((), device="meta", requires_grad=True)
 
     def forward(hidden_states: Tensor, *rest: Any, **beside: Any) -> Any:

@@ -239,7 +239,7 @@ class Registries:
     """Called with a recipe that was read: puts real paths in place of names such as "demo:tiny-llama"."""
 
     def part(self, table: str) -> Registry[Any]:
-        """The registry that the table called `table` chooses from."""
+        """Return the registry that the table called `table` chooses from."""
         return getattr(self, table)
 
 
@@ -322,7 +322,7 @@ class Recipe:
         return content
 
     def to_toml(self) -> str:
-        """The fully resolved recipe; it loads again to an equal one."""
+        """Return the fully resolved recipe; it loads again to an equal one."""
         return toml_text(self.resolved())
 
     def digest(self) -> str:

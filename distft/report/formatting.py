@@ -33,7 +33,7 @@ def figure(value: float | None) -> str:
 
 
 def short(value: float) -> str:
-    """For an axis: no more digits than its ticks need."""
+    """Format a value for an axis, with no more digits than its ticks need."""
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

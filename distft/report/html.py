@@ -41,7 +41,7 @@ def join(children: Child) -> Html:
 
 
 def page(title: str, *body: Child) -> str:
-    """A whole document. Its policy forbids every script and every request, whatever a row holds."""
+    """Return a whole document. Its policy forbids every script and every request, whatever a row holds."""
     style = files("distft.report").joinpath("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     head = h(

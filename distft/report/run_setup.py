@@ -116,7 +116,7 @@ def money(amount: float) -> str:
 
 
 def going_back(run: RunRecord) -> Iterator[Html]:
-    """How to return to what was there before."""
+    """Yield how to return to what was there before."""
     if not run.base:
         yield missing("The recipe is missing, so the base model is not known.")
         return
@@ -176,6 +176,6 @@ def _use_base(run: RunRecord) -> Child:
 
 
 def _previous(run: RunRecord) -> Path | None:
-    """The run whose final/ this one started from."""
+    """Return the run whose final/ this one started from."""
     folder = Path(str((run.manifest.get("model") or {}).get("folder") or run.base))
     return folder.parent if folder.name == "final" and (folder.parent / "manifest.json").is_file() else None

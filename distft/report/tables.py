@@ -44,12 +44,12 @@ def facts(caption: str, pairs: Iterable[tuple[str, Child]]) -> Html:
 
 
 def section(name: str, title: str, *content: Child) -> Html:
-    """A part of the page that the contents list links to."""
+    """Return a part of the page that the contents list links to."""
     return h("section", h("h2", title, id=f"{name}-title"), *content, id=name, aria_labelledby=f"{name}-title")
 
 
 def missing(*content: Child) -> Html:
-    """What is not there, and how to get it."""
+    """Return what is not there, and how to get it."""
     return h("p", *content, class_="missing")
 
 

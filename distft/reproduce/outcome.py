@@ -92,7 +92,7 @@ class Outcome:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return asdict(self) | {"equal": self.equal, "within_1e-5": self.within}
 
     def lines(self) -> Iterator[str]:
@@ -169,7 +169,9 @@ def _values(name: str, run: RunRecord) -> dict[int, Any]:
 
 def _answers(first: RunRecord, second: RunRecord, until: int | None) -> Answers | None:
     """Compare the answers of the sets that training evaluated, not those evaluated afterwards under another label."""
-    files = [path for path in sorted((first.folder / "eval").glob("*/*.jsonl")) if _asked_by(path.parent.name, until)]
+    files = [
+        path for path in sorted((first.folder / "eval").glob("*/*.jsonl")) if _evaluated_by(path.parent.name, until)
+    ]
     if not files:
         return None
     count, equal, differing, missing = 0, 0, "", []
@@ -188,7 +190,7 @@ def _answers(first: RunRecord, second: RunRecord, until: int | None) -> Answers 
     return Answers(num_answers=count, num_equal=equal, first=differing, missing=tuple(missing))
 
 
-def _asked_by(label: str, until: int | None) -> bool:
+def _evaluated_by(label: str, until: int | None) -> bool:
     if label.startswith("step-"):
         return until is None or int(label.removeprefix("step-")) <= until
     return label == "before" or (until is None and label in ("after", "best"))

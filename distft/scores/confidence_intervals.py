@@ -39,7 +39,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes null."""
+        """Return plain values for JSON; NaN becomes null."""
         return {
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self).items()

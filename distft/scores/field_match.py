@@ -28,7 +28,7 @@ class FieldMatchParams(ReferenceParams):
 
 
 def figures(params: FieldMatchParams) -> tuple[MetricInfo, ...]:
-    """All fields right; the share of fields that are; each by itself."""
+    """Return all fields right; the share of fields that are; each by itself."""
     each = (MetricInfo(name=f"field_match.{name}", binary=True) for name in params.fields)
     return MetricInfo(name="field_match", binary=True), MetricInfo(name="fields_right"), *each
 

@@ -50,7 +50,7 @@ class TextGenerator(Protocol):
     def generate(
         self, prompts: Sequence[str], *, stop: tuple[str, ...], max_new_tokens: int, temperature: float
     ) -> list[str]:
-        """What the model writes after each prompt, up to the first of `stop` (left out) or its end of text."""
+        """Return what the model writes after each prompt, up to the first of `stop` (left out) or its end of text."""
         ...
 
 
@@ -146,7 +146,7 @@ class LmEvalTasks:
             yield instance.doc_id, instance.args
 
     def _drawn(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """By the library's names."""
+        """Render the chat from the library's names."""
         assert self._chat is not None
         return self._chat(chat_history, add_generation_prompt)
 
@@ -222,7 +222,7 @@ def _load(spec: str | dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _of_file(manager_of: Any, path: Path) -> tuple[Any, str]:
-    """What loads it, and the name to ask it for: a group is known by its own, with the files beside it."""
+    """Return what loads it, and the name to ask it for: a group is known by its own, with the files beside it."""
     if not path.is_file():
         raise RecipeError("lm-eval", [Problem(message=f'task "{path}"  no such file')])
     group = re.search(r"^group\s*:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)

@@ -80,7 +80,7 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[PairedComparison, ...]:
-    """Every figure of one score, before and after, on the same rows in the same order.
+    """Return every figure of one score, before and after, on the same rows in the same order.
 
     Raises:
         ValueError: the two are not of one score or not of the same number of rows.
@@ -106,7 +106,7 @@ def interval(scored: ScoreResult, figure: MetricInfo, *, confidence: float = CON
 
 
 def mcnemar(before: Sequence[float], after: Sequence[float]) -> McNemar:
-    """The exact (binomial) test; rows without a score on either side do not count.
+    """Return the exact (binomial) test; rows without a score on either side do not count.
 
     Source: McNemar 1947, https://doi.org/10.1007/BF02295996; exact form as in Dietterich 1998 and statsmodels.
     """

@@ -39,7 +39,7 @@ class ChrfParams(ReferenceParams):
 
 
 def figures(name: str) -> tuple[MetricInfo, ...]:
-    """The rows', then the corpus'."""
+    """Return the rows' figure, then the corpus'."""
     return MetricInfo(name=f"{name}_sentence"), MetricInfo(name=name, per_row=False)
 
 

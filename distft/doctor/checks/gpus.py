@@ -165,7 +165,7 @@ def _between(leaders: Sequence[Seen]) -> Iterator[Finding]:
 
 
 def _number(text: str | None) -> int:
-    """Of "80999 MiB", "27 C", "0"; 0 for "N/A"."""
+    """Return the number in "80999 MiB", "27 C" or "0"; 0 for "N/A"."""
     word = (text or "").split(" ")[0]
     return int(word) if word.isdecimal() else 0
 

@@ -17,7 +17,7 @@ LEAST_SHM, LITTLE_SHM = 48 * 2**20, GIB
 
 
 def look(here: Here) -> Facts:
-    """Of this process's host, as its container and its batch job leave it."""
+    """Read cores, memory and limits of this process's host, as its container and batch job leave them."""
     shm = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {
         "cores": len(os.sched_getaffinity(0)),

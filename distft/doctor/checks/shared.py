@@ -116,7 +116,7 @@ def _missing(probe: Probe, ranks: list[int]) -> list[int]:
 
 
 def _replace(probe: Probe) -> None:
-    """As a checkpoint is committed: a new file in an old one's place."""
+    """Replace a file as a checkpoint is committed: a new file takes an old one's place."""
     probe.write("state", b"old" * 1000)
     probe.write("state.tmp", b"new" * 1000)
     os.replace(probe.path / "state.tmp", probe.path / "state")
@@ -171,7 +171,7 @@ def _read(probe: Probe, name: str) -> bytes | None:
 
 
 def _try(act: Callable[[], None]) -> str:
-    """What went wrong; empty: nothing."""
+    """Return what went wrong; empty: nothing."""
     try:
         act()
     except OSError as error:

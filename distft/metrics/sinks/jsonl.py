@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def _step(line: str) -> int | None:
-    """The step of a record; None for a line that a crash cut short."""
+    """Return the step of a record; None for a line that a crash cut short."""
     step = (parse_json_object(line) or {}).get("step")
     return step if isinstance(step, int) else None
 

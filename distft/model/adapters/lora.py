@@ -226,7 +226,7 @@ def owns(name: str) -> bool:
 
 
 def starts_at_zero(name: str) -> bool:
-    """Whether it is a B, with which an adapter begins as nothing."""
+    """Return whether a parameter is a B, with which an adapter begins as zero."""
     return ".lora_B." in name
 
 
