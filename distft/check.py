@@ -29,6 +29,7 @@ from distft.data.render import load_renderer, settings_of
 from distft.data.store import Prepared
 from distft.data.tokenizer import load_decoder
 from distft.data_quality import DataQualityReport, card, examine, refuse_overlap, summary
+from distft.data_quality.judged_rows import JudgedRows, document_tokens, judged_rows
 from distft.evaluation.build import build_eval_sets
 from distft.recipe import Recipe, check_steps, load_recipe
 
@@ -40,7 +41,7 @@ _PROGRESS_EVERY = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class SampleView:
-    """One row as the model will see it."""
+    """One document of a row as the model will see it."""
 
     id: str
     num_tokens: int
@@ -66,6 +67,9 @@ class SplitView:
     """Histogram of rows: (shortest, longest, rows)."""
     fingerprint: str
     samples: tuple[SampleView, ...]
+    """Each document of the rows that are shown."""
+    judged: JudgedRows | None
+    """Of rows that judge answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +156,14 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         micro_batch_size=1,
     )
     check_steps(recipe, steps.num_steps)
-    compatibility.refuse_other_groups(recipe, train.report, "train")
+    compatibility.refuse_other_rows(recipe, train.report, "train")
     if has_config:
         compatibility.refuse_long_rows(recipe, int(train.lengths.max()), "train")
     first_rows = steps.order.epoch(0).rows_N[:samples]
     splits = [_split("train", train, steps.order.per_epoch, steps.fill, first_rows, decode)]
     if recipe.data.eval:
         held_out = prepared("eval", recipe.data.eval)
-        compatibility.refuse_other_groups(recipe, held_out.report, "eval")
+        compatibility.refuse_other_rows(recipe, held_out.report, "eval")
         if has_config:
             compatibility.refuse_long_rows(recipe, int(held_out.lengths.max()), "eval")
         sequences = EvalSteps(held_out, recipe.data, micro_batch_size=1).num_samples
@@ -238,7 +242,8 @@ def _split(split: str, rows: Prepared, sequences: int, fill: float, shown: np.nd
         fill=fill,
         lengths=tuple(_histogram(rows.lengths)),
         fingerprint=rows.fingerprint,
-        samples=tuple(_sample(rows, int(row), decode) for row in shown),
+        samples=tuple(sample for row in shown for sample in _samples(rows, int(row), decode)),
+        judged=judged_rows(rows),
     )
 
 
@@ -251,22 +256,25 @@ def _histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
         yield low, high - 1, int(count)
 
 
-def _sample(rows: Prepared, row: int, decode: Any) -> SampleView:
-    """Splits a row where training starts and stops. Prefixes are decoded, not pieces: bytes of one character may be
-    spread over tokens, and some tokenizers drop a space at the start of a text."""  # noqa: D205, D209
-    ids_T, trained_T = rows.row(row)
-    ends = [*(np.flatnonzero(np.diff(trained_T)) + 1).tolist(), len(ids_T)]
-    pieces, begin, before = [], 0, ""
-    for end in ends:
-        text = decode([token for token in ids_T[:end].tolist() if token < VIRTUAL_ID])
-        pieces.append((text[len(before) :], bool(trained_T[begin])))
-        begin, before = end, text
-    return SampleView(
-        id=rows.sample_id(row),
-        num_tokens=len(ids_T),
-        num_supervised=int(rows.supervised[row]),
-        pieces=tuple(pieces),
-    )
+def _samples(rows: Prepared, row: int, decode: Any) -> Iterator[SampleView]:
+    """Yield each document of a row, split where training starts and stops.
+
+    Prefixes are decoded, not pieces: bytes of one character may be spread over tokens, and some tokenizers drop a space
+    at the start of a text.
+    """
+    for side, ids_T, trained_T in document_tokens(rows, row):
+        ends = [*(np.flatnonzero(np.diff(trained_T)) + 1).tolist(), len(ids_T)]
+        pieces, begin, before = [], 0, ""
+        for end in ends:
+            text = decode([token for token in ids_T[:end].tolist() if token < VIRTUAL_ID])
+            pieces.append((text[len(before) :], bool(trained_T[begin])))
+            begin, before = end, text
+        yield SampleView(
+            id=rows.sample_id(row) + (f", {side}" if side else ""),
+            num_tokens=len(ids_T),
+            num_supervised=int(trained_T[1:].sum()),
+            pieces=tuple(pieces),
+        )
 
 
 def show(report: CheckReport, console: Console) -> None:
@@ -318,6 +326,8 @@ def _show_split(split: SplitView, console: Console) -> None:
     _line(console, f"  {'tokens':>15} {'rows':>10}")
     for low, high, count in split.lengths:
         _line(console, f"  {f'{low:,}-{high:,}':>15} {count:>10,} {'█' * -(-count * _BAR // most)}")
+    for line in () if split.judged is None else split.judged.said():
+        _line(console, f"  {line}")
     for sample in split.samples:
         _line(console, f"\n  {sample.id}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} trained")
         console.print(highlighted(sample, colour=console.color_system is not None), soft_wrap=True)

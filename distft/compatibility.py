@@ -15,13 +15,14 @@ from typing import Any
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.files import replace_json
+from distft.data.formats import FORMATS
 from distft.data.preparation_report import PrepareReport
 from distft.data.prepared_folder import cache_folder
 from distft.export import EXPORTS
 from distft.model import skeleton
 from distft.model.adapters import targets
 from distft.model.heads import HEADS
-from distft.objectives import OBJECTIVES
+from distft.objectives import OBJECTIVES, ObjectiveSpec
 from distft.recipe import Recipe, listed_params
 from distft.recipe.origin import RecipeMistake
 
@@ -124,8 +125,8 @@ def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:
     _refuse(recipe, [fault])
 
 
-def refuse_other_groups(recipe: Recipe, report: PrepareReport, split: str) -> None:
-    """Rows have as many documents as the objective trains together.
+def refuse_other_rows(recipe: Recipe, report: PrepareReport, split: str) -> None:
+    """Rows have as many documents as the objective trains together, and say of them what it needs.
 
     Args:
         recipe: the recipe.
@@ -135,15 +136,32 @@ def refuse_other_groups(recipe: Recipe, report: PrepareReport, split: str) -> No
     Raises:
         RecipeError: they have not, with the line of the objective.
     """
-    objective, size = recipe.objective, report.group_size
-    if size == objective.spec.group_size:
+    objective, formats = recipe.objective, sorted({source.format for source in report.sources})
+    decisive = {name for source in formats for name in FORMATS[source].decisive}
+
+    def fits(spec: ObjectiveSpec) -> bool:
+        return spec.group_size == report.group_size and set(spec.decisive) == decisive
+
+    if fits(objective.spec):
         return
-    formats = ", ".join(sorted({source.format for source in report.sources}))
-    fitting = ", ".join(name for name, spec in OBJECTIVES.items() if spec.group_size == size)
+    fitting = ", ".join(name for name, spec in OBJECTIVES.items() if fits(spec))
+    if objective.spec.group_size != report.group_size:
+        message = (
+            f"trains {objective.spec.group_size} document(s) a row together, and the format {', '.join(formats)} of "
+            f"[[data.{split}]] makes {report.group_size} of each row"
+        )
+    elif decisive:
+        message = (
+            f"would train every answer, and the format {', '.join(formats)} of [[data.{split}]] says which are good"
+        )
+    else:
+        message = (
+            f"needs rows that say which answers are good, and the format {', '.join(formats)} of [[data.{split}]] "
+            'does not; the column is "label"'
+        )
     fault = RecipeMistake(
         key=("objective", "name"),
-        message=f'= "{objective.name}" trains {objective.spec.group_size} document(s) a row together, and the format '
-        f"{formats} of [[data.{split}]] makes {size} of each row",
+        message=f'= "{objective.name}" {message}',
         fix=f"such rows are trained by the objectives {fitting}" if fitting else "choose another format",
     )
     _refuse(recipe, [fault])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ class Evaluator:
 
     engine: Engine
     objective: Objective
-    held_out: Collection[Batch]
+    held_out: Sequence[Batch]
     held_out_sha256: str
     eval_sets: Sequence[EvalSet]
     generator: Generator

@@ -146,6 +146,7 @@ def build_objective(
     from distft.assemble.checkpoints import weights_hash
     from distft.columns import COLUMNS, ColumnFiller, ColumnInputs
     from distft.columns.reference import ReferenceModel
+    from distft.columns.stored_logprobs import RowPass
     from distft.core.protocols import NO_COLUMNS
     from distft.data.prepared_folder import cache_folder
     from distft.model.policy import ModelPolicy
@@ -155,17 +156,22 @@ def build_objective(
     specs = {name: COLUMNS[name] for name in chosen.spec.columns(chosen.params)}
     if not specs:
         return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)
+    row_passes, derived = list(rows.row_passes), dict[str, RowPass]()
+    for spec in specs.values():
+        if spec.derive is not None:
+            made = {rows_of.prepared.fingerprint: spec.derive(rows_of) for rows_of in rows.row_passes}
+            row_passes, derived = [*row_passes, *made.values()], derived | made
     kept, weights = cache_folder(recipe.data) / "logprobs", functools.cache(lambda: weights_hash(recipe, engine))
     before = ReferenceModel(
         policy=policy,
         engine=engine,
         base_alone=None if alone is None else functools.partial(alone, built.module),
-        row_passes=rows.row_passes,
+        row_passes=tuple(row_passes),
         folder_of=lambda rows_sha256: kept / _logprobs_key(recipe, engine, layout, weights(), rows_sha256),
         is_trained=is_trained,
         say=say,
     )
-    inputs = ColumnInputs(policy=policy, engine=engine, reference=functools.cache(before.open))
+    inputs = ColumnInputs(policy=policy, engine=engine, reference=functools.cache(before.open), derived=derived)
     suppliers = {name: spec.open(inputs) for name, spec in specs.items()}
     reference = inputs.reference() if any(spec.reads_reference for spec in specs.values()) else None
     columns = ColumnFiller(engine, suppliers)

@@ -7,7 +7,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
 
     table, common = recipe.data, _common(recipe, say)
     rows = prepare(table, table.train, split="train", **common)
-    compatibility.refuse_other_groups(recipe, rows.report, "train")
+    compatibility.refuse_other_rows(recipe, rows.report, "train")
     if layout.single and rows.group_size > 1:
         raise DataError(
             f"this model trains on one document per forward ({layout.path.describe()}), and the rows of [[data.train]] "
@@ -108,7 +108,7 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
     splits = {"train": rows}
     if table.eval:
         splits["eval"] = prepare(table, table.eval, split="eval", **common)
-        compatibility.refuse_other_groups(recipe, splits["eval"].report, "eval")
+        compatibility.refuse_other_rows(recipe, splits["eval"].report, "eval")
         compatibility.refuse_long_rows(recipe, int(splits["eval"].lengths.max()), "eval")
     for split, prepared in splits.items():
         for source in prepared.report.sources:
@@ -122,15 +122,32 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
         stop_ids=rows.report.stop_ids,
         longest=longest,
         mean_tokens=max(1, round(float(rows.lengths.mean()))),
-        row_passes=tuple(_row_pass(prepared, table, slice_) for prepared in splits.values()),
+        row_passes=tuple(
+            _row_pass(prepared, table, slice_, steps if split == "train" else None)
+            for split, prepared in splits.items()
+        ),
     )
 
 
-def _row_pass(prepared: Prepared, table: DataTable, slice_: dict[str, Any]) -> RowPass:
+def _row_pass(prepared: Prepared, table: DataTable, slice_: dict[str, Any], steps: Steps | None) -> RowPass:
+    """`steps`: of training, None for held-out rows."""
+    import numpy as np
+
     from distft.columns.stored_logprobs import RowPass
     from distft.data.loader import EvalSteps
 
-    return RowPass(prepared=prepared, steps=lambda only: EvalSteps(prepared, table, only=only, **slice_))
+    def batches() -> Iterable[np.ndarray]:
+        if steps is None:
+            return [np.arange(prepared.num_rows)]
+        return (steps.rows_in(step) for step in range(steps.num_steps))
+
+    return RowPass(
+        prepared=prepared,
+        cut=lambda rows, only: EvalSteps(rows, table, only=only, **slice_),
+        batches=batches,
+        trained=steps is not None,
+        max_length=table.max_length,
+    )
 
 
 def with_date(recipe: Recipe, folder: Path, resume: Path | str = "auto") -> Recipe:
@@ -177,13 +194,13 @@ def load_held_out(
     if not table.eval:
         return HeldOut(eval_steps=None, fingerprint={}, largest_id=max(stop_ids), stop_ids=stop_ids)
     rows = prepare(table, table.eval, split="eval", **_common(recipe, say))
-    compatibility.refuse_other_groups(recipe, rows.report, "eval")
+    compatibility.refuse_other_rows(recipe, rows.report, "eval")
     compatibility.refuse_long_rows(recipe, int(rows.lengths.max()), "eval")
     slice_: dict[str, Any] = {"micro_batch_size": layout.micro_batch_size, "rank": rank, "world": world}
     slice_["single_documents"] = layout.single
     return HeldOut(
         eval_steps=EvalSteps(rows, table, **slice_),
-        row_passes=(_row_pass(rows, table, slice_),),
+        row_passes=(_row_pass(rows, table, slice_, None),),
         fingerprint={"eval": rows.fingerprint},
         largest_id=max(rows.report.largest_id, *stop_ids),
         stop_ids=stop_ids,

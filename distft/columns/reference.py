@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distft.columns.spec import ColumnInputs, ColumnSpec
+from distft.columns.spec import ColumnInputs, ColumnSpec, Supplier, of_each
 from distft.core.errors import MachineError
 from distft.core.types import Batch, Engine, Policy
 
@@ -92,10 +92,10 @@ def _can_be_left(alone: Callable[[], AbstractContextManager[None]]) -> bool:
         return False
 
 
-def _by_document(inputs: ColumnInputs) -> Callable[[Batch], Tensor]:
+def _by_document(inputs: ColumnInputs) -> Supplier:
     by_token = inputs.reference()
-    return lambda batch: batch.sum_by_document(by_token(batch))
+    return of_each(lambda batch: batch.sum_by_document(by_token(batch)))
 
 
-BY_TOKEN = ColumnSpec(name="ref_logprob_S", open=lambda inputs: inputs.reference(), reads_reference=True)
+BY_TOKEN = ColumnSpec(name="ref_logprob_S", open=lambda inputs: of_each(inputs.reference()), reads_reference=True)
 BY_DOCUMENT = ColumnSpec(name="ref_logprob_D", open=_by_document, reads_reference=True)

@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +35,34 @@ KEPT_EVERY = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RowPass:
-    """The prepared rows of a split, and how to go through some of them once."""
+    """The prepared rows of a split, how to go through some of them once, and which are batches together."""
 
     prepared: Prepared
-    steps: Callable[[np.ndarray], EvalSteps]
-    """Indices of rows -> this rank's micro-batches of them."""
+    cut: Callable[[Prepared, np.ndarray], EvalSteps]
+    """(prepared rows, indices of some) -> this rank's micro-batches of them."""
+    batches: Callable[[], Iterable[np.ndarray]]
+    """The rows of each global batch of the run, in order; held-out rows are one batch."""
+    trained: bool
+    """Its batches are those of training, in the order of the run; else of evaluations, in the order of the files."""
+    max_length: int
+    """Tokens in a sequence."""
+
+    def steps(self, indices: np.ndarray) -> EvalSteps:
+        """Return this rank's micro-batches of some rows."""
+        return self.cut(self.prepared, indices)
+
+    def over(self, prepared: Prepared) -> RowPass:
+        """Return the same with other rows, made of these."""
+        return replace(self, prepared=prepared)
+
+    def in_order(self, micros: Iterable[tuple[int, tuple[int, ...]]]) -> np.ndarray:
+        """Return the rows of a batch in its order.
+
+        Args:
+            micros: position and rows of all its micro-batches, in any order.
+        """
+        rows = [row for _, of_micro in sorted(micros) for row in of_micro]
+        return np.array(rows if self.trained else sorted(rows), np.int64)
 
 
 class StoredLogprobs:

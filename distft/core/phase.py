@@ -1,7 +1,8 @@
 """Records which phase of a run the main thread is in, so that the watchdog and injected faults can tell.
 
 Points of a run, in order: `rows` `fetch` `join` `model` `weights` `restore`; then per step `data` `agree` `forward`
-`backward` `update` `step`, with `eval` and `save` in between; at the end `export`.
+`backward` `update` `step`, with `columns` where an objective has some of the whole batch, `eval` and `save` in between;
+at the end `export`.
 """
 
 from __future__ import annotations

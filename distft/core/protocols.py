@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,12 +37,20 @@ class BatchColumns(Protocol):
         """Collective, once a step, without gradients: return the micro-batches with their columns."""
         ...
 
+    def begin(self, micros: Sequence[Batch]) -> Callable[[Batch], Batch]:
+        """Collective, once an evaluation, in evaluation mode: return what gives each micro-batch its columns."""
+        ...
+
 
 @dataclass(frozen=True)
 class _NoColumns:
     def fill(self, micros: list[Batch]) -> list[Batch]:
         """Return them as they are."""
         return micros
+
+    def begin(self, micros: Sequence[Batch]) -> Callable[[Batch], Batch]:
+        """Return what changes nothing."""
+        return lambda micro: micro
 
 
 NO_COLUMNS: BatchColumns = _NoColumns()

@@ -130,9 +130,12 @@ class Steps:
 
     def sample_ids(self, step: int) -> tuple[str, ...]:
         """Return `file row N` of every document of a step, on all ranks, for messages."""
+        return tuple(self._prepared.sample_id(row) for row in self.rows_in(step))
+
+    def rows_in(self, step: int) -> np.ndarray:
+        """Return the rows of a step (0-based) on all ranks, int64, in the order of the stream."""
         begin = step * self.global_batch_size
-        rows = [self.order.sequence(index) for index in range(begin, begin + self.samples_in(step))]
-        return tuple(self._prepared.sample_id(row) for sequence in rows for row in sequence)
+        return np.array(self._rows(begin, self.samples_in(step)), np.int64)
 
     def _step(self, step: int) -> list[Batch]:
         from distft.data.batch import build_batch

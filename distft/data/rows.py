@@ -121,7 +121,7 @@ class RowMaker:
             if len(rows) != 1:
                 return RowError(
                     f"its chat becomes {len(rows)} rows, one for each trained turn, and a group is trained as a whole  "
-                    'set [data] loss_on = "last"'
+                    'set [data] loss_on = "last_turn"'
                 )
             documents += rows
         if sample.same_prompt and (why := self._prompts_differ(documents)):
@@ -196,7 +196,7 @@ def group_size_of(sources: Sequence[RowSource], specs: Sequence[FormatSpec], tab
         where: the recipe's list of these sources, for messages.
 
     Raises:
-        DataError: the sources do not agree, or a group would be cut.
+        DataError: the sources do not agree, a group would be cut, or prompts would be trained whose answers are judged.
     """
     kinds = {
         (spec.group_size, spec.values): (source.table.path, spec.name)
@@ -205,7 +205,12 @@ def group_size_of(sources: Sequence[RowSource], specs: Sequence[FormatSpec], tab
     if len(kinds) > 1:
         listed = "; ".join(f"{path} ({name}): {size}" for (size, _), (path, name) in kinds.items())
         raise DataError(f"{where}: rows of different kinds: documents in a row of {listed}  use sources of one kind")
-    [(size, _)] = kinds
+    [(size, values)] = kinds
+    if values and table.loss_on == "all":
+        raise DataError(
+            f'{where}: loss_on = "all" would train the prompts too, and these rows judge answers  '
+            'set [data] loss_on = "assistant" or "last_turn"'
+        )
     if size > 1 and table.long_rows == "truncate":
         raise DataError(
             f'{where}: long_rows = "truncate" would cut one of the {size} documents of a row and not the others  '

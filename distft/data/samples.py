@@ -90,6 +90,8 @@ class FormatSpec:
     """Documents of each row; more than 1: `convert` gives a `Group` of so many."""
     values: tuple[str, ...] = ()
     """Names of the numbers of each row (`Group.values`): columns of its batches, such as "margin_G"."""
+    decisive: tuple[str, ...] = ()
+    """Those of `values` without which a row must not be trained, such as whether its answer is a good one."""
 
 
 def text_column(row: Row, name: str, *, default: str | None = None) -> str:

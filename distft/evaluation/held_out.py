@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ AGREE_EVERY = 16
 
 
 def held_out_loss(
-    engine: Engine, objective: Objective, batches: Iterable[Batch], *, stop: Callable[[], bool]
+    engine: Engine, objective: Objective, batches: Sequence[Batch], *, stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """Return `eval_loss` over all ranks' batches, divided by the objective's denominator, and `eval_NAME` per figure.
 
@@ -30,12 +30,12 @@ def held_out_loss(
     figures: dict[str, Tensor] = {}
     denominator = tokens = 0.0
     with engine.evaluating():
+        filled = objective.columns.begin(batches)
         for index, batch in enumerate(batches):
             PHASE.enter("eval")
             if index % AGREE_EVERY == 0 and any(engine.sum_over_ranks(stop())):
                 return None
-            [filled] = objective.fill([batch])
-            terms = objective.terms(engine.place(filled))
+            terms = objective.terms(engine.place(filled(batch)))
             total += terms.loss_sum.double()
             for name, figure in terms.figures.items():
                 figures[name] = figures[name] + figure.double() if name in figures else figure.double()

@@ -1,7 +1,7 @@
 """What is minimised: one file per objective, one line here; pure torch, no ranks."""
 
 from distft.core.registry import Registry
-from distft.objectives import cpo, dpo, orpo, reward, sft, simpo
+from distft.objectives import bco, cpo, dpo, kto, orpo, reward, sft, simpo
 from distft.objectives.spec import ObjectiveSpec
 
 OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective")
@@ -10,6 +10,8 @@ OBJECTIVES.add(dpo.SPEC)
 OBJECTIVES.add(orpo.SPEC)
 OBJECTIVES.add(simpo.SPEC)
 OBJECTIVES.add(cpo.SPEC)
+OBJECTIVES.add(kto.SPEC)
+OBJECTIVES.add(bco.SPEC)
 OBJECTIVES.add(reward.SPEC)
 
 __all__ = ["OBJECTIVES", "ObjectiveSpec"]

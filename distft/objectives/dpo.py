@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.pairs import Pair, count_pairs, figures_of, logprobs
+from distft.objectives.pairs import Pair, count_pairs, figures_of, lengths_of, tail_weights
 from distft.objectives.spec import ObjectiveSpec
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class DpoParams(Params):
     """Share of pairs whose sides are taken to be swapped: cDPO under sigmoid; robust and exo_pair as their papers."""
     sft_weight: float = Field(default=0.0, ge=0)
     """Adds this times the chosen answer's negative log-likelihood per token (RPO)."""
+    ld_alpha: float = Field(default=1.0, ge=0, le=1)
+    """Below 1: weight of the tokens by which one answer is longer, so that length counts for less (LD-DPO)."""
 
     @model_validator(mode="after")
     def _smoothing_fits(self) -> DpoParams:
@@ -142,8 +144,13 @@ LOSSES: dict[str, Callable[[DpoParams, Pair, Pair], Tensor]] = {
 
 
 def _terms(params: DpoParams, policy: Policy, batch: Batch) -> LossTerms:
-    logprob, length = logprobs(policy, batch)
-    ratio = logprob - Pair.of(batch.columns["ref_logprob_D"])
+    logprob_S = policy.token_logprobs(batch)
+    logprob, length = Pair.of(batch.sum_by_document(logprob_S)), lengths_of(batch, logprob_S)
+    if params.ld_alpha < 1:
+        gap_S = logprob_S - batch.columns["ref_logprob_S"]
+        ratio = Pair.of(batch.sum_by_document(gap_S * tail_weights(length, params.ld_alpha)))
+    else:
+        ratio = logprob - Pair.of(batch.columns["ref_logprob_D"])
     loss_G = LOSSES[params.loss](params, ratio, length)
     if params.sft_weight:
         loss_G = loss_G - params.sft_weight * logprob.chosen_G / length.chosen_G
@@ -156,7 +163,7 @@ SPEC = ObjectiveSpec(
     params=DpoParams,
     group_size=2,
     per_token=True,
-    columns=lambda params: ("ref_logprob_D",),
+    columns=lambda params: ("ref_logprob_S" if params.ld_alpha < 1 else "ref_logprob_D",),
     denominator=count_pairs,
     terms=_terms,
 )

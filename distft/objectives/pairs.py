@@ -43,10 +43,30 @@ class Pair:
 
 def logprobs(policy: Policy, batch: Batch) -> tuple[Pair, Pair]:
     """Return the log-probability of each answer, summed over its tokens, and the number of those tokens."""
+    logprob_S = policy.token_logprobs(batch)
+    return Pair.of(batch.sum_by_document(logprob_S)), lengths_of(batch, logprob_S)
+
+
+def lengths_of(batch: Batch, value_S: Tensor) -> Pair:
+    """Return the number of each answer's tokens; `value_S` is anything on the device."""
     import torch
 
-    logprob_S = policy.token_logprobs(batch)
-    return Pair.of(batch.sum_by_document(logprob_S)), Pair.of(batch.sum_by_document(torch.ones_like(logprob_S)))
+    return Pair.of(batch.sum_by_document(torch.ones_like(value_S)))
+
+
+def tail_weights(length: Pair, alpha: float) -> Tensor:
+    """Return [S], alpha for the tokens of an answer that lie beyond the length of the other one, and else 1.
+
+    LD-DPO, https://arxiv.org/abs/2409.06411 equation 11.
+    """
+    import torch
+
+    both_G = torch.minimum(length.chosen_G, length.rejected_G)
+    length_D = torch.stack([length.chosen_G, length.rejected_G], 1).flatten().long()
+    begin_D = length_D.cumsum(0) - length_D
+    index_S = torch.arange(int(length_D.sum()), device=length_D.device) - begin_D.repeat_interleave(length_D)
+    shared_S = index_S < both_G.repeat_interleave(2).repeat_interleave(length_D)
+    return torch.where(shared_S, 1.0, alpha)
 
 
 def figures_of(reward: Pair, logprob: Pair, more: Mapping[str, Tensor] | None = None) -> Figures:

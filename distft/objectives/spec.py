@@ -29,6 +29,9 @@ class ObjectiveSpec:
     because ranks run the same collectives."""
     group_size: int = 1
     """Documents of a row that it trains together; the rows' format has to give as many."""
+    decisive: tuple[str, ...] = ()
+    """Numbers of a row that it is made for, by their names in `FormatSpec.decisive`: it takes no rows without, and no
+    other objective takes rows with them."""
     head: str = "lm"
     """What stands on the model's hidden states, by its name in `distft.model.heads.HEADS`."""
     source: str = "rows"

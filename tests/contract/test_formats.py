@@ -38,7 +38,9 @@ def test_its_own_example_is_recognised_and_converted(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_other_format_takes_its_example(name: str) -> None:
-    assert [other.name for other in FORMATS.values() if other.matches(dict(FORMATS[name].example))] == [name]
+    fitting = [other for other in FORMATS.values() if other.matches(dict(FORMATS[name].example))]
+    judged = [other for other in fitting if other.values]  # a row that judges an answer is not one that just has it
+    assert [other.name for other in judged or fitting] == [name]
 
 
 @pytest.mark.parametrize("wrong", [None, 3, {}, [{}], [[]], ["x"]], ids=repr)

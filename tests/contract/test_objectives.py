@@ -17,6 +17,7 @@ def micro(rows: list[list[int]], size: int, first: int) -> Batch:
     """Rows in groups of `size`, with columns that depend on their numbers from `first` on."""
     numbers = torch.arange(first, first + len(rows), dtype=torch.float32)
     columns = {"ref_logprob_D": -20 - numbers, "margin_G": 0.1 * numbers[::size]}
+    columns |= {"kl_D": 0 * numbers + 0.5, "shift_D": 0 * numbers - 0.3, "desirable_G": numbers[::size] % 2}
     return replace(batch(rows, trained_from=3), group_sizes=(size,) * (len(rows) // size), columns=columns)
 
 
@@ -47,9 +48,8 @@ def test_sums_do_not_change_when_a_batch_is_split(tiny_config: Path, name: str) 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_of_nothing_gives_zero_and_a_gradient_of_every_parameter(tiny_config: Path, name: str) -> None:
     spec = OBJECTIVES[name]
-    nothing = replace(
-        batch([[0]]), group_sizes=(), columns={"ref_logprob_D": torch.zeros(0), "margin_G": torch.zeros(0)}
-    )
+    names = ("ref_logprob_D", "margin_G", "kl_D", "shift_D", "desirable_G")
+    nothing = replace(batch([[0]]), group_sizes=(), columns={name: torch.zeros(0) for name in names})
     model = build(tiny_config, head=spec.head).module
     objective = Objective(spec=spec, params=spec.params(), policy=ModelPolicy(model))
     terms = objective.terms(nothing)

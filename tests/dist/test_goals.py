@@ -52,6 +52,7 @@ def test_a_rate_is_held_against_another_only_where_both_were_measured() -> None:
     assert goals.beside(qlora, [one, {"name": "llama8b-qlora", "note": "not started"}]) == {}
 
 
+@pytest.mark.slow  # the first hour on a GPU, at toy size in CI, measures goals too
 def test_it_runs_at_toy_size(tmp_path: Path) -> None:
     only = ["--only", "llama8b-lora", "--only", "llama8b-full-kept"]
     done = run([sys.executable, "benchmarks/goals.py", "--tiny", *only, "--out", str(tmp_path)])

@@ -15,7 +15,7 @@ KINDS = {
     "bloom": {},
     "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
 }
-LAYOUTS = [("ddp", 2), ("zero3", 2), ("fsdp2", 2)]
+LAYOUTS = [("ddp", 2), ("zero3", 2), pytest.param(("fsdp2", 2), marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

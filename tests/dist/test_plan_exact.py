@@ -126,7 +126,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.fixture(scope="module", params=sorted(CELLS), ids=lambda world: f"{world}-ranks")
+@pytest.fixture(
+    scope="module",
+    params=[1, 2, pytest.param(3, marks=() if WHOLE else pytest.mark.slow)],
+    ids=lambda world: f"{world}-ranks",
+)
 def counted(
     request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, list[dict[str, dict[str, Any]]]]:

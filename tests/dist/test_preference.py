@@ -15,7 +15,12 @@ OBJECTIVES = {
     "dpo": 'objective={name="dpo", beta=0.3}',
     "orpo": 'objective={name="orpo", beta=0.5}',
     "reward": 'objective={name="reward", center=0.1}',
+    "kto": 'objective={name="kto", beta=0.3, undesirable_weight=0.1}',
+    "bco": 'objective={name="bco", beta=0.3}',
 }
+SINGLE = ("kto", "bco")
+"""Objectives on single answers."""
+FILES = (("train", "train"), ("eval", "valid"))
 METHODS = {
     "full": ['method.name="full"', "optim.learning_rate=1e-3"],
     "lora": ['method={name="lora", r=4}', "optim.learning_rate=2e-3"],
@@ -23,9 +28,9 @@ METHODS = {
 }
 WHOLE = "DISTFT_PREFERENCE_GRID" in os.environ
 """All objectives, methods and engines; else a covering part."""
-COVERED = ("dpo-full", "dpo-qlora", "reward-lora")
+COVERED = ("dpo-full", "dpo-qlora", "reward-lora", "kto-full", "kto-lora")
 LAYOUTS = [("solo", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)] if WHOLE else [("fsdp2", 2)]
-FIGURES = ("loss", "grad_norm", "reward_chosen", "reward_margin", "reward_accuracy", "tokens")
+FIGURES = ("loss", "grad_norm", "reward_chosen", "reward_rejected", "reward_accuracy", "tokens")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             for index, (row, good, bad) in enumerate(zip(rows, answers, answers[1:] + answers[:1], strict=True))
         ]
         path.write_text("".join(json.dumps(pair) + "\n" for pair in made))
+        single = [
+            {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+            for index, pair in enumerate(made)
+            for side in (("chosen", "rejected") if index % 3 else ("rejected",))
+        ]
+        (bench.folder / f"{split}-single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
     return bench
 
 
@@ -51,13 +62,18 @@ def cases(engine: str, world: int, folder: Path, *settings: str) -> dict[str, li
         for method, how in METHODS.items():
             if not WHOLE and f"{objective}-{method}" not in COVERED:
                 continue
-            whole = WHOLE and (objective, method) == ("dpo", "full")
+            whole = WHOLE and (objective, method) in (("dpo", "full"), ("kto", "full"))
+            form, rows = "preference", []
+            if objective in SINGLE:
+                form = "unpaired"
+                rows = [f'data.{split}.0.path="{folder}/{file}-single.jsonl"' for split, file in FILES]
             for packing in ("true", "false") if whole else ("true",):
                 for micro in sorted({1, BATCH // world}) if whole else (1,):
                     out[f"{objective}-{method}-{packing}-{micro}"] = [
                         f'engine.name="{engine}"', chosen, *how, f"data.packing={packing}", "data.max_length=224",
-                        f"train.micro_batch_size={micro}", "train.rehearse=true", 'data.train.0.format="preference"',
-                        'data.eval.0.format="preference"', f'data.cache_dir="{folder}/cache-{engine}"',
+                        f"train.micro_batch_size={micro}", "train.rehearse=true", *rows,
+                        f'data.train.0.format="{form}"',
+                        f'data.eval.0.format="{form}"', f'data.cache_dir="{folder}/cache-{engine}"',
                         *(SETTINGS[name] for name in settings),
                     ]  # fmt: skip
     return out
@@ -84,7 +100,7 @@ def test_loss_norm_and_figures_equal_solo(layout: dict[str, Run], solo: dict[str
                 worst[f"{name} {figure}"] = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
             else:
                 worst[f"{name} {figure}"] = relative(mine, theirs)
-        for figure in ("eval_loss", "eval_reward_margin"):
+        for figure in ("eval_loss", "eval_reward_chosen", "eval_reward_accuracy"):
             assert run.evals[-1][figure] == pytest.approx(reference.evals[-1][figure], rel=1e-4, abs=1e-5), (
                 name,
                 figure,
@@ -97,6 +113,9 @@ def test_identical_policies_give_ln_2_and_it_learns(solo: dict[str, Run]) -> Non
         if name.startswith("dpo"):
             assert run.column("loss")[0] == pytest.approx(0.6931472, abs=1e-6), name
             assert run.column("reward_margin")[0] == pytest.approx(0, abs=1e-5)
+        if name.startswith("kto"):
+            assert run.column("kl")[0] == pytest.approx(0, abs=1e-5)
+            assert max(run.column("kl")) > 0.001, (name, "the policy moves away from its reference")
         assert run.evals[-1]["eval_loss"] < run.evals[0]["eval_loss"], name
 
 

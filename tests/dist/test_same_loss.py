@@ -16,8 +16,9 @@ METHODS = {
     "qlora": ['method.name="qlora"', "method.r=4", "optim.learning_rate=3e-3"],
 }
 LAYOUTS = [
-    *(("solo", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)),
-    *(("fsdp2", 2, "once"), ("fsdp2", 4, "halves"), ("zero3", 4, "halves")),
+    *(("solo", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)),
+    *(("fsdp2", 2, "once"), ("fsdp2", 4, "halves")),
+    *(pytest.param(layout, marks=pytest.mark.slow) for layout in (("fsdp2", 4), ("zero3", 4, "halves"))),
 ]
 
 

@@ -117,7 +117,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
     assert [(record["step"], record["loss"]) for record in steps if "loss" in record][1:] == [(2, "nan")], "logged too"
 
 
-@pytest.mark.parametrize("config", ["cpu-zero3", "cpu-fsdp2", "cpu-ddp"])
+@pytest.mark.parametrize(
+    "config", ["cpu-zero3", *(pytest.param(f"cpu-{engine}", marks=pytest.mark.slow) for engine in ("fsdp2", "ddp"))]
+)
 def test_accelerate_launch_runs_the_job(bench: Bench, config: str) -> None:
     engine = config.removeprefix("cpu-")
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]

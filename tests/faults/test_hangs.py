@@ -27,7 +27,9 @@ LOADED = 3
     [
         ("stop", r"shows no sign of life, last seen in forward of step 3"),
         ("hang", r"is stuck in forward of step 3 \(at faults.py:\d+ _fire\), the others wait for it"),
-        ("spin", r"(is gone|shows no sign of life), last seen in forward of step 3"),
+        pytest.param(
+            *("spin", r"(is gone|shows no sign of life), last seen in forward of step 3"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_rank_that_holds_the_others_up_is_named(

@@ -23,13 +23,16 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"dpo-{loss}": {"name": "dpo", "loss": loss, "beta": 0.1, **more} for loss, more in LOSSES.items()},
     "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
     "reward": {"name": "reward", "center": 0.01},
+    "kto": {"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 0.8},
+    "kto-apo_zero": {"name": "kto", "beta": 0.1, "loss": "apo_zero"},
 }
 THEIRS = """
 import json, sys
 import torch
 from datasets import Dataset
-plan, model, rows, out, folder = sys.argv[1:]
+plan, model, rows, single, out, folder = sys.argv[1:]
 data = Dataset.from_list([json.loads(line) for line in open(rows)])
+answers = Dataset.from_list([json.loads(line) for line in open(single)])
 common = dict(
     output_dir=folder, per_device_train_batch_size=%(BATCH)d, gradient_accumulation_steps=1, max_steps=%(STEPS)d,
     learning_rate=%(RATE)r, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
@@ -46,6 +49,13 @@ for name, case in json.loads(open(plan).read()).items():
         from trl import DPOConfig, DPOTrainer
         args = DPOConfig(loss_type=[given.pop("loss")], model_init_kwargs={"dtype": "float32"}, **given, **common)
         trainer = DPOTrainer(model=model, args=args, train_dataset=data)
+    elif kind == "kto":
+        from trl import KTOConfig, KTOTrainer
+        if given.get("loss") == "apo_zero":
+            given["loss"] = "apo_zero_unpaired"
+        given = {"loss_type" if key == "loss" else key: value for key, value in given.items()}
+        args = KTOConfig(model_init_kwargs={"dtype": "float32"}, **given, **common)
+        trainer = KTOTrainer(model=model, args=args, train_dataset=answers)
     elif kind == "simpo":
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -73,11 +83,14 @@ plan, recipe = sys.argv[1:3]
 for name, case in json.loads(open(plan).read()).items():
     table = "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in case.items()) + "}"
     model = ["model.path=" + json.dumps(sys.argv[3] + "-scalar")] if case["name"] == "reward" else []
+    if case["name"] == "kto":
+        model = ["data.train.0.path=" + json.dumps(sys.argv[4])]
     distft.train(distft.load_recipe(recipe, overrides=[f'name="{name}"', f"objective={table}", *model]))
 """
 NAMES = {
     "loss": ("loss",), "reward_chosen": ("rewards/chosen",), "reward_rejected": ("rewards/rejected",),
     "reward_margin": ("rewards/margins", "margin"), "reward_accuracy": ("rewards/accuracies", "accuracy"),
+    "kl": ("kl",),
 }  # fmt: skip
 
 
@@ -96,6 +109,15 @@ def test_trl_has_the_same_figures_at_every_step(assets: Path, tmp_path: Path) ->
         for row in read
     ]
     rows.write_text("".join(json.dumps(row) + "\n" for row in short))
+    single = tmp_path / "single.jsonl"
+    sides = ("chosen", "rejected", "chosen")  # of every two pairs three answers, in turn
+    answers = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for first, second in zip(short[::2], short[1::2], strict=True)
+        for row, side in zip((first, second, second), sides, strict=True)
+    ]
+    assert len({answer["prompt"] for answer in answers}) > ROWS / 2
+    single.write_text("".join(json.dumps(row) + "\n" for row in answers))
     plan.write_text(json.dumps(CASES))
     scalar = tmp_path / "scalar.py"
     scalar.write_text(
@@ -109,7 +131,7 @@ def test_trl_has_the_same_figures_at_every_step(assets: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = tmp_path / "theirs.py"
     theirs.write_text(THEIRS % {"BATCH": BATCH, "STEPS": STEPS, "RATE": RATE, "LENGTH": LENGTH})
-    arguments = [str(plan), str(model), str(rows), str(out), str(tmp_path / "t")]
+    arguments = [str(plan), str(model), str(rows), str(single), str(out), str(tmp_path / "t")]
     path = ":".join([str(ROOT), *sys.path])
     done = run([sys.executable, str(theirs), *arguments], PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -118,7 +140,7 @@ def test_trl_has_the_same_figures_at_every_step(assets: Path, tmp_path: Path) ->
     write_peer_recipe(recipe, model=model, rows=rows, steps=STEPS, batch=BATCH, rate=RATE, micro=2)
     ours = tmp_path / "ours.py"
     ours.write_text(OURS)
-    done = run([sys.executable, str(ours), str(plan), str(recipe), str(model)], PYTHONPATH=str(ROOT))
+    done = run([sys.executable, str(ours), str(plan), str(recipe), str(model), str(single)], PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     gaps: dict[str, float] = {}
     for case, lines in found.items():

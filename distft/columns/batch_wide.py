@@ -1,0 +1,94 @@
+"""What objectives on single answers take over a whole global batch, in a pass of its own without gradients.
+
+Every document of the batch gets the same number. Packing, micro-batches, accumulation, ranks and engine do not enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distft.columns.spec import ColumnInputs, ColumnSpec, Supplier, TensorOf
+from distft.core.phase import PHASE
+from distft.core.types import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distft.columns.stored_logprobs import RowPass
+
+
+def _mismatched(rows: RowPass) -> RowPass:
+    from distft.data.mismatched import MismatchedRows
+
+    return rows.over(MismatchedRows(rows.prepared, rows.batches(), max_length=rows.max_length))
+
+
+def _open_kl(inputs: ColumnInputs) -> Supplier:
+    """KL of policy and reference: the mean log-ratio of answers that were given to other prompts, at least 0.
+
+    Each prompt is followed by the answer of the row before it in the global batch. Source:
+    https://arxiv.org/abs/2402.01306 section 4.2
+    """
+    ratio_D = _log_ratio(inputs)
+
+    def begin(micros: Sequence[Batch]) -> TensorOf:
+        placed = [(micro.position, micro.rows, micro.rows_sha256) for micro in micros]
+        of_all = [one for of_rank in inputs.engine.gather(placed) for one in of_rank]
+        sha256 = next((sha256 for _, rows, sha256 in of_all if rows), "")
+        if not sha256:  # a rehearsal: as much work, and no answers
+            for micro in micros:
+                ratio_D(inputs.engine.place(micro))
+            return _everywhere(0.0)
+        derived = inputs.derived[sha256]
+        rows = derived.in_order([(position, rows) for position, rows, _ in of_all])
+        indices = derived.prepared.of_batch(rows)  # type: ignore[attr-defined]  # what `_mismatched` has made
+        total = 0.0
+        for micro in derived.steps(indices):
+            PHASE.enter("columns")
+            total += float(ratio_D(inputs.engine.place(micro)).sum())
+        (total,) = inputs.engine.sum_over_ranks(total)
+        return _everywhere(max(0.0, total / len(rows)))
+
+    return begin
+
+
+def _open_shift(inputs: ColumnInputs) -> Supplier:
+    """Half the sum of the mean log-ratios of good and of bad answers; of one kind alone where there is no other.
+
+    Source: https://arxiv.org/abs/2404.04656 equation 8. It is of the global batch, not a running mean, so that it
+    depends on nothing that came before.
+    """
+    ratio_D = _log_ratio(inputs)
+
+    def begin(micros: Sequence[Batch]) -> TensorOf:
+        sums = np.zeros(4)
+        for micro in micros:
+            PHASE.enter("columns")
+            placed = inputs.engine.place(micro)
+            ratio, good = ratio_D(placed), placed.columns["desirable_G"] > 0
+            bad = ~good
+            sums += [float((ratio * good).sum()), float((ratio * bad).sum()), float(good.sum()), float(bad.sum())]
+        good_sum, bad_sum, num_good, num_bad = inputs.engine.sum_over_ranks(*sums.tolist())
+        means = [total / count for total, count in ((good_sum, num_good), (bad_sum, num_bad)) if count]
+        return _everywhere(sum(means) / max(1, len(means)))
+
+    return begin
+
+
+def _log_ratio(inputs: ColumnInputs) -> Callable[[Batch], Tensor]:
+    """Micro-batch on the device -> fp64 [D], log-probability under the policy less that under the reference."""
+    reference, policy = inputs.reference(), inputs.policy
+    return lambda placed: placed.sum_by_document(policy.token_logprobs(placed) - reference(placed))
+
+
+def _everywhere(value: float) -> TensorOf:
+    import torch
+
+    return lambda placed: torch.full((placed.num_documents,), value, dtype=torch.float64, device=placed.labels_T.device)
+
+
+KL = ColumnSpec(name="kl_D", open=_open_kl, reads_reference=True, derive=_mismatched)
+SHIFT = ColumnSpec(name="shift_D", open=_open_shift, reads_reference=True)

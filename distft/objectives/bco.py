@@ -1,0 +1,45 @@
+"""BCO: a classifier of good and bad answers by their reward, whose threshold is the middle of both kinds' means.
+
+Source: https://arxiv.org/abs/2404.04656 equations 7 and 8. The threshold is that of the global batch; TRL's trainer
+kept a running mean of the rewards that it had seen. The density ratio of both kinds' prompts is not estimated.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from distft.core.registry import Params
+from distft.core.types import Batch, LossTerms, Policy
+from distft.objectives.answers import DESIRABLE, count_answers, figures_of
+from distft.objectives.spec import ObjectiveSpec
+
+
+class BcoParams(Params):
+    """TRL's name."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference."""
+
+
+def _terms(params: BcoParams, policy: Policy, batch: Batch) -> LossTerms:
+    """The loss of an answer: -log sigmoid(reward - threshold), of a bad one -log sigmoid(threshold - reward)."""
+    import torch
+
+    logprob_D = batch.sum_by_document(policy.token_logprobs(batch))
+    reward_D = params.beta * (logprob_D - batch.columns["ref_logprob_D"])
+    shift_D, good_D = params.beta * batch.columns["shift_D"], batch.columns[DESIRABLE] > 0
+    ahead_D = torch.where(good_D, reward_D - shift_D, shift_D - reward_D)
+    figures = figures_of(reward_D, logprob_D, good_D, ahead_D > 0)
+    figures["reward_threshold"] = (shift_D.sum(), float(len(good_D)))
+    return LossTerms.of(-torch.nn.functional.logsigmoid(ahead_D).sum(), figures)
+
+
+SPEC = ObjectiveSpec(
+    name="bco",
+    params=BcoParams,
+    per_token=True,
+    decisive=(DESIRABLE,),
+    columns=lambda params: ("ref_logprob_D", "shift_D"),
+    denominator=count_answers,
+    terms=_terms,
+)
