@@ -326,7 +326,7 @@ def _show_split(split: SplitView, console: Console) -> None:
     _line(console, f"  {'tokens':>15} {'rows':>10}")
     for low, high, count in split.lengths:
         _line(console, f"  {f'{low:,}-{high:,}':>15} {count:>10,} {'█' * -(-count * _BAR // most)}")
-    for line in () if split.judged is None else split.judged.said():
+    for line in () if split.judged is None else split.judged.lines():
         _line(console, f"  {line}")
     for sample in split.samples:
         _line(console, f"\n  {sample.id}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} trained")

@@ -143,7 +143,7 @@ def _row_pass(prepared: Prepared, table: DataTable, slice_: dict[str, Any], step
 
     return RowPass(
         prepared=prepared,
-        cut=lambda rows, only: EvalSteps(rows, table, only=only, **slice_),
+        micro_batches=lambda rows, only: EvalSteps(rows, table, only=only, **slice_),
         batches=batches,
         trained=steps is not None,
         max_length=table.max_length,

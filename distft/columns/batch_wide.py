@@ -35,8 +35,8 @@ def _open_kl(inputs: ColumnInputs) -> Supplier:
     ratio_D = _log_ratio(inputs)
 
     def begin(micros: Sequence[Batch]) -> TensorOf:
-        placed = [(micro.position, micro.rows, micro.rows_sha256) for micro in micros]
-        of_all = [one for of_rank in inputs.engine.gather(placed) for one in of_rank]
+        described = [(micro.position, micro.rows, micro.rows_sha256) for micro in micros]
+        of_all = [entry for of_rank in inputs.engine.gather(described) for entry in of_rank]
         sha256 = next((sha256 for _, rows, sha256 in of_all if rows), "")
         if not sha256:  # a rehearsal: as much work, and no answers
             for micro in micros:
@@ -67,8 +67,8 @@ def _open_shift(inputs: ColumnInputs) -> Supplier:
         sums = np.zeros(4)
         for micro in micros:
             PHASE.enter("columns")
-            placed = inputs.engine.place(micro)
-            ratio, good = ratio_D(placed), placed.columns["desirable_G"] > 0
+            on_device = inputs.engine.place(micro)
+            ratio, good = ratio_D(on_device), on_device.columns["desirable_G"] > 0
             bad = ~good
             sums += [float((ratio * good).sum()), float((ratio * bad).sum()), float(good.sum()), float(bad.sum())]
         good_sum, bad_sum, num_good, num_bad = inputs.engine.sum_over_ranks(*sums.tolist())
@@ -81,13 +81,13 @@ def _open_shift(inputs: ColumnInputs) -> Supplier:
 def _log_ratio(inputs: ColumnInputs) -> Callable[[Batch], Tensor]:
     """Micro-batch on the device -> fp64 [D], log-probability under the policy less that under the reference."""
     reference, policy = inputs.reference(), inputs.policy
-    return lambda placed: placed.sum_by_document(policy.token_logprobs(placed) - reference(placed))
+    return lambda batch: batch.sum_by_document(policy.token_logprobs(batch) - reference(batch))
 
 
 def _everywhere(value: float) -> TensorOf:
     import torch
 
-    return lambda placed: torch.full((placed.num_documents,), value, dtype=torch.float64, device=placed.labels_T.device)
+    return lambda batch: torch.full((batch.num_documents,), value, dtype=torch.float64, device=batch.labels_T.device)
 
 
 KL = ColumnSpec(name="kl_D", open=_open_kl, reads_reference=True, derive=_mismatched)

@@ -45,7 +45,7 @@ def _place(table: SourceTable) -> tuple[str | None, ...]:
 
 
 def _columns(prompt: str, reference: str | None) -> FormatSpec:
-    """Of rows that are of no data format."""
+    """Return a format of the named columns, for rows that are of no data format."""
     return FormatSpec(
         name=f"columns {prompt} {reference}",
         needs=prompt,

@@ -53,7 +53,7 @@ class Gathered:
     num_rows: int = 0
 
     def joined(self, name: str) -> np.ndarray:
-        """All of an array so far."""
+        """Return all of an array so far."""
         return np.concatenate(getattr(self, name)) if self.num_rows else np.zeros(0, np.int64)
 
     def minima_NK(self) -> np.ndarray:
@@ -66,7 +66,7 @@ class Gathered:
         return [f"{self.labels_of_files[files[row]]} row {numbers[row]}" for row in rows_P]
 
     def split(self, num_unread: int) -> Split:
-        """Its figures."""
+        """Return the figures of a split."""
         return Split(
             num_rows=self.num_rows,
             num_unread=num_unread,
@@ -82,7 +82,7 @@ class Gathered:
 
 
 def boilerplate(rows: Iterator[RowText]) -> tuple[np.ndarray, Iterator[RowText]]:
-    """What the first rows all repeat, and the rows, none lost."""
+    """Return the boilerplate of the first rows, and all rows, none lost."""
     first = list(islice(rows, _SAMPLE_ROWS))
     return shingles.boilerplate([row.text for row in first]), chain(first, rows)
 

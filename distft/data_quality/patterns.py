@@ -38,7 +38,7 @@ class Hit:
 
 
 def find(text: str) -> Iterator[Hit]:
-    """What is in a text, kind by kind; secrets first. No place is counted under two kinds."""
+    """Yield what is in a text, kind by kind; secrets first. No place is counted under two kinds."""
     taken: list[tuple[int, int]] = []
     digits = None
     for pattern in PATTERNS:
@@ -76,7 +76,7 @@ def luhn(text: str) -> bool:
 
 
 def iban(text: str) -> bool:
-    """Whether the check digits of an IBAN are right (ISO 13616: the number modulo 97 is 1)."""
+    """Return whether the check digits of an IBAN are right (ISO 13616: the number modulo 97 is 1)."""
     compact = re.sub(r"\s", "", text)
     if not 15 <= len(compact) <= 34:
         return False

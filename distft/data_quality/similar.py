@@ -83,7 +83,7 @@ class EvalIndex:
 
 
 def nearest(parts: list[Pairs]) -> Pairs:
-    """Of several finds for a row, the most similar."""
+    """Return, of several finds for a row, the most similar."""
     if not parts:
         return _pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     return _best(
