@@ -48,7 +48,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
 
 
 def __getattr__(name: str) -> Any:
-    """Classes, imported on first use."""
+    """Import a public class on first use."""
     if name == "Recipe":
         from distft.recipe import Recipe
 

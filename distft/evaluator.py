@@ -167,7 +167,7 @@ class Evaluator:
         return self.base if label == "before" else f"{self.base}+trained"
 
     def _first(self, work: Callable[[], T]) -> T:
-        """Files are written and looked at by one, so that all ranks decide alike."""
+        """Run `work`, which reads or writes files, on rank 0, so that all ranks decide alike."""
         return on_rank_zero(self.engine, work)
 
     def _copy_after(self) -> None:

@@ -140,7 +140,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, Path | None, int | None]:
-    """(machine, folder of config.json, parameters), each None when it is not known."""
+    """Return (machine, folder of config.json, parameters), each None when it is not known."""
     from distft.catalog import REGISTRIES
     from distft.core.log import quiet_libraries
     from distft.plan.machine import read_machine

@@ -98,7 +98,7 @@ def weights_hash(recipe: Recipe, engine: Engine) -> str:
 
 
 def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Names, whole shapes and types of what final/ will hold; asked for before an engine shards anything."""
+    """Return the names, whole shapes and types of what final/ will hold; asked for before an engine shards anything."""
     from distft.model.load import WRAPPER
 
     adapter = recipe.method.spec.adapter

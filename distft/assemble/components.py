@@ -109,7 +109,7 @@ def set_up_engine(recipe: Recipe, engine: Engine, built: MetaModel, layout: Layo
 
 
 def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
-    """Optimizer, schedule and clipping."""
+    """Return the optimizer, schedule and clipping."""
     from distft.core.types import UpdateRule
 
     optim, clip = recipe.optim, recipe.train.max_grad_norm

@@ -58,7 +58,7 @@ class Data(HeldOut):
 
 
 def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -> Data:
-    """Prepared before any process group exists: however long it takes, no collective times out.
+    """Prepare the rows before any process group exists: however long it takes, no collective times out.
 
     Raises:
         DataError: rows that cannot be trained on, or that the recipe's `[data] overlap` refuses.
@@ -130,7 +130,7 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
 
 
 def _row_pass(prepared: Prepared, table: DataTable, slice_: dict[str, Any], steps: Steps | None) -> RowPass:
-    """`steps`: of training, None for held-out rows."""
+    """Return a pass over the rows; `steps`: of training, None for held-out rows."""
     import numpy as np
 
     from distft.columns.stored_logprobs import RowPass
@@ -253,6 +253,6 @@ class Preparing:
 
 
 def tokenizer_of(recipe: Recipe) -> tuple[str, str | None]:
-    """(path, revision) of the tokenizer: the model's unless the recipe names another."""
+    """Return (path, revision) of the tokenizer: the model's unless the recipe names another."""
     model = recipe.model
     return (model.path, model.revision) if model.tokenizer is None else (model.tokenizer, None)

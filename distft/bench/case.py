@@ -285,7 +285,7 @@ def _without_eval(recipe: Recipe) -> Recipe:
 
 
 def _head_loss(recipe: Recipe, device: Any) -> str:
-    """Fused | chunked | full, as the model room chooses."""
+    """Return fused, chunked or full, as the model room chooses."""
     from distft.model import cross_entropy
 
     chosen = cross_entropy.choose(recipe.model.cross_entropy, device, per_token=recipe.objective.spec.per_token)
@@ -305,7 +305,7 @@ def _say(line: str) -> None:
 
 
 def _say_nothing(line: str) -> None:
-    """Other ranks: things are said once."""
+    """Print nothing, on other ranks: things are said once."""
 
 
 def why(error: BaseException) -> dict[str, str]:

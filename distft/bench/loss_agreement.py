@@ -52,7 +52,7 @@ def judge(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _group(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Cases that must agree. Dropout is drawn once a micro-batch, so there the micro-batch must be the same."""
+    """Return the cases that must agree; with dropout, which is drawn per micro-batch, those of one micro-batch."""
     case = record["case"]
     dropout = (case["method_params"] or {}).get("dropout")
     micro = record["ran"]["micro_batch_size"] if dropout else None

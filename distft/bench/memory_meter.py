@@ -71,7 +71,7 @@ class Device:
             torch.cuda.synchronize(self._device)
 
     def phase(self, name: str) -> None:
-        """A phase called `name` ends; the next one's peak begins at what is allocated now."""
+        """End the phase called `name`; the next one's peak begins at what is allocated now."""
         if self._on_gpu:
             import torch
 
@@ -80,7 +80,7 @@ class Device:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def read(self) -> dict[str, Any]:
-        """At the end: peaks of all phases together, the device's own count, and retries of the allocator."""
+        """Read, at the end, the peaks of all phases together, the device's own count, and the allocator's retries."""
         if not self._on_gpu:
             return {"allocated_bytes": None, "reserved_bytes": None, "used_bytes": None, "alloc_retries": None}
         import torch
@@ -138,7 +138,7 @@ def cpu_growth(work: Callable[[], None]) -> int:
 
 
 def matmul_rate(device: Any) -> float | None:
-    """bf16 FLOP/s of a large product on this GPU, now; None on a CPU, and where a full GPU has no room for it."""
+    """Return bf16 FLOP/s of a large product on this GPU, now; None on a CPU and on a GPU without room for it."""
     if device.type != "cuda":
         return None
     import torch

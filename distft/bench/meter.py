@@ -87,15 +87,15 @@ class Clock:
         """Of the measured steps on this rank: positions computed, filler included, and squared document lengths."""
 
     def start(self) -> None:
-        """The loop begins."""
+        """Begin the loop."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Host figures only."""
+        """Take note of host figures only."""
         self._slots += len(batch.input_ids_T)
         self._squares += float(batch.cu_seqlens.diff().double().square().sum())
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """A step has ended, as far as the host knows."""
+        """Take note of a step's end, as far as the host knows."""
         self.losses.append(report.loss)
         self.grad_norms.append(report.grad_norm)
         self.left_out += not report.updated
@@ -152,7 +152,7 @@ class Count:
         return self._left <= 0
 
     def start(self) -> None:
-        """The loop begins."""
+        """Begin the loop."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
         """Ignore the micro-batch."""
@@ -176,15 +176,15 @@ class GradientBytes:
         """Bytes between the last backward of the first step and its update."""
 
     def start(self) -> None:
-        """The loop begins."""
+        """Begin the loop."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Sizes of storages: nothing is waited for."""
+        """Count sizes of storages; nothing is waited for."""
         if self._first:
             self.held = self._count()
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """Later steps are not disturbed."""
+        """Stop counting, so that later steps are not disturbed."""
         self._first = False
 
     def read(self) -> dict[str, float | None]:
@@ -198,18 +198,18 @@ class Nobody:
     should_stop = False
 
     def allow_update(self, loss: float) -> bool:
-        """Yes."""
+        """Allow every update."""
         return True
 
     def after(self, state: TrainState, report: StepReport) -> None:
         """Take no action; a step that was skipped shows in the clock."""
 
     def update(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
-        """Keeps nothing."""
+        """Keep nothing."""
         return None
 
     def save(self, state: TrainState, best: dict[str, Any] | None = None) -> None:
-        """Keeps nothing."""
+        """Keep nothing."""
 
     def poll(self, state: TrainState) -> None:
         """Do nothing: nothing is being written."""

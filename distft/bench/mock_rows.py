@@ -38,7 +38,7 @@ class FullSteps:
         return self._batch
 
     def epoch_at(self, samples: int) -> float:
-        """There are no epochs: no row comes twice."""
+        """Return 0: there are no epochs, as no row comes twice."""
         return 0.0
 
     def from_step(self, step: int) -> Iterator[list[Batch]]:

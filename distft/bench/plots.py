@@ -55,7 +55,7 @@ def draw(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def components(record: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(planned, measured) bytes of each component on rank 0; the last is the peak less the others.
+    """Return (planned, measured) bytes of each component on rank 0; the last is the peak less the others.
 
     The peak need not be at a moment when gradients are there, so the rest is what exceeds the whole state, if anything.
     """

@@ -20,7 +20,7 @@ ASKING_S = 20.0
 
 @functools.cache
 def hardware() -> dict[str, Any]:
-    """CPU, memory and GPUs of this machine, without opening a context on any of them."""
+    """Return the CPU, memory and GPUs of this machine, without opening a context on any of them."""
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": _cpu_model(), "cores": cores, "memory_gib": round(pages / GIB, 1), "gpus": gpus()}

@@ -63,7 +63,7 @@ class Runner:
         return record if record.get("schema") == SCHEMA and record.get("outcome") in FINAL else None
 
     def record(self, case: BenchCase) -> dict[str, Any]:
-        """Kept, or measured now and then written in one piece."""
+        """Return a kept record, or measure it now and write it in one piece."""
         if (kept := self.kept(case)) is not None:
             return kept
         began = time.monotonic()

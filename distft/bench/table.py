@@ -55,7 +55,7 @@ def baseline(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[
 
 
 def compact(num_bytes: float | None) -> str:
-    """GiB from one on, MiB below."""
+    """Format bytes as GiB from one on, as MiB below."""
     if num_bytes is None:
         return "–"
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"

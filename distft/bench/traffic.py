@@ -55,7 +55,7 @@ class Collective:
     """That take part, where the shapes tell: whole over part."""
 
     def wire_bytes(self, ranks: int) -> float:
-        """Sent by each rank in a ring: (n - 1) / n of the whole, twice for an all-reduce.
+        """Return what each rank sends in a ring: (n - 1) / n of the whole, twice for an all-reduce.
 
         `ranks`: that take part, where the shapes do not tell.
         """
@@ -125,7 +125,7 @@ def _collectives(events: list[dict[str, Any]], world: int) -> list[Collective]:
 
 
 def _largest(args: dict[str, Any]) -> int:
-    """Elements of the largest argument; a list of tensors counts as one."""
+    """Return the elements of the largest argument; a list of tensors counts as one."""
     return max((_elements(dims) for dims in args.get("Input Dims", ())), default=0)
 
 

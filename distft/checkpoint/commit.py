@@ -115,7 +115,7 @@ class Committer:
         self._faults.inject(point, rank=self._ranks.rank, step=step)
 
     def _rename(self, step: int) -> None:
-        """The commit point. A checkpoint of another history under the same name waits until this one is in place."""
+        """Commit by renaming; a checkpoint of another history under the same name waits until this one is in place."""
         home, old = self._folders.step(step), self._folders.replaced(step)
         if home.exists():
             home.rename(old)

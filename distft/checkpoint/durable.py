@@ -43,7 +43,7 @@ def read_regular(path: Path, *, limit: int) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a regular file.
+    """Return the hex digest of a regular file.
 
     Raises:
         OSError: see `open_regular`.
@@ -70,7 +70,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def size_text(num_bytes: float) -> str:
-    """`1.5 GiB`."""
+    """Return `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"

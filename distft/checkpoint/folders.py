@@ -52,7 +52,7 @@ class Folders:
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def quarantined(self) -> list[Path]:
-        """Checkpoints found bad earlier."""
+        """Return the checkpoints found bad earlier."""
         return sorted(self.root / name for name in self._names() if _CORRUPT.fullmatch(name))
 
     def clean(self) -> None:
@@ -118,7 +118,7 @@ class Folders:
         return step
 
     def surplus(self, *, keep: int, newest: int, protected: set[int]) -> list[int]:
-        """Steps that retention lets go of: not among the newest `keep`, not protected, not pinned.
+        """Return the steps that retention lets go of: not among the newest `keep`, not protected, not pinned.
 
         Steps after `newest` belong to another history (a rollback left them) and are not ours to delete.
         """

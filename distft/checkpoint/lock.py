@@ -152,7 +152,7 @@ class RunLock:
         return self._stays_silent(holder, self._stale_s)
 
     def _age_s(self) -> float:
-        """Seconds since the last beat, by the clock that stamps files; 0 where it cannot be told."""
+        """Return the seconds since the last beat, by the clock that stamps files; 0 where it cannot be told."""
         aside = self._write_aside()
         try:
             return max(0.0, aside.stat().st_mtime - self.path.stat().st_mtime)
@@ -222,7 +222,7 @@ def _owner(holder: bytes) -> dict[str, Any]:
 
 
 def _slurm_start(env: Mapping[str, str]) -> dict[str, Any] | None:
-    """Which start of which Slurm job this is; None outside of any."""
+    """Return which start of which Slurm job this is; None outside of any."""
     if "SLURM_JOB_ID" not in env:
         return None
     restart = env.get("SLURM_RESTART_COUNT", "0")  # unset in the first

@@ -145,7 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Length and sha256 of a file just written."""
+    """Return the length and sha256 of a file just written."""
     return FileEntry(path.name, path.stat().st_size, sha256_of(path))
 
 

@@ -105,7 +105,7 @@ class Job:
 
 
 def check_space(root: Path, need_bytes: int) -> None:
-    """Raises OSError "disk full: need X, have Y" unless that much is free."""
+    """Raise OSError "disk full: need X, have Y" unless that much is free."""
     if shutil.disk_usage(root).free < need_bytes:
         raise disk_full(root, need_bytes)
 

@@ -218,7 +218,7 @@ class CheckpointStore:
         return None if step is None else self.load(self._folders.step(step))
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, unchecked, newest first."""
+        """Return the steps with a checkpoint, unchecked, newest first."""
         return self._folders.steps()
 
     def mark_best(self, best: dict[str, Any]) -> None:
@@ -276,7 +276,7 @@ class CheckpointStore:
         *,
         num_bytes: int | None = None,
     ) -> Job | None:
-        """P0 and P1; None when this very step has been saved already."""
+        """Run P0 and P1; None when this very step has been saved already."""
         mine = sum(piece.num_bytes for piece in pieces) if num_bytes is None else num_bytes
         texts: dict[str, bytes] = {}
 

@@ -265,7 +265,7 @@ def _say(line: str) -> None:
 
 
 def main() -> int:
-    """`python -m distft.cluster.batch`."""
+    """Run `python -m distft.cluster.batch`."""
     warned = Warned()
     warned.install()
     try:

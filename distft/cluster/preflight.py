@@ -119,7 +119,7 @@ def _reports(output: str) -> Iterator[dict[str, Any]]:
 
 
 def _is(node: str, host: str) -> bool:
-    """Slurm's name of a node, and what the node calls itself, perhaps with its domain."""
+    """Return whether Slurm's name of a node and the node's own, perhaps with its domain, are of one node."""
     return node == host or node.partition(".")[0] == host.partition(".")[0]
 
 

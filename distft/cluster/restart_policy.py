@@ -71,7 +71,7 @@ class RestartDecision:
 
 
 def judge(ended: JobEnd) -> RestartDecision:
-    """Requeue exactly the runs that were asked to stop, saved, and get on."""
+    """Decide to requeue exactly the runs that were asked to stop, saved, and made progress."""
     if ended.status == 0:
         return RestartDecision(then=Then.END, code=DONE, reason="done", exit_code=DONE, why="the run is complete")
     code, reason = _code_and_reason(ended)

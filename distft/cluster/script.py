@@ -96,7 +96,7 @@ def _plain(option: str) -> bool:
 
 
 def _in_double_quotes(value: str) -> str:
-    """Variables are expanded on the node, nothing else is."""
+    """Quote a text so that variables are expanded on the node, and nothing else is."""
     for char in ("\\", '"', "`"):
         value = value.replace(char, f"\\{char}")
     return f'"{value.replace("$(", chr(92) + "$(")}"'

@@ -81,7 +81,7 @@ class Starts:
         return count
 
     def records(self) -> list[dict[str, Any]]:
-        """Starts and ends as they were written, oldest first; a line that a power cut tore is left out."""
+        """Return the starts and ends as they were written, oldest first; a line that a power cut tore is left out."""
         return read_json_lines(self._path)
 
 

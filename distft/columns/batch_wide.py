@@ -27,7 +27,7 @@ def _mismatched(rows: RowPass) -> RowPass:
 
 
 def _open_kl(inputs: ColumnInputs) -> Supplier:
-    """KL of policy and reference: the mean log-ratio of answers that were given to other prompts, at least 0.
+    """Return the KL of policy and reference: the mean log-ratio of answers to other prompts, at least 0.
 
     Each prompt is followed by the answer of the row before it in the global batch. Source:
     https://arxiv.org/abs/2402.01306 section 4.2
@@ -56,7 +56,7 @@ def _open_kl(inputs: ColumnInputs) -> Supplier:
 
 
 def _open_shift(inputs: ColumnInputs) -> Supplier:
-    """Half the sum of the mean log-ratios of good and of bad answers; of one kind alone where there is no other.
+    """Return half the sum of the mean log-ratios of good and of bad answers; of one kind alone where there is no other.
 
     Source: https://arxiv.org/abs/2404.04656 equation 8. It is of the global batch, not a running mean, so that it
     depends on nothing that came before.
@@ -79,7 +79,7 @@ def _open_shift(inputs: ColumnInputs) -> Supplier:
 
 
 def _log_ratio(inputs: ColumnInputs) -> Callable[[Batch], Tensor]:
-    """Micro-batch on the device -> fp64 [D], log-probability under the policy less that under the reference."""
+    """Return micro-batch on the device -> fp64 [D]: log-probability under the policy less the reference's."""
     reference, policy = inputs.reference(), inputs.policy
     return lambda batch: batch.sum_by_document(policy.token_logprobs(batch) - reference(batch))
 

@@ -22,7 +22,7 @@ def reason(error: BaseException) -> str:
 
 
 def report_error(error: BaseException, rank: int) -> None:
-    """A user's mistake as text; our own as a traceback. Mistakes in files are the same on every rank: said once."""
+    """Print a user's mistake as text, our own as a traceback. Mistakes in files are printed on one rank."""
     if not isinstance(error, DistftError):
         traceback.print_exception(error)
     elif rank == 0 or error.exit_code not in (2, 3, 8):

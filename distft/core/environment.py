@@ -64,7 +64,7 @@ def versions() -> dict[str, str | None]:
 
 
 def built_with() -> dict[str, str | None]:
-    """Versions of CUDA and NCCL that this torch brings; nothing where torch is not loaded."""
+    """Return the versions of CUDA and NCCL that this torch brings; nothing where torch is not loaded."""
     torch = sys.modules.get("torch")
     if torch is None:
         return {}
@@ -85,7 +85,7 @@ def hardware() -> dict[str, Any]:
 
 
 def library_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that libraries read; none whose name or form looks like a secret."""
+    """Return the variables that libraries read; none whose name or form looks like a secret."""
     return {
         name: _LOGIN.sub("://…@", value)
         for name, value in sorted(env.items())

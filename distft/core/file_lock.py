@@ -59,7 +59,7 @@ def locked_once(
 
 
 def wait_hook() -> None:
-    """The `waiting` of a run: waits for another process, which is no hang, as long as nobody asks it to stop.
+    """Wait for another process, which is no hang, as long as nobody asks this one to stop.
 
     Raises:
         Preempted: somebody does.

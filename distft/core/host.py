@@ -27,7 +27,7 @@ def identity() -> dict[str, Any]:
 
 
 def this_start(runs: int) -> dict[str, Any]:
-    """`identity`, its `start` telling apart the `runs` that one process makes after another."""
+    """Return `identity`, its `start` telling apart the `runs` that one process makes after another."""
     here = identity()
     return here | {"start": f"{here['start']}.{runs}"}
 
@@ -82,7 +82,7 @@ def start_of(pid: int) -> int | None:
 
 
 def age_s(pid: int | None = None) -> float | None:
-    """Seconds since a process (None: this one) was started; None where the system does not say."""
+    """Return the seconds since a process (None: this one) was started; None where the system does not say."""
     ticks = start_of(os.getpid() if pid is None else pid)
     if not ticks or not hasattr(time, "CLOCK_BOOTTIME"):
         return None

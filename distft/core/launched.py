@@ -48,7 +48,7 @@ def ranks(mark: str, launcher: int) -> list[int]:
 
 
 def send(pids: list[int], number: int) -> None:
-    """A signal to each of them that is still there."""
+    """Send a signal to each of them that is still there."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

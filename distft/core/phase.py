@@ -25,7 +25,7 @@ class PhaseTracker:
         self.begin()
 
     def begin(self) -> None:
-        """A run begins: nothing has been passed yet, and until `training` a wish to stop is granted on the spot."""
+        """Begin a run: nothing has been passed yet, and until `training` a stop is granted at once."""
         self.runs += 1
         self.began = time.monotonic()
         self.phase, self.step = "start", 0
@@ -47,7 +47,7 @@ class PhaseTracker:
         self._training = True
 
     def enter(self, phase: str, step: int | None = None, *, patient: bool = False) -> None:
-        """The main thread has come to `phase` (of the step that is being made).
+        """Record that the main thread has come to `phase` (of the step that is being made).
 
         Raises:
             Preempted: asked to stop before training began.

@@ -108,7 +108,7 @@ def _file_of_codes() -> Path:
 
 
 def _quietly(command: Sequence[str]) -> list[str]:
-    """`python -m LAUNCHER ...` without its report of how a rank has ended that the rank itself has told."""
+    """Return `python -m LAUNCHER ...` without its report of a rank's end that the rank has reported itself."""
     python, flag, *rest = command
     assert flag == "-m"
     return [python, "-m", "distft.core.launcher", *rest]
@@ -122,7 +122,7 @@ class _Signals:
         self._last = (0, 0.0)
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        """The handler. `timeout` signals the process and then its group: one wish to stop, not the second of three."""
+        """Handle a signal: `timeout` signals the process, then its group, which is one wish to stop, not two."""
         before, now = self._last, time.monotonic()
         self._last = number, now
         if not (number in STOPPING and number == before[0] and now - before[1] < SAME_WISH_S):
@@ -131,7 +131,7 @@ class _Signals:
 
 @contextlib.contextmanager
 def _taken_over() -> Generator[_Signals]:
-    """Handlers for every signal that can be passed on, but for those that this process was started to ignore."""
+    """Install handlers for every signal that can be passed on, but those that this process ignores."""
     signals = _Signals()
     before: dict[int, Any] = {}
     for number in PASSED_ON:

@@ -306,7 +306,7 @@ class UpdateRule:
     state alone. False: it gets all gradients at once."""
 
     def groups(self, named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-        """Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out."""
+        """Return Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out."""
         decayed: list[Tensor] = []
         plain: list[Tensor] = []
         for name, tensor in named:
@@ -346,11 +346,11 @@ class Engine(Ranks, Protocol):
         ...
 
     def sum_over_ranks(self, *values: float) -> list[float]:
-        """Host numbers summed over all ranks (float64: exact for counts below 2**53)."""
+        """Return the host numbers summed over all ranks (float64: exact for counts below 2**53)."""
         ...
 
     def accumulating(self, *, last: bool, seed: int) -> AbstractContextManager[None]:
-        """Surrounds forward and backward of one micro-batch; `seed` starts its random numbers (dropout)."""
+        """Surround forward and backward of one micro-batch; `seed` starts its random numbers (dropout)."""
         ...
 
     def backward(self, terms: LossTerms, *, divide_by: float, samples: tuple[str, ...]) -> None:
@@ -373,7 +373,7 @@ class Engine(Ranks, Protocol):
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Surrounds forwards without gradients, dropout off."""
+        """Surround forwards without gradients, dropout off."""
         ...
 
     def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

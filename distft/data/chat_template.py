@@ -34,7 +34,7 @@ EMPTY_TURN = "turns left untrained: the answer is empty"
 
 
 def wanted_turns(chat: Conversation, loss_on: LossOn) -> set[int]:
-    """Indices of the assistant messages to train, before what the row says of single ones.
+    """Return the indices of the assistant messages to train, before what the row says of single ones.
 
     `assistant`: every one; `last_turn`: the last message; `completion`: those after the last user message, so a tool
     call and the answer that follows its result; `all`: every one. In a row that separates prompt from completion only

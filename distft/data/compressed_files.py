@@ -19,13 +19,13 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def bare(path: Path) -> Path:
-    """`rows.jsonl` for `rows.jsonl.gz`; other paths as they are."""
+    """Return `rows.jsonl` for `rows.jsonl.gz`; other paths as they are."""
     return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked.
+    """Open the file's bytes, unpacked.
 
     Raises:
         DataError: it is damaged, or needs a package that is not installed.

@@ -241,14 +241,14 @@ class Encoder(ABC):
         return ids[:-1] if added else ids
 
     def _one_start(self, ids: list[int], text: str) -> list[int]:
-        """Begin-of-sequence once, where the text writes it and the tokenizer adds it too."""
+        """Return the ids with one begin-of-sequence, where the text writes it and the tokenizer adds it too."""
         start = self.tokenizer.bos_token_id
         typed = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         doubled = typed and ids[:2] == [start, start] and ids[:3] != [start, start, start]
         return ids[1:] if doubled else ids
 
     def _with_eos(self, ids: list[int], text: str) -> list[int]:
-        """End-of-sequence once: added, or not where the text or the tokenizer wrote it already."""
+        """Return the ids with one end-of-sequence, wherever the text or the tokenizer wrote it already."""
         eos, written = self.tokenizer.eos_token_id, self.tokenizer.eos_token
         if ids[-2:] == [eos, eos] and text.endswith(written) and not text.endswith(written + written):
             return ids[:-1]
@@ -272,7 +272,7 @@ def _token_at(encoding: Any, char: int, text: str) -> int:
 
 
 def valid(text: str) -> str:
-    """`text` if it can be encoded.
+    """Return `text` if it can be encoded.
 
     Raises:
         RowError: it holds half of a surrogate pair, which JSON can write and UTF-8 cannot.

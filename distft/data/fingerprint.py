@@ -35,7 +35,7 @@ def cache_key(
     *,
     virtual_tokens: int = 0,
 ) -> str:
-    """sha256 hex over file contents, tokenizer, template, settings and versions.
+    """Return sha256 hex over file contents, tokenizer, template, settings and versions.
 
     `memory` is a folder of known file hashes, so that an unchanged big file is not read at every start, nor by each of
     the processes that start together; `waiting` is called while another one reads it.
@@ -73,7 +73,7 @@ def _may_hold(path: Path) -> bool:
 
 
 def today() -> str:
-    """YYYY-MM-DD here."""
+    """Return the date here as YYYY-MM-DD."""
     return datetime.date.today().isoformat()
 
 

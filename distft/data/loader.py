@@ -114,13 +114,13 @@ class Steps:
         return self.tokens_per_epoch / (self.order.per_epoch * self._max_length)
 
     def epoch_at(self, samples: int) -> float:
-        """Epochs done once `samples` sequences are consumed."""
+        """Return the epochs done once `samples` sequences are consumed."""
         epoch = self.order.epoch_of(samples)
         start = self.order.start(epoch)
         return epoch + (samples - start) / (self.order.start(epoch + 1) - start)
 
     def samples_in(self, step: int) -> int:
-        """Sequences of a step (0-based) on all ranks: the global batch size, or less in the run's last step."""
+        """Return the sequences of a step (0-based) on all ranks: the global batch size, or less in the last step."""
         return min(self.global_batch_size, self.num_samples - step * self.global_batch_size)
 
     def from_step(self, step: int) -> Iterator[list[Batch]]:
@@ -207,7 +207,7 @@ class EvalSteps(Sequence["Batch"]):
         """Sequences on all ranks."""
 
     def __len__(self) -> int:
-        """Micro-batches of this rank, and of every other."""
+        """Return the micro-batches of this rank, and of every other."""
         return math.ceil(self.num_samples / (self._micro * self._world))
 
     @overload

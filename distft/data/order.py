@@ -33,7 +33,7 @@ class Epoch:
     """int64; row numbers; sequence s holds rows_N[offsets[s]:offsets[s + 1]]."""
 
     def __len__(self) -> int:
-        """Sequences."""
+        """Return the number of sequences."""
         return len(self.offsets) - 1
 
     def sequence(self, index: int) -> np.ndarray:
@@ -86,7 +86,7 @@ class SampleOrder:
         self.epoch = lru_cache(maxsize=2)(self._epoch)  # two: a step may straddle the boundary
 
     def start(self, epoch: int) -> int:
-        """Sequences in all epochs before this one. Arithmetic, except where fractional weights make epochs differ."""
+        """Return the sequences in all epochs before this one: arithmetic, unless fractional weights differ by epoch."""
         if self.epochs_alike or not self._packing:
             return epoch * self.per_epoch
         with self._counting:
@@ -117,7 +117,7 @@ class SampleOrder:
         return self.epoch(epoch).sequence(position - self.start(epoch))
 
     def rows(self, epoch: int) -> np.ndarray:
-        """int64 [N]; the epoch's rows, source by source, before they are shuffled and packed."""
+        """Return int64 [N]; the epoch's rows, source by source, before they are shuffled and packed."""
         return np.concatenate(
             [self._cycle(source, epoch * taken, taken) for source, taken in enumerate(self.rows_per_epoch)]
         )

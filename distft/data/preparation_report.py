@@ -89,7 +89,7 @@ class SourceReport:
             yield "columns not read: " + ", ".join(f'"{name}" ({count:,})' for name, count in self.unread.items())
 
     def reasons(self) -> str:
-        """`3 too long, 1 empty`."""
+        """Return `3 too long, 1 empty`."""
         return ", ".join(f"{self.dropped[reason]:,} {reason}" for reason in REASONS if reason in self.dropped)
 
 

@@ -105,7 +105,7 @@ def _is_one_object(path: Path) -> bool:
 
 
 def _array_elements(path: Path) -> Iterator[Payload]:
-    """Elements of a JSON list, in order."""
+    """Yield the elements of a JSON list, in order."""
     window = JsonText(path)
     window.take("[")
     if window.peek() != "]":
@@ -166,7 +166,7 @@ def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, Payload
 
 
 def read_txt(path: Path) -> Iterator[tuple[int, Payload]]:
-    """Documents separated by blank lines, each a row with one column `text`, numbered by its first line."""
+    """Read documents separated by blank lines, each a row with one column `text`, numbered by its first line."""
     document: list[str] = []
     size = first = number = 0
     for number, line in enumerate(_text_lines(path), 1):
@@ -187,7 +187,7 @@ def read_txt(path: Path) -> Iterator[tuple[int, Payload]]:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, Payload]]:
-    """Rows of a Parquet file, a batch of row groups' rows at a time."""
+    """Read rows of a Parquet file, a batch of row groups' rows at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -224,7 +224,7 @@ def read_arrow(path: Path) -> Iterator[tuple[int, Payload]]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Columnar rows carry every field of every row, absent ones as null; chat templates expect them to be absent."""
+    """Remove nulls: columnar rows carry every field of every row, and templates expect absent ones to be absent."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -252,7 +252,7 @@ def file_type(path: Path) -> str | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
-    """(1-based number, line) with line ends kept; the byte-order mark is removed, bad bytes become a RowError.
+    """Yield (1-based number, line) with line ends kept; the byte-order mark is removed, bad bytes become a RowError.
 
     Raises:
         DataError: the file is UTF-16.
@@ -299,7 +299,7 @@ def _fault(line: bytes, offset: int) -> RowError | None:
 
 
 def _text_lines(path: Path) -> Iterator[str]:
-    """Decoded lines, CRLF made LF, for formats where one bad line spoils the file."""
+    """Yield the decoded lines, CRLF made LF, for formats where one bad line spoils the file."""
     for number, line in _lines(path):
         if isinstance(line, RowError):
             raise DataError(f"{path.name}:{number}: {line}")

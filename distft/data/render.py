@@ -332,7 +332,7 @@ class Renderer(Encoder):
         return self.template.draw(messages, None, open_turn)[0]
 
     def write(self, ids: list[int]) -> str:
-        """Tokens of an answer as text, special tokens left out."""
+        """Decode the tokens of an answer, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _text(self, ids: list[int], text: str, notes: dict[str, str]) -> Rendered:

@@ -61,7 +61,7 @@ class RowSource:
     """Neighbouring turns of one role are joined."""
 
     def rows(self, file: SourceFile) -> Iterator[tuple[int, Payload]]:
-        """(1-based line or row, payload) of one file; `max_rows` is the caller's to count, over all files."""
+        """Yield (1-based line or row, payload) of one file; `max_rows` is the caller's to count, over all files."""
         if file.path is None:
             return _hub_rows(self.table)
         return READERS[file_type(file.path) or ""](file.path)
@@ -252,7 +252,7 @@ def _nearest_name(path: Path) -> str:
 
 
 def hub_dataset(table: SourceTable):
-    """The split of a hub dataset, downloaded or from the library's cache.
+    """Load the split of a hub dataset, downloaded or from the library's cache.
 
     Raises:
         DataError: the library is missing, or it cannot load the dataset.
@@ -272,7 +272,7 @@ def hub_dataset(table: SourceTable):
 
 @functools.cache
 def _loaded(path: str, subset: str | None, split: str):
-    """Downloaded and written to the library's cache by one process for each cache folder; the others then map it."""
+    """Download and cache a split by one process for each cache folder; the others then map it."""
     datasets: Any = importlib.import_module("datasets")
     mine: list[Any] = []
 

@@ -25,7 +25,7 @@ _INLINE = re.compile(r"</?(think|thinking|tool_\w+|tools|functions?|answer)>")
 
 
 def control_tokens(added: dict[str, bool], written: str) -> re.Pattern[str]:
-    """Finds the tokens that only a template may write.
+    """Return a pattern that finds the tokens that only a template may write.
 
     Args:
         added: the tokenizer's added tokens, and whether each is special.

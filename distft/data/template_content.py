@@ -32,7 +32,7 @@ class TemplateContent(TemplateProbe, ABC):
 
     @abstractmethod
     def _lost(self, chat: Conversation, index: int, kind: str, text: str) -> str:
-        """That the template leaves out something, with a remedy that keeps it."""
+        """Return the message about what the template leaves out, with a remedy that keeps it."""
 
     def _refuse_left_out(self, chat: Conversation) -> None:
         if chat.tools and not re.search(r"\btools\b", self.text):

@@ -184,7 +184,7 @@ def _repeats(train: Gathered, row_P: np.ndarray, like_P: np.ndarray, similarity_
 
 
 def _overlap(train: Gathered, held_out: Gathered | None) -> tuple[dict[str, int], tuple[Shared, ...]]:
-    """`num_shared` and `shared`; an evaluation row counts under the first kind that it is of."""
+    """Return `num_shared` and `shared`; an evaluation row counts under the first kind that it is of."""
     counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     shared: list[Shared] = []
     if held_out is None:

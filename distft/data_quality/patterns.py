@@ -59,7 +59,7 @@ def find(text: str) -> Iterator[Hit]:
 
 
 def masked(text: str, shown: int) -> str:
-    """`AKIA… (20 characters)`; never more than a quarter of it."""
+    """Return `AKIA… (20 characters)`; never more than a quarter of it."""
     return f"{text[: min(shown, len(text) // 4)]}… ({len(text)} characters)"
 
 
@@ -84,7 +84,7 @@ def iban(text: str) -> bool:
 
 
 def _real_address(text: str) -> bool:
-    """Not one that RFC 2606 reserves for examples."""
+    """Return whether an address is not one that RFC 2606 reserves for examples."""
     domain = text.rpartition("@")[2].lower()
     return not re.search(r"(^|\.)(example\.(com|org|net)|example|test|invalid|localhost)$", domain)
 

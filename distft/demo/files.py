@@ -134,7 +134,7 @@ def _cache() -> Path:
 
 
 def _version() -> str:
-    """Changes with the code that makes the files, so a stale folder is never read."""
+    """Return a version that changes with the code that makes the files, so a stale folder is never read."""
     here = Path(__file__).parent
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in _SOURCES)).hexdigest()[:12]
 

@@ -145,7 +145,7 @@ def render(incident: Incident, style: Style) -> str:
 
 
 def _distinct_reports(rng: random.Random, seen: set[str]) -> Iterator[tuple[Incident, str]]:
-    """Reports that differ from all in `seen`, and from each other, in more than their numbers."""
+    """Yield the reports that differ from all in `seen`, and from each other, in more than their numbers."""
     while True:
         incident, text = _report(rng)
         skeleton = "".join("#" if char.isdigit() else char for char in text)
@@ -190,7 +190,7 @@ def _report(rng: random.Random) -> tuple[Incident, str]:
 
 
 def _fillers(rng: random.Random, *, besides: str) -> dict[str, str]:
-    """Values for the fields of every phrasing."""
+    """Return the values for the fields of every phrasing."""
     others = [name for names in wording.SERVICES.values() for name in names if name != besides]
     return {
         "n": str(rng.randint(2, 60)),

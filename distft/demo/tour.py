@@ -156,7 +156,7 @@ class Tour:
             raise TourError(f"{stage.recipe} trained but learned too little: {shortfalls}")
 
     def show(self) -> None:
-        """The closing table, and one report with everyone's answer."""
+        """Show the closing table, and one report with everyone's answer."""
         table = Table(title="200 held-out reports, greedy generation")
         table.add_column("model")
         table.add_column("asked for")

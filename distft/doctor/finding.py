@@ -170,7 +170,7 @@ def odd_ones(seen: Sequence[Seen], key: Callable[[Seen], Any]) -> tuple[Any, lis
 
 
 def names(items: Iterable[object], most: int = 4) -> str:
-    """`node1, node2, node3, node4 and 12 more`."""
+    """Return `node1, node2, node3, node4 and 12 more`."""
     listed = [str(item) for item in items]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

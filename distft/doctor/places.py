@@ -29,7 +29,7 @@ class Probe:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, name: str, data: bytes) -> None:
-        """Durable once this returns."""
+        """Write a file; it is durable once this returns."""
         with (self.path / name).open("wb") as file:
             file.write(data)
             file.flush()

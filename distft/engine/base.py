@@ -77,7 +77,7 @@ class BaseEngine(ProcessRanks):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Dropout off, no gradients; afterwards the mode that was there before."""
+        """Turn dropout and gradients off; afterwards the mode is the one that was there before."""
         training = self.model.training
         self.model.eval()
         try:
@@ -111,7 +111,7 @@ class BaseEngine(ProcessRanks):
         return torch.cat([loss.reshape(1), *(self._figures[name] for name in sorted(self._figures))])
 
     def _summed(self, sums: Tensor, squares: Tensor | None = None) -> tuple[list[float], float]:
-        """`sums` and squared gradient norms, added up over ranks and brought to the host: the one sync of a step."""
+        """Sum `sums` and squared gradient norms over ranks on the host: the one sync of a step."""
         values = sums if squares is None else torch.cat([sums, squares.reshape(1)])
         if self.world > 1:
             # float64 on NCCL is fine: some numbers once a step.

@@ -114,7 +114,7 @@ class ModelSizes(Protocol):
         ...
 
     def unit_numel(self, block: int, *, trained_only: bool = False) -> int:
-        """Stored elements of one block, or of ROOT."""
+        """Return the stored elements of one block, or of ROOT."""
         ...
 
 
@@ -143,7 +143,7 @@ class EngineSetup:
         return 2 if self.half and self.grad_dtype == "bfloat16" else FP32
 
     def group(self, within: ShardWithin) -> int:
-        """Ranks of a group (see `distft.engine.groups`)."""
+        """Return the ranks of a group (see `distft.engine.groups`)."""
         if isinstance(within, int):
             return within
         return self.world if within == "world" else self.node
@@ -159,7 +159,7 @@ class GradientRule:
     """A group of tensors at a time (see `OptimizerSpec.per_tensor`)."""
 
     def item_bytes(self, param: ParamSizes) -> int:
-        """Of one element of its gradient."""
+        """Return the bytes of one element of its gradient."""
         return FP32 if self.fp32 else param.item_bytes
 
 
@@ -233,7 +233,7 @@ class Footprint:
     """What is sent in a micro-batch, in words."""
 
     def shards(self, setup: EngineSetup) -> int:
-        """Ranks that cut one tensor among themselves, under an engine that cuts."""
+        """Return the ranks that cut one tensor among themselves, under an engine that cuts."""
         return setup.world
 
     def storage(self, shards: int) -> str:
@@ -241,7 +241,7 @@ class Footprint:
         return "whole"
 
     def keeps_fp32_gradients(self, setup: EngineSetup) -> bool:
-        """Gradients of a bf16 model are kept in fp32 until the update."""
+        """Return whether gradients of a bf16 model are kept in fp32 until the update."""
         return keeps_fp32_gradients(setup.grad_dtype, half=setup.half, micros_per_step=setup.micros_per_step)
 
     def state(self, model: ModelSizes, shards: int, rank: int, rule: GradientRule) -> State:
@@ -264,7 +264,7 @@ class Footprint:
         )
 
     def accumulating_bytes(self, model: ModelSizes, setup: EngineSetup, state: State) -> int:
-        """Gradients while a micro-batch runs that is not the step's last."""
+        """Return the gradients while a micro-batch runs that is not the step's last."""
         return state.accumulating if setup.micros_per_step > 1 else state.kept_gradients
 
     def load_bytes(self, model: ModelSizes, state: State) -> int:
@@ -272,7 +272,7 @@ class Footprint:
         return state.weights + state.quant_constants + model.largest_4bit * model.item_bytes
 
     def gathered(self, model: ModelSizes, setup: EngineSetup) -> GatheredLayers:
-        """Layers put together, and buckets."""
+        """Return the layers that are put together, and buckets."""
         if setup.world == 1:
             return GatheredLayers(num_bytes=0, formula="none: every layer is whole")
         return GatheredLayers(num_bytes=0, formula="none: ddp's buckets are the gradients themselves")
@@ -298,12 +298,12 @@ class SoloFootprint(Footprint):
 
 
 def largest_trained_bytes(model: ModelSizes) -> int:
-    """Bytes of the largest tensor that is trained; 0 without any."""
+    """Return the bytes of the largest tensor that is trained; 0 without any."""
     return max((param.stored_bytes for param in model.params if param.trained), default=0)
 
 
 def constants_bytes(model: ModelSizes) -> int:
-    """Constants of 4-bit weights, which stay whole on every rank: no engine shards what is not a parameter."""
+    """Return the bytes of 4-bit weights' constants, which stay whole on every rank: they are no parameters."""
     return sum(param.constants_bytes for param in model.params)
 
 
@@ -319,12 +319,12 @@ def block_bytes(model: ModelSizes) -> int:
 
 
 def trained_in_block(model: ModelSizes) -> int:
-    """Most trained elements of one block."""
+    """Return the most trained elements of one block."""
     return max(model.unit_numel(block, trained_only=True) for block in range(model.num_blocks))
 
 
 def copied_bytes(numels: list[int], stored: list[int], rule: GradientRule, *, frees: bool) -> int:
-    """Most bytes beside all stored gradients, as `MasterWeights.update` makes fp32 copies of those that are not.
+    """Return the most bytes beside all stored gradients: fp32 copies that `MasterWeights.update` makes.
 
     `frees`: a gradient's memory is free once its copy has been used; else it stays.
     """
@@ -338,5 +338,5 @@ def copied_bytes(numels: list[int], stored: list[int], rule: GradientRule, *, fr
 
 
 def gib_text(num_bytes: float) -> str:
-    """`1.23 GiB`, or MiB where that is little."""
+    """Return `1.23 GiB`, or MiB where that is little."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes / 2**20:.2f} MiB"

@@ -150,7 +150,7 @@ def create_state(flats: Iterable[Tensor], step: Callable[[], None], optimizer: t
 
 
 def _elementwise(state: dict[str, Any], flat: Tensor) -> list[str]:
-    """Names of the state tensors that hold one element per element of `flat`."""
+    """Return the names of the state tensors that hold one element per element of `flat`."""
     return [key for key in _tensors(state) if state[key].numel() == flat.numel()]
 
 
@@ -174,7 +174,7 @@ def _values(state: dict[str, Any], key: str, held: Fragment) -> Tensor | Deferre
 
 
 def _dequantized(state: dict[str, Any], key: str, offset: int, begin: int, end: int) -> Tensor:
-    """Elements [offset + begin, offset + end) of an 8-bit state, block by block around them."""
+    """Return the elements [offset + begin, offset + end) of an 8-bit state, block by block around them."""
     from bitsandbytes import functional
 
     codes, number = state[key], key.removeprefix("state")

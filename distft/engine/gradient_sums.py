@@ -43,10 +43,10 @@ class GradientSums:
         return self._sums.get(param)
 
     def begin_micro(self, *, last: bool) -> None:
-        """A micro-batch begins; `last`: of its step."""
+        """Begin a micro-batch; `last`: of its step."""
 
     def finish(self) -> None:
-        """The step's gradients are all there."""
+        """Finish the step's gradients, which are all there."""
 
     def drop(self, param: nn.Parameter) -> None:
         """Free its sum."""

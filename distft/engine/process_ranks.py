@@ -35,7 +35,7 @@ class ProcessRanks:
         return everyone or []
 
     def sum_over_ranks(self, *values: float) -> list[float]:
-        """Host numbers summed over all ranks, without touching the accelerator."""
+        """Return the host numbers summed over all ranks, without touching the accelerator."""
         if self.world == 1:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)

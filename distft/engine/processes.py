@@ -80,7 +80,7 @@ def detect_launcher(env: Mapping[str, str]) -> tuple[str, int, int, int]:
 
 
 def neighbours(env: Mapping[str, str], rank: int, world: int, local_rank: int) -> Sequence[int]:
-    """Ranks that may run on this machine: the launcher's block of them, or all of a small world."""
+    """Return the ranks that may run on this machine: the launcher's block of them, or all of a small world."""
     size = int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else per_node(env, world)
     if size is not None:
         return range(rank - local_rank, rank - local_rank + size)
@@ -88,7 +88,7 @@ def neighbours(env: Mapping[str, str], rank: int, world: int, local_rank: int) -
 
 
 def per_node(env: Mapping[str, str], world: int) -> int | None:
-    """Processes of each node; None where the environment does not say, or nodes differ."""
+    """Return the processes of each node; None where the environment does not say, or nodes differ."""
     if "LOCAL_WORLD_SIZE" in env:
         size = int(env["LOCAL_WORLD_SIZE"])
     elif equal := re.fullmatch(r"(\d+)(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):

@@ -70,14 +70,14 @@ class SoloEngine(BaseEngine):
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
-        """Sums apart from autograd's are told which micro-batch is the step's last."""
+        """Tell sums that are kept apart from autograd's which micro-batch is the step's last."""
         if self._sums is not None:
             self._sums.begin_micro(last=last)
         with super().accumulating(last=last, seed=seed):
             yield
 
     def backward(self, terms: LossTerms, *, divide_by: float, samples: tuple[str, ...]) -> None:
-        """Gradients are averaged over ranks by ddp and fsdp2: multiply by the world to make that a sum."""
+        """Multiply by the world where ddp and fsdp2 average gradients over ranks, to make that a sum."""
         self._remember(terms, samples)
         (terms.loss_sum * (self.world / divide_by)).backward()
 
@@ -116,7 +116,7 @@ class SoloEngine(BaseEngine):
         self._owned.for_each_group(lambda masters: fragments.create_state(masters, self._step_once, optimizer))
 
     def pieces(self) -> Iterator[Piece]:
-        """Masters and optimizer state of what this rank owns."""
+        """Yield the masters and optimizer state of what this rank owns."""
         return fragments.pieces(self._fragments(), self._optimizer)
 
     def restore(self, reader: StateReader, state: TrainState) -> None:
@@ -129,7 +129,7 @@ class SoloEngine(BaseEngine):
         self._optimizer.step()
 
     def _fragments(self, *, whole: bool = False) -> Iterator[Fragment]:
-        """Replicated tensors are written in as many slices as there are ranks; `whole`: each rank reads all."""
+        """Cut replicated tensors into as many slices as there are ranks; `whole`: each rank reads all."""
         for name, flat in self._owned:
             numel = flat.numel()
             first, last = (0, 1) if whole else (self.rank, self.rank + 1)
@@ -158,7 +158,7 @@ class SoloEngine(BaseEngine):
 
 
 def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """L2 norm of all together, float64 on `device`; squares are added in fp32 whatever gradients are stored in."""
+    """Return the L2 norm of all together, float64 on `device`; squares are added in fp32."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     each: Any = torch._foreach_norm(gradients, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]

@@ -39,7 +39,7 @@ class MeasuredStateBytes:
 
 
 def measure(engine: Any) -> MeasuredStateBytes:
-    """State after an optimizer step.
+    """Return the state after an optimizer step.
 
     `engine` is any that has been set up with a model.
     """
@@ -64,7 +64,7 @@ def measure(engine: Any) -> MeasuredStateBytes:
 
 
 def gradient_bytes(engine: Any) -> int:
-    """Bytes of gradients between the last backward of a step and its update."""
+    """Return the bytes of gradients between the last backward of a step and its update."""
     seen: set[int] = set()
     params = list(_model(engine).parameters())
     total = _bytes((param.grad for param in params), seen)
@@ -119,7 +119,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
-    """Sizes of the storages behind `tensors` that are not in `seen` yet."""
+    """Return the sizes of the storages behind `tensors` that are not in `seen` yet."""
     total = 0
     for tensor in tensors:
         if tensor is None:

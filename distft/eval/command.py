@@ -164,7 +164,7 @@ def _look(
 
 
 def _with_tasks(subject: Subject, names: Sequence[str], limit: int | None, num_fewshot: int | None) -> Subject:
-    """Tasks of lm-eval asked as well, as sets of the recipe would be."""
+    """Add tasks of lm-eval, as sets of the recipe would be."""
     from distft.recipe import AnswersTable
     from distft.recipe.eval_rules import TASK
 
@@ -254,4 +254,4 @@ def _say(line: str) -> None:
 
 
 def _say_nothing(line: str) -> None:
-    """Other ranks: things are said once."""
+    """Print nothing, on other ranks: things are said once."""

@@ -82,7 +82,7 @@ class AnswerRecords:
         )
 
     def copy(self, name: str, *, old: str, new: str) -> None:
-        """The same answers under another label: the best state was the last one."""
+        """Copy the answers to another label: the best state was the last one."""
         for suffix in (".jsonl", ".json"):
             path = self.folder / old / f"{name}{suffix}"
             if path.is_file():
@@ -116,7 +116,7 @@ class AnswerRecords:
         }
 
     def row_ids(self, label: str, name: str) -> list[str]:
-        """Ids of the rows, in order; none when they are not there."""
+        """Return the ids of the rows, in order; none when they are not there."""
         try:
             with (self.folder / label / f"{name}.jsonl").open(encoding="utf-8") as lines:
                 return [json.loads(line)["id"] for line in lines]

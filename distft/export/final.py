@@ -71,7 +71,7 @@ def write_adapter(
     save_adapter: Callable[[Path, dict[str, Tensor]], None],
     save_rest: Callable[[Path], None],
 ) -> None:
-    """The trained tensors only, in the adapter library's own format.
+    """Write the trained tensors only, in the adapter library's own format.
 
     Raises:
         DistftError: a tensor came back empty or in another shape, or every one is still what training started from.
@@ -127,7 +127,7 @@ def _start(engine: Engine, aside: Path) -> None:
 
 
 def _finish(engine: Engine, aside: Path, folder: Path) -> None:
-    """The folder appears whole or not at all."""
+    """Rename the folder, so that it appears whole or not at all."""
     if engine.rank == 0:
         if folder.exists():
             shutil.rmtree(folder)

@@ -58,7 +58,7 @@ class PaddedBatch:
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device, *, filler: int = 0, room: int = 0) -> PaddedBatch:
-    """`rows` as tensors; the mask has `room` more positions, for what the model will write."""
+    """Return `rows` as tensors; the mask has `room` more positions, for what the model will write."""
     longest = max(len(row) for row in rows)
     ids_BL = torch.tensor([[filler] * (longest - len(row)) + list(row) for row in rows])
     lengths_B = torch.tensor([len(row) for row in rows])

@@ -127,7 +127,7 @@ class Generator:
             yield from self._in_halves(batch[start : start + most], len(batch), keep, work)
 
     def _in_halves(self, batch: list[int], of: int, keep: dict[int, Any], work: Work) -> Iterator[None]:
-        """Again in halves when memory runs out.
+        """Run again in halves when memory runs out.
 
         Raises:
             MachineError: one row does not fit; or the forward gathers weights, and ranks would gather past each other.

@@ -16,7 +16,7 @@ class LossMetric:
         """Do nothing: this metric has no clock."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """The step's report has all that is needed."""
+        """Do nothing: the step's report has all that is needed."""
 
     def step(self, state: TrainState, report: StepReport) -> None:
         """Keep the report."""

@@ -32,7 +32,7 @@ class Meters:
         self._epoch_at = epoch_at
 
     def start(self) -> None:
-        """Training begins or goes on after something else: what came before is not a step's time."""
+        """Start the clock: what came before is not a step's time."""
         for metric in self._metrics:
             metric.start()
 

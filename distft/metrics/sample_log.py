@@ -32,7 +32,7 @@ class SampleLog:
         """Do nothing: this metric has no clock."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Remember its rows."""
+        """Remember the micro-batch's rows."""
         self._ids += batch.sample_ids
 
     def step(self, state: TrainState, report: StepReport) -> None:

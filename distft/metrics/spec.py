@@ -13,7 +13,7 @@ class Metric(Protocol):
     """One instance per run and rank. Nothing here may wait for the accelerator except `read`."""
 
     def start(self) -> None:
-        """Before the first step, and again after a pause (an evaluation) between two steps."""
+        """Start before the first step, and again after a pause (an evaluation) between two steps."""
         ...
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:

@@ -52,7 +52,7 @@ class StartUp:
         """Do nothing: micro-batches do not matter here."""
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """Collective, once."""
+        """Report the start-up times; collective, once."""
         if PHASE.stepped:
             return
         PHASE.stepped = True
@@ -79,7 +79,7 @@ class StartUp:
 
 
 def phases() -> dict[str, float]:
-    """Seconds of this process by phase up to now; evaluations before the first step count as `eval`."""
+    """Return the seconds of this process by phase up to now; evaluations before the first step count as `eval`."""
     now = time.monotonic()
     age = host.age_s() if PHASE.runs == 1 else None
     spent = {"imports": max(0.0, age - (now - PHASE.began))} if age is not None else {}
@@ -92,7 +92,7 @@ def phases() -> dict[str, float]:
 
 
 def launched_s(env: Mapping[str, str]) -> float | None:
-    """Seconds from the job's start, as Slurm or else its batch script has it, to this process's; None outside of a job.
+    """Return the seconds from the job's start, by Slurm or its batch script, to this process's; None outside.
 
     Slurm says it from 23.02 on. Two machines' clocks: good to what they differ by.
     """

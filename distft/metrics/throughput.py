@@ -31,7 +31,7 @@ class ThroughputMetric:
         self._since = time.perf_counter()
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Adds up squared document lengths (on the host: the batch was built there)."""
+        """Add up squared document lengths (on the host: the batch was built there)."""
         lengths = batch.cu_seqlens.diff().double()
         self._squares += float(lengths.square().sum())
 

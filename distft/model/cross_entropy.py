@@ -107,7 +107,7 @@ def full_loss(
 def chunked_loss(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """Chunks of at most CHUNK_BYTES of logits, recomputed in the backward pass.
+    """Compute the loss in chunks of at most CHUNK_BYTES of logits, recomputed in the backward pass.
 
     Costs one more head matmul (2·S·V·E FLOPs) and saves 12·S·V bytes.
     """
@@ -122,7 +122,7 @@ def _full(rule: LogitRule, hidden_CE: Tensor, labels_C: Tensor, weight_VE: Tenso
 
 
 def _chunked(losses: Callable[..., Tensor], size: int, *rows: Tensor, shared: tuple[Tensor | None, ...]) -> Tensor:
-    """losses(*chunk, *shared) for each `size` of the first dimension of `rows`, recomputed in the backward pass."""
+    """Compute losses(*chunk, *shared) for each `size` of the rows, recomputed in the backward pass."""
     return _Chunked.apply(losses, size, len(rows), *rows, *shared)  # type: ignore[return-value]
 
 
@@ -174,7 +174,7 @@ class _Chunked(torch.autograd.Function):
 def likelihoods(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """fp32 [S, 2]: log-likelihood of each label, and whether it is the likeliest token; in chunks, no gradients."""
+    """Return fp32 [S, 2]: each label's log-likelihood, and whether it is the likeliest; in chunks."""
     size = chunk_tokens(weight_VE.shape[0])
     judgements = []
     for hidden_CE, labels_C in zip(hidden_SE.split(size), labels_S.split(size), strict=True):
@@ -183,7 +183,7 @@ def likelihoods(
 
 
 def judged(logits_SV: Tensor, labels_S: Tensor) -> Tensor:
-    """fp32 [S, 2]: log-likelihood of each label under its logits, and whether it is the likeliest token."""
+    """Return fp32 [S, 2]: log-likelihood of each label under its logits, and whether it is the likeliest token."""
     likeliest_S = logits_SV.argmax(1) == labels_S
     return torch.stack([-F.cross_entropy(logits_SV, labels_S, reduction="none"), likeliest_S.float()], 1)
 
@@ -344,7 +344,7 @@ def _scale_(grad: Tensor, by_1: Tensor) -> Tensor:
 def fused_loss(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """Liger's fused linear cross-entropy, which makes gradients in the forward and so gives only their sum: [1].
+    """Run Liger's fused linear cross-entropy, which makes gradients in the forward, so gives their sum: [1].
 
     It has a cap and no scale: scales go into the hidden states, and where a bias forbids that the chunked sum runs.
     """

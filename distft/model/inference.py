@@ -43,5 +43,5 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 
 def longest_text(config: Any) -> int | None:
-    """Positions that the model can read; None when its config does not say."""
+    """Return the positions that the model can read; None when its config does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -51,7 +51,7 @@ def find_folder(table: ModelTable) -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    """Transformers' config; code that comes with a model is never run.
+    """Read transformers' config; code that comes with a model is never run.
 
     How the folder stores its weights (`quantization_config`) is left out: they are dequantised when they are read, and
     what is saved is not quantised.
@@ -135,7 +135,7 @@ class MetaModel:
             self._fill_buffers(module, device)
 
     def read_within(self, group: ReadGroup | None) -> None:
-        """Weights of files are read once by the ranks of `group`; random ones every rank draws for itself."""
+        """Let the ranks of `group` read weights of files once; random ones every rank draws for itself."""
         self._shared_reads = None
         if group is not None and isinstance(self._source, SafetensorsSource):
             self._shared_reads = SharedReads(self._source, self._source.tensors, group)
@@ -174,7 +174,7 @@ class MetaModel:
         return self._method.owns(f"{self._names[id(module)]}.x") and self._method.fresh is not None
 
     def saved_buffers(self) -> list[tuple[str, Tensor]]:
-        """Buffers that belong to the weights, by their whole names."""
+        """Return the buffers that belong to the weights, by their whole names."""
         return [
             (f"{name}.{short}" if name else short, buffer)
             for name, module in self.module.named_modules()
@@ -183,7 +183,7 @@ class MetaModel:
         ]
 
     def _fill_buffers(self, module: nn.Module, device: torch.device) -> None:
-        """Constructors made them; those that belong to the weights are read once."""
+        """Fill buffers: constructors made them; those that belong to the weights are read once."""
         for short, buffer in module._buffers.items():
             if buffer is None:
                 continue

@@ -72,7 +72,7 @@ def prove(
 def _reference(
     copies: list[Any], build: Callable[[Any, str], Any], device: torch.device, precisions: list[torch.dtype]
 ) -> Reference:
-    """Transformers' own numbers for the first copy that runs.
+    """Return Transformers' own numbers for the first copy that runs.
 
     Raises:
         MachineError: none does, or what runs is not causal; says why.

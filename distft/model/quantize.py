@@ -81,7 +81,7 @@ def _resolved(name: QuantName, dtype: torch.dtype) -> torch.dtype:
 
 
 def _refuse_rest(lm: Any, dtype: torch.dtype) -> None:
-    """Refuses an architecture most of whose matrices are in a form that is not known here."""
+    """Refuse an architecture most of whose matrices are in a form that is not known here."""
     outside = {id(param) for part in (lm.get_input_embeddings(), lm.get_output_embeddings()) if part is not None
                for param in part.parameters()}  # fmt: skip
     whole = rest = 0
@@ -119,7 +119,7 @@ class In4bit:
 
 
 def _mark_expert(module: Any, short: str, params: QuantParams, dtype: torch.dtype) -> None:
-    """The parameter stays as it is while it is meta; what is filled is packed, and the forward dequantises it."""
+    """Mark an expert to be packed when it is filled; the forward dequantises it."""
     stored = In4bit(
         type=params.type,
         double=params.double,
@@ -236,7 +236,7 @@ class Stored:
 
 
 def count(module: nn.Module) -> Stored:
-    """Weights that are not trained, by whole shape; call before an engine packs or shards them."""
+    """Return the weights that are not trained, by whole shape; call before an engine packs or shards them."""
     four_bit = whole = 0
     seen: set[int] = set()
     for part in module.modules():

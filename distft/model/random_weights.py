@@ -27,7 +27,7 @@ class RandomSource:
         self._seed, self._dtype = seed, dtype
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """Runs transformers' rule for this module on a stand-in that holds real tensors."""
+        """Run transformers' rule for this module on a stand-in that holds real tensors."""
         kind: Any = quantize.plain_class(module)
         stand_in: Any = kind.__new__(kind)
         stand_in.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_modules")})
@@ -66,7 +66,7 @@ class NoSource:
     """For models that are counted and never filled."""
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """Refuses.
+        """Refuse to give values.
 
         Raises:
             MachineError: always.

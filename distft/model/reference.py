@@ -198,7 +198,7 @@ class Reference:
         return answers
 
     def _prompts(self) -> list[tuple[Tensor, Tensor]]:
-        """(probe, the part of it that is continued)."""
+        """Return (probe, the part of it that is continued)."""
         return [(ids, ids[:-NEW_TOKENS] if len(ids) > NEW_TOKENS + 1 else ids[:1]) for ids in self.probes]
 
     def sees_the_future(self) -> float | None:
@@ -348,7 +348,7 @@ def _small_chunks(
     labels_S: Tensor,
     rule: cross_entropy.LogitRule,
 ) -> Tensor:
-    """`loss` over several pieces."""
+    """Compute `loss` over several pieces."""
     size = max(1, len(labels_S) // 2)
     pieces = zip(hidden_SE.split(size), labels_S.split(size), strict=True)
     return torch.cat([loss(hidden_CE, weight_VE, bias_V, labels_C, rule).reshape(-1) for hidden_CE, labels_C in pieces])

@@ -75,7 +75,7 @@ def has_positions(folder: Path, longest: int) -> bool:
 
 
 def num_positions(config: Any) -> int | None:
-    """Positions of the longest text that a model was made for; None when nothing limits them.
+    """Return the positions of the longest text that a model was made for; None when nothing limits them.
 
     A learned embedding has no row beyond them. A rotary one computes them, and has never seen them. Scaled ropes
     (https://arxiv.org/abs/2309.00071 and others) reach `factor` times as far as the original positions.

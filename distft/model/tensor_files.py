@@ -46,7 +46,7 @@ class TensorFiles:
     """Every tensor of a folder's weight files, read lazily by name from mapped files."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the headers of all files.
+        """Read the headers of all files.
 
         Raises:
             RecipeError: there are no weights that can be read, or a file is damaged, incomplete or missing.

@@ -63,7 +63,7 @@ class SafetensorsSource:
         head: HeadSpec | None = None,
         fresh: WeightSource | None = None,
     ) -> None:
-        """Decides for every parameter where it comes from; reads headers only.
+        """Decide for every parameter where it comes from; reads headers only.
 
         `lm`: transformers' model on the meta device, before adapters and quantisation change its names. `dtype`: of
         weights that are dequantised. `head`: of the model; what it declares as fresh comes from `fresh` where the files
@@ -103,7 +103,7 @@ class SafetensorsSource:
         return {short: self._value(f"{name}.{short}" if name else short, device) for short, _ in meta_params(module)}
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
-        """Buffers that the files hold, such as the routing bias of DeepSeek-V3, in the type that they are stored in."""
+        """Return buffers that the files hold, such as DeepSeek-V3's routing bias, in the type they are stored in."""
         return self._value(name, device, cast=False) if name in self._model.tensors else None
 
     def _assign(self, lm: Any, transforms: list[Any]) -> set[str]:
@@ -137,7 +137,7 @@ class SafetensorsSource:
         return unwanted
 
     def _tie(self, lm: Any) -> None:
-        """Tied tensors of which the files hold one, or both alike, are that one."""
+        """Tie tensors of which the files hold one, or both alike."""
         for target, origin in (getattr(lm, "all_tied_weights_keys", None) or {}).items():
             has_target, has_origin = target in self._made_with, origin in self._made_with
             if has_target and has_origin:
@@ -164,7 +164,7 @@ class SafetensorsSource:
             )
 
     def _check_unwanted(self, lm: Any, unwanted: set[str]) -> None:
-        """Refuses tensors that the model has no place for, but those that transformers leaves out by rule."""
+        """Refuse tensors that the model has no place for, but those that transformers leaves out by rule."""
         rules = [*(lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
         buffers = {name for name, _ in lm.named_buffers()}
         prefix = f"{lm.base_model_prefix}."

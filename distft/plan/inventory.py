@@ -137,7 +137,7 @@ class Inventory:
         return max((param.numel for param in self.params if param.double is not None), default=0)
 
     def unit_numel(self, block: int, *, trained_only: bool = False) -> int:
-        """Stored elements of one block, or of ROOT."""
+        """Return the stored elements of one block, or of ROOT."""
         held = (p for p in self.params if p.block == block and (p.trained or not trained_only))
         return sum(param.stored_numel for param in held)
 
@@ -287,7 +287,7 @@ def _listed(built: MetaModel) -> Iterator[Param]:
 
 
 def _linears(built: MetaModel, extra: int) -> Iterator[tuple[int, bool]]:
-    """(weights, trained) of each matrix that `stats.flops_per_token` counts, the last block's `extra` more times."""
+    """Yield (weights, trained) of each matrix that `flops_per_token` counts, the last block's `extra` more times."""
     repeated = {id(module) for module in built.blocks[-1].modules()}
     for module in built.module.modules():
         for layer in stats.of_module(module, built.module):

@@ -76,7 +76,7 @@ class Memory:
 
 
 def of_setup(inventory: Inventory, setup: Setup) -> Memory:
-    """Memory of a rank that holds most."""
+    """Return the memory of a rank that holds most."""
     recipe, world, rates = setup.recipe, setup.machine.world, setup.machine.rates
     optim_params: Any = recipe.optim.params
     state = states.of_rank(
@@ -186,7 +186,7 @@ def _update_workspace(inventory: Inventory, setup: Setup) -> int:
 
 
 def _save_workspace(inventory: Inventory, setup: Setup) -> int:
-    """8-bit moments become fp32 on the device, a block of the staging area at a time."""
+    """Count 8-bit moments that become fp32 on the device, a block of the staging area at a time."""
     size = setup.recipe.optim.spec.state_bytes
     if size is None or size((2**20,)).per_tensor >= 2**20 * FP32:
         return 0

@@ -49,7 +49,7 @@ class Planner:
     _proven: dict[str, ForwardPath] = field(default_factory=dict)
 
     def recipe(self, extra: Sequence[str] = ()) -> Recipe:
-        """With the user's overrides, then `extra`.
+        """Load the recipe with the user's overrides, then `extra`.
 
         Raises:
             RecipeError: every mistake in it.
@@ -57,7 +57,7 @@ class Planner:
         return load_recipe(self.path, registries=REGISTRIES, overrides=[*self.overrides, *extra])
 
     def case(self, extra: Sequence[str] = (), machine: Machine | None = None) -> PlanCase:
-        """Planned with further overrides, on this machine or another.
+        """Plan the recipe with further overrides, on this machine or another.
 
         Raises:
             RecipeError: the recipe's rules refuse them.

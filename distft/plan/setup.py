@@ -147,7 +147,7 @@ def has_liger() -> bool:
 
 
 def forwards(recipe: Recipe, world: int, path: ForwardPath, micro_batch_size: int, document_tokens: int | None) -> int:
-    """Forwards of one step on one rank.
+    """Return the number of forwards of one step on one rank.
 
     With documents alone there are as many as documents: one for each sequence, or, packed, as many as fill it. A
     micro-batch of several sequences is none of a model's concern then.

@@ -48,7 +48,7 @@ class Speed:
 
 
 def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
-    """Predicted speed of a run that fits."""
+    """Return the predicted speed of a run that fits."""
     gpu, world, tokens = setup.machine.gpu, setup.machine.world, setup.usual_tokens
     length = tokens if setup.single else setup.recipe.data.max_length
     kept = memory.activations
@@ -142,7 +142,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
 
 
 def _matmul_flops(inventory: Inventory, setup: Setup) -> tuple[float, float]:
-    """(needed, repeated by checkpointing) per token; see `distft.model.stats.flops_per_token`."""
+    """Return (needed, repeated by checkpointing) per token; see `distft.model.stats.flops_per_token`."""
     needed = sum((6.0 if trained else 4.0) * numel for numel, trained in inventory.linears)
     blocks = sum(numel for numel, _ in inventory.linears) - _head_weights(inventory)
     again = {"off": 0.0, "selective": 1.0, "full": 2.0}[setup.checkpointing] * blocks
@@ -156,7 +156,7 @@ def _head_weights(inventory: Inventory) -> int:
 
 
 def _attention_flops(inventory: Inventory, length: int) -> float:
-    """Causal forward per token, over sequences of `length`: 2·L·h·d·s."""
+    """Return causal forward per token, over sequences of `length`: 2·L·h·d·s."""
     return 2.0 * sum(shape.width for shape in attention_shapes(inventory.config)) * length
 
 

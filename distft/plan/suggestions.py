@@ -98,7 +98,7 @@ def _savers(case: PlanCase) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _saving_engines() -> list[EngineSpec]:
-    """Engines that are offered where memory is short; the last one saves most."""
+    """Return the engines that are offered where memory is short; the last one saves most."""
     saving = [spec for spec in ENGINES.values() if spec.footprint.saves_memory]
     return sorted(saving, key=lambda spec: spec.footprint.saves_memory)
 
@@ -176,7 +176,7 @@ def _more_gpus(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
 
 
 def _methods(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
-    """Methods that save more, LoRA before QLoRA: what is trained changes, so they come last."""
+    """Yield methods that save more, LoRA before QLoRA: what is trained changes, so they come last."""
     now = case.setup.recipe.method.spec
     saving = [spec for spec in METHODS.values() if spec.saves_memory > now.saves_memory]
     for spec in sorted(saving, key=lambda spec: spec.saves_memory):

@@ -195,7 +195,7 @@ class _Reader:
 
 
 def _unusable_values(value: object, key: KeyPath) -> Iterator[RecipeMistake]:
-    """Values that TOML can write and no setting can have."""
+    """Yield the values that TOML can write and no setting can have."""
     inside = value.items() if is_table(value) else enumerate(value) if is_array(value) else ()
     if why := _unusable(value):
         yield RecipeMistake(key=key, message=why)

@@ -73,7 +73,7 @@ def _steps(name: str) -> list[str]:
 
 
 def _place(inner: Any, step: str, so_far: str) -> str | int:
-    """`step` as an index into `inner`."""
+    """Return `step` as an index into `inner`."""
     if is_table(inner):
         return step
     if not is_array(inner):

@@ -121,7 +121,7 @@ def chat_template_is_known(recipe: Recipe, registries: Registries) -> Iterator[R
 
 
 def date_is_a_day(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """Chat templates are given a day of the calendar."""
+    """Check that chat templates are given a day of the calendar."""
     try:
         datetime.date.fromisoformat(recipe.data.date or "2026-01-31")
     except ValueError:
@@ -142,7 +142,7 @@ def formats_are_known(recipe: Recipe, registries: Registries) -> Iterator[Recipe
 
 
 def one_way_to_say_how_long(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """`epochs` and `max_steps` would overrule each other."""
+    """Check that only one of `epochs` and `max_steps` is set: they would overrule each other."""
     if recipe.train.epochs is not None and recipe.train.max_steps is not None:
         yield RecipeMistake(
             key=("train", "max_steps"), message="cannot be set together with epochs", fix="remove one of the two"
@@ -196,7 +196,7 @@ def weight_or_share(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
 
 
 def shares_leave_room(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """Shares are fractions of an epoch whose length the other sources give."""
+    """Check shares, which are fractions of an epoch whose length the other sources give."""
     shares = [(position, source.share) for position, source in enumerate(recipe.data.train) if source.share]
     if not shares:
         return
@@ -219,7 +219,7 @@ def shares_leave_room(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
 
 
 def sources_are_distinct(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """Rows are repeated by weight, not by naming them twice."""
+    """Check that rows are repeated by weight, not by naming them twice."""
     for part, sources in _sources(recipe):
         seen: set[tuple[str | None, ...]] = set()
         for position, source in enumerate(sources):
@@ -319,7 +319,7 @@ def optimizer_fits_engine(recipe: Recipe, registries: Registries) -> Iterator[Re
 
 
 def adapters_recompute_outside_gathers(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """ZeRO-3 gathers layers with adapters one by one, and selective recomputation cannot replay gathers in a block."""
+    """Check that selective recomputation does not replay gathers of ZeRO-3's adapters in a block."""
     adapter = getattr(recipe.method.spec, "adapter", False)
     inside = getattr(getattr(recipe.engine.spec, "footprint", None), "gathers_inside_blocks", False)
     if adapter and inside and recipe.train.activation_checkpointing == "selective":

@@ -21,7 +21,7 @@ def is_array(value: object) -> TypeGuard[list[Any]]:
 
 
 def toml_text(content: Mapping[str, Any]) -> str:
-    """`content` as a TOML document: plain keys, then one section per table, deeper tables inline."""
+    """Return `content` as a TOML document: plain keys, then one section per table, deeper tables inline."""
     plain = {key: value for key, value in content.items() if not is_table(value)}
     sections = [_pairs(plain)]
     for table, values in content.items():

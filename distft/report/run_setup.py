@@ -83,7 +83,7 @@ def _micro(layout: dict[str, Child]) -> str:
 
 
 def cost(run: RunRecord, price: float | None) -> Iterator[Html]:
-    """Hours, and money where a price is known."""
+    """Yield the hours, and money where a price is known."""
     hours = run.gpu_hours
     if hours is None:
         yield missing("Without a start in events.jsonl no time is known, and no cost.")
@@ -111,7 +111,7 @@ def cost(run: RunRecord, price: float | None) -> Iterator[Html]:
 
 
 def money(amount: float) -> str:
-    """Two digits, more for less than a cent."""
+    """Return money with two digits, more for less than a cent."""
     return f"{amount:,.2f}" if amount >= 0.01 or not amount else f"{amount:.2g}"
 
 

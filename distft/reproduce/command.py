@@ -223,4 +223,4 @@ def _finish(options: argparse.Namespace, result: dict[str, Any], code: int) -> i
 
 
 def _quiet(line: str) -> None:
-    """With --json nothing else is printed."""
+    """Print nothing: with --json nothing else is printed."""

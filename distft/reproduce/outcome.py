@@ -132,7 +132,7 @@ def _about_answers(answers: Answers) -> str:
 
 
 def compare(first: RunRecord, second: RunRecord, *, until: int | None = None) -> Outcome:
-    """`until`: only steps up to this one, and then not the tensors, which are those of the end."""
+    """Compare two runs; `until`: only steps up to this one, and then not the tensors, which are the end's."""
     columns = [_column(name, first, second, until) for name in COLUMNS]
     wanted = {record["step"] for record in first.steps if until is None or record["step"] <= until}
     made = {record["step"] for record in second.steps}

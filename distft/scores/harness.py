@@ -44,7 +44,7 @@ class TextGenerator(Protocol):
         ...
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        """Log-likelihood of each text from its first token on, in windows where it is longer than the model reads."""
+        """Return the log-likelihood of each text from its first token on, in windows where it is long."""
         ...
 
     def generate(
@@ -243,7 +243,7 @@ def _unknown(task: str, tasks: list[str]) -> Problem:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Tasks draw from the global generators; training must not notice."""
+    """Seed the global generators, which tasks draw from, and restore them: training must not notice."""
     before, numpy_before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -255,7 +255,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _wrapped(model: TextGenerator, drawn: Callable[..., str]) -> Any:
-    """`model` as the library's abstract class, which can be named only once the library is there."""
+    """Return `model` as the library's abstract class, which can be named only once the library is there."""
     base: Any = importlib.import_module("lm_eval.api.model").LM
 
     class Model(base):
@@ -271,7 +271,7 @@ def _wrapped(model: TextGenerator, drawn: Callable[..., str]) -> Any:
             return model.loglikelihood_rolling([request.args[0] for request in requests])
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            """Requests of equal settings together; answers in the order of requests."""
+            """Answer requests of equal settings together; answers are in the order of requests."""
             groups: dict[tuple[Any, ...], list[int]] = {}
             for index, request in enumerate(requests):
                 groups.setdefault(_settings(request.args[1]), []).append(index)
@@ -295,7 +295,7 @@ def _settings(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], int, floa
 
 
 def _figure(metric: str, filter_name: str) -> str:
-    """`acc`, or `exact_match,strict-match` where a task's filter has a name."""
+    """Return `acc`, or `exact_match,strict-match` where a task's filter has a name."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 

@@ -14,7 +14,7 @@ def convert(row: Row) -> Conversation:
 
 
 def tools_of(row: Row) -> Any:
-    """Tool definitions, under either name.
+    """Return the tool definitions, under either name.
 
     Raises:
         RowError: both columns hold some.

@@ -38,7 +38,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 
 
 def convert(row: Row) -> Group:
-    """Two documents, chosen first; `margin_G` is how much better the chosen one is, 0 where the row does not say."""
+    """Return two documents, chosen first; `margin_G` is how much better the chosen one is, 0 if not given."""
     chosen, rejected, margin = _sides(row)
     prompt, tools = _prompt(row)
     if isinstance(chosen, str) and isinstance(rejected, str):

@@ -17,7 +17,7 @@ from distft.data.samples import (
 
 
 def convert(row: Row) -> PromptCompletion | Conversation:
-    """Strings give raw text; message lists one chat whose prompt messages are given, not learnt."""
+    """Return raw text of strings; of message lists one chat whose prompt messages are given, not learnt."""
     prompt, completion = _messages(row.get("prompt")), _messages(row.get("completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         if not completion:

@@ -30,7 +30,7 @@ TAKEN = 0.1
 
 
 def look(here: Here) -> Facts:
-    """`nvidia-smi -q -x`, once on each host."""
+    """Run `nvidia-smi -q -x`, once on each host."""
     facts: Facts = {"expected": int(here.env.get("SLURM_GPUS_ON_NODE", "0")), "gpus": [], "trouble": ""}
     if not here.leads:
         return facts
@@ -86,7 +86,7 @@ def read_smi(text: str, own_pids: set[int] = frozenset()) -> tuple[str, list[Fac
 
 
 def visible(gpus: list[Facts], env: Mapping[str, str]) -> list[Facts]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, by number or by UUID."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, by number or by UUID."""
     chosen = env.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return gpus

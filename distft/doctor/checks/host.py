@@ -72,7 +72,7 @@ def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
 
 
 def _free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group where that is less."""
+    """Return the bytes that this process may still take: of the machine, or of its control group where that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     for limit, used in (

@@ -15,7 +15,7 @@ ODD_SHARE = 0.5
 
 
 def look(here: Here) -> Facts:
-    """All-reduce, all-gather, then each rank with its neighbours."""
+    """Measure all-reduce, all-gather, then each rank with its neighbours."""
     if here.group is None or here.world == 1:
         return {"alone": True}
     import torch
@@ -74,7 +74,7 @@ def slowest_rank(seen: Sequence[Seen]) -> tuple[Seen, float, float]:
 
 
 def expected_link(device: str, *, hosts: int) -> float | None:
-    """Bytes per second of the slowest link between these GPUs on paper; None where that is not known."""
+    """Return the bytes per second of the slowest link between these GPUs on paper; None where that is not known."""
     gpu = of_device(device)
     if gpu is None:
         return None

@@ -14,7 +14,7 @@ INFINIBAND = Path("/sys/class/infiniband")
 
 
 def look(here: Here) -> Facts:
-    """Names, addresses, interfaces and adapters of this host."""
+    """Return the names, addresses, interfaces and adapters of this host."""
     address, port = here.env.get("MASTER_ADDR"), here.env.get("MASTER_PORT")
     listens = here.rank == 0 and here.world > 1 and here.env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return {

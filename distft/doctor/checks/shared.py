@@ -21,7 +21,7 @@ LEAST_INODES = 10_000
 
 
 def look(here: Here) -> Facts:
-    """Each process writes, then looks for what the others wrote; rank 0 replaces a file that all read, and locks it."""
+    """Write on each process, then look for the others' files; rank 0 replaces a file that all read, and locks it."""
     probe = Probe(here.options.shared, here.from_first(Probe(here.options.shared).name))
     wrote = _try(lambda: _write(probe, here.rank))
     everyone = here.gather(wrote)

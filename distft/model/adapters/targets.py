@@ -25,7 +25,7 @@ _MANY = 3
 
 
 def _saved(params: Any) -> tuple[str, ...]:
-    """Modules trained whole; none where a method has no such key."""
+    """Return the modules trained whole; none where a method has no such key."""
     return getattr(params, "modules_to_save", ())
 
 
@@ -174,7 +174,7 @@ class _Names:
         return f"the model has {', '.join(listed[:12])}{', ...' if len(listed) > 12 else ''}"
 
     def below(self, name: str) -> list[str]:
-        """Short names of what could be named instead of a module that holds others."""
+        """Return the short names of what could be named instead of a module that holds others."""
         inside = [module for module in self.modules if module.startswith(f"{name}.") and self.has_adapter(module)]
         return list(dict.fromkeys(module.rpartition(".")[2] for module in inside))
 
@@ -313,7 +313,7 @@ def _ends_with(module: str, name: str) -> bool:
 
 
 def _adapts(module: Any) -> Literal["linear", "embedding", ""]:
-    """Linear is also GPT-2's transposed layer."""
+    """Return what kind of adapter a module can have; linear is also GPT-2's transposed layer."""
     from torch import nn
 
     kind = type(module)
