@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-preference test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-preference test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema importing clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -121,6 +121,10 @@ architectures: setup
 
 schema: setup
 	$(BIN)/python -c 'from distft.catalog import REGISTRIES; from distft.recipe import schema_text; open("recipes/schema.json", "w", encoding="utf-8").write(schema_text(REGISTRIES))'
+
+# The tables of docs/importing.md, from those of distft/importers.
+importing: setup
+	PYTHONPATH=tests/helpers $(BIN)/python tests/helpers/importing_page.py docs/importing.md
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs

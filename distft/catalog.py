@@ -15,6 +15,7 @@ from distft.demo.files import resolve_paths
 from distft.engine import ENGINES
 from distft.export import EXPORTS
 from distft.generation import GENERATORS
+from distft.importers import IMPORTERS
 from distft.model.adapters import METHODS
 from distft.model.heads import HEADS
 from distft.objectives import OBJECTIVES
@@ -29,7 +30,7 @@ def _open_registries() -> Sequence[Registry[Any]]:
     """Return what plugins may add to; metrics import torch, and count once something has imported them."""
     metrics = [sys.modules["distft.metrics"].METRICS] if "distft.metrics" in sys.modules else []
     parts = [METHODS, OBJECTIVES, OPTIMIZERS, SCHEDULES, ENGINES, FORMATS, SCORES, COLUMNS, HEADS]
-    return [*parts, GENERATORS, STEP_SOURCES, EXPORTS, *metrics]
+    return [*parts, GENERATORS, STEP_SOURCES, EXPORTS, IMPORTERS, *metrics]
 
 
 PLUGINS = Plugins(_open_registries, installed)

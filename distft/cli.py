@@ -106,6 +106,11 @@ VERBS: dict[str, Verb] = {
         main="distft.recipes:main",
         parser="distft.recipes:parser",
     ),
+    "import": Verb(
+        help="Make a recipe of a file of Axolotl, LLaMA-Factory, TRL or torchtune, or of an OpenAI job.",
+        main="distft.import:main",
+        parser="distft.import_options:parser",
+    ),
     "completion": Verb(
         help="Print the script that completes verbs, flags and values in bash, zsh or fish.",
         main="distft.cli:print_completion",

@@ -167,6 +167,16 @@ def refuse_other_rows(recipe: Recipe, report: PrepareReport, split: str) -> None
     _refuse(recipe, [fault])
 
 
+def fitting_values(objective: ObjectiveSpec) -> tuple[str, ...]:
+    """Return the names of the numbers of rows that an objective may be given (`FormatSpec.values`)."""
+    fitting = [
+        spec
+        for spec in FORMATS.values()
+        if (spec.group_size, set(spec.decisive)) == (objective.group_size, set(objective.decisive))
+    ]
+    return tuple(dict.fromkeys(name for spec in fitting for name in spec.values))
+
+
 def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
     """Return the model's modules; kept by config, versions and code, as building them imports torch."""
     parts = [(folder / "config.json").read_bytes(), version("transformers").encode()]

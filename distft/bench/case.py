@@ -94,6 +94,8 @@ def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
             micro_batch_size=1 if layout.single else layout.micro_batch_size,
             rank=rank,
             world=world,
+            group_size=recipe.objective.spec.group_size,
+            values=compatibility.fitting_values(recipe.objective.spec),
         )
         rows = assemble.Data(
             steps=steps,  # type: ignore[arg-type]  # all of `StepSource`, and what the meters ask

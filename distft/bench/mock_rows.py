@@ -1,4 +1,6 @@
-"""Full-length mock rows: every sequence one document of `max_length` random tokens, all supervised. The ceiling.
+"""Full-length mock rows: every sequence one row of `max_length` random tokens, all supervised. The ceiling.
+
+A row is one document, or the documents that the objective trains together, which share its tokens.
 
 Shape letters: T tokens of one micro-batch.
 """
@@ -27,11 +29,15 @@ class FullSteps:
         micro_batch_size: int,
         rank: int,
         world: int,
+        group_size: int = 1,
+        values: tuple[str, ...] = (),
     ) -> None:
+        """As `distft.data.loader.Steps`; `values`: names of the rows' numbers, which are 0 and 1 in turns."""
         self._seed, self._vocabulary, self._length = seed, vocabulary, max_length
         self.num_steps = num_steps
         self._batch, self._micro = global_batch_size, micro_batch_size
         self._rank, self._slice = rank, global_batch_size // world
+        self._group_size, self._values = group_size, values
 
     def samples_in(self, step: int) -> int:
         """Return the same number for every step."""
@@ -51,18 +57,24 @@ class FullSteps:
 
     def _micro_batch(self, position: int) -> Batch:
         ids_T = torch.cat([self._sequence(position + offset) for offset in range(self._micro)])
+        one, rest = divmod(self._length, self._group_size)
+        lengths_D = torch.tensor([*[one] * (self._group_size - 1), one + rest] * self._micro)
+        ends_D = lengths_D.cumsum(0)
         labels_T = ids_T.roll(-1)
-        labels_T[self._length - 1 :: self._length] = IGNORE
+        labels_T[ends_D - 1] = IGNORE
+        numbers_G = (torch.arange(position, position + self._micro) % 2).float()
         return Batch(
             input_ids_T=ids_T,
             labels_T=labels_T,
-            position_ids_T=torch.arange(self._length).repeat(self._micro),
-            cu_seqlens=torch.arange(0, len(ids_T) + 1, self._length, dtype=torch.int32),
-            max_seqlen=self._length,
-            num_supervised=self._micro * (self._length - 1),
+            position_ids_T=torch.cat([torch.arange(int(length)) for length in lengths_D]),
+            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends_D]).to(torch.int32),
+            max_seqlen=int(lengths_D.max()),
+            num_supervised=len(ids_T) - len(lengths_D),
             num_tokens=len(ids_T),
             sample_ids=tuple(f"mock row {position + offset}" for offset in range(self._micro)),
             position=position,
+            group_sizes=(self._group_size,) * self._micro,
+            columns=dict.fromkeys(self._values, numbers_G),
         )
 
     def _sequence(self, number: int) -> torch.Tensor:

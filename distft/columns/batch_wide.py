@@ -6,7 +6,7 @@ Every document of the batch gets the same number. Packing, micro-batches, accumu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -90,5 +90,6 @@ def _everywhere(value: float) -> TensorOf:
     return lambda batch: torch.full((batch.num_documents,), value, dtype=torch.float64, device=batch.labels_T.device)
 
 
-KL = ColumnSpec(name="kl_D", open=_open_kl, reads_reference=True, derive=_mismatched)
-SHIFT = ColumnSpec(name="shift_D", open=_open_shift, reads_reference=True)
+_READS: dict[str, Any] = {"reads_reference": True, "policy_forwards": 1, "reference_forwards": 1}
+KL = ColumnSpec(name="kl_D", open=_open_kl, derive=_mismatched, **_READS)
+SHIFT = ColumnSpec(name="shift_D", open=_open_shift, **_READS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distft.columns.spec import ColumnInputs, ColumnSpec, Supplier, of_each
 from distft.core.errors import MachineError
@@ -97,5 +97,6 @@ def _by_document(inputs: ColumnInputs) -> Supplier:
     return of_each(lambda batch: batch.sum_by_document(by_token(batch)))
 
 
-BY_TOKEN = ColumnSpec(name="ref_logprob_S", open=lambda inputs: of_each(inputs.reference()), reads_reference=True)
-BY_DOCUMENT = ColumnSpec(name="ref_logprob_D", open=_by_document, reads_reference=True)
+_READS: dict[str, Any] = {"reads_reference": True, "reference_forwards": 1}
+BY_TOKEN = ColumnSpec(name="ref_logprob_S", open=lambda inputs: of_each(inputs.reference()), **_READS)
+BY_DOCUMENT = ColumnSpec(name="ref_logprob_D", open=_by_document, **_READS)

@@ -48,6 +48,10 @@ class ColumnSpec:
     """
     reads_reference: bool = False
     """It follows from the model before training: then the policy must be that model before the first update."""
+    policy_forwards: int = 0
+    """Forwards of the policy for each micro-batch of a step, beside the objective's own."""
+    reference_forwards: int = 0
+    """Forwards of the reference for each micro-batch; where they are computed before training, of all rows once."""
     derive: Callable[[RowPass], RowPass] | None = None
     """Makes further rows of the prepared ones, whose log-probabilities it needs as well."""
 

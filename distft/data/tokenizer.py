@@ -77,7 +77,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
 
 
 def load_decoder(path: str, revision: str | None = None) -> Callable[[list[int]], str]:
-    """Return a decoder, ids -> text with special tokens shown; without transformers where the tokenizer has its fast form.
+    """Return a decoder of ids, special tokens shown; without transformers where the tokenizer has its fast form.
 
     Raises:
         DataError: as `load_tokenizer`.

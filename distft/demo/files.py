@@ -49,7 +49,7 @@ MODEL_CONFIG: dict[str, Any] = {
 when no gradient is recorded, so another width trains and then fails at the first evaluation (0.50)."""
 
 _FILES = {SCHEME + MODEL: MODEL} | {
-    f"{SCHEME}{name}": f"{name}.jsonl" for name in (*incidents.SIZES, *incidents.PAIR_SIZES)
+    f"{SCHEME}{name}": f"{name}.jsonl" for name in (*incidents.SIZES, *incidents.PAIR_SIZES, *incidents.LABEL_SIZES)
 }
 _SOURCES = ("files.py", "incidents.py", "tokenizer.py", "wording.py")
 """The modules that decide what the files contain."""

@@ -29,8 +29,10 @@ SIZES: dict[str, tuple[Style, int]] = {
     "incidents-json/valid": ("json", 200),
 }
 """Dataset -> answer format and number of rows. No report appears in two of them."""
-PAIR_SIZES = {"incidents-pairs/train": 800, "incidents-pairs/valid": 200}
+PAIR_SIZES = {"incidents-pairs/train": 1600, "incidents-pairs/valid": 200}
 """Preference dataset -> pairs; the rejected answer misreads one fact of the report."""
+LABEL_SIZES = {"incidents-labels/train": 1600, "incidents-labels/valid": 200}
+"""Dataset of single answers -> rows; every second one misreads a fact of its report, and is labelled as bad."""
 SEED = 20
 HELD_OUT_SEED = 2026_11_26
 """Drawn once, after every setting of the demo had been fixed on other held-out reports, and never tuned on since."""
@@ -82,8 +84,8 @@ class Incident:
         }
 
 
-def datasets() -> dict[str, list[dict[str, str]]]:
-    """Return the `{"prompt", "completion"}` rows of each dataset.
+def datasets() -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each dataset: `{"prompt", "completion"}`, pairs, or answers with a label.
 
     No dataset shares a report with another: two streams, which see each other's.
     """
@@ -91,7 +93,7 @@ def datasets() -> dict[str, list[dict[str, str]]]:
     first = _distinct_reports(random.Random(SEED), seen)
     drawn = {name: [next(first) for _ in range(count)] for name, (_, count) in SIZES.items()}
     fresh = _distinct_reports(random.Random(HELD_OUT_SEED), seen)
-    made: dict[str, list[dict[str, str]]] = {}
+    made: dict[str, list[dict[str, Any]]] = {}
     for name, (style, count) in SIZES.items():
         held_out = name.endswith("/valid")  # in place of those that the settings were chosen on
         pairs = [next(fresh) for _ in range(count)] if held_out else drawn[name]
@@ -100,6 +102,16 @@ def datasets() -> dict[str, list[dict[str, str]]]:
     for name, count in PAIR_SIZES.items():
         reports = [next(fresh if name.endswith("/valid") else first) for _ in range(count)]
         made[name] = [_pair(misreading, facts, text) for facts, text in reports]
+    for name, count in LABEL_SIZES.items():
+        reports = [next(fresh if name.endswith("/valid") else first) for _ in range(count)]
+        made[name] = [
+            {
+                "prompt": text + PROMPT_END,
+                "completion": render(near_miss(misreading, facts) if number % 2 else facts, "lines"),
+                "label": number % 2 == 0,
+            }
+            for number, (facts, text) in enumerate(reports)
+        ]
     return made
 
 
@@ -109,43 +121,47 @@ def _pair(rng: random.Random, facts: Incident, text: str) -> dict[str, str]:
 
 
 def _other_number(rng: random.Random, text: str) -> str:
-    """Return the text with one digit misread."""
-    places = [index for index, char in enumerate(text) if char.isdigit()]
-    position = rng.choice(places)
-    return (
-        text[:position] + rng.choice([digit for digit in "123456789" if digit != text[position]]) + text[position + 1 :]
-    )
+    """Return the text with its digits read as others."""
+    while True:
+        changed = "".join(rng.choice("0123456789") if char.isdigit() else char for char in text)
+        if changed != text:
+            return changed
 
 
 def near_miss(rng: random.Random, facts: Incident) -> Incident:
-    """Return the incident as somebody tells it who has misread one fact."""
-    others = [service for service in wording.SERVICES[facts.component] if service != facts.service]
-    wrong: list[dict[str, Any]] = [
-        {"environment": "staging" if facts.environment == "production" else "production"},
-        {"scope": rng.choice([scope for scope in ("most", "some", "few") if scope != facts.scope])},
-        {"data_loss": not facts.data_loss},
-        {"workaround": not facts.workaround},
-        {"component": rng.choice([component for component in COMPONENTS if component != facts.component])},
-        *([{"service": rng.choice(others)}] if others else []),
-        *([{"action": _other_number(rng, facts.action)}] * 2 if any(map(str.isdigit, facts.action)) else []),
-        *(
-            [{"action": facts.action.replace(facts.service, rng.choice(others))}]
-            if others and facts.service in facts.action
-            else []
-        ),
+    """Return the incident as somebody tells it who has misread one fact.
+
+    What is misread most is what the demo's fine-tuned model misreads most: numbers, and names among several.
+    """
+    services = [service for service in wording.SERVICES[facts.component] if service != facts.service]
+    component = rng.choice([component for component in COMPONENTS if component != facts.component])
+    elsewhere = rng.choice(wording.SERVICES[component])
+    wrong: list[tuple[int, dict[str, Any]]] = [
+        (1, {"environment": "staging" if facts.environment == "production" else "production"}),
+        (1, {"scope": rng.choice([scope for scope in ("most", "some", "few") if scope != facts.scope])}),
+        (1, {"data_loss": not facts.data_loss}),
+        (1, {"workaround": not facts.workaround}),
+        (3, {"component": component, "service": elsewhere}),
     ]
-    return replace(facts, **rng.choice(wrong))
+    if services:
+        wrong.append((3, {"service": rng.choice(services)}))
+    if any(map(str.isdigit, facts.action)):
+        wrong.append((10, {"action": _other_number(rng, facts.action)}))
+    if any(map(str.isdigit, facts.symptom)):
+        wrong.append((8, {"symptom": _other_number(rng, facts.symptom)}))
+    [change] = rng.choices([change for _, change in wrong], [weight for weight, _ in wrong])
+    return replace(facts, **change)
 
 
 def render(incident: Incident, style: Style) -> str:
-    """Return the answer in one of the two fixed formats."""
+    """The answer in one of the two fixed formats."""
     if style == "json":
         return json.dumps(incident.answer, separators=(",", ":"))
     return "\n".join(f"{key}: {value}" for key, value in incident.answer.items())
 
 
 def _distinct_reports(rng: random.Random, seen: set[str]) -> Iterator[tuple[Incident, str]]:
-    """Yield the reports that differ from all in `seen`, and from each other, in more than their numbers."""
+    """Reports that differ from all in `seen`, and from each other, in more than their numbers."""
     while True:
         incident, text = _report(rng)
         skeleton = "".join("#" if char.isdigit() else char for char in text)
@@ -184,13 +200,13 @@ def _report(rng: random.Random) -> tuple[Incident, str]:
         sentences.append(rng.choice(wording.ENVIRONMENT_ASIDES[incident.environment]))
     for template in rng.sample(wording.DISTRACTORS, rng.choice((0, 0, 1, 2))):
         sentences.append(template.format(**fields))
-    kept = [sentence for sentence in sentences if sentence]
-    rng.shuffle(kept)
-    return incident, " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in kept)
+    told = [sentence for sentence in sentences if sentence]
+    rng.shuffle(told)
+    return incident, " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in told)
 
 
 def _fillers(rng: random.Random, *, besides: str) -> dict[str, str]:
-    """Return the values for the fields of every phrasing."""
+    """Values for the fields of every phrasing."""
     others = [name for names in wording.SERVICES.values() for name in names if name != besides]
     return {
         "n": str(rng.randint(2, 60)),

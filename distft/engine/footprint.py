@@ -288,6 +288,10 @@ class Footprint:
         """Return what a rank sends."""
         return Sent(step=2 * setup.reduced_bytes * model.trained * (setup.world - 1) / setup.world)
 
+    def sent_in_forward(self, model: ModelSizes, setup: EngineSetup) -> float:
+        """Bytes that a rank sends in a forward without gradients."""
+        return 0.0
+
 
 class SoloFootprint(Footprint):
     """One process: a gradient becomes the parameter's own."""

@@ -134,6 +134,12 @@ class Fsdp2Footprint(Footprint):
             return Sent(step=across, step_inside=inside)
         return Sent(step=across, micro_inside=inside)
 
+    def sent_in_forward(self, model: ModelSizes, setup: EngineSetup) -> float:
+        """Every weight gathered, unless it stays whole for a step."""
+        group = self.shards(setup)
+        stored = sum(param.stored_bytes for param in model.params)
+        return 0.0 if _gathers_once(setup) else stored * (group - 1) / group
+
 
 def _params(setup: EngineSetup) -> Fsdp2Params:
     assert isinstance(setup.params, Fsdp2Params)

@@ -187,6 +187,10 @@ class Zero3Footprint(Footprint):
             return Sent(micro=(trained + reduced) * others, micro_inside=(2 * stored - trained) * (over - 1) / over)
         return Sent(micro=(2 * stored + reduced) * others)
 
+    def sent_in_forward(self, model: ModelSizes, setup: EngineSetup) -> float:
+        """Every weight gathered."""
+        return sum(param.stored_bytes for param in model.params) * _others(setup.world)
+
 
 def _second_copy_over(setup: EngineSetup) -> int:
     """Return the ranks that keep a second copy of the weights among them; 0: there is none."""

@@ -77,6 +77,8 @@ class PlanCase:
             "step_s_predicted": fast.step_s,
             "hours_predicted": fast.hours,
             "hours_per_billion_tokens_predicted": fast.hours_per_billion_tokens,
+            "columns_s_predicted": fast.columns_s,
+            "reference_hours_per_billion_tokens_predicted": fast.reference_hours_per_billion_tokens,
             "flops_per_token": fast.flops_per_token,
             "rates": setup.machine.rates.source or "assumed",
             "gpu_bytes": gpu.memory_bytes,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distft.columns import COLUMNS
 from distft.core.accelerators import Accelerator
 from distft.core.registry import Params
 from distft.engine import ENGINES, EngineSpec
@@ -127,6 +128,24 @@ class Setup:
             "chunked": cross_entropy.chunked_loss if per_token else cross_entropy.chunked_sum,
             "full": cross_entropy.full_loss,
         }[self.loss]
+
+    @property
+    def reference_before_training(self) -> bool:
+        """The reference's log-probabilities are computed once: the method changes the base itself."""
+        return self.recipe.method.spec.base_alone is None
+
+    @property
+    def column_forwards(self) -> tuple[int, int]:
+        """Forwards without gradients for what the objective reads (`distft.columns`).
+
+        Returns:
+            For each micro-batch of a step; for each row once, before training.
+        """
+        objective = self.recipe.objective
+        columns = [COLUMNS[name] for name in objective.spec.columns(objective.params)]
+        policy = sum(column.policy_forwards for column in columns)
+        reference = sum(column.reference_forwards for column in columns)
+        return (policy, reference) if self.reference_before_training else (policy + reference, 0)
 
     @property
     def kernel(self) -> str:

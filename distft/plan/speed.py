@@ -6,6 +6,7 @@ traced operations, and communication is taken to overlap with arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distft.engine.footprint import Sent
@@ -41,6 +42,10 @@ class Speed:
     hours: float | None
     """Of the run; None when the recipe gives epochs, whose tokens only the rows tell."""
     hours_per_billion_tokens: float
+    columns_s: float
+    """Of `step_s`, in forwards without gradients for what the objective reads, such as a reference."""
+    reference_hours_per_billion_tokens: float
+    """Of log-probabilities that are computed once, before training; 0 where there are none."""
     sent: Sent
     work: Work
     """What the times follow from."""
@@ -82,7 +87,15 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         host_rewritten_bytes=2 * state.on_host,
     )
     taken = times(work, rates, gpu, link_bytes_per_s=setup.machine.link_bytes_per_s)
-    step_s = taken.step_s
+    in_step, before = setup.column_forwards
+    forward = times(
+        _forward(inventory, setup, tokens, length, kept.traffic, kept.kernels),
+        rates,
+        gpu,
+        link_bytes_per_s=setup.machine.link_bytes_per_s,
+    )
+    columns_s = in_step * setup.micros_per_step * forward.micro_s
+    step_s = taken.step_s + columns_s
     per_step = setup.micros_per_step * tokens * world
     needed = matmul + attention
     steps = setup.recipe.train.max_steps
@@ -96,6 +109,8 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         mfu=needed * per_step / step_s / world / gpu.bf16_flops,
         hours=None if steps is None else steps * step_s / 3600,
         hours_per_billion_tokens=1e9 / (per_step / step_s) / 3600,
+        columns_s=columns_s,
+        reference_hours_per_billion_tokens=before * 1e9 * forward.micro_s / (tokens * world) / 3600,
         sent=sends,
         work=work,
         parts=(
@@ -137,8 +152,39 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
                 if sends.step + sends.step_inside
                 else "nothing",
             ),
+            *_columns_parts(in_step, before, forward.micro_s, columns_s),
         ),
     )
+
+
+def _forward(inventory: Inventory, setup: Setup, tokens: int, length: int, traffic: float, kernels: float) -> Work:
+    """A forward of a micro-batch without gradients.
+
+    Its traffic and its launches are taken as a third of those of forward and backward.
+    """
+    four_bit = sum(param.numel for param in inventory.params if param.double is not None)
+    return Work(
+        matmul_flops=2.0 * tokens * sum(numel for numel, _ in inventory.linears),
+        attention_flops=tokens * _attention_flops(inventory, length),
+        moved_bytes=traffic * (1 + READS_PER_WRITE) / 3 + four_bit * DEQUANTISED_BYTES,
+        operations=kernels / 3,
+        sent_bytes=setup.footprint.sent_in_forward(inventory, setup.ranks),
+    )
+
+
+def _columns_parts(in_step: int, before: int, forward_s: float, columns_s: float) -> Iterator[Part]:
+    if in_step:
+        yield Part(
+            name="what the objective reads, of a step, us",
+            num_bytes=round(columns_s * 1e6),
+            formula=f"{in_step} forwards of each micro-batch without gradients, {forward_s * 1e3:.3g} ms each",
+        )
+    if before:
+        yield Part(
+            name="reference before training, of a micro-batch, us",
+            num_bytes=round(before * forward_s * 1e6),
+            formula=f"{before} forwards without gradients over all rows, once; kept for later runs",
+        )
 
 
 def _matmul_flops(inventory: Inventory, setup: Setup) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from distft.core.registry import Params, nearest
 from distft.recipe.lines import KeyPath
 from distft.recipe.origin import RecipeMistake
+from distft.recipe.other_words import OTHER_WORDS
 from distft.recipe.schema import (
     Registries,
     RunKeys,
@@ -15,38 +16,6 @@ from distft.recipe.schema import (
     fixed_tables,
 )
 from distft.recipe.toml_text import toml_value
-
-OTHER_WORDS = {
-    "base_model": "[model] path",
-    "model_name_or_path": "[model] path",
-    "torch_dtype": "[model] dtype",
-    "attn_implementation": "[model] attention",
-    "lora_r": "[method] r",
-    "lora_alpha": "[method] alpha",
-    "lora_dropout": "[method] dropout",
-    "load_in_4bit": '[method] name = "qlora"',
-    "max_seq_length": "[data] max_length",
-    "sequence_len": "[data] max_length",
-    "cutoff_len": "[data] max_length",
-    "sample_packing": "[data] packing",
-    "datasets": "[[data.train]]",
-    "lr": "[optim] learning_rate",
-    "lr_scheduler_type": "[schedule] name",
-    "num_epochs": "[train] epochs",
-    "num_train_epochs": "[train] epochs",
-    "batch_size": "[train] global_batch_size",
-    "train_batch_size": "[train] global_batch_size",
-    "per_device_train_batch_size": "[train] micro_batch_size",
-    "gradient_accumulation_steps": "[train] global_batch_size, from which it follows",
-    "gradient_checkpointing": "[train] activation_checkpointing",
-    "gradient_clipping": "[train] max_grad_norm",
-    "torch_compile": "[train] compile",
-    "deepspeed": "[engine] name",
-    "fsdp": "[engine] name",
-    "eval_steps": "[eval] every_steps",
-    "logging_steps": "[log] every_steps",
-}
-"""Names of the same thing in other trainers."""
 
 
 def unknown_top(key: KeyPath, registries: Registries, *, is_table: bool) -> RecipeMistake:

@@ -1,4 +1,4 @@
-"""An optimizer, a format, two methods, an objective and a metric from outside: each one spec and one `.add`.
+"""An optimizer, a format, methods, objectives, an importer and more from outside: each one spec and one `.add`.
 
 This file is also the program that registers them and runs the real job: `python test_plugins.py PLAN.json`.
 """
@@ -25,6 +25,7 @@ from harness import ROOT, Bench, run
 from pydantic import Field
 
 import distft
+from distft.catalog import REGISTRIES
 from distft.core.errors import DistftError
 from distft.core.registry import NoParams, Params
 from distft.core.types import IGNORE, Batch, LossTerms, Policy, StepReport, TrainState
@@ -35,6 +36,9 @@ from distft.export import EXPORTS, ExportInputs, ExportSpec
 from distft.generation import GENERATORS, GeneratorInputs, GeneratorSpec
 from distft.generation.completion import Completion, Prompt, SamplingParams
 from distft.generation.engine_generator import engine_generator
+from distft.importers import IMPORTERS, ImporterSpec, import_config
+from distft.importers.conversion import Conversion
+from distft.importers.keys import carried, left, refused, table
 from distft.metrics import METRICS, MetricSpec, RunFacts
 from distft.model.adapters import METHODS, MethodSpec
 from distft.model.adapters.virtual_tokens import VirtualEmbedding
@@ -309,6 +313,29 @@ class DensityMetric:
 DENSITY = MetricSpec(name="density", build=DensityMetric)
 
 
+ACME_KEYS = table(
+    net=carried("[model] path"),
+    rows=carried("[[data.train]] path"),
+    speed=carried("[optim] learning_rate", "in thousandths there"),
+    colour=left("recipes have none"),
+    noise=refused("noise is not added here: remove it"),
+)
+
+
+def convert_acme(work: Conversion) -> None:
+    top = work.top()
+    work.set("name", "acme")
+    work.set("model.path", top.text("net"), (top, "net"))
+    work.set("data.train.0.path", top.text("rows"), (top, "rows"))
+    work.set("optim.learning_rate", (top.number("speed") or 0) / 1000, (top, "speed"), "in thousandths there")
+
+
+ACME = ImporterSpec(
+    name="acme", title="Acme Tune", told_by="a key net", detects=lambda file: "net" in file.content,
+    convert=convert_acme, keys={"": ACME_KEYS},
+)  # fmt: skip
+
+
 def register() -> None:
     OPTIMIZERS.add(SGD)
     FORMATS.add(QA)
@@ -324,14 +351,21 @@ def register() -> None:
     GENERATORS.add(LOUD)
     EXPORTS.add(NPZ)
     METRICS.add(DENSITY)
+    IMPORTERS.add(ACME)
 
 
 def main(plan: Path) -> None:
-    """Each case of the plan (name -> recipe, overrides): the run folder, or what the recipe's mistakes are."""
+    """Each case of the plan (name -> recipe, overrides): the run folder, or what the recipe's mistakes are.
+
+    A case with a file is imported: the recipe, or what is wrong with the file.
+    """
     register()
     said = {}
     for name, case in json.loads(plan.read_text()).items():
         try:
+            if "file" in case:
+                said[name] = import_config(Path(case["file"]), importers=IMPORTERS, registries=REGISTRIES).toml
+                continue
             said[name] = str(distft.train(distft.load_recipe(case["recipe"], overrides=case["overrides"])).folder)
         except DistftError as error:
             said[name] = str(error)
@@ -439,6 +473,14 @@ def said(bench: Bench) -> dict[str, str]:
         }
         for name, overrides in CASES.items()
     }
+    files = {
+        "import": "net: demo:tiny-llama\nrows: rows.jsonl\nspeed: 2\ncolour: red\nwheels: 4\n",
+        "import-mistakes": "net: demo:tiny-llama\nrows: [a]\nnoise: 3\n",
+    }
+    for name, text in files.items():
+        path = bench.folder / f"{name}.yaml"
+        path.write_text(text)
+        cases[name] = {"file": str(path)}
     plan.write_text(json.dumps(cases))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     done = run([sys.executable, __file__, str(plan)], PYTHONPATH=path)
@@ -462,6 +504,17 @@ def test_only_the_methods_own_parameters_changed_by_the_optimizers_rule(said: di
     moved = torch.cat([(after[name] - before[name]).flatten() for name in changed]).norm().item()
     [step] = [record for record in records(said["norms"]) if "loss" in record]
     assert moved == pytest.approx(RATE * step["grad_norm"], rel=1e-4), "plain SGD moves by rate x gradient"
+
+
+def test_an_importer_from_outside_makes_a_recipe(said: dict[str, str]) -> None:
+    made = said["import"]
+    assert "a file of Acme Tune" in made
+    assert tomllib.loads(made)["optim"] == {"learning_rate": 0.002}
+    assert "# in thousandths there\nlearning_rate" in made
+    assert 'line 4   colour = "red"  recipes have none' in made
+    assert "Not known to this importer:\n#   line 5   wheels = 4" in made
+    assert "noise = 3  noise is not added here" in said["import-mistakes"]
+    assert 'rows = ["a"]  must be text' in said["import-mistakes"]
 
 
 def test_an_export_from_outside_is_written_beside_final(said: dict[str, str]) -> None:
