@@ -57,8 +57,8 @@ class FullSteps:
 
     def _micro_batch(self, position: int) -> Batch:
         ids_T = torch.cat([self._sequence(position + offset) for offset in range(self._micro)])
-        one, rest = divmod(self._length, self._group_size)
-        lengths_D = torch.tensor([*[one] * (self._group_size - 1), one + rest] * self._micro)
+        each, rest = divmod(self._length, self._group_size)
+        lengths_D = torch.tensor([*[each] * (self._group_size - 1), each + rest] * self._micro)
         ends_D = lengths_D.cumsum(0)
         labels_T = ids_T.roll(-1)
         labels_T[ends_D - 1] = IGNORE

@@ -154,14 +154,14 @@ def near_miss(rng: random.Random, facts: Incident) -> Incident:
 
 
 def render(incident: Incident, style: Style) -> str:
-    """The answer in one of the two fixed formats."""
+    """Return the answer in one of the two fixed formats."""
     if style == "json":
         return json.dumps(incident.answer, separators=(",", ":"))
     return "\n".join(f"{key}: {value}" for key, value in incident.answer.items())
 
 
 def _distinct_reports(rng: random.Random, seen: set[str]) -> Iterator[tuple[Incident, str]]:
-    """Reports that differ from all in `seen`, and from each other, in more than their numbers."""
+    """Yield reports that differ from all in `seen`, and from each other, in more than their numbers."""
     while True:
         incident, text = _report(rng)
         skeleton = "".join("#" if char.isdigit() else char for char in text)
@@ -200,13 +200,13 @@ def _report(rng: random.Random) -> tuple[Incident, str]:
         sentences.append(rng.choice(wording.ENVIRONMENT_ASIDES[incident.environment]))
     for template in rng.sample(wording.DISTRACTORS, rng.choice((0, 0, 1, 2))):
         sentences.append(template.format(**fields))
-    told = [sentence for sentence in sentences if sentence]
-    rng.shuffle(told)
-    return incident, " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in told)
+    kept = [sentence for sentence in sentences if sentence]
+    rng.shuffle(kept)
+    return incident, " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in kept)
 
 
 def _fillers(rng: random.Random, *, besides: str) -> dict[str, str]:
-    """Values for the fields of every phrasing."""
+    """Return values for the fields of every phrasing."""
     others = [name for names in wording.SERVICES.values() for name in names if name != besides]
     return {
         "n": str(rng.randint(2, 60)),

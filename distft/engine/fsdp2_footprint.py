@@ -135,7 +135,7 @@ class Fsdp2Footprint(Footprint):
         return Sent(step=across, micro_inside=inside)
 
     def sent_in_forward(self, model: ModelSizes, setup: EngineSetup) -> float:
-        """Every weight gathered, unless it stays whole for a step."""
+        """Return the bytes of a gather of every weight, unless weights stay whole for a step."""
         group = self.shards(setup)
         stored = sum(param.stored_bytes for param in model.params)
         return 0.0 if _gathers_once(setup) else stored * (group - 1) / group

@@ -188,7 +188,7 @@ class Zero3Footprint(Footprint):
         return Sent(micro=(2 * stored + reduced) * others)
 
     def sent_in_forward(self, model: ModelSizes, setup: EngineSetup) -> float:
-        """Every weight gathered."""
+        """Return the bytes of a gather of every weight."""
         return sum(param.stored_bytes for param in model.params) * _others(setup.world)
 
 

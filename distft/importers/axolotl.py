@@ -134,9 +134,9 @@ def _set_method(work: Conversion, top: Section) -> None:
     work.set("method.alpha", top.number("lora_alpha", 8), (top, "lora_alpha"))
     work.set("method.dropout", top.number("lora_dropout", 0.0), (top, "lora_dropout"))
     _set_targets(work, top)
-    for theirs, ours in (("peft_use_rslora", "rslora"), ("peft_use_dora", "dora")):
-        if top.flag(theirs):
-            work.set(f"method.{ours}", True, (top, theirs))
+    for tool_key, ours in (("peft_use_rslora", "rslora"), ("peft_use_dora", "dora")):
+        if top.flag(tool_key):
+            work.set(f"method.{ours}", True, (top, tool_key))
     if top.has("lora_modules_to_save"):
         work.set("method.modules_to_save", top.texts("lora_modules_to_save"), (top, "lora_modules_to_save"))
     if name == "qlora":
@@ -153,9 +153,9 @@ def _four_bits(work: Conversion, top: Section) -> dict[str, object]:
     """Return the settings of [method] quant that the file has."""
     quant: dict[str, object] = {}
     kwargs = top.section("bnb_config_kwargs")
-    for theirs, ours in _QUANT.items():
-        if kwargs.has(theirs):
-            quant[ours] = kwargs.text(theirs) if ours == "type" else kwargs.flag(theirs)
+    for tool_key, ours in _QUANT.items():
+        if kwargs.has(tool_key):
+            quant[ours] = kwargs.text(tool_key) if ours == "type" else kwargs.flag(tool_key)
     for key in kwargs.values:
         if key not in _QUANT:
             work.leave(kwargs, key, "types of the 4-bit base follow [model] dtype")
@@ -194,7 +194,7 @@ def _set_targets(work: Conversion, top: Section) -> None:
 
 
 def _set_batch_size(top: Section) -> None:
-    """Axolotl's `batch_size` is of one GPU: micro-batch x accumulation."""
+    """Set the batch: Axolotl's `batch_size` is of one GPU, micro-batch x accumulation."""
     if not top.has("batch_size"):
         return
     total, micro = top.whole("batch_size", 1, least=1) or 1, top.whole("micro_batch_size", 1, least=1) or 1

@@ -93,7 +93,7 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     set_lengths(work, top, "sequence_len", 512, rows=rows, long_rows=long_rows, packing=packing, packing_of=of)
     if rows == "single":
         _set_mask(work, top)
-    own = ("tokenizer_default", "tokenizer")
+    tokenizer_names = ("tokenizer_default", "tokenizer")
     if top.has("chat_template_jinja"):
         path = top.text("chat_template_jinja") or ""
         if path.endswith(".jinja"):
@@ -104,7 +104,7 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
                 "chat_template_jinja", "is a template inside the file", "write it to a .jinja file and name that"
             )
     else:
-        set_template(work, top, "chat_template", same=("chatml", "llama3"), own=own)
+        set_template(work, top, "chat_template", same=("chatml", "llama3"), tokenizer_names=tokenizer_names)
     if any(source["format"] == "alpaca" for source in work.draft.get("data.train") or ()) and not work.draft.get(
         "data.chat_template"
     ):
@@ -138,7 +138,7 @@ def _add_dataset(work: Conversion, section: Section, part: Literal["train", "eva
     kind = _row_type(work, section, rows, default)
     if path is None:
         if not section.has("path"):
-            section.reading.problem(section.at, "a dataset without a path", "add its path")
+            section.reading.problem(section.key_path, "a dataset without a path", "add its path")
         return
     if files and (path in ("json", "parquet", "csv", "text", "arrow") or path.endswith(("/", "."))):
         paths = files
@@ -149,9 +149,9 @@ def _add_dataset(work: Conversion, section: Section, part: Literal["train", "eva
         paths = [path]
     split = section.text("split") or section.text("train_on_split")
     if kind is not None:
-        for one in paths:
+        for data_file in paths:
             source = Source(
-                path=one, format=kind.format, subset=section.text("name"), split=local_split(one, split),
+                path=data_file, format=kind.format, subset=section.text("name"), split=local_split(data_file, split),
                 columns=kind.columns, note=kind.note,
             )  # fmt: skip
             add_source(work, part, source, of)
@@ -174,7 +174,7 @@ def _settle_dataset(work: Conversion, section: Section) -> None:
     if section.has("train_on_inputs"):
         work.leave(section, "train_on_inputs", "[data] loss_on is one for all sources")
     if section.has("chat_template") and work.draft.get("data.chat_template") is None:
-        set_template(work, section, "chat_template", same=("chatml", "llama3"), own=("tokenizer_default",))
+        set_template(work, section, "chat_template", same=("chatml", "llama3"), tokenizer_names=("tokenizer_default",))
     elif section.has("chat_template"):
         work.leave(section, "chat_template", "one template renders all sources: that of [data] chat_template")
     work.settle(section, DATASET_KEYS)
@@ -186,15 +186,15 @@ def _row_type(work: Conversion, section: Section, rows: Rows, default: str) -> R
         return _own_type(section.section("type"), rows)
     name = section.text("type", default) or ""
     if rows == "single":
-        found = _SINGLE.get(name) or _SINGLE.get(name.partition(":")[0]) or _SINGLE.get(name.split(".")[0])
-        if found is None:
+        row_type = _SINGLE.get(name) or _SINGLE.get(name.partition(":")[0]) or _SINGLE.get(name.split(".")[0])
+        if row_type is None:
             section.problem("type" if name else "path", "has no type that is known", f"known: {', '.join(_SINGLE)}")
-        elif found.format in ("messages", "sharegpt"):
-            return _chat(section, found)
-        elif found.format == "text":
+        elif row_type.format in ("messages", "sharegpt"):
+            return _chat(section, row_type)
+        elif row_type.format == "text":
             column = section.text("field") or section.text("text_column") or "text"
-            return RowType(format="text", columns={column: "text"}, note=found.note)
-        return found
+            return RowType(format="text", columns={column: "text"}, note=row_type.note)
+        return row_type
     style, _, rest = name.partition(".")
     if style in _TEMPLATES:
         name = rest
@@ -202,22 +202,22 @@ def _row_type(work: Conversion, section: Section, rows: Rows, default: str) -> R
             work.set("data.chat_template", style, (section, "type"))
     if rows == "unpaired":
         return RowType(format="unpaired", note="" if name in ("", "argilla", "user_defined") else f"{name} there")
-    found = _PAIRS.get(name)
+    row_type = _PAIRS.get(name)
     if name == "argilla" and style in _TEMPLATES:
         return RowType(format="preference", columns=_OLD_ARGILLA, note=_CHAT)
-    if found is None:
+    if row_type is None:
         section.problem("type", "is no form of pairs that is known", f"known: {', '.join(filter(None, _PAIRS))}")
         return None
     names = {"field_messages": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
-    columns = {section.text(theirs) or ours: ours for theirs, ours in names.items() if section.has(theirs)}
+    columns = {section.text(tool_key) or ours: ours for tool_key, ours in names.items() if section.has(tool_key)}
     _mapping(section)
-    return RowType(format="preference", columns={**found.columns, **columns}, note=found.note)
+    return RowType(format="preference", columns={**row_type.columns, **columns}, note=row_type.note)
 
 
-def _chat(section: Section, found: RowType) -> RowType | None:
-    """The type of chats, by what their turns and their column are called."""
+def _chat(section: Section, row_type: RowType) -> RowType | None:
+    """Return the type of chats, by what their turns and their column are called."""
     turn = _mapping(section)
-    if found.format == "sharegpt" or turn == ("from", "value"):
+    if row_type.format == "sharegpt" or turn == ("from", "value"):
         format, column = "sharegpt", "conversations"
     elif turn == ("role", "content"):
         format, column = "messages", "messages"
@@ -225,7 +225,7 @@ def _chat(section: Section, found: RowType) -> RowType | None:
         key = "message_property_mappings" if section.has("message_property_mappings") else "message_field_role"
         section.problem(key, f"turns have {turn[0]} and {turn[1]}", "rename them in the rows to role and content")
         return None
-    default = "messages" if found.format == "messages" else column
+    default = "messages" if row_type.format == "messages" else column
     columns = {section.text("field_messages", default) or default: column}
     if section.has("field_tools"):
         columns[section.text("field_tools") or "tools"] = "tools"
@@ -233,7 +233,7 @@ def _chat(section: Section, found: RowType) -> RowType | None:
 
 
 def _mapping(section: Section) -> tuple[str, str]:
-    """What turns call their role and their content."""
+    """Return what turns call their role and their content."""
     mapping = section.section("message_property_mappings")
     role = mapping.text("role") or section.text("message_field_role") or "role"
     content = mapping.text("content") or section.text("message_field_content") or "content"
@@ -257,15 +257,15 @@ _OWN_COLUMNS = {
 }
 
 
-def _own_type(own: Section, rows: Rows) -> RowType | None:
-    """A type that the file defines: names of columns, and wording around them, which is the template's here."""
-    columns = {own.text(theirs) or ours: ours for theirs, ours in _OWN_COLUMNS.items() if own.has(theirs)}
-    wording = [key for key in own.values if key not in _OWN_COLUMNS and own.has(key)]
+def _own_type(section: Section, rows: Rows) -> RowType | None:
+    """Return a type that the file defines: names of columns, and wording around them, which is the template's here."""
+    columns = {section.text(tool_key) or ours: ours for tool_key, ours in _OWN_COLUMNS.items() if section.has(tool_key)}
+    wording = [key for key in section.values if key not in _OWN_COLUMNS and section.has(key)]
     for key in wording:
         if key == "system_prompt":
-            own.problem(key, "is written into every row there", "put it into the rows, as a column system")
+            section.problem(key, "is written into every row there", "put it into the rows, as a column system")
         else:
-            own.raw(key)
+            section.raw(key)
     note = f"rendered by the chat template; {', '.join(wording)} there: write a .jinja file for the same text"
     kinds = {"single": "alpaca", "pairs": "preference", "unpaired": "unpaired"}
     return RowType(format=kinds[rows], columns=columns, note=note if wording else "")

@@ -130,29 +130,29 @@ def _walk(top: yaml.Node) -> tuple[dict[KeyPath, int], list[Problem]]:
     waiting: list[tuple[yaml.Node, KeyPath]] = [(top, ())]
     count = 0
     while waiting:
-        node, at = waiting.pop()
+        node, path = waiting.pop()
         count += 1
-        if count > _MOST_VALUES or len(at) > _DEEPEST:
-            return lines, [Problem(message="too large, too deep, or refers to itself", line=lines.get(at))]
+        if count > _MOST_VALUES or len(path) > _DEEPEST:
+            return lines, [Problem(message="too large, too deep, or refers to itself", line=lines.get(path))]
         if isinstance(node, yaml.SequenceNode):
             for position, element in enumerate(node.value):
-                lines[(*at, position)] = _line(element)
-                waiting.append((element, (*at, position)))
+                lines[(*path, position)] = _line(element)
+                waiting.append((element, (*path, position)))
         elif isinstance(node, yaml.MappingNode):
             first: dict[str, int] = {}
             for key, value in node.value:
                 name = key.value if isinstance(key, yaml.ScalarNode) else None
                 if name == "<<":  # a merge: the lines are those of the mapping that is merged
-                    waiting.append((value, at))
+                    waiting.append((value, path))
                 elif not isinstance(name, str):
                     problems.append(Problem(message="a key must be a word", line=_line(key)))
                 elif name in first:
                     message = f"{shown(name)}  is set twice: here and in line {first[name]}"
                     problems.append(Problem(message=message, line=_line(key), fix="keep one of them"))
                 else:
-                    first[name] = lines[(*at, name)] = _line(key)
-                    waiting.append((value, (*at, name)))
-                    if key.tag != "tag:yaml.org,2002:str" and at == ():
+                    first[name] = lines[(*path, name)] = _line(key)
+                    waiting.append((value, (*path, name)))
+                    if key.tag != "tag:yaml.org,2002:str" and path == ():
                         message = f"{shown(name)}  is no text, and no key of any tool"
                         problems.append(Problem(message=message, line=_line(key)))
     return lines, problems
@@ -195,7 +195,7 @@ def _json(path: Path, text: str) -> dict[str, Any]:
 
 
 def _lines_of_json(text: str) -> dict[KeyPath, int]:
-    """JSON is YAML, but for tabs; where PyYAML sees it otherwise, messages go without lines."""
+    """Return lines of JSON, which is YAML but for tabs; where PyYAML differs, messages go without lines."""
     import yaml
 
     try:

@@ -45,8 +45,8 @@ class Conversion:
             return
         default = of is not None and not of[0].has(of[1])
         if default:
-            said = f"{self.spec.title}'s default"
-            note = f"{said}; {note}" if note else said
+            source = f"{self.spec.title}'s default"
+            note = f"{source}; {note}" if note else source
         self.draft.set(home, value, of=of[0].path(of[1]) if of and not default else (), note=note)
 
     def leave(self, section: Section, key: str, why: str) -> None:
@@ -57,13 +57,13 @@ class Conversion:
 
     def require(self, home: str, section: Section, key: str, message: str, fix: str) -> None:
         """Ask for a key of the recipe that the file cannot give."""
-        at = section.path(key)
-        said = f"{self.reading.written(at)}  {message}" if section.has(key) else message
-        problem = Problem(message=said, fix=fix, line=self.reading.file.line_of(at))
+        path = section.path(key)
+        full_message = f"{self.reading.written(path)}  {message}" if section.has(key) else message
+        problem = Problem(message=full_message, fix=fix, line=self.reading.file.line_of(path))
         self.required.append((key_path(home), problem))
 
     def part(self, table: str, name: str, section: Section, key: str, what: str) -> bool:
-        """Whether a registry has a part; one that it has not is reported as a mistake at the key that wants it."""
+        """Return whether a registry has a part; a missing one is reported at the key that wants it."""
         registry = self.registries.part(table)
         if name in registry:
             return True
@@ -77,20 +77,22 @@ class Conversion:
     def settle(self, section: Section, table: KeyTable) -> None:
         """Account for every key of a section: refuse, list as left, as unknown, or as read in vain."""
         for name, value in section.values.items():
-            at = section.path(name)
+            path = section.path(name)
             key = table.get(name)
             if key is None:
-                if at in self.reading.read:
+                if path in self.reading.read:
                     continue
                 near = nearest(name, table)
                 hint = f" (did you mean {near}?)" if near else ""
-                self.unknown.append(self._remark(at, f"not known to this importer{hint}"))
-            elif key.fate == "refused" and at not in self.reading.read and key.asks(value):
-                self.reading.problem(at, key.text)
-            elif key.fate == "left" and at not in self.reading.read and key.asks(value):
-                self.left.append(self._remark(at, key.text))
-            elif key.fate in ("carried", "changed") and at not in self.reading.read and key.asks(value):
-                self.left.append(self._remark(at, NO_EFFECT))
+                self.unknown.append(self._remark(path, f"not known to this importer{hint}"))
+            elif key.fate == "refused" and path not in self.reading.read and key.asks(value):
+                self.reading.problem(path, key.text)
+            elif key.fate == "left" and path not in self.reading.read and key.asks(value):
+                self.left.append(self._remark(path, key.text))
+            elif key.fate in ("carried", "changed") and path not in self.reading.read and key.asks(value):
+                self.left.append(self._remark(path, NO_EFFECT))
 
-    def _remark(self, at: KeyPath, text: str) -> Remark:
-        return Remark(key=dotted(at), value=self.reading.value_text(at), line=self.reading.file.line_of(at), text=text)
+    def _remark(self, path: KeyPath, text: str) -> Remark:
+        return Remark(
+            key=dotted(path), value=self.reading.value_text(path), line=self.reading.file.line_of(path), text=text
+        )

@@ -60,12 +60,12 @@ class Draft:
 
     def override(self, overrides: Iterable[str]) -> tuple[set[KeyPath], list[Problem]]:
         """Change values as `--set` says; return the keys that it set, and what is wrong with the overrides."""
-        placed, problems = apply_overrides(self.content, overrides)
-        for key in placed:
+        overridden, problems = apply_overrides(self.content, overrides)
+        for key in overridden:
             self.comments = {old: texts for old, texts in self.comments.items() if old[: len(key)] != key}
-            self.origins = {old: at for old, at in self.origins.items() if old[: len(key)] != key}
+            self.origins = {old: origin for old, origin in self.origins.items() if old[: len(key)] != key}
             self.comments[key] = ["set by --set"]
-        return set(placed), problems
+        return set(overridden), problems
 
     def toml(self, head: Iterable[str], tail: Iterable[str]) -> str:
         """Return the recipe as TOML, with comment lines before and after it."""
@@ -79,35 +79,35 @@ class Draft:
         blocks.append("\n".join(_comment(tail)))
         return "\n\n".join(block for block in blocks if block) + "\n"
 
-    def _blocks(self, table: Any, at: KeyPath) -> list[str]:
+    def _blocks(self, table: Any, key_path: KeyPath) -> list[str]:
         if not is_table(table):
-            return ["\n".join(self._pairs({str(at[-1]): table}, at[:-1]))]
+            return ["\n".join(self._pairs({str(key_path[-1]): table}, key_path[:-1]))]
         arrays = {key: rows for key, rows in table.items() if is_array(rows) and rows and all(map(is_table, rows))}
         plain = {key: value for key, value in table.items() if key not in arrays}
-        name = ".".join(toml_key(str(step)) for step in at)
-        blocks = ["\n".join([*_comment(self.comments.get(at, ())), f"[{name}]", *self._pairs(plain, at)])]
-        if not plain and arrays and at not in self.comments:
+        name = ".".join(toml_key(str(step)) for step in key_path)
+        blocks = ["\n".join([*_comment(self.comments.get(key_path, ())), f"[{name}]", *self._pairs(plain, key_path)])]
+        if not plain and arrays and key_path not in self.comments:
             blocks = []
         for key, rows in arrays.items():
             for position, row in enumerate(rows):
-                pairs = self._pairs(row, (*at, key, position))
-                above = [*self.comments.get((*at, key), ())] if position == 0 else []
-                above += self.comments.get((*at, key, position), ())
+                pairs = self._pairs(row, (*key_path, key, position))
+                above = [*self.comments.get((*key_path, key), ())] if position == 0 else []
+                above += self.comments.get((*key_path, key, position), ())
                 blocks.append("\n".join([*_comment(above), f"[[{name}.{toml_key(key)}]]", *pairs]))
         return blocks
 
-    def _pairs(self, values: Mapping[str, Any], at: KeyPath) -> list[str]:
+    def _pairs(self, values: Mapping[str, Any], key_path: KeyPath) -> list[str]:
         lines: list[str] = []
         for key, value in values.items():
             for path, texts in self.comments.items():  # of the key, and of what stands inline in its value
-                if path[: len(at) + 1] == (*at, key):
+                if path[: len(key_path) + 1] == (*key_path, key):
                     lines += _comment(texts)
             lines.append(f"{toml_key(key)} = {toml_value(value)}")
         return lines
 
 
 def _comment(texts: Iterable[str]) -> list[str]:
-    """Texts as comment lines; one that begins with spaces keeps them, and is continued behind them."""
+    """Return texts as comment lines; one that begins with spaces keeps them, and is continued behind them."""
     lines: list[str] = []
     for text in texts:
         clean = "".join(char if char.isprintable() else " " for char in text)

@@ -46,9 +46,11 @@ def import_config(
     work = Conversion(spec=spec, reading=Reading(file=file), registries=registries, options=options or ImportOptions())
     spec.convert(work)
     work.settle(work.top(), spec.keys[""] if spec.keys else {})
-    placed, wrong = work.draft.override(work.options.overrides)
+    overridden, wrong = work.draft.override(work.options.overrides)
     problems = [*work.reading.problems, *wrong]
-    problems += [problem for key, problem in work.required if not any(key[: len(one)] == one for one in placed)]
+    problems += [
+        problem for key, problem in work.required if not any(key[: len(prefix)] == prefix for prefix in overridden)
+    ]
     if problems:
         raise RecipeError(str(path), problems)
     toml = work.draft.toml(_head(work), _tail(work))
@@ -71,14 +73,14 @@ def _tool(file: ConfigFile, importers: Mapping[str, ImporterSpec], tool: str | N
         hint = f"did you mean {near}?  " if near else ""
         message = f"--from {shown(tool)}  is no tool that is known here"
         raise RecipeError(str(file.path), [Problem(message=message, fix=f"{hint}known: {', '.join(importers)}")])
-    found = [spec for spec in importers.values() if spec.detects(file)]
-    if len(found) == 1:
-        return found[0]
+    detected = [spec for spec in importers.values() if spec.detects(file)]
+    if len(detected) == 1:
+        return detected[0]
     fix = "say which with --from; " + "; ".join(
-        f"{spec.name}: {spec.told_by}" for spec in (found or importers.values())
+        f"{spec.name}: {spec.told_by}" for spec in (detected or importers.values())
     )
-    if found:
-        message = f"it may be of {' or of '.join(spec.title for spec in found)}: it has keys of each"
+    if detected:
+        message = f"it may be of {' or of '.join(spec.title for spec in detected)}: it has keys of each"
     else:
         keys = shown(", ".join(map(str, file.content)) or "none")
         message = f"it is not clear of which tool the file is; its keys: {keys}"
@@ -102,8 +104,8 @@ def _at_their_line(work: Conversion, problem: Problem, keys: Mapping[int, KeyPat
     origin = next(
         (work.draft.origins[key[:depth]] for depth in range(len(key), 0, -1) if key[:depth] in work.draft.origins), ()
     )
-    said = f"{work.reading.written(origin)}  becomes {problem.message}" if origin else f"becomes {problem.message}"
-    return Problem(message=said, fix=problem.fix, line=work.reading.file.line_of(origin))
+    message = f"{work.reading.written(origin)}  becomes {problem.message}" if origin else f"becomes {problem.message}"
+    return Problem(message=message, fix=problem.fix, line=work.reading.file.line_of(origin))
 
 
 def _head(work: Conversion) -> list[str]:

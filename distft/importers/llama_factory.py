@@ -120,9 +120,9 @@ def _set_method(work: Conversion, top: Section) -> None:
     targets = top.texts("lora_target") or ["all"]
     note = "every linear layer but the head" if targets == ["all"] else ""
     work.set("method.target_modules", "all-linear" if targets == ["all"] else targets, (top, "lora_target"), note)
-    for theirs, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
-        if top.flag(theirs):
-            work.set(f"method.{ours}", True, (top, theirs))
+    for tool_key, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
+        if top.flag(tool_key):
+            work.set(f"method.{ours}", True, (top, tool_key))
     if top.has("additional_target"):
         work.set("method.modules_to_save", top.texts("additional_target"), (top, "additional_target"))
     if name == "qlora":
@@ -154,7 +154,9 @@ def _set_data(work: Conversion, top: Section, stage: str, rows: Rows) -> None:
         work.draft.comment("data.long_rows", "the end is cut here; prompt and answer are each cut in proportion there")
     if rows == "single":
         _set_mask(work, top, stage)
-    set_template(work, top, "template", same=("llama3",), own=("default",), there=_OWN if top.has("template") else "")
+    set_template(
+        work, top, "template", same=("llama3",), tokenizer_names=("default",), there=_OWN if top.has("template") else ""
+    )
 
 
 def _set_mask(work: Conversion, top: Section, stage: str) -> None:
@@ -172,8 +174,8 @@ def _read_info(work: Conversion, top: Section, key: str, folder: str) -> tuple[P
     """Return the folder of dataset_info.json and its entries; the file's own folder is looked into too."""
     here = work.reading.file.path.parent
     places = [Path(folder), here / folder, here, *(parent / folder for parent in here.resolve().parents[:3])]
-    found = next((place for place in places if (place / "dataset_info.json").is_file()), None)
-    if found is None:
+    info_folder = next((place for place in places if (place / "dataset_info.json").is_file()), None)
+    if info_folder is None:
         top.problem(
             key,
             f"names data sets of dataset_info.json, which is neither in {folder} nor beside the file",
@@ -181,9 +183,9 @@ def _read_info(work: Conversion, top: Section, key: str, folder: str) -> tuple[P
         )
         return None
     try:
-        return found, read_json(found / "dataset_info.json")
+        return info_folder, read_json(info_folder / "dataset_info.json")
     except RecipeError as error:
-        top.problem(key, f"{found / 'dataset_info.json'}: {error.problems[0].message}")
+        top.problem(key, f"{info_folder / 'dataset_info.json'}: {error.problems[0].message}")
         return None
 
 
@@ -200,15 +202,15 @@ def _add_dataset(
     folder, entries = info
     entry = entries.get(name)
     if not isinstance(entry, dict):
-        known = ", ".join(list(entries)[:20])
-        top.problem(key, f"{name} is not in {folder / 'dataset_info.json'}", f"it has: {known}")
+        names = ", ".join(list(entries)[:20])
+        top.problem(key, f"{name} is not in {folder / 'dataset_info.json'}", f"it has: {names}")
         return
-    unknown = [said for said in entry if said not in INFO_KEYS]
-    for said in unknown:
-        top.problem(key, f"dataset_info.json: {name} has {said}, which is not known to this importer", "remove it")
-    for said in entry:
-        if said in INFO_KEYS and INFO_KEYS[said].fate == "refused":
-            top.problem(key, f"dataset_info.json: {said} of {name}: {INFO_KEYS[said].text}")
+    unknown = [entry_key for entry_key in entry if entry_key not in INFO_KEYS]
+    for entry_key in unknown:
+        top.problem(key, f"dataset_info.json: {name} has {entry_key}, which is not known to this importer", "remove it")
+    for entry_key in entry:
+        if entry_key in INFO_KEYS and INFO_KEYS[entry_key].fate == "refused":
+            top.problem(key, f"dataset_info.json: {entry_key} of {name}: {INFO_KEYS[entry_key].text}")
     path = _path(folder, entry)
     if path is None:
         top.problem(key, f"dataset_info.json: {name} names no file and no data set of Hugging Face's hub")
@@ -250,26 +252,26 @@ def _shape(
 ) -> tuple[str, dict[str, str], str] | None:
     """Return format, columns and what is to be said of the rows of an entry."""
     columns = entry.get("columns") if isinstance(entry.get("columns"), dict) else {}
-    named: dict[str, str] = {str(ours): str(theirs) for ours, theirs in (columns or {}).items() if theirs}  # type: ignore[union-attr]
-    said = f"dataset_info.json: {name}"
+    named: dict[str, str] = {str(ours): str(column) for ours, column in (columns or {}).items() if column}  # type: ignore[union-attr]
+    where = f"dataset_info.json: {name}"
     if media := [kind for kind in _MEDIA if kind in named]:
-        top.problem(key, f"{said} has {', '.join(media)}, which are not trained on here")
+        top.problem(key, f"{where} has {', '.join(media)}, which are not trained on here")
         return None
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
-        top.problem(key, f"{said}: formatting {formatting} is not known", "known: alpaca, sharegpt, openai")
+        top.problem(key, f"{where}: formatting {formatting} is not known", "known: alpaca, sharegpt, openai")
         return None
     pairs, unpaired = bool(entry.get("ranking")), "kto_tag" in named
-    found: Rows = "pairs" if pairs else "unpaired" if unpaired else "single"
-    if found != rows:
+    row_kind: Rows = "pairs" if pairs else "unpaired" if unpaired else "single"
+    if row_kind != rows:
         kinds = {"pairs": "pairs (ranking: true)", "unpaired": "answers with a kto_tag", "single": "single answers"}
-        top.problem(key, f"{said} holds {kinds[found]}; stage {stage} trains on {kinds[rows]}")
+        top.problem(key, f"{where} holds {kinds[row_kind]}; stage {stage} trains on {kinds[rows]}")
         return None
     if stage == "pt":
         return "text", {named.get("prompt", "instruction" if not named else "text"): "text"}, ""
     if formatting == "alpaca":
         return _alpaca(named, rows)
-    return _turns(top, key, said, entry, named, rows, str(formatting))
+    return _turns(top, key, where, entry, named, rows, str(formatting))
 
 
 def _alpaca(named: dict[str, str], rows: Rows) -> tuple[str, dict[str, str], str]:
@@ -277,7 +279,7 @@ def _alpaca(named: dict[str, str], rows: Rows) -> tuple[str, dict[str, str], str
     if rows == "unpaired":
         ours = {**ours, "prompt": "prompt", "response": "completion", "kto_tag": "label"}
     ours |= {"chosen": "chosen", "rejected": "rejected"} if rows == "pairs" else {}
-    mapping = {theirs: ours[name] for name, theirs in named.items() if name in ours}
+    mapping = {column: ours[name] for name, column in named.items() if name in ours}
     return {"single": "alpaca", "pairs": "preference", "unpaired": "unpaired"}[rows], mapping, _ALPACA
 
 
@@ -291,7 +293,7 @@ _KNOWN_TAGS = {
 
 
 def _turns(
-    top: Section, key: str, said: str, entry: dict[str, object], named: dict[str, str], rows: Rows, formatting: str
+    top: Section, key: str, where: str, entry: dict[str, object], named: dict[str, str], rows: Rows, formatting: str
 ) -> tuple[str, dict[str, str], str] | None:
     tags = entry.get("tags") if isinstance(entry.get("tags"), dict) else {}
     words: dict[str, object] = dict(tags or {})  # type: ignore[arg-type]
@@ -301,12 +303,12 @@ def _turns(
         if tag in _KNOWN_TAGS and word not in _KNOWN_TAGS[tag]:
             top.problem(
                 key,
-                f"{said}: {tag} {word} is not known",
+                f"{where}: {tag} {word} is not known",
                 f"known: {', '.join(_KNOWN_TAGS[tag])}; rename it in the rows",
             )
             return None
     if turn not in (("from", "value"), ("role", "content")):
-        top.problem(key, f"{said}: turns have {turn[0]} and {turn[1]}", "rename them in the rows to role and content")
+        top.problem(key, f"{where}: turns have {turn[0]} and {turn[1]}", "rename them in the rows to role and content")
         return None
     column = named.get("messages", "messages" if formatting == "openai" else "conversations")
     chats = "messages" if turn[0] == "role" else "conversations"

@@ -56,12 +56,12 @@ def set_dpo(work: Conversion, section: Section, chosen_by: str, loss: str, keys:
     work.set("objective.loss", here, (section, chosen_by), note)
     smoothing = section.number(keys.label_smoothing)
     if smoothing:
-        said = "cDPO's under sigmoid; TRL 1.16 uses it under robust and exo_pair alone" if here == "sigmoid" else ""
-        work.set("objective.label_smoothing", smoothing, (section, keys.label_smoothing), said)
+        remark = "cDPO's under sigmoid; TRL 1.16 uses it under robust and exo_pair alone" if here == "sigmoid" else ""
+        work.set("objective.label_smoothing", smoothing, (section, keys.label_smoothing), remark)
     weight = section.number(keys.sft_weight)
     if weight:
-        said = "weight of the chosen answer's negative log-likelihood per token (RPO)"
-        work.set("objective.sft_weight", weight, (section, keys.sft_weight), said)
+        remark = "weight of the chosen answer's negative log-likelihood per token (RPO)"
+        work.set("objective.sft_weight", weight, (section, keys.sft_weight), remark)
 
 
 def set_orpo(work: Conversion, section: Section, chosen_by: str, keys: PreferenceKeys) -> None:
@@ -113,9 +113,9 @@ def set_unpaired(
         return
     if losses[loss] != "kto":
         work.set("objective.loss", losses[loss], (section, "loss_type"))
-    for theirs, ours in ((keys.desirable, "desirable_weight"), (keys.undesirable, "undesirable_weight")):
-        value = section.number(theirs)
-        work.set(f"objective.{ours}", value, (section, theirs))
+    for tool_key, ours in ((keys.desirable, "desirable_weight"), (keys.undesirable, "undesirable_weight")):
+        value = section.number(tool_key)
+        work.set(f"objective.{ours}", value, (section, tool_key))
 
 
 def set_reward(work: Conversion, section: Section, chosen_by: str, center: str = "center_rewards_coefficient") -> None:

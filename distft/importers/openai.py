@@ -101,10 +101,10 @@ def _method(work: Conversion, top: Section) -> tuple[str, list[Section]]:
     for name in ("supervised", "dpo"):
         if name != kind and method.has(name):
             method.problem(name, f"belongs to another method than type = {kind}")
-    found = [inner.section("hyperparameters"), top.section("hyperparameters")]
+    sections = [inner.section("hyperparameters"), top.section("hyperparameters")]
     work.settle(method, METHOD_KEYS)
     work.settle(inner, {"hyperparameters": JOB_KEYS["hyperparameters"], **METHOD_KEYS})
-    return kind, found
+    return kind, sections
 
 
 def _set_model(work: Conversion, top: Section) -> None:
@@ -150,11 +150,11 @@ def _set_hyperparameters(work: Conversion, sections: list[Section], kind: str) -
     work.set("train.global_batch_size", int(batch or _BATCH), of, "; ".join(filter(None, (note, _auto(batch)))))
     times, of = _value(sections, "learning_rate_multiplier")
     rate = _DPO_RATE if kind == "dpo" else _RATE
-    said = (
+    rate_note = (
         f"{rate:g}, a usual rate of LoRA, x learning_rate_multiplier {times or 1:g}: OpenAI does "
         "not say what it multiplies"
     )
-    work.draft.set("optim.learning_rate", rate * (times or 1), of=of[0].path(of[1]) if of else (), note=said)
+    work.draft.set("optim.learning_rate", rate * (times or 1), of=of[0].path(of[1]) if of else (), note=rate_note)
     if kind == "dpo":
         beta, of = _value(sections, "beta")
         work.set("objective.beta", float(beta or _BETA), of, _auto(beta))
@@ -169,9 +169,9 @@ def _value(sections: list[Section], key: str) -> tuple[float | None, tuple[Secti
         return None, None
     section = holding[0]
     value: Any = section.raw(key)
-    for other in holding[1:]:
-        if other.raw(key) != value:
-            other.problem(key, f"says something else than {dotted(section.path(key))}", "keep one of them")
+    for further in holding[1:]:
+        if further.raw(key) != value:
+            further.problem(key, f"says something else than {dotted(section.path(key))}", "keep one of them")
     return (None if value == "auto" else section.number(key)), (section, key)
 
 

@@ -26,27 +26,27 @@ class Reading:
     problems: list[Problem] = field(default_factory=list)
     read: set[KeyPath] = field(default_factory=set)
 
-    def problem(self, at: KeyPath, message: str, fix: str = "") -> None:
+    def problem(self, path: KeyPath, message: str, fix: str = "") -> None:
         """Report a mistake at a key."""
-        said = f"{self.written(at)}  {message}" if at else message
-        self.problems.append(Problem(message=said, fix=fix, line=self.file.line_of(at)))
+        full_message = f"{self.written(path)}  {message}" if path else message
+        self.problems.append(Problem(message=full_message, fix=fix, line=self.file.line_of(path)))
 
-    def written(self, at: KeyPath) -> str:
+    def written(self, path: KeyPath) -> str:
         """Return a key and its value as the file has them, on one line; no secrets."""
-        return f"{dotted(at)} = {self.value_text(at)}"
+        return f"{dotted(path)} = {self.value_text(path)}"
 
-    def value_text(self, at: KeyPath) -> str:
+    def value_text(self, path: KeyPath) -> str:
         """Return the value at a key, shortened; no secrets."""
         value: Any = self.file.content
-        for step in at:
+        for step in path:
             value = value[step] if isinstance(step, int) else _by_name(value, step)
-        if str(at[-1]).lower().endswith(_SECRET):
+        if str(path[-1]).lower().endswith(_SECRET):
             return "***"
         return shown(json.dumps(value, ensure_ascii=False, default=str))
 
     def top(self) -> Section:
         """Return the mapping at the top of the file."""
-        return Section(reading=self, at=(), values=self.file.content)
+        return Section(reading=self, key_path=(), values=self.file.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +54,15 @@ class Section:
     """One mapping of the file. A value of the wrong kind is reported, and its default returned."""
 
     reading: Reading
-    at: KeyPath
+    key_path: KeyPath
     values: dict[str, Any]
 
     def path(self, key: str) -> KeyPath:
         """Return the key's whole path."""
-        return (*self.at, key)
+        return (*self.key_path, key)
 
     def has(self, key: str) -> bool:
-        """Whether the key has a value; an empty one is none."""
+        """Return whether the key has a value; an empty one is none."""
         return self.values.get(key) is not None
 
     def raw(self, key: str) -> Any:
@@ -142,7 +142,7 @@ class Section:
             self.problem(key, "must be a mapping of keys to values")
         values = value if isinstance(value, dict) else {}
         named = {str(name): inner for name, inner in values.items()}
-        return Section(reading=self.reading, at=self.path(key), values=named)
+        return Section(reading=self.reading, key_path=self.path(key), values=named)
 
     def sections(self, key: str) -> list[Section]:
         """Return the mappings in the list at a key."""
@@ -152,20 +152,22 @@ class Section:
         if not isinstance(value, list):
             self.problem(key, "must be a list: one entry, with a dash in front, for each")
             return []
-        found: list[Section] = []
+        sections: list[Section] = []
         for position, inner in enumerate(value):
             if isinstance(inner, dict):
-                at = (*self.path(key), position)
-                found.append(Section(reading=self.reading, at=at, values={str(name): v for name, v in inner.items()}))
+                path = (*self.path(key), position)
+                sections.append(
+                    Section(reading=self.reading, key_path=path, values={str(name): v for name, v in inner.items()})
+                )
             else:
                 self.reading.problem((*self.path(key), position), "must be a mapping of keys to values")
-        return found
+        return sections
 
 
-def dotted(at: KeyPath) -> str:
+def dotted(path: KeyPath) -> str:
     """Return a path as text: `datasets[0].path`."""
     text = ""
-    for step in at:
+    for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
     return shown(text)
 

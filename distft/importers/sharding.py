@@ -73,11 +73,11 @@ def _from_content(work: Conversion, section: Section, key: str, content: dict[st
     params, states = (_device(zero.get(part)) for part in ("offload_param", "offload_optimizer"))
     offload = "all" if params != "none" and stage == 3 else "optimizer" if states != "none" and stage else ""
     notes = ["offloaded to host memory here, to NVMe there"] if "nvme" in (params, states) else []
-    others = [other for other in content if other not in _OPERATIONS and other != "gradient_clipping"]
-    for other in ("optimizer", "scheduler"):
-        if other in others:
-            others.remove(other)
-            notes.append(f"its {other} is not read: those of this file are taken")
+    others = [setting for setting in content if setting not in _OPERATIONS and setting != "gradient_clipping"]
+    for setting in ("optimizer", "scheduler"):
+        if setting in others:
+            others.remove(setting)
+            notes.append(f"its {setting} is not read: those of this file are taken")
     if others:
         notes.append(f"not read: {', '.join(map(str, others))}")
     _set_engine(work, section, key, stage, offload, "; ".join([f"stage {stage} of {name}", *notes]))
@@ -131,32 +131,32 @@ def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
         words = value.replace(",", " ").split()
     else:
         words = section.texts(key)
-    known = {name.removeprefix("fsdp_"): name for name in settings.values}
+    by_name = {name.removeprefix("fsdp_"): name for name in settings.values}
     of = (section, key if value else config)
     sharding = next((word.lower() for word in words if word.lower() in {*_SHARDS, "no_shard"}), None)
-    if name := known.get("sharding_strategy"):
-        said = str(settings.raw(name)).lower()
-        sharding = sharding or _NUMBERS.get(said, said)
-    again = known.get("reshard_after_forward")
+    if name := by_name.get("sharding_strategy"):
+        text = str(settings.raw(name)).lower()
+        sharding = sharding or _NUMBERS.get(text, text)
+    again = by_name.get("reshard_after_forward")
     if again and isinstance(settings.raw(again), bool | str):
-        said = str(settings.raw(again)).lower()
-        sharding = sharding or {"true": "full_shard", "false": "shard_grad_op"}.get(said, said)
+        text = str(settings.raw(again)).lower()
+        sharding = sharding or {"true": "full_shard", "false": "shard_grad_op"}.get(text, text)
     sharding = sharding or "full_shard"
     if sharding == "no_shard":
         work.set("engine.name", "ddp", of, "NO_SHARD there")
     elif sharding not in _SHARDS:
         section.problem(of[1], f"sharding strategy {sharding} is not known", f"known: {', '.join(_SHARDS)}, no_shard")
     else:
-        version = settings.raw(known["version"]) if "version" in known else section.raw("fsdp_version")
+        version = settings.raw(by_name["version"]) if "version" in by_name else section.raw("fsdp_version")
         two = str(version) == "2"
         note = "" if two else "FSDP there; FSDP2 here"
         work.set("engine.name", "fsdp2", of, "; ".join(filter(None, (note, _SHARD_NOTES[sharding]))))
-        for setting, said in _SHARDS[sharding].items():
-            work.set(f"engine.{setting}", said, of)
-    offload = known.get("offload_params")
+        for setting, text in _SHARDS[sharding].items():
+            work.set(f"engine.{setting}", text, of)
+    offload = by_name.get("offload_params")
     if "offload" in words or (offload and settings.flag(offload)):
         work.set("engine.offload", "all", of)
-    if (name := known.get("activation_checkpointing")) and settings.flag(name):
+    if (name := by_name.get("activation_checkpointing")) and settings.flag(name):
         work.set("train.activation_checkpointing", "full", (settings, name))
     for name in settings.values:
         if name.removeprefix("fsdp_") in _FSDP_OPERATIONS:

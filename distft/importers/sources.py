@@ -33,7 +33,7 @@ class Source:
 def add_source(work: Conversion, part: Literal["train", "eval"], source: Source, of: tuple[Section, str]) -> None:
     """Append a source."""
     index = len(work.draft.get(f"data.{part}") or ())
-    at = f"data.{part}.{index}"
+    home = f"data.{part}.{index}"
     split, rows = _split(source, of)
     values = {
         "path": source.path,
@@ -41,24 +41,24 @@ def add_source(work: Conversion, part: Literal["train", "eval"], source: Source,
         "subset": source.subset,
         "split": split,
         "max_rows": source.max_rows or rows,
-        "columns": {theirs: ours for theirs, ours in source.columns.items() if theirs != ours} or None,
+        "columns": {column: ours for column, ours in source.columns.items() if column != ours} or None,
     }
     for key, value in values.items():
         if value is not None:
-            work.draft.set(f"{at}.{key}", value, of=of[0].path(of[1]))
+            work.draft.set(f"{home}.{key}", value, of=of[0].path(of[1]))
     if source.note:
-        work.draft.comment(f"{at}.format", source.note)
+        work.draft.comment(f"{home}.format", source.note)
     if source.format != "auto" and source.format not in work.registries.formats:
-        known = ", ".join(work.registries.formats)
-        of[0].problem(of[1], f"rows of format {source.format} are not read here", f"formats here: {known}")
+        formats = ", ".join(work.registries.formats)
+        of[0].problem(of[1], f"rows of format {source.format} are not read here", f"formats here: {formats}")
 
 
 def _split(source: Source, of: tuple[Section, str]) -> tuple[str | None, int | None]:
     """Return the split and the rows of `train[:1000]`."""
     if source.split is None or _SPLIT.fullmatch(source.split):
         return source.split, None
-    if found := _SLICE.fullmatch(source.split):
-        return found[1], int(found[2])
+    if match := _SLICE.fullmatch(source.split):
+        return match[1], int(match[2])
     of[0].problem(
         "split" if of[0].has("split") else of[1],
         f"split {source.split} is a part of a split",
@@ -116,7 +116,13 @@ def _packing_note(work: Conversion, rows: Rows, packing: bool) -> str:
 
 
 def set_template(
-    work: Conversion, section: Section, key: str, *, same: Sequence[str], own: Sequence[str], there: str = ""
+    work: Conversion,
+    section: Section,
+    key: str,
+    *,
+    same: Sequence[str],
+    tokenizer_names: Sequence[str],
+    there: str = "",
 ) -> None:
     """Set [data] chat_template.
 
@@ -125,7 +131,7 @@ def set_template(
         section: where the template is named.
         key: the key that names it.
         same: names that mean the built-in template of that name.
-        own: names that mean the tokenizer's.
+        tokenizer_names: names that mean the tokenizer's.
         there: what the tool's template writes otherwise.
     """
     name = section.text(key)
@@ -136,7 +142,9 @@ def set_template(
     elif name.endswith(".jinja"):
         work.set("data.chat_template", name, (section, key))
     else:
-        note = "" if name in own else f"{name} there: compare `distft check`'s samples, or name a .jinja file"
+        note = (
+            "" if name in tokenizer_names else f"{name} there: compare `distft check`'s samples, or name a .jinja file"
+        )
         work.set(
             "data.chat_template",
             "auto",

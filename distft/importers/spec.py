@@ -44,8 +44,8 @@ class Imported:
     """Keys that the importer does not know."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        remarks = {"left": [vars(one) for one in self.left], "unknown": [vars(one) for one in self.unknown]}
+        """Return plain values for JSON."""
+        remarks = {"left": [vars(remark) for remark in self.left], "unknown": [vars(remark) for remark in self.unknown]}
         return {"tool": self.tool, "toml": self.toml, "changed": self.changed, **remarks}
 
 

@@ -58,23 +58,23 @@ def _resolve(work: Conversion) -> None:
     """Put values in place of `${output_dir}`."""
     file = work.reading.file
 
-    def resolved(value: Any, at: tuple[str | int, ...], depth: int = 0) -> Any:
+    def resolved(value: Any, path: tuple[str | int, ...], depth: int = 0) -> Any:
         if isinstance(value, dict):
-            return {key: resolved(inner, (*at, str(key))) for key, inner in value.items()}
+            return {key: resolved(inner, (*path, str(key))) for key, inner in value.items()}
         if isinstance(value, list):
-            return [resolved(inner, (*at, place)) for place, inner in enumerate(value)]
-        found = _REFERENCE.search(value) if isinstance(value, str) else None
-        if found is None:
+            return [resolved(inner, (*path, place)) for place, inner in enumerate(value)]
+        match = _REFERENCE.search(value) if isinstance(value, str) else None
+        if match is None:
             return value
         target: Any = file.content
-        for step in found[1].split("."):
+        for step in match[1].split("."):
             target = target.get(step) if isinstance(target, dict) else None
         if target is None or isinstance(target, dict | list) or depth > 8:
-            work.reading.problem(at, f"{found[0]} names no value of the file", "write the value itself")
+            work.reading.problem(path, f"{match[0]} names no value of the file", "write the value itself")
             return None
-        if found[0] == value:
-            return resolved(target, at, depth + 1)
-        return resolved(value.replace(found[0], str(target)), at, depth + 1)
+        if match[0] == value:
+            return resolved(target, path, depth + 1)
+        return resolved(value.replace(match[0], str(target)), path, depth + 1)
 
     work.reading.file = replace(file, content=resolved(file.content, ()))
 
@@ -109,8 +109,8 @@ def _set_objective(work: Conversion, top: Section) -> Rows:
         fix = 'take DPOLoss, or write [objective] loss = "ipo" yourself with another beta'
         loss.problem("_component_", "takes the sum of an answer's tokens; ipo here takes their mean", fix)
     else:
-        known = ", ".join((*_SFT_LOSSES, "DPOLoss", "RSOLoss", "SimPOLoss"))
-        loss.problem("_component_", "is a loss that is not here", f"known: {known}")
+        losses = ", ".join((*_SFT_LOSSES, "DPOLoss", "RSOLoss", "SimPOLoss"))
+        loss.problem("_component_", "is a loss that is not here", f"known: {losses}")
     return "pairs"
 
 
@@ -121,8 +121,9 @@ def _set_model(work: Conversion, top: Section) -> None:
     loader, model = top.section("checkpointer"), top.section("model")
     folder = loader.text("checkpoint_dir")
     if folder is None:
-        top.reading.problem(loader.at if top.has("checkpointer") else (), "checkpointer.checkpoint_dir is missing",
-                            "add it: the folder of the model in the hub's layout")  # fmt: skip
+        place = loader.key_path if top.has("checkpointer") else ()
+        message = "checkpointer.checkpoint_dir is missing"
+        top.reading.problem(place, message, "add it: the folder of the model in the hub's layout")
     work.set("model.path", folder, (loader, "checkpoint_dir"))
     if loader.has("keep_last_n_checkpoints"):
         kept = loader.whole("keep_last_n_checkpoints", 2, least=1) or 2
@@ -151,10 +152,10 @@ def _set_model(work: Conversion, top: Section) -> None:
     work.set("method.alpha", model.number("lora_alpha", 16), (model, "lora_alpha"))
     work.set("method.dropout", model.number("lora_dropout", 0.0), (model, "lora_dropout"))
     named = model.texts("lora_attn_modules")
-    for one in named:
-        if one not in _MODULES:
-            model.problem("lora_attn_modules", f"{one} is not known", f"known: {', '.join(_MODULES)}")
-    targets = [_MODULES.get(one, one) for one in named]
+    for module in named:
+        if module not in _MODULES:
+            model.problem("lora_attn_modules", f"{module} is not known", f"known: {', '.join(_MODULES)}")
+    targets = [_MODULES.get(module, module) for module in named]
     targets += ["gate_proj", "up_proj", "down_proj"] if model.flag("apply_lora_to_mlp") else []
     targets += ["lm_head"] if model.flag("apply_lora_to_output") else []
     work.set(
@@ -173,29 +174,36 @@ def _set_optimizer(work: Conversion, top: Section) -> None:
     section = top.section("optimizer")
     name = component(section)
     if name not in _OPTIMIZERS:
-        known = ", ".join(_OPTIMIZERS)
+        optimizers = ", ".join(_OPTIMIZERS)
         section.reading.problem(
-            section.path("_component_") if section.has("_component_") else section.at if top.has("optimizer") else (),
+            section.path("_component_")
+            if section.has("_component_")
+            else section.key_path
+            if top.has("optimizer")
+            else (),
             "is not an optimizer here, and another one would train another model"
             if name
             else "optimizer has no _component_",
-            f"known: {known}",
+            f"known: {optimizers}",
         )
     here, decay, note = _OPTIMIZERS.get(name, ("adamw", 0.01, ""))
     work.set("optim.name", here, (section, "_component_"), note)
     rate = section.number("lr")
     if rate is None and not section.has("lr"):
         section.reading.problem(
-            section.at if top.has("optimizer") else (), "optimizer.lr is missing", "add it, as in lr: 2e-5"
+            section.key_path if top.has("optimizer") else (), "optimizer.lr is missing", "add it, as in lr: 2e-5"
         )
     work.set("optim.learning_rate", rate, (section, "lr"))
-    said = "norms and biases are left out here, and decayed there"
+    decay_note = "norms and biases are left out here, and decayed there"
     work.set(
-        "optim.weight_decay", section.number("weight_decay", decay), (section, "weight_decay"), said if decay else ""
+        "optim.weight_decay",
+        section.number("weight_decay", decay),
+        (section, "weight_decay"),
+        decay_note if decay else "",
     )
     betas = section.raw("betas")
     if betas is not None:
-        if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(one, float) for one in betas):
+        if not isinstance(betas, list) or len(betas) != 2 or not all(isinstance(beta, float) for beta in betas):
             section.problem("betas", "must be two numbers below 1, as [0.9, 0.95]")
         else:
             work.set("optim.betas", betas, (section, "betas"))

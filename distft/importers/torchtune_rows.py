@@ -51,7 +51,7 @@ _BUILDERS = {
 
 
 def component(section: Section) -> str:
-    """The last part of the section's component."""
+    """Return the last part of the section's component."""
     return (section.text("_component_") or "").rpartition(".")[2]
 
 
@@ -88,7 +88,7 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     if rows == "single":
         if len(inputs) > 1:
             top.reading.problem(
-                sections[0].at, "data sets differ in train_on_input", "one [data] loss_on is for all sources"
+                sections[0].key_path, "data sets differ in train_on_input", "one [data] loss_on is for all sources"
             )
         formats = {source["format"] for source in work.draft.get("data.train") or ()}
         whole = formats == {"text"} or True in inputs
@@ -107,7 +107,9 @@ def _add_dataset(
         section.problem(
             "_component_", "builds rows in a way that is not known", f"known: {', '.join(_BUILDERS)}"
         ) if name else (
-            section.reading.problem(section.at, "a dataset without a _component_", f"known: {', '.join(_BUILDERS)}")
+            section.reading.problem(
+                section.key_path, "a dataset without a _component_", f"known: {', '.join(_BUILDERS)}"
+            )
         )
         return
     if (builder.format == "preference") != (rows == "pairs"):
@@ -120,7 +122,7 @@ def _add_dataset(
         section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as source")
     if not source:
         section.reading.problem(
-            section.at, "a dataset without a source", "add source: a name on the hub, or json with data_files"
+            section.key_path, "a dataset without a source", "add source: a name on the hub, or json with data_files"
         )
         return
     format, columns = builder.format, dict(builder.columns)
@@ -141,22 +143,22 @@ def _add_dataset(
         inputs.add(
             section.flag("train_on_input", builder.trains_input and strategy is None) or strategy == "train_on_all"
         )
-    for one in files or [source]:
+    for data_file in files or [source]:
         made = Source(
-            path=one, format=format, subset=section.text("name") or section.text("subset"),
-            split=local_split(one, section.text("split")), columns=columns, note=builder.note,
+            path=data_file, format=format, subset=section.text("name") or section.text("subset"),
+            split=local_split(data_file, section.text("split")), columns=columns, note=builder.note,
         )  # fmt: skip
         add_source(work, part, made, (section, "_component_"))
 
 
 def _mapped(section: Section, columns: dict[str, str], format: str) -> dict[str, str]:
-    """Columns as `column_map` (ours: theirs) renames them."""
+    """Return columns as `column_map` (ours: theirs) renames them."""
     renames = section.section("column_map")
     roles = {"input": "instruction", "prompt": "instruction"} if format in ("alpaca", "preference") else {}
     for role in renames.values:
-        theirs = renames.text(role)
+        column = renames.text(role)
         ours = next((ours for name, ours in columns.items() if name == role), roles.get(role, role))
         columns = {name: home for name, home in columns.items() if home != ours}
-        if theirs is not None:
-            columns[theirs] = ours
+        if column is not None:
+            columns[column] = ours
     return columns

@@ -87,12 +87,12 @@ def set_batches(
 ) -> None:
     """Set the global batch: micro-batch x accumulation x GPUs, of which the file does not know the last."""
     steps, gpus = accumulation[1] or 1, work.options.gpus
-    said = (
+    gpu_note = (
         f"{gpus} GPUs (--gpus)" if gpus else "1 GPU, as the file does not say how many there were: state it by --gpus N"
     )
-    note = f"sequences per optimizer step over all GPUs: {micro[0]} {micro[1]} x {accumulation[0]} {steps} x {said}"
-    at = section.path(micro[0]) if section.has(micro[0]) else section.path(accumulation[0])
-    origin = at if section.has(micro[0]) or section.has(accumulation[0]) else ()
+    note = f"sequences per optimizer step over all GPUs: {micro[0]} {micro[1]} x {accumulation[0]} {steps} x {gpu_note}"
+    path = section.path(micro[0]) if section.has(micro[0]) else section.path(accumulation[0])
+    origin = path if section.has(micro[0]) or section.has(accumulation[0]) else ()
     total = micro[1] * steps * (gpus or 1)
     work.draft.set("train.global_batch_size", total, of=origin, note="; ".join(filter(None, (note, what))))
     work.set("train.micro_batch_size", micro[1], (section, micro[0]))
@@ -101,7 +101,7 @@ def set_batches(
 def _set_rates(work: Conversion, section: Section, keys: TrainerKeys) -> None:
     rate = section.number("learning_rate", keys.learning_rate_default)
     if rate is None and not section.has("learning_rate"):
-        section.reading.problem(section.at, "learning_rate is missing", "add it, as in learning_rate: 2e-4")
+        section.reading.problem(section.key_path, "learning_rate is missing", "add it, as in learning_rate: 2e-4")
     work.set("optim.learning_rate", rate, (section, "learning_rate"))
     decay = section.number("weight_decay", 0.0)
     if section.has("weight_decay"):

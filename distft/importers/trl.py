@@ -87,35 +87,35 @@ def _convert(work: Conversion) -> None:
 
 def _task(work: Conversion, top: Section) -> str | None:
     """Return which command the file is for: as --task says, else by the keys that one command alone has."""
-    asked = work.options.task
-    if asked is not None:
-        if asked not in TASKS:
-            top.reading.problem((), f"--task {asked} has no importer", f"known: {', '.join(TASKS)}")
+    task = work.options.task
+    if task is not None:
+        if task not in TASKS:
+            top.reading.problem((), f"--task {task} has no importer", f"known: {', '.join(TASKS)}")
             return None
-        return asked
-    found = [task for task, keys in _ONLY.items() if any(top.has(key) for key in keys)]
+        return task
+    tasks = [task for task, keys in _ONLY.items() if any(top.has(key) for key in keys)]
     loss = top.values.get("loss_type")
-    if loss == "simpo" and "cpo" not in found:
-        found.append("cpo")
-    if loss in _DPO_ONLY_LOSSES and "dpo" not in found:
-        found.append("dpo")
-    if len(found) == 1:
-        work.draft.comment("objective.name", f"read from the keys of the file: trl {found[0]}")
-        return found[0]
+    if loss == "simpo" and "cpo" not in tasks:
+        tasks.append("cpo")
+    if loss in _DPO_ONLY_LOSSES and "dpo" not in tasks:
+        tasks.append("dpo")
+    if len(tasks) == 1:
+        work.draft.comment("objective.name", f"read from the keys of the file: trl {tasks[0]}")
+        return tasks[0]
     shared = [key for key in ("beta", "loss_type", "label_smoothing") if top.has(key)]
-    if not found and not shared:
+    if not tasks and not shared:
         work.draft.comment(
             "objective.name", "the file does not say which command it is for: trl sft is assumed; --task says it"
         )
         return "sft"
     by = (
-        f"has keys of {' and of '.join(found)}"
-        if found
+        f"has keys of {' and of '.join(tasks)}"
+        if tasks
         else f"has {', '.join(shared)}, which dpo, orpo, cpo and others share"
     )
-    at = top.path(shared[0]) if shared else ()
+    path = top.path(shared[0]) if shared else ()
     top.reading.problem(
-        at, f"the file {by}: it is not clear which command it is for", f"say --task: {', '.join(TASKS)}"
+        path, f"the file {by}: it is not clear which command it is for", f"say --task: {', '.join(TASKS)}"
     )
     return None
 
@@ -177,14 +177,14 @@ def _set_model(work: Conversion, top: Section) -> None:
 
 
 def _set_dtype(work: Conversion, top: Section) -> None:
-    """The type of the weights counts more than that of autocast where it is said."""
+    """Set the type of the weights, which counts more than that of autocast."""
     for key in ("dtype", "torch_dtype"):
-        said = top.text(key, allowed=("auto", "bfloat16", "float16", "float32")) if top.has(key) else None
-        if said == "float16":
+        dtype = top.text(key, allowed=("auto", "bfloat16", "float16", "float32")) if top.has(key) else None
+        if dtype == "float16":
             work.set("model.dtype", "bfloat16", (top, key), "float16 there")
-        elif said == "bfloat16":
+        elif dtype == "bfloat16":
             work.draft.comments.pop(("model", "dtype"), None)
-            work.set("model.dtype", said, (top, key), "with an fp32 master copy in the optimizer, which is not there")
+            work.set("model.dtype", dtype, (top, key), "with an fp32 master copy in the optimizer, which is not there")
 
 
 def _set_method(work: Conversion, top: Section) -> None:
@@ -214,9 +214,9 @@ def _set_method(work: Conversion, top: Section) -> None:
         work.set("method.target_modules", targets, (top, "lora_target_modules"))
     if top.has("lora_modules_to_save"):
         work.set("method.modules_to_save", top.texts("lora_modules_to_save"), (top, "lora_modules_to_save"))
-    for theirs, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
-        if top.flag(theirs):
-            work.set(f"method.{ours}", True, (top, theirs))
+    for tool_key, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
+        if top.flag(tool_key):
+            work.set(f"method.{ours}", True, (top, tool_key))
     if four:
         kind = top.text("bnb_4bit_quant_type", "nf4", allowed=("nf4", "fp4"))
         quant = {"type": kind, "double": top.flag("use_bnb_nested_quant")}
@@ -234,11 +234,14 @@ def _set_sources(work: Conversion, top: Section, task: str) -> bool:
         files = section.texts("data_files")
         if files and path not in ("json", "csv", "parquet", "text", "arrow"):
             section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as path")
-        for one in files or [path]:
+        for data_file in files or [path]:
             source = Source(
-                path=one, format=format, subset=section.text("name"), split=local_split(one, section.text("split")),
+                path=data_file,
+                format=format,
+                subset=section.text("name"),
+                split=local_split(data_file, section.text("split")),
                 columns=columns,
-            )  # fmt: skip
+            )
             add_source(work, "train", source, (section, "path"))
         work.settle(section, TRL_DATASET_KEYS)
     name = top.text("dataset_name")
@@ -287,8 +290,8 @@ def _set_mask(work: Conversion, top: Section) -> None:
             "TRL trains whole chats and texts; of rows with a prompt and a completion the completion alone: then write "
         )
         note += '"completion"' if completion is None else ""
-        said = note if completion is None else "prompts are trained too"
-        work.set("data.loss_on", "all", (top, "completion_only_loss"), said)
+        mask_note = note if completion is None else "prompts are trained too"
+        work.set("data.loss_on", "all", (top, "completion_only_loss"), mask_note)
 
 
 SPEC = ImporterSpec(

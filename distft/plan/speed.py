@@ -158,7 +158,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
 
 
 def _forward(inventory: Inventory, setup: Setup, tokens: int, length: int, traffic: float, kernels: float) -> Work:
-    """A forward of a micro-batch without gradients.
+    """Return the work of a micro-batch's forward without gradients.
 
     Its traffic and its launches are taken as a third of those of forward and backward.
     """
