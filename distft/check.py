@@ -69,7 +69,7 @@ class SplitView:
     samples: tuple[SampleView, ...]
     """Each document of the rows that are shown."""
     judged: JudgedRows | None
-    """Of rows that judge answers."""
+    """Figures of rows that judge answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

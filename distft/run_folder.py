@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distft.core.types import TrainState
 
 FOLLOWS_S = 2.0
-"""For which a rank that ends because of another waits for the other's word."""
+"""Seconds for which a rank that ends because of another waits for the other's word."""
 DIFF = "uncommitted.diff"
 """What the code around the run had changed since its commit."""
 

@@ -159,7 +159,7 @@ class RunRecord:
 
     @property
     def final_label(self) -> str:
-        """Of the answers of the state that final/ holds: `best` where the run went back to its best one."""
+        """The label of the answers of the state that final/ holds: `best` where the run went back to its best one."""
         return _final_label(self.events)
 
     @property

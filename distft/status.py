@@ -23,7 +23,7 @@ from distft.core.files import read_json_lines, read_json_object
 RECENT = 20
 """Steps that the time left is estimated from."""
 TAIL_BYTES = 1 << 16
-"""Of metrics.jsonl: the end of a long run's file is enough."""
+"""Bytes read of metrics.jsonl: the end of a long run's file is enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Status:
     state: str
     """complete | running | queued | stopped | failed | lost | new."""
     why: str
-    """For any state that is not a good one: the reason, in the run's own words."""
+    """The reason for any state that is not a good one, in the run's own words."""
     step: int | None
     num_steps: int | None
     loss: float | str | None
@@ -48,7 +48,7 @@ class Status:
     restarts: list[str]
     """Why each earlier start ended: of the last job, or of the run where no batch job started it."""
     startup_s: float | None
-    """From the last start of rank 0's process to the end of its first step."""
+    """Seconds from the last start of rank 0's process to the end of its first step."""
     pace: str
     """What the last look at the ranks found: who is slowest, or what is wrong."""
 

@@ -33,7 +33,7 @@ class Layout:
     checkpointing: str | None = None
     """What activation checkpointing `auto` means here; None: the recipe says, or there is no accelerator."""
     why: str = ""
-    """Of micro-batch and checkpointing, where they were left to `auto`."""
+    """The reason of micro-batch and checkpointing, where they were left to `auto`."""
     path: ForwardPath = field(default_factory=ForwardPath)
     """How the model's numbers are computed (see `distft.model.proof`)."""
 

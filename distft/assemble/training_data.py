@@ -39,7 +39,7 @@ class HeldOut:
     fingerprint: dict[str, str]
     """sha256 of the prepared rows, by split."""
     largest_id: int
-    """Of all tokens in them."""
+    """The largest id of all tokens in them."""
     stop_ids: tuple[int, ...]
     """What trained rows end with."""
     row_passes: tuple[RowPass, ...] = ()

@@ -42,7 +42,7 @@ class BenchCaseSpec:
     profile: bool = False
     """One more step under torch's profiler."""
     limit_gib: float | None = None
-    """Of each process on a CPU; see `memory.set_limit`."""
+    """Memory of each process on a CPU; see `memory.set_limit`."""
 
     @classmethod
     def read(cls, path: Path) -> BenchCaseSpec:

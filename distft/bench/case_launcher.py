@@ -23,7 +23,7 @@ MEMORY_WORDS = (
     "Cannot allocate memory",
 )
 OWN_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "GROUP_RANK")
-"""Of the environment: what a launcher of this command itself has left."""
+"""Prefixes of environment variables: what a launcher of this command itself has left."""
 
 
 MODULE = ("-m", "distft.bench.case")

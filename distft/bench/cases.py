@@ -41,7 +41,7 @@ class BenchGrid:
     profile: bool = False
     """One more step under torch's profiler, after those that are timed."""
     limit_gib: float | None = None
-    """Of each process, on a CPU."""
+    """Memory of each process, on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class BenchCase:
 
     method: str
     engine: str
-    """As asked for: "auto" is decided where it runs."""
+    """The engine asked for: "auto" is decided where it runs."""
     world: int
     micro_batch_size: int | str
     max_length: int

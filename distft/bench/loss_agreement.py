@@ -20,9 +20,9 @@ class Tolerance:
     """Largest relative differences of losses, and the reason."""
 
     early: float
-    """Of the first EARLY steps."""
+    """Tolerance of the first EARLY steps."""
     all: float
-    """Of every step."""
+    """Tolerance of every step."""
     why: str
 
 

@@ -73,18 +73,18 @@ class Clock:
         """Nothing was compiled any more when measuring began."""
         self.done = False
         self.losses: list[float] = []
-        """Of every step, warm-up included."""
+        """Losses of every step, warm-up included."""
         self.grad_norms: list[float] = []
         self.left_out = 0
         """Steps whose update was left out."""
         self.times_s: list[float] = []
-        """Of the measured steps."""
+        """Seconds of the measured steps."""
         self.block_s = 0.0
-        """From edge to edge."""
+        """Seconds from edge to edge."""
         self.tokens, self.tokens_loss = 0, 0
-        """Of the measured steps on all ranks."""
+        """Tokens of the measured steps on all ranks."""
         self.slots, self.squares = 0, 0.0
-        """Of the measured steps on this rank: positions computed, filler included, and squared document lengths."""
+        """On this rank, of the measured steps: positions computed, filler included, and squared document lengths."""
 
     def start(self) -> None:
         """Begin the loop."""

@@ -16,7 +16,7 @@ from distft.core.environment import versions
 from distft.core.files import replace_json
 
 SCHEMA = 1
-"""Of a record; raised when a field changes its meaning."""
+"""Version of a record; raised when a field changes its meaning."""
 FINAL = ("measured", "memory", "refused")
 """Outcomes that another run would repeat; a case that failed otherwise is tried again."""
 

@@ -12,7 +12,7 @@ from distft.core.accelerators import GIB
 
 MIB = 2**20
 STEADY = 0.9
-"""Of the rate by the median step that the whole block reaches, if nothing interrupts it."""
+"""Share of the rate by the median step that the whole block reaches, if nothing interrupts it."""
 COLUMNS = ("method", "engine", "micro", "length", "tokens/s", "ratio", "step ms, median [p10, p90]", "peak",
            "planned", "difference", "state planned", "state measured", "note")  # fmt: skip
 

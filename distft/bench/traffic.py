@@ -50,7 +50,7 @@ class Collective:
 
     kind: str
     num_bytes: int
-    """Of the whole tensor: what all ranks' parts make together."""
+    """Bytes of the whole tensor: what all ranks' parts make together."""
     ranks: int | None = None
     """That take part, where the shapes tell: whole over part."""
 

@@ -33,11 +33,11 @@ class Saved:
     path: Path
     step: int
     num_bytes: int
-    """All files, all ranks; 0 when it was there already."""
+    """Bytes of all files, all ranks; 0 when it was there already."""
     blocked_s: float
     """Seconds that training waited for it on this rank."""
     total_s: float
-    """From the call to the commit."""
+    """Seconds from the call to the commit."""
     warnings: tuple[str, ...] = ()
     """What went wrong after the commit (a hint file not renewed, a rank's error too late to matter)."""
 

@@ -40,7 +40,7 @@ class Chunk:
     offset: int
     """Bytes from the start of the file."""
     num_bytes: int
-    """Of the archive at that offset: a little more than the data."""
+    """Bytes of the archive at that offset: a little more than the data."""
 
     @property
     def stop(self) -> int:

@@ -18,7 +18,7 @@ from distft.core.errors import CheckpointError, explain
 MANIFEST = "MANIFEST.json"
 SCHEMA = 1
 LIMIT_BYTES = 256 * 2**20
-"""Of any JSON file of a checkpoint: an index of a million chunks needs about 100 MB."""
+"""Largest size of any JSON file of a checkpoint: an index of a million chunks needs about 100 MB."""
 KEYS = {"schema", "step", "world", "engine", "hashes", "files", "sha256"}
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -49,7 +49,7 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(file.bytes for file in self.files)
 
     @property

@@ -45,7 +45,7 @@ class Examined:
 
     @property
     def why(self) -> str:
-        """In one line."""
+        """The reason in one line."""
         return self.messages[0] if self.messages else "the doctor said nothing"
 
 

@@ -63,11 +63,11 @@ class RestartDecision:
     code: int
     """The run's."""
     reason: str
-    """Of the run's end, in its own words."""
+    """The reason of the run's end, in its own words."""
     exit_code: int
     """The job's."""
     why: str
-    """Of the decision."""
+    """The reason of the decision."""
 
 
 def judge(ended: JobEnd) -> RestartDecision:

@@ -15,7 +15,7 @@ from distft.core.errors import MachineError
 from distft.core.host import slurm_job
 
 PORTS = range(20000, 32000)
-"""For the rendezvous: below what Linux hands out to outgoing connections (32768 and up)."""
+"""Ports for the rendezvous: below what Linux hands out to outgoing connections (32768 and up)."""
 ALIVE = ("RUNNING", "SIGNALING", "SUSPENDED", "CONFIGURING", "RESIZING")
 """States of a job that goes on; SIGNALING is one that is just being sent SIGCONT."""
 ASK_S = 30.0
@@ -27,7 +27,7 @@ class Allocation:
     """One start of one batch job."""
 
     job: str
-    """As scontrol takes it."""
+    """The job as scontrol takes it."""
     restart: int
     """0: the first."""
     nodes: tuple[str, ...]

@@ -43,7 +43,7 @@ class GitState:
 
     commit: str
     diff: str
-    """Of tracked files against the commit; empty when nothing was changed."""
+    """The diff of tracked files against the commit; empty when nothing was changed."""
     untracked: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class PlannedFault:
     times: int = 1
     skip: int = 0
     seconds: float = 0.0
-    """For `slow` and `skew`."""
+    """Duration for `slow` and `skew`."""
     matched: int = 0
 
     def is_due(self, point: str, rank: int, step: int | None) -> bool:

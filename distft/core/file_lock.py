@@ -20,7 +20,7 @@ from distft.core.phase import PHASE
 FIRST_S, LAST_S = 0.05, 8.0
 """Between two looks, at the beginning and after a long time."""
 SHARE = 0.2
-"""Of the time waited so far."""
+"""Share of the time waited so far."""
 WORD_S = 1.0
 """Between two calls of `waiting`."""
 

@@ -54,7 +54,7 @@ class _NoColumns:
 
 
 NO_COLUMNS: BatchColumns = _NoColumns()
-"""For objectives that ask for none."""
+"""The filler for objectives that ask for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

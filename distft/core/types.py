@@ -145,7 +145,7 @@ class StepReport:
     updated: bool = True
     """False: the update was left out, the weights are those of the step before."""
     samples: str = ""
-    """Of a step that was left out: the rows its loss comes from, by rank."""
+    """The rows that a skipped step's loss comes from, by rank."""
     figures: Mapping[str, float] = field(default_factory=dict[str, float])
     """The objective's own, over the whole step and all ranks."""
 
@@ -218,7 +218,7 @@ class Piece:
 
     @property
     def num_bytes(self) -> int:
-        """Of the data."""
+        """Bytes of the data."""
         return self.length * self.data.dtype.itemsize
 
     def read(self, begin: int = 0, end: int | None = None) -> Tensor:

@@ -15,7 +15,7 @@ REASONING = "reasoning"
 CALL = "tool call"
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 _MOST_WORDS = 20_000
-"""Of a piece that is looked for word by word."""
+"""Most words of a piece that is looked for word by word."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class MessagePart:
 
     kind: str
     text: str
-    """Without white space at its ends, which templates trim."""
+    """The text without white space at its ends, which templates trim."""
 
 
 def thought_and_answer(message: Message) -> tuple[str, str]:

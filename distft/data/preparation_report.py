@@ -105,7 +105,7 @@ class PrepareReport:
     fingerprint: str
     """sha256 over all token ids, trained marks and lengths: what a resumed run must find again."""
     largest_id: int
-    """Of all tokens: the embedding must have a row for it."""
+    """The largest id of all tokens: the embedding must have a row for it."""
     stop_ids: tuple[int, ...]
     """What at least a tenth of the rows' answers end with, and the model will stop at; most frequent first."""
     group_size: int = 1

@@ -46,7 +46,7 @@ _PARALLEL_FROM_TASKS = 32
 """`num_workers = "auto"` starts processes from here on: a worker needs seconds to import its libraries, and the
 tokenizer's own threads keep the cores busy meanwhile."""
 _FEW_CORES = 4
-"""With fewer, the tokenizer's threads alone are as fast."""
+"""With fewer cores, the tokenizer's threads alone are as fast."""
 _MAX_AUTO_WORKERS = 32
 
 

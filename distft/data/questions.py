@@ -29,7 +29,7 @@ class Question:
     id: str
     """`valid.jsonl row 12`."""
     row: Row
-    """As its file holds it, columns renamed as the recipe says."""
+    """The row as its file holds it, columns renamed as the recipe says."""
     prompt: str
     """What is asked, special tokens of the chat template included."""
     ids: tuple[int, ...]

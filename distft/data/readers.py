@@ -23,7 +23,7 @@ Reader: TypeAlias = Callable[[Path], Iterator[tuple[int, Payload]]]
 
 _CHUNK_BYTES = 1 << 20
 _OTHER_MARKS = (";", "\t", "|", ",")
-"""By which tables are separated besides."""
+"""Other characters that separate the cells of tables."""
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 

@@ -15,7 +15,7 @@ from distft.data.template_probe import TemplateProbe
 
 _WITH_TOOLS = ': chat_template = "chatml", "llama3" or "plain"'
 _MOST_FORMS = 4096
-"""Of chats, whose losses are remembered."""
+"""Most forms of chats whose losses are remembered."""
 CUT = "earlier turns, not trained in this row, lose their {} to the chat template"
 
 
@@ -28,7 +28,7 @@ class TemplateContent(TemplateProbe, ABC):
     _latest: dict[str, tuple[Conversation, frozenset[tuple[int, str]]]] = field(
         default_factory=dict, compare=False, repr=False
     )
-    """Of the chat that was asked about last."""
+    """What the last chat loses."""
 
     @abstractmethod
     def _lost(self, chat: Conversation, index: int, kind: str, text: str) -> str:

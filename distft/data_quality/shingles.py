@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 WORDS = 5
-"""In a shingle; a shorter text is one shingle."""
+"""Words in a shingle; a shorter text is one shingle."""
 BANDS, BAND_ROWS = 21, 6
 """Rows of similarity 0.8 share one of the bands' keys with probability 0.998, of 0.6 with 0.64, of 0.3 with 0.02."""
 NUM_MINIMA = BANDS * BAND_ROWS

@@ -83,7 +83,7 @@ class Here:
     env: Mapping[str, str]
     options: DoctorOptions
     hosts: tuple[str, ...]
-    """Of every rank; before the processes have met, of this one alone."""
+    """Host of every rank; before the processes have met, of this one alone."""
     group: ProbeRanks | None = None
     """None: alone, or not yet."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from distft.engine.rendezvous import Rendezvous
 
 LIMIT_S, SHORT_LIMIT_S = 180.0, 60.0
-"""For one check of those that are made together; after that somebody hangs in it."""
+"""Seconds for one check of those that are made together; after that somebody hangs in it."""
 LINGER_S = 5.0
 """Rank 0 keeps the store open for the others' last look at it."""
 NETWORK_FIX = (

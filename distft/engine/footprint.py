@@ -26,7 +26,7 @@ class ParamSizes(Protocol):
 
     @property
     def item_bytes(self) -> int:
-        """Of one stored element."""
+        """Bytes of one stored element."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class ParamSizes(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the model means it."""
+        """The shape as the model means it."""
         ...
 
     @property
@@ -56,7 +56,7 @@ class ParamSizes(Protocol):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of the tensor that holds it."""
+        """Shape of the tensor that holds it."""
         ...
 
     @property
@@ -80,7 +80,7 @@ class ModelSizes(Protocol):
 
     @property
     def params(self) -> Sequence[ParamSizes]:
-        """In the module's order, each tied tensor once."""
+        """Parameters in the module's order, each tied tensor once."""
         ...
 
     @property
@@ -90,7 +90,7 @@ class ModelSizes(Protocol):
 
     @property
     def item_bytes(self) -> int:
-        """Of one element in the type that the model computes in."""
+        """Bytes of one element in the type that the model computes in."""
         ...
 
     @property
@@ -123,7 +123,7 @@ class EngineSetup:
     """The ranks, the recipe's [engine] table, and what else a footprint follows from besides the model."""
 
     params: Params
-    """Of the engine that the footprint belongs to."""
+    """Params of the engine that the footprint belongs to."""
     world: int
     node: int
     """Ranks of a node."""
@@ -139,7 +139,7 @@ class EngineSetup:
 
     @property
     def reduced_bytes(self) -> int:
-        """Of one element of a gradient, between ranks."""
+        """Bytes of one element of a gradient, between ranks."""
         return 2 if self.half and self.grad_dtype == "bfloat16" else FP32
 
     def group(self, within: ShardWithin) -> int:
@@ -188,7 +188,7 @@ class State:
 
     @property
     def total(self) -> int:
-        """On the device, at the end of a backward pass."""
+        """Bytes on the device, at the end of a backward pass."""
         return self.weights + self.quant_constants + self.gradients + self.master + self.optimizer
 
 
@@ -206,7 +206,7 @@ class Sent:
     """Bytes that a rank sends over the slowest link of its collectives, and inside a group of ranks."""
 
     micro: float = 0.0
-    """In each micro-batch."""
+    """What is sent in each micro-batch."""
     micro_inside: float = 0.0
     step: float = 0.0
     """Once a step."""

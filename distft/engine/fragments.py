@@ -37,7 +37,7 @@ class Fragment:
 
     name: str
     numel: int
-    """Of the whole parameter."""
+    """Elements of the whole parameter."""
     start: int
     length: int
     flat: Tensor

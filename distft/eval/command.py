@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # nothing heavy before the flags are read: help is instant
     from distft.recipe import Recipe
 
 MICRO_TOKENS = 8192
-"""Of a micro-batch of held-out rows."""
+"""Tokens of a micro-batch of held-out rows."""
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class BoundScore:
     scorer: Scorer
     """Built before anything is asked, so that what cannot work is said at once."""
     pairs: tuple[tuple[Pair, ...], ...] = field(default=(), repr=False)
-    """Of a score that weighs: for each question, prompt and choice as tokens, a pair for each choice."""
+    """For a score that weighs choices: for each question, prompt and choice as tokens, a pair for each choice."""
 
 
 class EvalSet(Protocol):

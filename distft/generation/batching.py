@@ -13,9 +13,9 @@ from torch import Tensor
 
 MAX_ROWS = 128
 PROMPT_TOKENS = 32_768
-"""Of one forward: more fills no accelerator better, and activations grow with them."""
+"""Most prompt tokens of one forward: more fills no accelerator better, and activations grow with them."""
 CACHE_SHARE = 0.4
-"""Of the accelerator's free memory: activations and fragments want room too."""
+"""Share of the accelerator's free memory: activations and fragments want room too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ class Generator:
         self.seconds = 0.0
         """That the last call took, gathering left out."""
         self.share = 1.0
-        """Of a batch that is answered at once: less after memory ran out."""
+        """Share of a batch that is answered at once: less after memory ran out."""
 
     def truncate_prompt(self, ids: Sequence[int], room: int) -> Sequence[int]:
         """A prompt that leaves `room` tokens for its answer, at least one token long: its start is left out if need

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 PHASES = ("data", "agree", "forward", "backward", "update", "step")
-"""Of a step (see `core.phase`); evaluations and saves are not counted."""
+"""Phases of a step (see `core.phase`); evaluations and saves are not counted."""
 KEPT = 20
 """Looks that `usual` is the median of: a run that has become slower for good is told so this often at most."""
 FEWEST = 2

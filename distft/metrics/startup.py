@@ -23,11 +23,11 @@ class StartupTimes:
     rank: int
     host: str
     seconds: dict[str, float]
-    """By phase, in the order they are passed (see `core.phase`); `imports` comes before the first."""
+    """Seconds by phase, in the order they are passed (see `core.phase`); `imports` comes before the first."""
 
     @property
     def total_s(self) -> float:
-        """From the process's start to the end of its first step."""
+        """Seconds from the process's start to the end of its first step."""
         return sum(self.seconds.values())
 
 

@@ -115,7 +115,7 @@ class In4bit:
     double: bool
     storage: torch.dtype
     shape: tuple[int, ...]
-    """Of the values."""
+    """Shape of the values."""
 
 
 def _mark_expert(module: Any, short: str, params: QuantParams, dtype: torch.dtype) -> None:

@@ -56,7 +56,7 @@ HALF_RTOL = 3e-2
 NEW_TOKENS = 3
 """Tokens that each probe is continued by."""
 _GAIN = 2.5
-"""Of random matrices: attention scores of about 6, which a cap of 50 bends by some hundredths."""
+"""Gain of random matrices: attention scores of about 6, which a cap of 50 bends by some hundredths."""
 
 
 class NotEqualError(Exception):
@@ -72,7 +72,7 @@ class Numbers:
     logits: list[Tensor]
     """[L, V] of each probe."""
     gradients: dict[str, Tensor | None]
-    """Of the mean loss over all tokens, by the parameter's name."""
+    """Gradients of the mean loss over all tokens, by the parameter's name."""
 
     @functools.cached_property
     def largest(self) -> float:

@@ -29,7 +29,7 @@ class _Dealt:
     reader: int
     expected: Expected
     values: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """On the rank that has read them, until they are sent."""
+    """Values on the rank that has read them, until they are sent."""
 
 
 class SharedReads:

@@ -76,7 +76,7 @@ class StoredWeights:
 
 
 _ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".input_scale_inv")
-"""Of inputs that are quantised while computing; dequantised weights compute in 16 bits or more."""
+"""Scales of inputs that are quantised while computing; dequantised weights compute in 16 bits or more."""
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:

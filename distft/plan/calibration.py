@@ -93,7 +93,7 @@ class Calibration:
     error_before: float | None
     """Mean relative error of the step times that were predicted with the assumed rates; None without cases."""
     error: float | None
-    """With these rates."""
+    """Error with these rates."""
 
     def lines(self) -> Iterator[str]:
         """Yield what changed."""

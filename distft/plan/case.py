@@ -19,7 +19,7 @@ class PlanCase:
 
     setup: Setup
     parameters: int
-    """Of the model, adapters included."""
+    """Parameters of the model, adapters included."""
     trained: int
     """Parameters that are trained."""
     memory: Memory

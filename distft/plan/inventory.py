@@ -47,9 +47,9 @@ class Param:
 
     name: str
     shape: tuple[int, ...]
-    """As the module has it; a 4-bit one as the linear layer means it."""
+    """The shape as the module has it; a 4-bit one as the linear layer means it."""
     item_bytes: int
-    """Of one stored element."""
+    """Bytes of one stored element."""
     trained: bool
     decayed: bool
     """Has weight decay, so it is in the optimizer's first group."""
@@ -65,7 +65,7 @@ class Param:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of the tensor that holds it: 4-bit weights are packed two to a byte into one column."""
+        """Shape of the tensor that holds it: 4-bit weights are packed two to a byte into one column."""
         if self.double is None:
             return self.shape
         return (-(-((self.numel + 1) // 2) // self.item_bytes), 1)
@@ -77,7 +77,7 @@ class Param:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the tensor that holds it, whole."""
+        """Bytes of the tensor that holds it, whole."""
         return self.stored_numel * self.item_bytes
 
     @property
@@ -99,7 +99,7 @@ class Inventory:
     """A model as one recipe trains it. Equal only to itself: traces are remembered by it."""
 
     params: tuple[Param, ...]
-    """In the module's order, each tied tensor once."""
+    """Parameters in the module's order, each tied tensor once."""
     num_blocks: int
     samples: tuple[MetaModel, ...]
     """Models to trace, without quantisation: of two blocks and of three, from which any number follows; or one of all
@@ -118,7 +118,7 @@ class Inventory:
 
     @property
     def item_bytes(self) -> int:
-        """Of one element in the type that the model computes in."""
+        """Bytes of one element in the type that the model computes in."""
         return self.dtype.itemsize
 
     @property

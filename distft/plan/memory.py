@@ -48,7 +48,7 @@ class Phases:
 
     @property
     def peak(self) -> int:
-        """Of all phases."""
+        """The peak of all phases."""
         return max(vars(self).values())
 
 

@@ -44,7 +44,7 @@ class Planner:
     path_of_model: ForwardPath | None = None
     """How the model's numbers are computed, where it is known; else it is proven, or read from the cache of proofs."""
     document_tokens: int | None = None
-    """Of a row on average, where it is known."""
+    """Tokens of a row on average, where it is known."""
     _read: dict[str, Inventory] = field(default_factory=dict)
     _proven: dict[str, ForwardPath] = field(default_factory=dict)
 

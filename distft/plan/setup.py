@@ -78,7 +78,7 @@ class Setup:
 
     @property
     def usual_tokens(self) -> int:
-        """Of a micro-batch on average."""
+        """Tokens of a micro-batch on average."""
         return self.document_tokens or self.tokens
 
     @property

@@ -31,21 +31,21 @@ class Speed:
     flops_per_token: float
     """What the method's mathematics needs: matrix products and causal attention over full sequences."""
     executed_flops_per_token: float
-    """With what activation checkpointing repeats."""
+    """FLOPs per token with what activation checkpointing repeats."""
     micro_s: float
     step_s: float
     """One optimizer step."""
     tokens_per_s: float
-    """Of all GPUs together."""
+    """Tokens per second of all GPUs together."""
     tokens_per_s_per_gpu: float
     mfu: float
     hours: float | None
-    """Of the run; None when the recipe gives epochs, whose tokens only the rows tell."""
+    """Hours of the run; None when the recipe gives epochs, whose tokens only the rows tell."""
     hours_per_billion_tokens: float
     columns_s: float
-    """Of `step_s`, in forwards without gradients for what the objective reads, such as a reference."""
+    """Seconds of `step_s` in forwards without gradients for what the objective reads, such as a reference."""
     reference_hours_per_billion_tokens: float
-    """Of log-probabilities that are computed once, before training; 0 where there are none."""
+    """Hours for log-probabilities that are computed once, before training; 0 where there are none."""
     sent: Sent
     work: Work
     """What the times follow from."""

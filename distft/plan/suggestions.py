@@ -24,7 +24,7 @@ class RecipeChange:
     """One way to make it fit."""
 
     what: str
-    """In words."""
+    """The change in words."""
     overrides: tuple[str, ...]
     """What to paste after `--set`."""
     machine: Machine

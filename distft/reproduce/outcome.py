@@ -23,7 +23,7 @@ class Column:
     equal: bool
     """Every value, bit for bit."""
     first_step: int | None
-    """Where they part."""
+    """The first step in which they differ."""
     worst: float
     """Largest relative difference; infinite where one is a number and the other is not."""
     worst_step: int | None
@@ -61,7 +61,7 @@ class Answers:
 
     @property
     def equal(self) -> bool:
-        """All of them."""
+        """Whether all of them are equal."""
         return not self.missing and self.num_equal == self.num_answers
 
 

@@ -24,7 +24,7 @@ from distft.core.errors import FileSystemError, MachineError
 from distft.core.files import replace_json
 
 MAX_BYTES = 4 << 20
-"""Of a response; no answer to a judge's prompt is longer."""
+"""Largest size of a response; no answer to a judge's prompt is longer."""
 MAX_WAIT_S = 60.0
 _PASSING = {408, 409, 425, 429}
 """Client errors that are worth another try; every 5xx is too."""
@@ -52,7 +52,7 @@ class Endpoint:
     """Sent as a bearer token; no message and no cached answer holds it."""
     max_tokens: int
     timeout_s: float
-    """Of one try."""
+    """Seconds of one try."""
     retries: int
     """Tries after the first."""
     cache: Path | None

@@ -26,7 +26,7 @@ from distft.core.registry import nearest
 from distft.scores.spec import Answer, MetricInfo, ScoreResult, mean
 
 MAX_NEW_TOKENS = 256
-"""Where a task does not say."""
+"""Tokens of an answer where a task sets no limit."""
 _TWO_VALUES = {0.0, 1.0}
 
 Chat = Callable[[list[dict[str, str]], bool], str]
@@ -92,11 +92,11 @@ class LmEvalTasks:
                     task.set_config(key="num_fewshot", value=0)
             requests_by_task = [list(self._requests(task)) for task in self._tasks.values()]
         self.rows = sum(len({doc_id for doc_id, _ in requests}) for requests in requests_by_task)
-        """Of all its tasks."""
+        """Rows of all its tasks."""
         self.sha256 = hashlib.sha256(json.dumps(requests_by_task, default=str).encode()).hexdigest()
-        """Of every request that is made of the model, prompts in full."""
+        """Hash of every request that is made of the model, prompts in full."""
         self.prompts = [args[0] for requests in requests_by_task for _, args in requests]
-        """Of every request."""
+        """Prompts of every request."""
         self.planned = self._planned()
         """Figures it will give, as its configuration says."""
 

@@ -28,7 +28,7 @@ class Regression:
     """A row that got worse."""
 
     index: int
-    """Of the row in both lists."""
+    """Index of the row in both lists."""
     before: float
     after: float
     worse_by: float
@@ -45,7 +45,7 @@ class PairedComparison:
     difference: Interval
     """after - before, paired; without bounds for a figure that rows do not have."""
     mcnemar: McNemar | None
-    """Of binary figures."""
+    """The test of binary figures."""
     regressions: tuple[Regression, ...]
     """Worst first."""
 

@@ -26,7 +26,7 @@ ASK_S = 60.0
 """A driver with a GPU that has fallen off the bus answers late or never."""
 THROTTLED = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
 TAKEN = 0.1
-"""Of a GPU's memory in other hands: a run that was planned for the whole has no room."""
+"""Share of a GPU's memory used by others from which a run that was planned for the whole has no room."""
 
 
 def look(here: Here) -> Facts:

@@ -9,9 +9,9 @@ from distft.core.accelerators import of_device
 from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, fail, ok, warn
 
 EXPECTED_SHARE = 0.5
-"""Of a link's rate on paper; below, something is configured badly: a fallback to sockets, a missing adapter."""
+"""Share of a link's rate on paper; below, something is configured badly: a fallback to sockets, a missing adapter."""
 ODD_SHARE = 0.5
-"""Of the median rank's rate with its better neighbour."""
+"""Share of the median rank's rate with its better neighbour."""
 
 
 def look(here: Here) -> Facts:
