@@ -252,13 +252,14 @@ class ChatTemplate(TemplateContent):
         return Drawn(text=text, spans=spans, notes=notes)
 
     def _behind(self, before: str, text: str, messages: Sequence[Message], tools: Any, index: int) -> str:
-        """The turn at `index` behind its generation prompt, where the template writes what comes before it otherwise
-        once an answer follows: Mistral's writes the system message and the tools into the last of the users' messages
-        only while it is the last of all.
+        """Return the turn at `index` behind its generation prompt, where the template changes what comes before it.
+
+        Mistral's writes the system message and the tools into the last of the users' messages only while it is the
+        last of all.
 
         Raises:
             DataError: where the turn begins in `text` cannot be told by what the two have in common before it.
-        """  # noqa: D205
+        """
         previous = pieces(messages[index - 1])[-1:] if index else []
         probe = stand_in(messages[:index])  # short texts may stand in the header too: numbers do not
         number = next((name for name in reversed(probe.pieces) if probe.pieces[name][0] == index - 1), "")
@@ -304,8 +305,11 @@ class ChatTemplate(TemplateContent):
         return None if turn is None or turn.lstrip()[:2] == "</" else turn
 
     def _closed(self, upto: Conversation, index: int, before: str, opener: re.Match[str]) -> Drawn:
-        """A turn after a generation prompt that opens a block of reasoning: it goes on with the reasoning and closes
-        the block, also where there is none, or the model would be trained on another prompt than it is asked with."""  # noqa: D205, D209
+        """Return a turn after a generation prompt that opens a block of reasoning.
+
+        It goes on with the reasoning and closes the block, also where there is none, or the model would be trained on
+        another prompt than it is asked with.
+        """
         message = upto.messages[index]
         thought, answer = thought_and_answer(message)
         bare = {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": answer}

@@ -67,12 +67,13 @@ class RowSource:
         return READERS[file_type(file.path) or ""](file.path)
 
     def renamed(self, payload: Payload) -> Row:
-        """The payload as a row under the names its format expects (`columns = {theirs = "ours"}`), its messages without
-        the keys that `ignore` names, and merged where neighbouring turns are to be joined.
+        """Return the payload as a row under the names its format expects (`columns = {theirs = "ours"}`).
+
+        Its messages are without the keys that `ignore` names, and merged where neighbouring turns are to be joined.
 
         Raises:
             RowError: the payload is no row, or lacks a column that `columns` renames.
-        """  # noqa: D205
+        """
         if isinstance(payload, RowError):
             raise payload
         row = parse_line(payload) if isinstance(payload, bytes) else payload

@@ -95,8 +95,10 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
 
 
 def trained_rows(subject: Subject) -> dict[str, Any] | None:
-    """What the run noted of the rows it trained on: `stop_ids`, and whether they are `chats`; None when it did not,
-    or when they are other rows now."""  # noqa: D205, D209
+    """Return what the run noted of the rows it trained on: `stop_ids`, and whether they are `chats`.
+
+    None when it noted nothing, or when they are other rows now.
+    """
     try:
         noted = json.loads((subject.folder / "manifest.json").read_text(encoding="utf-8"))["trained_rows"]
         then = load_recipe(subject.folder / "recipe.toml", registries=REGISTRIES)

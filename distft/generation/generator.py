@@ -67,8 +67,7 @@ class Generator:
         """Share of a batch that is answered at once: less after memory ran out."""
 
     def truncate_prompt(self, ids: Sequence[int], room: int) -> Sequence[int]:
-        """A prompt that leaves `room` tokens for its answer, at least one token long: its start is left out if need
-        be."""  # noqa: D205, D209
+        """Cut the start of a prompt so that `room` tokens are left for its answer; one token of it stays."""
         most = len(ids) if self.longest is None else max(1, self.longest - room)
         return ids[-most:]
 
@@ -84,8 +83,10 @@ class Generator:
     def loglikelihood(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int | None = None
     ) -> list[tuple[float, bool]] | None:
-        """For each (context, continuation): its log-likelihood in nats, summed over its tokens, and whether it is what
-        the model would write; None when some rank was asked to stop. Neither part may be empty."""  # noqa: D205, D209
+        """Return each continuation's log-likelihood after its context, and whether the model would write it.
+
+        In nats, summed over its tokens; None when some rank was asked to stop. Neither part may be empty.
+        """
         return self._run_batches(
             [len(context) + len(continuation) for context, continuation in pairs],
             0,

@@ -34,8 +34,10 @@ def figures(params: FieldMatchParams) -> tuple[MetricInfo, ...]:
 
 
 def read_fields(text: str, form: str) -> Mapping[str, Any] | None:
-    """The fields of a text; None when it has none of that form. Of a name written twice, the first counts in lines
-    and the last in JSON."""  # noqa: D205, D209
+    """Read the fields of a text; None when it has none of that form.
+
+    Of a name written twice, the first counts in lines and the last in JSON.
+    """
     if form == "json" or (form == "auto" and text.lstrip().startswith("{")):
         try:
             value = json.loads(text)

@@ -38,9 +38,11 @@ class TextGenerator(Protocol):
     same requests in the same order, and gets the same answers."""  # noqa: D205, D209
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): its log-likelihood in nats, summed over tokens, and whether greedy
-        decoding would give it. The two are tokenised together; an empty context starts with the start-of-text
-        token."""  # noqa: D205, D209
+        """Return each continuation's log-likelihood after its context, and whether greedy decoding would give it.
+
+        In nats, summed over tokens. The two are tokenised together; an empty context starts with the start-of-text
+        token.
+        """
         ...
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
