@@ -140,7 +140,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, Path | None, int | None]:
-    """(machine, folder of config.json, parameters), each None when it is not known."""
+    """Return (machine, folder of config.json, parameters), each None when it is not known."""
     from distft.catalog import REGISTRIES
     from distft.core.log import quiet_libraries
     from distft.plan.machine import read_machine
@@ -164,7 +164,7 @@ def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack)
 
 
 def _look(options: argparse.Namespace) -> tuple[DataQualityReport | None, str]:
-    """What is in the rows, and their format; (None, "") without --data."""
+    """Return the examined rows and their format; (None, "") without --data."""
     if options.data is None:
         return None, ""
     from distft.data.prepared_folder import cache_folder
@@ -182,7 +182,7 @@ def _look(options: argparse.Namespace) -> tuple[DataQualityReport | None, str]:
 
 
 def _chars(care: DataQualityReport | None, percentile: str) -> int | None:
-    """Of prompt and answer together; None when the rows were not looked at."""
+    """Return the characters of prompt and answer together; None when the rows were not examined."""
     if care is None or not care.splits["train"].num_rows:
         return None
     return care.splits["train"].prompt_chars[percentile] + care.splits["train"].answer_chars[percentile]

@@ -33,13 +33,13 @@ class Situation:
     rows: int
     """Training rows."""
     parameters: float | None = None
-    """Of the model; None: not known here."""
+    """Parameters of the model; None: not known here."""
     world: int = 1
     """GPUs in all."""
     longest_chars: int | None = None
-    """Of the longest training row; None: not looked at."""
+    """Characters of the longest training row; None: not examined."""
     typical_chars: int | None = None
-    """Of the median one."""
+    """Characters of the median training row."""
 
 
 @dataclass(frozen=True, kw_only=True)

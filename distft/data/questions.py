@@ -29,7 +29,7 @@ class Question:
     id: str
     """`valid.jsonl row 12`."""
     row: Row
-    """As its file holds it, columns renamed as the recipe says."""
+    """The row as its file holds it, columns renamed as the recipe says."""
     prompt: str
     """What is asked, special tokens of the chat template included."""
     ids: tuple[int, ...]
@@ -63,7 +63,7 @@ class Columns:
         return PromptCompletion(prompt=prompt, completion="")
 
     def answer(self, row: Row) -> str:
-        """What the reference column holds; a list of right answers as JSON."""
+        """Return what the reference column holds; a list of right answers as JSON."""
         value = "" if self.reference is None else row[self.reference]
         return value if isinstance(value, str) else json.dumps(value)
 
@@ -149,7 +149,7 @@ def _right(sample: Sample) -> str:
 
 
 def trained_as_chat(sources: Sequence[SourceTable], *, merge_turns: bool = False) -> bool:
-    """Whether the first row that is trained is a chat.
+    """Return whether the first row that is trained is a chat.
 
     Raises:
         DataError: the first source cannot be read, or has no good row.

@@ -227,7 +227,7 @@ def _cell(figure: EvalFigure | None) -> str:
 
 
 def _same_held_out(runs: Sequence[RunRecord]) -> bool:
-    """Whether evaluation losses are means over the same tokens, as far as is known."""
+    """Return whether evaluation losses are means over the same tokens, as far as is known."""
     return len({str((run.manifest.get("data") or {}).get("eval", "")) for run in runs} - {""}) <= 1
 
 
@@ -340,7 +340,7 @@ def _shared(runs: Sequence[RunRecord]) -> list[EvalFigure]:
 
 
 def _same(runs: Sequence[RunRecord], name: str) -> bool:
-    """Whether a set of results is about the same rows in every run, as far as is known."""
+    """Return whether a set of results is about the same rows in every run, as far as is known."""
     return len({run.rows_sha256(name) for run in runs} - {""}) <= 1
 
 

@@ -61,7 +61,7 @@ class ScoreResult:
     """Row id -> why it has no score; such rows count in no figure."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes null."""
+        """Return plain values for JSON; NaN becomes null."""
         return {
             "figures": [vars(figure) for figure in self.figures],
             "rows": {name: [_plain(value) for value in values] for name, values in self.rows.items()},
@@ -71,7 +71,7 @@ class ScoreResult:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> ScoreResult:
-        """What `to_json` gave."""
+        """Return what `to_json` gave."""
         return cls(
             figures=tuple(MetricInfo(**figure) for figure in stored["figures"]),
             rows={name: tuple(map(_number, values)) for name, values in stored["rows"].items()},
