@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SIDES = {"pairs": ("chosen", "rejected"), "answers": ("good", "bad")}
@@ -64,7 +64,7 @@ def judged_figures(rows: Sequence[Row]) -> dict[str, Any]:
     return made
 
 
-def judged_warnings(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
+def judged_warnings(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
     """Return what is wrong with a gain in accuracy, as sentences.
 
     Args:
@@ -77,7 +77,7 @@ def judged_warnings(before: dict[str, Any] | None, after: dict[str, Any] | None)
     return [sentence for sentence in said if sentence]
 
 
-def _gained_length(before: dict[str, Any], after: dict[str, Any]) -> str:
+def _gained_length(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Accuracy has risen where the chosen answer is the longer one, by more than chance, and nowhere else."""
     was, now = (figures["groups"].get("length", {}) for figures in (before, after))
     if not all({"longer", "shorter"} <= groups.keys() for groups in (was, now)):
@@ -91,7 +91,7 @@ def _gained_length(before: dict[str, Any], after: dict[str, Any]) -> str:
     )
 
 
-def _unlikelier(before: dict[str, Any], after: dict[str, Any]) -> str:
+def _unlikelier(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Answers that are to become likelier have become much unlikelier."""
     side = SIDES[after["kind"]][0]
     was, now = (figures.get("logprob_per_token", {}).get(side) for figures in (before, after))
