@@ -12,6 +12,7 @@ from distft.core.types import Batch, Engine, TrainState
 from distft.evaluation.answer_records import HELD_OUT, AnswerRecords, perplexity, step_label
 from distft.evaluation.eval_sets import EvalSet
 from distft.evaluation.held_out import held_out_loss
+from distft.evaluation.judged import judged_warnings
 from distft.evaluation.summary import write_summary
 from distft.generation.generator import Generator
 from distft.objectives.spec import Objective
@@ -49,6 +50,8 @@ class Evaluator:
     schedule: EvalSchedule
     stop: Callable[[], bool]
     say: Callable[[str], None]
+    warn: Callable[[str], None]
+    """Say what is wrong with a gain, and keep it among the run's events."""
 
     def due(self, step: int) -> bool:
         """Return whether any evaluation is due after this step."""
@@ -176,7 +179,7 @@ class Evaluator:
             self.records.copy(name, old="after", new="best")
 
     def _sum_up(self, *, say: str | None) -> None:
-        """Write the summary, and say how the first figure of each score has changed."""
+        """Write the summary, say how the first figure of each score has changed, and what is wrong with the change."""
         if not (self.held_out or self.eval_sets):
             return
         summary = self._first(lambda: write_summary(self.records))
@@ -186,6 +189,9 @@ class Evaluator:
             if say is not None and score not in firsts and (line := summary_line(entry, say)) is not None:
                 self.say(line)
             firsts.add(score)
+        if say is not None:
+            for sentence in self._first(lambda: judged_warnings(*self.records.judged(say))):
+                self.warn(sentence)
 
 
 def summary_line(entry: dict[str, Any], label: str = "after") -> str | None:

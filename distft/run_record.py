@@ -19,6 +19,7 @@ from distft.core.files import read_json_lines, read_json_object
 
 if TYPE_CHECKING:
     from distft.model.adapters import MethodSpec
+    from distft.objectives import ObjectiveSpec
 
 SUMMARY = "eval/summary.json"
 CARE = "data-card.json"
@@ -126,6 +127,18 @@ class RunRecord:
         return self.method_spec.title or self.method if self.method_spec is not None else self.method
 
     @property
+    def objective(self) -> str:
+        """sft, dpo, kto, …; "" unknown."""
+        return str(self.table("objective").get("name", ""))
+
+    @property
+    def objective_spec(self) -> ObjectiveSpec | None:
+        """What the objective declares about itself; None where it is unknown, or not installed here."""
+        from distft.objectives import OBJECTIVES  # not for the help of commands, which imports this file
+
+        return OBJECTIVES.get(self.objective)
+
+    @property
     def engine(self) -> str:
         """The one that ran."""
         return str(self.manifest.get("engine", ""))
@@ -194,6 +207,17 @@ class RunRecord:
         first = losses[0] if losses[0] is not None else next((loss for step, loss in seen if step == 0), None)
         last = losses[1] if losses[1] is not None else next((loss for step, loss in reversed(seen) if step > 0), None)
         return first, last
+
+    @cached_property
+    def judged(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+        """What held-out rows that judge answers tell, as `distft.evaluation.judged.judged_figures` puts it.
+
+        Of the base model and of the state that final/ holds, on the same rows; None where there are no such rows.
+        """
+        labels = ("before", self.final_label)
+        before, after = (read_json_object(self.folder / "eval" / label / "held_out.json") for label in labels)
+        other = after and before.get("rows_sha256") != after.get("rows_sha256")
+        return (None if other else before.get("judged")), after.get("judged")
 
     @property
     def training_s(self) -> float:

@@ -124,6 +124,10 @@ def build_evaluator(
     from distft.evaluator import EvalSchedule, Evaluator
     from distft.generation.engine_generator import engine_generator
 
+    def warn(sentence: str) -> None:
+        say(f"warning: {sentence}")
+        folder.note("warned", why=sentence)
+
     return Evaluator(
         engine=engine,
         objective=objective,
@@ -136,4 +140,5 @@ def build_evaluator(
         schedule=EvalSchedule(every_steps=recipe.eval.every_steps, at_end=recipe.eval.at_end, num_steps=num_steps),
         stop=stop,
         say=say,
+        warn=warn,
     )

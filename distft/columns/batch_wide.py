@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from distft.columns.spec import ColumnInputs, ColumnSpec, Supplier, TensorOf
 from distft.core.phase import PHASE
 from distft.core.types import Batch

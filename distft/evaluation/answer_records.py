@@ -111,6 +111,12 @@ class AnswerRecords:
             return None
         return content if isinstance(content, dict) else None
 
+    def judged(self, label: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Return `judged_figures` of the base model and under a label, on the same rows; None where there are none."""
+        before, now = (self.about(kept, HELD_OUT) or {} for kept in ("before", label))
+        same = before.get("rows_sha256") == now.get("rows_sha256")
+        return (before.get("judged") if same else None), now.get("judged")
+
     def holds(self, eval_set: EvalSet, *, label: str, step: int, model: str) -> bool:
         """Return whether this very model's answers to these very rows are kept already."""
         record = self.about(label, eval_set.name)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distft.scores.confidence_intervals import of_mean, of_share
-
+SIDES = {"pairs": ("chosen", "rejected"), "answers": ("good", "bad")}
+"""What the two kinds of answers are called, by the kind of rows."""
 BINS = 5
 """Of equal width, of the confidence in the likelier order: 0.5 to 1."""
 FALLS_FAR = 0.1
@@ -24,72 +24,103 @@ def judged_figures(rows: Sequence[Row]) -> dict[str, Any]:
             `ahead`, `desirable`, `tokens`, `reward`, `logprob`.
 
     Returns:
-        `accuracy` with its interval; `calibration`: of each bin mean confidence, accuracy and rows, and `error`, their
-        mean distance (https://arxiv.org/abs/1706.04599, equation 3); `groups`: accuracy by length, margin or label.
+        `accuracy` with its interval, where a tie counts half (a policy that is its reference prefers nothing);
+        `calibration`: of each bin mean confidence, accuracy and rows, and `error`, their mean distance
+        (https://arxiv.org/abs/1706.04599, equation 3); `groups`: accuracy by length, margin or label; by side (`SIDES`)
+        `tokens` of an answer on average and, where it was measured, `logprob_per_token`. Of pairs also `margin`, the
+        mean reward of the chosen answer less that of the rejected one, and `length_correlation`, its Pearson
+        correlation with the difference of their lengths; of single answers `reward` by side.
     """
-    pairs = "reward_chosen" in rows[0]
-    gaps = [row["reward_chosen"] - row["reward_rejected"] if pairs else row["ahead"] for row in rows]
-    right = [gap > 0 for gap in gaps]
+    from distft.scores.confidence_intervals import of_mean, of_share  # numpy, which the report does without
+
+    kind = "pairs" if "reward_chosen" in rows[0] else "answers"
+    gaps = [row["reward_chosen"] - row["reward_rejected"] if kind == "pairs" else row["ahead"] for row in rows]
+    right = [1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps]
+    sides = _sides(rows, kind)
     made: dict[str, Any] = {
-        "kind": "pairs" if pairs else "answers",
+        "kind": kind,
         "rows": len(rows),
         "accuracy": of_share(sum(right), len(right)).to_json(),
-        "calibration": _calibration(gaps),
+        "calibration": _calibration(gaps, right),
         "groups": {
             name: {
                 key: of_share(sum(right[index] for index in members), len(members)).to_json()
                 for key, members in groups.items()
             }
-            for name, groups in _groups(rows, pairs).items()
+            for name, groups in _groups(rows, kind).items()
         },
+        "tokens": {side: _mean([one["tokens"] for one in answers]) for side, answers in sides.items()},
     }
-    if pairs:
-        longer = [row["tokens_chosen"] - row["tokens_rejected"] for row in rows]
+    if all("logprob" in one for answers in sides.values() for one in answers):
+        made["logprob_per_token"] = {
+            side: sum(one["logprob"] for one in answers) / max(1.0, sum(one["tokens"] for one in answers))
+            for side, answers in sides.items()
+        }
+    if kind == "pairs":
         made["margin"] = of_mean(gaps).to_json()
-        made["tokens"] = {side: _mean([row[f"tokens_{side}"] for row in rows]) for side in ("chosen", "rejected")}
-        made["length_correlation"] = _correlation(gaps, longer)
-        if "logprob_chosen" in rows[0]:
-            sides = ("chosen", "rejected")
-            tokens = {side: sum(row[f"tokens_{side}"] for row in rows) for side in sides}
-            made["logprob_per_token"] = {
-                side: sum(row[f"logprob_{side}"] for row in rows) / max(1, tokens[side]) for side in sides
-            }
+        made["length_correlation"] = _correlation(gaps, [row["tokens_chosen"] - row["tokens_rejected"] for row in rows])
+    else:
+        made["reward"] = {side: _mean([one["reward"] for one in answers]) for side, answers in sides.items()}
     return made
 
 
-def judged_warnings(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
+def judged_warnings(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
     """Return what is wrong with a gain in accuracy, as sentences.
 
     Args:
         before: `judged_figures` of the base model.
         after: of the trained one, on the same rows.
     """
-    if before is None or after is None or after["kind"] != "pairs":
+    if before is None or after is None or before["kind"] != after["kind"]:
         return []
-    said: list[str] = []
-    by_length = [figures["groups"].get("length", {}) for figures in (before, after)]
-    if all({"longer", "shorter"} <= groups.keys() for groups in by_length):
-        longer, shorter = (by_length[1][key]["value"] - by_length[0][key]["value"] for key in ("longer", "shorter"))
-        gain = after["accuracy"]["value"] - before["accuracy"]["value"]
-        if gain > 0 and longer > 0 and shorter <= 0:
-            said.append(
-                f"all of the gain in accuracy is length: {longer:+.3f} where the chosen answer is the longer one, "
-                f'{shorter:+.3f} where it is the shorter one  use loss = "sigmoid_norm", ld_alpha or simpo, or match '
-                "lengths"
-            )
-    if "logprob_per_token" in before and "logprob_per_token" in after:
-        was, now = (figures["logprob_per_token"]["chosen"] for figures in (before, after))
-        if now < was - FALLS_FAR:
-            said.append(
-                f"chosen answers have become unlikelier: {was:.3f} to {now:.3f} nats per token  add sft_weight, raise "
-                "beta or lower the learning rate"
-            )
-    return said
+    said = (_gained_length(before, after), _unlikelier(before, after))
+    return [sentence for sentence in said if sentence]
 
 
-def _groups(rows: Sequence[Row], pairs: bool) -> dict[str, dict[str, list[int]]]:
+def _gained_length(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Accuracy has risen where the chosen answer is the longer one, by more than chance, and nowhere else."""
+    was, now = (figures["groups"].get("length", {}) for figures in (before, after))
+    if not all({"longer", "shorter"} <= groups.keys() for groups in (was, now)):
+        return ""
+    longer, shorter = (now[key]["value"] - was[key]["value"] for key in ("longer", "shorter"))
+    if now["longer"]["low"] <= was["longer"]["value"] or shorter > 0:
+        return ""
+    return (
+        f"all of the gain in accuracy is length: {longer:+.3f} where the chosen answer is the longer one, "
+        f'{shorter:+.3f} where it is the shorter one  use loss = "sigmoid_norm", ld_alpha or simpo, or match lengths'
+    )
+
+
+def _unlikelier(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Answers that are to become likelier have become much unlikelier."""
+    side = SIDES[after["kind"]][0]
+    was, now = (figures.get("logprob_per_token", {}).get(side) for figures in (before, after))
+    if was is None or now is None or now >= was - FALLS_FAR:
+        return ""
+    change = "add sft_weight, raise beta" if after["kind"] == "pairs" else "raise beta or desirable_weight"
+    return (
+        f"{side} answers have become unlikelier: {was:.3f} to {now:.3f} nats per token  {change} or lower the "
+        "learning rate"
+    )
+
+
+def _sides(rows: Sequence[Row], kind: str) -> dict[str, list[Row]]:
+    """Side -> its answers, each with `tokens` and what else was measured of it."""
+    if kind == "answers":
+        good, bad = ([row for row in rows if bool(row["desirable"]) == is_good] for is_good in (True, False))
+        return {side: answers for side, answers in zip(SIDES[kind], (good, bad), strict=True) if answers}
+    return {
+        side: [
+            {name: row[f"{name}_{side}"] for name in ("tokens", "reward", "logprob") if f"{name}_{side}" in row}
+            for row in rows
+        ]
+        for side in SIDES[kind]
+    }
+
+
+def _groups(rows: Sequence[Row], kind: str) -> dict[str, dict[str, list[int]]]:
     """Indices of rows by what may explain their accuracy."""
-    if not pairs:
+    if kind == "answers":
         return {"label": _split(rows, lambda row: "good" if row["desirable"] else "bad")}
     found = {"length": _split(rows, _length)}
     margins = sorted(row["margin"] for row in rows if row.get("margin"))
@@ -113,14 +144,14 @@ def _split(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[int
     return made
 
 
-def _calibration(gaps: Sequence[float]) -> dict[str, Any]:
+def _calibration(gaps: Sequence[float], right: Sequence[float]) -> dict[str, Any]:
     """Compare sigmoid(|gap|), the confidence in the likelier order, with how often that order is right."""
     bins: list[list[tuple[float, float]]] = [[] for _ in range(BINS)]
-    for gap in gaps:
+    for gap, hit in zip(gaps, right, strict=True):
         confidence = 1 / (1 + math.exp(-min(abs(gap), 700.0)))
-        bins[min(BINS - 1, int((confidence - 0.5) * 2 * BINS))].append((confidence, float(gap > 0)))
+        bins[min(BINS - 1, int((confidence - 0.5) * 2 * BINS))].append((confidence, hit))
     listed = [
-        {"confidence": _mean([one for one, _ in members]), "accuracy": _mean([hit for _, hit in members]),
+        {"confidence": _mean([one for one, _ in members]), "accuracy": _mean([one for _, one in members]),
          "rows": len(members)}
         for members in bins
         if members

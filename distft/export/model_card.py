@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distft.run_record import EvalFigure, RunRecord, number
+from distft.evaluation.judged import SIDES
+from distft.run_record import RunRecord, number
 
 CARD = "README.md"
 YOURS = "<!-- distft writes what is above anew; what is below is yours -->"
@@ -68,7 +69,7 @@ def card(run: RunRecord, folder: Path) -> str:
 def _metadata(run: RunRecord) -> Iterator[str]:
     yield "---"
     yield f"library_name: {'peft' if run.is_adapter else 'transformers'}"
-    yield "pipeline_tag: text-generation"
+    yield f"pipeline_tag: {'text-classification' if _is_reward_model(run) else 'text-generation'}"
     if _is_hub_id(run):
         yield f"base_model: {_yaml(run.base)}"
         yield f"base_model_relation: {'adapter' if run.is_adapter else 'finetune'}"
@@ -104,6 +105,11 @@ def _index(run: RunRecord) -> Iterator[str]:
                 yield f"    - type: {_yaml(result.figure)}"
                 yield f"      value: {value:.6g}"
                 yield f"      name: {_yaml(result.title)}"
+
+
+def _is_reward_model(run: RunRecord) -> bool:
+    """Whether final/ has a head that gives a number, and so generates no text."""
+    return run.objective_spec is not None and run.objective_spec.head == "scalar"
 
 
 def _is_hub_id(run: RunRecord) -> bool:
@@ -156,23 +162,49 @@ def _scores(run: RunRecord) -> Iterator[str]:
     )
     for result in run.results:
         change = result.change or {}
-        cells = (result.name, result.title, _interval(result, result.before), _interval(result, result.tuned),
-                 _interval(result, change.get("difference")), result.verdict)  # fmt: skip
+        cells = (result.name, result.title, _interval(result.before), _interval(result.tuned),
+                 _interval(change.get("difference")), result.verdict)  # fmt: skip
         yield f"| {' | '.join(map(_plain, cells))} |"
     if after is not None:
         change = "" if before is None else f"{after - before:+.4g}"
         yield f"| held-out rows | loss | {'' if before is None else f'{before:.4g}'} | {after:.4g} | {change} | |"
+    yield from _judged(run)
     yield ""
     if run.results:
         counts = [number((result.before or result.tuned or {}).get("num_rows")) for result in run.results]
         rows = sorted({int(count) for count in counts if count is not None})
         row_counts = ", ".join(map(str, rows))
         yield f"Before: the base model, on the same rows ({row_counts}); after: the state that is here{state}."
+    if run.results or any(run.judged):
         yield "In brackets 95 % intervals over rows."
         yield ""
 
 
-def _interval(result: EvalFigure, measured: Any) -> str:
+def _judged(run: RunRecord) -> Iterator[str]:
+    """Rows of the table, of held-out rows that judge answers."""
+    before, after = run.judged
+    if after is None:
+        return
+    rows = "held-out pairs" if after["kind"] == "pairs" else "held-out labelled answers"
+    good = SIDES[after["kind"]][0]
+    for title, path in (
+        ("accuracy", ("accuracy",)),
+        ("reward margin", ("margin",)),
+        ("calibration error", ("calibration", "error")),
+        (f"log-probability per token, {good} answers", ("logprob_per_token", good)),
+    ):
+        was, now = (_measured(figures, path) for figures in (before, after))
+        if now:
+            yield f"| {rows} | {title} | {_plain(was)} | {_plain(now)} | | |"
+
+
+def _measured(figures: Any, path: tuple[str, ...]) -> str:
+    for key in path:
+        figures = (figures or {}).get(key)
+    return _interval(figures if isinstance(figures, Mapping) or figures is None else {"value": figures})
+
+
+def _interval(measured: Any) -> str:
     value = None if not measured else number(measured.get("value"))
     if value is None:
         return ""
@@ -184,9 +216,16 @@ def _use(run: RunRecord, folder: Path) -> Iterator[str]:
     chat = (folder / "chat_template.jinja").is_file()
     where = f"{run.folder / 'final'}"
     yield from ("## Use", "", "```python")
-    yield from (_WITH_PEFT if run.is_adapter else _PLAIN).format(folder=json.dumps(where)).splitlines()
-    yield from (_CHAT if chat else _TEXT).format(prompt=json.dumps(_prompt(run), ensure_ascii=False)).splitlines()
+    load = (_WITH_PEFT if run.is_adapter else _PLAIN).format(folder=json.dumps(where))
+    if _is_reward_model(run):
+        load = load.replace("ForCausalLM", "ForSequenceClassification").replace("dtype=", "num_labels=1, dtype=")
+    asks = (_CHAT_REWARD if chat else _TEXT_REWARD) if _is_reward_model(run) else (_CHAT if chat else _TEXT)
+    yield from load.splitlines()
+    yield from asks.format(prompt=json.dumps(_prompt(run), ensure_ascii=False)).splitlines()
     yield from ("```", "")
+    if _is_reward_model(run):
+        yield "The reward is read at the last token, the end of the answer. Rewards compare answers to one prompt."
+        yield ""
     if run.is_adapter:
         yield f"The adapter needs its base, `{_code(run.base)}`, which adapter_config.json names."
         yield ""
@@ -217,6 +256,15 @@ messages = [{{"role": "user", "content": {prompt}}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 written = model.generate(**inputs, max_new_tokens=128, do_sample=False)
 print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+_TEXT_REWARD = """\
+inputs = tokenizer({prompt} + "an answer" + tokenizer.eos_token, return_tensors="pt", return_token_type_ids=False)
+print(model(**inputs).logits[0, 0].item())  # the reward
+"""
+_CHAT_REWARD = """\
+messages = [{{"role": "user", "content": {prompt}}}, {{"role": "assistant", "content": "an answer"}}]
+inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+print(model(**inputs).logits[0, 0].item())  # the reward
 """
 
 
@@ -275,7 +323,12 @@ def _data(run: RunRecord) -> Iterator[str]:
 def _limits(run: RunRecord) -> Iterator[str]:
     yield from ("## Limits", "")
     tested = ", ".join(f"`{_code(name)}`" for name in dict.fromkeys(result.name for result in run.results))
-    yield f"- Measured on {tested} and nothing else." if tested else "- Its answers were not measured on any task."
+    if tested:
+        yield f"- Measured on {tested} and nothing else."
+    elif _is_reward_model(run):
+        yield "- It gives a number and writes no answers; how good a signal it is was measured on held-out pairs alone."
+    else:
+        yield "- Its answers were not measured on any task."
     worse = [result for result in run.results if result.verdict == "worse"]
     if worse:
         yield f"- Worse than its base: {', '.join(_plain(f'{result.title} on {result.name}') for result in worse)}."

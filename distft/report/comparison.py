@@ -10,6 +10,7 @@ from distft.report import formatting
 from distft.report.charts import Series, line_chart, scatter, sign
 from distft.report.html import Child, Html, h, page
 from distft.report.page import footer, skip
+from distft.report.preferences import answer_lengths, figures_judged, same_rows_judged, side_by_side
 from distft.report.results import picture, verdict
 from distft.report.run_setup import money
 from distft.report.tables import fold, missing, section, table
@@ -25,6 +26,7 @@ class Line:
     run: str
     folder: str
     method: str
+    objective: str
     engine: str
     world: int | None
     trained_parameters: int | None
@@ -33,6 +35,11 @@ class Line:
     held_out_loss: float | None
     quality: Mapping[str, float | None]
     """`set, score` -> the tuned model's value."""
+    judged: Mapping[str, float | None]
+    """Of held-out rows that judge answers: `accuracy`, `margin`, `calibration_error`, `logprob_per_token` of chosen or
+    good answers; empty where there are no such rows."""
+    answer_tokens: Mapping[str, float | None]
+    """Set -> mean tokens of the tuned model's answers."""
     peak_memory_gib: float | None
     tokens_per_s: float | None
     wall_s: float | None
@@ -47,6 +54,7 @@ def line(run: RunRecord, price: float | None) -> Line:
         run=run.name,
         folder=str(run.folder),
         method=run.method,
+        objective=run.objective,
         engine=run.engine,
         world=run.world,
         trained_parameters=(run.manifest.get("parameters") or {}).get("trainable"),
@@ -54,6 +62,8 @@ def line(run: RunRecord, price: float | None) -> Line:
         tokens=run.last.get("tokens"),
         held_out_loss=run.held_out_losses[1],
         quality={_key(result): number((result.tuned or {}).get("value")) for result in run.results},
+        judged=figures_judged(run),
+        answer_tokens={name: after for name, (_, after) in answer_lengths(run).items()},
         peak_memory_gib=run.peak_gib,
         tokens_per_s=run.tokens_per_s,
         wall_s=run.wall_s,
@@ -76,9 +86,11 @@ def comparison_page(runs: Sequence[RunRecord], *, price: float | None = None) ->
     called = names(runs)
     lines = [line(run, price) for run in runs]
     title = " · ".join(called) if len(called) <= 4 else f"{len(called)} runs"
+    preferences = list(side_by_side(runs, [_called(position, name) for position, name in enumerate(called, start=1)]))
     parts = {
         "glance": ("Side by side", list(_side_by_side(runs, called, lines))),
         "quality": ("Quality", list(_quality(runs, called))),
+        **({"preferences": ("Preferences", preferences)} if preferences else {}),
         "against": ("Quality against what it takes", list(_against(runs, called, lines))),
         "curves": ("Loss", list(_losses(runs, called))),
         "settings": ("Settings that differ", list(_settings(runs, called))),
@@ -107,7 +119,10 @@ def _lead(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[Line
     if first is not None:
         values = {name: summary.quality[_key(first)] for name, summary in zip(called, lines, strict=True)}
         claims.append(_best(f"best {first.title} on {first.name}", values, largest=first.higher_is_better))
-    elif _same_held_out(runs):
+    elif same_rows_judged(runs):
+        accuracies = (summary.judged["accuracy"] for summary in lines)
+        claims.append(_best("best held-out accuracy", dict(zip(called, accuracies, strict=True)), largest=True))
+    elif not _losses_differ(runs):
         claims.append(
             _best("lowest held-out loss", dict(zip(called, (summary.held_out_loss for summary in lines), strict=True)))
         )
@@ -145,10 +160,15 @@ def _side_by_side(runs: Sequence[RunRecord], called: Sequence[str], lines: Seque
             [_called(position, name), summary.method, engine, trained, formatting.count(summary.tokens), *cells]
         )
     heads = ["run", "method", "engine", "trained parameters", "tokens", *columns]
-    yield table("What each run gave, and what it took", heads, rows, numbers=range(3, len(heads)))
-    if not _same_held_out(runs):
-        note = "The runs were evaluated on different rows: their held-out losses do not compare."
-        yield h("p", note, class_="note")
+    if len({run.objective for run in runs}) > 1:
+        heads.insert(2, "objective")
+        for row, run in zip(rows, runs, strict=True):
+            row.insert(2, run.objective)
+    yield table(
+        "What each run gave, and what it took", heads, rows, numbers=range(heads.index("engine") + 1, len(heads))
+    )
+    if why := _losses_differ(runs):
+        yield h("p", f"The runs {why}: their held-out losses do not compare.", class_="note")
     if len({summary.tokens for summary in lines}) > 1:
         yield h(
             "p", "The runs saw different numbers of tokens; time, hours and cost are of the whole run.", class_="soft"
@@ -226,9 +246,25 @@ def _cell(figure: EvalFigure | None) -> str:
     return formatting.NOTHING if figure is None else formatting.interval(figure, figure.tuned)
 
 
-def _same_held_out(runs: Sequence[RunRecord]) -> bool:
-    """Return whether evaluation losses are means over the same tokens, as far as is known."""
-    return len({str((run.manifest.get("data") or {}).get("eval", "")) for run in runs} - {""}) <= 1
+def _losses_differ(runs: Sequence[RunRecord]) -> str:
+    """Return why evaluation losses are not means of the same thing; "" where they are, as far as is known."""
+    if len({str((run.manifest.get("data") or {}).get("eval", "")) for run in runs} - {""}) > 1:
+        return "were evaluated on different rows"
+    return "have different objectives" if len(_by_objective(runs)) > 1 else ""
+
+
+def _by_objective(runs: Sequence[RunRecord]) -> dict[str, list[int]]:
+    """Objective with its settings -> indices of its runs; a run whose recipe is missing goes with the first."""
+    groups: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        settings = _named(run.table("objective")) if run.objective else next(iter(groups), "")
+        groups.setdefault(settings, []).append(index)
+    return groups
+
+
+def _named(table: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in table.items() if key != "name")
+    return f"{table['name']}" + (f" ({settings})" if settings else "")
 
 
 def _tuned(figure: EvalFigure | None) -> float | None:
@@ -240,7 +276,9 @@ def _against(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[L
     if shared:
         first = shared[0]
         name, quality = f"{first.title} on {first.name}", [summary.quality[_key(first)] for summary in lines]
-    elif not _same_held_out(runs):
+    elif same_rows_judged(runs):
+        name, quality = "held-out accuracy", [summary.judged["accuracy"] for summary in lines]
+    elif _losses_differ(runs):
         yield missing("The runs share no figure on the same rows, so there is nothing to draw.")
         return
     else:
@@ -266,27 +304,18 @@ def _against(runs: Sequence[RunRecord], called: Sequence[str], lines: Sequence[L
 
 
 def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
-    for title, points in (
+    groups = _by_objective(runs)
+    for what, points in (
         ("Training loss", [run.column("loss") for run in runs]),
-        (
-            "Held-out loss",
-            [run.looked("eval_loss") for run in runs],
-        ),
+        ("Held-out loss", [run.looked("eval_loss") for run in runs]),
     ):
-        series = [
-            Series(name=name, points=line, style=position)
-            for position, (name, line) in enumerate(zip(called, points, strict=True), 1)
-        ]
-        says = "; ".join(
-            f"{name} from {formatting.figure(line[0][1])} to {formatting.figure(line[-1][1])}"
-            for name, line in zip(called, points, strict=True)
-            if line
-        )
-        values = [value for line in points for _, value in line]
-        steep = min(values, default=0) > 0 and max(values) > 20 * min(values)
-        chart = line_chart(title, series, says=says, unit="by step", wide=True, logarithmic=steep)
-        if chart is not None:
-            yield h("div", chart, class_="charts")
+        for objective, members in groups.items():
+            name = runs[members[0]].objective
+            unique = [runs[one[0]].objective for one in groups.values()].count(name) == 1
+            title = what if len(groups) == 1 else f"{what} of {name if unique else objective}"
+            chart = _loss_chart(title, [(index + 1, called[index], points[index]) for index in members])
+            if chart is not None:
+                yield h("div", chart, class_="charts")
     rows = [
         [
             _called(position, name),
@@ -296,6 +325,19 @@ def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
     ]
     heads = ("run", "training, at first", "at the end", "held-out, before", "after")
     yield table("The ends of the curves", heads, rows, numbers=range(1, 5))
+
+
+def _loss_chart(title: str, curves: Sequence[tuple[int, str, list[tuple[int, float]]]]) -> Html | None:
+    """Draw losses that are means of the same thing: (position of the run, what it is called, points)."""
+    series = [Series(name=name, points=points, style=position) for position, name, points in curves]
+    says = "; ".join(
+        f"{name} from {formatting.figure(points[0][1])} to {formatting.figure(points[-1][1])}"
+        for _, name, points in curves
+        if points
+    )
+    values = [value for _, _, points in curves for _, value in points]
+    steep = min(values, default=0) > 0 and max(values) > 20 * min(values)
+    return line_chart(title, series, says=says, unit="by step", wide=True, logarithmic=steep)
 
 
 def _settings(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 from distft.report import formatting
 from distft.report.charts import STYLES, Series, line_chart
@@ -23,6 +24,9 @@ def curves(run: RunRecord) -> Iterator[Html]:
     wide = [chart for chart in (_loss(run), *_scores(run)) if chart is not None]
     narrow = [chart for chart in _charts(run) if chart is not None]
     yield h("div", wide, narrow, class_="charts even" if len(narrow) == 4 else "charts")  # two by two
+    own = [chart for chart in _of_objective(run) if chart is not None]
+    if own:
+        yield h("div", own, class_="charts even" if len(own) in (2, 4) else "charts")
     if run.on_gpu and run.planned_gib is None:
         why = (run.plan or {}).get("why")
         yield missing(
@@ -76,6 +80,48 @@ def _scores(run: RunRecord) -> Iterator[Html | None]:
         yield line_chart(title, series, says=says, wide=True, from_zero=together[0] in shares)
 
 
+def objective_figures(run: RunRecord) -> list[str]:
+    """Return the names of the objective's own figures that the run has measured, such as `reward_margin`."""
+    spec = run.objective_spec
+    named: Iterable[str] = ()
+    if spec is not None:
+        with contextlib.suppress(ValueError):  # settings of another version
+            settings = {key: value for key, value in run.table("objective").items() if key != "name"}
+            named = spec.figures(spec.params.model_validate(settings))
+    return [name for name in named if run.column(name) or run.looked(f"eval_{name}")]
+
+
+def _of_objective(run: RunRecord) -> Iterator[Html | None]:
+    """Draw the objective's figures: chosen and rejected answers together, every other for itself."""
+    figures = objective_figures(run)
+    for name in figures:
+        if name.endswith("_rejected") and f"{name.removesuffix('_rejected')}_chosen" in figures:
+            continue
+        stem = name.removesuffix("_chosen")
+        sides = [f"{stem}_chosen", f"{stem}_rejected"] if stem != name and f"{stem}_rejected" in figures else [name]
+        yield _figure_chart(run, _TITLES.get(stem, stem.replace("_", " ").capitalize()), sides)
+
+
+_TITLES = {"logprob": "Log-probability of an answer", "reward": "Reward of an answer", "kl": "KL to the reference"}
+
+
+def _figure_chart(run: RunRecord, title: str, figures: Sequence[str]) -> Html | None:
+    """Draw figures over the steps, and as dots on held-out rows."""
+    series, says = [], []
+    for place, name in enumerate(figures):
+        side = f"{name.rpartition('_')[2]}, " if len(figures) > 1 else ""
+        for kind, where, points in (
+            ("noisy", "training", run.column(name)),
+            ("dots", "held-out", run.looked(f"eval_{name}")),
+        ):
+            style = 2 * place + (1 if kind == "noisy" else 2)
+            series.append(Series(name=f"{side}{where}", points=points, style=style, kind=kind))
+            if points:
+                ends = (formatting.figure(points[end][1]) for end in (0, -1))
+                says.append(f"{side}{where} from {' to '.join(ends)}")
+    return line_chart(title, series, says="; ".join(says), from_zero=figures[0].endswith("_accuracy"))
+
+
 def _column_chart(run: RunRecord, column: str, title: str, *, unit: str = "", from_zero: bool = False) -> Html | None:
     points = run.column(column)
     if not points:
@@ -101,8 +147,9 @@ def _memory(run: RunRecord) -> Html | None:
 
 
 def _steps(run: RunRecord) -> Html:
-    columns = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gib")
-    heads = ("step", "loss", "learning rate", "gradient norm", "tokens/s", "MFU", "GiB")
+    own = objective_figures(run)
+    columns = ("loss", *own, "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gib")
+    heads = ("step", "loss", *map(_in_words, own), "learning rate", "gradient norm", "tokens/s", "MFU", "GiB")
     last = len(run.steps) - 1
     chosen = sorted({round(index * last / (_TABLE_ROWS - 1)) for index in range(_TABLE_ROWS)})
     rows = [
@@ -114,7 +161,8 @@ def _steps(run: RunRecord) -> Html:
 
 
 def _evals(run: RunRecord) -> Html | None:
-    figures = [name for name in ("eval_loss", *_firsts(run)) if run.looked(name)]
+    own = [f"eval_{name}" for name in objective_figures(run)]
+    figures = [name for name in ("eval_loss", *own, *_firsts(run)) if run.looked(name)]
     rows = [
         [record["step"], *(formatting.figure(number(record.get(name))) for name in figures)]
         for record in run.looks
@@ -122,8 +170,12 @@ def _evals(run: RunRecord) -> Html | None:
     ]
     if not rows:
         return None
-    heads = ("step", *("held-out loss" if name == "eval_loss" else name for name in figures))
+    heads = ("step", *("held-out loss" if name == "eval_loss" else _in_words(name) for name in figures))
     return table("Evaluations", heads, rows, numbers=range(len(heads)))
+
+
+def _in_words(name: str) -> str:
+    return name.removeprefix("eval_").replace("_", " ") if "." not in name else name
 
 
 def _firsts(run: RunRecord) -> list[str]:

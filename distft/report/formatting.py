@@ -62,25 +62,33 @@ def moment(seconds: float) -> str:
 
 def of(result: EvalFigure, value: Any) -> str:
     """Format a value of this figure: shares in percent."""
-    parsed = number(value)
-    return percent(parsed) if result.binary else figure(parsed)
+    return _of(number(value), result.binary)
+
+
+def _of(value: float | None, is_share: bool) -> str:
+    return percent(value) if is_share else figure(value)
 
 
 def interval(result: EvalFigure, measured: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """Return `measured` as `with_bounds` does."""
+    return with_bounds(measured, is_share=result.binary, signed=signed)
+
+
+def with_bounds(measured: Mapping[str, Any] | None, *, is_share: bool, signed: bool = False) -> str:
     """Return `88.1 % [81.0, 93.0]`, which may be broken before its bounds alone; without bounds where it has none."""
     if measured is None:
         return NOTHING
     value, low, high = (number(measured.get(key)) for key in ("value", "low", "high"))
     if value is None:
         return NOTHING
-    if signed and result.binary:
+    if signed and is_share:
         head = f"{100 * value:+.1f}\u202fpoints"
     else:
-        head = f"+{of(result, value)}" if signed and value > 0 else of(result, value)
+        head = f"+{_of(value, is_share)}" if signed and value > 0 else _of(value, is_share)
     head = head.replace("-", "\u2212") if signed else head
     if low is None or high is None:
         return head
-    bounds = [f"{100 * bound:.1f}" if result.binary else figure(bound) for bound in (low, high)]
+    bounds = [f"{100 * bound:.1f}" if is_share else figure(bound) for bound in (low, high)]
     return f"{head} [{f',{NO_BREAK}'.join(bound.replace('-', MINUS) for bound in bounds)}]"
 
 

@@ -9,11 +9,12 @@ from distft.report import formatting
 from distft.report.curves import curves
 from distft.report.data_card import data_card
 from distft.report.html import Child, Html, h, page
+from distft.report.preferences import Judged, accuracy, judged, margin, preferences, rows_judged
 from distft.report.results import results, verdict
 from distft.report.run_setup import cost, environment, going_back, money, recipe
 from distft.report.tables import facts, section
 from distft.report.timeline import timeline
-from distft.run_record import RunRecord
+from distft.run_record import RunRecord, number
 from distft.status import Status
 
 _STATES = {"complete": ("good", "● complete"), "failed": ("bad", "✕ failed"), "lost": ("bad", "? lost"),
@@ -22,8 +23,10 @@ _STATES = {"complete": ("good", "● complete"), "failed": ("bad", "✕ failed")
 
 def run_page(run: RunRecord, status: Status, *, price: float | None = None, no_card: str = "") -> str:
     """Return one HTML document. `no_card`: why there is no data card."""
+    of_preferences = list(preferences(run))
     parts = {
         "results": ("Did it help?", list(results(run))),
+        **({"preferences": ("Preferences", of_preferences)} if of_preferences else {}),
         "curves": ("Curves", list(curves(run))),
         "time": ("Time line", list(timeline(run))),
         "data": ("Data", list(data_card(run, no_card))),
@@ -87,11 +90,18 @@ def _lead(run: RunRecord, status: Status) -> str:
         text += f" On {first.name}, {first.title} went from {formatting.of(first, first.before.get('value'))} to "
         text += f"{formatting.of(first, (first.tuned or {}).get('value'))}"
         text += f": {first.verdict}." if first.verdict else "."
-    else:
+    base, tuned = judged(run)
+    if tuned:
+        text += f" On {rows_judged(run)}, accuracy went from {_share(base)} to {_share(tuned)}."
+    elif first is None or not first.before or not first.tuned:
         before, after = run.held_out_losses
         if before is not None and after is not None:
             text += f" The held-out loss went from {formatting.figure(before)} to {formatting.figure(after)}."
     return text
+
+
+def _share(figures: Judged) -> str:
+    return formatting.percent(number((figures.get("accuracy") or {}).get("value")))
 
 
 def _keys(run: RunRecord, price: float | None) -> Html:
@@ -105,7 +115,10 @@ def _keys(run: RunRecord, price: float | None) -> Html:
         change = (first.change or {}).get("difference")
         detail = [formatting.interval(first, change, signed=True), " ", verdict(first)] if change else None
         cells.append(key(f"{first.name}, {first.title}", formatting.of(first, (first.last or {}).get("value")), detail))
-    if after is not None:
+    base, tuned = judged(run)
+    if tuned:
+        cells.append(key(f"Accuracy, {rows_judged(run)}", _share(tuned), f"before {_share(base)}"))
+    elif after is not None:
         cells.append(key("Held-out loss", formatting.figure(after), f"before {formatting.figure(before)}"))
     elif run.losses:
         cells.append(
@@ -161,6 +174,10 @@ def _facts(run: RunRecord, status: Status, price: float | None) -> Iterator[tupl
     before, after = run.held_out_losses
     if after is not None:
         yield "held-out loss", f"{formatting.figure(before)} before, {formatting.figure(after)} after"
+    base, tuned = judged(run)
+    if tuned:
+        yield f"accuracy, {rows_judged(run)}", f"{accuracy(base)} before, {accuracy(tuned)} after"
+        yield "reward margin", f"{margin(base)} before, {margin(tuned)} after"
     for result in run.results[:1]:
         yield (
             f"{result.name}, {result.title}",

@@ -35,6 +35,10 @@ def results(run: RunRecord) -> Iterator[Html]:
             "one a dot.",
             class_="soft",
         )
+    elif any(run.judged):
+        yield missing(
+            "No answers were generated for evaluation rows in this run; what its held-out rows tell is below."
+        )
     else:
         yield missing(
             "No answers were generated for evaluation rows in this run, so only the loss tells whether it helped. ",
@@ -111,16 +115,18 @@ def _held_out(run: RunRecord) -> Iterator[Html]:
         return formatting.NOTHING if loss is None or loss > 50 else formatting.figure(math.exp(loss))
 
     best = None if run.final_label == "best" else number(run.best.get("eval_loss"))
-    rows = [
-        ["loss", formatting.figure(before), formatting.figure(after)],
-        ["perplexity", perplexity(before), perplexity(after)],
-    ]
+    spec = run.objective_spec
+    of_tokens = spec is None or spec.perplexity
+    rows = [["loss", formatting.figure(before), formatting.figure(after)]]
+    if of_tokens:
+        rows.append(["perplexity", perplexity(before), perplexity(after)])
     final = "after" if run.final_label == "after" else f"final/ (best, step {run.best.get('step')})"
     heads = ["figure", "before", final]
     if best is not None:
         heads.append(f"best, step {run.best.get('step')}")
-        rows = [[*rows[0], formatting.figure(best)], [*rows[1], perplexity(best)]]
-    yield table("Held-out rows: mean loss over the trained tokens, less is better", heads, rows, numbers=(1, 2, 3))
+        rows = [[*row, how(best)] for row, how in zip(rows, (formatting.figure, perplexity), strict=False)]
+    what = "mean loss over the trained tokens" if of_tokens else f"mean loss of {run.objective}"
+    yield table(f"Held-out rows: {what}, less is better", heads, rows, numbers=(1, 2, 3))
 
 
 def _regressions(run: RunRecord) -> Iterator[Html]:

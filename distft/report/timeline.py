@@ -28,6 +28,7 @@ KINDS = {
     "left_out": _Kind(sign="✕", name="step left out", bad=True),
     "save_failed": _Kind(sign="!", name="a save failed", bad=True),
     "straggler": _Kind(sign="▼", name="straggler", bad=True),
+    "warned": _Kind(sign="!", name="warning"),
     "enough": _Kind(sign="■", name="stopped early: no better evaluation"),
 }
 _FAILED = _Kind(sign="✕", name="ended with a failure", bad=True)

@@ -104,8 +104,10 @@ def of_difference(
     return of_mean(differences.tolist(), confidence=confidence, resamples=resamples, seed=seed)
 
 
-def of_share(successes: int, num_rows: int, *, confidence: float = CONFIDENCE) -> Interval:
+def of_share(successes: float, num_rows: int, *, confidence: float = CONFIDENCE) -> Interval:
     """Return Wilson's interval of a proportion: right for few rows and near 0 and 1, where the bootstrap is too narrow.
+
+    A tie may count as half a success.
 
     Source: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953; recommended by Brown, Cai and DasGupta 2001.
     """

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from distft.evaluation.judged import judged_figures
 from distft.scores.paired import compare
 from distft.scores.spec import MetricInfo, ScoreResult
 
@@ -148,6 +149,36 @@ class Made:
                "best": None, "change": change.to_json(),
                "regressions": [ids[found.index] for found in change.regressions]}  # fmt: skip
         return self.write("eval/summary.json", {"sets": [one], "held_out": {}})
+
+    def judged(
+        self,
+        before: list[dict[str, Any]],
+        after: list[dict[str, Any]],
+        *,
+        objective: str = "dpo",
+        rows_sha256: str = "aa",
+        answer_tokens: tuple[int, int] | None = None,
+    ) -> Made:
+        """Held-out rows that judge answers, of a run with such an objective; measured figures in metrics.jsonl."""
+        text = (self.folder / "recipe.toml").read_text()
+        self.write("recipe.toml", text.replace('name = "sft"', f'name = "{objective}"'))
+        for label, rows in (("before", before), ("after", after)):
+            about = {
+                "loss": 0.7 if label == "before" else 0.5,
+                "rows_sha256": rows_sha256,
+                "judged": judged_figures(rows),
+            }
+            self.write(f"eval/{label}/held_out.json", about)
+        for label, tokens in zip(("before", "after"), answer_tokens or (), strict=False):
+            self.write(f"eval/{label}/valid.json", {"answer_tokens": tokens, "rows": 6, "rows_sha256": "vv"})
+        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        for record in records:
+            share = record["step"] / 40
+            figures = {"reward_chosen": share, "reward_rejected": -share, "reward_margin": 2 * share}
+            figures |= {"reward_accuracy": 0.5 + share / 2, "logprob_chosen": -3.0, "logprob_rejected": -9.0}
+            prefix = "" if "loss" in record else "eval_"
+            record |= {f"{prefix}{name}": value for name, value in figures.items()}
+        return self.lines("metrics.jsonl", records)
 
     def care(self, *notes: str) -> Made:
         lengths = {"p10": 10, "p50": 50, "p90": 90, "max": 120}

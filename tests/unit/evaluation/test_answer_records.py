@@ -20,6 +20,7 @@ from distft.evaluation import sanity_sets
 from distft.evaluation.answer_records import AnswerRecords, perplexity
 from distft.evaluation.build import build_eval_sets
 from distft.evaluation.eval_sets import BoundScore, EvalResult, RowEvalSet
+from distft.evaluation.held_out import HeldOutResult
 from distft.evaluation.summary import summary, write_summary
 from distft.evaluator import EvalSchedule, Evaluator, summary_line
 from distft.generation.completion import Completion, SamplingParams
@@ -79,6 +80,7 @@ def looks(
     about = {
         "engine": ONE, "objective": None, "held_out": (), "held_out_sha256": "", "eval_sets": sets, "generator": said,
         "records": AnswerRecords(tmp_path / "eval"), "base": "base", "stop": lambda: False, "say": say,
+        "warn": say,
         "schedule": EvalSchedule(every_steps=None, at_end=True, num_steps=10),
     }  # fmt: skip
     return Evaluator(**(about | changed))
@@ -244,3 +246,30 @@ def test_the_spot_sets_are_asked_and_scored(tiny_renderer, tmp_path: Path) -> No
     assert found is not None
     assert 0 < found.totals["acc"] < 1
     assert {question.row["refuse"] for question in refusals.questions} == {True, False}
+
+
+def test_a_run_warns_of_its_gain_against_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measures(logprob: float) -> None:
+        row = {"id": "r", "reward_chosen": 1.0, "reward_rejected": 0.0, "tokens_chosen": 4.0, "tokens_rejected": 4.0,
+               "logprob_chosen": logprob, "logprob_rejected": -8.0}  # fmt: skip
+        result = HeldOutResult(figures={"eval_loss": 0.6, "eval_tokens": 8.0}, rows=[row])
+        monkeypatch.setattr("distft.evaluator.held_out_loss", lambda *_, **__: result)
+
+    warned: list[str] = []
+    objective = SimpleNamespace(spec=SimpleNamespace(perplexity=False))
+    about: Any = {"objective": objective, "held_out": ("rows",), "warn": warned.append}
+    evaluator = looks(tmp_path, Said([]), held_out_sha256="a", **about)
+    measures(-1.0)
+    assert evaluator.before(TrainState()) is not None
+    measures(-9.0)
+    assert evaluator.under("step-00000001", TrainState(step=1)) is not None
+    assert not warned, "said of the end alone"
+    assert evaluator.after(TrainState(step=3)) is not None
+    assert [sentence.split(":")[0] for sentence in warned] == ["chosen answers have become unlikelier"]
+    assert evaluator.best(TrainState(step=3)) is not None
+    assert len(warned) == 1, "the last state was the best one, and is not told of twice"
+    assert evaluator.best(TrainState(step=2)) is not None
+    assert len(warned) == 2
+    others = looks(tmp_path, Said([]), held_out_sha256="b", **about)
+    assert others.after(TrainState(step=3)) is not None
+    assert len(warned) == 2, "the base model's are of other rows"

@@ -155,3 +155,26 @@ def test_the_snippet_runs(
     exec(code, names)
     assert names["written"].shape[1] > names["inputs"]["input_ids"].shape[1]
     assert capsys.readouterr().out
+
+
+def test_a_preference_run_and_a_reward_model(tmp_path: Path) -> None:
+    rows = [
+        {"reward_chosen": 1.0 if n < 15 else -1.0, "reward_rejected": 0.0, "tokens_chosen": 4.0, "tokens_rejected": 4.0}
+        for n in range(20)
+    ]
+    likely = [row | {"logprob_chosen": -2.0, "logprob_rejected": -8.0} for row in rows]
+    data, body = written(made(tmp_path).whole().judged(likely, likely))
+    assert data["pipeline_tag"] == "text-generation"
+    assert "| held-out pairs | accuracy | 0.75 \\[0.5313, 0.8881] | 0.75 \\[0.5313, 0.8881] | | |" in body
+    assert "| held-out pairs | log-probability per token, chosen answers | -0.5 | -0.5 | | |" in body
+    data, body = written(
+        made(tmp_path, "reward").recipe(method="full").metrics().judged(rows, rows, objective="reward")
+    )
+    assert data["pipeline_tag"] == "text-classification"
+    assert "| held-out pairs | calibration error |" in body
+    assert "log-probability" not in body
+    assert "AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1" in body
+    assert "generate" not in body
+    assert "gives a number and writes no answers" in body
+    _, body = written(made(tmp_path, "sft").whole())
+    assert "held-out pairs" not in body

@@ -78,6 +78,79 @@ def test_losses_on_other_rows_do_not_compare(runs: list[Path], tmp_path: Path) -
     assert "nothing to draw" in told
 
 
+def answers(right: int) -> list[dict[str, float]]:
+    return [
+        {"ahead": 1.0 if n < right else -1.0, "desirable": float(n % 2), "reward": 0.5, "logprob": -2.0, "tokens": 4.0}
+        for n in range(20)
+    ]
+
+
+def pairs(right: int, logprob: float = -4.0) -> list[dict[str, float]]:
+    return [
+        {"reward_chosen": 1.0 if n < right else -1.0, "reward_rejected": 0.0, "tokens_chosen": 4.0,
+         "tokens_rejected": 4.0, "logprob_chosen": logprob, "logprob_rejected": -9.0}
+        for n in range(20)
+    ]  # fmt: skip
+
+
+def test_runs_of_different_objectives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Accuracies compare where the pairs do; losses and scales of different objectives never."""
+    made(tmp_path, "dpo").recipe().metrics().judged(pairs(10), pairs(17, -6.0))
+    made(tmp_path, "simpo").recipe().metrics().judged(pairs(12), pairs(14), objective="simpo")
+    made(tmp_path, "kto").recipe().metrics().judged(answers(10), answers(19), objective="kto", rows_sha256="bb")
+    made(tmp_path, "sft").recipe().metrics()
+
+    def told(*runs: str) -> Page:
+        assert main([*(str(tmp_path / run) for run in runs), "--out", str(tmp_path / "c.html")]) == 0
+        return Page((tmp_path / "c.html").read_text())
+
+    two = told("dpo", "simpo")
+    assert "Best held-out accuracy: dpo" in two.words
+    assert "have different objectives: their held-out losses do not compare" in two.words
+    assert "lowest held-out loss" not in two.words.lower()
+    assert "dpo dpo pairs 50.0 % [29.9, 70.1] 85.0 % [64.0, 94.8]" in two.words
+    charts = [str(one["aria-label"]) for one in two.all("div") if one.get("role") == "img"]
+    assert {"Training loss of dpo", "Training loss of simpo", "Held-out loss of dpo"} <= {
+        label.partition(":")[0] for label in charts
+    }
+    assert any(label.startswith("Memory: dpo: 20.50, 0.850; simpo: 20.50, 0.700") for label in charts)
+    assert "not measured on the same pairs" not in two.words
+
+    every = told("dpo", "simpo", "kto", "sft")
+    assert "not measured on the same pairs or labelled answers: these do not compare" in every.words
+    assert "best held-out accuracy" not in every.words.lower()
+    assert "sft sft – – – – – – –" in every.words
+    assert "kto kto labelled answers" in every.words
+    assert not every.unclosed
+
+    assert main([str(tmp_path / "dpo"), str(tmp_path / "kto"), str(tmp_path / "sft"), "--json"]) == 0
+    dpo, kto, sft = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert [one["objective"] for one in (dpo, kto, sft)] == ["dpo", "kto", "sft"]
+    assert dpo["judged"] == {
+        "accuracy": 0.85, "margin": pytest.approx(0.7), "calibration_error": pytest.approx(0.119, abs=1e-3),
+        "logprob_per_token": -1.5,
+    }  # fmt: skip
+    assert (kto["judged"]["accuracy"], kto["judged"]["logprob_per_token"]) == (0.95, -0.5)
+    assert sft["judged"] == {}
+
+
+def test_lengths_of_answers_stand_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = made(tmp_path, "dpo").whole().judged(pairs(10), pairs(17), answer_tokens=(60, 90))
+    assert main([str(one.folder), str(made(tmp_path, "sft").whole().folder), "--out", str(tmp_path / "c.html")]) == 0
+    told = Page((tmp_path / "c.html").read_text())
+    assert "Length of generated answers, mean tokens before and after run valid ● dpo 10.00 → 15.00" in told.words
+    assert main([str(one.folder), "--json"]) == 0
+    (line,) = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert line["answer_tokens"] == {"valid": 15.0}
+
+
+def test_supervised_runs_have_no_preferences(runs: list[Path], tmp_path: Path) -> None:
+    assert main([*map(str, runs), "--out", str(tmp_path / "c.html")]) == 0
+    told = Page((tmp_path / "c.html").read_text())
+    assert "Preferences" not in told.words
+    assert "objective" not in told.texts("th")
+
+
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none")]) == 8
     assert "no run folder" in capsys.readouterr().err

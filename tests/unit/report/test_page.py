@@ -94,6 +94,94 @@ def test_restarts_and_faults(tmp_path: Path) -> None:
         assert words in told, words
 
 
+# -- rows that judge answers -----------------------------------------------------------------------------------------
+
+
+def pairs(right: int, of: int = 20, *, longer: int = 0, logprob: float = -1.0) -> list[dict[str, float]]:
+    """Pairs of which some are right; chosen answers of 4 tokens and `longer`."""
+    gaps = [1.0] * right + [-1.0] * (of - right)
+    return [
+        {"reward_chosen": gap, "reward_rejected": 0.0, "tokens_chosen": 4.0 + longer, "tokens_rejected": 4.0,
+         "logprob_chosen": logprob * (4 + longer), "logprob_rejected": -9.0}
+        for gap in gaps
+    ]  # fmt: skip
+
+
+def labelled(right: int, of: int = 20) -> list[dict[str, float]]:
+    return [
+        {"ahead": 1.0 if n < right else -1.0, "desirable": float(n % 2), "reward": 0.5, "logprob": -2.0, "tokens": 4.0}
+        for n in range(of)
+    ]
+
+
+def names_of_charts(told: Page) -> set[str]:
+    images = [one for one in told.all("div") if one.get("role") == "img"]
+    return {str(one["aria-label"]).partition(":")[0] for one in images}
+
+
+OWN_CHARTS = {"Reward of an answer", "Reward margin", "Reward accuracy", "Log-probability of an answer"}
+
+
+def test_a_preference_run_says_what_it_did(tmp_path: Path) -> None:
+    told = page(made(tmp_path).whole().judged(pairs(10), pairs(17, longer=2), answer_tokens=(60, 90)))
+    assert "On held-out pairs, accuracy went from 50.0 % to 85.0 %." in told.words
+    assert "Accuracy, held-out pairs 85.0 %before 50.0 %" in " ".join(told.texts("dl"))
+    for said in (
+        "Preferences", "all 20 50.0 % [29.9, 70.1] 85.0 % [64.0, 94.8]",
+        "chosen answer as long 20 50.0 % [29.9, 70.1] –", "chosen answer longer 20 – 85.0 % [64.0, 94.8]",
+        "reward margin (chosen less rejected) 0 [", "calibration error 0.231 0.119",
+        "log-probability per token, chosen answers −1.000 −1.000", "log-probability per token, rejected answers",
+        "valid 10.00 15.00 +50.0 %", "mean loss of dpo", "6.000 in chosen ones and 4.000 in rejected ones",
+    ):  # fmt: skip
+        assert said in told.words, said
+    assert "Calibration: before error 0.231; after error 0.119" in [one.get("aria-label") for one in told.all("div")]
+    assert names_of_charts(told) >= OWN_CHARTS
+    assert "reward accuracy" in told.texts("th"), "and in the tables behind the curves"
+    assert "perplexity" not in told.words, "a loss of pairs is no cross-entropy"
+    assert "#preferences" in {one["href"] for one in told.all("a")}
+    assert "Warning" not in told.words
+    assert not told.unclosed
+
+
+def test_what_is_wrong_with_a_gain_is_said(tmp_path: Path) -> None:
+    told = page(made(tmp_path).whole().judged(pairs(10, logprob=-1.0), pairs(17, logprob=-3.0)))
+    assert "Warning: chosen answers have become unlikelier: -1.000 to -3.000 nats per token" in told.words
+    was = pairs(10, longer=1) + pairs(10, longer=-1)
+    length = pairs(19, longer=1) + pairs(9, longer=-1)
+    told = page(made(tmp_path, "length").whole().judged(was, length))
+    assert "Warning: all of the gain in accuracy is length: +0.450 where" in told.words
+
+
+def test_labelled_answers_and_reward_models(tmp_path: Path) -> None:
+    told = page(made(tmp_path).whole().judged(labelled(10), labelled(15), objective="kto"))
+    assert "On held-out labelled answers, accuracy went from 50.0 % to 75.0 %." in told.words
+    assert "good answers 10" in told.words
+    reward = [{key: value for key, value in row.items() if "logprob" not in key} for row in pairs(12)]
+    run = made(tmp_path, "reward").recipe().metrics().judged(reward, reward, objective="reward")
+    told = page(run)
+    assert "what its held-out rows tell is below" in told.words
+    assert "log-probability per token" not in told.words
+    assert "Log-probability of an answer" not in names_of_charts(told), "its head gives none"
+
+
+def test_before_training_ends_and_other_rows(tmp_path: Path) -> None:
+    run = made(tmp_path).whole().judged(pairs(10), pairs(17))
+    (run.folder / "eval/after/held_out.json").unlink()
+    told = page(run)
+    assert "all 20 50.0 % [29.9, 70.1] –" in told.words
+    assert "accuracy went" not in told.words
+    run.judged(pairs(10), pairs(17))
+    run.write("eval/before/held_out.json", {"loss": 1.0, "rows_sha256": "other", "judged": {"kind": "pairs"}})
+    assert "accuracy went from – to 85.0 %" in page(run).words, "other rows are no base to hold against"
+
+
+def test_a_supervised_run_has_none_of_it(whole: Page) -> None:
+    assert "Preferences" not in whole.words
+    assert "perplexity" in whole.words
+    assert not OWN_CHARTS & names_of_charts(whole)
+    assert "ccuracy" not in whole.words
+
+
 # -- any part may be missing -----------------------------------------------------------------------------------------
 
 PARTS = ("recipe.toml", "metrics.jsonl", "events.jsonl", "exit.json", "manifest.json", "eval/summary.json",
