@@ -15,7 +15,6 @@ from distft.demo.files import resolve_paths
 from distft.engine import ENGINES
 from distft.export import EXPORTS
 from distft.generation import GENERATORS
-from distft.importers import IMPORTERS
 from distft.model.adapters import METHODS
 from distft.model.heads import HEADS
 from distft.objectives import OBJECTIVES
@@ -25,12 +24,17 @@ from distft.recipe import Registries
 from distft.scores import SCORES
 from distft.step_sources import STEP_SOURCES
 
+_ONCE_IMPORTED = {"distft.metrics": "METRICS", "distft.importers": "IMPORTERS"}
+
 
 def _open_registries() -> Sequence[Registry[Any]]:
-    """Return what plugins may add to; metrics import torch, and count once something has imported them."""
-    metrics = [sys.modules["distft.metrics"].METRICS] if "distft.metrics" in sys.modules else []
+    """Return what plugins may add to.
+
+    Metrics import torch, and importers are many tables for one command: both count once something has imported them.
+    """
+    once_imported = [getattr(sys.modules[room], name) for room, name in _ONCE_IMPORTED.items() if room in sys.modules]
     parts = [METHODS, OBJECTIVES, OPTIMIZERS, SCHEDULES, ENGINES, FORMATS, SCORES, COLUMNS, HEADS]
-    return [*parts, GENERATORS, STEP_SOURCES, EXPORTS, IMPORTERS, *metrics]
+    return [*parts, GENERATORS, STEP_SOURCES, EXPORTS, *once_imported]
 
 
 PLUGINS = Plugins(_open_registries, installed)

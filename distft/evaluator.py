@@ -63,7 +63,7 @@ class Evaluator:
             measured = held_out_loss(self.engine, self.objective, self.held_out, stop=self.stop)
             if measured is None:
                 return None
-            figures |= self._with_perplexity(measured)
+            figures |= self._with_perplexity(measured.figures)
         return self._run_eval_sets(self._due_eval_sets(state.step), step_label(state.step), state, figures)
 
     def before(self, state: TrainState) -> Figures | None:
@@ -122,11 +122,12 @@ class Evaluator:
 
         measured = self._first(kept)
         if measured is None:
-            measured = held_out_loss(self.engine, self.objective, self.held_out, stop=self.stop)
-            if measured is None:
+            result = held_out_loss(self.engine, self.objective, self.held_out, stop=self.stop)
+            if result is None:
                 return None
+            measured = result.figures
             figures = self._with_perplexity(measured)
-            self._first(lambda: self.records.write_held_out(figures, label=label, **facts))
+            self._first(lambda: self.records.write_held_out(figures, result.rows, label=label, **facts))
         return self._with_perplexity(measured)
 
     def _with_perplexity(self, figures: Figures) -> Figures:

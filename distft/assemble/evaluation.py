@@ -49,15 +49,16 @@ def build_best_tracker(recipe: Recipe, eval_sets: list[EvalSet]) -> BestTracker:
     """
     from distft.best import BestTracker
 
-    by = recipe.eval.best_by
-    figures = {
-        f"{eval_set.name}.{name}": figure for eval_set in eval_sets for name, figure in eval_set.figures().items()
-    }
-    if by not in figures and by != EVAL_LOSS:  # a task of lm-eval, whose figures nobody knew before
-        key, allowed = recipe.line_of("eval.best_by"), ", ".join([EVAL_LOSS, *figures])
+    by, objective = recipe.eval.best_by, recipe.objective
+    higher_is_better = {f"eval_{name}": more for name, more in objective.spec.figures(objective.params).items()}
+    for eval_set in eval_sets:
+        for name, figure in eval_set.figures().items():
+            higher_is_better[f"{eval_set.name}.{name}"] = figure.higher_is_better
+    if by not in higher_is_better and by != EVAL_LOSS:  # a task of lm-eval, whose figures nobody knew before
+        key, allowed = recipe.line_of("eval.best_by"), ", ".join([EVAL_LOSS, *higher_is_better])
         problem = Problem(message=f'[eval] best_by = "{by}"  is measured nowhere', fix=f"allowed: {allowed}", line=key)
         raise RecipeError(recipe.source, [problem])
-    higher = figures[by].higher_is_better if by in figures else False
+    higher = higher_is_better.get(by, False)
     return BestTracker(keep=recipe.checkpoint.best, patience=recipe.eval.early_stop, by=by, higher_is_better=higher)
 
 

@@ -92,26 +92,33 @@ class Batch:
         return {name: getattr(self, name) for name in names} | {"ends_D": ends_D}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LossTerms:
     """What an objective says of one micro-batch: sums and counts, never means."""
 
     loss_sum: Tensor
     """Scalar with gradient: the loss summed over supervised tokens (SFT) or pairs (preference objectives)."""
     figures: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
-    """Further figures by name: [2], the sum and the count that it is divided by, without gradient. They are added up
-    over micro-batches and ranks with the loss and logged as means; every micro-batch of a run gives the same names."""
+    """By name [2], sum and count without gradient: added up with the loss, logged as means, the same names always."""
+
+    by_group: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    """Figures of each group: [G], without gradient; evaluations keep them."""
 
     @classmethod
-    def of(cls, loss_sum: Tensor, figures: Mapping[str, tuple[Tensor, float | Tensor]] | None = None) -> LossTerms:
+    def of(
+        cls,
+        loss_sum: Tensor,
+        figures: Mapping[str, tuple[Tensor, float | Tensor]] | None = None,
+        by_group: Mapping[str, Tensor] | None = None,
+    ) -> LossTerms:
         """Return the terms with each figure's sum and count as one fp64 tensor on the loss's device."""
         import torch
 
         made: dict[str, Tensor] = {}
         for name, (total, count) in (figures or {}).items():
-            pair = [torch.as_tensor(value, dtype=torch.float64, device=loss_sum.device) for value in (total, count)]
+            pair = (torch.as_tensor(value, dtype=torch.float64, device=loss_sum.device) for value in (total, count))
             made[name] = torch.stack([value.detach().reshape(()) for value in pair])
-        return cls(loss_sum=loss_sum, figures=made)
+        return cls(loss_sum, made, {name: value.detach().double() for name, value in (by_group or {}).items()})
 
 
 class Policy(Protocol):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from distft.core.errors import FileSystemError
 from distft.core.files import replace_file
 from distft.evaluation.eval_sets import EvalResult, EvalSet, none_if_nan
+from distft.evaluation.judged import judged_figures
 from distft.scores import ScoreResult
 from distft.scores.paired import interval
 
@@ -62,8 +63,17 @@ class AnswerRecords:
         self._put(label, f"{eval_set.name}.jsonl", lines)
         self._put(label, f"{eval_set.name}.json", _pretty(about))
 
-    def write_held_out(self, figures: dict[str, float], *, label: str, step: int, rows_sha256: str, model: str) -> None:
-        """Write the loss on the held-out rows.
+    def write_held_out(
+        self,
+        figures: dict[str, float],
+        rows: Sequence[dict[str, Any]] = (),
+        *,
+        label: str,
+        step: int,
+        rows_sha256: str,
+        model: str,
+    ) -> None:
+        """Write the loss on the held-out rows, and of rows that judge answers what was measured of each.
 
         Raises:
             FileSystemError: the folder cannot be written.
@@ -77,9 +87,11 @@ class AnswerRecords:
         record: dict[str, Any] = {"loss": _finite(loss), "perplexity": _finite(exponential), "tokens": int(tokens)}
         if rest:
             record["figures"] = {name: _finite(value) for name, value in rest.items()}
-        self._put(
-            label, f"{HELD_OUT}.json", _pretty({**record, "step": step, "rows_sha256": rows_sha256, "model": model})
-        )
+        record |= {"step": step, "rows_sha256": rows_sha256, "model": model}
+        if rows:
+            record["judged"] = judged_figures(rows)
+            self._put(label, f"{HELD_OUT}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self._put(label, f"{HELD_OUT}.json", _pretty(record))
 
     def copy(self, name: str, *, old: str, new: str) -> None:
         """Copy the answers to another label: the best state was the last one."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +18,21 @@ AGREE_EVERY = 16
 """Batches between two looks at whether somebody wants to stop: a stop must not wait for a long evaluation."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutResult:
+    """What an evaluation of held-out rows has measured, equal on all ranks."""
+
+    figures: dict[str, float]
+    """`eval_loss`, `eval_tokens`, and `eval_NAME` of the objective's figures."""
+    rows: list[dict[str, Any]]
+    """Each row in the order of its file with the objective's figures of it (`LossTerms.by_group`), where it has some.
+    """
+
+
 def held_out_loss(
     engine: Engine, objective: Objective, batches: Sequence[Batch], *, stop: Callable[[], bool]
-) -> dict[str, float] | None:
-    """Return `eval_loss` over all ranks' batches, divided by the objective's denominator, and `eval_NAME` per figure.
+) -> HeldOutResult | None:
+    """Measure the loss over all ranks' batches, divided by the objective's denominator, and its figures.
 
     Every rank must bring the same number of batches; the accelerator is waited for once in all.
 
@@ -28,6 +41,7 @@ def held_out_loss(
     """
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     figures: dict[str, Tensor] = {}
+    groups: list[tuple[Batch, Mapping[str, Tensor]]] = []
     denominator = tokens = 0.0
     with engine.evaluating():
         filled = objective.columns.begin(batches)
@@ -39,6 +53,8 @@ def held_out_loss(
             total += terms.loss_sum.double()
             for name, figure in terms.figures.items():
                 figures[name] = figures[name] + figure.double() if name in figures else figure.double()
+            if terms.by_group:
+                groups.append((replace(batch, columns={}), terms.by_group))
             denominator += objective.denominator([batch])
             tokens += batch.num_supervised
     names = sorted(figures)
@@ -47,4 +63,15 @@ def held_out_loss(
     result = {"eval_loss": loss_sum / denominator, "eval_tokens": tokens}
     for name, figure, count in zip(names, sums[::2], sums[1::2], strict=True):
         result[f"eval_{name}"] = figure / count if count else math.nan
-    return result
+    rows = engine.gather([row for batch, values in groups for row in _rows_of(batch, values)])
+    in_order = sorted((row for of_rank in rows for row in of_rank), key=lambda row: row[0])
+    return HeldOutResult(figures=result, rows=[values for _, values in in_order])
+
+
+def _rows_of(batch: Batch, values: Mapping[str, Tensor]) -> list[tuple[int, dict[str, Any]]]:
+    """Return index and figures of each group of a micro-batch."""
+    columns: dict[str, list[float]] = {name: value.tolist() for name, value in values.items()}  # type: ignore[reportUnknownMemberType]
+    return [
+        (row, {"id": batch.sample_ids[group], **{name: column[group] for name, column in columns.items()}})
+        for group, row in enumerate(batch.rows)
+    ]

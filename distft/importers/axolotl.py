@@ -8,6 +8,7 @@ from distft.importers.config_file import ConfigFile
 from distft.importers.conversion import Conversion
 from distft.importers.objectives import (
     PreferenceKeys,
+    dpo_loss,
     set_dpo,
     set_orpo,
     set_reward,
@@ -20,6 +21,7 @@ from distft.importers.sources import Rows
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_training
 
+_WARMUP = "at most 100 steps there"
 _TRAINER = TrainerKeys(
     micro_batch="micro_batch_size",
     micro_batch_default=1,
@@ -27,7 +29,8 @@ _TRAINER = TrainerKeys(
     epochs_default=1.0,
     optimizer="optimizer",
     learning_rate_default=None,
-    schedule=ScheduleKeys(name="lr_scheduler", default="cosine", default_ratio=0.03),
+    schedule=ScheduleKeys(name="lr_scheduler", default="cosine", default_ratio=0.03, default_note=_WARMUP),
+    sharing=("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree"),
     bf16_default=True,
 )
 _PREFERENCE = PreferenceKeys(
@@ -73,7 +76,8 @@ def _set_objective(work: Conversion, top: Section) -> Rows | None:
     else:
         beta = _PREFERENCE
     if kind in ("dpo", "ipo"):
-        set_dpo(work, top, "rl", "ipo" if kind == "ipo" else top.text("dpo_loss_type") or "sigmoid", beta)
+        loss = "ipo" if kind == "ipo" else dpo_loss(work, top, "dpo_loss_type", "dpo_loss_weights")
+        set_dpo(work, top, "rl", loss, beta)
     elif kind == "orpo":
         set_orpo(work, top, "rl", PreferenceKeys(beta="orpo_alpha" if top.has("orpo_alpha") else beta.beta))
     elif kind == "simpo":
@@ -134,9 +138,9 @@ def _set_method(work: Conversion, top: Section) -> None:
     work.set("method.alpha", top.number("lora_alpha", 8), (top, "lora_alpha"))
     work.set("method.dropout", top.number("lora_dropout", 0.0), (top, "lora_dropout"))
     _set_targets(work, top)
-    for tool_key, ours in (("peft_use_rslora", "rslora"), ("peft_use_dora", "dora")):
-        if top.flag(tool_key):
-            work.set(f"method.{ours}", True, (top, tool_key))
+    for theirs, ours in (("peft_use_rslora", "rslora"), ("peft_use_dora", "dora")):
+        if top.flag(theirs):
+            work.set(f"method.{ours}", True, (top, theirs))
     if top.has("lora_modules_to_save"):
         work.set("method.modules_to_save", top.texts("lora_modules_to_save"), (top, "lora_modules_to_save"))
     if name == "qlora":
@@ -153,9 +157,9 @@ def _four_bits(work: Conversion, top: Section) -> dict[str, object]:
     """Return the settings of [method] quant that the file has."""
     quant: dict[str, object] = {}
     kwargs = top.section("bnb_config_kwargs")
-    for tool_key, ours in _QUANT.items():
-        if kwargs.has(tool_key):
-            quant[ours] = kwargs.text(tool_key) if ours == "type" else kwargs.flag(tool_key)
+    for theirs, ours in _QUANT.items():
+        if kwargs.has(theirs):
+            quant[ours] = kwargs.text(theirs) if ours == "type" else kwargs.flag(theirs)
     for key in kwargs.values:
         if key not in _QUANT:
             work.leave(kwargs, key, "types of the 4-bit base follow [model] dtype")
@@ -194,7 +198,7 @@ def _set_targets(work: Conversion, top: Section) -> None:
 
 
 def _set_batch_size(top: Section) -> None:
-    """Set the batch: Axolotl's `batch_size` is of one GPU, micro-batch x accumulation."""
+    """Axolotl's `batch_size` is of one GPU: micro-batch x accumulation."""
     if not top.has("batch_size"):
         return
     total, micro = top.whole("batch_size", 1, least=1) or 1, top.whole("micro_batch_size", 1, least=1) or 1

@@ -52,6 +52,8 @@ AXOLOTL_KEYS = {
         rl_beta=carried("[objective] beta"),
         dpo_beta=carried("[objective] beta"),
         dpo_label_smoothing=carried("[objective] label_smoothing"),
+        dpo_loss_type=carried("[objective] loss"),
+        dpo_loss_weights=carried("[objective] sft_weight", "of sigmoid and sft together"),
         rpo_alpha=carried("[objective] sft_weight"),
         orpo_alpha=carried("[objective] beta", "the paper's lambda"),
         simpo_gamma=carried("[objective] gamma", "the paper's gamma"),
@@ -73,7 +75,7 @@ AXOLOTL_KEYS = {
         lr_scheduler_kwargs=carried("[schedule] min_ratio, decay_ratio"),
         cosine_min_lr_ratio=carried("[schedule] min_ratio"),
         warmup_steps=carried("[schedule] warmup_steps"),
-        warmup_ratio=carried("[schedule] warmup_ratio", "0.03 where neither is set"),
+        warmup_ratio=carried("[schedule] warmup_ratio", "0.03 where neither is set, at most 100 steps there"),
         max_grad_norm=carried("[train] max_grad_norm"),
         gradient_checkpointing=carried(),
         activation_checkpointing=carried("[train] activation_checkpointing"),
@@ -108,6 +110,7 @@ AXOLOTL_KEYS = {
             "no rows are held out by chance: split them off into a file and name it as "
             "[[data.eval]]; all rows are trained"
         ),
+        eval_sequence_len=left("held-out rows have the length of the trained ones"),
         eval_sample_packing=left("held-out rows are packed as the trained ones are", off=(None, True, False)),
         pad_to_sequence_len=left("sequences are padded no further than needed; the same numbers"),
         group_by_length=left("rows are packed; their order comes from the seed alone"),
@@ -205,7 +208,8 @@ AXOLOTL_KEYS = {
         left("belongs to other commands of Axolotl"),
     ),
     **group(
-        "flash_attention sdp_attention xformers_attention flex_attention flash_attn_rms_norm flash_attn_fuse_qkv "
+        "attention fused_attn_kernel flash_attention sdp_attention xformers_attention flex_attention "
+        "flash_attn_rms_norm flash_attn_fuse_qkv "
         "flash_attn_fuse_mlp flash_optimum unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv "
         "unsloth_lora_o unsloth_rms_norm unsloth_rope lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
         "lora_embedding_kernel liger_rope liger_rms_norm liger_glu_activation liger_layer_norm "
@@ -219,7 +223,8 @@ AXOLOTL_KEYS = {
         "mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_comet comet_api_key comet_workspace "
         "comet_project_name comet_experiment_key comet_mode comet_online comet_experiment_config use_tensorboard "
         "include_tokens_per_second profiler_steps profiler_steps_start include_tkps eval_table_size "
-        "eval_max_new_tokens loss_watchdog_threshold loss_watchdog_patience use_otel_metrics use_trackio "
+        "eval_max_new_tokens generate_samples num_generation_samples generation_max_new_tokens "
+        "loss_watchdog_threshold loss_watchdog_patience use_otel_metrics use_trackio "
         "trackio_project_name trackio_run_name",
         left(_TRACKING),
     ),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from distft.importers.axolotl_keys import DATASET_KEYS
 from distft.importers.conversion import Conversion
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths, set_template
+from distft.importers.sources import Rows, Source, add_source, data_files, set_lengths, set_template
 
 _CHAT = "rendered by the chat template"
 _NO_TEMPLATE = (
@@ -68,7 +68,18 @@ _PAIRS = {
     "user_defined.default": RowType(format="preference", note="prompt and answers are raw text"),
     "bradley_terry.chat_template": RowType(format="preference", columns={"input": "instruction"}),
 }
+_JUDGED = {"prompt": "instruction", "completion": "output"}
 _OLD_ARGILLA = {"chosen_response": "chosen", "rejected_response": "rejected"}
+_UNPAIRED = {
+    "": RowType(format="unpaired"),
+    "user_defined": RowType(format="unpaired", note="prompt and answer are raw text"),
+    "user_defined.default": RowType(format="unpaired", note="prompt and answer are raw text"),
+    "argilla": RowType(format="unpaired", columns={"completion": "output"}, note=_CHAT),
+    "argilla_chat": RowType(format="unpaired", columns={"completion": "messages"}, note=_CHAT),
+    "intel": RowType(format="unpaired", columns={**_QUESTION, "completion": "output"}, note=_CHAT),
+    "prompt_pairs": RowType(format="unpaired", columns=_JUDGED, note=_CHAT),
+    "ultra": RowType(format="unpaired", columns=_JUDGED, note=_CHAT),
+}
 _TEMPLATES = ("chatml", "llama3", "zephyr")
 """Ways in which types of pairs are written: `chatml.intel` is `intel` in ChatML."""
 
@@ -89,11 +100,11 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     long_rows = _long_rows(top)
     pretrains = top.has("pretraining_dataset")
     packing = top.flag("sample_packing", pretrains)
-    of = (top, "sample_packing")
-    set_lengths(work, top, "sequence_len", 512, rows=rows, long_rows=long_rows, packing=packing, packing_of=of)
+    origin = (top, "sample_packing")
+    set_lengths(work, top, "sequence_len", 512, rows=rows, long_rows=long_rows, packing=packing, packing_of=origin)
     if rows == "single":
         _set_mask(work, top)
-    tokenizer_names = ("tokenizer_default", "tokenizer")
+    own = ("tokenizer_default", "tokenizer")
     if top.has("chat_template_jinja"):
         path = top.text("chat_template_jinja") or ""
         if path.endswith(".jinja"):
@@ -104,7 +115,7 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
                 "chat_template_jinja", "is a template inside the file", "write it to a .jinja file and name that"
             )
     else:
-        set_template(work, top, "chat_template", same=("chatml", "llama3"), tokenizer_names=tokenizer_names)
+        set_template(work, top, "chat_template", same=("chatml", "llama3"), own=own)
     if any(source["format"] == "alpaca" for source in work.draft.get("data.train") or ()) and not work.draft.get(
         "data.chat_template"
     ):
@@ -133,28 +144,25 @@ def _set_mask(work: Conversion, top: Section) -> None:
 
 
 def _add_dataset(work: Conversion, section: Section, part: Literal["train", "eval"], rows: Rows, default: str) -> None:
-    of = (section, "path")
-    path, files = section.text("path"), section.texts("data_files")
+    origin = (section, "path")
+    path = section.text("path")
     kind = _row_type(work, section, rows, default)
     if path is None:
         if not section.has("path"):
-            section.reading.problem(section.key_path, "a dataset without a path", "add its path")
+            section.reading.problem(section.location, "a dataset without a path", "add its path")
         return
-    if files and (path in ("json", "parquet", "csv", "text", "arrow") or path.endswith(("/", "."))):
-        paths = files
-    elif files:
-        section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as path")
-        return
-    else:
-        paths = [path]
-    split = section.text("split") or section.text("train_on_split")
+    files = data_files(section, path, "path")
     if kind is not None:
-        for data_file in paths:
-            source = Source(
-                path=data_file, format=kind.format, subset=section.text("name"), split=local_split(data_file, split),
-                columns=kind.columns, note=kind.note,
-            )  # fmt: skip
-            add_source(work, part, source, of)
+        split = section.text("split") or section.text("train_on_split")
+        source = Source(
+            path=path,
+            format=kind.format,
+            subset=section.text("name"),
+            split=split,
+            columns=kind.columns,
+            note=kind.note,
+        )
+        add_source(work, part, source, origin, files)
     _settle_dataset(work, section)
 
 
@@ -174,7 +182,7 @@ def _settle_dataset(work: Conversion, section: Section) -> None:
     if section.has("train_on_inputs"):
         work.leave(section, "train_on_inputs", "[data] loss_on is one for all sources")
     if section.has("chat_template") and work.draft.get("data.chat_template") is None:
-        set_template(work, section, "chat_template", same=("chatml", "llama3"), tokenizer_names=("tokenizer_default",))
+        set_template(work, section, "chat_template", same=("chatml", "llama3"), own=("tokenizer_default",))
     elif section.has("chat_template"):
         work.leave(section, "chat_template", "one template renders all sources: that of [data] chat_template")
     work.settle(section, DATASET_KEYS)
@@ -201,21 +209,28 @@ def _row_type(work: Conversion, section: Section, rows: Rows, default: str) -> R
         if style in work.registries.templates and not work.top().has("chat_template"):
             work.set("data.chat_template", style, (section, "type"))
     if rows == "unpaired":
-        return RowType(format="unpaired", note="" if name in ("", "argilla", "user_defined") else f"{name} there")
+        row_type = _UNPAIRED.get(name)
+        if row_type is None:
+            section.problem("type", "is no form of judged answers that is known", f"known: {_listed(_UNPAIRED)}")
+        return row_type
     row_type = _PAIRS.get(name)
     if name == "argilla" and style in _TEMPLATES:
         return RowType(format="preference", columns=_OLD_ARGILLA, note=_CHAT)
     if row_type is None:
-        section.problem("type", "is no form of pairs that is known", f"known: {', '.join(filter(None, _PAIRS))}")
+        section.problem("type", "is no form of pairs that is known", f"known: {_listed(_PAIRS)}")
         return None
     names = {"field_messages": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
-    columns = {section.text(tool_key) or ours: ours for tool_key, ours in names.items() if section.has(tool_key)}
+    columns = {section.text(theirs) or ours: ours for theirs, ours in names.items() if section.has(theirs)}
     _mapping(section)
     return RowType(format="preference", columns={**row_type.columns, **columns}, note=row_type.note)
 
 
+def _listed(types: Mapping[str, RowType]) -> str:
+    return ", ".join(filter(None, types))
+
+
 def _chat(section: Section, row_type: RowType) -> RowType | None:
-    """Return the type of chats, by what their turns and their column are called."""
+    """The type of chats, by what their turns and their column are called."""
     turn = _mapping(section)
     if row_type.format == "sharegpt" or turn == ("from", "value"):
         format, column = "sharegpt", "conversations"
@@ -233,7 +248,7 @@ def _chat(section: Section, row_type: RowType) -> RowType | None:
 
 
 def _mapping(section: Section) -> tuple[str, str]:
-    """Return what turns call their role and their content."""
+    """What turns call their role and their content."""
     mapping = section.section("message_property_mappings")
     role = mapping.text("role") or section.text("message_field_role") or "role"
     content = mapping.text("content") or section.text("message_field_content") or "content"
@@ -257,15 +272,15 @@ _OWN_COLUMNS = {
 }
 
 
-def _own_type(section: Section, rows: Rows) -> RowType | None:
-    """Return a type that the file defines: names of columns, and wording around them, which is the template's here."""
-    columns = {section.text(tool_key) or ours: ours for tool_key, ours in _OWN_COLUMNS.items() if section.has(tool_key)}
-    wording = [key for key in section.values if key not in _OWN_COLUMNS and section.has(key)]
+def _own_type(own: Section, rows: Rows) -> RowType | None:
+    """A type that the file defines: names of columns, and wording around them, which is the template's here."""
+    columns = {own.text(theirs) or ours: ours for theirs, ours in _OWN_COLUMNS.items() if own.has(theirs)}
+    wording = [key for key in own.values if key not in _OWN_COLUMNS and own.has(key)]
     for key in wording:
         if key == "system_prompt":
-            section.problem(key, "is written into every row there", "put it into the rows, as a column system")
+            own.problem(key, "is written into every row there", "put it into the rows, as a column system")
         else:
-            section.raw(key)
+            own.raw(key)
     note = f"rendered by the chat template; {', '.join(wording)} there: write a .jinja file for the same text"
     kinds = {"single": "alpaca", "pairs": "preference", "unpaired": "unpaired"}
     return RowType(format=kinds[rows], columns=columns, note=note if wording else "")

@@ -78,21 +78,26 @@ def parse_yaml(text: str, path: Path) -> ConfigFile:
     """
     import yaml
 
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        lines, problems = _walk(node) if node is not None else ({}, [])
-        if problems:
-            raise RecipeError(str(path), problems)
-        content = loader.construct_document(node) if node is not None else None
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            lines, problems = _walk(node) if node is not None else ({}, [])
+            if problems:
+                raise RecipeError(str(path), problems)
+            content = loader.construct_document(node) if node is not None else None
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         raise RecipeError(str(path), [_not_yaml(text, error)]) from None
+    except yaml.reader.ReaderError as error:  # a character that is not text
+        line = text.count("\n", 0, error.position) + 1
+        message = f"not valid YAML: character #x{int(error.character):04x}"
+        raise RecipeError(str(path), [Problem(message=message, line=line, fix="remove it")]) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that Python does not have
         raise RecipeError(str(path), [Problem(message=f"not valid YAML: {shown(str(error))}")]) from None
     except RecursionError:
         raise RecipeError(str(path), [Problem(message="nested too deeply")]) from None
-    finally:
-        loader.dispose()
     return ConfigFile(path=path, content=_mapping(path, content), lines=lines)
 
 
@@ -130,29 +135,29 @@ def _walk(top: yaml.Node) -> tuple[dict[KeyPath, int], list[Problem]]:
     waiting: list[tuple[yaml.Node, KeyPath]] = [(top, ())]
     count = 0
     while waiting:
-        node, path = waiting.pop()
+        node, location = waiting.pop()
         count += 1
-        if count > _MOST_VALUES or len(path) > _DEEPEST:
-            return lines, [Problem(message="too large, too deep, or refers to itself", line=lines.get(path))]
+        if count > _MOST_VALUES or len(location) > _DEEPEST:
+            return lines, [Problem(message="too large, too deep, or refers to itself", line=lines.get(location))]
         if isinstance(node, yaml.SequenceNode):
             for position, element in enumerate(node.value):
-                lines[(*path, position)] = _line(element)
-                waiting.append((element, (*path, position)))
+                lines[(*location, position)] = _line(element)
+                waiting.append((element, (*location, position)))
         elif isinstance(node, yaml.MappingNode):
             first: dict[str, int] = {}
             for key, value in node.value:
                 name = key.value if isinstance(key, yaml.ScalarNode) else None
                 if name == "<<":  # a merge: the lines are those of the mapping that is merged
-                    waiting.append((value, path))
+                    waiting.append((value, location))
                 elif not isinstance(name, str):
                     problems.append(Problem(message="a key must be a word", line=_line(key)))
                 elif name in first:
                     message = f"{shown(name)}  is set twice: here and in line {first[name]}"
                     problems.append(Problem(message=message, line=_line(key), fix="keep one of them"))
                 else:
-                    first[name] = lines[(*path, name)] = _line(key)
-                    waiting.append((value, (*path, name)))
-                    if key.tag != "tag:yaml.org,2002:str" and path == ():
+                    first[name] = lines[(*location, name)] = _line(key)
+                    waiting.append((value, (*location, name)))
+                    if key.tag != "tag:yaml.org,2002:str" and location == ():
                         message = f"{shown(name)}  is no text, and no key of any tool"
                         problems.append(Problem(message=message, line=_line(key)))
     return lines, problems
@@ -176,11 +181,11 @@ def _json(path: Path, text: str) -> dict[str, Any]:
     doubled: list[str] = []
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
             names = [name for name, _ in pairs]
-            doubled.extend(name for name in made if names.count(name) > 1)
-        return made
+            doubled.extend(name for name in mapping if names.count(name) > 1)
+        return mapping
 
     try:
         content = json.loads(text, object_pairs_hook=once)
@@ -195,7 +200,7 @@ def _json(path: Path, text: str) -> dict[str, Any]:
 
 
 def _lines_of_json(text: str) -> dict[KeyPath, int]:
-    """Return lines of JSON, which is YAML but for tabs; where PyYAML differs, messages go without lines."""
+    """JSON is YAML, but for tabs; where PyYAML sees it otherwise, messages go without lines."""
     import yaml
 
     try:

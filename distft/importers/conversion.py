@@ -36,18 +36,18 @@ class Conversion:
         """Return the top of the file."""
         return self.reading.top()
 
-    def set(self, home: str, value: Any, of: tuple[Section, str] | None = None, note: str = "") -> None:
+    def set(self, home: str, value: Any, origin: tuple[Section, str] | None = None, note: str = "") -> None:
         """Set `table.key` of the recipe from a key of the file; None sets nothing.
 
         Where the file has no value at that key, what is set is the tool's default, and the recipe says so.
         """
         if value is None:
             return
-        default = of is not None and not of[0].has(of[1])
+        default = origin is not None and not origin[0].has(origin[1])
         if default:
-            source = f"{self.spec.title}'s default"
-            note = f"{source}; {note}" if note else source
-        self.draft.set(home, value, of=of[0].path(of[1]) if of and not default else (), note=note)
+            text = f"{self.spec.title}'s default"
+            note = f"{text}; {note}" if note else text
+        self.draft.set(home, value, origin=origin[0].path(origin[1]) if origin and not default else (), note=note)
 
     def leave(self, section: Section, key: str, why: str) -> None:
         """Say that a key has no counterpart; nothing where the file does not have it."""
@@ -57,13 +57,13 @@ class Conversion:
 
     def require(self, home: str, section: Section, key: str, message: str, fix: str) -> None:
         """Ask for a key of the recipe that the file cannot give."""
-        path = section.path(key)
-        full_message = f"{self.reading.written(path)}  {message}" if section.has(key) else message
-        problem = Problem(message=full_message, fix=fix, line=self.reading.file.line_of(path))
+        location = section.path(key)
+        text = f"{self.reading.written(location)}  {message}" if section.has(key) else message
+        problem = Problem(message=text, fix=fix, line=self.reading.file.line_of(location))
         self.required.append((key_path(home), problem))
 
     def part(self, table: str, name: str, section: Section, key: str, what: str) -> bool:
-        """Return whether a registry has a part; a missing one is reported at the key that wants it."""
+        """Whether a registry has a part; one that it has not is reported as a mistake at the key that wants it."""
         registry = self.registries.part(table)
         if name in registry:
             return True
@@ -77,22 +77,25 @@ class Conversion:
     def settle(self, section: Section, table: KeyTable) -> None:
         """Account for every key of a section: refuse, list as left, as unknown, or as read in vain."""
         for name, value in section.values.items():
-            path = section.path(name)
+            location = section.path(name)
             key = table.get(name)
             if key is None:
-                if path in self.reading.read:
+                if location in self.reading.read:
                     continue
                 near = nearest(name, table)
                 hint = f" (did you mean {near}?)" if near else ""
-                self.unknown.append(self._remark(path, f"not known to this importer{hint}"))
-            elif key.fate == "refused" and path not in self.reading.read and key.asks(value):
-                self.reading.problem(path, key.text)
-            elif key.fate == "left" and path not in self.reading.read and key.asks(value):
-                self.left.append(self._remark(path, key.text))
-            elif key.fate in ("carried", "changed") and path not in self.reading.read and key.asks(value):
-                self.left.append(self._remark(path, NO_EFFECT))
+                self.unknown.append(self._remark(location, f"not known to this importer{hint}"))
+            elif key.fate == "refused" and location not in self.reading.read and key.asks(value):
+                self.reading.problem(location, key.text)
+            elif key.fate == "left" and location not in self.reading.read and key.asks(value):
+                self.left.append(self._remark(location, key.text))
+            elif key.fate in ("carried", "changed") and location not in self.reading.read and key.asks(value):
+                self.left.append(self._remark(location, NO_EFFECT))
 
-    def _remark(self, path: KeyPath, text: str) -> Remark:
+    def _remark(self, location: KeyPath, text: str) -> Remark:
         return Remark(
-            key=dotted(path), value=self.reading.value_text(path), line=self.reading.file.line_of(path), text=text
+            key=dotted(location),
+            value=self.reading.value_text(location),
+            line=self.reading.file.line_of(location),
+            text=text,
         )

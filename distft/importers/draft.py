@@ -27,8 +27,8 @@ class Draft:
     origins: dict[KeyPath, KeyPath] = field(default_factory=dict)
     """Key of the recipe -> key of the file that it came from."""
 
-    def set(self, home: str, value: Any, *, of: KeyPath = (), note: str = "") -> None:
-        """Set `table.key`; `of` is the key of the file it came from, `note` what differs."""
+    def set(self, home: str, value: Any, *, origin: KeyPath = (), note: str = "") -> None:
+        """Set `table.key`; `origin` is the key of the file it came from, `note` what differs."""
         key = key_path(home)
         inner: Any = self.content
         for step, following in itertools.pairwise(key):
@@ -39,8 +39,8 @@ class Draft:
             else:
                 inner = inner.setdefault(step, fresh)
         inner[key[-1]] = value
-        if of:
-            self.origins[key] = of
+        if origin:
+            self.origins[key] = origin
         if note:
             self.comment(home, note)
 
@@ -60,12 +60,12 @@ class Draft:
 
     def override(self, overrides: Iterable[str]) -> tuple[set[KeyPath], list[Problem]]:
         """Change values as `--set` says; return the keys that it set, and what is wrong with the overrides."""
-        overridden, problems = apply_overrides(self.content, overrides)
-        for key in overridden:
+        placed, problems = apply_overrides(self.content, overrides)
+        for key in placed:
             self.comments = {old: texts for old, texts in self.comments.items() if old[: len(key)] != key}
-            self.origins = {old: origin for old, origin in self.origins.items() if old[: len(key)] != key}
+            self.origins = {old: location for old, location in self.origins.items() if old[: len(key)] != key}
             self.comments[key] = ["set by --set"]
-        return set(overridden), problems
+        return set(placed), problems
 
     def toml(self, head: Iterable[str], tail: Iterable[str]) -> str:
         """Return the recipe as TOML, with comment lines before and after it."""
@@ -79,35 +79,35 @@ class Draft:
         blocks.append("\n".join(_comment(tail)))
         return "\n\n".join(block for block in blocks if block) + "\n"
 
-    def _blocks(self, table: Any, key_path: KeyPath) -> list[str]:
+    def _blocks(self, table: Any, location: KeyPath) -> list[str]:
         if not is_table(table):
-            return ["\n".join(self._pairs({str(key_path[-1]): table}, key_path[:-1]))]
+            return ["\n".join(self._pairs({str(location[-1]): table}, location[:-1]))]
         arrays = {key: rows for key, rows in table.items() if is_array(rows) and rows and all(map(is_table, rows))}
         plain = {key: value for key, value in table.items() if key not in arrays}
-        name = ".".join(toml_key(str(step)) for step in key_path)
-        blocks = ["\n".join([*_comment(self.comments.get(key_path, ())), f"[{name}]", *self._pairs(plain, key_path)])]
-        if not plain and arrays and key_path not in self.comments:
+        name = ".".join(toml_key(str(step)) for step in location)
+        blocks = ["\n".join([*_comment(self.comments.get(location, ())), f"[{name}]", *self._pairs(plain, location)])]
+        if not plain and arrays and location not in self.comments:
             blocks = []
         for key, rows in arrays.items():
             for position, row in enumerate(rows):
-                pairs = self._pairs(row, (*key_path, key, position))
-                above = [*self.comments.get((*key_path, key), ())] if position == 0 else []
-                above += self.comments.get((*key_path, key, position), ())
+                pairs = self._pairs(row, (*location, key, position))
+                above = [*self.comments.get((*location, key), ())] if position == 0 else []
+                above += self.comments.get((*location, key, position), ())
                 blocks.append("\n".join([*_comment(above), f"[[{name}.{toml_key(key)}]]", *pairs]))
         return blocks
 
-    def _pairs(self, values: Mapping[str, Any], key_path: KeyPath) -> list[str]:
+    def _pairs(self, values: Mapping[str, Any], location: KeyPath) -> list[str]:
         lines: list[str] = []
         for key, value in values.items():
             for path, texts in self.comments.items():  # of the key, and of what stands inline in its value
-                if path[: len(key_path) + 1] == (*key_path, key):
+                if path[: len(location) + 1] == (*location, key):
                     lines += _comment(texts)
             lines.append(f"{toml_key(key)} = {toml_value(value)}")
         return lines
 
 
 def _comment(texts: Iterable[str]) -> list[str]:
-    """Return texts as comment lines; one that begins with spaces keeps them, and is continued behind them."""
+    """Texts as comment lines; one that begins with spaces keeps them, and is continued behind them."""
     lines: list[str] = []
     for text in texts:
         clean = "".join(char if char.isprintable() else " " for char in text)

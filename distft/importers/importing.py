@@ -46,10 +46,12 @@ def import_config(
     work = Conversion(spec=spec, reading=Reading(file=file), registries=registries, options=options or ImportOptions())
     spec.convert(work)
     work.settle(work.top(), spec.keys[""] if spec.keys else {})
-    overridden, wrong = work.draft.override(work.options.overrides)
+    for remarks in (work.left, work.unknown):
+        remarks.sort(key=lambda remark: (remark.line is None, remark.line or 0))
+    placed, wrong = work.draft.override(work.options.overrides)
     problems = [*work.reading.problems, *wrong]
     problems += [
-        problem for key, problem in work.required if not any(key[: len(prefix)] == prefix for prefix in overridden)
+        problem for key, problem in work.required if not any(key[: len(override)] == override for override in placed)
     ]
     if problems:
         raise RecipeError(str(path), problems)
@@ -73,14 +75,14 @@ def _tool(file: ConfigFile, importers: Mapping[str, ImporterSpec], tool: str | N
         hint = f"did you mean {near}?  " if near else ""
         message = f"--from {shown(tool)}  is no tool that is known here"
         raise RecipeError(str(file.path), [Problem(message=message, fix=f"{hint}known: {', '.join(importers)}")])
-    detected = [spec for spec in importers.values() if spec.detects(file)]
-    if len(detected) == 1:
-        return detected[0]
+    matching = [spec for spec in importers.values() if spec.detects(file)]
+    if len(matching) == 1:
+        return matching[0]
     fix = "say which with --from; " + "; ".join(
-        f"{spec.name}: {spec.told_by}" for spec in (detected or importers.values())
+        f"{spec.name}: {spec.told_by}" for spec in (matching or importers.values())
     )
-    if detected:
-        message = f"it may be of {' or of '.join(spec.title for spec in detected)}: it has keys of each"
+    if matching:
+        message = f"it may be of {' or of '.join(spec.title for spec in matching)}: it has keys of each"
     else:
         keys = shown(", ".join(map(str, file.content)) or "none")
         message = f"it is not clear of which tool the file is; its keys: {keys}"
@@ -104,8 +106,8 @@ def _at_their_line(work: Conversion, problem: Problem, keys: Mapping[int, KeyPat
     origin = next(
         (work.draft.origins[key[:depth]] for depth in range(len(key), 0, -1) if key[:depth] in work.draft.origins), ()
     )
-    message = f"{work.reading.written(origin)}  becomes {problem.message}" if origin else f"becomes {problem.message}"
-    return Problem(message=message, fix=problem.fix, line=work.reading.file.line_of(origin))
+    text = f"{work.reading.written(origin)}  becomes {problem.message}" if origin else f"becomes {problem.message}"
+    return Problem(message=text, fix=problem.fix, line=work.reading.file.line_of(origin))
 
 
 def _head(work: Conversion) -> list[str]:

@@ -11,7 +11,7 @@ from distft.importers.conversion import Conversion
 from distft.importers.llama_factory_keys import INFO_KEYS, LLAMA_FACTORY_KEYS
 from distft.importers.objectives import PreferenceKeys, set_dpo, set_orpo, set_reward, set_simpo, set_unpaired
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths, set_template
+from distft.importers.sources import Rows, Source, add_source, set_lengths, set_template
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_order, set_training
 
@@ -118,11 +118,14 @@ def _set_method(work: Conversion, top: Section) -> None:
     work.set("method.alpha", top.number("lora_alpha", 2 * rank), (top, "lora_alpha"))
     work.set("method.dropout", top.number("lora_dropout", 0.0), (top, "lora_dropout"))
     targets = top.texts("lora_target") or ["all"]
+    if "all" in targets and targets != ["all"]:
+        fix = "name every module, or take all and additional_target"
+        top.problem("lora_target", "names modules beside all", fix)
     note = "every linear layer but the head" if targets == ["all"] else ""
     work.set("method.target_modules", "all-linear" if targets == ["all"] else targets, (top, "lora_target"), note)
-    for tool_key, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
-        if top.flag(tool_key):
-            work.set(f"method.{ours}", True, (top, tool_key))
+    for theirs, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
+        if top.flag(theirs):
+            work.set(f"method.{ours}", True, (top, theirs))
     if top.has("additional_target"):
         work.set("method.modules_to_save", top.texts("additional_target"), (top, "additional_target"))
     if name == "qlora":
@@ -154,9 +157,7 @@ def _set_data(work: Conversion, top: Section, stage: str, rows: Rows) -> None:
         work.draft.comment("data.long_rows", "the end is cut here; prompt and answer are each cut in proportion there")
     if rows == "single":
         _set_mask(work, top, stage)
-    set_template(
-        work, top, "template", same=("llama3",), tokenizer_names=("default",), there=_OWN if top.has("template") else ""
-    )
+    set_template(work, top, "template", same=("llama3",), own=("default",), there=_OWN if top.has("template") else "")
 
 
 def _set_mask(work: Conversion, top: Section, stage: str) -> None:
@@ -202,15 +203,15 @@ def _add_dataset(
     folder, entries = info
     entry = entries.get(name)
     if not isinstance(entry, dict):
-        names = ", ".join(list(entries)[:20])
-        top.problem(key, f"{name} is not in {folder / 'dataset_info.json'}", f"it has: {names}")
+        known = ", ".join(list(entries)[:20])
+        top.problem(key, f"{name} is not in {folder / 'dataset_info.json'}", f"it has: {known}")
         return
-    unknown = [entry_key for entry_key in entry if entry_key not in INFO_KEYS]
-    for entry_key in unknown:
-        top.problem(key, f"dataset_info.json: {name} has {entry_key}, which is not known to this importer", "remove it")
-    for entry_key in entry:
-        if entry_key in INFO_KEYS and INFO_KEYS[entry_key].fate == "refused":
-            top.problem(key, f"dataset_info.json: {entry_key} of {name}: {INFO_KEYS[entry_key].text}")
+    unknown = [setting for setting in entry if setting not in INFO_KEYS]
+    for setting in unknown:
+        top.problem(key, f"dataset_info.json: {name} has {setting}, which is not known to this importer", "remove it")
+    for setting in entry:
+        if setting in INFO_KEYS and INFO_KEYS[setting].fate == "refused":
+            top.problem(key, f"dataset_info.json: {setting} of {name}: {INFO_KEYS[setting].text}")
     path = _path(folder, entry)
     if path is None:
         top.problem(key, f"dataset_info.json: {name} names no file and no data set of Hugging Face's hub")
@@ -223,7 +224,7 @@ def _add_dataset(
         path=path,
         format=shape[0],
         subset=_word(entry, "subset"),
-        split=local_split(path, _word(entry, "split")),
+        split=_word(entry, "split"),
         max_rows=min(most) if most else None,
         columns=shape[1],
         note=shape[2],
@@ -250,11 +251,11 @@ _MEDIA = ("images", "videos", "audios")
 def _shape(
     top: Section, key: str, name: str, entry: dict[str, object], stage: str, rows: Rows
 ) -> tuple[str, dict[str, str], str] | None:
-    """Return format, columns and what is to be said of the rows of an entry."""
+    """Return format, columns and what is to be where of the rows of an entry."""
     columns = entry.get("columns") if isinstance(entry.get("columns"), dict) else {}
-    named: dict[str, str] = {str(ours): str(column) for ours, column in (columns or {}).items() if column}  # type: ignore[union-attr]
+    named: dict[str, str] = {str(ours): str(theirs) for ours, theirs in (columns or {}).items() if theirs}  # type: ignore[union-attr]
     where = f"dataset_info.json: {name}"
-    if media := [kind for kind in _MEDIA if kind in named]:
+    if media := [column for column in _MEDIA if column in named]:
         top.problem(key, f"{where} has {', '.join(media)}, which are not trained on here")
         return None
     formatting = entry.get("formatting", "alpaca")
@@ -262,10 +263,10 @@ def _shape(
         top.problem(key, f"{where}: formatting {formatting} is not known", "known: alpaca, sharegpt, openai")
         return None
     pairs, unpaired = bool(entry.get("ranking")), "kto_tag" in named
-    row_kind: Rows = "pairs" if pairs else "unpaired" if unpaired else "single"
-    if row_kind != rows:
+    kind: Rows = "pairs" if pairs else "unpaired" if unpaired else "single"
+    if kind != rows:
         kinds = {"pairs": "pairs (ranking: true)", "unpaired": "answers with a kto_tag", "single": "single answers"}
-        top.problem(key, f"{where} holds {kinds[row_kind]}; stage {stage} trains on {kinds[rows]}")
+        top.problem(key, f"{where} holds {kinds[kind]}; stage {stage} trains on {kinds[rows]}")
         return None
     if stage == "pt":
         return "text", {named.get("prompt", "instruction" if not named else "text"): "text"}, ""
@@ -277,9 +278,9 @@ def _shape(
 def _alpaca(named: dict[str, str], rows: Rows) -> tuple[str, dict[str, str], str]:
     ours = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
     if rows == "unpaired":
-        ours = {**ours, "prompt": "prompt", "response": "completion", "kto_tag": "label"}
+        ours["kto_tag"] = "label"
     ours |= {"chosen": "chosen", "rejected": "rejected"} if rows == "pairs" else {}
-    mapping = {column: ours[name] for name, column in named.items() if name in ours}
+    mapping = {theirs: ours[name] for name, theirs in named.items() if name in ours}
     return {"single": "alpaca", "pairs": "preference", "unpaired": "unpaired"}[rows], mapping, _ALPACA
 
 

@@ -81,7 +81,7 @@ LLAMA_FACTORY_KEYS = {
         ignore_pad_token_for_loss=left("padding is never trained", off=(None, True)),
         ref_model=refused("the reference is the base model itself here: remove it"),
         reward_model_type=left(_PPO),
-        ld_alpha=refused("LD-DPO is another loss, which is not here: remove it"),
+        ld_alpha=carried("[objective] ld_alpha"),
         pref_bco_weight=refused("mixes BCO into DPO, which is not here: remove it"),
         adapter_name_or_path=refused(
             "goes on from an adapter: merge it into the base first, and name the merged folder"

@@ -71,7 +71,7 @@ def _convert(work: Conversion) -> None:
     if suffix:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", suffix).strip(".-") or "imported"
         work.draft.comments.pop(("name",), None)
-        work.draft.set("name", name, of=top.path("suffix"))
+        work.draft.set("name", name, origin=top.path("suffix"))
     _set_model(work, top)
     work.draft.set(
         "method.name", "lora", note="OpenAI does not say which weights it trains; LoRA is what such rates are for"
@@ -113,7 +113,7 @@ def _set_model(work: Conversion, top: Section) -> None:
         fix = "name an open model: --set model.path=Qwen/Qwen2.5-7B-Instruct"
         why = "is OpenAI's, and cannot be had" if model else "the job names no model"
         work.require("model.path", top, "model", why, fix)
-    work.draft.set("model.path", model or "none", of=top.path("model"))
+    work.draft.set("model.path", model or "none", origin=top.path("model"))
 
 
 def _set_rows(work: Conversion, top: Section, kind: str) -> None:
@@ -143,21 +143,23 @@ def _set_rows(work: Conversion, top: Section, kind: str) -> None:
 
 
 def _set_hyperparameters(work: Conversion, sections: list[Section], kind: str) -> None:
-    epochs, of = _value(sections, "n_epochs")
-    work.set("train.epochs", float(epochs or _EPOCHS), of, _auto(epochs))
-    batch, of = _value(sections, "batch_size")
+    epochs, origin = _value(sections, "n_epochs")
+    work.set("train.epochs", float(epochs or _EPOCHS), origin, _auto(epochs))
+    batch, origin = _value(sections, "batch_size")
     note = "rows per optimizer step, over all GPUs"
-    work.set("train.global_batch_size", int(batch or _BATCH), of, "; ".join(filter(None, (note, _auto(batch)))))
-    times, of = _value(sections, "learning_rate_multiplier")
+    work.set("train.global_batch_size", int(batch or _BATCH), origin, "; ".join(filter(None, (note, _auto(batch)))))
+    times, origin = _value(sections, "learning_rate_multiplier")
     rate = _DPO_RATE if kind == "dpo" else _RATE
-    rate_note = (
+    note = (
         f"{rate:g}, a usual rate of LoRA, x learning_rate_multiplier {times or 1:g}: OpenAI does "
         "not say what it multiplies"
     )
-    work.draft.set("optim.learning_rate", rate * (times or 1), of=of[0].path(of[1]) if of else (), note=rate_note)
+    work.draft.set(
+        "optim.learning_rate", rate * (times or 1), origin=origin[0].path(origin[1]) if origin else (), note=note
+    )
     if kind == "dpo":
-        beta, of = _value(sections, "beta")
-        work.set("objective.beta", float(beta or _BETA), of, _auto(beta))
+        beta, origin = _value(sections, "beta")
+        work.set("objective.beta", float(beta or _BETA), origin, _auto(beta))
     for section in sections:
         work.settle(section, HYPERPARAMETER_KEYS)
 
@@ -169,9 +171,9 @@ def _value(sections: list[Section], key: str) -> tuple[float | None, tuple[Secti
         return None, None
     section = holding[0]
     value: Any = section.raw(key)
-    for further in holding[1:]:
-        if further.raw(key) != value:
-            further.problem(key, f"says something else than {dotted(section.path(key))}", "keep one of them")
+    for other in holding[1:]:
+        if other.raw(key) != value:
+            other.problem(key, f"says something else than {dotted(section.path(key))}", "keep one of them")
     return (None if value == "auto" else section.number(key)), (section, key)
 
 

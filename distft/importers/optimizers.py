@@ -62,14 +62,14 @@ def set_moments(work: Conversion, section: Section, optimizer: str | None, *, be
     """Set betas and eps where they are set there, or differ from the defaults here."""
     betas = [section.number(beta1, DEFAULT_BETAS[0]), section.number(beta2, DEFAULT_BETAS[1])]
     value = section.number(eps)
-    of = (section, beta1 if section.has(beta1) else beta2)
+    origin = (section, beta1 if section.has(beta1) else beta2)
     if optimizer == "lion":
-        work.set("optim.betas", betas, of, _LION_BETAS)
+        work.set("optim.betas", betas, origin, _LION_BETAS)
         if value is not None:
             work.leave(section, eps, "lion has no eps")
         return
     if section.has(beta1) or section.has(beta2):
-        work.set("optim.betas", betas, of)
+        work.set("optim.betas", betas, origin)
     if value is not None:
         work.set("optim.eps", value, (section, eps))
 
@@ -84,6 +84,7 @@ class ScheduleKeys:
     warmup_steps: str = "warmup_steps"
     warmup_ratio: str = "warmup_ratio"
     default_ratio: float = 0.0
+    default_note: str = ""
 
 
 _SCHEDULES = {
@@ -131,7 +132,7 @@ def _set_warmup(work: Conversion, section: Section, keys: ScheduleKeys) -> None:
     elif ratio:
         work.set("schedule.warmup_ratio", ratio, (section, keys.warmup_ratio))
     elif steps is None and ratio is None and keys.default_ratio:
-        work.set("schedule.warmup_ratio", keys.default_ratio, (section, keys.warmup_ratio))
+        work.set("schedule.warmup_ratio", keys.default_ratio, (section, keys.warmup_ratio), keys.default_note)
 
 
 def _set_kwargs(work: Conversion, section: Section, keys: ScheduleKeys, name: str) -> None:

@@ -26,27 +26,27 @@ class Reading:
     problems: list[Problem] = field(default_factory=list)
     read: set[KeyPath] = field(default_factory=set)
 
-    def problem(self, path: KeyPath, message: str, fix: str = "") -> None:
+    def problem(self, location: KeyPath, message: str, fix: str = "") -> None:
         """Report a mistake at a key."""
-        full_message = f"{self.written(path)}  {message}" if path else message
-        self.problems.append(Problem(message=full_message, fix=fix, line=self.file.line_of(path)))
+        text = f"{self.written(location)}  {message}" if location else message
+        self.problems.append(Problem(message=text, fix=fix, line=self.file.line_of(location)))
 
-    def written(self, path: KeyPath) -> str:
+    def written(self, location: KeyPath) -> str:
         """Return a key and its value as the file has them, on one line; no secrets."""
-        return f"{dotted(path)} = {self.value_text(path)}"
+        return f"{dotted(location)} = {self.value_text(location)}"
 
-    def value_text(self, path: KeyPath) -> str:
+    def value_text(self, location: KeyPath) -> str:
         """Return the value at a key, shortened; no secrets."""
         value: Any = self.file.content
-        for step in path:
-            value = value[step] if isinstance(step, int) else _by_name(value, step)
-        if str(path[-1]).lower().endswith(_SECRET):
+        for step in location:
+            value = _inside(value, step)
+        if str(location[-1]).lower().endswith(_SECRET):
             return "***"
         return shown(json.dumps(value, ensure_ascii=False, default=str))
 
     def top(self) -> Section:
         """Return the mapping at the top of the file."""
-        return Section(reading=self, key_path=(), values=self.file.content)
+        return Section(reading=self, location=(), values=self.file.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +54,15 @@ class Section:
     """One mapping of the file. A value of the wrong kind is reported, and its default returned."""
 
     reading: Reading
-    key_path: KeyPath
+    location: KeyPath
     values: dict[str, Any]
 
     def path(self, key: str) -> KeyPath:
         """Return the key's whole path."""
-        return (*self.key_path, key)
+        return (*self.location, key)
 
     def has(self, key: str) -> bool:
-        """Return whether the key has a value; an empty one is none."""
+        """Whether the key has a value; an empty one is none."""
         return self.values.get(key) is not None
 
     def raw(self, key: str) -> Any:
@@ -111,7 +111,7 @@ class Section:
     def text(self, key: str, default: str | None = None, *, allowed: Sequence[str] = ()) -> str | None:
         """Return a text, one of `allowed` where there are some."""
         value = self.raw(key)
-        if value is None:
+        if value is None or value == "":
             return default
         if not isinstance(value, str) or not value.strip():
             self.problem(key, "must be text" + (f", one of {', '.join(allowed)}" if allowed else ""))
@@ -142,7 +142,7 @@ class Section:
             self.problem(key, "must be a mapping of keys to values")
         values = value if isinstance(value, dict) else {}
         named = {str(name): inner for name, inner in values.items()}
-        return Section(reading=self.reading, key_path=self.path(key), values=named)
+        return Section(reading=self.reading, location=self.path(key), values=named)
 
     def sections(self, key: str) -> list[Section]:
         """Return the mappings in the list at a key."""
@@ -155,19 +155,19 @@ class Section:
         sections: list[Section] = []
         for position, inner in enumerate(value):
             if isinstance(inner, dict):
-                path = (*self.path(key), position)
+                location = (*self.path(key), position)
                 sections.append(
-                    Section(reading=self.reading, key_path=path, values={str(name): v for name, v in inner.items()})
+                    Section(reading=self.reading, location=location, values={str(name): v for name, v in inner.items()})
                 )
             else:
                 self.reading.problem((*self.path(key), position), "must be a mapping of keys to values")
         return sections
 
 
-def dotted(path: KeyPath) -> str:
+def dotted(location: KeyPath) -> str:
     """Return a path as text: `datasets[0].path`."""
     text = ""
-    for step in path:
+    for step in location:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
     return shown(text)
 
@@ -182,5 +182,8 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _by_name(values: Any, name: str) -> Any:
-    return next((value for key, value in values.items() if str(key) == name), None)
+def _inside(values: Any, step: str | int) -> Any:
+    """Return what is at a key or position; None where there is nothing, as in a file that the configuration names."""
+    if isinstance(values, dict):
+        return next((value for key, value in values.items() if str(key) == step), None)
+    return values[step] if isinstance(values, list) and isinstance(step, int) and step < len(values) else None

@@ -67,17 +67,17 @@ def find_beside(work: Conversion, name: str) -> Path | None:
 def _from_content(work: Conversion, section: Section, key: str, content: dict[str, Any], name: str) -> None:
     zero = content.get("zero_optimization") or {}
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if stage not in _STAGES or isinstance(stage, bool):
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in _STAGES:
         section.problem(key, f"zero_optimization.stage of {name} is {stage!r}", "known: 0, 1, 2, 3")
         return
     params, states = (_device(zero.get(part)) for part in ("offload_param", "offload_optimizer"))
     offload = "all" if params != "none" and stage == 3 else "optimizer" if states != "none" and stage else ""
     notes = ["offloaded to host memory here, to NVMe there"] if "nvme" in (params, states) else []
-    others = [setting for setting in content if setting not in _OPERATIONS and setting != "gradient_clipping"]
-    for setting in ("optimizer", "scheduler"):
-        if setting in others:
-            others.remove(setting)
-            notes.append(f"its {setting} is not read: those of this file are taken")
+    others = [other for other in content if other not in _OPERATIONS and other != "gradient_clipping"]
+    for other in ("optimizer", "scheduler"):
+        if other in others:
+            others.remove(other)
+            notes.append(f"its {other} is not read: those of this file are taken")
     if others:
         notes.append(f"not read: {', '.join(map(str, others))}")
     _set_engine(work, section, key, stage, offload, "; ".join([f"stage {stage} of {name}", *notes]))
@@ -120,9 +120,25 @@ _FSDP_OPERATIONS = (
 """Settings that need no counterpart: fsdp2 here wraps block by block, and loads and saves in its own way."""
 
 
+def _settings(work: Conversion, section: Section, config: str) -> Section:
+    """Return the mapping at a key, or that of the JSON file which it names."""
+    value = section.raw(config)
+    if not isinstance(value, str):
+        return section.section(config)
+    path, content = find_beside(work, value), {}
+    if path is None:
+        work.leave(section, config, "the file is not here: its settings are not read")
+    else:
+        try:
+            content = read_json(path)
+        except RecipeError as error:
+            section.problem(config, error.problems[0].message)
+    return Section(reading=section.reading, location=section.path(config), values=content)
+
+
 def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
     """Set [engine] from `fsdp` (words) and `fsdp_config` (a mapping); return whether there was any."""
-    value, settings = section.raw(key), section.section(config)
+    value, settings = section.raw(key), _settings(work, section, config)
     if not value and not settings.values:
         return False
     if value is True:
@@ -131,32 +147,34 @@ def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
         words = value.replace(",", " ").split()
     else:
         words = section.texts(key)
-    by_name = {name.removeprefix("fsdp_"): name for name in settings.values}
-    of = (section, key if value else config)
+    known = {name.removeprefix("fsdp_"): name for name in settings.values}
+    origin = (section, key if value else config)
     sharding = next((word.lower() for word in words if word.lower() in {*_SHARDS, "no_shard"}), None)
-    if name := by_name.get("sharding_strategy"):
-        text = str(settings.raw(name)).lower()
-        sharding = sharding or _NUMBERS.get(text, text)
-    again = by_name.get("reshard_after_forward")
+    if name := known.get("sharding_strategy"):
+        strategy = str(settings.raw(name)).lower()
+        sharding = sharding or _NUMBERS.get(strategy, strategy)
+    again = known.get("reshard_after_forward")
     if again and isinstance(settings.raw(again), bool | str):
-        text = str(settings.raw(again)).lower()
-        sharding = sharding or {"true": "full_shard", "false": "shard_grad_op"}.get(text, text)
+        strategy = str(settings.raw(again)).lower()
+        sharding = sharding or {"true": "full_shard", "false": "shard_grad_op"}.get(strategy, strategy)
     sharding = sharding or "full_shard"
     if sharding == "no_shard":
-        work.set("engine.name", "ddp", of, "NO_SHARD there")
+        work.set("engine.name", "ddp", origin, "NO_SHARD there")
     elif sharding not in _SHARDS:
-        section.problem(of[1], f"sharding strategy {sharding} is not known", f"known: {', '.join(_SHARDS)}, no_shard")
+        section.problem(
+            origin[1], f"sharding strategy {sharding} is not known", f"known: {', '.join(_SHARDS)}, no_shard"
+        )
     else:
-        version = settings.raw(by_name["version"]) if "version" in by_name else section.raw("fsdp_version")
+        version = settings.raw(known["version"]) if "version" in known else section.raw("fsdp_version")
         two = str(version) == "2"
         note = "" if two else "FSDP there; FSDP2 here"
-        work.set("engine.name", "fsdp2", of, "; ".join(filter(None, (note, _SHARD_NOTES[sharding]))))
-        for setting, text in _SHARDS[sharding].items():
-            work.set(f"engine.{setting}", text, of)
-    offload = by_name.get("offload_params")
+        work.set("engine.name", "fsdp2", origin, "; ".join(filter(None, (note, _SHARD_NOTES[sharding]))))
+        for setting, setting_value in _SHARDS[sharding].items():
+            work.set(f"engine.{setting}", setting_value, origin)
+    offload = known.get("offload_params")
     if "offload" in words or (offload and settings.flag(offload)):
-        work.set("engine.offload", "all", of)
-    if (name := by_name.get("activation_checkpointing")) and settings.flag(name):
+        work.set("engine.offload", "all", origin)
+    if (name := known.get("activation_checkpointing")) and settings.flag(name):
         work.set("train.activation_checkpointing", "full", (settings, name))
     for name in settings.values:
         if name.removeprefix("fsdp_") in _FSDP_OPERATIONS:

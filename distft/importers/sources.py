@@ -11,8 +11,12 @@ from typing import Literal
 from distft.importers.conversion import Conversion
 from distft.importers.section import Section
 
-_SLICE = re.compile(r"([\w.-]+)\[:(\d+)\]")
+_FIRST_ROWS = re.compile(r"([\w.-]+)\[:(\d+)\]")
+_FIRST_SHARE = re.compile(r"([\w.-]+)\[:(\d+)%\]")
 _SPLIT = re.compile(r"[\w.-]+")
+_SPLIT_KEYS = ("split", "train_on_split", "dataset_train_split")
+_LOADERS = ("json", "parquet", "csv", "text", "arrow")
+_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
 Rows = Literal["single", "pairs", "unpaired"]
 
 
@@ -30,49 +34,79 @@ class Source:
     note: str = ""
 
 
-def add_source(work: Conversion, part: Literal["train", "eval"], source: Source, of: tuple[Section, str]) -> None:
-    """Append a source."""
-    index = len(work.draft.get(f"data.{part}") or ())
-    home = f"data.{part}.{index}"
-    split, rows = _split(source, of)
-    values = {
-        "path": source.path,
-        "format": source.format,
-        "subset": source.subset,
-        "split": split,
-        "max_rows": source.max_rows or rows,
-        "columns": {column: ours for column, ours in source.columns.items() if column != ours} or None,
-    }
-    for key, value in values.items():
-        if value is not None:
-            work.draft.set(f"{home}.{key}", value, of=of[0].path(of[1]))
-    if source.note:
-        work.draft.comment(f"{home}.format", source.note)
+def add_source(
+    work: Conversion,
+    part: Literal["train", "eval"],
+    source: Source,
+    origin: tuple[Section, str],
+    files: Sequence[str] = (),
+) -> None:
+    """Append a source, or one for each of several files that it consists of.
+
+    A split may be a part of one: `train[:1000]` becomes `max_rows`, a share of a split is asked for.
+    """
+    name, rows = _split(work, part, source, origin, len(files))
+    for path in files or (source.path,):
+        index = len(work.draft.get(f"data.{part}") or ())
+        values = {
+            "path": path,
+            "format": source.format,
+            "subset": source.subset,
+            "split": _named_split(path, name, origin),
+            "max_rows": source.max_rows or rows,
+            "columns": {theirs: ours for theirs, ours in source.columns.items() if theirs != ours} or None,
+        }
+        for key, value in values.items():
+            if value is not None:
+                work.draft.set(f"data.{part}.{index}.{key}", value, origin=origin[0].path(origin[1]))
+        if source.note:
+            work.draft.comment(f"data.{part}.{index}.format", source.note)
     if source.format != "auto" and source.format not in work.registries.formats:
-        formats = ", ".join(work.registries.formats)
-        of[0].problem(of[1], f"rows of format {source.format} are not read here", f"formats here: {formats}")
+        known = ", ".join(work.registries.formats)
+        origin[0].problem(origin[1], f"rows of format {source.format} are not read here", f"formats here: {known}")
 
 
-def _split(source: Source, of: tuple[Section, str]) -> tuple[str | None, int | None]:
-    """Return the split and the rows of `train[:1000]`."""
+def data_files(section: Section, loader: str, key: str) -> list[str]:
+    """Return the files that a data set consists of; none where it is what its path says.
+
+    Args:
+        section: the data set.
+        loader: what its path is: a name of the datasets library's loaders, where files are named.
+        key: what its path is called.
+    """
+    files = section.texts("data_files")
+    if files and loader not in _LOADERS and not loader.endswith(("/", ".")):
+        section.problem("data_files", "chooses files of a hub dataset", f"download them, and name them as {key}")
+    return files
+
+
+def _split(
+    work: Conversion, part: str, source: Source, origin: tuple[Section, str], num_files: int
+) -> tuple[str | None, int | None]:
+    """Return the name of the split, and the rows of `train[:1000]`."""
     if source.split is None or _SPLIT.fullmatch(source.split):
         return source.split, None
-    if match := _SLICE.fullmatch(source.split):
-        return match[1], int(match[2])
-    of[0].problem(
-        "split" if of[0].has("split") else of[1],
-        f"split {source.split} is a part of a split",
-        "name a whole split, or train[:1000] for its first rows",
-    )
+    key = next((name for name in _SPLIT_KEYS if origin[0].has(name)), origin[1])
+    first, share = _FIRST_ROWS.fullmatch(source.split), _FIRST_SHARE.fullmatch(source.split)
+    if first and num_files <= 1:
+        return first[1], int(first[2])
+    if share and num_files <= 1:
+        home = f"data.{part}.{len(work.draft.get(f'data.{part}') or ())}.max_rows"
+        why = f"is a share of a split, of {share[2]} %: rows are counted here"
+        work.require(home, origin[0], key, why, f"say how many these are: --set {home}=N")
+        return share[1], None
+    origin[0].problem(key, "is a part of a split", "name a whole split, or train[:1000] for its first rows")
     return None, None
 
 
-def local_split(path: str, split: str | None) -> str | None:
-    """Return the split to name: none of a file here, and none where the hub's default is meant."""
-    return None if Path(path).expanduser().is_file() or Path(path).suffix in _FILES or split == "train" else split
-
-
-_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
+def _named_split(path: str, name: str | None, origin: tuple[Section, str]) -> str | None:
+    """Return the split to name: none of a file, which has no other than train, and none where that is the default."""
+    if name in (None, "train"):
+        return None
+    if Path(path).suffix in _FILES:
+        origin[0].problem(origin[1], f"is a file, which has no split {name}", "remove the split")
+        return None
+    return name
 
 
 def set_lengths(
@@ -116,13 +150,7 @@ def _packing_note(work: Conversion, rows: Rows, packing: bool) -> str:
 
 
 def set_template(
-    work: Conversion,
-    section: Section,
-    key: str,
-    *,
-    same: Sequence[str],
-    tokenizer_names: Sequence[str],
-    there: str = "",
+    work: Conversion, section: Section, key: str, *, same: Sequence[str], own: Sequence[str], there: str = ""
 ) -> None:
     """Set [data] chat_template.
 
@@ -131,7 +159,7 @@ def set_template(
         section: where the template is named.
         key: the key that names it.
         same: names that mean the built-in template of that name.
-        tokenizer_names: names that mean the tokenizer's.
+        own: names that mean the tokenizer's.
         there: what the tool's template writes otherwise.
     """
     name = section.text(key)
@@ -142,9 +170,7 @@ def set_template(
     elif name.endswith(".jinja"):
         work.set("data.chat_template", name, (section, key))
     else:
-        note = (
-            "" if name in tokenizer_names else f"{name} there: compare `distft check`'s samples, or name a .jinja file"
-        )
+        note = "" if name in own else f"{name} there: compare `distft check`'s samples, or name a .jinja file"
         work.set(
             "data.chat_template",
             "auto",

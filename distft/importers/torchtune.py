@@ -58,23 +58,23 @@ def _resolve(work: Conversion) -> None:
     """Put values in place of `${output_dir}`."""
     file = work.reading.file
 
-    def resolved(value: Any, path: tuple[str | int, ...], depth: int = 0) -> Any:
+    def resolved(value: Any, location: tuple[str | int, ...], depth: int = 0) -> Any:
         if isinstance(value, dict):
-            return {key: resolved(inner, (*path, str(key))) for key, inner in value.items()}
+            return {key: resolved(inner, (*location, str(key))) for key, inner in value.items()}
         if isinstance(value, list):
-            return [resolved(inner, (*path, place)) for place, inner in enumerate(value)]
-        match = _REFERENCE.search(value) if isinstance(value, str) else None
-        if match is None:
+            return [resolved(inner, (*location, place)) for place, inner in enumerate(value)]
+        reference = _REFERENCE.search(value) if isinstance(value, str) else None
+        if reference is None:
             return value
         target: Any = file.content
-        for step in match[1].split("."):
+        for step in reference[1].split("."):
             target = target.get(step) if isinstance(target, dict) else None
         if target is None or isinstance(target, dict | list) or depth > 8:
-            work.reading.problem(path, f"{match[0]} names no value of the file", "write the value itself")
+            work.reading.problem(location, f"{reference[0]} names no value of the file", "write the value itself")
             return None
-        if match[0] == value:
-            return resolved(target, path, depth + 1)
-        return resolved(value.replace(match[0], str(target)), path, depth + 1)
+        if reference[0] == value:
+            return resolved(target, location, depth + 1)
+        return resolved(value.replace(reference[0], str(target)), location, depth + 1)
 
     work.reading.file = replace(file, content=resolved(file.content, ()))
 
@@ -109,8 +109,8 @@ def _set_objective(work: Conversion, top: Section) -> Rows:
         fix = 'take DPOLoss, or write [objective] loss = "ipo" yourself with another beta'
         loss.problem("_component_", "takes the sum of an answer's tokens; ipo here takes their mean", fix)
     else:
-        losses = ", ".join((*_SFT_LOSSES, "DPOLoss", "RSOLoss", "SimPOLoss"))
-        loss.problem("_component_", "is a loss that is not here", f"known: {losses}")
+        known = ", ".join((*_SFT_LOSSES, "DPOLoss", "RSOLoss", "SimPOLoss"))
+        loss.problem("_component_", "is a loss that is not here", f"known: {known}")
     return "pairs"
 
 
@@ -121,9 +121,9 @@ def _set_model(work: Conversion, top: Section) -> None:
     loader, model = top.section("checkpointer"), top.section("model")
     folder = loader.text("checkpoint_dir")
     if folder is None:
-        place = loader.key_path if top.has("checkpointer") else ()
-        message = "checkpointer.checkpoint_dir is missing"
-        top.reading.problem(place, message, "add it: the folder of the model in the hub's layout")
+        location = loader.location if top.has("checkpointer") else ()
+        fix = "add it: the folder of the model in the hub's layout"
+        top.reading.problem(location, "checkpointer.checkpoint_dir is missing", fix)
     work.set("model.path", folder, (loader, "checkpoint_dir"))
     if loader.has("keep_last_n_checkpoints"):
         kept = loader.whole("keep_last_n_checkpoints", 2, least=1) or 2
@@ -174,32 +174,29 @@ def _set_optimizer(work: Conversion, top: Section) -> None:
     section = top.section("optimizer")
     name = component(section)
     if name not in _OPTIMIZERS:
-        optimizers = ", ".join(_OPTIMIZERS)
+        known = ", ".join(_OPTIMIZERS)
         section.reading.problem(
             section.path("_component_")
             if section.has("_component_")
-            else section.key_path
+            else section.location
             if top.has("optimizer")
             else (),
             "is not an optimizer here, and another one would train another model"
             if name
             else "optimizer has no _component_",
-            f"known: {optimizers}",
+            f"known: {known}",
         )
     here, decay, note = _OPTIMIZERS.get(name, ("adamw", 0.01, ""))
     work.set("optim.name", here, (section, "_component_"), note)
     rate = section.number("lr")
     if rate is None and not section.has("lr"):
         section.reading.problem(
-            section.key_path if top.has("optimizer") else (), "optimizer.lr is missing", "add it, as in lr: 2e-5"
+            section.location if top.has("optimizer") else (), "optimizer.lr is missing", "add it, as in lr: 2e-5"
         )
     work.set("optim.learning_rate", rate, (section, "lr"))
-    decay_note = "norms and biases are left out here, and decayed there"
+    note = "norms and biases are left out here, and decayed there"
     work.set(
-        "optim.weight_decay",
-        section.number("weight_decay", decay),
-        (section, "weight_decay"),
-        decay_note if decay else "",
+        "optim.weight_decay", section.number("weight_decay", decay), (section, "weight_decay"), note if decay else ""
     )
     betas = section.raw("betas")
     if betas is not None:
@@ -230,12 +227,8 @@ def _set_schedule(work: Conversion, top: Section) -> None:
 
 def _set_training(work: Conversion, top: Section) -> None:
     micro = top.whole("batch_size", 1, least=1) or 1
-    set_batches(
-        work,
-        top,
-        ("batch_size", micro),
-        ("gradient_accumulation_steps", top.whole("gradient_accumulation_steps", 1, least=1)),
-    )
+    shared = ("tensor_parallel_dim", "context_parallel_dim")
+    set_batches(work, top, ("batch_size", micro), "gradient_accumulation_steps", shared)
     epochs, most = top.whole("epochs", 1, least=1) or 1, top.whole("max_steps_per_epoch")
     if most:
         note = f"max_steps_per_epoch {most} x epochs {epochs}" if epochs > 1 else "of one epoch"
@@ -263,7 +256,7 @@ def _set_training(work: Conversion, top: Section) -> None:
         work.set("engine.gather", "once_a_step", (top, "fsdp_reshard_after_forward"))
     _set_steps(work, top)
     if top.has("seed"):
-        work.draft.set("seed", top.whole("seed", DEFAULT_SEED, least=0), of=top.path("seed"))
+        work.draft.set("seed", top.whole("seed", DEFAULT_SEED, least=0), origin=top.path("seed"))
     else:
         work.draft.set("seed", DEFAULT_SEED, note="drawn by chance there")
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from distft.importers.conversion import Conversion
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths
+from distft.importers.sources import Rows, Source, add_source, data_files, set_lengths
 from distft.importers.torchtune_keys import DATASET_KEYS
 
 
@@ -51,7 +51,7 @@ _BUILDERS = {
 
 
 def component(section: Section) -> str:
-    """Return the last part of the section's component."""
+    """The last part of the section's component."""
     return (section.text("_component_") or "").rpartition(".")[2]
 
 
@@ -59,6 +59,9 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     """Set the sources of [data], lengths, packing, and what is trained."""
     value = top.values.get("dataset")
     sections = top.sections("dataset") if isinstance(value, list) else [top.section("dataset")]
+    if not sections:
+        top.problem("dataset", "holds no dataset", "add one, with a _component_")
+        return
     inputs: set[bool] = set()
     packed: list[Section] = []
     for section in sections:
@@ -88,7 +91,7 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     if rows == "single":
         if len(inputs) > 1:
             top.reading.problem(
-                sections[0].key_path, "data sets differ in train_on_input", "one [data] loss_on is for all sources"
+                sections[0].location, "data sets differ in train_on_input", "one [data] loss_on is for all sources"
             )
         formats = {source["format"] for source in work.draft.get("data.train") or ()}
         whole = formats == {"text"} or True in inputs
@@ -108,7 +111,7 @@ def _add_dataset(
             "_component_", "builds rows in a way that is not known", f"known: {', '.join(_BUILDERS)}"
         ) if name else (
             section.reading.problem(
-                section.key_path, "a dataset without a _component_", f"known: {', '.join(_BUILDERS)}"
+                section.location, "a dataset without a _component_", f"known: {', '.join(_BUILDERS)}"
             )
         )
         return
@@ -117,12 +120,10 @@ def _add_dataset(
             "_component_", f"does not fit the loss, which trains on {'pairs' if rows == 'pairs' else 'single answers'}"
         )
     source = section.text("source", builder.source) or ""
-    files = section.texts("data_files")
-    if files and source not in ("json", "csv", "parquet", "text", "arrow"):
-        section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as source")
+    files = data_files(section, source, "source")
     if not source:
         section.reading.problem(
-            section.key_path, "a dataset without a source", "add source: a name on the hub, or json with data_files"
+            section.location, "a dataset without a source", "add source: a name on the hub, or json with data_files"
         )
         return
     format, columns = builder.format, dict(builder.columns)
@@ -143,22 +144,21 @@ def _add_dataset(
         inputs.add(
             section.flag("train_on_input", builder.trains_input and strategy is None) or strategy == "train_on_all"
         )
-    for data_file in files or [source]:
-        made = Source(
-            path=data_file, format=format, subset=section.text("name") or section.text("subset"),
-            split=local_split(data_file, section.text("split")), columns=columns, note=builder.note,
-        )  # fmt: skip
-        add_source(work, part, made, (section, "_component_"))
+    subset = section.text("name") or section.text("subset")
+    rows_source = Source(
+        path=source, format=format, subset=subset, split=section.text("split"), columns=columns, note=builder.note
+    )
+    add_source(work, part, rows_source, (section, "_component_"), files)
 
 
 def _mapped(section: Section, columns: dict[str, str], format: str) -> dict[str, str]:
-    """Return columns as `column_map` (ours: theirs) renames them."""
+    """Columns as `column_map` (ours: theirs) renames them."""
     renames = section.section("column_map")
     roles = {"input": "instruction", "prompt": "instruction"} if format in ("alpaca", "preference") else {}
     for role in renames.values:
-        column = renames.text(role)
+        theirs = renames.text(role)
         ours = next((ours for name, ours in columns.items() if name == role), roles.get(role, role))
         columns = {name: home for name, home in columns.items() if home != ours}
-        if column is not None:
-            columns[column] = ours
+        if theirs is not None:
+            columns[theirs] = ours
     return columns

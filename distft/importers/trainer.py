@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -28,6 +29,8 @@ class TrainerKeys:
     learning_rate_default: float | None = 5e-5
     """None: the file must have one."""
     schedule: ScheduleKeys = field(default_factory=ScheduleKeys)
+    sharing: tuple[str, ...] = ()
+    """Keys that say how many GPUs share a micro-batch."""
     bf16_default: bool = False
     checkpointing_default: bool = False
 
@@ -47,7 +50,7 @@ def set_training(work: Conversion, section: Section, keys: TrainerKeys, *, evalu
     set_schedule(work, section, keys.schedule)
     _set_length(work, section, keys)
     micro = section.whole(keys.micro_batch, keys.micro_batch_default, least=1)
-    set_batches(work, section, (keys.micro_batch, micro or 1), (keys.accumulation, section.whole(keys.accumulation, 1)))
+    set_batches(work, section, (keys.micro_batch, micro or 1), keys.accumulation, keys.sharing)
     clip = section.number("max_grad_norm", 1.0)
     if section.has("max_grad_norm"):
         work.set("train.max_grad_norm", clip or "off", (section, "max_grad_norm"))
@@ -60,20 +63,22 @@ def set_training(work: Conversion, section: Section, keys: TrainerKeys, *, evalu
     _set_evaluation(work, section, evaluates)
     _set_logs(work, section)
     if section.has("seed"):
-        work.draft.set("seed", section.whole("seed", DEFAULT_SEED, least=0), of=section.path("seed"))
+        work.draft.set("seed", section.whole("seed", DEFAULT_SEED, least=0), origin=section.path("seed"))
 
 
-def set_name(work: Conversion, folder: str | None, of: tuple[Section, str]) -> None:
+def set_name(work: Conversion, folder: str | None, origin: tuple[Section, str]) -> None:
     """Set name and output_dir, so that the run's folder is the tool's output folder."""
     path = PurePosixPath((folder or "").replace("\\", "/"))
     stem = path.name or work.reading.file.path.stem
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:100] or "imported"
-    work.draft.set("name", name, of=of[0].path(of[1]) if folder else (), note=_name_note(folder, stem, name))
+    work.draft.set(
+        "name", name, origin=origin[0].path(origin[1]) if folder else (), note=_name_note(folder, stem, name)
+    )
     parent = str(path.parent)
     if folder and parent != ".":
-        work.draft.set("output_dir", parent, of=of[0].path(of[1]))
+        work.draft.set("output_dir", parent, origin=origin[0].path(origin[1]))
     elif folder:
-        work.draft.set("output_dir", ".", of=of[0].path(of[1]))
+        work.draft.set("output_dir", ".", origin=origin[0].path(origin[1]))
 
 
 def _name_note(folder: str | None, stem: str, name: str) -> str:
@@ -83,25 +88,58 @@ def _name_note(folder: str | None, stem: str, name: str) -> str:
 
 
 def set_batches(
-    work: Conversion, section: Section, micro: tuple[str, int], accumulation: tuple[str, int | None], what: str = ""
+    work: Conversion, section: Section, micro: tuple[str, int], accumulation: str, sharing: Sequence[str] = ()
 ) -> None:
-    """Set the global batch: micro-batch x accumulation x GPUs, of which the file does not know the last."""
-    steps, gpus = accumulation[1] or 1, work.options.gpus
-    gpu_note = (
-        f"{gpus} GPUs (--gpus)" if gpus else "1 GPU, as the file does not say how many there were: state it by --gpus N"
-    )
-    note = f"sequences per optimizer step over all GPUs: {micro[0]} {micro[1]} x {accumulation[0]} {steps} x {gpu_note}"
-    path = section.path(micro[0]) if section.has(micro[0]) else section.path(accumulation[0])
-    origin = path if section.has(micro[0]) or section.has(accumulation[0]) else ()
-    total = micro[1] * steps * (gpus or 1)
-    work.draft.set("train.global_batch_size", total, of=origin, note="; ".join(filter(None, (note, what))))
+    """Set the global batch: micro-batch x accumulation x GPUs, of which the file does not know the last.
+
+    Args:
+        work: the conversion.
+        section: where the settings are.
+        micro: name and value of the micro-batch.
+        accumulation: name of the micro-batches of a step.
+        sharing: names of how many GPUs share a micro-batch (tensor and context parallelism).
+    """
+    steps = section.whole(accumulation, 1, least=1) or 1
+    replicas, gpus_text = _replicas(work, _gpus_that_share(work, section, sharing))
+    note = f"sequences per optimizer step over all GPUs: {micro[0]} {micro[1]} x {accumulation} {steps} x {gpus_text}"
+    location = section.path(micro[0]) if section.has(micro[0]) else section.path(accumulation)
+    origin = location if section.has(micro[0]) or section.has(accumulation) else ()
+    work.draft.set("train.global_batch_size", micro[1] * steps * replicas, origin=origin, note=note)
     work.set("train.micro_batch_size", micro[1], (section, micro[0]))
+
+
+def _gpus_that_share(work: Conversion, section: Section, keys: Sequence[str]) -> int:
+    """Return how many GPUs worked on one micro-batch there."""
+    sizes = [(section, key) for key in keys]
+    if section.has("parallelism_config"):
+        config = section.section("parallelism_config")
+        sizes += [(config, key) for key in ("tp_size", "cp_size", "sp_size")]
+    shared = 1
+    for holder, key in sizes:
+        size = holder.whole(key, 1) or 1
+        if size > 1:
+            shared *= size
+            work.leave(holder, key, "data-parallel sharding alone is here: every GPU has micro-batches of its own")
+    return shared
+
+
+def _replicas(work: Conversion, shared: int) -> tuple[int, str]:
+    """Return how many micro-batches were computed at a time, and how that is known."""
+    gpus = work.options.gpus
+    if gpus is None:
+        group = "1 GPU" if shared == 1 else f"1 group of {shared} GPUs that share a micro-batch"
+        return 1, f"{group}, as the file does not say how many there were: state it by --gpus N"
+    if gpus % shared:
+        work.reading.problem((), f"--gpus {gpus} is no multiple of the {shared} GPUs that share a micro-batch")
+        return 1, ""
+    sharing = f", of which {shared} share a micro-batch" if shared > 1 else ""
+    return gpus // shared, f"{gpus} GPUs (--gpus){sharing}"
 
 
 def _set_rates(work: Conversion, section: Section, keys: TrainerKeys) -> None:
     rate = section.number("learning_rate", keys.learning_rate_default)
     if rate is None and not section.has("learning_rate"):
-        section.reading.problem(section.key_path, "learning_rate is missing", "add it, as in learning_rate: 2e-4")
+        section.reading.problem(section.location, "learning_rate is missing", "add it, as in learning_rate: 2e-4")
     work.set("optim.learning_rate", rate, (section, "learning_rate"))
     decay = section.number("weight_decay", 0.0)
     if section.has("weight_decay"):

@@ -6,6 +6,7 @@ from distft.importers.config_file import ConfigFile
 from distft.importers.conversion import Conversion
 from distft.importers.objectives import (
     PreferenceKeys,
+    dpo_loss,
     set_cpo,
     set_dpo,
     set_orpo,
@@ -14,7 +15,7 @@ from distft.importers.objectives import (
     set_unpaired,
 )
 from distft.importers.section import Section
-from distft.importers.sources import Rows, Source, add_source, local_split, set_lengths
+from distft.importers.sources import Rows, Source, add_source, data_files, set_lengths
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_order, set_training
 from distft.importers.trl_keys import TRL_DATASET_KEYS, TRL_KEYS
@@ -29,7 +30,6 @@ _ONLY = {
     "cpo": ("cpo_alpha", "simpo_gamma"),
     "reward": ("center_rewards_coefficient",),
     "dpo": (
-        "precompute_ref_log_probs",
         "rpo_alpha",
         "f_divergence_type",
         "sync_ref_model",
@@ -38,17 +38,17 @@ _ONLY = {
     ),
 }
 """Keys that only one command has."""
-_DPO_ONLY_LOSSES = (
-    "robust",
-    "exo_pair",
-    "nca_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sigmoid_norm",
-    "aot",
-)
+_SHARED = (
+    "beta", "loss_type", "label_smoothing", "precompute_ref_log_probs", "max_prompt_length", "max_completion_length",
+)  # fmt: skip
+"""Keys that several commands on preferences have."""
+_ONLY_LOSSES = {
+    "sft": ("nll", "chunked_nll", "dft"),
+    "dpo": ("robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "aot"),
+    "cpo": ("simpo", "alphapo"),
+    "kto": ("kto", "apo_zero_unpaired"),
+}
+"""Values of loss_type that only one command has."""
 _MARKS = {
     "dataset_name", "use_peft", "lora_r", "max_length", "assistant_only_loss", "completion_only_loss", "beta",
     "loss_type", "dataset_text_field", "dataset_train_split", "dataset_config", "max_seq_length",
@@ -87,22 +87,19 @@ def _convert(work: Conversion) -> None:
 
 def _task(work: Conversion, top: Section) -> str | None:
     """Return which command the file is for: as --task says, else by the keys that one command alone has."""
-    task = work.options.task
-    if task is not None:
-        if task not in TASKS:
-            top.reading.problem((), f"--task {task} has no importer", f"known: {', '.join(TASKS)}")
+    asked = work.options.task
+    if asked is not None:
+        if asked not in TASKS:
+            top.reading.problem((), f"--task {asked} has no importer", f"known: {', '.join(TASKS)}")
             return None
-        return task
+        return asked
     tasks = [task for task, keys in _ONLY.items() if any(top.has(key) for key in keys)]
     loss = top.values.get("loss_type")
-    if loss == "simpo" and "cpo" not in tasks:
-        tasks.append("cpo")
-    if loss in _DPO_ONLY_LOSSES and "dpo" not in tasks:
-        tasks.append("dpo")
+    tasks += [task for task, losses in _ONLY_LOSSES.items() if loss in losses and task not in tasks]
     if len(tasks) == 1:
         work.draft.comment("objective.name", f"read from the keys of the file: trl {tasks[0]}")
         return tasks[0]
-    shared = [key for key in ("beta", "loss_type", "label_smoothing") if top.has(key)]
+    shared = [key for key in _SHARED if top.has(key)]
     if not tasks and not shared:
         work.draft.comment(
             "objective.name", "the file does not say which command it is for: trl sft is assumed; --task says it"
@@ -113,9 +110,9 @@ def _task(work: Conversion, top: Section) -> str | None:
         if tasks
         else f"has {', '.join(shared)}, which dpo, orpo, cpo and others share"
     )
-    path = top.path(shared[0]) if shared else ()
+    location = top.path(shared[0]) if shared else ()
     top.reading.problem(
-        path, f"the file {by}: it is not clear which command it is for", f"say --task: {', '.join(TASKS)}"
+        location, f"the file {by}: it is not clear which command it is for", f"say --task: {', '.join(TASKS)}"
     )
     return None
 
@@ -129,7 +126,7 @@ def _set_objective(work: Conversion, top: Section, task: str) -> Rows:
         work.draft.set("objective.name", "sft")
         return "single"
     if task == "dpo":
-        set_dpo(work, top, "loss_type", _dpo_loss(work, top), _PREFERENCE)
+        set_dpo(work, top, "loss_type", dpo_loss(work, top, "loss_type", "loss_weights"), _PREFERENCE)
     elif task == "orpo":
         set_orpo(work, top, "beta", _PREFERENCE)
     elif task == "reward":
@@ -144,22 +141,6 @@ def _set_objective(work: Conversion, top: Section, task: str) -> Rows:
         set_unpaired(work, top, "loss_type", task, loss or "kto", _PREFERENCE)
         return "unpaired"
     return "pairs"
-
-
-def _dpo_loss(work: Conversion, top: Section) -> str:
-    """Return the loss; sigmoid with sft beside it is RPO's, with the weight of sft."""
-    losses = top.texts("loss_type") or ["sigmoid"]
-    if len(losses) == 1:
-        return losses[0]
-    weights = top.raw("loss_weights")
-    values = weights if isinstance(weights, list) else []
-    numbers = [float(value) for value in values if isinstance(value, int | float)]
-    if sorted(losses) == ["sft", "sigmoid"] and len(numbers) == 2 and numbers[losses.index("sigmoid")] == 1:
-        weight = numbers[losses.index("sft")]
-        work.set("objective.sft_weight", weight, (top, "loss_weights"), "the weight of sft beside sigmoid")
-    else:
-        top.problem("loss_type", "mixes losses", "one loss, or sigmoid with weight 1 and sft, is trained here")
-    return "sigmoid"
 
 
 def _set_model(work: Conversion, top: Section) -> None:
@@ -177,7 +158,7 @@ def _set_model(work: Conversion, top: Section) -> None:
 
 
 def _set_dtype(work: Conversion, top: Section) -> None:
-    """Set the type of the weights, which counts more than that of autocast."""
+    """The type of the weights counts more than that of autocast where it is said."""
     for key in ("dtype", "torch_dtype"):
         dtype = top.text(key, allowed=("auto", "bfloat16", "float16", "float32")) if top.has(key) else None
         if dtype == "float16":
@@ -214,9 +195,9 @@ def _set_method(work: Conversion, top: Section) -> None:
         work.set("method.target_modules", targets, (top, "lora_target_modules"))
     if top.has("lora_modules_to_save"):
         work.set("method.modules_to_save", top.texts("lora_modules_to_save"), (top, "lora_modules_to_save"))
-    for tool_key, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
-        if top.flag(tool_key):
-            work.set(f"method.{ours}", True, (top, tool_key))
+    for theirs, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
+        if top.flag(theirs):
+            work.set(f"method.{ours}", True, (top, theirs))
     if four:
         kind = top.text("bnb_4bit_quant_type", "nf4", allowed=("nf4", "fp4"))
         quant = {"type": kind, "double": top.flag("use_bnb_nested_quant")}
@@ -231,18 +212,11 @@ def _set_sources(work: Conversion, top: Section, task: str) -> bool:
         format, columns = "text", {top.text("dataset_text_field") or "text": "text"}
     for section in top.sections("datasets"):
         path = section.text("path") or ""
-        files = section.texts("data_files")
-        if files and path not in ("json", "csv", "parquet", "text", "arrow"):
-            section.problem("data_files", "chooses files of a hub dataset", "download them, and name them as path")
-        for data_file in files or [path]:
-            source = Source(
-                path=data_file,
-                format=format,
-                subset=section.text("name"),
-                split=local_split(data_file, section.text("split")),
-                columns=columns,
-            )
-            add_source(work, "train", source, (section, "path"))
+        files = data_files(section, path, "path")
+        source = Source(
+            path=path, format=format, subset=section.text("name"), split=section.text("split"), columns=columns
+        )
+        add_source(work, "train", source, (section, "path"), files)
         work.settle(section, TRL_DATASET_KEYS)
     name = top.text("dataset_name")
     if name is not None and not top.has("datasets"):
@@ -255,7 +229,7 @@ def _set_sources(work: Conversion, top: Section, task: str) -> bool:
 def _set_named(work: Conversion, top: Section, name: str, format: str, columns: dict[str, str]) -> None:
     train = Source(
         path=name, format=format, subset=top.text("dataset_config"),
-        split=local_split(name, top.text("dataset_train_split", "train")), columns=columns,
+        split=top.text("dataset_train_split", "train"), columns=columns,
     )  # fmt: skip
     add_source(work, "train", train, (top, "dataset_name"))
     if top.values.get("eval_strategy") in (None, "no", False):
@@ -290,8 +264,8 @@ def _set_mask(work: Conversion, top: Section) -> None:
             "TRL trains whole chats and texts; of rows with a prompt and a completion the completion alone: then write "
         )
         note += '"completion"' if completion is None else ""
-        mask_note = note if completion is None else "prompts are trained too"
-        work.set("data.loss_on", "all", (top, "completion_only_loss"), mask_note)
+        reason = note if completion is None else "prompts are trained too"
+        work.set("data.loss_on", "all", (top, "completion_only_loss"), reason)
 
 
 SPEC = ImporterSpec(

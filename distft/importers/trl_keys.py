@@ -90,7 +90,7 @@ TRL_KEYS = {
         ),
         f_alpha_divergence_coef=left("belongs to f_divergence_type"),
         use_weighting=refused("WPO's weights are another loss, which is not here: remove it"),
-        ld_alpha=refused("LD-DPO is another loss, which is not here: remove it"),
+        ld_alpha=carried("[objective] ld_alpha"),
         discopop_tau=refused("discopop's tau is the paper's 0.05 here: remove it", off=(None, 0.05)),
         model_code_revision=left("code of a model's folder is never run"),
         alpha=refused("AlphaPO is another loss, which is not here: remove it"),

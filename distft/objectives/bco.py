@@ -10,7 +10,7 @@ from pydantic import Field
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.answers import DESIRABLE, count_answers, figures_of
+from distft.objectives.answers import DESIRABLE, FIGURES, answer_terms, count_answers
 from distft.objectives.spec import ObjectiveSpec
 
 
@@ -29,9 +29,8 @@ def _terms(params: BcoParams, policy: Policy, batch: Batch) -> LossTerms:
     reward_D = params.beta * (logprob_D - batch.columns["ref_logprob_D"])
     shift_D, good_D = params.beta * batch.columns["shift_D"], batch.columns[DESIRABLE] > 0
     ahead_D = torch.where(good_D, reward_D - shift_D, shift_D - reward_D)
-    figures = figures_of(reward_D, logprob_D, good_D, ahead_D > 0)
-    figures["reward_threshold"] = (shift_D.sum(), float(len(good_D)))
-    return LossTerms.of(-torch.nn.functional.logsigmoid(ahead_D).sum(), figures)
+    loss_D = -torch.nn.functional.logsigmoid(ahead_D)
+    return answer_terms(batch, loss_D, reward_D, logprob_D, ahead_D, more={"reward_threshold": shift_D})
 
 
 SPEC = ObjectiveSpec(
@@ -42,4 +41,5 @@ SPEC = ObjectiveSpec(
     columns=lambda params: ("ref_logprob_D", "shift_D"),
     denominator=count_answers,
     terms=_terms,
+    figures=lambda params: FIGURES | {"reward_threshold": True},
 )

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.pairs import Pair, count_pairs, figures_of, logprobs
+from distft.objectives.pairs import FIGURES, Pair, count_pairs, logprobs, pair_terms
 from distft.objectives.spec import ObjectiveSpec
 
 
@@ -29,7 +29,15 @@ def _terms(params: CpoParams, policy: Policy, batch: Batch) -> LossTerms:
     reward = Pair(params.beta * logprob.chosen_G, params.beta * logprob.rejected_G)
     preferred_G = -torch.nn.functional.logsigmoid(reward.gap_G)
     loss_G = preferred_G - params.sft_weight * logprob.chosen_G / length.chosen_G
-    return LossTerms.of(loss_G.sum(), figures_of(reward, logprob))
+    return pair_terms(batch, loss_G, reward, length, logprob=logprob)
 
 
-SPEC = ObjectiveSpec(name="cpo", params=CpoParams, group_size=2, per_token=True, denominator=count_pairs, terms=_terms)
+SPEC = ObjectiveSpec(
+    name="cpo",
+    params=CpoParams,
+    group_size=2,
+    per_token=True,
+    denominator=count_pairs,
+    terms=_terms,
+    figures=lambda params: FIGURES,
+)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.pairs import Pair, count_pairs, figures_of, lengths_of, tail_weights
+from distft.objectives.pairs import FIGURES, Pair, count_pairs, lengths_of, pair_terms, tail_weights
 from distft.objectives.spec import ObjectiveSpec
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ LOSSES: dict[str, Callable[[DpoParams, Pair, Pair], Tensor]] = {
 
 def _terms(params: DpoParams, policy: Policy, batch: Batch) -> LossTerms:
     logprob_S = policy.token_logprobs(batch)
-    logprob, length = Pair.of(batch.sum_by_document(logprob_S)), lengths_of(batch, logprob_S)
+    logprob, length = Pair.of(batch.sum_by_document(logprob_S)), lengths_of(batch)
     if params.ld_alpha < 1:
         gap_S = logprob_S - batch.columns["ref_logprob_S"]
         ratio = Pair.of(batch.sum_by_document(gap_S * tail_weights(length, params.ld_alpha)))
@@ -155,7 +155,7 @@ def _terms(params: DpoParams, policy: Policy, batch: Batch) -> LossTerms:
     if params.sft_weight:
         loss_G = loss_G - params.sft_weight * logprob.chosen_G / length.chosen_G
     reward = Pair(params.beta * ratio.chosen_G, params.beta * ratio.rejected_G)
-    return LossTerms.of(loss_G.sum(), figures_of(reward, logprob))
+    return pair_terms(batch, loss_G, reward, length, logprob=logprob)
 
 
 SPEC = ObjectiveSpec(
@@ -166,4 +166,5 @@ SPEC = ObjectiveSpec(
     columns=lambda params: ("ref_logprob_S" if params.ld_alpha < 1 else "ref_logprob_D",),
     denominator=count_pairs,
     terms=_terms,
+    figures=lambda params: FIGURES,
 )

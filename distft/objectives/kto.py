@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.answers import DESIRABLE, count_answers, figures_of
+from distft.objectives.answers import DESIRABLE, FIGURES, answer_terms, count_answers
 from distft.objectives.spec import ObjectiveSpec
 
 
@@ -45,10 +45,8 @@ def _terms(params: KtoParams, policy: Policy, batch: Batch) -> LossTerms:
     zero_D = params.beta * batch.columns["kl_D"] if params.loss == "kto" else torch.zeros_like(reward_D)
     ahead_D = torch.where(good_D, reward_D - zero_D, zero_D - reward_D)
     weight_D = torch.where(good_D, params.desirable_weight, params.undesirable_weight)
-    figures = figures_of(reward_D, logprob_D, good_D, ahead_D > 0)
-    if params.loss == "kto":
-        figures["kl"] = (batch.columns["kl_D"].sum(), float(len(good_D)))
-    return LossTerms.of((weight_D * (1 - ahead_D.sigmoid())).sum(), figures)
+    more = {"kl": batch.columns["kl_D"]} if params.loss == "kto" else None
+    return answer_terms(batch, weight_D * (1 - ahead_D.sigmoid()), reward_D, logprob_D, ahead_D, more=more)
 
 
 SPEC = ObjectiveSpec(
@@ -59,4 +57,5 @@ SPEC = ObjectiveSpec(
     columns=lambda params: ("ref_logprob_D", "kl_D") if params.loss == "kto" else ("ref_logprob_D",),
     denominator=count_answers,
     terms=_terms,
+    figures=lambda params: FIGURES | ({"kl": False} if params.loss == "kto" else {}),
 )

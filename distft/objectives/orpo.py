@@ -9,7 +9,7 @@ from pydantic import Field
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.pairs import Pair, count_pairs, figures_of, logprobs
+from distft.objectives.pairs import FIGURES, Pair, count_pairs, logprobs, pair_terms
 from distft.objectives.spec import ObjectiveSpec
 
 
@@ -34,9 +34,15 @@ def _terms(params: OrpoParams, policy: Policy, batch: Batch) -> LossTerms:
     ratio_G = torch.nn.functional.logsigmoid(odds.gap_G)
     reward = Pair(params.beta * mean.chosen_G, params.beta * mean.rejected_G)
     loss_G = -mean.chosen_G - params.beta * ratio_G
-    return LossTerms.of(loss_G.sum(), figures_of(reward, logprob, {"log_odds": odds.gap_G.sum()}))
+    return pair_terms(batch, loss_G, reward, length, logprob=logprob, more={"log_odds": odds.gap_G})
 
 
 SPEC = ObjectiveSpec(
-    name="orpo", params=OrpoParams, group_size=2, per_token=True, denominator=count_pairs, terms=_terms
+    name="orpo",
+    params=OrpoParams,
+    group_size=2,
+    per_token=True,
+    denominator=count_pairs,
+    terms=_terms,
+    figures=lambda params: FIGURES | {"log_odds": True},
 )

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distft.core.types import LossTerms
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from distft.core.types import Batch, Policy
-
-Figures = dict[str, "tuple[Tensor, float]"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Pair:
 def logprobs(policy: Policy, batch: Batch) -> tuple[Pair, Pair]:
     """Return the log-probability of each answer, summed over its tokens, and the number of those tokens."""
     logprob_S = policy.token_logprobs(batch)
-    return Pair.of(batch.sum_by_document(logprob_S)), lengths_of(batch, logprob_S)
+    return Pair.of(batch.sum_by_document(logprob_S)), lengths_of(batch)
 
 
-def lengths_of(batch: Batch, value_S: Tensor) -> Pair:
-    """Return the number of each answer's tokens; `value_S` is anything on the device."""
+def lengths_of(batch: Batch) -> Pair:
+    """Return the number of each answer's trained tokens."""
     import torch
 
-    return Pair.of(batch.sum_by_document(torch.ones_like(value_S)))
+    return Pair.of(batch.sum_by_document(torch.ones(batch.num_supervised, device=batch.labels_T.device)))
 
 
 def tail_weights(length: Pair, alpha: float) -> Tensor:
@@ -69,19 +69,45 @@ def tail_weights(length: Pair, alpha: float) -> Tensor:
     return torch.where(shared_S, 1.0, alpha)
 
 
-def figures_of(reward: Pair, logprob: Pair, more: Mapping[str, Tensor] | None = None) -> Figures:
-    """Return the figures of a preference objective, each a sum over pairs and their number."""
-    count = float(len(reward.chosen_G))
-    sums = {
-        "reward_chosen": reward.chosen_G.sum(),
-        "reward_rejected": reward.rejected_G.sum(),
-        "reward_margin": reward.gap_G.sum(),
-        "reward_accuracy": (reward.gap_G > 0).sum(),
-        "logprob_chosen": logprob.chosen_G.sum(),
-        "logprob_rejected": logprob.rejected_G.sum(),
-        **(more or {}),
-    }
-    return {name: (total, count) for name, total in sums.items()}
+FIGURES = {
+    "reward_chosen": True,
+    "reward_rejected": False,
+    "reward_margin": True,
+    "reward_accuracy": True,
+    "logprob_chosen": True,
+    "logprob_rejected": False,
+}
+"""Figures of `pair_terms`, and whether more is better."""
+
+
+def pair_terms(
+    batch: Batch,
+    loss_G: Tensor,
+    reward: Pair,
+    length: Pair,
+    *,
+    logprob: Pair | None = None,
+    more: Mapping[str, Tensor] | None = None,
+) -> LossTerms:
+    """Return the terms of a preference objective.
+
+    Args:
+        batch: the micro-batch.
+        loss_G: with gradient.
+        reward: of each answer.
+        length: trained tokens of each answer.
+        logprob: of each answer, summed over its tokens; None where the head has none.
+        more: further figures, [G].
+    """
+    by_group = {"reward_chosen": reward.chosen_G, "reward_rejected": reward.rejected_G}
+    if logprob is not None:
+        by_group |= {"logprob_chosen": logprob.chosen_G, "logprob_rejected": logprob.rejected_G}
+    means = {**by_group, "reward_margin": reward.gap_G, "reward_accuracy": reward.gap_G > 0, **(more or {})}
+    by_group |= {"tokens_chosen": length.chosen_G, "tokens_rejected": length.rejected_G}
+    if "margin_G" in batch.columns:
+        by_group["margin"] = batch.columns["margin_G"]
+    count = float(len(loss_G))
+    return LossTerms.of(loss_G.sum(), {name: (value.sum(), count) for name, value in means.items()}, by_group)
 
 
 def count_pairs(params: Any, micros: Sequence[Batch]) -> float:

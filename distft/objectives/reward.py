@@ -10,7 +10,7 @@ from pydantic import Field
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.pairs import Pair, count_pairs
+from distft.objectives.pairs import FIGURES, Pair, count_pairs, lengths_of, pair_terms
 from distft.objectives.spec import ObjectiveSpec
 
 
@@ -30,16 +30,15 @@ def _terms(params: RewardParams, policy: Policy, batch: Batch) -> LossTerms:
     margin_G = batch.columns["margin_G"] if params.margin else torch.zeros_like(reward.chosen_G)
     loss_G = -torch.nn.functional.logsigmoid(reward.gap_G - margin_G)
     loss_G = loss_G + params.center * (reward.chosen_G + reward.rejected_G) ** 2
-    count = float(len(loss_G))
-    sums = {
-        "reward_chosen": reward.chosen_G.sum(),
-        "reward_rejected": reward.rejected_G.sum(),
-        "reward_margin": reward.gap_G.sum(),
-        "reward_accuracy": (reward.gap_G > 0).sum(),
-    }
-    return LossTerms.of(loss_G.sum(), {name: (total, count) for name, total in sums.items()})
+    return pair_terms(batch, loss_G, reward, lengths_of(batch))
 
 
 SPEC = ObjectiveSpec(
-    name="reward", params=RewardParams, head="scalar", group_size=2, denominator=count_pairs, terms=_terms
+    name="reward",
+    params=RewardParams,
+    head="scalar",
+    group_size=2,
+    denominator=count_pairs,
+    terms=_terms,
+    figures=lambda params: {name: FIGURES[name] for name in FIGURES if name.startswith("reward")},
 )

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.pairs import Pair, count_pairs, figures_of, logprobs
+from distft.objectives.pairs import FIGURES, Pair, count_pairs, logprobs, pair_terms
 from distft.objectives.spec import ObjectiveSpec
 
 
@@ -31,9 +31,15 @@ def _terms(params: SimpoParams, policy: Policy, batch: Batch) -> LossTerms:
     mean = logprob / length
     reward = Pair(params.beta * mean.chosen_G, params.beta * mean.rejected_G)
     loss_G = -torch.nn.functional.logsigmoid(reward.gap_G - params.gamma) - params.sft_weight * mean.chosen_G
-    return LossTerms.of(loss_G.sum(), figures_of(reward, logprob))
+    return pair_terms(batch, loss_G, reward, length, logprob=logprob)
 
 
 SPEC = ObjectiveSpec(
-    name="simpo", params=SimpoParams, group_size=2, per_token=True, denominator=count_pairs, terms=_terms
+    name="simpo",
+    params=SimpoParams,
+    group_size=2,
+    per_token=True,
+    denominator=count_pairs,
+    terms=_terms,
+    figures=lambda params: FIGURES,
 )

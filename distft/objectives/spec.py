@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ class ObjectiveSpec:
     """Asks the policy for log-probabilities of tokens, not only for the sum of losses."""
     perplexity: bool = False
     """Its loss is the mean cross-entropy of tokens: evaluations show exp(loss) as well."""
+    figures: Callable[[Any], Mapping[str, bool]] = lambda params: {}
+    """params -> names of the figures in its terms, and whether more is better."""
     columns: Callable[[Any], tuple[str, ...]] = lambda params: ()
     """params -> names of the columns it reads; see `Batch.columns`."""
 

@@ -182,12 +182,14 @@ def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[Reci
         for name in figures_of(answers, registries)
     }
     also = (("eval", "answers"),)
+    objective = recipe.objective
+    of_rows = [f"eval_{name}" for name in objective.spec.figures(objective.params)] if recipe.data.eval else []
     # Which figures a task of lm-eval gives is known when it has been loaded.
     for index, answers in enumerate(recipe.eval.answers):
         if is_task(answers) and by.startswith(f"{answers.name}."):
             owners[by] = index
-    if by not in owners:
-        allowed = [EVAL_LOSS, *owners]
+    if by not in owners and by not in of_rows:
+        allowed = [EVAL_LOSS, *of_rows, *owners]
         yield RecipeMistake(
             key=key,
             message=f"is measured nowhere{did_you_mean(by, allowed)}",
@@ -202,7 +204,10 @@ def best_by_is_measured(recipe: Recipe, registries: Registries) -> Iterator[Reci
             fix="set [checkpoint] best = true or [eval] early_stop, or remove it",
             also=also,
         )
-    if recipe.eval.answers[owners[by]].every_steps is None:
+    if by in of_rows:
+        if recipe.eval.every_steps is None:
+            yield RecipeMistake(key=key, message="is not measured during training", fix="set [eval] every_steps")
+    elif recipe.eval.answers[owners[by]].every_steps is None:
         yield RecipeMistake(
             key=key,
             message="is not measured during training",

@@ -104,6 +104,6 @@ class EvalTable(Params):
     early_stop: int | None = Field(default=None, ge=1)
     """End training after so many evaluations without a better one."""
     best_by: str = "eval_loss"
-    """What makes an evaluation better: eval_loss, or NAME.FIGURE of a set of answers."""
+    """What makes an evaluation better: eval_loss, eval_FIGURE of the objective, or NAME.FIGURE of a set of answers."""
     answers: tuple[AnswersTable, ...] = ()
     """Sets of rows that the model answers, before and after."""

@@ -68,6 +68,28 @@ learning_rate: 1.0e-3
 lr_scheduler_type: linear
 output_dir: FOLDER/runs/llama_factory
 """,
+    "axolotl-kto.yaml": """
+base_model: demo:tiny-llama
+rl: kto
+rl_beta: 0.5
+kto_desirable_weight: 0.5
+adapter: lora
+lora_r: 4
+lora_alpha: 8
+lora_target_modules: [q_proj, v_proj]
+datasets:
+  - path: FOLDER/judged.jsonl
+    type: chatml.ultra
+chat_template: chatml
+sequence_len: 128
+micro_batch_size: 2
+gradient_accumulation_steps: 2
+num_epochs: 1
+optimizer: adamw_torch_fused
+lr_scheduler: constant
+learning_rate: 1e-3
+output_dir: FOLDER/runs/axolotl-kto
+""",
     "trl.yaml": """
 model_name_or_path: demo:tiny-llama
 datasets:
@@ -122,12 +144,13 @@ loss:
 }
 EXPECTED = {
     "axolotl": ("sft", "qlora", 4),
+    "axolotl-kto": ("kto", "lora", 4),
     "llama_factory": ("dpo", "lora", 4),
     "trl": ("sft", "full", 4),
     "torchtune": ("sft", "lora", 4),
     "openai": ("sft", "lora", 4),
 }
-"""Tool -> objective, method and global batch."""
+"""Stem of the file -> objective, method and global batch."""
 
 
 def main(plan: Path) -> None:
@@ -145,7 +168,7 @@ def main(plan: Path) -> None:
             report = run_check(recipe, samples=1)
             folder = distft.train(distft.load_recipe(file.with_suffix(".toml"))).folder
             rows = sum(split.num_rows for split in report.splits if split.split == "train")
-            said[made.tool] = {"folder": str(folder), "rows": rows}
+            said[file.stem] = {"folder": str(folder), "rows": rows}
         except DistftError as error:
             said[file.stem] = str(error)
     print(json.dumps(said))
@@ -173,6 +196,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
             {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
             for ask, answer in asked
         ],
+        "judged.jsonl": [
+            {"prompt": ask, "completion": answer, "label": place % 2 == 0} for place, (ask, answer) in enumerate(asked)
+        ],
         "pairs.json": [
             {
                 "conversations": [{"from": "human", "value": ask}],
@@ -198,20 +224,20 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("tool", EXPECTED)
-def test_an_imported_recipe_is_checked_and_trained(said: dict[str, dict[str, str]], tool: str) -> None:
-    assert isinstance(said[tool], dict), said[tool]
-    assert said[tool]["rows"] == 24
-    folder = Path(said[tool]["folder"])
-    assert folder.parts[-2:] == ("runs", tool)
+@pytest.mark.parametrize("stem", EXPECTED)
+def test_an_imported_recipe_is_checked_and_trained(said: dict[str, dict[str, str]], stem: str) -> None:
+    assert isinstance(said[stem], dict), said[stem]
+    assert said[stem]["rows"] == 24
+    folder = Path(said[stem]["folder"])
+    assert folder.parts[-2:] == ("runs", stem)
     recipe = load_recipe(folder / "recipe.toml", registries=REGISTRIES)
-    assert (recipe.objective.name, recipe.method.name, recipe.train.global_batch_size) == EXPECTED[tool]
+    assert (recipe.objective.name, recipe.method.name, recipe.train.global_batch_size) == EXPECTED[stem]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 2
     assert all(0 < loss < 100 for loss in losses)
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
     assert any(path.suffix == ".safetensors" for path in (folder / "final").iterdir())
-    if tool == "axolotl":
+    if stem == "axolotl":
         assert sum("eval_loss" in line for line in lines) >= 2
         assert (folder / "checkpoints" / "step-00000001").is_dir()

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from distft.catalog import REGISTRIES
+from distft.core.registry import Registry
 from distft.importers import IMPORTERS, Imported, ImportOptions, import_config
-from distft.recipe import Recipe, parse_recipe
+from distft.recipe import Recipe, Registries, parse_recipe
 
 
-def made(folder: Path, text: str, *, name: str = "config.yaml", tool: str | None = None, **options: Any) -> Imported:
+def made(
+    folder: Path,
+    text: str,
+    *,
+    name: str = "config.yaml",
+    tool: str | None = None,
+    registries: Registries = REGISTRIES,
+    **options: Any,
+) -> Imported:
     """Write the text to a file and import it."""
     path = folder / name
     path.write_text(textwrap.dedent(text), encoding="utf-8")
     said = ImportOptions(**options)
-    return import_config(path, importers=IMPORTERS, registries=REGISTRIES, tool=tool, options=said)
+    return import_config(path, importers=IMPORTERS, registries=registries, tool=tool, options=said)
+
+
+def without(table: str, *names: str) -> Registries:
+    """Return the registries without some parts of a table."""
+    full = REGISTRIES.part(table)
+    fewer: Registry[Any] = Registry(full.noun)
+    for name in full:
+        if name not in names:
+            fewer.add(full[name])
+    return replace(REGISTRIES, **{table: fewer})
 
 
 def loaded(imported: Imported) -> Recipe:

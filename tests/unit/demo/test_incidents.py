@@ -12,11 +12,12 @@ from collections.abc import Iterable
 import pytest
 
 from distft.demo import tokenizer, wording
-from distft.demo.incidents import COMPONENTS, PAIR_SIZES, PROMPT_END, SEVERITIES, SIZES, Incident, datasets
+from distft.demo.incidents import COMPONENTS, LABEL_SIZES, PAIR_SIZES, PROMPT_END, SEVERITIES, SIZES, Incident, datasets
 from distft.demo.scoring import parse
 
 Rows = list[dict[str, str]]
-PAIR_DIGEST = "9a150f8d10485017ca022385080b856f4bcf13e59b8d446c5abcdcd24a971467"
+PAIR_DIGEST = "3196825fe697ccc86f73438dfe450b6d9f6a7003c3b99e375e30852ad40ebd2b"
+LABEL_DIGEST = "c24a170d322cbf050430297534c775380b010c606ec60d69f3965198d56e54df"
 DIGEST = "23ac7fc03c4f7b610f116a028ce9afca51783e84c10c01ea9986dfb9d2a00876"
 
 
@@ -30,6 +31,8 @@ def test_the_bytes_are_the_same_on_every_machine(made: dict[str, Rows]) -> None:
     assert hashlib.sha256(json.dumps(taught).encode()).hexdigest() == DIGEST
     pairs = {name: made[name] for name in PAIR_SIZES}
     assert hashlib.sha256(json.dumps(pairs).encode()).hexdigest() == PAIR_DIGEST
+    labels = {name: made[name] for name in LABEL_SIZES}
+    assert hashlib.sha256(json.dumps(labels).encode()).hexdigest() == LABEL_DIGEST
 
 
 def test_a_rejected_answer_keeps_the_format_and_misreads_one_fact(made: dict[str, Rows]) -> None:
@@ -42,9 +45,15 @@ def test_a_rejected_answer_keeps_the_format_and_misreads_one_fact(made: dict[str
         assert not misread or chosen["summary"] == rejected["summary"], "one fact"
 
 
+def test_every_second_labelled_answer_is_right(made: dict[str, Rows]) -> None:
+    rows = made["incidents-labels/train"]
+    assert [row["label"] for row in rows] == [True, False] * (len(rows) // 2)
+    assert all(parse(row["completion"], "lines") is not None for row in rows)
+
+
 def test_sizes(made: dict[str, Rows]) -> None:
     sizes = {name: size for name, (_, size) in SIZES.items()}
-    assert {name: len(rows) for name, rows in made.items()} == sizes | PAIR_SIZES
+    assert {name: len(rows) for name, rows in made.items()} == sizes | PAIR_SIZES | LABEL_SIZES
     assert len(made["incidents/train"]) >= 2000
     assert len(made["incidents/valid"]) == len(made["incidents-json/valid"]) == 200
 

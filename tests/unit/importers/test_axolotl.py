@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from import_kit import keys, loaded, made, values
+from import_kit import keys, loaded, made, values, without
 
 from distft.core.errors import RecipeError
 
@@ -206,7 +206,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
             "data.chat_template": "llama3",
             "data.train.0.format": "sharegpt",
             "data.train.0.max_rows": 20000,
-            "data.train.0.split": "train",
+            "data.train.0.split": None,
             "data.train.0.columns": None,
             "train.activation_checkpointing": "full",
             "model.dtype": "bfloat16",
@@ -468,7 +468,7 @@ REFUSED = {
     "type": (BASE.replace("type: alpaca", "type: input_output"), "has no type that is known"),
     "no type": (BASE.replace("    type: alpaca\n", ""), "has no type that is known"),
     "roles": (BASE.replace("    type: alpaca", "    type: chat_template\n    roles_to_train: [user]"), "other turns"),
-    "split": (BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[:5%]"), "is a part of a split"),
+    "split": (BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[5:9]"), "is a part of a split"),
     "shards": (BASE.replace("    type: alpaca", "    type: alpaca\n    shards: 10"), "takes a part of the rows"),
     "targets": (
         BASE + LORA.replace("lora_target_linear: true", ""),
@@ -482,6 +482,14 @@ REFUSED = {
     "rate": (BASE.replace("learning_rate: 2e-4\n", ""), "learning_rate is missing"),
     "tokens": (BASE + "tokens: ['<a>']\n", "new tokens change the model"),
     "peft": (BASE + LORA + "peft:\n  backend: torchao\n  weight_dtype: int4\n", "bases in int4 of torchao"),
+    "simpo": (
+        BASE.replace("type: alpaca", "type: chatml.ultra") + "rl: simpo\ndpo_label_smoothing: 0.1\n",
+        "simpo has no such term here",
+    ),
+    "losses": (
+        BASE.replace("type: alpaca", "type: chatml.intel") + "rl: dpo\ndpo_loss_type: [sigmoid, aot]\n",
+        "mixes losses",
+    ),
     "batch": (
         BASE.replace("gradient_accumulation_steps: 2", "batch_size: 6"),
         "is no multiple of micro_batch_size = 4",
@@ -499,17 +507,62 @@ def test_what_would_train_another_model_is_refused_at_its_line(name: str, tmp_pa
         assert all(problem.line for problem in caught.value.problems), str(caught.value)
 
 
-def test_kto_asks_the_registry(tmp_path: Path) -> None:
-    from distft.data.formats import FORMATS
-    from distft.objectives import OBJECTIVES
+def test_a_share_of_a_split_needs_its_rows(tmp_path: Path) -> None:
+    text = BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[:20%]")
+    with pytest.raises(
+        RecipeError, match=r"of 20 %: rows are counted here  say how many.* --set data.train.0.max_rows=N"
+    ):
+        made(tmp_path, text)
+    recipe = loaded(made(tmp_path, text, overrides=("data.train.0.max_rows=300",)))
+    assert recipe.data.train[0].max_rows == 300
 
-    text = BASE.replace("type: alpaca", "type: llama3.argilla") + "rl: kto\nrl_beta: 0.5\nkto_desirable_weight: 0.2\n"
-    if "kto" in OBJECTIVES and "unpaired" in FORMATS:
-        expected = {"objective.name": "kto", "objective.beta": 0.5, "objective.desirable_weight": 0.2}
-        assert values(loaded(made(tmp_path, text)), expected) == expected
-    else:
-        with pytest.raises(RecipeError, match="KTO is not trained here  objectives here: sft, dpo"):
+
+@pytest.mark.parametrize(
+    ("split", "refusal"),
+    [
+        ("train", None),
+        ("train[:50]", None),
+        ("validation", "is a file, which has no split validation"),
+    ],
+)
+def test_splits_of_files(split: str, refusal: str | None, tmp_path: Path) -> None:
+    text = BASE.replace("teknium/GPT4-LLM-Cleaned", "rows.jsonl").replace(
+        "    type: alpaca", f"    type: alpaca\n    split: {split}"
+    )
+    if refusal:
+        with pytest.raises(RecipeError, match=refusal):
             made(tmp_path, text)
+        return
+    [source] = loaded(made(tmp_path, text)).data.train
+    assert (source.split, source.max_rows) == (None, 50 if "[" in split else None)
+    several = text.replace("path: rows.jsonl", "path: json\n    data_files: [a.jsonl, b.jsonl]")
+    if "[" in split:
+        with pytest.raises(RecipeError, match="is a part of a split"):
+            made(tmp_path, several)
+    else:
+        assert [source.path for source in loaded(made(tmp_path, several)).data.train] == ["a.jsonl", "b.jsonl"]
+
+
+def test_kto_asks_the_registry(tmp_path: Path) -> None:
+    text = BASE.replace("type: alpaca", "type: llama3.ultra") + "rl: kto\nrl_beta: 0.5\nkto_desirable_weight: 0.2\n"
+    expected = {
+        "objective.name": "kto",
+        "objective.beta": 0.5,
+        "objective.desirable_weight": 0.2,
+        "objective.undesirable_weight": 1.0,
+        "data.train.0.format": "unpaired",
+        "data.train.0.columns": {"prompt": "instruction", "completion": "output"},
+        "data.chat_template": "llama3",
+        "data.packing": False,
+        "data.max_length": 2048,
+    }
+    assert values(loaded(made(tmp_path, text)), expected) == expected
+    with pytest.raises(RecipeError, match="KTO is not trained here  objectives here: sft, dpo"):
+        made(tmp_path, text, registries=without("objective", "kto"))
+    with pytest.raises(RecipeError, match="rows of format unpaired are not read here"):
+        made(tmp_path, text, registries=without("formats", "unpaired"))
+    with pytest.raises(RecipeError, match="is no form of judged answers that is known"):
+        made(tmp_path, text.replace("llama3.ultra", "llama3.icr"))
 
 
 def test_gpus_are_stated_or_assumed_aloud(tmp_path: Path) -> None:
@@ -520,6 +573,18 @@ def test_gpus_are_stated_or_assumed_aloud(tmp_path: Path) -> None:
     assert loaded(stated).train.global_batch_size == 32
     per_gpu = made(tmp_path, BASE.replace("gradient_accumulation_steps: 2", "batch_size: 12"), gpus=2)
     assert loaded(per_gpu).train.global_batch_size == 24
+
+
+def test_gpus_that_share_a_micro_batch_count_once(tmp_path: Path) -> None:
+    text = BASE + "tensor_parallel_size: 2\ncontext_parallel_size: 2\ndp_shard_size: 2\n"
+    imported = made(tmp_path, text, gpus=8)
+    assert loaded(imported).train.global_batch_size == 16
+    assert "8 GPUs (--gpus), of which 4 share a micro-batch" in " ".join(imported.changed["train.global_batch_size"])
+    assert {"tensor_parallel_size", "context_parallel_size", "dp_shard_size"} <= keys(imported.left)
+    assumed = made(tmp_path, text)
+    assert "1 group of 4 GPUs" in " ".join(assumed.changed["train.global_batch_size"])
+    with pytest.raises(RecipeError, match="--gpus 6 is no multiple of the 4 GPUs that share a micro-batch"):
+        made(tmp_path, text, gpus=6)
 
 
 def test_an_unknown_key_is_listed_with_its_line_and_the_nearest(tmp_path: Path) -> None:

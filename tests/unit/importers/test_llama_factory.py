@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from import_kit import keys, loaded, made, values
+from import_kit import keys, loaded, made, values, without
 
 from distft.core.errors import RecipeError
 from distft.importers import IMPORTERS
@@ -59,6 +59,10 @@ INFO = {
         "file_name": "mllm_demo.json",
         "formatting": "sharegpt",
         "columns": {"messages": "messages", "images": "images"},
+    },
+    "judged": {
+        "hf_hub_url": "argilla/ultrafeedback-binarized-preferences-cleaned-kto",
+        "columns": {"prompt": "prompt", "response": "completion", "kto_tag": "label"},
     },
     "scripted": {"script_url": "belle.py"},
     "odd": {"file_name": "odd.json", "formatting": "sharegpt", "tags": {"role_tag": "who", "content_tag": "said"}},
@@ -154,6 +158,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
             pref_ftx="0.2",
             learning_rate="5.0e-6",
             dpo_label_smoothing="0.1",
+            ld_alpha="0.5",
         ),
         {
             "objective.name": "dpo",
@@ -161,6 +166,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
             "objective.beta": 0.1,
             "objective.sft_weight": 0.2,
             "objective.label_smoothing": 0.1,
+            "objective.ld_alpha": 0.5,
             "data.max_length": 4096,
             "data.train.0.format": "preference",
             "data.train.0.columns": None,
@@ -371,6 +377,11 @@ REFUSED = {
     "adapter": (changed(BASE, adapter_name_or_path="saves/old"), "merge it into the base first"),
     "predict": (changed(BASE, do_train="false"), "a file of another command"),
     "adafactor": (changed(BASE, optim="adafactor"), "scales it by the size of each weight"),
+    "orpo with likelihood": (
+        changed(BASE, stage="dpo", dataset="dpo_en_demo", pref_loss="orpo", pref_ftx="0.5"),
+        "orpo has no such term here",
+    ),
+    "targets": (changed(BASE, lora_target="all,lm_head"), "names modules beside all"),
     "dft": (changed(BASE, use_dft_loss="true"), "DFT weighs tokens by their probability"),
     "qlora+full": (changed(BASE, finetuning_type="full", lora_target=None, quantization_bit="4"), "needs a base in 16"),
 }
@@ -396,16 +407,18 @@ def test_a_data_set_without_dataset_info_is_refused_with_where_it_was_looked_for
 
 
 def test_kto_asks_the_registry(tmp_path: Path) -> None:
-    from distft.data.formats import FORMATS
-    from distft.objectives import OBJECTIVES
-
-    text = changed(BASE, stage="kto", dataset="kto_en_demo", pref_beta="0.3", kto_chosen_weight="1.5")
-    if "kto" in OBJECTIVES and "unpaired" in FORMATS:
-        expected = {"objective.name": "kto", "objective.beta": 0.3, "objective.desirable_weight": 1.5}
-        assert values(loaded(made(tmp_path, text)), expected) == expected
-    else:
-        with pytest.raises(RecipeError, match="KTO is not trained here"):
-            made(tmp_path, text)
+    text = changed(BASE, stage="kto", dataset="kto_en_demo,judged", pref_beta="0.3", kto_chosen_weight="1.5")
+    expected = {
+        "objective.name": "kto",
+        "objective.beta": 0.3,
+        "objective.desirable_weight": 1.5,
+        "data.train.0.format": "unpaired",
+        "data.train.0.columns": None,
+        "data.train.1.columns": {"prompt": "instruction", "completion": "output"},
+    }
+    assert values(loaded(made(tmp_path, text)), expected) == expected
+    with pytest.raises(RecipeError, match="KTO is not trained here"):
+        made(tmp_path, text, registries=without("objective", "kto"))
 
 
 @pytest.mark.parametrize("tool", ["llama_factory", "trl"])

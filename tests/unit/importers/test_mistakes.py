@@ -25,6 +25,7 @@ MISTAKES = {
     "bracket": ("base_model: [a\n", 2, "not valid YAML"),
     "colon": ("base_model: a: b\n", 1, "not valid YAML: mapping values are not allowed here"),
     "python": ("base_model: !!python/object/apply:os.system ['true']\n", 1, "not valid YAML"),
+    "zero byte": ("base_model: a\nrl: d\x00o\n", 2, "not valid YAML: character #x0000"),
     "two documents": ("base_model: a\n---\nbase_model: b\n", 2, "not valid YAML"),
     "twice": (AXOLOTL + "learning_rate: 2e-4\n", 8, "learning_rate  is set twice: here and in line 7"),
     "twice inside": (AXOLOTL.replace("    type: alpaca", "    type: alpaca\n    type: oasst"), 5, "type  is set twice"),
@@ -49,7 +50,7 @@ MISTAKES = {
         3,
         "must be a mapping",
     ),
-    "text for mapping": (AXOLOTL + "fsdp_config: full\n", 8, "must be a mapping of keys to values"),
+    "text for mapping": (AXOLOTL + "fsdp_config: [full]\n", 8, "must be a mapping of keys to values"),
     "optimizer": (AXOLOTL + "optimizer: adamw_tortch\n", 8, "is not an optimizer here"),
     "checkpointing": (AXOLOTL + "gradient_checkpointing: sometimes\n", 8, "must be true or false"),
     "deepspeed": (AXOLOTL + "deepspeed: {zero_optimization: {stage: 4}}\n", 8, "stage of the mapping is 4"),
@@ -182,3 +183,19 @@ def test_stages_are_read_from_names(stage: str, engine: str, offload: str | None
     assert ("offload = " in imported.toml) == (offload is not None)
     if offload:
         assert f'offload = "{offload}"' in imported.toml
+
+
+def test_settings_of_fsdp_may_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "fsdp.json").write_text('{"offload_params": true, "version": 2, "mystery": 1}')
+    imported = made(tmp_path, AXOLOTL + "fsdp: full_shard\nfsdp_config: fsdp.json\n")
+    assert 'name = "fsdp2"\noffload = "all"' in imported.toml
+    assert keys(imported.unknown) == {"fsdp_config.mystery"}
+    (tmp_path / "fsdp.json").unlink()
+    assert keys(made(tmp_path, AXOLOTL + "fsdp: full_shard\nfsdp_config: fsdp.json\n").left) == {"fsdp_config"}
+
+
+def test_empty_texts_ask_for_nothing(tmp_path: Path) -> None:
+    more = "wandb_project: ''\nadapter:\nchat_template: ''\ndeepspeed: ''\nlora_model_dir: ''\nneftune_noise_alpha: 0\n"
+    imported = made(tmp_path, AXOLOTL + more)
+    assert not imported.left
+    assert not imported.unknown

@@ -27,10 +27,6 @@ def known_keys(table: str) -> set[str]:
     return {"name"}.union(*(spec.params.model_fields for spec in specs))
 
 
-SOON = {"desirable_weight", "undesirable_weight"}
-"""Keys of objectives that the importers ask the registry for."""
-
-
 @pytest.mark.parametrize(("spec", "section", "table"), EVERY, ids=[f"{one.name}-{part}" for one, part, _ in EVERY])
 def test_every_home_is_a_key_of_the_recipe(spec: object, section: str, table: dict) -> None:
     for name, key in table.items():
@@ -48,7 +44,7 @@ def test_every_home_is_a_key_of_the_recipe(spec: object, section: str, table: di
             assert word is None or word in str(source.annotation) or word in _source_keys(), (name, key.home)
         else:
             assert whole in {*fixed_tables(), *chosen_tables()}, (name, key.home)
-            assert word is None or word in known_keys(whole) | SOON, (name, key.home)
+            assert word is None or word in known_keys(whole), (name, key.home)
 
 
 def _source_keys() -> set[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from import_kit import keys, loaded, made, values
+from import_kit import keys, loaded, made, values, without
 
 from distft.core.errors import RecipeError
 
@@ -142,7 +142,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
     ),
     "dpo": (
         PAIRS
-        + "beta: 0.1\nloss_type: sigmoid\nmax_prompt_length: 512\nmax_length: 1024\nprecompute_ref_log_probs: true\n",
+        + "beta: 0.1\nloss_type: sigmoid\nmax_prompt_length: 512\nmax_length: 1024\nprecompute_ref_log_probs: true\n"
+        "f_divergence_type: reverse_kl\n",
         {},
         {
             "objective.name": "dpo",
@@ -307,15 +308,34 @@ def test_a_decay_of_known_length_is_a_share(tmp_path: Path) -> None:
     assert values(loaded(made(tmp_path, text)), expected) == expected
 
 
+@pytest.mark.parametrize(
+    ("more", "task"),
+    [
+        ("loss_type: nll\n", "sft"),
+        ("loss_type: exo_pair\nlabel_smoothing: 0.01\n", "dpo"),
+        ("loss_type: simpo\n", "simpo"),
+        ("reference_free: false\n", "dpo"),
+        ("completion_only_loss: true\n", "sft"),
+    ],
+)
+def test_the_command_is_read_from_what_it_alone_has(more: str, task: str, tmp_path: Path) -> None:
+    imported = made(tmp_path, PAIRS + more)
+    assert loaded(imported).objective.name == task
+    assert "read from the keys of the file" in " ".join(imported.changed["objective.name"])
+
+
+@pytest.mark.parametrize("more", ["precompute_ref_log_probs: true\n", "max_prompt_length: 5\n", "loss_type: ipo\n"])
+def test_keys_that_commands_share_do_not_decide(more: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="it is not clear which command it is for  say --task"):
+        made(tmp_path, PAIRS + more)
+
+
 @pytest.mark.parametrize("task", ["kto", "bco"])
 def test_unpaired_objectives_ask_the_registry(task: str, tmp_path: Path) -> None:
-    from distft.data.formats import FORMATS
-    from distft.objectives import OBJECTIVES
-
-    text = PAIRS + "beta: 0.3\n" + ("desirable_weight: 2.0\n" if task == "kto" else "")
-    if task in OBJECTIVES and "unpaired" in FORMATS:
-        expected = {"objective.name": task, "objective.beta": 0.3}
-        assert values(loaded(made(tmp_path, text, task=task)), expected) == expected
-    else:
-        with pytest.raises(RecipeError, match=f"{task.upper()} is not trained here"):
-            made(tmp_path, text, task=task)
+    text = PAIRS + "beta: 0.3\n" + ("desirable_weight: 2.0\nloss_type: apo_zero_unpaired\n" if task == "kto" else "")
+    expected = {"objective.name": task, "objective.beta": 0.3, "data.train.0.format": "unpaired"}
+    if task == "kto":
+        expected |= {"objective.desirable_weight": 2.0, "objective.loss": "apo_zero"}
+    assert values(loaded(made(tmp_path, text, task=task)), expected) == expected
+    with pytest.raises(RecipeError, match=f"{task.upper()} is not trained here"):
+        made(tmp_path, text, task=task, registries=without("objective", task))
