@@ -66,13 +66,13 @@ def judged_warnings(before: dict[str, Any] | None, after: dict[str, Any] | None)
     """
     if before is None or after is None or after["kind"] != "pairs":
         return []
-    said: list[str] = []
+    warnings: list[str] = []
     by_length = [figures["groups"].get("length", {}) for figures in (before, after)]
     if all({"longer", "shorter"} <= groups.keys() for groups in by_length):
         longer, shorter = (by_length[1][key]["value"] - by_length[0][key]["value"] for key in ("longer", "shorter"))
         gain = after["accuracy"]["value"] - before["accuracy"]["value"]
         if gain > 0 and longer > 0 and shorter <= 0:
-            said.append(
+            warnings.append(
                 f"all of the gain in accuracy is length: {longer:+.3f} where the chosen answer is the longer one, "
                 f'{shorter:+.3f} where it is the shorter one  use loss = "sigmoid_norm", ld_alpha or simpo, or match '
                 "lengths"
@@ -80,25 +80,25 @@ def judged_warnings(before: dict[str, Any] | None, after: dict[str, Any] | None)
     if "logprob_per_token" in before and "logprob_per_token" in after:
         was, now = (figures["logprob_per_token"]["chosen"] for figures in (before, after))
         if now < was - FALLS_FAR:
-            said.append(
+            warnings.append(
                 f"chosen answers have become unlikelier: {was:.3f} to {now:.3f} nats per token  add sft_weight, raise "
                 "beta or lower the learning rate"
             )
-    return said
+    return warnings
 
 
 def _groups(rows: Sequence[Row], pairs: bool) -> dict[str, dict[str, list[int]]]:
-    """Indices of rows by what may explain their accuracy."""
+    """Return indices of rows by what may explain their accuracy."""
     if not pairs:
         return {"label": _split(rows, lambda row: "good" if row["desirable"] else "bad")}
-    found = {"length": _split(rows, _length)}
+    groups = {"length": _split(rows, _length)}
     margins = sorted(row["margin"] for row in rows if row.get("margin"))
     if margins:
         low, high = margins[len(margins) // 3], margins[2 * len(margins) // 3]
-        found["margin"] = _split(
+        groups["margin"] = _split(
             rows, lambda row: "small" if row["margin"] < low else "middle" if row["margin"] < high else "large"
         )
-    return found
+    return groups
 
 
 def _length(row: Row) -> str:
@@ -120,7 +120,7 @@ def _calibration(gaps: Sequence[float]) -> dict[str, Any]:
         confidence = 1 / (1 + math.exp(-min(abs(gap), 700.0)))
         bins[min(BINS - 1, int((confidence - 0.5) * 2 * BINS))].append((confidence, float(gap > 0)))
     listed = [
-        {"confidence": _mean([one for one, _ in members]), "accuracy": _mean([hit for _, hit in members]),
+        {"confidence": _mean([confidence for confidence, _ in members]), "accuracy": _mean([hit for _, hit in members]),
          "rows": len(members)}
         for members in bins
         if members

@@ -62,7 +62,7 @@ class Section:
         return (*self.location, key)
 
     def has(self, key: str) -> bool:
-        """Whether the key has a value; an empty one is none."""
+        """Return whether the key has a value; an empty one is none."""
         return self.values.get(key) is not None
 
     def raw(self, key: str) -> Any:

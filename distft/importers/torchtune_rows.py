@@ -51,7 +51,7 @@ _BUILDERS = {
 
 
 def component(section: Section) -> str:
-    """The last part of the section's component."""
+    """Return the last part of the section's component."""
     return (section.text("_component_") or "").rpartition(".")[2]
 
 
@@ -152,13 +152,13 @@ def _add_dataset(
 
 
 def _mapped(section: Section, columns: dict[str, str], format: str) -> dict[str, str]:
-    """Columns as `column_map` (ours: theirs) renames them."""
+    """Return columns as `column_map` (ours: theirs) renames them."""
     renames = section.section("column_map")
     roles = {"input": "instruction", "prompt": "instruction"} if format in ("alpaca", "preference") else {}
     for role in renames.values:
-        theirs = renames.text(role)
+        column = renames.text(role)
         ours = next((ours for name, ours in columns.items() if name == role), roles.get(role, role))
         columns = {name: home for name, home in columns.items() if home != ours}
-        if theirs is not None:
-            columns[theirs] = ours
+        if column is not None:
+            columns[column] = ours
     return columns
