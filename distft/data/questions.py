@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
@@ -38,6 +38,8 @@ class Question:
     """Rendered by the chat template: special tokens are in the text."""
     reference: str
     """The right answer: the completion, or what the assistant says last; "" where the row has none."""
+    chat: Conversation | None = None
+    """What is asked, without the answer; None: raw text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ def _questions(
                 ids=tuple(ids),
                 as_chat=isinstance(sample, Conversation),
                 reference=right,
+                chat=_open_chat(sample) if isinstance(sample, Conversation) else None,
             )
             count += 1
             progress(count)
@@ -138,6 +141,12 @@ def _payloads(source: RowSource) -> Iterator[tuple[str, int, Payload]]:
     for file in source.files:
         for number, payload in source.rows(file):
             yield file.label, number, payload
+
+
+def _open_chat(chat: Conversation) -> Conversation:
+    """Return the chat without its last answer, as `Renderer.ask` renders it."""
+    answered = chat.messages[-1]["role"] == "assistant"
+    return replace(chat, messages=chat.messages[:-1] if answered else chat.messages)
 
 
 def _right(sample: Sample) -> str:

@@ -167,6 +167,8 @@ class RowEvalSet:
                 reference=question.reference,
                 text=completion.text,
                 prompt=question.prompt,
+                messages=None if question.chat is None else tuple(question.chat.messages),
+                tools=None if question.chat is None else question.chat.tools,
             )
             for question, completion in zip(questions, texts, strict=True)
         ]

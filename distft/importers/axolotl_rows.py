@@ -248,7 +248,7 @@ def _chat(section: Section, row_type: RowType) -> RowType | None:
 
 
 def _mapping(section: Section) -> tuple[str, str]:
-    """Return what turns call their role and their content."""
+    """What turns call their role and their content."""
     mapping = section.section("message_property_mappings")
     role = mapping.text("role") or section.text("message_field_role") or "role"
     content = mapping.text("content") or section.text("message_field_content") or "content"
@@ -273,7 +273,7 @@ _OWN_COLUMNS = {
 
 
 def _own_type(section: Section, rows: Rows) -> RowType | None:
-    """Return a type that the file defines: names of columns, and wording around them, which is the template's here."""
+    """A type that the file defines: names of columns, and wording around them, which is the template's here."""
     columns = {section.text(tool_key) or ours: ours for tool_key, ours in _OWN_COLUMNS.items() if section.has(tool_key)}
     wording = [key for key in section.values if key not in _OWN_COLUMNS and section.has(key)]
     for key in wording:

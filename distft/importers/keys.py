@@ -28,7 +28,7 @@ class Key:
     """Values that ask for nothing: a key that is left or refused is then not worth a word."""
 
     def asks(self, value: object) -> bool:
-        """Return whether a value of this key asks for something."""
+        """Whether a value of this key asks for something."""
         return not any(value is off if isinstance(off, bool) or off is None else value == off for off in self.off)
 
 

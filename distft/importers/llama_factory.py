@@ -123,9 +123,9 @@ def _set_method(work: Conversion, top: Section) -> None:
         top.problem("lora_target", "names modules beside all", fix)
     note = "every linear layer but the head" if targets == ["all"] else ""
     work.set("method.target_modules", "all-linear" if targets == ["all"] else targets, (top, "lora_target"), note)
-    for tool_key, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
-        if top.flag(tool_key):
-            work.set(f"method.{ours}", True, (top, tool_key))
+    for column, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
+        if top.flag(column):
+            work.set(f"method.{ours}", True, (top, column))
     if top.has("additional_target"):
         work.set("method.modules_to_save", top.texts("additional_target"), (top, "additional_target"))
     if name == "qlora":

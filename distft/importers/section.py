@@ -62,7 +62,7 @@ class Section:
         return (*self.location, key)
 
     def has(self, key: str) -> bool:
-        """Return whether the key has a value; an empty one is none."""
+        """Whether the key has a value; an empty one is none."""
         return self.values.get(key) is not None
 
     def raw(self, key: str) -> Any:

@@ -51,7 +51,7 @@ _BUILDERS = {
 
 
 def component(section: Section) -> str:
-    """Return the last part of the section's component."""
+    """The last part of the section's component."""
     return (section.text("_component_") or "").rpartition(".")[2]
 
 
@@ -152,7 +152,7 @@ def _add_dataset(
 
 
 def _mapped(section: Section, columns: dict[str, str], format: str) -> dict[str, str]:
-    """Return columns as `column_map` (ours: theirs) renames them."""
+    """Columns as `column_map` (ours: theirs) renames them."""
     renames = section.section("column_map")
     roles = {"input": "instruction", "prompt": "instruction"} if format in ("alpaca", "preference") else {}
     for role in renames.values:

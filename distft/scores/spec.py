@@ -30,7 +30,11 @@ class Answer:
     text: str = ""
     """What the model wrote, without prompt and special tokens; unused by scores of choices."""
     prompt: str = ""
-    """What the model was asked, in words; only a judge reads it."""
+    """What the model was asked, in words; only judges read it."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """What it was asked, as a chat; None: raw text."""
+    tools: list[dict[str, Any]] | None = None
+    """Tool definitions of that chat."""
     logprobs: tuple[float, ...] = ()
     """For a score of choices: log-likelihood of each choice after the prompt, in nats, summed over its tokens."""
 
