@@ -62,14 +62,15 @@ def _open_shift(inputs: ColumnInputs) -> Supplier:
     ratio_D = _log_ratio(inputs)
 
     def begin(micros: Sequence[Batch]) -> TensorOf:
-        sums = np.zeros(4)
+        sums = [0.0] * 4
         for micro in micros:
             PHASE.enter("columns")
             on_device = inputs.engine.place(micro)
             ratio, good = ratio_D(on_device), on_device.columns["desirable_G"] > 0
             bad = ~good
-            sums += [float((ratio * good).sum()), float((ratio * bad).sum()), float(good.sum()), float(bad.sum())]
-        good_sum, bad_sum, num_good, num_bad = inputs.engine.sum_over_ranks(*sums.tolist())
+            mine = [(ratio * good).sum(), (ratio * bad).sum(), good.sum(), bad.sum()]
+            sums = [total + float(value) for total, value in zip(sums, mine, strict=True)]
+        good_sum, bad_sum, num_good, num_bad = inputs.engine.sum_over_ranks(*sums)
         means = [total / count for total, count in ((good_sum, num_good), (bad_sum, num_bad)) if count]
         return _everywhere(sum(means) / max(1, len(means)))
 

@@ -97,15 +97,15 @@ def _refuse_other_models(params: RewardModelParams) -> None:
             if task != "SEQ_CLS":
                 raise _mistake(params, f"the adapter's task_type is {task}, not SEQ_CLS")
             return
-        known = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(config.read_text(encoding="utf-8"))
     except OSError:
         raise _mistake(params, "the folder has neither config.json nor adapter_config.json") from None
     except ValueError as error:
         raise _mistake(params, f"its config is no JSON ({error})") from None
-    names = known.get("architectures") or []
+    names = content.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         raise _mistake(params, f"{', '.join(names) or 'the model'} has no scalar head")
-    labels = known.get("num_labels") or len(known.get("id2label") or {}) or 2
+    labels = content.get("num_labels") or len(content.get("id2label") or {}) or 2
     if labels != 1:
         raise _mistake(params, f"the model has {labels} labels, and a reward is one number")
 
