@@ -114,7 +114,7 @@ class Run:
             """Benchmarks print one result."""
 
         self.recipe = recipe = load_recipe(str(self.recipe_file), registries=REGISTRIES, overrides=self.overrides)
-        _, rank, world, _ = processes.placed_by(os.environ)
+        _, rank, world, _ = processes.detect_launcher(os.environ)
         folder = RunFolder(recipe.run_dir, writes=rank == 0)
         cut = assemble.choose_layout(recipe, world)
         self.rows = assemble.load_data(recipe, cut, rank, world, quiet)

@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 
 def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe file with every default filled in; `overrides` are "table.key=value".
+    """Load a recipe file with every default filled in; `overrides` are "table.key=value".
 
     Raises:
         RecipeError: every mistake in it, with lines.
@@ -48,7 +48,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
 
 
 def __getattr__(name: str) -> Any:
-    """Classes, imported on first use."""
+    """Import a public class on first use."""
     if name == "Recipe":
         from distft.recipe import Recipe
 

@@ -69,7 +69,7 @@ class SplitView:
     samples: tuple[SampleView, ...]
     """Each document of the rows that are shown."""
     judged: JudgedRows | None
-    """Of rows that judge answers."""
+    """Figures of rows that judge answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class CheckReport:
     """Sequences of the whole run."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         content = asdict(self)
         del content["recipe_toml"]
         return content
@@ -187,7 +187,7 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
 
 
 def _verdict(recipe: Recipe) -> str:
-    """What is proven of the model on a CPU, in seconds, then from the cache; a run proves its accelerator's kernels.
+    """Return the proven path on a CPU, in seconds or from the cache; a run proves its accelerator's kernels.
 
     Raises:
         RecipeError: it would not be trained on its own loss.
@@ -326,7 +326,7 @@ def _show_split(split: SplitView, console: Console) -> None:
     _line(console, f"  {'tokens':>15} {'rows':>10}")
     for low, high, count in split.lengths:
         _line(console, f"  {f'{low:,}-{high:,}':>15} {count:>10,} {'█' * -(-count * _BAR // most)}")
-    for line in () if split.judged is None else split.judged.said():
+    for line in () if split.judged is None else split.judged.lines():
         _line(console, f"  {line}")
     for sample in split.samples:
         _line(console, f"\n  {sample.id}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} trained")
@@ -334,7 +334,7 @@ def _show_split(split: SplitView, console: Console) -> None:
 
 
 def highlighted(sample: SampleView, *, colour: bool) -> Text:
-    """The sample with its trained text on green, or between marks where there is no colour."""
+    """Return the sample with its trained text on green, or between marks where there is no colour."""
     text = Text()
     for piece, trained in sample.pieces:
         if colour:

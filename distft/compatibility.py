@@ -43,13 +43,13 @@ def refuse_missing_folder(recipe: Recipe) -> None:
 
 
 def has_config(recipe: Recipe) -> bool:
-    """Whether the model is one that training could start from; False for a folder that holds a tokenizer alone."""
+    """Return whether training could start from the model; False for a folder that holds a tokenizer alone."""
     folder = Path(recipe.model.path).expanduser()
     return not folder.is_dir() or (folder / "config.json").is_file()
 
 
 def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
-    """The model is there, has every module that the method names, and can do what the recipe asks of it.
+    """Check that the model is there, has every module that the method names, and can do what the recipe asks.
 
     Args:
         recipe: the recipe.
@@ -75,7 +75,7 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
 
 
 def _refuse_missing_head(recipe: Recipe, folder: Path) -> None:
-    """The architecture has the head that the objective trains; every one that is proven has a language model's."""
+    """Check that the architecture has the head that the objective trains."""
     head = HEADS[recipe.objective.spec.head]
     if head.hold is not None:
         from distft.model import load
@@ -96,7 +96,7 @@ def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:
 
 
 def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:
-    """Rows are not longer than the positions that the model was made for.
+    """Check that rows are not longer than the positions that the model was made for.
 
     Args:
         recipe: the recipe.
@@ -126,7 +126,7 @@ def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:
 
 
 def refuse_other_rows(recipe: Recipe, report: PrepareReport, split: str) -> None:
-    """Rows have as many documents as the objective trains together, and say of them what it needs.
+    """Check that rows have as many documents as the objective trains together, and the values it needs.
 
     Args:
         recipe: the recipe.

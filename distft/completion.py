@@ -85,7 +85,7 @@ def _bash_values(action: argparse.Action) -> str:
 
 
 def _zsh(verbs: Verbs) -> str:
-    """Zsh runs bash's completion functions by its own `bashcompinit`."""
+    """Return the completion for zsh, which runs bash's completion functions by its own `bashcompinit`."""
     return "autoload -U +X bashcompinit && bashcompinit\n" + _bash(verbs)
 
 

@@ -30,7 +30,7 @@ class EvalSchedule:
     num_steps: int
 
     def is_due(self, step: int, every_steps: int | None) -> bool:
-        """Whether it is looked at here; what the end looks at anyway is not looked at twice."""
+        """Return whether an evaluation is due at this step; the one at the end is not made twice."""
         return bool(every_steps and step % every_steps == 0 and not (self.at_end and step == self.num_steps))
 
 
@@ -54,7 +54,7 @@ class Evaluator:
     """Say what is wrong with a gain, and keep it among the run's events."""
 
     def due(self, step: int) -> bool:
-        """Whether anything is looked at after this step."""
+        """Return whether any evaluation is due after this step."""
         return bool(self.held_out and self.schedule.is_due(step, self.schedule.every_steps)) or any(
             self._due_eval_sets(step)
         )
@@ -70,18 +70,18 @@ class Evaluator:
         return self._run_eval_sets(self._due_eval_sets(state.step), step_label(state.step), state, figures)
 
     def before(self, state: TrainState) -> Figures | None:
-        """The base model. What an earlier start has kept of the same rows and settings is not made again."""
+        """Evaluate the base model. What an earlier start has kept of the same rows and settings is not made again."""
         return self._all("before", state, reuse=True)
 
     def under(self, label: str, state: TrainState) -> Figures | None:
-        """The model as the engine holds it, kept under any label; writes the summary."""
+        """Evaluate the model as the engine holds it, kept under any label; write the summary."""
         figures = self._all(label, state)
         if figures is not None:
             self._sum_up(say=label if label in ("after", "best") else None)
         return figures
 
     def after(self, state: TrainState) -> Figures | None:
-        """The trained model; writes the summary."""
+        """Evaluate the trained model; write the summary."""
         return self.under("after", state)
 
     def best(self, state: TrainState) -> Figures | None:
@@ -171,7 +171,7 @@ class Evaluator:
         return self.base if label == "before" else f"{self.base}+trained"
 
     def _first(self, work: Callable[[], T]) -> T:
-        """Files are written and looked at by one, so that all ranks decide alike."""
+        """Run `work`, which reads or writes files, on rank 0, so that all ranks decide alike."""
         return on_rank_zero(self.engine, work)
 
     def _copy_after(self) -> None:
@@ -195,7 +195,7 @@ class Evaluator:
 
 
 def summary_line(entry: dict[str, Any], label: str = "after") -> str | None:
-    """An entry of the summary as a line, `label` against before; None where one of the two is missing."""
+    """Return an entry of the summary as a line, `label` against before; None where one of the two is missing."""
     change, now = entry["change_best" if label == "best" else "change"], entry[label]
     if change is None or entry["before"] is None or now is None:
         return None

@@ -37,7 +37,7 @@ class DivergenceGuard:
     def __init__(self, table: GuardTable, engine: Engine, *, say: Callable[[str], None], note: Note) -> None:
         self._table, self._engine, self._say, self._note = table, engine, say, note
         self._losses: list[float] = []
-        """Of the last steps that were no spikes."""
+        """Losses of the last steps that were no spikes."""
         self._in_a_row = 0
         self._rollbacks = 0
         self._steps_to_skip: list[int] = []

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RTOL = 1e-5
-"""Of a document's log-probability, in fp32: both sums are of the same numbers."""
+"""Relative tolerance of a document's log-probability, in fp32: both sums are of the same numbers."""
 HALF_TOKEN = 0.05
 """In 16 bits: what a token's log-probability may differ by in another packing, and n tokens by sqrt(n) times that."""
 

@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         _refuse_overwriting(options.to, options.force)
-        said = ImportOptions(gpus=options.gpus, task=options.task, overrides=tuple(options.overrides))
+        import_options = ImportOptions(gpus=options.gpus, task=options.task, overrides=tuple(options.overrides))
         imported = import_config(
-            options.file, importers=IMPORTERS, registries=REGISTRIES, tool=options.tool, options=said
+            options.file, importers=IMPORTERS, registries=REGISTRIES, tool=options.tool, options=import_options
         )
         if options.to is not None:
             _write(options.to, imported.toml)
@@ -57,7 +57,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _summary(imported: Imported, to: Path | None) -> str:
-    """What a person should look at."""
+    """Return what a person should look at."""
     lines = [f"import: a file of {IMPORTERS[imported.tool].title}" + (f" became {to}" if to else "")]
     lines.append(f"  {len(imported.changed)} keys with a comment: read them")
     for title, remarks in (("not carried over", imported.left), ("not known to this importer", imported.unknown)):

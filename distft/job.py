@@ -59,7 +59,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
     expandable_segments()
     quiet_libraries()
     PHASE.begin()
-    _, rank, _, _ = processes.placed_by(os.environ)
+    _, rank, _, _ = processes.detect_launcher(os.environ)
     say = print_line if rank == 0 else print_nothing
     folder = RunFolder(recipe.run_dir, writes=rank == 0)
     if resume == "auto" and (done := folder.finished(recipe.digest())) is not None:

@@ -18,7 +18,7 @@ from distft.train_options import parser
 
 
 def launch_command(nproc: int, arguments: list[str], *, module: str = "distft.train") -> list[str]:
-    """The command line that starts `nproc` processes of the main job, or another module, on this machine."""
+    """Return the command line that starts `nproc` processes of the main job, or another module, on this machine."""
     started = ["-m", module, *arguments]
     if nproc == 1:
         return [sys.executable, *started]
@@ -28,14 +28,14 @@ def launch_command(nproc: int, arguments: list[str], *, module: str = "distft.tr
 
 
 def launch_env() -> dict[str, str]:
-    """Accelerate refuses --multi_gpu without a GPU unless told to use the CPU; our engines do not read this."""
+    """Return variables for Accelerate, which refuses --multi_gpu without a GPU unless told to use the CPU."""
     import torch
 
     return dict(os.environ) | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
 
 
 def num_accelerators() -> int:
-    """Processes to start where nobody says how many."""
+    """Return the number of processes to start where none is given."""
     import torch
 
     return max(1, torch.cuda.device_count())

@@ -77,6 +77,6 @@ def fit(
 
 
 def mark_last(items: Sequence[T]) -> Iterator[tuple[bool, T]]:
-    """(is it the last one, item) for each item."""
+    """Yield (is it the last one, item) for each item."""
     for index, item in enumerate(items):
         yield index == len(items) - 1, item

@@ -43,7 +43,7 @@ class LargestMicroBatch:
     """Names of the numbers of each row (`FormatSpec.values`)."""
 
     def batch(self) -> Batch:
-        """Every sequence one row of full length, every token but the first of a document supervised."""
+        """Build the micro-batch: full-length rows, all tokens but a document's first supervised."""
         longest, documents = self.longest // self.group_size, self.sequences * self.group_size
         ids_T = torch.zeros(documents * longest, dtype=torch.int64)
         labels_T = torch.zeros_like(ids_T)

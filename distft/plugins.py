@@ -33,7 +33,7 @@ class Plugin:
     """What it has registered, as "optimizer muon"."""
 
     def to_json(self) -> dict[str, Any]:
-        """For manifest.json."""
+        """Return the plugin's entry for manifest.json."""
         return vars(self) | {"parts": list(self.parts)}
 
 
@@ -111,6 +111,6 @@ def _problem(point: EntryPoint, error: BaseException) -> Problem:
 
 
 def _is_of_the_plugin(filename: str) -> bool:
-    """Whether a line of a traceback is neither of this package nor of Python's import system."""
+    """Return whether a line of a traceback is neither of this package nor of Python's import system."""
     inside = Path(__file__).parent in Path(filename).parents
     return not (inside or filename.startswith("<") or "importlib" in Path(filename).parts)

@@ -98,7 +98,7 @@ class CheckpointManager:
         self._guarded(self._store.finish)
 
     def best(self) -> Loaded | None:
-        """The best state's checkpoint, None when no evaluation during training was the best.
+        """Return the best state's checkpoint, None when no evaluation during training was the best.
 
         Raises:
             CheckpointError: it is not valid.
@@ -107,7 +107,7 @@ class CheckpointManager:
         return self._store.load_best()
 
     def go_back(self, step: int) -> Loaded:
-        """The newest valid checkpoint from before the update that led to `step`; later ones are set aside.
+        """Go back to the newest valid checkpoint before the update that led to `step`; later ones are set aside.
 
         Raises:
             NumericError: there is none.
@@ -129,7 +129,7 @@ class CheckpointManager:
         self._saved_at = state.step
 
     def _guarded(self, work: Any) -> None:
-        """One failed save is survived: the checkpoints before it are untouched, and the next may succeed."""
+        """Survive one failed save: the checkpoints before it are untouched, and the next may succeed."""
         from distft.checkpoint.commit import Saved, SaveFailed
 
         try:
@@ -158,7 +158,7 @@ class CheckpointManager:
 
 
 def about(recipe: Recipe, fingerprint: dict[str, str], base: str, num_steps: int) -> dict[str, Any]:
-    """What a checkpoint says of its run: JSON, equal on all ranks."""
+    """Return what a checkpoint says of its run: JSON, equal on all ranks."""
     mix = [[source.weight, source.share] for source in recipe.data.train]
     return {"recipe": recipe.resolved(), "data": fingerprint, "mix": mix, "base": base, "num_steps": num_steps}
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distft.core.types import TrainState
 
 FOLLOWS_S = 2.0
-"""For which a rank that ends because of another waits for the other's word."""
+"""Seconds for which a rank that ends because of another waits for the other's word."""
 DIFF = "uncommitted.diff"
 """What the code around the run had changed since its commit."""
 
@@ -145,16 +145,16 @@ class RunFolder:
             record |= {"state": asdict(state), "recipe_sha256": recipe_sha256}
         record["start"] = self._start
         until = time.monotonic() + (FOLLOWS_S if follows else 0)
-        while time.monotonic() < until and not self._is_told():
+        while time.monotonic() < until and not self._end_is_recorded():
             time.sleep(0.05)
         with contextlib.suppress(OSError):
-            if not self._is_told():
+            if not self._end_is_recorded():
                 replace_json(self.path / "exit.json", record, indent=2)
                 return True
         return False
 
     def finished(self, recipe_sha256: str) -> TrainState | None:
-        """Where the run ended, if an earlier start of this very recipe ended well and its final/ is there.
+        """Return where the run ended, if an earlier start of this very recipe ended well and its final/ is there.
 
         Raises:
             RecipeError: it ended well under another recipe of the same name.
@@ -180,7 +180,7 @@ class RunFolder:
         if root.exists():
             root.rename(aside)
 
-    def _is_told(self) -> bool:
+    def _end_is_recorded(self) -> bool:
         """Return whether another rank of this start has written how it ended."""
         text = self._exit_text()
         if text is None or text != self._earlier:

@@ -166,13 +166,13 @@ class RunRecord:
         return tuple(record for record in self.looks if "eval_loss" in record)
 
     def looked(self, figure: str) -> list[tuple[int, float]]:
-        """(step, value) of a figure of the evaluations, finite values alone."""
+        """Return (step, value) of a figure of the evaluations, finite values alone."""
         pairs = [(record["step"], number(record.get(figure))) for record in self.looks]
         return [(step, value) for step, value in pairs if value is not None]
 
     @property
     def final_label(self) -> str:
-        """Of the answers of the state that final/ holds: `best` where the run went back to its best one."""
+        """The label of the answers of the state that final/ holds: `best` where the run went back to its best one."""
         return _final_label(self.events)
 
     @property
@@ -186,7 +186,7 @@ class RunRecord:
         return table if isinstance(table, dict) else {}
 
     def column(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a figure of the steps, finite values alone."""
+        """Return (step, value) of a figure of the steps, finite values alone."""
         pairs = [(record["step"], number(record.get(name))) for record in self.steps]
         return [(step, value) for step, value in pairs if value is not None]
 
@@ -269,11 +269,11 @@ class RunRecord:
         return self.manifest.get("device", "cpu") != "cpu"
 
     def rows_sha256(self, name: str) -> str:
-        """Of the rows that a set of results is about: a name alone may mean others in another run. "" unknown."""
+        """Return the hash of the rows of a set of results: a name alone may mean others in another run. "" unknown."""
         return _first_hash(self.folder / "eval", name)
 
     def answers(self, label: str, name: str) -> dict[str, dict[str, Any]]:
-        """Row id -> its line of eval/LABEL/NAME.jsonl; empty where it is missing."""
+        """Return row id -> its line of eval/LABEL/NAME.jsonl; empty where it is missing."""
         path = self.folder / "eval" / label / f"{name}.jsonl"
         return {str(record["id"]): record for record in read_json_lines(path) if "id" in record}
 
@@ -284,7 +284,7 @@ def _first_hash(folder: Path, name: str) -> str:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Whatever of a run is there."""
+    """Read whatever of a run is there."""
     text = _text(folder / "recipe.toml")
     try:
         recipe = tomllib.loads(text)
@@ -313,7 +313,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None: metrics.jsonl writes "nan" and "inf" as text."""
+    """Return a finite number, or None: metrics.jsonl writes "nan" and "inf" as text."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

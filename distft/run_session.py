@@ -67,13 +67,13 @@ class RunSession:
         return joined
 
     def stop(self) -> bool:
-        """Whether this process has been asked to stop; the loss of its lock asks too."""
+        """Return whether this process has been asked to stop; the loss of its lock asks too."""
         if self.lock is not None and self.lock.lost:
             STOP.ask("the loss of its lock")
         return STOP.requested()
 
     @property
-    def lost_its_lock(self) -> bool:
+    def lost_lock(self) -> bool:
         """Whether another run has taken the folder."""
         return self.lock is not None and self.lock.lost
 
@@ -111,7 +111,7 @@ def run_session(recipe: Recipe, folder: RunFolder, *, say: Say) -> Iterator[RunS
     from distft.engine.determinism import deterministic
     from distft.health.watchdog import Watchdog
 
-    launcher, rank, world, local_rank = processes.placed_by(os.environ)
+    launcher, rank, world, local_rank = processes.detect_launcher(os.environ)
     lock = RunLock(folder.path) if rank == 0 else None
 
     def write_end(code: int, why: str) -> bool:
@@ -148,7 +148,7 @@ def run_session(recipe: Recipe, folder: RunFolder, *, say: Say) -> Iterator[RunS
             yield session
         except BaseException as raised:
             error = watch.cause(raised)
-            if not session.lost_its_lock:  # then the folder belongs to another run
+            if not session.lost_lock:  # then the folder belongs to another run
                 folder.end(code=exit_code(error), reason=reason(error), rank=rank, follows=isinstance(error, PeerEnded))
                 folder.note("ended", code=exit_code(error), reason=reason(error))
             if error is raised:

@@ -23,7 +23,7 @@ from distft.core.files import read_json_lines, read_json_object
 RECENT = 20
 """Steps that the time left is estimated from."""
 TAIL_BYTES = 1 << 16
-"""Of metrics.jsonl: the end of a long run's file is enough."""
+"""Bytes read of metrics.jsonl: the end of a long run's file is enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Status:
     state: str
     """complete | running | queued | stopped | failed | lost | new."""
     why: str
-    """For any state that is not a good one: the reason, in the run's own words."""
+    """The reason for any state that is not a good one, in the run's own words."""
     step: int | None
     num_steps: int | None
     loss: float | str | None
@@ -48,13 +48,13 @@ class Status:
     restarts: list[str]
     """Why each earlier start ended: of the last job, or of the run where no batch job started it."""
     startup_s: float | None
-    """From the last start of rank 0's process to the end of its first step."""
+    """Seconds from the last start of rank 0's process to the end of its first step."""
     pace: str
     """What the last look at the ranks found: who is slowest, or what is wrong."""
 
 
 def read_status(folder: Path, *, now: float | None = None) -> Status:
-    """What the files of a run folder say; `now` is the wall clock's time, for tests."""
+    """Return what the files of a run folder say; `now` is the wall clock's time, for tests."""
     starts = Starts(folder)
     history = starts.records()
     manifest, ended = read_json_object(folder / "manifest.json"), read_json_object(folder / "exit.json")
@@ -116,7 +116,7 @@ def _restarts(history: list[dict[str, Any]]) -> list[str]:
 
 
 def _starts_over(events: list[dict[str, Any]]) -> list[str]:
-    """The same from the run's own events, for starts by hand: why each one ended that another followed."""
+    """Return the same from the run's own events, for starts by hand: why each followed one ended."""
     reasons: list[str] = []
     why: str | None = None
     for event in events:
@@ -159,7 +159,7 @@ def _age(path: Path, now: float) -> float | None:
 
 
 def runs_in(path: Path) -> list[Path]:
-    """The run folder itself, or those in a folder of runs."""
+    """Return the run folder itself, or those in a folder of runs."""
     if _is_run(path):
         return [path]
     return sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child)) if path.is_dir() else []
@@ -170,7 +170,7 @@ def _is_run(path: Path) -> bool:
 
 
 def lines(status: Status) -> Iterator[str]:
-    """For people: one line, and one for each thing worth knowing."""
+    """Yield lines for people: one line, and one for each thing worth knowing."""
     of = f"/{status.num_steps}" if status.num_steps is not None else ""
     parts = [f"{status.run}: {status.state}", f"step {status.step or 0}{of}"]
     if status.loss is not None:

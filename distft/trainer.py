@@ -151,7 +151,7 @@ class Trainer:
             BusyError: another run has taken the folder; nothing is written into it.
         """
         session = self.session
-        if any(self.engine.gather(session.lost_its_lock)):
+        if any(self.engine.gather(session.lost_lock)):
             raise BusyError(
                 f"{session.folder.path}: another run has taken over while this process stood still; it saves nothing"
             )

@@ -151,7 +151,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, Path | None, int | None]:
-    """(machine, folder of config.json, parameters), each None when it is not known."""
+    """Return (machine, folder of config.json, parameters), each None when it is not known."""
     from distft.catalog import REGISTRIES
     from distft.core.log import quiet_libraries
     from distft.plan.machine import read_machine
@@ -175,7 +175,7 @@ def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack)
 
 
 def _rows_hold(goal: str, spec: FormatSpec | None) -> RowsHold:
-    """What each row has, by its format; by the goal where there are no rows yet."""
+    """Return what each row holds, by its format; by the goal where there are no rows yet."""
     if spec is None:
         return "pairs" if goal in ("preference", "reward") else "answers"
     return "labels" if spec.decisive else "pairs" if spec.group_size > 1 else "answers"
@@ -200,7 +200,7 @@ def _check_rows(options: argparse.Namespace, rows_hold: RowsHold, spec: FormatSp
 
 
 def _look(options: argparse.Namespace) -> tuple[DataQualityReport | None, FormatSpec | None, float | None]:
-    """What is in the rows, their format, and the share of pairs with a longer chosen answer; None without --data."""
+    """Return the examined rows, their format and the share of pairs whose chosen answer is longer; or Nones."""
     if options.data is None:
         return None, None, None
     from distft.advise.pairs import share_longer
@@ -221,7 +221,7 @@ def _look(options: argparse.Namespace) -> tuple[DataQualityReport | None, Format
 
 
 def _chars(care: DataQualityReport | None, percentile: str, *, prompts: int) -> int | None:
-    """Of a row's answers and its prompt, which stands before each of a pair; None when the rows were not looked at."""
+    """Return the characters of a row's answers and of its prompt, before each; None when the rows were not examined."""
     if care is None or not care.splits["train"].num_rows:
         return None
     rows = care.splits["train"]

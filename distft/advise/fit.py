@@ -31,7 +31,7 @@ class Fit:
 
 
 def first_that_fits(methods: Sequence[str], text_of: Callable[[str], str], folder: Path, machine: Machine) -> list[Fit]:
-    """Plans until one fits; the last of the list is the one to take.
+    """Plan methods in order until one fits; the last of the list is the one to take.
 
     Args:
         methods: in order of preference.
@@ -61,7 +61,7 @@ def first_that_fits(methods: Sequence[str], text_of: Callable[[str], str], folde
 
 
 def parameters_of(model_path: str, folder: Path) -> int:
-    """Parameters of the model whose config.json `folder` holds."""
+    """Return the parameters of the model whose config.json `folder` holds."""
     from distft.catalog import REGISTRIES
     from distft.plan import inventory
     from distft.recipe import ModelTable

@@ -1,4 +1,4 @@
-"""What rules look at, and what a rule is."""
+"""What rules decide by, and what a rule is."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ SoFar: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What the rules look at."""
+    """What the rules decide by."""
 
     goal: Goal
     rows: int
     """Training rows."""
     parameters: float | None = None
-    """Of the model; None: not known here."""
+    """Parameters of the model; None: not known here."""
     world: int = 1
     """GPUs in all."""
     longest_chars: int | None = None
-    """Of the longest training row, a pair's prompt counted with both answers; None: not looked at."""
+    """Characters of the longest training row, a pair's prompt counted with both answers; None: not examined."""
     typical_chars: int | None = None
-    """Of the median one."""
+    """Characters of the median training row."""
     rows_hold: RowsHold = "answers"
     """Right answers, pairs of a chosen and a rejected one, or single answers labelled as good or bad."""
     pretrained: bool = False
     """The model has had no supervised fine-tuning."""
     longer: float | None = None
-    """Share of pairs whose chosen answer has more characters; None: not looked at."""
+    """Share of pairs whose chosen answer has more characters; None: not examined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,27 +70,27 @@ class Decided:
 
 
 def always(situation: Situation, so_far: SoFar) -> bool:
-    """The rule for all that no other one takes."""
+    """Return True: the rule for all that no other one takes."""
     return True
 
 
 def gives(value: Any) -> Callable[[Situation, SoFar], Any]:
-    """The same value whatever the situation."""
+    """Return a function that gives this value in every situation."""
     return lambda situation, so_far: value
 
 
 def method_spec(name: str) -> MethodSpec:
-    """What a method says of itself."""
+    """Return what a method declares about itself."""
     from distft.model.adapters import METHODS  # not for the help of the command, which lists the goals
 
     return METHODS[name]
 
 
 def is_adapter(so_far: SoFar) -> bool:
-    """Whether the method that was decided trains an adapter."""
+    """Return whether the method that was decided trains an adapter."""
     return method_spec(so_far["method"]).adapter
 
 
 def fewer_than(rows: int) -> Callable[[Situation, SoFar], bool]:
-    """Applies below so many training rows."""
+    """Return a condition that holds below so many training rows."""
     return lambda situation, so_far: situation.rows < rows

@@ -33,7 +33,7 @@ class Layout:
     checkpointing: str | None = None
     """What activation checkpointing `auto` means here; None: the recipe says, or there is no accelerator."""
     why: str = ""
-    """Of micro-batch and checkpointing, where they were left to `auto`."""
+    """The reason of micro-batch and checkpointing, where they were left to `auto`."""
     path: ForwardPath = field(default_factory=ForwardPath)
     """How the model's numbers are computed (see `distft.model.proof`)."""
 
@@ -48,7 +48,7 @@ class Layout:
 
 
 def forward_path(recipe: Recipe, say: Say) -> ForwardPath:
-    """The fastest path that was proven to give transformers' numbers for this model, here.
+    """Return the fastest path that was proven to give transformers' numbers for this model, here.
 
     Raises:
         RecipeError: there is none, or it does not go with the recipe.
@@ -171,7 +171,7 @@ def agree_on_all_ranks(
 
 
 def plan_of_run(recipe: Recipe, world: int, layout: Layout, row_tokens: int) -> dict[str, Any] | None:
-    """One case of `distft plan --json` for this very run, to hold the measured memory against; None on CPUs.
+    """Return a case of `distft plan --json` for this very run, to compare measured memory with; None on CPUs.
 
     `row_tokens`: of a row on average. A plan that cannot be made is not worth a run.
     """
@@ -215,7 +215,7 @@ def _accelerators(world: int) -> Machine | None:
 
 
 def largest_micro_batch(recipe: Recipe, layout: Layout, rows: Data) -> LargestMicroBatch:
-    """The largest micro-batch of the run: packed sequences may be full, rows alone are as long as the longest."""
+    """Return the run's largest micro-batch: packed sequences may be full, rows alone are at most the longest."""
     from distft.memory_preflight import LargestMicroBatch
 
     longest = recipe.data.max_length if recipe.data.packing or layout.path.compiled else rows.longest

@@ -31,7 +31,7 @@ def open_checkpoints(
     resume: Resume,
     allow_changes: bool,
 ) -> tuple[CheckpointManager, TrainState, StateReader | None]:
-    """Where state is saved, and where this run starts: at zero, or at a checkpoint with a reader for its tensors.
+    """Open the checkpoints and decide where this run starts: at zero, or at one with a reader of its tensors.
 
     Raises:
         CheckpointError: there are checkpoints and none is valid, or the one to continue does not fit this run.
@@ -98,7 +98,7 @@ def weights_hash(recipe: Recipe, engine: Engine) -> str:
 
 
 def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Names, whole shapes and types of what final/ will hold; asked for before an engine shards anything."""
+    """Return the names, whole shapes and types of what final/ will hold; asked for before an engine shards anything."""
     from distft.model.load import WRAPPER
 
     adapter = recipe.method.spec.adapter

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
-    """The recipe's engine, or the one `auto` chooses.
+    """Return the recipe's engine, or the one `auto` chooses.
 
     Raises:
         MachineError: it cannot run here, or the launcher was configured for another.
@@ -52,7 +52,7 @@ def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
 
 
 def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: HeldOut, say: Say) -> MetaModel:
-    """The model without values, adapters attached, memory savers on.
+    """Return the model without values, adapters attached, memory savers on.
 
     Raises:
         RecipeError: weights are missing or unusable, or a token has no row in the embedding.
@@ -109,7 +109,7 @@ def set_up_engine(recipe: Recipe, engine: Engine, built: MetaModel, layout: Layo
 
 
 def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
-    """Optimizer, schedule and clipping."""
+    """Return the optimizer, schedule and clipping."""
     from distft.core.types import UpdateRule
 
     optim, clip = recipe.optim, recipe.train.max_grad_norm
@@ -179,7 +179,7 @@ def build_objective(
 
 
 def _logprobs_key(recipe: Recipe, engine: Engine, layout: Layout, weights: str, rows_sha256: str) -> str:
-    """Everything that log-probabilities of the model before training depend on.
+    """Return a key of everything that log-probabilities of the model before training depend on.
 
     Engine, ranks and micro-batches are not of it: they change the order of sums, and other runs may share the values.
     """
@@ -257,7 +257,7 @@ def open_step_source(
 
 
 def run_facts(built: MetaModel, processes: Processes, state: TrainState) -> RunFacts:
-    """Counted on whole shapes, so before an engine shards them."""
+    """Count facts on whole shapes, so before an engine shards them."""
     from distft.metrics import RunFacts
     from distft.model import stats
 
@@ -290,7 +290,7 @@ def build_meters(
     steps: StepSource,
     say: Say,
 ) -> Meters:
-    """Every registered metric, and on rank 0 the sinks that the recipe asks for."""
+    """Return every registered metric, and on rank 0 the sinks that the recipe asks for."""
     from distft.metrics import METRICS, Meters
     from distft.metrics.sinks import console, jsonl
     from distft.metrics.startup import StartUp
@@ -322,7 +322,7 @@ def build_meters(
 def manifest(
     recipe: Recipe, built: MetaModel, engine: Engine, processes: Processes, layout: Layout, rows: Data
 ) -> dict[str, Any]:
-    """What the run depends on, for manifest.json; collective, and whole on rank 0 alone."""
+    """Return what the run depends on, for manifest.json; collective, and whole on rank 0 alone."""
     import socket
 
     from distft.assemble import input_hashes
@@ -355,7 +355,7 @@ def manifest(
 
 
 def _chats(recipe: Recipe) -> bool | None:
-    """Whether trained rows are chats; None: the first ones, which may all be left out as bad, do not say."""
+    """Return whether trained rows are chats; None: the first ones, which may all be left out as bad, do not say."""
     from distft.data.questions import trained_as_chat
 
     try:
@@ -365,7 +365,7 @@ def _chats(recipe: Recipe) -> bool | None:
 
 
 def device_name(processes: Processes) -> str:
-    """The accelerator's product name, or "cpu"."""
+    """Return the accelerator's product name, or "cpu"."""
     import torch
 
     return torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else "cpu"

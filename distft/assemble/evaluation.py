@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def build_eval_sets(recipe: Recipe, say: Say) -> list[EvalSet]:
-    """The recipe's sets of questions, read before any process group exists.
+    """Return the recipe's sets of questions, read before any process group exists.
 
     Raises:
         DataError: rows that cannot be asked. RecipeError, MachineError: a score that cannot work.
@@ -63,7 +63,7 @@ def build_best_tracker(recipe: Recipe, eval_sets: list[EvalSet]) -> BestTracker:
 
 
 def load_row_renderer(recipe: Recipe) -> Renderer:
-    """Of the rows that are trained, and so of those that are asked."""
+    """Load the renderer of the rows that are trained, which also renders evaluation prompts."""
     from distft.data.render import load_renderer, settings_of
 
     tokenizer, revision = tokenizer_of(recipe)
@@ -92,7 +92,7 @@ def generator_inputs(
 
 
 def base_key(recipe: Recipe) -> str:
-    """A name for the weights that training starts from: cheap, by the files' sizes and times, for nothing is hashed."""
+    """Return a name for the weights that training starts from, by the files' sizes and times: nothing is hashed."""
     from distft.evaluation.answer_records import model_key
     from distft.model.load import find_folder
 

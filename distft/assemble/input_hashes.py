@@ -42,7 +42,7 @@ def rows(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
 
 
 def weights(recipe: Recipe) -> dict[str, Any]:
-    """{"path", "folder", "revision", "files": {name: sha256}, "tokenizer": {name: sha256}}.
+    """Return {"path", "folder", "revision", "files": {name: sha256}, "tokenizer": {name: sha256}}.
 
     Hashes of one host are remembered by a file's size and time. Files of the hub's cache are called by their sha256
     there, and taken at their word.

@@ -39,7 +39,7 @@ class HeldOut:
     fingerprint: dict[str, str]
     """sha256 of the prepared rows, by split."""
     largest_id: int
-    """Of all tokens in them."""
+    """The largest id of all tokens in them."""
     stop_ids: tuple[int, ...]
     """What trained rows end with."""
     row_passes: tuple[RowPass, ...] = ()
@@ -58,7 +58,7 @@ class Data(HeldOut):
 
 
 def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -> Data:
-    """Prepared before any process group exists: however long it takes, no collective times out.
+    """Prepare the rows before any process group exists: however long it takes, no collective times out.
 
     Raises:
         DataError: rows that cannot be trained on, or that the recipe's `[data] overlap` refuses.
@@ -130,7 +130,7 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
 
 
 def _row_pass(prepared: Prepared, table: DataTable, slice_: dict[str, Any], steps: Steps | None) -> RowPass:
-    """`steps`: of training, None for held-out rows."""
+    """Return a pass over the rows; `steps`: of training, None for held-out rows."""
     import numpy as np
 
     from distft.columns.stored_logprobs import RowPass
@@ -143,7 +143,7 @@ def _row_pass(prepared: Prepared, table: DataTable, slice_: dict[str, Any], step
 
     return RowPass(
         prepared=prepared,
-        cut=lambda rows, only: EvalSteps(rows, table, only=only, **slice_),
+        micro_batches=lambda rows, only: EvalSteps(rows, table, only=only, **slice_),
         batches=batches,
         trained=steps is not None,
         max_length=table.max_length,
@@ -170,7 +170,7 @@ def with_date(recipe: Recipe, folder: Path, resume: Path | str = "auto") -> Reci
 
 
 def _date_noted(file: Path) -> str | None:
-    """The date that a checkpoint or a manifest names; of older manifests the day on which the run was started."""
+    """Return the date that a checkpoint or manifest names; of older manifests the day of the run's start."""
     try:
         noted = json.loads(file.read_text(encoding="utf-8"))
         date = str(noted.get("date") or noted["started"])[:10]
@@ -182,7 +182,7 @@ def _date_noted(file: Path) -> str | None:
 def load_held_out(
     recipe: Recipe, layout: Layout, rank: int, world: int, stop_ids: tuple[int, ...], say: Say
 ) -> HeldOut:
-    """The evaluation rows alone, for a run whose training rows may be gone.
+    """Return the evaluation rows alone, for a run whose training rows may be gone.
 
     Raises:
         DataError: rows that cannot be evaluated.
@@ -241,7 +241,7 @@ class Preparing:
         self._say, self._said_at = say, -math.inf
 
     def __call__(self, rows: int) -> None:
-        """Called after every few rows.
+        """Report progress; called after every few rows.
 
         Raises:
             Preempted: this process has been asked to stop.
@@ -253,6 +253,6 @@ class Preparing:
 
 
 def tokenizer_of(recipe: Recipe) -> tuple[str, str | None]:
-    """(path, revision) of the tokenizer: the model's unless the recipe names another."""
+    """Return (path, revision) of the tokenizer: the model's unless the recipe names another."""
     model = recipe.model
     return (model.path, model.revision) if model.tokenizer is None else (model.tokenizer, None)

@@ -42,19 +42,19 @@ class BenchCaseSpec:
     profile: bool = False
     """One more step under torch's profiler."""
     limit_gib: float | None = None
-    """Of each process on a CPU; see `memory.set_limit`."""
+    """Memory of each process on a CPU; see `memory.set_limit`."""
 
     @classmethod
     def read(cls, path: Path) -> BenchCaseSpec:
-        """From the JSON that `write` left."""
+        """Read the specification that `write` left."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the specification as JSON."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def failure(self, rank: int) -> Path:
-        """Where a rank writes why it failed."""
+        """Return where a rank writes why it failed."""
         return Path(f"{self.out}.failed.{rank}")
 
 
@@ -76,7 +76,7 @@ def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
 
     expandable_segments()
     quiet_libraries()
-    _, rank, world, _ = processes.placed_by(os.environ)
+    _, rank, world, _ = processes.detect_launcher(os.environ)
     say = _say if rank == 0 else _say_nothing
     recipe = load_recipe(spec.recipe, registries=REGISTRIES)
     layout = assemble.choose_layout(recipe, world, say)
@@ -178,11 +178,11 @@ class _Measurement:
             once = Count(1)
             mine["tensors_bytes"] = memory_meter.cpu_tensors()
 
-            def one_more() -> None:
+            def another_step() -> None:
                 nonlocal state
                 state = self._fit(objective, state, once, facts)
 
-            mine["tensor_growth_bytes"] = memory_meter.cpu_growth(one_more)
+            mine["tensor_growth_bytes"] = memory_meter.cpu_growth(another_step)
         ranks = engine.gather(mine)
         profiled = {}
         if self.spec.profile:
@@ -198,7 +198,7 @@ class _Measurement:
         }
 
     def _fit(self, objective: Any, state: Any, clock: Clock | Count, facts: Any, *more: Any) -> Any:
-        """The job's loop, with the job's metrics and the clock, until the clock is done."""
+        """Run the job's loop, with the job's metrics and the clock, until the clock is done."""
         from distft.bench.meter import Nobody
         from distft.core.protocols import Every
         from distft.loop import fit
@@ -221,7 +221,7 @@ class _Measurement:
         )
 
     def _ran(self, built: MetaModel, device_name: str) -> dict[str, Any]:
-        """What was left open in the recipe, as it was decided here."""
+        """Return what was left open in the recipe, as it was decided here."""
         import torch
 
         from distft.model import activation_checkpointing
@@ -287,7 +287,7 @@ def _without_eval(recipe: Recipe) -> Recipe:
 
 
 def _head_loss(recipe: Recipe, device: Any) -> str:
-    """Fused | chunked | full, as the model room chooses."""
+    """Return fused, chunked or full, as the model room chooses."""
     from distft.model import cross_entropy
 
     chosen = cross_entropy.choose(recipe.model.cross_entropy, device, per_token=recipe.objective.spec.per_token)
@@ -307,7 +307,7 @@ def _say(line: str) -> None:
 
 
 def _say_nothing(line: str) -> None:
-    """Other ranks: things are said once."""
+    """Print nothing, on other ranks: things are said once."""
 
 
 def why(error: BaseException) -> dict[str, str]:
@@ -324,7 +324,7 @@ def why(error: BaseException) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> NoReturn:
-    """One process of a case.
+    """Run one process of a case.
 
     It ends by `hard_exit` while the engine, or the error whose frames hold it, is still referred to: a destructor of a
     gloo group whose other ranks have gone may wait for ever (torch 2.13; under ddp in one of eight ends).

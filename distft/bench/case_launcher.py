@@ -23,7 +23,7 @@ MEMORY_WORDS = (
     "Cannot allocate memory",
 )
 OWN_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "GROUP_RANK")
-"""Of the environment: what a launcher of this command itself has left."""
+"""Prefixes of environment variables: what a launcher of this command itself has left."""
 
 
 MODULE = ("-m", "distft.bench.case")
@@ -56,7 +56,7 @@ def run_case(case: BenchCase, folder: Path, *, timeout_s: float, module: Sequenc
 
 
 def start(command: list[str], log: Path, *, timeout_s: float) -> int | None:
-    """Its exit code, 128 + N after signal N, None when it took too long. However this ends, so have its processes.
+    """Run a command; return its exit code, 128 + N after signal N, None when it took too long.
 
     Raises:
         Preempted: this process was asked to stop.

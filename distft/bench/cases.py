@@ -41,7 +41,7 @@ class BenchGrid:
     profile: bool = False
     """One more step under torch's profiler, after those that are timed."""
     limit_gib: float | None = None
-    """Of each process, on a CPU."""
+    """Memory of each process, on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class BenchCase:
 
     method: str
     engine: str
-    """As asked for: "auto" is decided where it runs."""
+    """The engine asked for: "auto" is decided where it runs."""
     world: int
     micro_batch_size: int | str
     max_length: int
@@ -86,7 +86,7 @@ class BenchCase:
         return f"{self.method}-{self.engine}x{self.world}-{size}-{self.rows}-{digest}"
 
     def facts(self) -> dict[str, Any]:
-        """Its part of the record."""
+        """Return the case's part of the record."""
         table = self.content
         return {
             "method": self.method,
@@ -177,7 +177,7 @@ def make_case(
 
 
 def _timed(recipe: Recipe, wanted: BenchGrid) -> dict[str, Any]:
-    """The recipe for as many steps as are measured and discarded, without evaluations."""
+    """Return the recipe for as many steps as are measured and discarded, without evaluations."""
     content = recipe.resolved()
     content["train"].pop("epochs", None)
     allowance = MOST_WARMUP if recipe.train.compile else 0  # auto: it may be

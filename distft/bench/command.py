@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two benches in one folder would run the same cases, and each measure the other.
+    """Lock the folder: two benches in it would run the same cases, and each measure the other.
 
     Raises:
         BusyError: there is another.

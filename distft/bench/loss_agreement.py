@@ -20,9 +20,9 @@ class Tolerance:
     """Largest relative differences of losses, and the reason."""
 
     early: float
-    """Of the first EARLY steps."""
+    """Tolerance of the first EARLY steps."""
     all: float
-    """Of every step."""
+    """Tolerance of every step."""
     why: str
 
 
@@ -31,14 +31,14 @@ ROUNDED = Tolerance(early=1e-2, all=5e-2, why="bf16 (8 bits of mantissa) or an 8
 
 
 def tolerance(record: dict[str, Any]) -> Tolerance:
-    """For a case's type and optimizer."""
+    """Return the tolerance for a case's type and optimizer."""
     case = record["case"]
     rounded = case["model"]["dtype"] != "float32" or "8bit" in case["optim"]["name"]
     return ROUNDED if rounded else EXACT
 
 
 def judge(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records with `loss_check`: {reference, early, all, tolerance…, equal}; cases that were not measured as is."""
+    """Return the records with `loss_check`: {reference, early, all, tolerance…, equal}; unmeasured cases as is."""
     measured = [record for record in records if record["outcome"] == "measured"]
     references: dict[Any, dict[str, Any]] = {}
     for record in sorted(measured, key=lambda record: record["case"]["engine"] != "solo"):
@@ -52,7 +52,7 @@ def judge(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _group(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Cases that must agree. Dropout is drawn once a micro-batch, so there the micro-batch must be the same."""
+    """Return the cases that must agree; with dropout, which is drawn per micro-batch, those of one micro-batch."""
     case = record["case"]
     dropout = (case["method_params"] or {}).get("dropout")
     micro = record["ran"]["micro_batch_size"] if dropout else None

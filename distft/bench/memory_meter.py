@@ -15,7 +15,7 @@ from distft.core.accelerators import GIB
 
 
 def set_limit(gib: float) -> None:
-    """From here on, private writable memory of this process ends at `gib`: an allocation beyond it fails.
+    """Limit this process's private writable memory to `gib`: an allocation beyond it fails.
 
     RLIMIT_DATA counts heap and anonymous maps, Python and the libraries' own included; files that are mapped and
     memory shared between processes are not in it. (RLIMIT_AS would count address space that nothing ever touches.)
@@ -71,7 +71,7 @@ class Device:
             torch.cuda.synchronize(self._device)
 
     def phase(self, name: str) -> None:
-        """A phase called `name` ends; the next one's peak begins at what is allocated now."""
+        """End the phase called `name`; the next one's peak begins at what is allocated now."""
         if self._on_gpu:
             import torch
 
@@ -80,7 +80,7 @@ class Device:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def read(self) -> dict[str, Any]:
-        """At the end: peaks of all phases together, the device's own count, and retries of the allocator."""
+        """Read, at the end, the peaks of all phases together, the device's own count, and the allocator's retries."""
         if not self._on_gpu:
             return {"allocated_bytes": None, "reserved_bytes": None, "used_bytes": None, "alloc_retries": None}
         import torch
@@ -94,7 +94,7 @@ class Device:
         }
 
     def _used(self) -> int:
-        """Of the whole device by NVML, context and managed pages included; by the driver where NVML has no binding."""
+        """Return the device's used bytes by NVML, managed pages included; by the driver where NVML has no binding."""
         import torch
 
         try:
@@ -120,7 +120,7 @@ def cpu_tensors() -> int:
 
 
 def cpu_growth(work: Callable[[], None]) -> int:
-    """Most bytes of tensors on the CPU that existed at one time during `work` beyond those that were there before.
+    """Return the most bytes of CPU tensors that existed during `work` beyond those before it.
 
     Counted by torch's own CPU allocator, as its profiler reports every allocation and release.
     """
@@ -138,7 +138,7 @@ def cpu_growth(work: Callable[[], None]) -> int:
 
 
 def matmul_rate(device: Any) -> float | None:
-    """bf16 FLOP/s of a large product on this GPU, now; None on a CPU, and where a full GPU has no room for it."""
+    """Return bf16 FLOP/s of a large product on this GPU, now; None on a CPU and on a GPU without room for it."""
     if device.type != "cuda":
         return None
     import torch

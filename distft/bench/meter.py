@@ -30,7 +30,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of at least one value, by linear interpolation between neighbours."""
+    """Return the spread of at least one value, by linear interpolation between neighbours."""
     if len(values) == 1:
         return Spread(median=values[0], p10=values[0], p90=values[0])
     tenths = statistics.quantiles(values, n=10, method="inclusive")
@@ -73,29 +73,29 @@ class Clock:
         """Nothing was compiled any more when measuring began."""
         self.done = False
         self.losses: list[float] = []
-        """Of every step, warm-up included."""
+        """Losses of every step, warm-up included."""
         self.grad_norms: list[float] = []
         self.left_out = 0
         """Steps whose update was left out."""
         self.times_s: list[float] = []
-        """Of the measured steps."""
+        """Seconds of the measured steps."""
         self.block_s = 0.0
-        """From edge to edge."""
+        """Seconds from edge to edge."""
         self.tokens, self.tokens_loss = 0, 0
-        """Of the measured steps on all ranks."""
+        """Tokens of the measured steps on all ranks."""
         self.slots, self.squares = 0, 0.0
-        """Of the measured steps on this rank: positions computed, filler included, and squared document lengths."""
+        """On this rank, of the measured steps: positions computed, filler included, and squared document lengths."""
 
     def start(self) -> None:
-        """The loop begins."""
+        """Begin the loop."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Host figures only."""
+        """Take note of host figures only."""
         self._slots += len(batch.input_ids_T)
         self._squares += float(batch.cu_seqlens.diff().double().square().sum())
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """A step has ended, as far as the host knows."""
+        """Take note of a step's end, as far as the host knows."""
         self.losses.append(report.loss)
         self.grad_norms.append(report.grad_norm)
         self.left_out += not report.updated
@@ -112,7 +112,7 @@ class Clock:
         self._since = now
 
     def read(self) -> dict[str, float | None]:
-        """Nothing: no sink is asked to write while time is measured."""
+        """Return nothing: no sink writes while time is measured."""
         return {}
 
     def _is_warm(self, taken: int) -> bool:
@@ -152,17 +152,17 @@ class Count:
         return self._left <= 0
 
     def start(self) -> None:
-        """The loop begins."""
+        """Begin the loop."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Nothing."""
+        """Ignore the micro-batch."""
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """One less."""
+        """Count one step less."""
         self._left -= 1
 
     def read(self) -> dict[str, float | None]:
-        """Nothing."""
+        """Return nothing."""
         return {}
 
 
@@ -176,19 +176,19 @@ class GradientBytes:
         """Bytes between the last backward of the first step and its update."""
 
     def start(self) -> None:
-        """The loop begins."""
+        """Begin the loop."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Sizes of storages: nothing is waited for."""
+        """Count sizes of storages; nothing is waited for."""
         if self._first:
             self.held = self._count()
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """Later steps are not disturbed."""
+        """Stop counting, so that later steps are not disturbed."""
         self._first = False
 
     def read(self) -> dict[str, float | None]:
-        """Nothing."""
+        """Return nothing."""
         return {}
 
 
@@ -198,18 +198,18 @@ class Nobody:
     should_stop = False
 
     def allow_update(self, loss: float) -> bool:
-        """Yes."""
+        """Allow every update."""
         return True
 
     def after(self, state: TrainState, report: StepReport) -> None:
-        """No action; a step that was left out shows in the clock."""
+        """Take no action; a step that was skipped shows in the clock."""
 
     def update(self, state: TrainState, figures: dict[str, float] | None) -> dict[str, Any] | None:
-        """Keeps nothing."""
+        """Keep nothing."""
         return None
 
     def save(self, state: TrainState, best: dict[str, Any] | None = None) -> None:
-        """Keeps nothing."""
+        """Keep nothing."""
 
     def poll(self, state: TrainState) -> None:
-        """Nothing is being written."""
+        """Do nothing: nothing is being written."""

@@ -40,11 +40,11 @@ class FullSteps:
         self._group_size, self._values = group_size, values
 
     def samples_in(self, step: int) -> int:
-        """As many in every step."""
+        """Return the same number for every step."""
         return self._batch
 
     def epoch_at(self, samples: int) -> float:
-        """There are no epochs: no row comes twice."""
+        """Return 0: there are no epochs, as no row comes twice."""
         return 0.0
 
     def from_step(self, step: int) -> Iterator[list[Batch]]:
@@ -57,8 +57,8 @@ class FullSteps:
 
     def _micro_batch(self, position: int) -> Batch:
         ids_T = torch.cat([self._sequence(position + offset) for offset in range(self._micro)])
-        one, rest = divmod(self._length, self._group_size)
-        lengths_D = torch.tensor([*[one] * (self._group_size - 1), one + rest] * self._micro)
+        each, rest = divmod(self._length, self._group_size)
+        lengths_D = torch.tensor([*[each] * (self._group_size - 1), each + rest] * self._micro)
         ends_D = lengths_D.cumsum(0)
         labels_T = ids_T.roll(-1)
         labels_T[ends_D - 1] = IGNORE

@@ -21,7 +21,7 @@ class Planning:
         self._planners: dict[str, Any] = {}
 
     def beside(self, case: BenchCase, record: dict[str, Any]) -> dict[str, Any]:
-        """The record with `planned`; with why there is none where the planner cannot plan it.
+        """Return the record with `planned`; with why there is none where the planner cannot plan it.
 
         A case that ran out of memory is planned as the recipe says, for nobody lived to tell what was chosen.
         """
@@ -43,7 +43,7 @@ class Planning:
         from distft.plan.setup import Machine
         from distft.recipe import parse_recipe
 
-        requested = _as_asked(record)
+        requested = _requested_of(record)
         ran = requested | (record.get("ran") or {})  # records of older versions say less
         base_recipe = case.recipe
         changes = [
@@ -98,7 +98,7 @@ class Planning:
         }
 
 
-def _as_asked(record: dict[str, Any]) -> dict[str, Any]:
+def _requested_of(record: dict[str, Any]) -> dict[str, Any]:
     case = record["case"]
     gpus, wanted, loss = record["hardware"]["gpus"], case["activation_checkpointing"], case["model"]["cross_entropy"]
     return {
@@ -120,12 +120,12 @@ def _registries() -> Any:
 
 
 def state_bytes(held: dict[str, int]) -> int:
-    """All of one rank's state, at the end of a backward pass."""
+    """Return all of one rank's state, at the end of a backward pass."""
     return sum(held[f"{name}_bytes"] for name in STATE if name != "pageable")
 
 
 def peak_bytes(record: dict[str, Any]) -> int:
-    """Most bytes of tensors on the rank that had most.
+    """Return the most bytes of tensors on the rank that had most.
 
     On a GPU the allocator's; on a CPU what exists between two steps, and what one more step put on top of it.
     """
@@ -136,7 +136,7 @@ def peak_bytes(record: dict[str, Any]) -> int:
 
 
 def planned_peak(record: dict[str, Any]) -> int | None:
-    """What `peak_bytes` is predicted to be: of all phases on a GPU, of a later step on a CPU, where one is measured."""
+    """Return the prediction of `peak_bytes`: of all phases on a GPU, of a later step on a CPU."""
     planned = record.get("planned")
     if not planned:
         return None

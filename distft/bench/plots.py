@@ -25,7 +25,7 @@ COLOURS = ("#4477AA", "#228833", "#EE6677", "#AA3377", "#CCBB44", "#66CCEE")
 
 
 def available() -> bool:
-    """Whether there is anything to draw with."""
+    """Return whether there is anything to draw with."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -55,7 +55,7 @@ def draw(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def components(record: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(planned, measured) bytes of each component on rank 0; the last is the peak less the others.
+    """Return (planned, measured) bytes of each component on rank 0; the last is the peak less the others.
 
     The peak need not be at a moment when gradients are there, so the rest is what exceeds the whole state, if anything.
     """

@@ -53,13 +53,13 @@ def _of_operators(events: Iterable[Any], wall_us: float) -> dict[str, Any]:
 
 
 def kind(name: str) -> str:
-    """Products | attention | elementwise | ... of a kernel, by its name."""
+    """Return a kernel's kind by its name: products, attention, elementwise and others."""
     low = name.lower()
     return next((kind for kind, words in KINDS if any(word in low for word in words)), OTHER)
 
 
 def summary(spans: Sequence[Span], wall_us: float) -> dict[str, Any]:
-    """Shares of `wall_us` by kind, with what is `idle`; the longest kernels with their counts.
+    """Return the shares of `wall_us` by kind, with what is `idle`; the longest kernels with their counts.
 
     Kernels of several streams may run at one time: shares by kind are of kernel time, scaled to the time in which any
     ran, so that all of them and `idle` make one.
@@ -85,7 +85,7 @@ def summary(spans: Sequence[Span], wall_us: float) -> dict[str, Any]:
 
 
 def _covered(spans: Iterable[Span]) -> float:
-    """Microseconds in which at least one kernel ran."""
+    """Return the microseconds in which at least one kernel ran."""
     covered, until = 0.0, float("-inf")
     for _, start, end in sorted(spans, key=lambda span: span[1]):
         covered += max(0.0, end - max(start, until))

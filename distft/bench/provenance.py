@@ -20,7 +20,7 @@ ASKING_S = 20.0
 
 @functools.cache
 def hardware() -> dict[str, Any]:
-    """CPU, memory and GPUs of this machine, without opening a context on any of them."""
+    """Return the CPU, memory and GPUs of this machine, without opening a context on any of them."""
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": _cpu_model(), "cores": cores, "memory_gib": round(pages / GIB, 1), "gpus": gpus()}
@@ -39,7 +39,7 @@ def gpus() -> list[str]:
 
 @functools.cache
 def code() -> dict[str, Any]:
-    """The commit of this code, whether it was changed since, and a hash of all that a measurement passes through."""
+    """Return this code's commit, whether it was changed since, and a hash of all that a measurement runs through."""
     git = ["git", "-C", str(PACKAGE)]
     commit = _output([*git, "rev-parse", "HEAD"]).strip() or None
     changed = _output([*git, "status", "--porcelain", "--", str(PACKAGE)]).strip()
@@ -60,7 +60,7 @@ def _cpu_model() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; empty when it is not there or fails."""
+    """Return what a command prints; empty when it is not there or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASKING_S, check=False)
     except (OSError, subprocess.TimeoutExpired):

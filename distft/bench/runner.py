@@ -16,7 +16,7 @@ from distft.core.environment import versions
 from distft.core.files import replace_json
 
 SCHEMA = 1
-"""Of a record; raised when a field changes its meaning."""
+"""Version of a record; raised when a field changes its meaning."""
 FINAL = ("measured", "memory", "refused")
 """Outcomes that another run would repeat; a case that failed otherwise is tried again."""
 
@@ -35,7 +35,7 @@ class Runner:
         self._run, self._say = run, say
 
     def all(self, cases: Sequence[BenchCase]) -> list[dict[str, Any]]:
-        """The records of `cases`, measured now or before."""
+        """Return the records of `cases`, measured now or before."""
         kept = {case.key: record for case in cases if (record := self.kept(case)) is not None}
         if kept:
             self._say(f"{len(kept)} of {len(cases)} cases are measured already, in {self.folder}")
@@ -55,7 +55,7 @@ class Runner:
         return records
 
     def kept(self, case: BenchCase) -> dict[str, Any] | None:
-        """The record of an earlier run, if it is one to keep."""
+        """Return the record of an earlier run, if it is one to keep."""
         try:
             record = json.loads(self._path(case).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -63,7 +63,7 @@ class Runner:
         return record if record.get("schema") == SCHEMA and record.get("outcome") in FINAL else None
 
     def record(self, case: BenchCase) -> dict[str, Any]:
-        """Kept, or measured now and then written in one piece."""
+        """Return a kept record, or measure it now and write it in one piece."""
         if (kept := self.kept(case)) is not None:
             return kept
         began = time.monotonic()

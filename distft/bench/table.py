@@ -12,7 +12,7 @@ from distft.core.accelerators import GIB
 
 MIB = 2**20
 STEADY = 0.9
-"""Of the rate by the median step that the whole block reaches, if nothing interrupts it."""
+"""Share of the rate by the median step that the whole block reaches, if nothing interrupts it."""
 COLUMNS = ("method", "engine", "micro", "length", "tokens/s", "ratio", "step ms, median [p10, p90]", "peak",
            "planned", "difference", "state planned", "state measured", "note")  # fmt: skip
 
@@ -55,14 +55,14 @@ def baseline(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[
 
 
 def compact(num_bytes: float | None) -> str:
-    """GiB from one on, MiB below."""
+    """Format bytes as GiB from one on, as MiB below."""
     if num_bytes is None:
         return "–"
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
 
 
 def name_of(record: dict[str, Any]) -> str:
-    """A case in a few words, for rows and axes."""
+    """Return a case in a few words, for rows and axes."""
     case = record["case"]
     ranks = f" x {case['world']}" if case["world"] > 1 else ""
     return f"{case['method']} {case['engine']}{ranks}"
@@ -104,7 +104,7 @@ def _valid(record: dict[str, Any]) -> bool:
 
 
 def notes(record: dict[str, Any]) -> Iterator[str]:
-    """What a reader must know of a measured row."""
+    """Yield what a reader must know of a measured row."""
     check = record.get("loss_check")
     if check and not check["equal"]:
         left = f", {record['left_out']} updates left out" if record["left_out"] else ""

@@ -50,12 +50,12 @@ class Collective:
 
     kind: str
     num_bytes: int
-    """Of the whole tensor: what all ranks' parts make together."""
+    """Bytes of the whole tensor: what all ranks' parts make together."""
     ranks: int | None = None
     """That take part, where the shapes tell: whole over part."""
 
     def wire_bytes(self, ranks: int) -> float:
-        """Sent by each rank in a ring: (n - 1) / n of the whole, twice for an all-reduce.
+        """Return what each rank sends in a ring: (n - 1) / n of the whole, twice for an all-reduce.
 
         `ranks`: that take part, where the shapes do not tell.
         """
@@ -125,12 +125,12 @@ def _collectives(events: list[dict[str, Any]], world: int) -> list[Collective]:
 
 
 def _largest(args: dict[str, Any]) -> int:
-    """Elements of the largest argument; a list of tensors counts as one."""
+    """Return the elements of the largest argument; a list of tensors counts as one."""
     return max((_elements(dims) for dims in args.get("Input Dims", ())), default=0)
 
 
 def _ranks(kind: str, args: dict[str, Any]) -> int | None:
-    """Of a gather or scatter between one whole tensor and one part."""
+    """Return the ranks of a gather or scatter between one whole tensor and one part."""
     sizes = sorted(size for dims in args["Input Dims"] if (size := _elements(dims)))
     return sizes[-1] // sizes[-2] if kind in ("all_gather", "reduce_scatter") and len(sizes) == 2 else None
 

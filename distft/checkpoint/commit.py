@@ -33,11 +33,11 @@ class Saved:
     path: Path
     step: int
     num_bytes: int
-    """All files, all ranks; 0 when it was there already."""
+    """Bytes of all files, all ranks; 0 when it was there already."""
     blocked_s: float
     """Seconds that training waited for it on this rank."""
     total_s: float
-    """From the call to the commit."""
+    """Seconds from the call to the commit."""
     warnings: tuple[str, ...] = ()
     """What went wrong after the commit (a hint file not renewed, a rank's error too late to matter)."""
 
@@ -115,7 +115,7 @@ class Committer:
         self._faults.inject(point, rank=self._ranks.rank, step=step)
 
     def _rename(self, step: int) -> None:
-        """The commit point. A checkpoint of another history under the same name waits until this one is in place."""
+        """Commit by renaming; a checkpoint of another history under the same name waits until this one is in place."""
         home, old = self._folders.step(step), self._folders.replaced(step)
         if home.exists():
             home.rename(old)

@@ -13,7 +13,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_regular(path: Path) -> int:
-    """A read-only descriptor of a regular file; links, pipes and devices are refused.
+    """Open a regular file for reading and return its descriptor; links, pipes and devices are refused.
 
     Raises:
         OSError: it is not there, not readable, or not a regular file.
@@ -26,7 +26,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_regular(path: Path, *, limit: int) -> bytes:
-    """The whole file.
+    """Read the whole file.
 
     Args:
         path: a regular file, not a link.
@@ -43,7 +43,7 @@ def read_regular(path: Path, *, limit: int) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a regular file.
+    """Return the hex digest of a regular file.
 
     Raises:
         OSError: see `open_regular`.
@@ -58,7 +58,7 @@ def remove_tree(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a full disk or quota is behind an error; torch's archive writer wraps the OSError."""
+    """Return whether a full disk or quota is behind an error; torch's archive writer wraps the OSError."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -70,7 +70,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def size_text(num_bytes: float) -> str:
-    """`1.5 GiB`."""
+    """Return `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"

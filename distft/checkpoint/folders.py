@@ -35,15 +35,15 @@ class Folders:
         self.root = root
 
     def step(self, step: int) -> Path:
-        """Where the checkpoint of a step is or will be."""
+        """Return where the checkpoint of a step is or will be."""
         return self.root / f"step-{step:08d}"
 
     def aside(self, step: int) -> Path:
-        """Where it is written before it is committed."""
+        """Return where it is written before it is committed."""
         return self.root / f".tmp-step-{step:08d}"
 
     def replaced(self, step: int) -> Path:
-        """Where an older checkpoint of the same step waits until the new one is committed."""
+        """Return where an older checkpoint of the same step waits until the new one is committed."""
         return self.root / f".replaced-step-{step:08d}"
 
     def steps(self) -> list[int]:
@@ -52,7 +52,7 @@ class Folders:
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def quarantined(self) -> list[Path]:
-        """Checkpoints found bad earlier."""
+        """Return the checkpoints found bad earlier."""
         return sorted(self.root / name for name in self._names() if _CORRUPT.fullmatch(name))
 
     def clean(self) -> None:
@@ -78,7 +78,7 @@ class Folders:
         return home
 
     def why(self, quarantined: Path) -> str:
-        """The reason of an earlier quarantine, on one line."""
+        """Return the reason of an earlier quarantine, on one line."""
         try:
             text = durable.read_regular(quarantined / WHY, limit=1 << 20).decode("utf-8", "replace")
         except OSError:
@@ -101,7 +101,7 @@ class Folders:
         replace_file(self.root / BEST, canonical(best), durable=True)
 
     def best_step(self) -> int | None:
-        """The step that best.json names; None when there is no such file.
+        """Return the step that best.json names; None when there is no such file.
 
         Raises:
             ValueError: the file says something else.
@@ -118,7 +118,7 @@ class Folders:
         return step
 
     def surplus(self, *, keep: int, newest: int, protected: set[int]) -> list[int]:
-        """Steps that retention lets go of: not among the newest `keep`, not protected, not pinned.
+        """Return the steps that retention lets go of: not among the newest `keep`, not protected, not pinned.
 
         Steps after `newest` belong to another history (a rollback left them) and are not ours to delete.
         """

@@ -40,7 +40,7 @@ class Chunk:
     offset: int
     """Bytes from the start of the file."""
     num_bytes: int
-    """Of the archive at that offset: a little more than the data."""
+    """Bytes of the archive at that offset: a little more than the data."""
 
     @property
     def stop(self) -> int:
@@ -59,7 +59,7 @@ class TensorEntry:
 
 
 def check_piece(piece: Piece) -> None:
-    """Raises PieceError unless the piece lies inside its tensor."""
+    """Raise PieceError unless the piece lies inside its tensor."""
     if not isinstance(piece.data, Deferred) and piece.data.dim() != 1:
         raise PieceError(f"{piece.name}: a piece must be 1-D, not {piece.data.dim()}-D")
     if piece.start < 0 or piece.stop > piece.numel:
@@ -100,7 +100,7 @@ def tensor_entries(parts: Iterable[tuple[str, int, str, Chunk | None]]) -> dict[
 
 
 def check_tiling(name: str, numel: int, chunks: Iterable[Chunk]) -> None:
-    """Raises PieceError unless the sorted chunks cover [0, numel) exactly once."""
+    """Raise PieceError unless the sorted chunks cover [0, numel) exactly once."""
     covered = 0
     for chunk in chunks:
         if chunk.start > covered:
@@ -114,7 +114,7 @@ def check_tiling(name: str, numel: int, chunks: Iterable[Chunk]) -> None:
 
 
 def index_bytes(entries: Mapping[str, TensorEntry]) -> bytes:
-    """`index.json`: everything a reader needs, without a pickle.
+    """Return `index.json`: everything a reader needs, without a pickle.
 
     On one line: only then does Python encode in C, and all ranks wait for the million chunks of 512 of them.
     """

@@ -143,7 +143,7 @@ def _open(path: Path, manifest: Manifest) -> Loaded:
 
 
 def _agreed(ranks: Ranks, work: Callable[[], T]) -> tuple[T | None, list[str]]:
-    """This rank's result, and the reasons why some rank has none."""
+    """Return this rank's result, and the reasons why some rank has none."""
     mine: T | None = None
     reason = ""
     try:
@@ -191,7 +191,7 @@ def _quarantine(folders: Folders, ranks: Ranks, step: int, reasons: list[str]) -
 
 
 def num_bytes_of(path: Path) -> int:
-    """What the manifest of a checkpoint adds up to; 0 when it cannot be read. Not collective."""
+    """Return what the manifest of a checkpoint adds up to; 0 when it cannot be read. Not collective."""
     try:
         return parse_manifest(read_regular(path / "MANIFEST.json", limit=256 * 2**20)).num_bytes
     except (OSError, CheckpointError):

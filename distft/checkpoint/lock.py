@@ -134,7 +134,7 @@ class RunLock:
         return True
 
     def _read(self) -> bytes | None:
-        """The lock's bytes, None when there is none."""
+        """Read the lock's bytes; None when there is none."""
         try:
             return read_regular(self.path, limit=1 << 16)
         except FileNotFoundError:
@@ -152,7 +152,7 @@ class RunLock:
         return self._stays_silent(holder, self._stale_s)
 
     def _age_s(self) -> float:
-        """Seconds since the last beat, by the clock that stamps files; 0 where it cannot be told."""
+        """Return the seconds since the last beat, by the clock that stamps files; 0 where it cannot be told."""
         aside = self._write_aside()
         try:
             return max(0.0, aside.stat().st_mtime - self.path.stat().st_mtime)
@@ -217,12 +217,12 @@ def _guarded(descriptor: int) -> bool:
 
 
 def _owner(holder: bytes) -> dict[str, Any]:
-    """What a lock says; empty when it cannot be read (then only its heartbeat counts)."""
+    """Return what a lock says; empty when it cannot be read (then only its heartbeat counts)."""
     return parse_json_object(holder) or {}
 
 
 def _slurm_start(env: Mapping[str, str]) -> dict[str, Any] | None:
-    """Which start of which Slurm job this is; None outside of any."""
+    """Return which start of which Slurm job this is; None outside of any."""
     if "SLURM_JOB_ID" not in env:
         return None
     restart = env.get("SLURM_RESTART_COUNT", "0")  # unset in the first
@@ -231,7 +231,7 @@ def _slurm_start(env: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _came_before(holder: Any, ours: dict[str, Any] | None) -> bool:
-    """Whether the lock is an earlier start's of the same job."""
+    """Return whether the lock is an earlier start's of the same job."""
     return (
         isinstance(holder, dict)
         and ours is not None

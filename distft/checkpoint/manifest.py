@@ -18,7 +18,7 @@ from distft.core.errors import CheckpointError, explain
 MANIFEST = "MANIFEST.json"
 SCHEMA = 1
 LIMIT_BYTES = 256 * 2**20
-"""Of any JSON file of a checkpoint: an index of a million chunks needs about 100 MB."""
+"""Largest size of any JSON file of a checkpoint: an index of a million chunks needs about 100 MB."""
 KEYS = {"schema", "step", "world", "engine", "hashes", "files", "sha256"}
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -49,7 +49,7 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(file.bytes for file in self.files)
 
     @property
@@ -58,7 +58,7 @@ class Manifest:
         return {file.path: file.bytes for file in self.files}
 
     def to_bytes(self) -> bytes:
-        """The file: canonical JSON that carries its own sha256, so that a flipped bit in it is noticed as well."""
+        """Return the file: canonical JSON with its own sha256, so that a flipped bit in it is noticed as well."""
         body: dict[str, Any] = {
             "schema": SCHEMA,
             "step": self.step,
@@ -71,12 +71,12 @@ class Manifest:
 
 
 def canonical(value: Any) -> bytes:
-    """The one way this room writes a JSON value: sorted keys, two spaces, newline at the end."""
+    """Write a JSON value in the one form of this room: sorted keys, two spaces, newline at the end."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode("ascii")
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
         CheckpointError: anything else.
@@ -91,7 +91,7 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def is_plain_name(name: str) -> bool:
-    """A file directly inside the folder: no separators, no dot-dot, no odd characters."""
+    """Return whether a name is a file directly inside the folder: no separators, no dot-dot, no odd characters."""
     return _NAME.fullmatch(name) is not None and name not in (".", "..")
 
 
@@ -128,7 +128,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint's folder.
+    """Return the manifest of a checkpoint's folder.
 
     Raises:
         CheckpointError: missing, unreadable, damaged, or the folder is a link.
@@ -145,12 +145,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Length and sha256 of a file just written."""
+    """Return the length and sha256 of a file just written."""
     return FileEntry(path.name, path.stat().st_size, sha256_of(path))
 
 
 def share_of(manifest: Manifest, rank: int, world: int) -> list[FileEntry]:
-    """The files that one rank checks: largest first, each to the rank with the fewest bytes so far."""
+    """Return the files that one rank checks: largest first, each to the rank with the fewest bytes so far."""
     shares: list[list[FileEntry]] = [[] for _ in range(world)]
     loads = [0] * world
     for file in sorted(manifest.files, key=lambda file: (-file.bytes, file.path)):
@@ -161,12 +161,12 @@ def share_of(manifest: Manifest, rank: int, world: int) -> list[FileEntry]:
 
 
 def faults_of(folder: Path, files: list[FileEntry]) -> list[str]:
-    """What is wrong with these files, one reason per bad file; nothing when all are as they were written."""
+    """Return what is wrong with these files, one reason per bad file; nothing when all are as they were written."""
     return [reason for file in files if (reason := _fault_of(folder / file.path, file))]
 
 
 def read_verified(folder: Path, manifest: Manifest, name: str) -> bytes:
-    """A small file, hashed from the very bytes that are returned.
+    """Return a small file, hashed from the very bytes that are returned.
 
     Raises:
         CheckpointError: not in the manifest, unreadable or changed.

@@ -54,7 +54,7 @@ class Reader:
         return entry
 
     def numel(self, name: str) -> int:
-        """Elements of the whole tensor."""
+        """Return the number of elements of the whole tensor."""
         return self.entry(name).numel
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:

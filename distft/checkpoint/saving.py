@@ -71,7 +71,7 @@ class Job:
         self.done.set()
 
     def result(self) -> WrittenFiles:
-        """What was written, waiting for the thread.
+        """Wait for the thread and return what was written.
 
         Raises:
             OSError: "disk full: need X, have Y", or whatever stopped the writing.
@@ -87,7 +87,7 @@ class Job:
         return self.written
 
     def disk_full(self) -> OSError:
-        """The error that names both numbers."""
+        """Return the error that names both numbers."""
         return disk_full(self.folder.parent, self.need_bytes)
 
     def _write(self) -> WrittenFiles:
@@ -105,19 +105,19 @@ class Job:
 
 
 def check_space(root: Path, need_bytes: int) -> None:
-    """Raises OSError "disk full: need X, have Y" unless that much is free."""
+    """Raise OSError "disk full: need X, have Y" unless that much is free."""
     if shutil.disk_usage(root).free < need_bytes:
         raise disk_full(root, need_bytes)
 
 
 def disk_full(root: Path, need_bytes: int) -> OSError:
-    """The error that names both numbers."""
+    """Return the error that names both numbers."""
     need, have = durable.size_text(need_bytes), durable.size_text(shutil.disk_usage(root).free)
     return OSError(errno.ENOSPC, f"disk full: need {need}, have {have}")
 
 
 def merge(written: list[WrittenFiles]) -> dict[str, TensorEntry]:
-    """All ranks' chunks as whole tensors.
+    """Return all ranks' chunks as whole tensors.
 
     Raises:
         PieceError: gaps, overlaps, disagreement.

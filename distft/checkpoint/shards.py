@@ -94,7 +94,7 @@ def write_dcp_metadata(folder: Path, entries: Mapping[str, TensorEntry]) -> None
 
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> StorageMeta:
-        """Without the folder's path and a random id, which would tie the bytes to one place and one save."""
+        """Return metadata without the folder's path and a random id, which would tie the bytes to one save."""
         return StorageMeta()
 
 
@@ -121,7 +121,7 @@ class _Planner(SavePlanner):
         self._halfway, self._left = halfway, 1 + len(chunks) // 2
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing: the pieces are known from the start."""
+        """Do nothing: the pieces are known from the start."""
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan([_write_item(piece) for piece in self._chunks.values()])

@@ -26,7 +26,7 @@ class StagingBuffer:
         self._pinned = False
 
     def take(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """Copies of the pieces in host memory, valid until the next `take`; a piece may come back cut in several.
+        """Return copies of the pieces in host memory, valid until the next `take`; a piece may come back in several.
 
         Args:
             pieces: on any device. Copies from a GPU overlap each other; the call returns when all are done.

@@ -184,7 +184,7 @@ class CheckpointStore:
         return outcome
 
     def load_newest(self) -> Loaded | None:
-        """The newest checkpoint that passes every check; collective. Bad ones are renamed, never deleted.
+        """Load the newest checkpoint that passes every check; collective. Bad ones are renamed, never deleted.
 
         Returns:
             None when the folder has never held a checkpoint.
@@ -196,7 +196,7 @@ class CheckpointStore:
         return self._remember(load_newest(self._folders, self._ranks))
 
     def load(self, path: Path) -> Loaded:
-        """One checkpoint by its folder, anywhere; collective. It is left as it is, good or bad.
+        """Load one checkpoint by its folder, anywhere; collective. It is left as it is, good or bad.
 
         Raises:
             CheckpointError: it is not valid; the message lists what is wrong.
@@ -206,7 +206,7 @@ class CheckpointStore:
         return loaded
 
     def load_best(self) -> Loaded | None:
-        """The checkpoint that best.json names; collective. None when none was ever the best.
+        """Load the checkpoint that best.json names; collective. None when none was ever the best.
 
         Raises:
             CheckpointError: it is not valid, or best.json is not.
@@ -218,7 +218,7 @@ class CheckpointStore:
         return None if step is None else self.load(self._folders.step(step))
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, unchecked, newest first."""
+        """Return the steps with a checkpoint, unchecked, newest first."""
         return self._folders.steps()
 
     def mark_best(self, best: dict[str, Any]) -> None:
@@ -276,7 +276,7 @@ class CheckpointStore:
         *,
         num_bytes: int | None = None,
     ) -> Job | None:
-        """P0 and P1; None when this very step has been saved already."""
+        """Run P0 and P1; None when this very step has been saved already."""
         mine = sum(piece.num_bytes for piece in pieces) if num_bytes is None else num_bytes
         texts: dict[str, bytes] = {}
 

@@ -48,7 +48,7 @@ class Warned:
 
 
 def supervise(argv: Sequence[str], env: Mapping[str, str], warned: Warned) -> int:
-    """One start of the job from begin to end; returns the job's exit code.
+    """Supervise one start of the job from begin to end; return the job's exit code.
 
     Raises:
         DistftError: it cannot be started; the job ends, and is not requeued.
@@ -193,7 +193,7 @@ def _may_go_elsewhere(examined: preflight.Examined, given: slurm.Allocation, num
 
 
 def _got_on(run_dir: Path, job: str, starts: Starts) -> bool:
-    """Whether an earlier start of this job left a checkpoint to go on from.
+    """Return whether an earlier start of this job left a checkpoint to go on from.
 
     --resume speaks of the first start: repeated in a restart, "never" would throw away what the job has done.
     """
@@ -265,7 +265,7 @@ def _say(line: str) -> None:
 
 
 def main() -> int:
-    """`python -m distft.cluster.batch`."""
+    """Run `python -m distft.cluster.batch`."""
     warned = Warned()
     warned.install()
     try:

@@ -77,12 +77,12 @@ def _recipe(train: Sequence[str]) -> Recipe:
 
 
 def without_resume(train: Sequence[str]) -> tuple[str, ...]:
-    """The same arguments without --resume: the run then goes on from its own newest checkpoint."""
+    """Return the same arguments without --resume: the run then goes on from its own newest checkpoint."""
     return tuple(without(train, "--resume"))
 
 
 def nodes_that_divide(recipe: Recipe, num_nodes: int, per_node: int) -> int:
-    """The most nodes, of those there are, over whose processes the global batch splits evenly.
+    """Return the most nodes, of those there are, over whose processes the global batch splits evenly.
 
     Raises:
         RecipeError: not even one node's processes do; lists the numbers that would.

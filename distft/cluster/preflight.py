@@ -45,12 +45,12 @@ class Examined:
 
     @property
     def why(self) -> str:
-        """In one line."""
+        """The reason in one line."""
         return self.messages[0] if self.messages else "the doctor said nothing"
 
 
 def command(given: Allocation, num_nodes: int, run_dir: Path, floors: Floors) -> list[str]:
-    """One process on each of the nodes that the run will use."""
+    """Return the command that starts one process on each of the nodes that the run will use."""
     options = [*("--output-dir", str(run_dir)), *("--per-host", str(given.per_node)), *("--join-s", f"{JOIN_S:.0f}")]
     for name, value in (("--link-floor", floors.link), ("--disk-floor", floors.disk)):
         options += [] if value is None else [name, f"{value:g}"]
@@ -66,18 +66,18 @@ def command(given: Allocation, num_nodes: int, run_dir: Path, floors: Floors) ->
 
 
 def examine(
-    command: Sequence[str], env: Mapping[str, str], nodes: Sequence[str], asked_to_stop: Callable[[], bool]
+    command: Sequence[str], env: Mapping[str, str], nodes: Sequence[str], stop_requested: Callable[[], bool]
 ) -> Examined | None:
     """Run it to its end; None when the job was asked to stop meanwhile."""
     until = time.monotonic() + LIMIT_S
     with tempfile.TemporaryFile("w+") as output:
         step = subprocess.Popen(list(command), env=dict(env), stdout=output)
-        while step.poll() is None and time.monotonic() < until and not asked_to_stop():
+        while step.poll() is None and time.monotonic() < until and not stop_requested():
             time.sleep(0.2)
         status = step.poll()
         if status is None:
             _end(step)
-            if asked_to_stop():
+            if stop_requested():
                 return None
         output.seek(0)
         return read(output.read(), status, nodes)
@@ -107,7 +107,7 @@ def read(output: str, status: int | None, nodes: Sequence[str]) -> Examined:
 
 
 def can_be_replaced(sick: Sequence[str], nodes: Sequence[str]) -> bool:
-    """Whether it is these nodes' fault: what most of them have in common is not, and follows the job to others."""
+    """Return whether it is these nodes' fault: what most nodes have in common follows the job to others."""
     return 0 < len(sick) <= len(nodes) // 2
 
 
@@ -119,7 +119,7 @@ def _reports(output: str) -> Iterator[dict[str, Any]]:
 
 
 def _is(node: str, host: str) -> bool:
-    """Slurm's name of a node, and what the node calls itself, perhaps with its domain."""
+    """Return whether Slurm's name of a node and the node's own, perhaps with its domain, are of one node."""
     return node == host or node.partition(".")[0] == host.partition(".")[0]
 
 

@@ -63,18 +63,18 @@ class RestartDecision:
     code: int
     """The run's."""
     reason: str
-    """Of the run's end, in its own words."""
+    """The reason of the run's end, in its own words."""
     exit_code: int
     """The job's."""
     why: str
-    """Of the decision."""
+    """The reason of the decision."""
 
 
 def judge(ended: JobEnd) -> RestartDecision:
-    """Requeue exactly the runs that were asked to stop, saved, and get on."""
+    """Decide to requeue exactly the runs that were asked to stop, saved, and made progress."""
     if ended.status == 0:
         return RestartDecision(then=Then.END, code=DONE, reason="done", exit_code=DONE, why="the run is complete")
-    code, reason = _own_word(ended)
+    code, reason = _code_and_reason(ended)
 
     def end(why: str, exit_code: int = code) -> RestartDecision:
         return RestartDecision(then=Then.END, code=code, reason=reason, exit_code=exit_code, why=why)
@@ -104,7 +104,7 @@ def follows_from(records: Sequence[dict[str, Any]], before: str) -> RestartDecis
 
 
 def stall_text(stalled: int) -> str:
-    """Why a job that does not get on is not started again."""
+    """Return why a job that does not get on is not started again."""
     return (
         f"not requeued: {stalled} starts in a row began at the same checkpoint and none wrote a newer one. Give it "
         "more time (--time), more notice (--signal=B:USR1@SECONDS), or save more often ([checkpoint] every_steps)"
@@ -112,7 +112,7 @@ def stall_text(stalled: int) -> str:
 
 
 def read_exit(run_dir: Path) -> str | None:
-    """The text of exit.json, to be compared before and after."""
+    """Return the text of exit.json, to be compared before and after."""
     try:
         return (run_dir / "exit.json").read_text(encoding="utf-8")
     except OSError:
@@ -120,14 +120,14 @@ def read_exit(run_dir: Path) -> str | None:
 
 
 def record_of(before: str | None, after: str | None) -> dict[str, Any] | None:
-    """What this start wrote; None when it wrote nothing: then the file speaks of an earlier one."""
+    """Return what this start wrote; None when it wrote nothing: then the file speaks of an earlier one."""
     if after is None or after == before:
         return None
     record = parse_json_object(after)
     return record if record is not None and isinstance(record.get("code"), int) else None
 
 
-def _own_word(ended: JobEnd) -> tuple[int, str]:
+def _code_and_reason(ended: JobEnd) -> tuple[int, str]:
     if ended.record is not None:
         return ended.record["code"], str(ended.record.get("reason", ""))
     if (

@@ -33,7 +33,7 @@ class SlurmRequest:
 
 
 def render(site: Site, wanted: SlurmRequest, *trains: Sequence[str]) -> str:
-    """A whole batch script; each of `trains` is a recipe and the options of distft.train, several are an array."""
+    """Return a whole batch script; each of `trains` is a recipe and distft.train's options, several are an array."""
     cpus = site.cpus_per_gpu * max(1, wanted.gpus_per_node)
     partition = wanted.partition or site.partition
     options = [
@@ -83,7 +83,7 @@ def render(site: Site, wanted: SlurmRequest, *trains: Sequence[str]) -> str:
 
 
 def output_name(job: str) -> str:
-    """The file of a job's output."""
+    """Return the file of a job's output."""
     return f"job-{job}.out"
 
 
@@ -96,7 +96,7 @@ def _plain(option: str) -> bool:
 
 
 def _in_double_quotes(value: str) -> str:
-    """Variables are expanded on the node, nothing else is."""
+    """Quote a text so that variables are expanded on the node, and nothing else is."""
     for char in ("\\", '"', "`"):
         value = value.replace(char, f"\\{char}")
     return f'"{value.replace("$(", chr(92) + "$(")}"'

@@ -55,7 +55,7 @@ class Site(Params):
     """Environment of the processes: NCCL_IB_HCA and the like."""
 
     def exports(self) -> dict[str, str]:
-        """Every variable that a job here sets."""
+        """Return every variable that a job here sets."""
         named = {
             "NCCL_SOCKET_IFNAME": self.interface,
             "GLOO_SOCKET_IFNAME": self.interface,
@@ -66,7 +66,7 @@ class Site(Params):
 
 
 def read_site(path: Path) -> Site:
-    """The file's settings.
+    """Read the settings of a site file.
 
     Raises:
         RecipeError: it cannot be read, or lists every mistake in it.

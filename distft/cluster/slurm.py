@@ -15,7 +15,7 @@ from distft.core.errors import MachineError
 from distft.core.host import slurm_job
 
 PORTS = range(20000, 32000)
-"""For the rendezvous: below what Linux hands out to outgoing connections (32768 and up)."""
+"""Ports for the rendezvous: below what Linux hands out to outgoing connections (32768 and up)."""
 ALIVE = ("RUNNING", "SIGNALING", "SUSPENDED", "CONFIGURING", "RESIZING")
 """States of a job that goes on; SIGNALING is one that is just being sent SIGCONT."""
 ASK_S = 30.0
@@ -27,7 +27,7 @@ class Allocation:
     """One start of one batch job."""
 
     job: str
-    """As scontrol takes it."""
+    """The job as scontrol takes it."""
     restart: int
     """0: the first."""
     nodes: tuple[str, ...]
@@ -46,7 +46,7 @@ class Allocation:
 
 
 def allocation(env: Mapping[str, str], nodes: tuple[str, ...]) -> Allocation:
-    """From what Slurm exports into a batch script; `nodes` are the names that its node list stands for.
+    """Read the allocation from Slurm's variables; `nodes` are the names that its node list stands for.
 
     One process per GPU, whatever --ntasks-per-node says; without GPUs --ntasks-per-node, else one.
 
@@ -70,12 +70,12 @@ def allocation(env: Mapping[str, str], nodes: tuple[str, ...]) -> Allocation:
 
 
 def _least(cpus_per_node: str) -> int:
-    """The smallest of "32(x3),64": what every node has."""
+    """Return the smallest of "32(x3),64": what every node has."""
     return min(int(part) for part in re.sub(r"\(x\d+\)", "", cpus_per_node).split(","))
 
 
 def host_names(node_list: str) -> tuple[str, ...]:
-    """The names behind "node[1-3,7]".
+    """Return the names behind "node[1-3,7]".
 
     Raises:
         MachineError: scontrol is not there, or does not understand it.
@@ -84,7 +84,7 @@ def host_names(node_list: str) -> tuple[str, ...]:
 
 
 def phase(job: str) -> Phase:
-    """What Slurm is doing with a job that has ended a step.
+    """Return what Slurm is doing with a job that has ended a step.
 
     The distinction matters: `scontrol requeue` would bring a job back to life that a person has just cancelled.
     """
@@ -111,7 +111,7 @@ def requeue(job: str, *, attempts: int = 4, wait_s: float = 10.0) -> None:
 
 
 def excluded(job: str) -> tuple[str, ...]:
-    """The nodes that this job must not get."""
+    """Return the nodes that this job must not get."""
     listed = _fields(job).get("ExcNodeList", "(null)")
     return () if listed == "(null)" else host_names(listed)
 
@@ -146,7 +146,7 @@ def requeue_without(job: str, nodes: Sequence[str]) -> None:
 
 
 def rendezvous_port(job: str, restart: int) -> int:
-    """A port where the first process can listen: its own for each job, so that jobs on one node do not meet.
+    """Return a port where the first process can listen: its own for each job, so that jobs on one node do not meet.
 
     Another program may have it: then the next free one. Must be asked on the node that will listen.
 
@@ -171,7 +171,7 @@ def _fields(job: str) -> dict[str, str]:
 
 
 def _works(state: str) -> bool:
-    """Of a node: neither down nor about to be; "*" is one that does not answer, "~" one that is switched off."""
+    """Return whether a node works, by its state: not down or about to be, "*" not answering, or "~" switched off."""
     return not state.endswith("*") and not state.startswith(("down", "drain", "drng", "fail", "maint", "unk"))
 
 

@@ -68,7 +68,7 @@ class Starts:
             append_json_line(self._path, asdict(event), durable=True)
 
     def stalled(self, job: str) -> int:
-        """How many starts of this job, counted from the last one back, began at the newest checkpoint of today.
+        """Return how many starts of this job, counted from the last one back, began at the newest checkpoint of today.
 
         Another job's starts do not count: whoever submits anew has read why the last one stopped.
         """
@@ -81,7 +81,7 @@ class Starts:
         return count
 
     def records(self) -> list[dict[str, Any]]:
-        """Starts and ends as they were written, oldest first; a line that a power cut tore is left out."""
+        """Return the starts and ends as they were written, oldest first; a line that a power cut tore is left out."""
         return read_json_lines(self._path)
 
 

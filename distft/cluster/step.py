@@ -53,7 +53,7 @@ def command(launcher: Launcher, given: Allocation, num_nodes: int, train: Sequen
 
 
 def environment(env: Mapping[str, str], given: Allocation, port: int) -> dict[str, str]:
-    """For the step: where the processes meet, and as many threads in each as it has CPUs."""
+    """Return the step's variables: where the processes meet, and as many threads in each as it has CPUs."""
     kept = {key: value for key, value in env.items() if key not in _NOT_FOR_THE_STEP}
     threads = {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(given.cpus_per_process))}
     age = host.age_s()
@@ -72,18 +72,18 @@ class Step:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         self._again_s = again_s
-        self._again_at: float | None = None
+        self._repeat_at: float | None = None
 
     def ask_to_stop(self) -> None:
         """Pass the wish on to all processes, and once more after a while."""
         self._process.send_signal(signal.SIGUSR1)
-        self._again_at = time.monotonic() + self._again_s
+        self._repeat_at = time.monotonic() + self._again_s
 
     def poll(self, timeout_s: float) -> int | None:
-        """Its exit status, None while it runs; waits up to timeout_s."""
-        if self._again_at is not None and time.monotonic() >= self._again_at:
+        """Return the exit status, None while it runs; waits up to timeout_s."""
+        if self._repeat_at is not None and time.monotonic() >= self._repeat_at:
             self._process.send_signal(signal.SIGUSR1)
-            self._again_at = None
+            self._repeat_at = None
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from distft.columns.spec import ColumnInputs, ColumnSpec, Supplier, TensorOf
 from distft.core.phase import PHASE
 from distft.core.types import Batch
@@ -27,7 +25,7 @@ def _mismatched(rows: RowPass) -> RowPass:
 
 
 def _open_kl(inputs: ColumnInputs) -> Supplier:
-    """KL of policy and reference: the mean log-ratio of answers that were given to other prompts, at least 0.
+    """Return the KL of policy and reference: the mean log-ratio of answers to other prompts, at least 0.
 
     Each prompt is followed by the answer of the row before it in the global batch. Source:
     https://arxiv.org/abs/2402.01306 section 4.2
@@ -35,8 +33,8 @@ def _open_kl(inputs: ColumnInputs) -> Supplier:
     ratio_D = _log_ratio(inputs)
 
     def begin(micros: Sequence[Batch]) -> TensorOf:
-        placed = [(micro.position, micro.rows, micro.rows_sha256) for micro in micros]
-        of_all = [one for of_rank in inputs.engine.gather(placed) for one in of_rank]
+        described = [(micro.position, micro.rows, micro.rows_sha256) for micro in micros]
+        of_all = [entry for of_rank in inputs.engine.gather(described) for entry in of_rank]
         sha256 = next((sha256 for _, rows, sha256 in of_all if rows), "")
         if not sha256:  # a rehearsal: as much work, and no answers
             for micro in micros:
@@ -56,7 +54,7 @@ def _open_kl(inputs: ColumnInputs) -> Supplier:
 
 
 def _open_shift(inputs: ColumnInputs) -> Supplier:
-    """Half the sum of the mean log-ratios of good and of bad answers; of one kind alone where there is no other.
+    """Return half the sum of the mean log-ratios of good and of bad answers; of one kind alone where there is no other.
 
     Source: https://arxiv.org/abs/2404.04656 equation 8. It is of the global batch, not a running mean, so that it
     depends on nothing that came before.
@@ -64,14 +62,15 @@ def _open_shift(inputs: ColumnInputs) -> Supplier:
     ratio_D = _log_ratio(inputs)
 
     def begin(micros: Sequence[Batch]) -> TensorOf:
-        sums = np.zeros(4)
+        sums = [0.0] * 4
         for micro in micros:
             PHASE.enter("columns")
-            placed = inputs.engine.place(micro)
-            ratio, good = ratio_D(placed), placed.columns["desirable_G"] > 0
+            on_device = inputs.engine.place(micro)
+            ratio, good = ratio_D(on_device), on_device.columns["desirable_G"] > 0
             bad = ~good
-            sums += [float((ratio * good).sum()), float((ratio * bad).sum()), float(good.sum()), float(bad.sum())]
-        good_sum, bad_sum, num_good, num_bad = inputs.engine.sum_over_ranks(*sums.tolist())
+            mine = [(ratio * good).sum(), (ratio * bad).sum(), good.sum(), bad.sum()]
+            sums = [total + float(value) for total, value in zip(sums, mine, strict=True)]
+        good_sum, bad_sum, num_good, num_bad = inputs.engine.sum_over_ranks(*sums)
         means = [total / count for total, count in ((good_sum, num_good), (bad_sum, num_bad)) if count]
         return _everywhere(sum(means) / max(1, len(means)))
 
@@ -79,15 +78,15 @@ def _open_shift(inputs: ColumnInputs) -> Supplier:
 
 
 def _log_ratio(inputs: ColumnInputs) -> Callable[[Batch], Tensor]:
-    """Micro-batch on the device -> fp64 [D], log-probability under the policy less that under the reference."""
+    """Return micro-batch on the device -> fp64 [D]: log-probability under the policy less the reference's."""
     reference, policy = inputs.reference(), inputs.policy
-    return lambda placed: placed.sum_by_document(policy.token_logprobs(placed) - reference(placed))
+    return lambda batch: batch.sum_by_document(policy.token_logprobs(batch) - reference(batch))
 
 
 def _everywhere(value: float) -> TensorOf:
     import torch
 
-    return lambda placed: torch.full((placed.num_documents,), value, dtype=torch.float64, device=placed.labels_T.device)
+    return lambda batch: torch.full((batch.num_documents,), value, dtype=torch.float64, device=batch.labels_T.device)
 
 
 _READS: dict[str, Any] = {"reads_reference": True, "policy_forwards": 1, "reference_forwards": 1}

@@ -84,7 +84,7 @@ class ReferenceModel:
 
 
 def _can_be_left(alone: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Whether every trained part is one that forwards can do without (`MethodSpec.base_alone`)."""
+    """Return whether every trained part is one that forwards can do without (`MethodSpec.base_alone`)."""
     try:
         with alone():
             return True

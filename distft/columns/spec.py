@@ -77,8 +77,8 @@ class ColumnFiller:
         columns = {name: supplier(micros) for name, supplier in self.suppliers.items()}
 
         def filled(micro: Batch) -> Batch:
-            placed = self.engine.place(micro)
-            return replace(micro, columns={**micro.columns, **{name: of(placed) for name, of in columns.items()}})
+            on_device = self.engine.place(micro)
+            return replace(micro, columns={**micro.columns, **{name: of(on_device) for name, of in columns.items()}})
 
         return filled
 

@@ -38,7 +38,7 @@ class RowPass:
     """The prepared rows of a split, how to go through some of them once, and which are batches together."""
 
     prepared: Prepared
-    cut: Callable[[Prepared, np.ndarray], EvalSteps]
+    micro_batches: Callable[[Prepared, np.ndarray], EvalSteps]
     """(prepared rows, indices of some) -> this rank's micro-batches of them."""
     batches: Callable[[], Iterable[np.ndarray]]
     """The rows of each global batch of the run, in order; held-out rows are one batch."""
@@ -49,7 +49,7 @@ class RowPass:
 
     def steps(self, indices: np.ndarray) -> EvalSteps:
         """Return this rank's micro-batches of some rows."""
-        return self.cut(self.prepared, indices)
+        return self.micro_batches(self.prepared, indices)
 
     def over(self, prepared: Prepared) -> RowPass:
         """Return the same with other rows, made of these."""
@@ -121,11 +121,11 @@ def stored_logprobs(
         with engine.evaluating():
             for first in range(0, len(micros), KEPT_EVERY):
                 PHASE.enter("reference")
-                found: list[tuple[tuple[int, ...], np.ndarray]] = []
+                computed: list[tuple[tuple[int, ...], np.ndarray]] = []
                 for index in range(first, min(first + KEPT_EVERY, len(micros))):
                     batch = engine.place(micros[index])
-                    found.append((batch.rows, policy.token_logprobs(batch).cpu().numpy()))
-                parts = [part for of_rank in engine.gather(found) for part in of_rank]
+                    computed.append((batch.rows, policy.token_logprobs(batch).cpu().numpy()))
+                parts = [part for of_rank in engine.gather(computed) for part in of_rank]
                 _agreed(engine, lambda parts=parts: files.keep(parts) if writes else None)
                 if any(engine.gather(STOP.requested())):
                     raise Preempted("stopped while the reference is computed; what was computed is kept")
@@ -141,10 +141,10 @@ def _agreed(engine: Engine, work: Callable[[], np.ndarray | None]) -> np.ndarray
     except OSError as failure:
         error = f"{failure.filename or ''}: {failure.strerror or failure}"
     answers = engine.gather((None if done_N is None else done_N.tobytes(), error))
-    for _, said in answers:
-        if said:
+    for _, problem in answers:
+        if problem:
             raise FileSystemError(
-                f"the reference's log-probabilities cannot be written ({said})  "
+                f"the reference's log-probabilities cannot be written ({problem})  "
                 "set [data] cache_dir to a folder that can"
             )
     masks = [np.frombuffer(mask, bool) for mask, _ in answers if mask is not None]
@@ -160,11 +160,11 @@ class _Files:
         self._ends = np.cumsum(self._supervised, dtype=np.int64)
 
     def is_complete(self) -> bool:
-        """Whether the finished folder is there and holds what was written into it."""
+        """Return whether the finished folder is there and holds what was written into it."""
         try:
-            said = json.loads((self._folder / "meta.json").read_text(encoding="utf-8"))
+            meta = json.loads((self._folder / "meta.json").read_text(encoding="utf-8"))
             with (self._folder / "logprobs.bin").open("rb") as file:
-                return said["sha256"] == hashlib.file_digest(file, "sha256").hexdigest()
+                return meta["sha256"] == hashlib.file_digest(file, "sha256").hexdigest()
         except (OSError, ValueError, KeyError):
             return False
 

@@ -43,7 +43,7 @@ class GitState:
 
     commit: str
     diff: str
-    """Of tracked files against the commit; empty when nothing was changed."""
+    """The diff of tracked files against the commit; empty when nothing was changed."""
     untracked: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def versions() -> dict[str, str | None]:
 
 
 def built_with() -> dict[str, str | None]:
-    """Versions of CUDA and NCCL that this torch brings; nothing where torch is not loaded."""
+    """Return the versions of CUDA and NCCL that this torch brings; nothing where torch is not loaded."""
     torch = sys.modules.get("torch")
     if torch is None:
         return {}
@@ -73,7 +73,7 @@ def built_with() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """This host: processor, cores, memory, driver."""
+    """Describe this host: processor, cores, memory, driver."""
     return {
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -85,7 +85,7 @@ def hardware() -> dict[str, Any]:
 
 
 def library_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that libraries read; none whose name or form looks like a secret."""
+    """Return the variables that libraries read; none whose name or form looks like a secret."""
     return {
         name: _LOGIN.sub("://…@", value)
         for name, value in sorted(env.items())
@@ -94,7 +94,7 @@ def library_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def git_state(folder: Path) -> GitState | None:
-    """The repository that `folder` is in; None outside of any, or where git is missing or slow."""
+    """Return the repository that `folder` is in; None outside of any, or where git is missing or slow."""
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None

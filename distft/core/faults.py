@@ -62,11 +62,11 @@ class PlannedFault:
     times: int = 1
     skip: int = 0
     seconds: float = 0.0
-    """For `slow` and `skew`."""
+    """Duration for `slow` and `skew`."""
     matched: int = 0
 
     def is_due(self, point: str, rank: int, step: int | None) -> bool:
-        """Whether it fires here; counts."""
+        """Return whether the fault fires here; counts the match."""
         if self.point in (None, point) and self.rank in (None, rank) and self.step in (None, step):
             self.matched += 1
             return self.skip < self.matched <= self.skip + self.times
@@ -98,7 +98,7 @@ class Injector:
 
 
 def parse(text: str) -> list[PlannedFault]:
-    """The faults that `text` plans.
+    """Parse the faults that `text` plans.
 
     Raises:
         MachineError: `text` is not in the form of this file's head.
@@ -114,7 +114,7 @@ def inject(point: str, *, rank: int | None = None, step: int | None = None) -> N
 
 
 def now(point: str, *, rank: int) -> float:
-    """The wall clock's time as this rank has it at that point: the true one, unless DISTFT_FAULT plans a `skew`."""
+    """Return this rank's wall-clock time at that point: the true one, unless DISTFT_FAULT plans a `skew`."""
     text = os.environ.get(VARIABLE)
     ahead = [fault for fault in parse(text) if fault.kind == "skew"] if text else []
     return time.time() + sum(fault.seconds for fault in ahead if fault.is_due(point, rank, None))
@@ -124,7 +124,7 @@ class FromEnvironment:
     """`inject` as an object, for rooms that are handed their `Faults`."""
 
     def inject(self, point: str, *, rank: int | None = None, step: int | None = None) -> None:
-        """See the function of that name."""
+        """Call the function of that name."""
         inject(point, rank=rank, step=step)
 
 

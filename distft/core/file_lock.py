@@ -20,7 +20,7 @@ from distft.core.phase import PHASE
 FIRST_S, LAST_S = 0.05, 8.0
 """Between two looks, at the beginning and after a long time."""
 SHARE = 0.2
-"""Of the time waited so far."""
+"""Share of the time waited so far."""
 WORD_S = 1.0
 """Between two calls of `waiting`."""
 
@@ -59,7 +59,7 @@ def locked_once(
 
 
 def wait_hook() -> None:
-    """The `waiting` of a run: waits for another process, which is no hang, as long as nobody asks it to stop.
+    """Wait for another process, which is no hang, as long as nobody asks this one to stop.
 
     Raises:
         Preempted: somebody does.

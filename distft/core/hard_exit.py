@@ -15,7 +15,7 @@ _kept: list[object] | None = None
 
 
 def plan_hard_exit() -> None:
-    """This process will end by `hard_exit`, so what is handed to `keep_alive` until then is not given back."""
+    """Plan to end this process by `hard_exit`: what is handed to `keep_alive` until then is not freed."""
     global _kept
     _kept = []
 

@@ -15,7 +15,7 @@ JOB_START = "DISTFT_JOB_START"
 
 
 def identity() -> dict[str, Any]:
-    """This process, so that another one of the same machine can tell it from a later one with its number."""
+    """Identify this process, so that another one of the machine can tell it from a later one with its number."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -27,13 +27,13 @@ def identity() -> dict[str, Any]:
 
 
 def this_start(runs: int) -> dict[str, Any]:
-    """`identity`, its `start` telling apart the `runs` that one process makes after another."""
+    """Return `identity`, its `start` telling apart the `runs` that one process makes after another."""
     here = identity()
     return here | {"start": f"{here['start']}.{runs}"}
 
 
 def slurm_job(env: Mapping[str, str]) -> str | None:
-    """This process's batch job as Slurm's commands take it; None outside of any.
+    """Return this process's batch job as Slurm's commands take it; None outside of any.
 
     One of an array's jobs is `ARRAY_TASK`: its SLURM_JOB_ID may be the array's, and then means all of them.
     """
@@ -43,7 +43,7 @@ def slurm_job(env: Mapping[str, str]) -> str | None:
 
 
 def _start() -> str:
-    """A name for this start of a run, shared by the processes that one launcher started together on this machine.
+    """Return a name for this start of a run, shared by the processes that one launcher started on this machine.
 
     A process that no launcher started (a shell may start many) is a start of its own.
     """
@@ -54,19 +54,19 @@ def _start() -> str:
 
 
 def is_neighbour(owner: Mapping[str, Any]) -> bool:
-    """Whether `owner` (an `identity`) lives where process numbers mean the same as here."""
+    """Return whether `owner` (an `identity`) lives where process numbers mean the same as here."""
     here = identity()
     return bool(owner) and all(owner.get(key) == here[key] for key in ("host", "boot_id", "pid_namespace"))
 
 
 def is_gone(owner: Mapping[str, Any]) -> bool:
-    """Whether a neighbour's process has ended."""
+    """Return whether a neighbour's process has ended."""
     pid, start = owner.get("pid"), owner.get("process_start")
     return not isinstance(pid, int) or start_of(pid) is None or start_of(pid) != start
 
 
 def start_of(pid: int) -> int | None:
-    """When a process started (clock ticks since boot; 0 where the system does not say); None when it is gone."""
+    """Return a process's start (clock ticks since boot; 0 where the system gives none); None when it is gone."""
     if pid <= 0:
         return None
     try:
@@ -82,7 +82,7 @@ def start_of(pid: int) -> int | None:
 
 
 def age_s(pid: int | None = None) -> float | None:
-    """Seconds since a process (None: this one) was started; None where the system does not say."""
+    """Return the seconds since a process (None: this one) was started; None where the system does not say."""
     ticks = start_of(os.getpid() if pid is None else pid)
     if not ticks or not hasattr(time, "CLOCK_BOOTTIME"):
         return None

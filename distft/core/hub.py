@@ -26,7 +26,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def snapshot(repo: str, revision: str | None, wanted: Sequence[str]) -> Path:
-    """The folder with a repository's files of these patterns.
+    """Return the folder with a repository's files of these patterns.
 
     A branch's name is looked up once for each start of a run: by the first process of it that comes here.
 
@@ -83,6 +83,6 @@ def once(cache: Path, name: str, work: Callable[[], str], *, good: Callable[[str
 
 
 def _started() -> float:
-    """When this process was started, by the wall clock; what was found out since is as new as what it would find."""
+    """Return the wall-clock time at which this process was started; results since then are fresh enough."""
     age = host.age_s()
     return time.time() - (0.0 if age is None else age)

@@ -33,7 +33,7 @@ def marked(mark: str) -> list[int]:
 
 
 def is_dead(folder: Path) -> bool:
-    """Whether the process of a folder in /proc has ended and only waits for its parent to look."""
+    """Return whether the process of a folder in /proc has ended and only waits for its parent to look."""
     return (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] in "ZX"
 
 
@@ -48,7 +48,7 @@ def ranks(mark: str, launcher: int) -> list[int]:
 
 
 def send(pids: list[int], number: int) -> None:
-    """A signal to each of them that is still there."""
+    """Send a signal to each of them that is still there."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

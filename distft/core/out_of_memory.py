@@ -9,7 +9,7 @@ _SENTENCES = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "cudaErr
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: only torch's device allocator has a class for it, all others have a sentence.
+    """Return whether memory ran out: only torch's device allocator has a class for it, all others have a sentence.
 
     The first collective of a full card fails with NCCL's, as a DistBackendError.
     """
@@ -19,7 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def held() -> str:
-    """What torch held of the accelerator when memory ran out; empty without one."""
+    """Return what torch held of the accelerator when memory ran out; empty without one."""
     if not torch.cuda.is_available():
         return ""
     now, peak = torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30

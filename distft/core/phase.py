@@ -25,7 +25,7 @@ class PhaseTracker:
         self.begin()
 
     def begin(self) -> None:
-        """A run begins: nothing has been passed yet, and until `training` a wish to stop is granted on the spot."""
+        """Begin a run: nothing has been passed yet, and until `training` a stop is granted at once."""
         self.runs += 1
         self.began = time.monotonic()
         self.phase, self.step = "start", 0
@@ -43,11 +43,11 @@ class PhaseTracker:
         self._training = False
 
     def training(self) -> None:
-        """From here on all ranks agree on a stop at the next step; before, there was nothing to save."""
+        """Begin training: from here on all ranks agree on a stop at the next step; there is something to save."""
         self._training = True
 
     def enter(self, phase: str, step: int | None = None, *, patient: bool = False) -> None:
-        """The main thread has come to `phase` (of the step that is being made).
+        """Record that the main thread has come to `phase` (of the step that is being made).
 
         Raises:
             Preempted: asked to stop before training began.

@@ -18,15 +18,15 @@ class StepSource(Protocol):
         ...
 
     def epoch_at(self, samples: int) -> float:
-        """Passes over the rows that are done once `samples` sequences are consumed."""
+        """Return the passes over the rows that are done once `samples` sequences are consumed."""
         ...
 
     def samples_in(self, step: int) -> int:
-        """Sequences of a 0-based step on all ranks; the last one may be short."""
+        """Return the sequences of a 0-based step on all ranks; the last one may be short."""
         ...
 
     def from_step(self, step: int) -> Iterator[list[Batch]]:
-        """Micro-batches of each step from `step` on; as many per step on every rank."""
+        """Yield the micro-batches of each step from `step` on; as many per step on every rank."""
         ...
 
 
@@ -54,7 +54,7 @@ class _NoColumns:
 
 
 NO_COLUMNS: BatchColumns = _NoColumns()
-"""For objectives that ask for none."""
+"""The filler for objectives that ask for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,11 +45,11 @@ class StopRequest:
         hold(False)
 
     def watch(self, file: Path) -> None:
-        """A file that asks by existing (`runs/NAME/STOP`), for people without the right to signal."""
+        """Watch a file that asks by existing (`runs/NAME/STOP`), for people without the right to signal."""
         self._file = file
 
     def requested(self) -> bool:
-        """Whether this process has been asked to stop."""
+        """Return whether this process has been asked to stop."""
         if not self.reason and self._file is not None and self._file.exists():
             self.reason = f"the file {self._file}"
         if not self.reason and self.launcher not in (None, os.getppid()):
@@ -61,7 +61,7 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def granted(self) -> None:
-        """The state is saved and this process on its way out: further signals would only cut its tidying short."""
+        """Record that the state is saved and this process ends: further signals would only cut its tidying short."""
         self._granted = True
 
     def clear(self) -> None:

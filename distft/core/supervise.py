@@ -89,7 +89,7 @@ def run(
                 stdin=subprocess.DEVNULL if output else None, stdout=output, stderr=output, start_new_session=True,
                 preexec_fn=_child(os.getpid(), launcher=launcher, saves=saves),
             )  # fmt: skip
-            return _Running(process, mark, codes, signals, launcher, timeout_s, meanwhile).to_its_end()
+            return _Running(process, mark, codes, signals, launcher, timeout_s, meanwhile).wait()
         finally:
             launched.kill(mark)  # also what a rank has left behind
             done()
@@ -98,7 +98,7 @@ def run(
 
 
 def _file_of_codes() -> Path:
-    """An empty file; where none can be made (a full disk) nobody tells a code, and the launcher's is taken."""
+    """Make an empty file; where none can be made (a full disk) no code is told, and the launcher's is taken."""
     try:
         handle, name = tempfile.mkstemp(prefix="distft-codes-")
     except OSError:
@@ -108,7 +108,7 @@ def _file_of_codes() -> Path:
 
 
 def _quietly(command: Sequence[str]) -> list[str]:
-    """`python -m LAUNCHER ...` without its report of how a rank has ended that the rank itself has told."""
+    """Return `python -m LAUNCHER ...` without its report of a rank's end that the rank has reported itself."""
     python, flag, *rest = command
     assert flag == "-m"
     return [python, "-m", "distft.core.launcher", *rest]
@@ -122,7 +122,7 @@ class _Signals:
         self._last = (0, 0.0)
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        """The handler. `timeout` signals the process and then its group: one wish to stop, not the second of three."""
+        """Handle a signal: `timeout` signals the process, then its group, which is one wish to stop, not two."""
         before, now = self._last, time.monotonic()
         self._last = number, now
         if not (number in STOPPING and number == before[0] and now - before[1] < SAME_WISH_S):
@@ -131,7 +131,7 @@ class _Signals:
 
 @contextlib.contextmanager
 def _taken_over() -> Generator[_Signals]:
-    """Handlers for every signal that can be passed on, but for those that this process was started to ignore."""
+    """Install handlers for every signal that can be passed on, but those that this process ignores."""
     signals = _Signals()
     before: dict[int, Any] = {}
     for number in PASSED_ON:
@@ -171,7 +171,7 @@ def _keeper(mark: str, codes: Path) -> Generator[Callable[[], None]]:
 
 
 def _child(parent: int, *, launcher: bool, saves: bool) -> Callable[[], None]:
-    """What the child does between fork and exec."""
+    """Prepare the child between fork and exec."""
     # A launcher that is killed takes its ranks along: each sees that its parent is gone, saves and ends. A rank is
     # asked itself.
     number = signal.SIGKILL if launcher else signal.SIGTERM
@@ -198,7 +198,7 @@ class _Running:
     timeout_s: float | None
     meanwhile: Callable[[], None] | None
 
-    def to_its_end(self) -> CommandExit:
+    def wait(self) -> CommandExit:
         """Pass signals on until it has ended."""
         passed, began = 0, time.monotonic()
         while self._goes_on():
@@ -218,7 +218,7 @@ class _Running:
         return CommandExit(code=self._code(), signals=self.signals.sent)
 
     def _goes_on(self) -> bool:
-        """Whether the command, or a rank whose launcher has died, is still there; waits a little."""
+        """Return whether the command, or a rank whose launcher has died, is still there; waits a little."""
         try:
             self.process.wait(_POLL_S)
         except subprocess.TimeoutExpired:
@@ -257,5 +257,5 @@ class _Running:
 
 
 def _code_of_signal(number: int) -> int:
-    """Of a run that was asked to stop before it began: the same command starts it."""
+    """Return the code of a run that was asked to stop before it began: the same command starts it."""
     return PREEMPTED_AND_SAVED if number in STOPPING else 128 + number

@@ -72,7 +72,7 @@ class Batch:
         return values_S.new_zeros(self.num_documents).index_add(0, document_S, values_S)
 
     def inputs(self) -> dict[str, Any]:
-        """What the model's forward takes. Plain tensors and ints, because engines look for tensors in arguments."""
+        """Return the arguments of the model's forward: plain tensors and ints, as engines look for tensors in them."""
         return {
             "input_ids_T": self.input_ids_T,
             "labels_T": self.labels_T,
@@ -152,7 +152,7 @@ class StepReport:
     updated: bool = True
     """False: the update was left out, the weights are those of the step before."""
     samples: str = ""
-    """Of a step that was left out: the rows its loss comes from, by rank."""
+    """The rows that a skipped step's loss comes from, by rank."""
     figures: Mapping[str, float] = field(default_factory=dict[str, float])
     """The objective's own, over the whole step and all ranks."""
 
@@ -178,7 +178,7 @@ class TrainState:
         return self.step - self.left_out
 
     def after(self, report: StepReport, *, samples: int, tokens: int, tokens_loss: int) -> TrainState:
-        """The state one optimizer step later."""
+        """Return the state one optimizer step later."""
         return replace(
             self,
             step=self.step + 1,
@@ -225,7 +225,7 @@ class Piece:
 
     @property
     def num_bytes(self) -> int:
-        """Of the data."""
+        """Bytes of the data."""
         return self.length * self.data.dtype.itemsize
 
     def read(self, begin: int = 0, end: int | None = None) -> Tensor:
@@ -236,7 +236,7 @@ class Piece:
         return self.data.detach()[begin:end]
 
     def part(self, begin: int, end: int) -> Piece:
-        """The same elements as a piece of their own; nothing is copied or made."""
+        """Return the same elements as a piece of their own; nothing is copied or made."""
         data = self.data
         if isinstance(data, Deferred):
             make = functools.partial(_shifted, data.make, begin)
@@ -254,7 +254,7 @@ class StateReader(Protocol):
     """The tensors of a checkpoint, by name."""
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor."""
+        """Return whether there is such a tensor."""
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -313,7 +313,7 @@ class UpdateRule:
     state alone. False: it gets all gradients at once."""
 
     def groups(self, named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-        """Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out."""
+        """Return Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out."""
         decayed: list[Tensor] = []
         plain: list[Tensor] = []
         for name, tensor in named:
@@ -349,15 +349,15 @@ class Engine(Ranks, Protocol):
         ...
 
     def place(self, batch: Batch) -> Batch:
-        """The same micro-batch on this rank's device."""
+        """Return the same micro-batch on this rank's device."""
         ...
 
     def sum_over_ranks(self, *values: float) -> list[float]:
-        """Host numbers summed over all ranks (float64: exact for counts below 2**53)."""
+        """Return the host numbers summed over all ranks (float64: exact for counts below 2**53)."""
         ...
 
     def accumulating(self, *, last: bool, seed: int) -> AbstractContextManager[None]:
-        """Surrounds forward and backward of one micro-batch; `seed` starts its random numbers (dropout)."""
+        """Surround forward and backward of one micro-batch; `seed` starts its random numbers (dropout)."""
         ...
 
     def backward(self, terms: LossTerms, *, divide_by: float, samples: tuple[str, ...]) -> None:
@@ -380,7 +380,7 @@ class Engine(Ranks, Protocol):
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Surrounds forwards without gradients, dropout off."""
+        """Surround forwards without gradients, dropout off."""
         ...
 
     def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -388,7 +388,7 @@ class Engine(Ranks, Protocol):
         ...
 
     def pieces(self) -> Iterator[Piece]:
-        """This rank's share of the training state; all ranks' together hold every element exactly once."""
+        """Yield this rank's share of the training state; all ranks' together hold every element exactly once."""
         ...
 
     def restore(self, reader: StateReader, state: TrainState) -> None:

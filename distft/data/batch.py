@@ -23,7 +23,7 @@ FILLER_ID = 0
 def build_batch(
     prepared: Prepared, rows: Sequence[int], *, position: int, pad_to: int | None = None, max_length: int
 ) -> Batch:
-    """The micro-batch of these rows, in this order.
+    """Return the micro-batch of these rows, in this order.
 
     Args:
         prepared: where the rows are.

@@ -64,7 +64,7 @@ class ByteLengths:
 
 
 def byte_lengths(backend: Any) -> ByteLengths | None:
-    """Of a tokenizer's backend; None where it is of another kind."""
+    """Return the byte lengths of a tokenizer's backend; None where it is of another kind."""
     from tokenizers import decoders, normalizers
 
     if not isinstance(backend.decoder, decoders.ByteLevel):

@@ -65,7 +65,7 @@ def _rows(columns: dict[str, list[Any]], column: str) -> list[dict[str, Any]]:
 
 
 def _parsed(text: str, column: str) -> Any:
-    """Text that may be a list's JSON; other text as it is."""
+    """Return text that may be a list's JSON; other text as it is."""
     if text.lstrip()[:1] != "[":
         return text
     try:
@@ -80,7 +80,7 @@ def _parsed(text: str, column: str) -> Any:
 
 
 def merge_turns(messages: Any) -> Any:
-    """Consecutive system, user or assistant messages of one role as one, joined by a blank line; others as they are.
+    """Merge consecutive system, user or assistant messages of one role, joined by a blank line.
 
     Raises:
         RowError: two that would be merged disagree about something else that they say.
@@ -211,7 +211,7 @@ def _reasoning(message: dict[str, Any], from_parts: str, number: int) -> str:
 
 
 def _without_inline(content: str, thought: str, number: int) -> str:
-    """Content whose reasoning stands in a key of its own as well: without it."""
+    """Return content whose reasoning stands in a key of its own as well: without it."""
     inline, _, answer = content.partition("</think>")
     if inline.strip().removeprefix("<think>").strip() != thought.strip():
         raise RowError(f"message {number}: its reasoning and what its content says before </think> differ; keep one")
@@ -219,7 +219,7 @@ def _without_inline(content: str, thought: str, number: int) -> str:
 
 
 def _calls(message: dict[str, Any], number: int) -> list[Any]:
-    """`tool_calls` (a list or its JSON text), or OpenAI's old `function_call` as one of them."""
+    """Return `tool_calls` (a list or its JSON text), or OpenAI's old `function_call` as one of them."""
     calls, old = message.get("tool_calls") or [], message.get("function_call")
     if isinstance(calls, str):
         calls = _json(calls, f"message {number}: tool_calls")
@@ -270,7 +270,7 @@ def _content(content: Any, number: int, *, optional: bool) -> tuple[str, str]:
 
 
 def tool_call(call: Any, number: int) -> dict[str, Any]:
-    """One call as `{"type": "function", "function": {"name", "arguments": object}}`; `id` is kept.
+    """Return one call as `{"type": "function", "function": {"name", "arguments": object}}`; `id` is kept.
 
     Nulls in arguments given as an object are left out, as Arrow writes them for every argument of any other call; in
     JSON text they are the author's and stay.
@@ -323,7 +323,7 @@ def _refuse_keys(given: dict[str, Any], allowed: Sequence[str], where: str) -> N
 
 
 def present(value: Any) -> Any:
-    """Without the keys whose value is null: columnar files write every key of every row."""
+    """Return the object without keys whose value is null: columnar files write every key of every row."""
     if isinstance(value, dict):
         return {key: present(item) for key, item in value.items() if item is not None}
     return [present(item) for item in value] if isinstance(value, list) else value
@@ -367,7 +367,7 @@ _MERGE = "  [data] merge_turns = true joins neighbouring turns of one role"
 
 
 def _check_order(messages: list[Message]) -> None:
-    """Optional system, then user and assistant in turn; tool results only after a call, then the assistant again."""
+    """Check the order: optional system, then user and assistant in turn; tool results only after a call."""
     before = "start"
     for number, message in enumerate(messages, 1):
         role = message["role"]

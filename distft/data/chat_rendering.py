@@ -33,7 +33,7 @@ class TemplateDrawing:
         return self._draw(written, tools, open_turn)
 
     def _written(self, message: Message) -> Message:
-        """A message as templates read it: reasoning under every name they know, arguments as they want them."""
+        """Return a message as templates read it: reasoning under every name they know, arguments as they want them."""
         if message.keys() <= {"role", "content"}:
             return message
         written = {key: value for key, value in message.items() if key != "trained"}

@@ -34,7 +34,7 @@ EMPTY_TURN = "turns left untrained: the answer is empty"
 
 
 def wanted_turns(chat: Conversation, loss_on: LossOn) -> set[int]:
-    """Indices of the assistant messages to train, before what the row says of single ones.
+    """Return the indices of the assistant messages to train, before what the row says of single ones.
 
     `assistant`: every one; `last_turn`: the last message; `completion`: those after the last user message, so a tool
     call and the answer that follows its result; `all`: every one. In a row that separates prompt from completion only
@@ -155,7 +155,7 @@ class ChatTemplate(TemplateContent):
         return f"{problem}  {self._keep(message, kind)}"
 
     def _in_place(self, chat: Conversation, text: str, marks: list[Span], index: int) -> Span | None:
-        """Where the whole chat's text has the turn at `index` just as if it were the last; None: it does not."""
+        """Return where the whole chat's text has the turn at `index` just as if it were the last; None: it does not."""
         if self.marked:
             span = self._marked_turns(chat, text, marks, index)
             lost = find(text, chat.messages[index], *span).missing or self._missing(chat, text, index)
@@ -216,7 +216,7 @@ class ChatTemplate(TemplateContent):
         return next((end for end in reversed(ends) if through.endswith(self.stop, 0, end)), None)
 
     def _as_last(self, chat: Conversation, index: int) -> Drawn:
-        """The chat up to the turn at `index`, that turn trained.
+        """Return the chat up to the turn at `index`, that turn trained.
 
         Raises:
             RowError: the template leaves out something that the turn says.
@@ -252,13 +252,14 @@ class ChatTemplate(TemplateContent):
         return Drawn(text=text, spans=spans, notes=notes)
 
     def _behind(self, before: str, text: str, messages: Sequence[Message], tools: Any, index: int) -> str:
-        """The turn at `index` behind its generation prompt, where the template writes what comes before it otherwise
-        once an answer follows: Mistral's writes the system message and the tools into the last of the users' messages
-        only while it is the last of all.
+        """Return the turn at `index` behind its generation prompt, where the template changes what comes before it.
+
+        Mistral's writes the system message and the tools into the last of the users' messages only while it is the
+        last of all.
 
         Raises:
             DataError: where the turn begins in `text` cannot be told by what the two have in common before it.
-        """  # noqa: D205
+        """
         previous = pieces(messages[index - 1])[-1:] if index else []
         probe = stand_in(messages[:index])  # short texts may stand in the header too: numbers do not
         number = next((name for name in reversed(probe.pieces) if probe.pieces[name][0] == index - 1), "")
@@ -289,7 +290,7 @@ class ChatTemplate(TemplateContent):
         return None if start < 0 else text[start + len(header) :]
 
     def _without_thought(self, header: str, text: str, messages: Sequence[Message], index: int) -> str | None:
-        """A turn behind a generation prompt that holds an empty block of reasoning, which the turn itself lacks.
+        """Return a turn behind a generation prompt that holds an empty block of reasoning, which the turn itself lacks.
 
         Raises:
             RowError: the turn has reasoning, for which that prompt leaves no place.
@@ -304,8 +305,11 @@ class ChatTemplate(TemplateContent):
         return None if turn is None or turn.lstrip()[:2] == "</" else turn
 
     def _closed(self, upto: Conversation, index: int, before: str, opener: re.Match[str]) -> Drawn:
-        """A turn after a generation prompt that opens a block of reasoning: it goes on with the reasoning and closes
-        the block, also where there is none, or the model would be trained on another prompt than it is asked with."""  # noqa: D205, D209
+        """Return a turn after a generation prompt that opens a block of reasoning.
+
+        It goes on with the reasoning and closes the block, also where there is none, or the model would be trained on
+        another prompt than it is asked with.
+        """
         message = upto.messages[index]
         thought, answer = thought_and_answer(message)
         bare = {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": answer}
@@ -353,7 +357,7 @@ class ChatTemplate(TemplateContent):
 
 
 def _common(first: str, second: str) -> int:
-    """How many characters two texts have in common from their start, found by halving."""
+    """Return how many characters two texts have in common from their start, found by halving."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

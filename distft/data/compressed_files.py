@@ -19,13 +19,13 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def bare(path: Path) -> Path:
-    """`rows.jsonl` for `rows.jsonl.gz`; other paths as they are."""
+    """Return `rows.jsonl` for `rows.jsonl.gz`; other paths as they are."""
     return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked.
+    """Open the file's bytes, unpacked.
 
     Raises:
         DataError: it is damaged, or needs a package that is not installed.
@@ -60,7 +60,7 @@ def _open(path: Path) -> Any:
 
 
 def _open_zstd(path: Path) -> Any:
-    """By Python's own module (3.14), or by the package that does the same before."""
+    """Open the file with Python's own module (3.14), or with the package that does the same before."""
     for name in ("compression.zstd", "backports.zstd", "zstandard"):
         try:
             return importlib.import_module(name).open(path, "rb")
@@ -81,7 +81,7 @@ MAX_ROW_BYTES = 64 << 20
 
 
 def excerpt(text: str | bytes, limit: int = 80) -> str:
-    """The start of a row on one line, for messages."""
+    """Return the start of a row on one line, for messages."""
     if isinstance(text, bytes):
         text = text[: limit * 4].decode("utf-8", errors="replace")
     text = " ".join(text[: limit * 2].split())

@@ -91,7 +91,7 @@ def _read(path: Path) -> dict:
 
 
 def _subsets(folder: Path) -> list[str]:
-    """The configurations that a data set's card declares; the `datasets` library asks for one of several."""
+    """Return the configurations that a data set's card declares; the `datasets` library asks for one of several."""
     card = folder / "README.md"
     if not card.is_file():
         return []
@@ -132,7 +132,7 @@ def _chosen(folder: Path, wanted: str | None, splits: Sequence[str]) -> str:
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file's name, or a folder above it, speaks of; "" none."""
+    """Return the split that a file's name, or a folder above it, speaks of; "" none."""
     stem = path.name.split(".")[0]
     if shard := _SHARD.fullmatch(stem):
         return shard[1]

@@ -102,7 +102,9 @@ class Encoder(ABC):
                 ids_T = np.array(encoding.ids, np.int32)
                 trained_T = lengths.trained(ids_T, drawn[index].text, drawn[index].spans)
                 if trained_T is not None:
-                    rendered[index] = self._as_asked(self._rendered(drawn[index], ids_T, trained_T), drawn[index])
+                    rendered[index] = self._with_prompt_tokens(
+                        self._rendered(drawn[index], ids_T, trained_T), drawn[index]
+                    )
             todo = [index for index in todo if rendered[index] is None]
         encodings = backend.encode_batch([drawn[index].text for index in todo], add_special_tokens=False)
         for index, encoding in zip(todo, encodings, strict=True):
@@ -112,7 +114,7 @@ class Encoder(ABC):
     def _rendered(
         self, drawn: Drawn, ids_T: np.ndarray, trained_T: np.ndarray, notes: Mapping[str, str] | None = None
     ) -> Rendered:
-        """A chat's row. Its last trained token ends its answer; where all is trained, the template says what does."""
+        """Build a chat's row. Its last trained token ends its answer; where all is trained, the template tells it."""
         last = np.flatnonzero(trained_T)[-1:]
         whole = self.loss_on == "all"
         stop = self.tokenizer.convert_tokens_to_ids(self.template.stop) if whole else ids_T[last].sum()
@@ -131,10 +133,10 @@ class Encoder(ABC):
                 return self._apart(drawn, merged=True)
         document = _chat(encoding, drawn.text, drawn.spans)
         row = self._rendered(drawn, document.ids_T, document.trained_T)
-        return row if self._byte_lengths is None else self._as_asked(row, drawn)
+        return row if self._byte_lengths is None else self._with_prompt_tokens(row, drawn)
 
-    def _as_asked(self, row: Rendered, drawn: Drawn) -> Rendered:
-        """The row, if the tokens before each trained turn are those of the prompt alone; else tokenised apart.
+    def _with_prompt_tokens(self, row: Rendered, drawn: Drawn) -> Rendered:
+        """Return the row, if the tokens before each trained turn are those of the prompt alone; else tokenised apart.
 
         Compared from the last added token on: no token reaches over one.
         """
@@ -161,7 +163,7 @@ class Encoder(ABC):
         return {}
 
     def _merges(self, encoding: Any, first: int, begin: int, text: str) -> bool:
-        """Whether the first token of a span begins before it; offsets may leave out the space that it begins with."""
+        """Return whether a span's first token begins before it; offsets may leave out the space that it begins with."""
         if not 0 < begin < len(text) or first >= len(encoding.ids):
             return False
         if encoding.offsets[first][0] < begin:
@@ -198,7 +200,7 @@ class Encoder(ABC):
         return self._rendered(drawn, np.array(ids, np.int32), np.array(trained, np.bool_), notes)
 
     def _piece(self, text: str, *, first: bool) -> list[int]:
-        """A piece of a text as tokens; behind a line break, or some tokenizers would put a space before it."""
+        """Return a piece of a text as tokens; behind a line break, or some tokenizers would put a space before it."""
         encode = self.tokenizer.backend_tokenizer.encode
         if first or self._byte_lengths is not None:
             return encode(text, add_special_tokens=False).ids
@@ -207,7 +209,7 @@ class Encoder(ABC):
         return ids[len(head) :] if ids[: len(head)] == head else encode(text, add_special_tokens=False).ids
 
     def _as_text(self, token: str, *, first: bool) -> list[int]:
-        """What a special token's name is as text: the tokenizer's steps without its added tokens.
+        """Return what a special token's name is as text: the tokenizer's steps without its added tokens.
 
         Raises:
             RowError: the vocabulary spells the name with the very token.
@@ -234,19 +236,19 @@ class Encoder(ABC):
         return byte_lengths(self.tokenizer.backend_tokenizer)
 
     def _without_added_eos(self, ids: list[int], text: str) -> list[int]:
-        """A tokenizer may append end-of-sequence by itself."""
+        """Remove an end-of-sequence token that the tokenizer has appended by itself."""
         added = bool(ids) and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token)
         return ids[:-1] if added else ids
 
     def _one_start(self, ids: list[int], text: str) -> list[int]:
-        """Begin-of-sequence once, where the text writes it and the tokenizer adds it too."""
+        """Return the ids with one begin-of-sequence, where the text writes it and the tokenizer adds it too."""
         start = self.tokenizer.bos_token_id
         typed = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         doubled = typed and ids[:2] == [start, start] and ids[:3] != [start, start, start]
         return ids[1:] if doubled else ids
 
     def _with_eos(self, ids: list[int], text: str) -> list[int]:
-        """End-of-sequence once: added, or not where the text or the tokenizer wrote it already."""
+        """Return the ids with one end-of-sequence, wherever the text or the tokenizer wrote it already."""
         eos, written = self.tokenizer.eos_token_id, self.tokenizer.eos_token
         if ids[-2:] == [eos, eos] and text.endswith(written) and not text.endswith(written + written):
             return ids[:-1]
@@ -270,7 +272,7 @@ def _token_at(encoding: Any, char: int, text: str) -> int:
 
 
 def valid(text: str) -> str:
-    """`text` if it can be encoded.
+    """Return `text` if it can be encoded.
 
     Raises:
         RowError: it holds half of a surrogate pair, which JSON can write and UTF-8 cannot.

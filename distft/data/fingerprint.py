@@ -35,7 +35,7 @@ def cache_key(
     *,
     virtual_tokens: int = 0,
 ) -> str:
-    """sha256 hex over file contents, tokenizer, template, settings and versions.
+    """Return sha256 hex over file contents, tokenizer, template, settings and versions.
 
     `memory` is a folder of known file hashes, so that an unchanged big file is not read at every start, nor by each of
     the processes that start together; `waiting` is called while another one reads it.
@@ -73,7 +73,7 @@ def _may_hold(path: Path) -> bool:
 
 
 def today() -> str:
-    """YYYY-MM-DD here."""
+    """Return the date here as YYYY-MM-DD."""
     return datetime.date.today().isoformat()
 
 
@@ -83,7 +83,7 @@ def sources_key(
     memory: Path,
     waiting: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Everything that could change a row as its format reads it: plain values."""
+    """Return everything that could change a row as its format reads it, as plain values."""
     return [
         {
             "table": source.table.model_dump(include={"path", "split", "subset", "max_rows", "columns", "ignore"}),
@@ -132,6 +132,6 @@ def _noted(note: Path, state: list[int]) -> str | None:
 
 
 def _code_hash(spec: FormatSpec) -> str:
-    """A format's own code, so that editing one (also outside this package) prepares its rows anew."""
+    """Hash a format's own code, so that editing one (also outside this package) prepares its rows anew."""
     code = getattr(sys.modules.get(spec.convert.__module__), "__file__", None)
     return hashlib.sha256(Path(code).read_bytes()).hexdigest() if code else ""

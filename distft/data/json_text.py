@@ -27,7 +27,7 @@ class JsonText:
         self.decode = json.JSONDecoder().raw_decode
 
     def peek(self) -> str:
-        """The next character that is not white space, "" at the end of the file."""
+        """Return the next character that is not white space, "" at the end of the file."""
         while True:
             while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
                 self.position += 1
@@ -43,7 +43,7 @@ class JsonText:
         self.position += 1
 
     def value(self) -> Any:
-        """The JSON value that starts here; the window doubles until its end is in it, so the cost stays linear."""
+        """Parse the JSON value that starts here; the window doubles until it holds the end: linear cost."""
         self.peek()
         while True:
             try:
@@ -72,7 +72,7 @@ class JsonText:
                 return self.fault(str(error))
 
     def fault(self, message: str, into: int = 0) -> DataError:
-        """What is wrong `into` characters behind the start of the value; shows the value from its start."""
+        """Return what is wrong `into` characters behind the start of the value; shows the value from its start."""
         shown = excerpt(self.text[self.position : self.position + 400])
         line = self.line + self.text.count("\n", 0, self.position + into)
         return DataError(f"{self.path.name}:{line}: invalid JSON: {message}" + (f": {shown}" if shown else ""))

@@ -114,13 +114,13 @@ class Steps:
         return self.tokens_per_epoch / (self.order.per_epoch * self._max_length)
 
     def epoch_at(self, samples: int) -> float:
-        """Epochs done once `samples` sequences are consumed."""
+        """Return the epochs done once `samples` sequences are consumed."""
         epoch = self.order.epoch_of(samples)
         start = self.order.start(epoch)
         return epoch + (samples - start) / (self.order.start(epoch + 1) - start)
 
     def samples_in(self, step: int) -> int:
-        """Sequences of a step (0-based) on all ranks: the global batch size, or less in the run's last step."""
+        """Return the sequences of a step (0-based) on all ranks: the global batch size, or less in the last step."""
         return min(self.global_batch_size, self.num_samples - step * self.global_batch_size)
 
     def from_step(self, step: int) -> Iterator[list[Batch]]:
@@ -133,7 +133,7 @@ class Steps:
         return tuple(self._prepared.sample_id(row) for row in self.rows_in(step))
 
     def rows_in(self, step: int) -> np.ndarray:
-        """int64; the rows of a step (0-based) on all ranks, in the order of the stream."""
+        """Return the rows of a step (0-based) on all ranks, int64, in the order of the stream."""
         begin = step * self.global_batch_size
         return np.array(self._rows(begin, self.samples_in(step)), np.int64)
 
@@ -152,12 +152,12 @@ class Steps:
         return micros
 
     def _rows(self, begin: int, count: int) -> list[int]:
-        """The documents of some sequences of the stream; none behind the end of the run."""
+        """Return the documents of some sequences of the stream; none behind the end of the run."""
         real = range(begin, min(begin + count, self.num_samples))
         return [int(row) for position in real for row in self.order.sequence(position)]
 
     def _single_step(self, step: int) -> list[Batch]:
-        """One micro-batch a document; ranks with fewer documents end with empty ones, for all must run as many."""
+        """Return one micro-batch a document; ranks with fewer end with empty ones, for all must run as many."""
         from distft.data.batch import build_batch
 
         begin = step * self.global_batch_size
@@ -207,7 +207,7 @@ class EvalSteps(Sequence["Batch"]):
         """Sequences on all ranks."""
 
     def __len__(self) -> int:
-        """Micro-batches of this rank, and of every other."""
+        """Return the micro-batches of this rank, and of every other."""
         return math.ceil(self.num_samples / (self._micro * self._world))
 
     @overload

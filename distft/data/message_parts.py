@@ -15,7 +15,7 @@ REASONING = "reasoning"
 CALL = "tool call"
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 _MOST_WORDS = 20_000
-"""Of a piece that is looked for word by word."""
+"""Most words of a piece that is looked for word by word."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class MessagePart:
 
     kind: str
     text: str
-    """Without white space at its ends, which templates trim."""
+    """The text without white space at its ends, which templates trim."""
 
 
 def thought_and_answer(message: Message) -> tuple[str, str]:
-    """Reasoning and content; reasoning may also stand in the content, before `</think>`."""
+    """Return the reasoning and content; reasoning may also stand in the content, before `</think>`."""
     content, thought = message["content"], message.get("reasoning_content", "")
     inline = _THOUGHT.fullmatch(content) if "</think>" in content else None
     if thought or inline is None:
@@ -37,7 +37,7 @@ def thought_and_answer(message: Message) -> tuple[str, str]:
 
 
 def says_nothing(message: Message) -> bool:
-    """Whether there is no text but white space, and no tool call."""
+    """Return whether there is no text but white space, and no tool call."""
     thought, answer = thought_and_answer(message)
     return not (thought or answer.strip() or message.get("tool_calls"))
 
@@ -133,7 +133,7 @@ class StandIn:
     """Number -> (index of the message, kind)."""
 
     def lost(self, text: str) -> set[tuple[int, str]]:
-        """Pieces that the rendered text does not have."""
+        """Return the pieces that the rendered text does not have."""
         return {piece for number, piece in self.pieces.items() if number not in text}
 
 
@@ -141,7 +141,7 @@ _PLAIN = {"role", "content", "trained"}
 
 
 def form_of(messages: Sequence[Message]) -> str:
-    """Equal for chats that say the same kinds of things, whatever they say; templates treat those alike."""
+    """Return a text that is equal for chats with the same kinds of parts, which templates treat alike."""
     if all(message.keys() <= _PLAIN and not _has_tags(message["content"]) for message in messages):
         return " ".join(f"{message['role']}{bool(message['content'].strip())}" for message in messages)
     return json.dumps(stand_in(messages).messages)

@@ -67,7 +67,7 @@ class MismatchedRows(Prepared):
         return np.array([int(self.row(index)[1][1:].sum()) for index in range(len(self._codes_M))], np.int32)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids_T int32, trained_T uint8) of a row."""
+        """Return (ids_T int32, trained_T uint8) of a row."""
         prompt, answer = divmod(int(self._codes_M[index]), self._prepared.num_rows)
         ids_T, trained_T = self._prepared.row(prompt)
         end, begin = self._starts_N[prompt], self._starts_N[answer]

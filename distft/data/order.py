@@ -33,11 +33,11 @@ class Epoch:
     """int64; row numbers; sequence s holds rows_N[offsets[s]:offsets[s + 1]]."""
 
     def __len__(self) -> int:
-        """Sequences."""
+        """Return the number of sequences."""
         return len(self.offsets) - 1
 
     def sequence(self, index: int) -> np.ndarray:
-        """The rows of one sequence."""
+        """Return the rows of one sequence."""
         return self.rows_N[self.offsets[index] : self.offsets[index + 1]]
 
 
@@ -86,7 +86,7 @@ class SampleOrder:
         self.epoch = lru_cache(maxsize=2)(self._epoch)  # two: a step may straddle the boundary
 
     def start(self, epoch: int) -> int:
-        """Sequences in all epochs before this one. Arithmetic, except where fractional weights make epochs differ."""
+        """Return the sequences in all epochs before this one: arithmetic, unless fractional weights differ by epoch."""
         if self.epochs_alike or not self._packing:
             return epoch * self.per_epoch
         with self._counting:
@@ -105,19 +105,19 @@ class SampleOrder:
         return self._starts[1]
 
     def epoch_of(self, position: int) -> int:
-        """The epoch that holds sequence `position` of the stream."""
+        """Return the epoch that holds sequence `position` of the stream."""
         epoch = position // self.per_epoch if self.epochs_alike or not self._packing else 0
         while self.start(epoch + 1) <= position:
             epoch += 1
         return epoch
 
     def sequence(self, position: int) -> np.ndarray:
-        """The rows of one sequence of the stream, in reading order."""
+        """Return the rows of one sequence of the stream, in reading order."""
         epoch = self.epoch_of(position)
         return self.epoch(epoch).sequence(position - self.start(epoch))
 
     def rows(self, epoch: int) -> np.ndarray:
-        """int64 [N]; the epoch's rows, source by source, before they are shuffled and packed."""
+        """Return int64 [N]; the epoch's rows, source by source, before they are shuffled and packed."""
         return np.concatenate(
             [self._cycle(source, epoch * taken, taken) for source, taken in enumerate(self.rows_per_epoch)]
         )
@@ -188,7 +188,7 @@ def rows_per_epoch(tables: Sequence[TrainSourceTable], num_rows: Sequence[int]) 
 
 
 def train_order(lengths: np.ndarray, source_rows: Sequence[np.ndarray], table: DataTable, *, seed: int) -> SampleOrder:
-    """The stream that the recipe asks for.
+    """Return the stream that the recipe asks for.
 
     Raises:
         DataError: weights and shares that cannot be met.

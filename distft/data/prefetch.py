@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 def prefetched(items: Iterable[Item], *, ahead: int) -> Iterator[Item]:
-    """`items`, up to `ahead` of them made early. The thread ends when the iterator is closed or dropped.
+    """Yield `items`, up to `ahead` made early by a thread, which ends when the iterator is closed or dropped.
 
     Raises:
         BaseException: whatever `items` raised, at the item it was raised for.

@@ -59,7 +59,7 @@ class SourceReport:
     """Columns that the format does not read -> rows that have them."""
 
     def __post_init__(self) -> None:
-        """As read from JSON, notes are plain values."""
+        """Convert notes that were read from JSON, where they are plain values."""
         self.notes = {kind: note if isinstance(note, Note) else Note(**note) for kind, note in self.notes.items()}
 
     @property
@@ -89,7 +89,7 @@ class SourceReport:
             yield "columns not read: " + ", ".join(f'"{name}" ({count:,})' for name, count in self.unread.items())
 
     def reasons(self) -> str:
-        """`3 too long, 1 empty`."""
+        """Return `3 too long, 1 empty`."""
         return ", ".join(f"{self.dropped[reason]:,} {reason}" for reason in REASONS if reason in self.dropped)
 
 
@@ -105,7 +105,7 @@ class PrepareReport:
     fingerprint: str
     """sha256 over all token ids, trained marks and lengths: what a resumed run must find again."""
     largest_id: int
-    """Of all tokens: the embedding must have a row for it."""
+    """The largest id of all tokens: the embedding must have a row for it."""
     stop_ids: tuple[int, ...]
     """What at least a tenth of the rows' answers end with, and the model will stop at; most frequent first."""
     group_size: int = 1
@@ -124,12 +124,12 @@ class PrepareReport:
         return sum(source.num_tokens for source in self.sources)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> PrepareReport:
-        """The report that `to_json` gave."""
+        """Return the report that `to_json` gave."""
         return cls(
             sources=tuple(SourceReport(**source) for source in stored["sources"]),
             files=tuple(stored["files"]),

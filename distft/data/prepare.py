@@ -46,7 +46,7 @@ _PARALLEL_FROM_TASKS = 32
 """`num_workers = "auto"` starts processes from here on: a worker needs seconds to import its libraries, and the
 tokenizer's own threads keep the cores busy meanwhile."""
 _FEW_CORES = 4
-"""With fewer, the tokenizer's threads alone are as fast."""
+"""With fewer cores, the tokenizer's threads alone are as fast."""
 _MAX_AUTO_WORKERS = 32
 
 
@@ -247,7 +247,7 @@ def _tasks(sources: list[RowSource], reports: list[SourceReport]) -> Iterator[Ta
 
 
 def _size(value: object) -> int:
-    """Roughly the bytes of a payload."""
+    """Return roughly the bytes of a payload."""
     if isinstance(value, bytes | str):
         return len(value)
     if isinstance(value, dict):
@@ -256,7 +256,7 @@ def _size(value: object) -> int:
 
 
 def _made(maker: RowMaker, tasks: Iterator[Task]) -> Iterator[tuple[Task, Made]]:
-    """What becomes of each task, in order; made here or by worker processes."""
+    """Yield what becomes of each task, in order; made here or by worker processes."""
     workers = maker.table.num_workers
     if workers == "auto":
         first = list(islice(tasks, _PARALLEL_FROM_TASKS))
@@ -270,7 +270,7 @@ def _made(maker: RowMaker, tasks: Iterator[Task]) -> Iterator[tuple[Task, Made]]
 
 
 def _can_travel(maker: RowMaker) -> bool:
-    """Whether another process can be given the formats: one defined in a script or a test cannot be."""
+    """Return whether another process can be given the formats: one defined in a script or a test cannot be."""
     try:
         pickle.dumps(maker)
     except (pickle.PicklingError, AttributeError, TypeError):
@@ -289,7 +289,7 @@ def _start_worker(maker: RowMaker) -> None:
 
 
 def _end_with_parent() -> None:
-    """A pool's workers outlive a parent that is killed: each holds the other end of the queue it waits on."""
+    """End a pool's worker with its parent, which holds the other end of the queue it waits on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
@@ -302,7 +302,7 @@ def _work(task: Task) -> Made:
 
 
 def _made_by_workers(workers: int, maker: RowMaker, tasks: Iterable[Task]) -> Iterator[tuple[Task, Made]]:
-    """Keeps two tasks per worker under way, so memory stays bounded however slow the disk is."""
+    """Keep two tasks per worker under way, so memory stays bounded however slow the disk is."""
     # spawn: a fork would copy the tokenizer's and torch's threads in an unknown state
     pool = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(maker,)
@@ -370,7 +370,7 @@ _PERCENTILES = {"p10": 0.10, "p50": 0.50, "p90": 0.90, "p99": 0.99, "max": 1.0}
 
 
 def with_distinct_labels(sources: list[RowSource]) -> list[RowSource]:
-    """Two files of one name are called by their whole path, or messages would name either."""
+    """Call two files of one name by their whole path, or messages would name either."""
     labels = [file.label for source in sources for file in source.files]
     twice = {label for label in labels if labels.count(label) > 1}
     return (

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def cache_folder(table: DataTable) -> Path:
-    """Where prepared rows live: the recipe's `cache_dir`, else `data` in the user's cache folder.
+    """Return where prepared rows live: the recipe's `cache_dir`, else `data` in the user's cache folder.
 
     A folder on a node's own disk ("$SLURM_TMPDIR/rows", "/tmp/rows") is prepared once on each node.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
@@ -29,7 +29,7 @@ class Question:
     id: str
     """`valid.jsonl row 12`."""
     row: Row
-    """As its file holds it, columns renamed as the recipe says."""
+    """The row as its file holds it, columns renamed as the recipe says."""
     prompt: str
     """What is asked, special tokens of the chat template included."""
     ids: tuple[int, ...]
@@ -38,6 +38,8 @@ class Question:
     """Rendered by the chat template: special tokens are in the text."""
     reference: str
     """The right answer: the completion, or what the assistant says last; "" where the row has none."""
+    chat: Conversation | None = None
+    """What is asked, without the answer; None: raw text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class Columns:
         return PromptCompletion(prompt=prompt, completion="")
 
     def answer(self, row: Row) -> str:
-        """What the reference column holds; a list of right answers as JSON."""
+        """Return what the reference column holds; a list of right answers as JSON."""
         value = "" if self.reference is None else row[self.reference]
         return value if isinstance(value, str) else json.dumps(value)
 
@@ -123,6 +125,7 @@ def _questions(
                 ids=tuple(ids),
                 as_chat=isinstance(sample, Conversation),
                 reference=right,
+                chat=_open_chat(sample) if isinstance(sample, Conversation) else None,
             )
             count += 1
             progress(count)
@@ -140,6 +143,12 @@ def _payloads(source: RowSource) -> Iterator[tuple[str, int, Payload]]:
             yield file.label, number, payload
 
 
+def _open_chat(chat: Conversation) -> Conversation:
+    """Return the chat without its last answer, as `Renderer.ask` renders it."""
+    answered = chat.messages[-1]["role"] == "assistant"
+    return replace(chat, messages=chat.messages[:-1] if answered else chat.messages)
+
+
 def _right(sample: Sample) -> str:
     if isinstance(sample, PromptCompletion):
         return sample.completion
@@ -149,7 +158,7 @@ def _right(sample: Sample) -> str:
 
 
 def trained_as_chat(sources: Sequence[SourceTable], *, merge_turns: bool = False) -> bool:
-    """Whether the first row that is trained is a chat.
+    """Return whether the first row that is trained is a chat.
 
     Raises:
         DataError: the first source cannot be read, or has no good row.

@@ -23,12 +23,12 @@ Reader: TypeAlias = Callable[[Path], Iterator[tuple[int, Payload]]]
 
 _CHUNK_BYTES = 1 << 20
 _OTHER_MARKS = (";", "\t", "|", ",")
-"""By which tables are separated besides."""
+"""Other characters that separate the cells of tables."""
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def parse_line(line: bytes) -> Row:
-    """One JSON line as a row.
+    """Parse one JSON line as a row.
 
     Raises:
         RowError: not JSON, or not an object.
@@ -58,7 +58,7 @@ def as_row(value: Any) -> Row:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Payload]]:
-    """One JSON object per line; blank lines are passed over. A file that is one JSON list is read as such."""
+    """Read one JSON object per line; blank lines are skipped. A file that is one JSON list is read as such."""
     if _is_one_list(path):
         yield from enumerate(_array_elements(path), 1)
         return
@@ -68,7 +68,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Payload]]:
 
 
 def read_json(path: Path) -> Iterator[tuple[int, Payload]]:
-    """A list of objects, streamed element by element; a file that starts with `{` is read as JSON lines."""
+    """Read a list of objects, streamed element by element; a file that starts with `{` is read as JSON lines."""
     if not _starts_with_list(path):
         if _is_one_object(path):
             raise DataError(f"{path.name}: holds one JSON object, expected a list of rows  write [{{...}}, {{...}}]")
@@ -84,7 +84,7 @@ def _starts_with_list(path: Path) -> bool:
 
 
 def _is_one_list(path: Path) -> bool:
-    """Whether the file is one JSON list, and not a list on each line."""
+    """Return whether the file is one JSON list, and not a list on each line."""
     if not _starts_with_list(path):
         return False
     lines = (line for _, line in _lines(path) if isinstance(line, RowError) or line.strip())
@@ -99,13 +99,13 @@ def _is_one_list(path: Path) -> bool:
 
 
 def _is_one_object(path: Path) -> bool:
-    """Whether an object is spread over several lines, which JSON lines never are."""
+    """Return whether an object is spread over several lines, which JSON lines never are."""
     first = next((line for _, line in _lines(path) if not isinstance(line, RowError) and line.strip()), b"")
     return first.strip() == b"{"
 
 
 def _array_elements(path: Path) -> Iterator[Payload]:
-    """Elements of a JSON list, in order."""
+    """Yield the elements of a JSON list, in order."""
     window = JsonText(path)
     window.take("[")
     if window.peek() != "]":
@@ -123,7 +123,7 @@ def _array_elements(path: Path) -> Iterator[Payload]:
 
 
 def read_tsv(path: Path) -> Iterator[tuple[int, Payload]]:
-    """As CSV, separated by tabs."""
+    """Read rows like those of CSV, separated by tabs."""
     yield from read_csv(path, delimiter="\t")
 
 
@@ -166,7 +166,7 @@ def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, Payload
 
 
 def read_txt(path: Path) -> Iterator[tuple[int, Payload]]:
-    """Documents separated by blank lines, each a row with one column `text`, numbered by its first line."""
+    """Read documents separated by blank lines, each a row with one column `text`, numbered by its first line."""
     document: list[str] = []
     size = first = number = 0
     for number, line in enumerate(_text_lines(path), 1):
@@ -187,7 +187,7 @@ def read_txt(path: Path) -> Iterator[tuple[int, Payload]]:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, Payload]]:
-    """Rows of a Parquet file, a batch of row groups' rows at a time."""
+    """Read rows of a Parquet file, a batch of row groups' rows at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -224,7 +224,7 @@ def read_arrow(path: Path) -> Iterator[tuple[int, Payload]]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Columnar rows carry every field of every row, absent ones as null; chat templates expect them to be absent."""
+    """Remove nulls: columnar rows carry every field of every row, and templates expect absent ones to be absent."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -245,14 +245,14 @@ _MAPPED = (".parquet", ".arrow")
 
 
 def file_type(path: Path) -> str | None:
-    """The key in READERS of a file, packed or not; None: it is not read."""
+    """Return the key in READERS of a file, packed or not; None: it is not read."""
     inner = bare(path)
     suffix = inner.suffix.lower()
     return suffix if suffix in READERS and (inner == path or suffix not in _MAPPED) else None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
-    """(1-based number, line) with line ends kept; the byte-order mark is removed, bad bytes become a RowError.
+    """Yield (1-based number, line) with line ends kept; the byte-order mark is removed, bad bytes become a RowError.
 
     Raises:
         DataError: the file is UTF-16.
@@ -284,7 +284,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
 
 
 def _fault(line: bytes, offset: int) -> RowError | None:
-    """What makes a line not UTF-8 text. `offset` is where it starts in the file."""
+    """Return what makes a line not UTF-8 text. `offset` is where it starts in the file."""
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -299,7 +299,7 @@ def _fault(line: bytes, offset: int) -> RowError | None:
 
 
 def _text_lines(path: Path) -> Iterator[str]:
-    """Decoded lines, CRLF made LF, for formats where one bad line spoils the file."""
+    """Yield the decoded lines, CRLF made LF, for formats where one bad line spoils the file."""
     for number, line in _lines(path):
         if isinstance(line, RowError):
             raise DataError(f"{path.name}:{number}: {line}")

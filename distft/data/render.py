@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def settings_of(table: DataTable) -> dict[str, Any]:
-    """What a recipe's [data] says to `load_renderer`."""
+    """Return what a recipe's [data] says to `load_renderer`."""
     return {
         "chat_template": table.chat_template,
         "loss_on": table.loss_on,
@@ -50,7 +50,7 @@ def load_renderer(
     merge_turns: bool = False,
     virtual_tokens: int = 0,
 ) -> Renderer:
-    """The renderer of a tokenizer (a folder or hub id).
+    """Return the renderer of a tokenizer (a folder or hub id).
 
     Args:
         path: of the tokenizer.
@@ -152,7 +152,7 @@ class Renderer(Encoder):
         return control_tokens(self._added, "")
 
     def render(self, sample: Document) -> Rendered:
-        """One sample that is one row. See `render_many`.
+        """Render one sample that is one row. See `render_many`.
 
         Raises:
             RowError: this sample cannot be rendered.
@@ -220,7 +220,7 @@ class Renderer(Encoder):
         return [rows if isinstance(rows, Exception) else [row.after(self.prefix) for row in rows] for rows in rendered]
 
     def _drawn(self, chat: Conversation) -> list[Drawn]:
-        """A chat as its rows' texts; special tokens typed in it stand between marks.
+        """Return a chat as its rows' texts; special tokens typed in it stand between marks.
 
         Raises:
             RowError, DataError: as `ChatTemplate.trained`.
@@ -311,7 +311,7 @@ class Renderer(Encoder):
         return (*self.prefix, *ids[:split]), tuple(ids[split:])
 
     def tokens(self, text: str, *, as_chat: bool = False) -> list[int]:
-        """A prompt in words, as `ask` would tokenise it; `as_chat`: a template has written it, special tokens too.
+        """Tokenise a prompt as `ask` would; `as_chat`: a template has written it, special tokens too.
 
         Raises:
             RowError: it is empty, and no token of its own starts a text.
@@ -322,7 +322,7 @@ class Renderer(Encoder):
         return [*self.prefix, *ids]
 
     def draw(self, messages: Sequence[Message], *, open_turn: bool) -> str:
-        """A chat as the template writes it; `open_turn`: up to where the assistant would answer.
+        """Return a chat as the template writes it; `open_turn`: up to where the assistant would answer.
 
         Raises:
             RowError: the template refuses it.
@@ -332,7 +332,7 @@ class Renderer(Encoder):
         return self.template.draw(messages, None, open_turn)[0]
 
     def write(self, ids: list[int]) -> str:
-        """Tokens of an answer as text, special tokens left out."""
+        """Decode the tokens of an answer, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _text(self, ids: list[int], text: str, notes: dict[str, str]) -> Rendered:
@@ -368,7 +368,7 @@ def _only(rows: list[Rendered]) -> Rendered:
 
 
 def is_empty(sample: Sample) -> bool:
-    """Whether there is nothing to learn from: no text but white space, or no completion."""
+    """Return whether there is nothing to learn from: no text but white space, or no completion."""
     if isinstance(sample, Group):
         return any(map(is_empty, sample.documents))
     if isinstance(sample, Text):

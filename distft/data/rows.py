@@ -52,7 +52,7 @@ class RowMaker:
     table: DataTable
     sources: list[RowSource]
     converts: list[Callable[[Row], Sample]]
-    """Of each source's format."""
+    """The conversion of each source's format."""
     tokenizer: str
     reads: Sequence[tuple[str, ...] | None] = ()
     """The columns that each source's format reads; empty: not known."""

@@ -95,7 +95,7 @@ class FormatSpec:
 
 
 def text_column(row: Row, name: str, *, default: str | None = None) -> str:
-    """The string in column `name`.
+    """Return the string in column `name`.
 
     Raises:
         RowError: it is missing (and there is no default), or not a string.
@@ -111,7 +111,7 @@ def text_column(row: Row, name: str, *, default: str | None = None) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON text.
+    """Parse the object of a JSON text.
 
     Raises:
         ValueError: it has a key twice, of which Python's reader would drop the first without a word.
@@ -128,7 +128,7 @@ JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse the value of a JSON text.
 
     Raises:
         ValueError: it is none (JSONDecodeError), an object has a key twice, or it is nested too deeply or holds a
@@ -141,11 +141,11 @@ def parse_json(text: str) -> Any:
 
 
 def columns_of(row: Mapping[str, Any]) -> str:
-    """The row's column names, quoted, for messages."""
+    """Return the row's column names, quoted, for messages."""
     return ", ".join(f'"{name}"' for name in row) or "no columns"
 
 
 def kind_of(value: object) -> str:
-    """A value's type in words a user of JSON knows."""
+    """Return a value's type in words a user of JSON knows."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")

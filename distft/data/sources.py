@@ -61,18 +61,19 @@ class RowSource:
     """Neighbouring turns of one role are joined."""
 
     def rows(self, file: SourceFile) -> Iterator[tuple[int, Payload]]:
-        """(1-based line or row, payload) of one file; `max_rows` is the caller's to count, over all files."""
+        """Yield (1-based line or row, payload) of one file; `max_rows` is the caller's to count, over all files."""
         if file.path is None:
             return _hub_rows(self.table)
         return READERS[file_type(file.path) or ""](file.path)
 
     def renamed(self, payload: Payload) -> Row:
-        """The payload as a row under the names its format expects (`columns = {theirs = "ours"}`), its messages without
-        the keys that `ignore` names, and merged where neighbouring turns are to be joined.
+        """Return the payload as a row under the names its format expects (`columns = {theirs = "ours"}`).
+
+        Its messages are without the keys that `ignore` names, and merged where neighbouring turns are to be joined.
 
         Raises:
             RowError: the payload is no row, or lacks a column that `columns` renames.
-        """  # noqa: D205
+        """
         if isinstance(payload, RowError):
             raise payload
         row = parse_line(payload) if isinstance(payload, bytes) else payload
@@ -151,7 +152,7 @@ def find(table: SourceTable, *, merge_turns: bool = False) -> RowSource:
 
 
 def _readable(path: Path, label: str) -> SourceFile:
-    """A file that can be read, by its name.
+    """Return a file that can be read, by its name.
 
     Raises:
         DataError: it is of a type that is not, or empty, or may not be read.
@@ -174,12 +175,12 @@ def _refuse_split(table: SourceTable, what: str) -> None:
 
 
 def _relative_to(path: Path) -> str:
-    """Where a relative path starts, for messages."""
+    """Return where a relative path starts, for messages."""
     return "" if path.is_absolute() else f" (relative to {Path.cwd()}, the folder that the command runs in)"
 
 
 def decide_format(source: RowSource) -> FormatSpec:
-    """The source's format: as named, or, for `auto`, the one that its first rows fit.
+    """Return the source's format: as named, or, for `auto`, the one that its first rows fit.
 
     Raises:
         DataError: the source has no rows, or its first rows fit no format, or several.
@@ -252,7 +253,7 @@ def _nearest_name(path: Path) -> str:
 
 
 def hub_dataset(table: SourceTable):
-    """The split of a hub dataset, downloaded or from the library's cache.
+    """Load the split of a hub dataset, downloaded or from the library's cache.
 
     Raises:
         DataError: the library is missing, or it cannot load the dataset.
@@ -272,7 +273,7 @@ def hub_dataset(table: SourceTable):
 
 @functools.cache
 def _loaded(path: str, subset: str | None, split: str):
-    """Downloaded and written to the library's cache by one process for each cache folder; the others then map it."""
+    """Download and cache a split by one process for each cache folder; the others then map it."""
     datasets: Any = importlib.import_module("datasets")
     mine: list[Any] = []
 

@@ -25,7 +25,7 @@ _INLINE = re.compile(r"</?(think|thinking|tool_\w+|tools|functions?|answer)>")
 
 
 def control_tokens(added: dict[str, bool], written: str) -> re.Pattern[str]:
-    """Finds the tokens that only a template may write.
+    """Return a pattern that finds the tokens that only a template may write.
 
     Args:
         added: the tokenizer's added tokens, and whether each is special.
@@ -83,5 +83,5 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def without_marks(text: str) -> str:
-    """The text as it was."""
+    """Return the text as it was."""
     return text.replace(START, "").replace(END, "")

@@ -76,7 +76,7 @@ class Writer:
         self._append("offsets", np.zeros(1, np.int64))
 
     def append(self, rows: Rows, *, file: int) -> None:
-        """Rows of one file."""
+        """Append the rows of one file."""
         self._append("ids", rows.ids)
         self._append("trained", rows.trained)
         self._append("lengths", rows.lengths_N)
@@ -96,15 +96,15 @@ class Writer:
         self._num_rows += len(rows.rows_N)
 
     def stop_ids(self) -> tuple[int, ...]:
-        """What at least a tenth of the rows' answers end with."""
+        """Return what at least a tenth of the rows' answers end with."""
         return tuple(token for token, count in self._ends.most_common() if 10 * count >= self._num_rows)
 
     def fingerprint(self) -> str:
-        """sha256 of the rows so far, whatever pieces they came in."""
+        """Return sha256 of the rows so far, whatever pieces they came in."""
         return hashlib.sha256(b"".join(part.digest() for part in self.hashes.values())).hexdigest()
 
     def lengths(self) -> np.ndarray:
-        """int32 [N]; tokens of each row so far."""
+        """Return int32 [N]; tokens of each row so far."""
         self.files["lengths"].flush()
         return np.fromfile(self.folder / "lengths.bin", np.int32)
 
@@ -174,7 +174,7 @@ class Prepared:
         return self.report.fingerprint
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids_T int32, trained_T uint8) of a row; views of the files."""
+        """Return (ids_T int32, trained_T uint8) of a row; views of the files."""
         ids, trained, offsets = self._flat
         begin, end = offsets[index], offsets[index + 1]
         return ids[begin:end], trained[begin:end]
@@ -201,11 +201,11 @@ class Prepared:
         return {name: self._values[list(rows), column] for column, name in enumerate(self.report.values)}
 
     def sample_id(self, index: int) -> str:
-        """`train.jsonl row 1812`."""
+        """Return `train.jsonl row 1812`."""
         files, rows = self._locations
         return f"{self.report.files[files[index]]} row {rows[index]}"
 
     def source_rows(self) -> list[np.ndarray]:
-        """int64 [n]; for each source the indices of its rows, in file order."""
+        """Return int64 [n]; for each source the indices of its rows, in file order."""
         source_N = np.asarray(self.report.file_sources)[self._locations[0]]
         return [np.flatnonzero(source_N == source) for source in range(len(self.report.sources))]

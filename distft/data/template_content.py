@@ -15,7 +15,7 @@ from distft.data.template_probe import TemplateProbe
 
 _WITH_TOOLS = ': chat_template = "chatml", "llama3" or "plain"'
 _MOST_FORMS = 4096
-"""Of chats, whose losses are remembered."""
+"""Most forms of chats whose losses are remembered."""
 CUT = "earlier turns, not trained in this row, lose their {} to the chat template"
 
 
@@ -28,11 +28,11 @@ class TemplateContent(TemplateProbe, ABC):
     _latest: dict[str, tuple[Conversation, frozenset[tuple[int, str]]]] = field(
         default_factory=dict, compare=False, repr=False
     )
-    """Of the chat that was asked about last."""
+    """What the last chat loses."""
 
     @abstractmethod
     def _lost(self, chat: Conversation, index: int, kind: str, text: str) -> str:
-        """That the template leaves out something, with a remedy that keeps it."""
+        """Return the message about what the template leaves out, with a remedy that keeps it."""
 
     def _refuse_left_out(self, chat: Conversation) -> None:
         if chat.tools and not re.search(r"\btools\b", self.text):
@@ -44,7 +44,7 @@ class TemplateContent(TemplateProbe, ABC):
             )
 
     def _context(self, chat: Conversation, text: str, trained: set[int], *, rebuilt: bool = False) -> dict[str, str]:
-        """What earlier turns lose, as notes. `rebuilt`: the text is not the template's own of the whole chat.
+        """Return what earlier turns lose, as notes. `rebuilt`: the text is not the template's own of the whole chat.
 
         Raises:
             RowError: something that a user, the system or a tool says is not in the text, or who says it.
@@ -103,7 +103,7 @@ class TemplateContent(TemplateProbe, ABC):
         return self._losses[form]
 
     def _left_out(self, chat: Conversation, index: int, kind: str, text: str) -> RowError | DataError:
-        """A trained turn that loses something: the template's fault where it knows no reasoning at all."""
+        """Return a trained turn that loses something: the template's fault where it knows no reasoning at all."""
         message = chat.messages[index]
         if (
             kind == REASONING
@@ -118,7 +118,7 @@ class TemplateContent(TemplateProbe, ABC):
         return RowError(f"{who}: the chat template leaves out its {kind}: {short(text)}  {self._keep(message, kind)}")
 
     def _keep(self, message: Message, kind: str) -> str:
-        """What keeps what a template leaves out."""
+        """Return what keeps what a template leaves out."""
         if kind == CALL and len(message["tool_calls"]) > 1:
             return "name a chat_template that writes several tool calls of one turn with their arguments"
         if message.get("tool_calls"):

@@ -27,7 +27,7 @@ _PROBE_TOOL = {
 
 
 def has_marks(template: str) -> bool:
-    """Whether a Jinja chat template carries `{% generation %}` marks."""
+    """Return whether a Jinja chat template carries `{% generation %}` marks."""
     return _MARK.search(template) is not None
 
 
@@ -116,7 +116,7 @@ class TemplateProbe:
         return self.any_token.search(text, text.rfind(_PROBE_ANSWER)) is None
 
     def _header_after(self, messages: Sequence[Message], tools: Any, text: str) -> str:
-        """What the template writes after these messages up to the token that begins the next one, "" if nothing."""
+        """Return what the template writes between these messages and the next one's first token, "" if nothing."""
         following: Message = {"role": "tool", "content": "done"} if messages[-1].get("tool_calls") else NEXT
         try:
             followed, _ = self.draw([*messages, following], tools, False)
@@ -126,7 +126,7 @@ class TemplateProbe:
         return followed[len(text) : token.end()] if token and not followed[len(text) : token.start()].strip() else ""
 
     def _with_header(self, chat: Conversation, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
-        """The text with the next turn's header token, where that is what stops the model, as part of the last span."""
+        """Add the next turn's header token to text and last span, where that is what stops the model."""
         if self.marked or not self._stops_at_header:
             return text, spans
         calls = [call for message in chat.messages[-1:] for call in message.get("tool_calls", ())]

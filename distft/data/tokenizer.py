@@ -30,7 +30,7 @@ MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def tokenizer_folder(path: str, revision: str | None = None) -> Path:
-    """The folder with the tokenizer's files; those of a hub id are fetched or found in the hub's cache.
+    """Return the folder with the tokenizer's files; those of a hub id are fetched or found in the hub's cache.
 
     Raises:
         DataError: there is no such folder or hub id, or it holds no tokenizer.
@@ -51,7 +51,7 @@ def tokenizer_folder(path: str, revision: str | None = None) -> Path:
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
-    """The fast transformers tokenizer of a folder or hub id; it neither truncates nor pads.
+    """Return the fast transformers tokenizer of a folder or hub id; it neither truncates nor pads.
 
     Raises:
         DataError: it cannot be loaded, runs remote code, has no fast form or no end-of-sequence token.
@@ -77,7 +77,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
 
 
 def load_decoder(path: str, revision: str | None = None) -> Callable[[list[int]], str]:
-    """Ids -> text with special tokens shown; without transformers where the tokenizer has its fast form.
+    """Return a decoder of ids, special tokens shown; without transformers where the tokenizer has its fast form.
 
     Raises:
         DataError: as `load_tokenizer`.

@@ -12,7 +12,7 @@ _SHOWN_LABELS = 20
 
 
 def card(report: DataQualityReport, *, name: str, sources: Sequence[tuple[str, str]]) -> str:
-    """The page; `sources` are (split, path) in the recipe's order.
+    """Return the page; `sources` are (split, path) in the recipe's order.
 
     Everything in it is counted from the rows, but for what only people know: origin, licence and consent are asked for
     in its last section.
@@ -90,7 +90,7 @@ def _finds(report: DataQualityReport) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """On one line, and no Markdown or HTML of its own."""
+    """Return a text on one line, without Markdown or HTML of its own."""
     for char, shown in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'")):
         text = text.replace(char, shown)
     return " ".join(text.split())

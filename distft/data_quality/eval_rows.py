@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distft.recipe.evaluation import AnswersTable, SourceTable
 
 
-def asked_sources(
+def question_sources(
     answers: Sequence[AnswersTable], held_out: Sequence[SourceTable]
 ) -> list[tuple[RowSource, FormatSpec]]:
     """Return each evaluation set's source once, with what reads its rows, but those of `held_out`.
@@ -45,7 +45,7 @@ def _place(table: SourceTable) -> tuple[str | None, ...]:
 
 
 def _columns(prompt: str, reference: str | None) -> FormatSpec:
-    """Of rows that are of no data format."""
+    """Return a format of the named columns, for rows that are of no data format."""
     return FormatSpec(
         name=f"columns {prompt} {reference}",
         needs=prompt,

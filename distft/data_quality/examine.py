@@ -21,7 +21,7 @@ from distft.data.samples import FormatSpec
 from distft.data.sources import RowSource, decide_format, find
 from distft.data_quality import gather as gathering
 from distft.data_quality import similar
-from distft.data_quality.eval_rows import asked_sources
+from distft.data_quality.eval_rows import question_sources
 from distft.data_quality.findings import SHOWN, DataQualityReport, Repeat, Shared
 from distft.data_quality.gather import Gathered
 from distft.data_quality.notes import notes
@@ -65,7 +65,7 @@ def examine(
     merge = table.merge_turns
     splits = {"train": _find_sources(table.train, merge)}
     if table.eval or any(map(has_own_rows, answers)):
-        splits["eval"] = _find_sources(table.eval, merge, asked_sources(answers, table.eval))
+        splits["eval"] = _find_sources(table.eval, merge, question_sources(answers, table.eval))
     try:
         folder = cache_dir / "care"
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def _examine(splits: dict[str, _Split], progress: Callable[[int], None]) -> Data
     near = similar.near_repeats(train.minima_NK())
     is_same = np.zeros(train.num_rows, bool)
     is_same[same.row_P] = True
-    asked_again = similar.repeats(train.joined("questions")).row_P
+    same_question = similar.repeats(train.joined("questions")).row_P
     near_only = ~is_same[near.row_P]
     every = [train, *([held_out] if held_out else [])]
     num_shared, shared = _overlap(train, held_out)
@@ -161,7 +161,7 @@ def _examine(splits: dict[str, _Split], progress: Callable[[int], None]) -> Data
         splits={name: gathered.split(unread[name].num_rows) for name, gathered in zip(splits, every, strict=True)},
         num_same=len(same.row_P),
         num_near=int(near_only.sum()),
-        num_conflicting=int((~is_same[asked_again]).sum()),
+        num_conflicting=int((~is_same[same_question]).sum()),
         near_searched=min(train.num_rows, gathering.NEAR_ROWS),
         repeats=(
             *_repeats(train, same.row_P, same.like_P, same.similarity_P),
@@ -184,7 +184,7 @@ def _repeats(train: Gathered, row_P: np.ndarray, like_P: np.ndarray, similarity_
 
 
 def _overlap(train: Gathered, held_out: Gathered | None) -> tuple[dict[str, int], tuple[Shared, ...]]:
-    """`num_shared` and `shared`; an evaluation row counts under the first kind that it is of."""
+    """Return `num_shared` and `shared`; an evaluation row counts under the first kind that it is of."""
     counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     shared: list[Shared] = []
     if held_out is None:

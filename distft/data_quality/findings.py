@@ -86,7 +86,7 @@ class DataQualityReport:
         return sum(self.num_shared.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod

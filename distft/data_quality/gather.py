@@ -53,20 +53,20 @@ class Gathered:
     num_rows: int = 0
 
     def joined(self, name: str) -> np.ndarray:
-        """All of an array so far."""
+        """Return all of an array so far."""
         return np.concatenate(getattr(self, name)) if self.num_rows else np.zeros(0, np.int64)
 
     def minima_NK(self) -> np.ndarray:
-        """Signatures kept."""
+        """Return the signatures kept."""
         return np.concatenate([np.zeros((0, shingles.NUM_MINIMA), np.uint32), *self.minima])
 
     def ids(self, rows_P: np.ndarray) -> list[str]:
-        """`train.jsonl row 12` for each index."""
+        """Return `train.jsonl row 12` for each index."""
         files, numbers = self.joined("files"), self.joined("numbers")
         return [f"{self.labels_of_files[files[row]]} row {numbers[row]}" for row in rows_P]
 
     def split(self, num_unread: int) -> Split:
-        """Its figures."""
+        """Return the figures of a split."""
         return Split(
             num_rows=self.num_rows,
             num_unread=num_unread,
@@ -82,7 +82,7 @@ class Gathered:
 
 
 def boilerplate(rows: Iterator[RowText]) -> tuple[np.ndarray, Iterator[RowText]]:
-    """What the first rows all repeat, and the rows, none lost."""
+    """Return the boilerplate of the first rows, and all rows, none lost."""
     first = list(islice(rows, _SAMPLE_ROWS))
     return shingles.boilerplate([row.text for row in first]), chain(first, rows)
 
@@ -144,7 +144,7 @@ def _count_answers(made: Gathered, chunk: list[RowText]) -> None:
 
 
 def _hashes(texts: list[str]) -> np.ndarray:
-    """uint64; of each text but for white space; 0 for an empty one."""
+    """Return a uint64 of each text but for white space; 0 for an empty one."""
     plain = [" ".join(text.split()).encode("utf-8", errors="replace") for text in texts]
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in plain)
     hashes = np.frombuffer(digests, np.uint64).copy()

@@ -42,7 +42,7 @@ class JudgedRows:
     contradicting: tuple[tuple[str, str], ...]
     """Some of them, each with the earlier row."""
 
-    def said(self) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         """Yield the figures as lines, and what to do about them."""
         what = ("good", "bad") if self.longer is None else ("chosen", "rejected")
         yield (
@@ -91,7 +91,7 @@ def judged_rows(rows: Prepared) -> JudgedRows | None:
         mine = digests[0] if pairs else documents[0][0].encode()
         met = first[key]
         repeated += mine in met
-        opposite = next((earlier for said, earlier in met.items() if said != mine), None)
+        opposite = next((earlier for digest, earlier in met.items() if digest != mine), None)
         if opposite is not None:
             contradicting += 1
             if len(shown) < SHOWN:

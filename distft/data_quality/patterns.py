@@ -38,7 +38,7 @@ class Hit:
 
 
 def find(text: str) -> Iterator[Hit]:
-    """What is in a text, kind by kind; secrets first. No place is counted under two kinds."""
+    """Yield what is in a text, kind by kind; secrets first. No place is counted under two kinds."""
     taken: list[tuple[int, int]] = []
     digits = None
     for pattern in PATTERNS:
@@ -59,7 +59,7 @@ def find(text: str) -> Iterator[Hit]:
 
 
 def masked(text: str, shown: int) -> str:
-    """`AKIA… (20 characters)`; never more than a quarter of it."""
+    """Return `AKIA… (20 characters)`; never more than a quarter of it."""
     return f"{text[: min(shown, len(text) // 4)]}… ({len(text)} characters)"
 
 
@@ -76,7 +76,7 @@ def luhn(text: str) -> bool:
 
 
 def iban(text: str) -> bool:
-    """Whether the check digits of an IBAN are right (ISO 13616: the number modulo 97 is 1)."""
+    """Return whether the check digits of an IBAN are right (ISO 13616: the number modulo 97 is 1)."""
     compact = re.sub(r"\s", "", text)
     if not 15 <= len(compact) <= 34:
         return False
@@ -84,7 +84,7 @@ def iban(text: str) -> bool:
 
 
 def _real_address(text: str) -> bool:
-    """Not one that RFC 2606 reserves for examples."""
+    """Return whether an address is not one that RFC 2606 reserves for examples."""
     domain = text.rpartition("@")[2].lower()
     return not re.search(r"(^|\.)(example\.(com|org|net)|example|test|invalid|localhost)$", domain)
 

@@ -41,7 +41,7 @@ class Unread:
 
 
 def row_texts(sources: Sequence[RowSource], specs: Sequence[FormatSpec], unread: Unread) -> Iterator[RowText]:
-    """Every row that a format can read, in order; the others are counted.
+    """Yield every row that a format can read, in order; the others are counted.
 
     Raises:
         DataError: a file cannot be read.

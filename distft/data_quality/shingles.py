@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 WORDS = 5
-"""In a shingle; a shorter text is one shingle."""
+"""Words in a shingle; a shorter text is one shingle."""
 BANDS, BAND_ROWS = 21, 6
 """Rows of similarity 0.8 share one of the bands' keys with probability 0.998, of 0.6 with 0.64, of 0.3 with 0.02."""
 NUM_MINIMA = BANDS * BAND_ROWS
@@ -37,14 +37,14 @@ _OFFSETS_K = _random.integers(0, 2**32, NUM_MINIMA, np.uint32)
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, one to one, every bit depending on all (splitmix64's finaliser)."""
+    """Mix uint64 one to one, every bit depending on all (splitmix64's finaliser)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def span_hashes(values: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """uint64, one for each half-open span of `values`; equal spans give equal hashes wherever they are.
+    """Return uint64, one for each half-open span of `values`; equal spans give equal hashes wherever they are.
 
     A polynomial in an odd base: the prefix sums' difference, shifted back to where the span would start at 0.
     """
@@ -108,7 +108,7 @@ def boilerplate(texts: Sequence[str]) -> np.ndarray:
 
 
 def signatures(texts: Sequence[str], common: np.ndarray) -> np.ndarray:
-    """uint32 [N, K]; minima of each row's shingles, `common` ones left out unless hardly any would be left.
+    """Return uint32 [N, K]; minima of each row's shingles, `common` ones left out unless hardly any would be left.
 
     The share of equal minima of two rows estimates their similarity, with a standard error below 0.045. A text
     without words has the largest number everywhere.
@@ -142,7 +142,7 @@ def _signed(made: Shingled, common: np.ndarray) -> np.ndarray:
 
 
 def band_keys(minima_NK: np.ndarray) -> np.ndarray:
-    """uint64 [BANDS, N]; rows that share a key in some band are worth comparing. Rows without words share none."""
+    """Return uint64 [BANDS, N]; rows that share a key in some band are compared. Rows without words share none."""
     keys = np.zeros((BANDS, len(minima_NK)), np.uint64)
     for band in range(BANDS):
         key = np.full(len(minima_NK), band + 1, np.uint64)
@@ -155,7 +155,7 @@ def band_keys(minima_NK: np.ndarray) -> np.ndarray:
 
 
 def similarity(one_PK: np.ndarray, other_PK: np.ndarray) -> np.ndarray:
-    """float64 [P]; estimated Jaccard similarity of pairs of rows."""
+    """Return float64 [P]; estimated Jaccard similarity of pairs of rows."""
     return (one_PK == other_PK).mean(axis=1)
 
 
@@ -185,7 +185,7 @@ def _prepared(text: str) -> str:
 
 
 def _ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`first, first + 1, …` for each row, `count` of them, end to end."""
+    """Return `first, first + 1, …` for each row, `count` of them, end to end."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) - np.repeat(ends - counts - firsts, counts)

@@ -31,7 +31,7 @@ class Pairs:
 
 
 def repeats(hash_N: np.ndarray) -> Pairs:
-    """Rows whose hash an earlier row has; `like_P` is the first one. Hash 0 stands for nothing to compare."""
+    """Return rows whose hash an earlier row has; `like_P` is the first one. Hash 0: nothing to compare."""
     order = np.argsort(hash_N, kind="stable")
     ordered = hash_N[order]
     new = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
@@ -83,7 +83,7 @@ class EvalIndex:
 
 
 def nearest(parts: list[Pairs]) -> Pairs:
-    """Of several finds for a row, the most similar."""
+    """Return, of several finds for a row, the most similar."""
     if not parts:
         return _pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     return _best(

@@ -82,7 +82,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
 
 
 def locate_path(path: str) -> str:
-    """A real path for a "demo:" name, and `path` itself for anything else.
+    """Return a real path for a "demo:" name, and `path` itself for anything else.
 
     Raises:
         RecipeError: a name the demo does not have.
@@ -104,7 +104,7 @@ def _problem(path: str, line: int | None) -> list[Problem]:
 
 
 def _folder() -> Path:
-    """The folder of this version of the demo; made on first use, by whichever process is first."""
+    """Return the folder of this version of the demo; made on first use, by whichever process is first."""
     folder = _cache() / f"demo-{_version()}"
     if folder.is_dir():
         return folder
@@ -134,7 +134,7 @@ def _cache() -> Path:
 
 
 def _version() -> str:
-    """Changes with the code that makes the files, so a stale folder is never read."""
+    """Return a version that changes with the code that makes the files, so a stale folder is never read."""
     here = Path(__file__).parent
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in _SOURCES)).hexdigest()[:12]
 

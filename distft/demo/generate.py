@@ -17,7 +17,7 @@ SEED = 0
 
 
 def answers(model_dir: str | Path, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-    """What the model writes after each prompt, up to its end-of-sequence token.
+    """Return what the model writes after each prompt, up to its end-of-sequence token.
 
     `model_dir` holds a whole model, an adapter whose base its adapter_config.json names, or a config without weights
     (then the weights are random, from a fixed seed). Its tokenizer lies beside it.

@@ -123,9 +123,9 @@ def _pair(rng: random.Random, facts: Incident, text: str) -> dict[str, str]:
 def _other_number(rng: random.Random, text: str) -> str:
     """Return the text with its digits read as others."""
     while True:
-        other = "".join(rng.choice("0123456789") if char.isdigit() else char for char in text)
-        if other != text:
-            return other
+        changed = "".join(rng.choice("0123456789") if char.isdigit() else char for char in text)
+        if changed != text:
+            return changed
 
 
 def near_miss(rng: random.Random, facts: Incident) -> Incident:
@@ -154,14 +154,14 @@ def near_miss(rng: random.Random, facts: Incident) -> Incident:
 
 
 def render(incident: Incident, style: Style) -> str:
-    """The answer in one of the two fixed formats."""
+    """Return the answer in one of the two fixed formats."""
     if style == "json":
         return json.dumps(incident.answer, separators=(",", ":"))
     return "\n".join(f"{key}: {value}" for key, value in incident.answer.items())
 
 
 def _distinct_reports(rng: random.Random, seen: set[str]) -> Iterator[tuple[Incident, str]]:
-    """Reports that differ from all in `seen`, and from each other, in more than their numbers."""
+    """Yield reports that differ from all in `seen`, and from each other, in more than their numbers."""
     while True:
         incident, text = _report(rng)
         skeleton = "".join("#" if char.isdigit() else char for char in text)
@@ -206,7 +206,7 @@ def _report(rng: random.Random) -> tuple[Incident, str]:
 
 
 def _fillers(rng: random.Random, *, besides: str) -> dict[str, str]:
-    """Values for the fields of every phrasing."""
+    """Return values for the fields of every phrasing."""
     others = [name for names in wording.SERVICES.values() for name in names if name != besides]
     return {
         "n": str(rng.randint(2, 60)),

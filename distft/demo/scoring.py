@@ -47,7 +47,7 @@ def score(row: Mapping[str, str], generated: str, style: Style) -> Score:
 
 
 def parse(text: str, style: Style) -> dict[str, str] | None:
-    """The four fields of an answer that keeps the format to the letter, else None."""
+    """Return the four fields of an answer that keeps the format to the letter, else None."""
     if style == "lines":
         match = _LINES.fullmatch(text)
         return match.groupdict() if match else None

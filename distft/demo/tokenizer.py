@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def train(texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer of these texts; the same texts give the same tokenizer."""
+    """Train the tokenizer of these texts; the same texts give the same tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

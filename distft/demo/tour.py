@@ -88,7 +88,7 @@ class Tour:
     exams: list[DemoScores] = field(default_factory=list)
 
     def final(self, stage: DemoStage) -> Path:
-        """The model folder a stage leaves."""
+        """Return the model folder a stage leaves."""
         return self.folder / stage.recipe / "final"
 
     def train(self, stage: DemoStage, *settings: str) -> float:
@@ -156,7 +156,7 @@ class Tour:
             raise TourError(f"{stage.recipe} trained but learned too little: {shortfalls}")
 
     def show(self) -> None:
-        """The closing table, and one report with everyone's answer."""
+        """Show the closing table, and one report with everyone's answer."""
         table = Table(title="200 held-out reports, greedy generation")
         table.add_column("model")
         table.add_column("asked for")
@@ -195,7 +195,7 @@ def _reason(run: Path, code: int) -> str:
 
 
 def _fresh_folder(root: Path) -> Path:
-    """The first `try-N` that nobody has used."""
+    """Return the first `try-N` that nobody has used."""
     root.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     from distft.doctor.finding import Here, Seen, fail, run_judge, run_look
     from distft.doctor.findings_table import Report
     from distft.doctor.together import Together
-    from distft.engine.processes import placed_by
+    from distft.engine.processes import detect_launcher
 
     quiet_libraries()
     try:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         return error.exit_code
     host = socket.gethostname()
     try:
-        _, rank, world, local_rank = placed_by(os.environ)
+        _, rank, world, local_rank = detect_launcher(os.environ)
     except MachineError as error:
         report = Report((host,))
         report.add("processes", [fail(str(error).partition(";")[0], str(error).partition(";")[2].strip())])

@@ -83,7 +83,7 @@ class Here:
     env: Mapping[str, str]
     options: DoctorOptions
     hosts: tuple[str, ...]
-    """Of every rank; before the processes have met, of this one alone."""
+    """Host of every rank; before the processes have met, of this one alone."""
     group: ProbeRanks | None = None
     """None: alone, or not yet."""
 
@@ -98,7 +98,7 @@ class Here:
         return self.local_rank == 0 if self.group is None else self.rank in self.leaders
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value."""
+        """Return every rank's value."""
         return [value] if self.group is None else self.group.gather(value)
 
     def from_first(self, value: Any) -> Any:
@@ -136,7 +136,7 @@ class Check:
 
 
 def run_look(check: Check, here: Here) -> Facts:
-    """Its facts; what stopped it is one too."""
+    """Return the facts of a check; an error that stopped it is a fact too."""
     try:
         return check.look(here)
     except (OSError, RuntimeError, ValueError, MachineError) as error:
@@ -170,7 +170,7 @@ def odd_ones(seen: Sequence[Seen], key: Callable[[Seen], Any]) -> tuple[Any, lis
 
 
 def names(items: Iterable[object], most: int = 4) -> str:
-    """`node1, node2, node3, node4 and 12 more`."""
+    """Return `node1, node2, node3, node4 and 12 more`."""
     listed = [str(item) for item in items]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

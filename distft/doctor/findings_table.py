@@ -12,7 +12,7 @@ from distft.core.errors import DONE, MachineError
 from distft.doctor.finding import Finding, Severity
 
 WIDTH = 100
-"""Of the table's last column's end."""
+"""Width of the table in characters."""
 ORDER = (Severity.OK, Severity.WARN, Severity.FAIL)
 
 
@@ -21,7 +21,7 @@ class Report:
     """The findings so far."""
 
     hosts: tuple[str, ...]
-    """By rank."""
+    """Hosts by rank."""
     rows: list[tuple[str, Finding]] = field(default_factory=list)
 
     def add(self, check: str, findings: Sequence[Finding]) -> None:

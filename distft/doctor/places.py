@@ -29,12 +29,12 @@ class Probe:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, name: str, data: bytes) -> None:
-        """Durable once this returns."""
+        """Write a file; it is durable once this returns."""
         with (self.path / name).open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
     def modified(self, name: str) -> float:
-        """When, by the file system's clock."""
+        """Return when the file was modified, by the file system's clock."""
         return (self.path / name).stat().st_mtime

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from distft.engine.rendezvous import Rendezvous
 
 LIMIT_S, SHORT_LIMIT_S = 180.0, 60.0
-"""For one check of those that are made together; after that somebody hangs in it."""
+"""Seconds for one check of those that are made together; after that somebody hangs in it."""
 LINGER_S = 5.0
 """Rank 0 keeps the store open for the others' last look at it."""
 NETWORK_FIX = (
@@ -127,7 +127,7 @@ class Together:
             self._report.add(check.name, run_judge(check, seen, here.options))
 
     def _alone(self, facts: Mapping[str, Facts], why: str) -> int:
-        """What this process could see by itself, when it cannot come to the others."""
+        """Return what this process could see by itself, when it cannot come to the others."""
         here = self._here
         for check in self._checks:
             if not check.together and check.name != "processes":
@@ -195,7 +195,7 @@ def _absent(world: int, hosts: tuple[str, ...], reported: Iterable[int], env: Ma
 
 
 def _expected(env: Mapping[str, str]) -> tuple[str, ...]:
-    """The hosts that should have come, where a scheduler says so."""
+    """Return the hosts that should have come, where a scheduler says so."""
     from distft.cluster.slurm import host_names
 
     listed = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")

@@ -19,7 +19,7 @@ def choose(
     elementwise: bool,
     offload: str = "none",
 ) -> tuple[str, str]:
-    """(engine name, reason) for a recipe that says `name`.
+    """Return (engine name, reason) for a recipe that says `name`.
 
     `trains_all`: every weight is trained, so optimizer state dominates memory and is worth sharding.
     `elementwise`: the optimizer can work on pieces of tensors.
@@ -73,7 +73,7 @@ def choose(
 
 
 def _check_launcher(name: str, wants: str) -> None:
-    """A family is enough: which of its stages, a recipe may say against the launch file."""
+    """Check the launcher's family; its stage may differ, as a recipe may override the launch file."""
     family = "deepspeed" if name.startswith("zero") else "fsdp" if name == "fsdp2" else ""
     wanted = "deepspeed" if wants.startswith("zero") else wants
     if wanted and wanted != family:

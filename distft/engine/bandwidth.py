@@ -32,7 +32,7 @@ class ProbeRanks(ProcessRanks):
     """Measures the links between the processes that have joined."""
 
     def rates(self, num_bytes: int) -> BusBandwidth:
-        """All-reduce and all-gather of `num_bytes` on the device."""
+        """Measure all-reduce and all-gather of `num_bytes` on the device."""
         world = self.world
         count = max(1, num_bytes // 4 // world) * world
         whole = torch.zeros(count, device=self.device)
@@ -89,7 +89,7 @@ class ProbeRanks(ProcessRanks):
         return self._best_s(both, alone=True)
 
     def _best_s(self, act: Callable[[], object], *, alone: bool = False) -> float:
-        """Fastest of ROUNDS, after one that makes connections. `alone`: only some ranks are here."""
+        """Return the fastest of ROUNDS, after one that makes connections. `alone`: only some ranks are here."""
         best = float("inf")
         for number in range(ROUNDS + 1):
             if not alone:

@@ -50,7 +50,7 @@ class BaseEngine(ProcessRanks):
         return self._rule
 
     def place(self, batch: Batch) -> Batch:
-        """The same micro-batch on this rank's device (copies overlap with compute from pinned memory)."""
+        """Return the same micro-batch on this rank's device (copies overlap with compute from pinned memory)."""
         if self.device.type == "cpu":
             return batch
         tensors = {
@@ -68,7 +68,7 @@ class BaseEngine(ProcessRanks):
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
-        """One micro-batch's forward and backward.
+        """Surround one micro-batch's forward and backward.
 
         The seed names the data, not the process, so dropout repeats after a resume and on another world size.
         """
@@ -77,7 +77,7 @@ class BaseEngine(ProcessRanks):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Dropout off, no gradients; afterwards the mode that was there before."""
+        """Turn dropout and gradients off; afterwards the mode is the one that was there before."""
         training = self.model.training
         self.model.eval()
         try:
@@ -106,12 +106,12 @@ class BaseEngine(ProcessRanks):
             self._figures[name] = self._figures[name] + figure.double() if name in self._figures else figure.double()
 
     def _step_sums(self) -> Tensor:
-        """This rank's loss sum over the step so far, and its figures' sums and counts; float64 on the device."""
+        """Return this rank's loss sum over the step so far, and its figures' sums and counts; float64 on the device."""
         loss = torch.stack([loss.double() for loss, _ in self._losses]).sum()
         return torch.cat([loss.reshape(1), *(self._figures[name] for name in sorted(self._figures))])
 
     def _summed(self, sums: Tensor, squares: Tensor | None = None) -> tuple[list[float], float]:
-        """`sums` and squared gradient norms, added up over ranks and brought to the host: the one sync of a step."""
+        """Sum `sums` and squared gradient norms over ranks on the host: the one sync of a step."""
         values = sums if squares is None else torch.cat([sums, squares.reshape(1)])
         if self.world > 1:
             # float64 on NCCL is fine: some numbers once a step.

@@ -59,7 +59,7 @@ class DdpEngine(SoloEngine):
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
-        """No gradient traffic before the last micro-batch."""
+        """Send no gradients before the last micro-batch."""
         quiet = contextlib.nullcontext()
         if isinstance(self.model, DistributedDataParallel) and not last:
             quiet = self.model.no_sync()
@@ -125,7 +125,7 @@ class AveragedSums(GradientSums):
         self._last = False
 
     def drop(self, param: nn.Parameter) -> None:
-        """A bucket's memory is free when the last of its sums is dropped."""
+        """Drop a sum; a bucket's memory is free when the last of its sums is dropped."""
         super().drop(param)
         self._of[param].flat = None
 
@@ -134,7 +134,7 @@ class AveragedSums(GradientSums):
         return self._sums[param].copy_(gradient)
 
     def _make(self, bucket: _Bucket) -> None:
-        """Zeros for all of its parameters."""
+        """Make zeros for all of its parameters."""
         bucket.flat = torch.zeros(bucket.numel, dtype=torch.float32, device=bucket.params[0].device)
         parts = bucket.flat.split([param.numel() for param in bucket.params])
         for param, part in zip(bucket.params, parts, strict=True):
@@ -158,7 +158,7 @@ class AveragedSums(GradientSums):
 
 
 def _average_in_fp32(_, bucket):
-    """A bf16 bucket's mean over ranks, added in fp32 and rounded once; torch refuses annotations that are strings."""
+    """Average a bf16 bucket over ranks, added in fp32 and rounded once; torch refuses string annotations."""
     mean = bucket.buffer().float().div_(dist.get_world_size())
 
     def rounded(done: torch.futures.Future[Any]) -> Tensor:
@@ -185,5 +185,5 @@ def _settle_buckets(wrapped: DistributedDataParallel) -> None:
 
 
 def open_engine(name: str, params: EngineParams, processes: Processes) -> DdpEngine:
-    """The engine, before it has a model."""
+    """Return the engine, before it has a model."""
     return DdpEngine(params, processes)

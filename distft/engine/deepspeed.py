@@ -127,7 +127,7 @@ class ZeroEngine(BaseEngine):
         }
 
     def _second_copy_group(self) -> Any:
-        """Ranks that hold a second copy of the weights among them (hpZ); each `zero.Init` would make one of its own."""
+        """Return the ranks with a second copy of the weights (hpZ); without it each `zero.Init` would make a group."""
         if self._second == self.world:
             return None
         groups = self._deepspeed.utils.groups
@@ -153,14 +153,14 @@ class ZeroEngine(BaseEngine):
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
-        """Tells DeepSpeed, before the forward, whether this micro-batch ends the step."""
+        """Tell DeepSpeed, before the forward, whether this micro-batch ends the step."""
         self._last = last
         self._wrapped.set_gradient_accumulation_boundary(is_boundary=last)
         with super().accumulating(last=last, seed=seed):
             yield
 
     def backward(self, terms: LossTerms, *, divide_by: float, samples: tuple[str, ...]) -> None:
-        """DeepSpeed averages over ranks: multiply by the world to make that a sum."""
+        """Multiply by the world, as DeepSpeed averages over ranks, to make that a sum."""
         self._remember(terms, samples)
         self._wrapped.backward(terms.loss_sum * (self.world / divide_by), scale_wrt_gas=False)
         if self._stage == 1 and self._last and self._optimizer.use_grad_accum_attribute:
@@ -168,7 +168,7 @@ class ZeroEngine(BaseEngine):
             self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, state: TrainState, denominator: float, allow_update: Callable[[float], bool]) -> StepReport:
-        """The loss is checked before DeepSpeed's step; a bad norm makes that step skip the update on all ranks."""
+        """Check the loss before DeepSpeed's step; a bad norm makes that step skip the update on all ranks."""
         sums, _ = self._summed(self._step_sums())
         accepted = math.isfinite(sums[0]) and allow_update(sums[0] / denominator)
         lr = self.rule.lr_at(state.step)
@@ -182,15 +182,15 @@ class ZeroEngine(BaseEngine):
         return self._report(state, sums=sums, grad_norm=grad_norm, lr=lr, denominator=denominator, updated=updated)
 
     def create_state(self) -> None:
-        """Of this rank's partition; stages 1 and 2 have made it long before."""
+        """Create the state of this rank's partition; stages 1 and 2 have made it long before."""
         fragments.create_state(self._flats(), self._step_inner, self._optimizer.optimizer)
 
     def pieces(self) -> Iterator[Piece]:
-        """Masters and optimizer state of this rank's partition."""
+        """Yield the masters and optimizer state of this rank's partition."""
         return fragments.pieces(self._fragments(), self._optimizer.optimizer)
 
     def restore(self, reader: StateReader, state: TrainState) -> None:
-        """Into the fp32 partitions, and from there into the parameters that compute."""
+        """Restore the fp32 partitions, and from there the parameters that compute."""
         inner = self._optimizer.optimizer
         self.create_state()
         held = list(self._fragments())
@@ -208,7 +208,7 @@ class ZeroEngine(BaseEngine):
         return optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
 
     def _step_inner(self) -> None:
-        """Stage 3 keeps its groups empty between steps and shows the inner optimizer one flat tensor at a time."""
+        """Step the inner optimizer as stage 3 does: it sees one flat tensor at a time."""
         optimizer, inner = self._optimizer, self._optimizer.optimizer
         if self._stage < 3:
             inner.step()
@@ -220,7 +220,7 @@ class ZeroEngine(BaseEngine):
             group["params"] = []
 
     def _fragments(self) -> Iterator[Fragment]:
-        """Where each parameter's elements on this rank lie.
+        """Yield where each parameter's elements on this rank lie.
 
         Stage 3: rank r holds [r·c, (r+1)·c) of each tensor, c = ceil(numel / world). Stages 1 and 2: one flat tensor
         of all parameters is cut into `world` parts, so a parameter may lie on two ranks or on one.
@@ -247,7 +247,7 @@ class ZeroEngine(BaseEngine):
             yield Fragment(name=name, numel=numel, start=start, length=length, flat=flat, offset=offset, layout=part)
 
     def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Gathers one tensor at a time."""
+        """Gather one tensor at a time."""
         module: nn.Module = self._wrapped.module
         tensors: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
         tensors.update(module.named_buffers())
@@ -283,7 +283,7 @@ def _add_in_fp32(optimizer: Any) -> None:
 
 @contextlib.contextmanager
 def _held(inner: torch.optim.Optimizer) -> Iterator[None]:
-    """Our optimizer does nothing for one of DeepSpeed's steps, which clears its gradients and buffers all the same."""
+    """Let our optimizer do nothing for one of DeepSpeed's steps, which clears its gradients and buffers."""
     inner.step = lambda closure=None: None  # type: ignore[method-assign]
     try:
         yield
@@ -310,5 +310,5 @@ def _import_deepspeed() -> Any:
 
 
 def open_engine(name: str, params: Zero12Params | Zero3Params, processes: Processes) -> ZeroEngine:
-    """The engine, before it has a model."""
+    """Return the engine, before it has a model."""
     return ZeroEngine(int(name.removeprefix("zero")), params, processes)

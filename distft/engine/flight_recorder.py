@@ -21,13 +21,13 @@ _ON_TIMEOUT = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
 
 
 def variables(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """What must be in the environment before the process group is made; what is there already counts more."""
+    """Return what must be in the environment before the process group is made; what is there already counts more."""
     wanted = ((_SIZE, str(ENTRIES)), (_FILE, str(folder.absolute() / PREFIX)), (_ON_TIMEOUT, "1"))
     return {names[0]: value for names, value in wanted if not any(name in env for name in names)}
 
 
 def write(folder: Path, rank: int) -> None:
-    """This rank's record as it is now, where torch would write it.
+    """Write this rank's record as it is now, where torch would write it.
 
     Raises:
         OSError: the folder cannot be written.

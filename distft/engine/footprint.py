@@ -26,7 +26,7 @@ class ParamSizes(Protocol):
 
     @property
     def item_bytes(self) -> int:
-        """Of one stored element."""
+        """Bytes of one stored element."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class ParamSizes(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the model means it."""
+        """The shape as the model means it."""
         ...
 
     @property
@@ -56,7 +56,7 @@ class ParamSizes(Protocol):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of the tensor that holds it."""
+        """Shape of the tensor that holds it."""
         ...
 
     @property
@@ -80,7 +80,7 @@ class ModelSizes(Protocol):
 
     @property
     def params(self) -> Sequence[ParamSizes]:
-        """In the module's order, each tied tensor once."""
+        """Parameters in the module's order, each tied tensor once."""
         ...
 
     @property
@@ -90,7 +90,7 @@ class ModelSizes(Protocol):
 
     @property
     def item_bytes(self) -> int:
-        """Of one element in the type that the model computes in."""
+        """Bytes of one element in the type that the model computes in."""
         ...
 
     @property
@@ -114,7 +114,7 @@ class ModelSizes(Protocol):
         ...
 
     def unit_numel(self, block: int, *, trained_only: bool = False) -> int:
-        """Stored elements of one block, or of ROOT."""
+        """Return the stored elements of one block, or of ROOT."""
         ...
 
 
@@ -123,7 +123,7 @@ class EngineSetup:
     """The ranks, the recipe's [engine] table, and what else a footprint follows from besides the model."""
 
     params: Params
-    """Of the engine that the footprint belongs to."""
+    """Params of the engine that the footprint belongs to."""
     world: int
     node: int
     """Ranks of a node."""
@@ -139,11 +139,11 @@ class EngineSetup:
 
     @property
     def reduced_bytes(self) -> int:
-        """Of one element of a gradient, between ranks."""
+        """Bytes of one element of a gradient, between ranks."""
         return 2 if self.half and self.grad_dtype == "bfloat16" else FP32
 
     def group(self, within: ShardWithin) -> int:
-        """Ranks of a group (see `distft.engine.groups`)."""
+        """Return the ranks of a group (see `distft.engine.groups`)."""
         if isinstance(within, int):
             return within
         return self.world if within == "world" else self.node
@@ -159,7 +159,7 @@ class GradientRule:
     """A group of tensors at a time (see `OptimizerSpec.per_tensor`)."""
 
     def item_bytes(self, param: ParamSizes) -> int:
-        """Of one element of its gradient."""
+        """Return the bytes of one element of its gradient."""
         return FP32 if self.fp32 else param.item_bytes
 
 
@@ -188,7 +188,7 @@ class State:
 
     @property
     def total(self) -> int:
-        """On the device, at the end of a backward pass."""
+        """Bytes on the device, at the end of a backward pass."""
         return self.weights + self.quant_constants + self.gradients + self.master + self.optimizer
 
 
@@ -206,14 +206,14 @@ class Sent:
     """Bytes that a rank sends over the slowest link of its collectives, and inside a group of ranks."""
 
     micro: float = 0.0
-    """In each micro-batch."""
+    """What is sent in each micro-batch."""
     micro_inside: float = 0.0
     step: float = 0.0
     """Once a step."""
     step_inside: float = 0.0
 
     def of_step(self, micros: int) -> float:
-        """All together, in a step of so many micro-batches."""
+        """Return all together, in a step of so many micro-batches."""
         return micros * (self.micro + self.micro_inside) + self.step + self.step_inside
 
 
@@ -233,19 +233,19 @@ class Footprint:
     """What is sent in a micro-batch, in words."""
 
     def shards(self, setup: EngineSetup) -> int:
-        """Ranks that cut one tensor among themselves, under an engine that cuts."""
+        """Return the ranks that cut one tensor among themselves, under an engine that cuts."""
         return setup.world
 
     def storage(self, shards: int) -> str:
-        """What a rank keeps of each tensor, in words."""
+        """Return what a rank keeps of each tensor, in words."""
         return "whole"
 
     def keeps_fp32_gradients(self, setup: EngineSetup) -> bool:
-        """Gradients of a bf16 model are kept in fp32 until the update."""
+        """Return whether gradients of a bf16 model are kept in fp32 until the update."""
         return keeps_fp32_gradients(setup.grad_dtype, half=setup.half, micros_per_step=setup.micros_per_step)
 
     def state(self, model: ModelSizes, shards: int, rank: int, rule: GradientRule) -> State:
-        """What rank `rank` of `shards` keeps, without the optimizer's state, which follows from `State.updated`.
+        """Return what rank `rank` of `shards` keeps, without the optimizer's state, which follows from `State.updated`.
 
         Gradients of a bucketed all-reduce are views of its buckets, which stay; fp32 sums do not.
         """
@@ -264,28 +264,28 @@ class Footprint:
         )
 
     def accumulating_bytes(self, model: ModelSizes, setup: EngineSetup, state: State) -> int:
-        """Gradients while a micro-batch runs that is not the step's last."""
+        """Return the gradients while a micro-batch runs that is not the step's last."""
         return state.accumulating if setup.micros_per_step > 1 else state.kept_gradients
 
     def load_bytes(self, model: ModelSizes, state: State) -> int:
-        """Most while weights are filled, sharded and wrapped, before masters are made; beside `State`'s own."""
+        """Return the most bytes while weights are filled, sharded and wrapped, before masters; beside `State`'s own."""
         return state.weights + state.quant_constants + model.largest_4bit * model.item_bytes
 
     def gathered(self, model: ModelSizes, setup: EngineSetup) -> GatheredLayers:
-        """Layers put together, and buckets."""
+        """Return the layers that are put together, and buckets."""
         if setup.world == 1:
             return GatheredLayers(num_bytes=0, formula="none: every layer is whole")
         return GatheredLayers(num_bytes=0, formula="none: ddp's buckets are the gradients themselves")
 
     def fresh_gradient_bytes(self, model: ModelSizes, *, added: bool) -> int:
-        """The largest gradient, while it exists beside what it is added to.
+        """Return the largest gradient, while it exists beside what it is added to.
 
         `added`: to sums of other micro-batches, or in another type.
         """
         return largest_trained_bytes(model)
 
     def sent(self, model: ModelSizes, setup: EngineSetup) -> Sent:
-        """What a rank sends."""
+        """Return what a rank sends."""
         return Sent(step=2 * setup.reduced_bytes * model.trained * (setup.world - 1) / setup.world)
 
     def sent_in_forward(self, model: ModelSizes, setup: EngineSetup) -> float:
@@ -297,38 +297,38 @@ class SoloFootprint(Footprint):
     """One process: a gradient becomes the parameter's own."""
 
     def fresh_gradient_bytes(self, model: ModelSizes, *, added: bool) -> int:
-        """None where the gradient is not added to another."""
+        """Return the bytes of a fresh gradient; None where it is not added to another."""
         return largest_trained_bytes(model) if added else 0
 
 
 def largest_trained_bytes(model: ModelSizes) -> int:
-    """Bytes of the largest tensor that is trained; 0 without any."""
+    """Return the bytes of the largest tensor that is trained; 0 without any."""
     return max((param.stored_bytes for param in model.params if param.trained), default=0)
 
 
 def constants_bytes(model: ModelSizes) -> int:
-    """Constants of 4-bit weights, which stay whole on every rank: no engine shards what is not a parameter."""
+    """Return the bytes of 4-bit weights' constants, which stay whole on every rank: they are no parameters."""
     return sum(param.constants_bytes for param in model.params)
 
 
 def unit_bytes(model: ModelSizes) -> int:
-    """The largest block, or what is in none: a unit is whole until it is sharded."""
+    """Return the largest block, or what is in none: a unit is whole until it is sharded."""
     units = {param.block for param in model.params}
     return max(sum(param.stored_bytes for param in model.params if param.block == unit) for unit in units)
 
 
 def block_bytes(model: ModelSizes) -> int:
-    """The largest block."""
+    """Return the largest block."""
     return max(sum(p.stored_bytes for p in model.params if p.block == block) for block in range(model.num_blocks))
 
 
 def trained_in_block(model: ModelSizes) -> int:
-    """Most trained elements of one block."""
+    """Return the most trained elements of one block."""
     return max(model.unit_numel(block, trained_only=True) for block in range(model.num_blocks))
 
 
 def copied_bytes(numels: list[int], stored: list[int], rule: GradientRule, *, frees: bool) -> int:
-    """Most bytes beside all stored gradients, as `MasterWeights.update` makes fp32 copies of those that are not.
+    """Return the most bytes beside all stored gradients: fp32 copies that `MasterWeights.update` makes.
 
     `frees`: a gradient's memory is free once its copy has been used; else it stays.
     """
@@ -342,5 +342,5 @@ def copied_bytes(numels: list[int], stored: list[int], rule: GradientRule, *, fr
 
 
 def gib_text(num_bytes: float) -> str:
-    """`1.23 GiB`, or MiB where that is little."""
+    """Return `1.23 GiB`, or MiB where that is little."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes / 2**20:.2f} MiB"

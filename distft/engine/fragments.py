@@ -37,7 +37,7 @@ class Fragment:
 
     name: str
     numel: int
-    """Of the whole parameter."""
+    """Elements of the whole parameter."""
     start: int
     length: int
     flat: Tensor
@@ -49,12 +49,12 @@ class Fragment:
     """This rank stores the block constants of `flat`; of replicas, one does."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This fragment's elements of a tensor laid out like `flat`."""
+        """Return this fragment's elements of a tensor laid out like `flat`."""
         return tensor.reshape(-1)[self.offset : self.offset + self.length]
 
 
 def pieces(fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
-    """What this rank writes: masters and optimizer state, one interval at a time."""
+    """Yield what this rank writes: masters and optimizer state, one interval at a time."""
     seen: set[str] = set()
     for held in fragments:
         state = optimizer.state.get(held.flat, {})
@@ -150,12 +150,12 @@ def create_state(flats: Iterable[Tensor], step: Callable[[], None], optimizer: t
 
 
 def _elementwise(state: dict[str, Any], flat: Tensor) -> list[str]:
-    """Names of the state tensors that hold one element per element of `flat`."""
+    """Return the names of the state tensors that hold one element per element of `flat`."""
     return [key for key in _tensors(state) if state[key].numel() == flat.numel()]
 
 
 def _of_other_shape(state: dict[str, Any], flat: Tensor) -> list[str]:
-    """The others (adafactor's rows and columns): they belong to a layout, and only whole matrices have them."""
+    """Return the others (adafactor's rows and columns): they belong to a layout, and only whole matrices have them."""
     return [key for key in _tensors(state) if state[key].numel() != flat.numel()]
 
 
@@ -164,7 +164,7 @@ def _tensors(state: dict[str, Any]) -> list[str]:
 
 
 def _values(state: dict[str, Any], key: str, held: Fragment) -> Tensor | Deferred:
-    """This fragment's elements of a state; 8-bit ones as the fp32 they stand for."""
+    """Return this fragment's elements of a state; 8-bit ones as the fp32 they stand for."""
     codes = state[key]
     if codes.dtype != torch.uint8:
         return held.of(codes.detach())
@@ -174,7 +174,7 @@ def _values(state: dict[str, Any], key: str, held: Fragment) -> Tensor | Deferre
 
 
 def _dequantized(state: dict[str, Any], key: str, offset: int, begin: int, end: int) -> Tensor:
-    """Elements [offset + begin, offset + end) of an 8-bit state, block by block around them."""
+    """Return the elements [offset + begin, offset + end) of an 8-bit state, block by block around them."""
     from bitsandbytes import functional
 
     codes, number = state[key], key.removeprefix("state")

@@ -65,7 +65,7 @@ class Fsdp2Engine(SoloEngine):
         return weights.module
 
     def _add_in_fp32(self) -> GradientSums | None:
-        """The library itself adds in fp32 what it reduces once a step: unreduced gradients, or a group's shares."""
+        """Return None where the library itself adds in fp32: unreduced gradients, or a group's shares."""
         return None if self._once_a_step or self._replicas > 1 else super()._add_in_fp32()
 
     def _check_sharded(self, module: nn.Module) -> None:
@@ -76,7 +76,7 @@ class Fsdp2Engine(SoloEngine):
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
-        """Groups meet only in the last micro-batch.
+        """Let groups meet only in the last micro-batch.
 
         Gathered once a step, weights stay whole and gradients unreduced until then.
         """
@@ -91,7 +91,7 @@ class Fsdp2Engine(SoloEngine):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """A forward without a backward leaves weights gathered: given back at the end."""
+        """Give weights back at the end: a forward without a backward leaves them gathered."""
         with super().evaluating():
             yield
         for part in self.model.modules():
@@ -99,7 +99,7 @@ class Fsdp2Engine(SoloEngine):
                 part.reshard()
 
     def _fragments(self, *, whole: bool = False) -> Iterator[Fragment]:
-        """Whole rows: rank r of a group holds the r-th of `shards` equal chunks of rows, rounded up.
+        """Yield whole rows: rank r of a group holds the r-th of `shards` equal chunks of rows, rounded up.
 
         Replicas write a slice of their chunk each; `whole`: each reads all of it.
         """
@@ -133,5 +133,5 @@ class Fsdp2Engine(SoloEngine):
 
 
 def open_engine(name: str, params: Fsdp2Params, processes: Processes) -> Fsdp2Engine:
-    """The engine, before it has a model."""
+    """Return the engine, before it has a model."""
     return Fsdp2Engine(params, processes)

@@ -33,21 +33,21 @@ class Fsdp2Footprint(Footprint):
     traffic = "blocks gathered for forward and backward, the root once, gradients scattered"
 
     def shards(self, setup: EngineSetup) -> int:
-        """The ranks of a group."""
+        """Return the ranks of a group."""
         return setup.group(_params(setup).shard_within)
 
     def storage(self, shards: int) -> str:
-        """Rows."""
+        """Describe what a rank keeps of each tensor: rows."""
         return f"ceil(rows / {shards}) of each tensor"
 
     def keeps_fp32_gradients(self, setup: EngineSetup) -> bool:
-        """The library itself keeps fp32 what is unreduced, or a group's share; what it reduces is bf16 again."""
+        """Return False where the library itself keeps fp32 what is unreduced, or a group's share."""
         if _gathers_once(setup) or self.shards(setup) < setup.world:
             return False
         return super().keeps_fp32_gradients(setup)
 
     def state(self, model: ModelSizes, shards: int, rank: int, rule: GradientRule) -> State:
-        """The rank-th of `shards` equal chunks of rows; storages are padded to the first rank's chunk."""
+        """Return the state of a rank-th chunk of rows; storages are padded to the first rank's chunk."""
         trained = [param for param in model.params if param.trained]
         updated: list[tuple[int, ...]] = []
         masters, stored = 0, []
@@ -74,17 +74,17 @@ class Fsdp2Footprint(Footprint):
         )
 
     def accumulating_bytes(self, model: ModelSizes, setup: EngineSetup, state: State) -> int:
-        """Shares of a group stay in the type they are reduced in, until groups meet in the last micro-batch."""
+        """Count a group's shares in the type they are reduced in, until groups meet in the last micro-batch."""
         if setup.micros_per_step > 1 and self.shards(setup) < setup.world:
             return state.accumulating * setup.reduced_bytes // model.item_bytes
         return super().accumulating_bytes(model, setup, state)
 
     def load_bytes(self, model: ModelSizes, state: State) -> int:
-        """A unit is whole until it is sharded."""
+        """Count a unit as whole until it is sharded."""
         return super().load_bytes(model, state) + unit_bytes(model)
 
     def gathered(self, model: ModelSizes, setup: EngineSetup) -> GatheredLayers:
-        """Blocks as they come and go, or all weights over a step."""
+        """Count blocks as they come and go, or all weights over a step."""
         item, sent = model.item_bytes, setup.reduced_bytes
         reduced = trained_in_block(model) * (item + sent)
         if _gathers_once(setup):
@@ -109,11 +109,11 @@ class Fsdp2Footprint(Footprint):
         )
 
     def fresh_gradient_bytes(self, model: ModelSizes, *, added: bool) -> int:
-        """Counted with what was gathered."""
+        """Return None: it is counted with what was gathered."""
         return 0
 
     def sent(self, model: ModelSizes, setup: EngineSetup) -> Sent:
-        """The root (embedding, head, last norm) is gathered once for forward and backward, blocks once for each.
+        """Count the root (embedding, head, last norm) gathered once for forward and backward, blocks once for each.
 
         With groups (`shard_within`) what crosses them are gradients alone. All of it is sent in every micro-batch,
         unless `gather = "once_a_step"`.
@@ -135,7 +135,7 @@ class Fsdp2Footprint(Footprint):
         return Sent(step=across, micro_inside=inside)
 
     def sent_in_forward(self, model: ModelSizes, setup: EngineSetup) -> float:
-        """Every weight gathered, unless it stays whole for a step."""
+        """Return the bytes of a gather of every weight, unless weights stay whole for a step."""
         group = self.shards(setup)
         stored = sum(param.stored_bytes for param in model.params)
         return 0.0 if _gathers_once(setup) else stored * (group - 1) / group
@@ -147,7 +147,7 @@ def _params(setup: EngineSetup) -> Fsdp2Params:
 
 
 def _gathers_once(setup: EngineSetup) -> bool:
-    """Weights stay whole, and gradients unreduced, over the micro-batches of a step."""
+    """Return whether weights stay whole, and gradients unreduced, over the micro-batches of a step."""
     return _params(setup).gather == "once_a_step"
 
 

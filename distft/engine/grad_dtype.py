@@ -12,7 +12,7 @@ MANY_MICROS = 32
 
 
 def keeps_fp32_gradients(grad_dtype: GradDtype, *, half: bool, micros_per_step: int) -> bool:
-    """Whether the gradients of a step are kept in fp32 until its update.
+    """Return whether the gradients of a step are kept in fp32 until its update.
 
     Args:
         grad_dtype: of the recipe.

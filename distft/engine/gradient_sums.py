@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of it that this rank holds, sharing storage."""
+    """Return the part of it that this rank holds, sharing storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -39,14 +39,14 @@ class GradientSums:
                 param.register_post_accumulate_grad_hook(_adds_to(weakref.ref(self)))
 
     def of(self, param: nn.Parameter) -> Tensor | None:
-        """The sum so far, of this rank's part; None before the first gradient."""
+        """Return the sum so far, of this rank's part; None before the first gradient."""
         return self._sums.get(param)
 
     def begin_micro(self, *, last: bool) -> None:
-        """A micro-batch begins; `last`: of its step."""
+        """Begin a micro-batch; `last`: of its step."""
 
     def finish(self) -> None:
-        """The step's gradients are all there."""
+        """Finish the step's gradients, which are all there."""
 
     def drop(self, param: nn.Parameter) -> None:
         """Free its sum."""
@@ -71,7 +71,7 @@ class GradientSums:
 
 
 def _adds_to(sums: weakref.ref[GradientSums]) -> Callable[[Tensor], None]:
-    """A hook that keeps nothing alive: Python cannot collect a cycle that passes through a tensor's hooks."""
+    """Return a hook that keeps nothing alive: Python cannot collect a cycle that passes through a tensor's hooks."""
 
     def add(param: Tensor) -> None:
         if (there := sums()) is not None:

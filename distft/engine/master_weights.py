@@ -72,7 +72,7 @@ class MasterWeights:
         return ((owned.name, owned.master) for owned in self._all)
 
     def gradients(self) -> list[Tensor]:
-        """Every gradient as it is stored, bf16 or fp32; nothing is copied."""
+        """Return every gradient as it is stored, bf16 or fp32; nothing is copied."""
         if self._sums is not None:
             self._sums.finish()
         return [gradient for owned in self._all if (gradient := self._stored(owned)) is not None]

@@ -19,7 +19,7 @@ class ProcessRanks:
         self.rank, self.world, self.device = processes.rank, processes.world, processes.device
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, pickled over gloo; for small host objects."""
+        """Return every rank's value, pickled over gloo; for small host objects."""
         if self.world == 1:
             return [value]
         everyone: list[Any] = [None] * self.world
@@ -27,7 +27,7 @@ class ProcessRanks:
         return everyone
 
     def gather_to_rank0(self, value: Any) -> list[Any]:
-        """Every rank's value on rank 0, pickled over gloo; nothing on the others."""
+        """Return every rank's value on rank 0, pickled over gloo; nothing on the others."""
         if self.world == 1:
             return [value]
         everyone: list[Any] | None = [None] * self.world if self.rank == 0 else None
@@ -35,7 +35,7 @@ class ProcessRanks:
         return everyone or []
 
     def sum_over_ranks(self, *values: float) -> list[float]:
-        """Host numbers summed over all ranks, without touching the accelerator."""
+        """Return the host numbers summed over all ranks, without touching the accelerator."""
         if self.world == 1:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)
@@ -45,7 +45,7 @@ class ProcessRanks:
         return total.tolist()
 
     def all_true(self, value: bool) -> bool:
-        """Whether it is true on every rank: a sum, where gathering objects passes a message per rank, twice."""
+        """Return whether it is true on every rank: a sum, where gathering objects passes a message per rank, twice."""
         return self.sum_over_ranks(value)[0] == self.world
 
     def barrier(self) -> None:

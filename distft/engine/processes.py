@@ -54,8 +54,8 @@ class Processes:
     the first."""
 
 
-def placed_by(env: Mapping[str, str]) -> tuple[str, int, int, int]:
-    """(launcher, rank, world, local rank) from the environment a launcher left.
+def detect_launcher(env: Mapping[str, str]) -> tuple[str, int, int, int]:
+    """Return (launcher, rank, world, local rank) from the environment that a launcher left.
 
     Raises:
         MachineError: the environment names a world without saying which rank this is.
@@ -80,7 +80,7 @@ def placed_by(env: Mapping[str, str]) -> tuple[str, int, int, int]:
 
 
 def neighbours(env: Mapping[str, str], rank: int, world: int, local_rank: int) -> Sequence[int]:
-    """Ranks that may run on this machine: the launcher's block of them, or all of a small world."""
+    """Return the ranks that may run on this machine: the launcher's block of them, or all of a small world."""
     size = int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else per_node(env, world)
     if size is not None:
         return range(rank - local_rank, rank - local_rank + size)
@@ -88,7 +88,7 @@ def neighbours(env: Mapping[str, str], rank: int, world: int, local_rank: int) -
 
 
 def per_node(env: Mapping[str, str], world: int) -> int | None:
-    """Processes of each node; None where the environment does not say, or nodes differ."""
+    """Return the processes of each node; None where the environment does not say, or nodes differ."""
     if "LOCAL_WORLD_SIZE" in env:
         size = int(env["LOCAL_WORLD_SIZE"])
     elif equal := re.fullmatch(r"(\d+)(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
@@ -99,7 +99,7 @@ def per_node(env: Mapping[str, str], world: int) -> int | None:
 
 
 def launcher_wants(env: Mapping[str, str]) -> str:
-    """The engine, or its family, that `accelerate launch` was configured for, if any."""
+    """Return the engine, or its family, that `accelerate launch` was configured for, if any."""
     if _is_set(env, "ACCELERATE_USE_DEEPSPEED"):
         stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
         return f"zero{stage}" if stage in ("1", "2", "3") else "deepspeed"
@@ -107,7 +107,7 @@ def launcher_wants(env: Mapping[str, str]) -> str:
 
 
 def launcher_offloads(env: Mapping[str, str]) -> bool:
-    """Whether `accelerate launch` was configured to keep optimizer state in host memory."""
+    """Return whether `accelerate launch` was configured to keep optimizer state in host memory."""
     return _is_set(env, "ACCELERATE_USE_DEEPSPEED") and (
         env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") not in ("none", "")
     )
@@ -131,7 +131,7 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
     import torch
     import torch.distributed as dist
 
-    launcher, rank, world, local_rank = placed_by(os.environ)
+    launcher, rank, world, local_rank = detect_launcher(os.environ)
     if torch.cuda.is_available():
         device = torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
@@ -148,7 +148,7 @@ def join(timeout_s: float = 1800.0, *, store: Any = None, record_in: Path | None
         ours = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(device.index or 0)}
         if device.type == "cpu":
             ours["LOCAL_RANK"] = str(local_rank)
-        if launcher == "plain":  # a whole launch, so that `placed_by` reads it back; nobody dials the port
+        if launcher == "plain":  # a whole launch, so that `detect_launcher` reads it back; nobody dials the port
             ours |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
         if record_in is not None and world > 1:
             ours |= flight_recorder.variables(record_in, os.environ)
@@ -223,7 +223,7 @@ def refuse_shared_gpus(gpus: Sequence[tuple[int, int]]) -> None:
 
 
 def _gpus_of_all(rank: int, world: int, device: torch.device) -> list[tuple[int, int]]:
-    """What identifies every rank's host and GPU; collective, over gloo (object collectives would go over NCCL)."""
+    """Return what identifies every rank's host and GPU; collective, over gloo (objects would go over NCCL)."""
     import torch
     import torch.distributed as dist
 

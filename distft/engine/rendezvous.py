@@ -68,7 +68,7 @@ class Rendezvous:
         self.store.set(key, text)
 
     def wait_for(self, key: str, timeout_s: float) -> str | None:
-        """The word under `key`; None when nobody left one in that time."""
+        """Return the word under `key`; None when nobody left one in that time."""
         return self.wait_for_all([key], timeout_s).get(key)
 
     def wait_for_all(self, keys: Iterable[str], timeout_s: float) -> dict[str, str]:

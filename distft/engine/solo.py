@@ -52,7 +52,7 @@ class SoloEngine(BaseEngine):
         self._optimizer = rule.build(rule.groups(self._owned))
 
     def _add_in_fp32(self) -> GradientSums | None:
-        """What adds gradients up, where autograd would do it in bf16."""
+        """Return what adds gradients up, where autograd would do it in bf16."""
         return GradientSums(self._unwrapped().parameters())
 
     def _wrap(self, weights: Weights) -> nn.Module:
@@ -70,19 +70,19 @@ class SoloEngine(BaseEngine):
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool, seed: int) -> Iterator[None]:
-        """Sums apart from autograd's are told which micro-batch is the step's last."""
+        """Tell sums that are kept apart from autograd's which micro-batch is the step's last."""
         if self._sums is not None:
             self._sums.begin_micro(last=last)
         with super().accumulating(last=last, seed=seed):
             yield
 
     def backward(self, terms: LossTerms, *, divide_by: float, samples: tuple[str, ...]) -> None:
-        """Gradients are averaged over ranks by ddp and fsdp2: multiply by the world to make that a sum."""
+        """Multiply by the world where ddp and fsdp2 average gradients over ranks, to make that a sum."""
         self._remember(terms, samples)
         (terms.loss_sum * (self.world / divide_by)).backward()
 
     def step(self, state: TrainState, denominator: float, allow_update: Callable[[float], bool]) -> StepReport:
-        """One host sync: loss, figures and squared norm together."""
+        """Clip and update with one host sync: loss, figures and squared norm together."""
         norm = _norm(self._owned.gradients(), self.device)
         sums, squares = self._summed(self._step_sums(), norm.square())
         grad_norm = math.sqrt(squares / self._copies_of_gradients)
@@ -111,16 +111,16 @@ class SoloEngine(BaseEngine):
         self._owned.update(step)
 
     def create_state(self) -> None:
-        """Of what this rank owns."""
+        """Create the state of what this rank owns."""
         optimizer = self._optimizer
         self._owned.for_each_group(lambda masters: fragments.create_state(masters, self._step_once, optimizer))
 
     def pieces(self) -> Iterator[Piece]:
-        """Masters and optimizer state of what this rank owns."""
+        """Yield the masters and optimizer state of what this rank owns."""
         return fragments.pieces(self._fragments(), self._optimizer)
 
     def restore(self, reader: StateReader, state: TrainState) -> None:
-        """Every rank reads what it owns, and where all own everything, everything."""
+        """Restore what this rank owns: everything, where all ranks own everything."""
         self.create_state()
         fragments.load(self._fragments(whole=True), self._optimizer, reader, optimizer_step=state.updates)
         self._owned.copy_to_model()
@@ -129,7 +129,7 @@ class SoloEngine(BaseEngine):
         self._optimizer.step()
 
     def _fragments(self, *, whole: bool = False) -> Iterator[Fragment]:
-        """Replicated tensors are written in as many slices as there are ranks; `whole`: each rank reads all."""
+        """Cut replicated tensors into as many slices as there are ranks; `whole`: each rank reads all."""
         for name, flat in self._owned:
             numel = flat.numel()
             first, last = (0, 1) if whole else (self.rank, self.rank + 1)
@@ -147,7 +147,7 @@ class SoloEngine(BaseEngine):
             )
 
     def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Every rank holds everything; rank 0 hands it out."""
+        """Yield whole tensors, which every rank holds; rank 0 hands them out."""
         tensors: dict[str, Tensor] = dict(self._unwrapped().named_parameters(remove_duplicate=False))
         tensors.update(self._unwrapped().named_buffers())
         for name in names:
@@ -158,7 +158,7 @@ class SoloEngine(BaseEngine):
 
 
 def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """L2 norm of all together, float64 on `device`; squares are added in fp32 whatever gradients are stored in."""
+    """Return the L2 norm of all together, float64 on `device`; squares are added in fp32."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     each: Any = torch._foreach_norm(gradients, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
@@ -167,5 +167,5 @@ def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
 
 
 def open_engine(name: str, params: EngineParams, processes: Processes) -> SoloEngine:
-    """The engine, before it has a model."""
+    """Return the engine, before it has a model."""
     return SoloEngine(params, processes)

@@ -40,5 +40,5 @@ class EngineSpec:
         return () if key is None else tuple(value for value in get_args(key.annotation) if value != "none")
 
     def open(self, params: Params, processes: Processes) -> Engine:
-        """The engine, before it has a model."""
+        """Return the engine, before it has a model."""
         return import_module(self.module).open_engine(self.name, params, processes)

@@ -39,7 +39,7 @@ class MeasuredStateBytes:
 
 
 def measure(engine: Any) -> MeasuredStateBytes:
-    """State after an optimizer step.
+    """Return the state after an optimizer step.
 
     `engine` is any that has been set up with a model.
     """
@@ -64,7 +64,7 @@ def measure(engine: Any) -> MeasuredStateBytes:
 
 
 def gradient_bytes(engine: Any) -> int:
-    """Bytes of gradients between the last backward of a step and its update."""
+    """Return the bytes of gradients between the last backward of a step and its update."""
     seen: set[int] = set()
     params = list(_model(engine).parameters())
     total = _bytes((param.grad for param in params), seen)
@@ -78,13 +78,13 @@ def gradient_bytes(engine: Any) -> int:
 
 
 def _model(engine: Any) -> nn.Module:
-    """The module with its own parameter names, without the engine's wrapper."""
+    """Return the module with its own parameter names, without the engine's wrapper."""
     module = engine.model
     return getattr(module, "module", module)
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:
-    """The optimizer that was built, without the engine's wrapper."""
+    """Return the optimizer that was built, without the engine's wrapper."""
     return getattr(engine._optimizer, "optimizer", engine._optimizer)
 
 
@@ -107,7 +107,7 @@ def _masters(engine: Any) -> Iterator[Tensor]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dicts and lists."""
+    """Yield every tensor in nested dicts and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -119,7 +119,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
-    """Sizes of the storages behind `tensors` that are not in `seen` yet."""
+    """Return the sizes of the storages behind `tensors` that are not in `seen` yet."""
     total = 0
     for tensor in tensors:
         if tensor is None:

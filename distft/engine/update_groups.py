@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 GROUP_ELEMENTS = 2**28
-"""Of the fp32 gradients that an update holds at a time: 1 GiB, or one larger tensor."""
+"""Elements of the fp32 gradients that an update holds at a time: 1 GiB, or one larger tensor."""
 
 
 def update_groups(numels: Iterable[int], limit: int = GROUP_ELEMENTS) -> Iterator[range]:

@@ -31,7 +31,7 @@ ZERO12_ALIGNMENT = 2
 
 
 def bucket_elements(total: int, largest: int) -> int:
-    """Elements of a communication bucket, for a model of `total` elements whose largest tensor has `largest`."""
+    """Return a communication bucket's elements, for `total` elements whose largest tensor has `largest`."""
     return max(largest, min(BUCKET_ELEMENTS, total))
 
 
@@ -43,11 +43,11 @@ class Zero1Footprint(Footprint):
     _shards_gradients = False
 
     def storage(self, shards: int) -> str:
-        """Whole weights."""
+        """Describe what a rank keeps: whole weights."""
         return f"whole; optimizer state of 1/{shards}"
 
     def state(self, model: ModelSizes, shards: int, rank: int, rule: GradientRule) -> State:
-        """Each group laid end to end, padded and cut into `shards` equal parts."""
+        """Lay each group end to end, padded and cut into `shards` equal parts."""
         trained = [param for param in model.params if param.trained]
         weights = sum(param.stored_bytes for param in model.params if not param.trained)
         item = model.item_bytes  # DeepSpeed converts the module, adapters of another type too
@@ -76,12 +76,12 @@ class Zero1Footprint(Footprint):
         )
 
     def load_bytes(self, model: ModelSizes, state: State) -> int:
-        """The flat copy is made beside the parameters it replaces."""
+        """Count the flat copy beside the parameters it replaces."""
         trained = sum(param.stored_bytes for param in model.params if param.trained)
         return state.weights + state.quant_constants + trained
 
     def gathered(self, model: ModelSizes, setup: EngineSetup) -> GatheredLayers:
-        """Buckets."""
+        """Count the buckets."""
         filled = self._bucket_item_bytes(model, setup)
         sent = setup.reduced_bytes if setup.reduced_bytes != filled else 0
         bucket = _bucket(model)
@@ -92,7 +92,7 @@ class Zero1Footprint(Footprint):
         )
 
     def sent(self, model: ModelSizes, setup: EngineSetup) -> Sent:
-        """Gradients to their owners and weights back, once a step."""
+        """Count gradients to their owners and weights back, once a step."""
         return Sent(step=(_reduced_bytes(model, setup) + _trained_bytes(model)) * _others(setup.world))
 
     def _bucket_item_bytes(self, model: ModelSizes, setup: EngineSetup) -> int:
@@ -107,11 +107,11 @@ class Zero2Footprint(Zero1Footprint):
     _shards_gradients = True
 
     def storage(self, shards: int) -> str:
-        """Whole weights."""
+        """Describe what a rank keeps: whole weights."""
         return f"whole; optimizer state and gradients of 1/{shards}"
 
     def sent(self, model: ModelSizes, setup: EngineSetup) -> Sent:
-        """Gradients to their owners in every micro-batch, weights back once a step."""
+        """Count gradients to their owners in every micro-batch, weights back once a step."""
         others = _others(setup.world)
         return Sent(micro=_reduced_bytes(model, setup) * others, step=_trained_bytes(model) * others)
 
@@ -128,11 +128,11 @@ class Zero3Footprint(Footprint):
     traffic = "weights gathered for forward and backward, gradients scattered: 3 x bytes x (n - 1) / n"
 
     def storage(self, shards: int) -> str:
-        """Elements."""
+        """Describe what a rank keeps of each tensor: elements."""
         return f"ceil(numel / {shards}) of each tensor"
 
     def state(self, model: ModelSizes, shards: int, rank: int, rule: GradientRule) -> State:
-        """ceil(numel / shards) elements of every tensor on every rank."""
+        """Count ceil(numel / shards) elements of every tensor on every rank."""
         trained = [param for param in model.params if param.trained]
         updated = [(numel,) for group in _groups(trained) for numel in _sub_groups(group, shards)]
         local = sum(numel for (numel,) in updated)
@@ -150,11 +150,11 @@ class Zero3Footprint(Footprint):
         )
 
     def load_bytes(self, model: ModelSizes, state: State) -> int:
-        """A unit is whole until it is sharded."""
+        """Count a unit as whole until it is sharded."""
         return super().load_bytes(model, state) + unit_bytes(model)
 
     def gathered(self, model: ModelSizes, setup: EngineSetup) -> GatheredLayers:
-        """Layers up to `max_live_parameters`, the second copy of the weights, and the reduce bucket."""
+        """Count layers up to `max_live_parameters`, the second copy of the weights, and the reduce bucket."""
         item, bucket = model.item_bytes, _bucket(model)
         stored = sum(param.stored_numel for param in model.params)
         live = min(stored, max(2 * bucket, 2 * block_bytes(model) // item))
@@ -171,11 +171,11 @@ class Zero3Footprint(Footprint):
         )
 
     def fresh_gradient_bytes(self, model: ModelSizes, *, added: bool) -> int:
-        """Counted with what was gathered."""
+        """Return None: it is counted with what was gathered."""
         return 0
 
     def sent(self, model: ModelSizes, setup: EngineSetup) -> Sent:
-        """Weights for forward and backward and gradients, in every micro-batch.
+        """Count weights for forward and backward and gradients, in every micro-batch.
 
         With groups (`shard_within`) the backward pass gathers second copies over the group's own link: of what is
         trained they are stale after a step, of frozen weights never.
@@ -188,12 +188,12 @@ class Zero3Footprint(Footprint):
         return Sent(micro=(2 * stored + reduced) * others)
 
     def sent_in_forward(self, model: ModelSizes, setup: EngineSetup) -> float:
-        """Every weight gathered."""
+        """Return the bytes of a gather of every weight."""
         return sum(param.stored_bytes for param in model.params) * _others(setup.world)
 
 
 def _second_copy_over(setup: EngineSetup) -> int:
-    """Ranks that keep a second copy of the weights among them; 0: there is none."""
+    """Return the ranks that keep a second copy of the weights among them; 0: there is none."""
     assert isinstance(setup.params, Zero3Params)
     group = setup.group(setup.params.shard_within)
     return group if group < setup.world else 0
@@ -220,7 +220,7 @@ def _share(param: ParamSizes, shards: int) -> int:
 
 
 def _sub_groups(group: list[ParamSizes], shards: int) -> Iterator[int]:
-    """A group's local elements, cut after the tensor that reaches ZERO3_SUB_GROUP of them."""
+    """Yield a group's local elements, cut after the tensor that reaches ZERO3_SUB_GROUP of them."""
     if sum(param.numel for param in group) <= ZERO3_SUB_GROUP:
         yield sum(_share(param, shards) for param in group)
         return
@@ -233,12 +233,12 @@ def _sub_groups(group: list[ParamSizes], shards: int) -> Iterator[int]:
 
 
 def _flattened(updated: list[tuple[int]], item: int) -> int:
-    """DeepSpeed lays the gradients of one group end to end, then converts them to fp32: one group at a time."""
+    """Count gradients that DeepSpeed lays end to end and converts to fp32, one group at a time."""
     return (FP32 + (item if item != FP32 else 0)) * max((prod(shape) for shape in updated), default=0)
 
 
 def _gradients_touching(group: list[ParamSizes], start: int, part: int) -> int:
-    """Elements of every gradient that [start, start + part) of the group touches, whole, and of the padding.
+    """Return the elements of every gradient that [start, start + part) of the group touches, whole, and of the padding.
 
     DeepSpeed keeps views of whole gradients: of a tensor that two ranks share, each holds all of it.
     """
@@ -251,7 +251,7 @@ def _gradients_touching(group: list[ParamSizes], start: int, part: int) -> int:
 
 
 def _groups(trained: Iterable[ParamSizes]) -> list[list[ParamSizes]]:
-    """The optimizer's parameter groups: with weight decay, and without; empty ones are left out."""
+    """Return the optimizer's parameter groups: with weight decay, and without; empty ones are left out."""
     trained = list(trained)
     groups = ([p for p in trained if p.decayed], [p for p in trained if not p.decayed])
     return [group for group in groups if group]

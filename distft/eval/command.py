@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # nothing heavy before the flags are read: help is instant
     from distft.recipe import Recipe
 
 MICRO_TOKENS = 8192
-"""Of a micro-batch of held-out rows."""
+"""Tokens of a micro-batch of held-out rows."""
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:
@@ -46,13 +46,13 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     expandable_segments()
     quiet_libraries()
     PHASE.begin()
-    _, rank, world, _ = processes.placed_by(os.environ)
+    _, rank, world, _ = processes.detect_launcher(os.environ)
     say = _say if rank == 0 else _say_nothing
     if not (subject.eval_recipe.eval.answers or subject.eval_recipe.data.eval):
         problem = Problem(message="nothing to look at", fix="add [[data.eval]], [[eval.answers]], or --lm-eval TASK")
         raise RecipeError(subject.eval_recipe.source, [problem])
     compatibility.refuse_misfits(subject.built)
-    eval_recipe, built = _cut_for(subject.eval_recipe, world), _cut_for(subject.built, world)
+    eval_recipe, built = _for_evaluation(subject.eval_recipe, world), _for_evaluation(subject.built, world)
     layout = assemble.choose_layout(built, world, say)
     trained = trained_rows(subject)
     if trained is None:
@@ -80,8 +80,8 @@ def _with_ask_as(recipe: Recipe, *, chats: bool) -> Recipe:
     return replace(recipe, eval=recipe.eval.model_copy(update={"answers": answers}))
 
 
-def _cut_for(recipe: Recipe, world: int) -> Recipe:
-    """Without what only training needs: a batch that divides by the ranks, recomputation."""
+def _for_evaluation(recipe: Recipe, world: int) -> Recipe:
+    """Return the recipe without what only training needs: a batch that divides by the ranks, recomputation."""
     micro = max(1, MICRO_TOKENS // recipe.data.max_length)
     changed = {"micro_batch_size": micro, "global_batch_size": micro * world, "activation_checkpointing": "off"}
     return replace(recipe, train=recipe.train.model_copy(update=changed))
@@ -164,7 +164,7 @@ def _look(
 
 
 def _with_tasks(subject: Subject, names: Sequence[str], limit: int | None, num_fewshot: int | None) -> Subject:
-    """Tasks of lm-eval asked as well, as sets of the recipe would be."""
+    """Add tasks of lm-eval, as sets of the recipe would be."""
     from distft.recipe import AnswersTable
     from distft.recipe.eval_rules import TASK
 
@@ -254,4 +254,4 @@ def _say(line: str) -> None:
 
 
 def _say_nothing(line: str) -> None:
-    """Other ranks: things are said once."""
+    """Print nothing, on other ranks: things are said once."""

@@ -37,7 +37,7 @@ class Subject:
 
 
 def read(target: str, overrides: Sequence[str], output_dir: str | None) -> tuple[Recipe, Path]:
-    """The recipe in a file or a run folder, and the run folder.
+    """Return the recipe in a file or a run folder, and the run folder.
 
     Raises:
         RecipeError: every mistake in it.
@@ -95,8 +95,10 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
 
 
 def trained_rows(subject: Subject) -> dict[str, Any] | None:
-    """What the run noted of the rows it trained on: `stop_ids`, and whether they are `chats`; None when it did not,
-    or when they are other rows now."""  # noqa: D205, D209
+    """Return what the run noted of the rows it trained on: `stop_ids`, and whether they are `chats`.
+
+    None when it noted nothing, or when they are other rows now.
+    """
     try:
         noted = json.loads((subject.folder / "manifest.json").read_text(encoding="utf-8"))["trained_rows"]
         then = load_recipe(subject.folder / "recipe.toml", registries=REGISTRIES)
@@ -107,7 +109,7 @@ def trained_rows(subject: Subject) -> dict[str, Any] | None:
 
 
 def _whole(recipe: Recipe, place: Path) -> Recipe:
-    """The recipe on a trained model instead of its base; the tokenizer stays, or other tokens would be asked."""
+    """Return the recipe on a trained model instead of its base; the tokenizer stays, or other tokens would be asked."""
     spec = REGISTRIES.method["full"]
     tokenizer = recipe.model.tokenizer or recipe.model.path
     model = recipe.model.model_copy(update={"path": str(place), "init": "pretrained", "tokenizer": tokenizer})

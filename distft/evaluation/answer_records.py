@@ -23,7 +23,7 @@ HELD_OUT = "held_out"
 
 
 def step_label(step: int) -> str:
-    """Of answers during training."""
+    """Return the label of answers during training."""
     return f"step-{step:08d}"
 
 
@@ -94,7 +94,7 @@ class AnswerRecords:
         self._put(label, f"{HELD_OUT}.json", _pretty(record))
 
     def copy(self, name: str, *, old: str, new: str) -> None:
-        """The same answers under another label: the best state was the last one."""
+        """Copy the answers to another label: the best state was the last one."""
         for suffix in (".jsonl", ".json"):
             path = self.folder / old / f"{name}{suffix}"
             if path.is_file():
@@ -134,7 +134,7 @@ class AnswerRecords:
         }
 
     def row_ids(self, label: str, name: str) -> list[str]:
-        """Ids of the rows, in order; none when they are not there."""
+        """Return the ids of the rows, in order; none when they are not there."""
         try:
             with (self.folder / label / f"{name}.jsonl").open(encoding="utf-8") as lines:
                 return [json.loads(line)["id"] for line in lines]
@@ -151,12 +151,12 @@ class AnswerRecords:
 
 
 def perplexity(loss: float) -> float:
-    """The exponential of the loss; infinite where that is no number any more."""
+    """Return the exponential of the loss; infinite where that is no number any more."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def model_key(*parts: Any) -> str:
-    """A short name for the weights that answered."""
+    """Return a short name for the weights that answered."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -25,7 +25,7 @@ def build_eval_sets(
     seed: int,
     progress: Callable[[int], None],
 ) -> list[EvalSet]:
-    """One for each table, in order. Paths are real ones, or `spot:NAME`.
+    """Build one set for each table, in order. Paths are real ones, or `spot:NAME`.
 
     Raises:
         DataError: rows that cannot be asked, or that lack what a score needs.

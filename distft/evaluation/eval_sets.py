@@ -30,7 +30,7 @@ class BoundScore:
     scorer: Scorer
     """Built before anything is asked, so that what cannot work is said at once."""
     pairs: tuple[tuple[Pair, ...], ...] = field(default=(), repr=False)
-    """Of a score that weighs: for each question, prompt and choice as tokens, a pair for each choice."""
+    """For a score that weighs choices: for each question, prompt and choice as tokens, a pair for each choice."""
 
 
 class EvalSet(Protocol):
@@ -72,7 +72,7 @@ class EvalSet(Protocol):
         ...
 
     def figures(self) -> dict[str, MetricInfo]:
-        """Every figure it gives, by name."""
+        """Return every figure it gives, by name."""
         ...
 
     def run(self, generator: Generator, engine: Engine) -> EvalResult | None:
@@ -167,6 +167,8 @@ class RowEvalSet:
                 reference=question.reference,
                 text=completion.text,
                 prompt=question.prompt,
+                messages=None if question.chat is None else tuple(question.chat.messages),
+                tools=None if question.chat is None else question.chat.tools,
             )
             for question, completion in zip(questions, texts, strict=True)
         ]
@@ -225,7 +227,7 @@ def _with_loglikelihoods(
 
 
 def choices(scoring: BoundScore, answer: Answer) -> tuple[str, ...]:
-    """The texts whose likelihood a score asks for.
+    """Return the texts whose likelihood a score asks for.
 
     Raises:
         DataError: the row has none.

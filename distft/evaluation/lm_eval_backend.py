@@ -95,8 +95,11 @@ class LmEvalBackend:
         return kept
 
     def _windows(self, text: str) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """Every token once; a later window sees as much before it as the model reads. A start token that the tokenizer
-        adds counts as one of the text's, after another: as in lm-eval, whose figures these are."""  # noqa: D205, D209
+        """Return windows that hold every token once; a later window sees as much before it as the model reads.
+
+        A start token that the tokenizer adds counts as one of the text's, after another: as in lm-eval, whose figures
+        these are.
+        """
         before, _ = self._renderer.pair("", text)
         ids = self._renderer.tokens(text)
         most = self._generator.longest or len(ids)

@@ -38,7 +38,7 @@ class LmEvalSet:
 
     @property
     def rows_sha256(self) -> str:
-        """Of the requests in full: rows, those shown before them, and what the library makes of both."""
+        """Hash of the requests in full: rows, those shown before them, and what the library makes of both."""
         return self.tasks.sha256
 
     @property

@@ -25,7 +25,7 @@ _START_CHARS = 300
 
 
 def path_of(name: str) -> str:
-    """The file of `spot:NAME`."""
+    """Return the file of `spot:NAME`."""
     return str(Path(str(files("distft.evaluation"))) / "sanity_set_files" / f"{name.removeprefix('spot:')}.jsonl")
 
 

@@ -32,7 +32,7 @@ def write_model(
     layout: FileLayout,
     save_rest: Callable[[Path], None],
 ) -> None:
-    """Every tensor of the model, gathered to rank 0 a file at a time and written in the hub's layout.
+    """Write every tensor of the model, gathered to rank 0 a file at a time, in the hub's layout.
 
     `prefix` is what engines put before the names; `save_rest` writes config and tokenizer (rank 0 only).
     """
@@ -71,7 +71,7 @@ def write_adapter(
     save_adapter: Callable[[Path, dict[str, Tensor]], None],
     save_rest: Callable[[Path], None],
 ) -> None:
-    """The trained tensors only, in the adapter library's own format.
+    """Write the trained tensors only, in the adapter library's own format.
 
     Raises:
         DistftError: a tensor came back empty or in another shape, or every one is still what training started from.
@@ -91,7 +91,7 @@ def write_adapter(
 
 
 def _split(shapes: Shapes, layout: FileLayout) -> list[list[tuple[str, ...]]]:
-    """The groups of parameters that go into each file; a group is saved together."""
+    """Return the groups of parameters that go into each file; a group is saved together."""
     files: list[list[tuple[str, ...]]] = [[]]
     held = 0
     for group in layout.groups(shapes):
@@ -127,7 +127,7 @@ def _start(engine: Engine, aside: Path) -> None:
 
 
 def _finish(engine: Engine, aside: Path, folder: Path) -> None:
-    """The folder appears whole or not at all."""
+    """Rename the folder, so that it appears whole or not at all."""
     if engine.rank == 0:
         if folder.exists():
             shutil.rmtree(folder)

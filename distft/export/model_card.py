@@ -49,7 +49,7 @@ def write(folder: Path, run: RunRecord) -> Path | None:
 
 
 def card(run: RunRecord, folder: Path) -> str:
-    """The text; `folder` holds the model and its tokenizer."""
+    """Return the text; `folder` holds the model and its tokenizer."""
     parts = (
         _metadata(run),
         _what(run),
@@ -113,7 +113,7 @@ def _is_reward_model(run: RunRecord) -> bool:
 
 
 def _is_hub_id(run: RunRecord) -> bool:
-    """A path that has the form of a hub id may be a folder: then the manifest says which."""
+    """Return whether the base is a hub id; a path of that form may be a folder, which the manifest tells."""
     folder = (run.manifest.get("model") or {}).get("folder", run.base)
     return bool(_HUB_ID.fullmatch(run.base)) and str(folder) != run.base and not Path(run.base).exists()
 
@@ -370,12 +370,12 @@ def _value(value: Any) -> str:
 
 
 def _yaml(text: str) -> str:
-    """A JSON string is a YAML one."""
+    """Return a text as a YAML string: a JSON string is one."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _plain(text: str) -> str:
-    """On one line, and no Markdown or HTML of its own."""
+    """Return a text on one line, without Markdown or HTML of its own."""
     for char, shown in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("[", "\\["), ("*", "\\*")):
         text = text.replace(char, shown)
     return " ".join(text.split())

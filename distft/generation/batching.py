@@ -13,9 +13,9 @@ from torch import Tensor
 
 MAX_ROWS = 128
 PROMPT_TOKENS = 32_768
-"""Of one forward: more fills no accelerator better, and activations grow with them."""
+"""Most prompt tokens of one forward: more fills no accelerator better, and activations grow with them."""
 CACHE_SHARE = 0.4
-"""Of the accelerator's free memory: activations and fragments want room too."""
+"""Share of the accelerator's free memory: activations and fragments want room too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class PaddedBatch:
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device, *, filler: int = 0, room: int = 0) -> PaddedBatch:
-    """`rows` as tensors; the mask has `room` more positions, for what the model will write."""
+    """Return `rows` as tensors; the mask has `room` more positions, for what the model will write."""
     longest = max(len(row) for row in rows)
     ids_BL = torch.tensor([[filler] * (longest - len(row)) + list(row) for row in rows])
     lengths_B = torch.tensor([len(row) for row in rows])

@@ -43,6 +43,6 @@ class Completion:
     """Log-probability of each token at the temperature of the draw, before `top_p`; of the likeliest one (temperature
     0) at temperature 1. Empty unless `SamplingParams.logprobs` asks for them."""
     num_tokens: int
-    """With the token that ended it."""
+    """Number of tokens with the one that ended it."""
     ended: bool
-    """By itself, not by the limit."""
+    """Whether it ended by itself, not by the limit."""

@@ -64,16 +64,15 @@ class Generator:
         self.seconds = 0.0
         """That the last call took, gathering left out."""
         self.share = 1.0
-        """Of a batch that is answered at once: less after memory ran out."""
+        """Share of a batch that is answered at once: less after memory ran out."""
 
     def truncate_prompt(self, ids: Sequence[int], room: int) -> Sequence[int]:
-        """A prompt that leaves `room` tokens for its answer, at least one token long: its start is left out if need
-        be."""  # noqa: D205, D209
+        """Cut the start of a prompt so that `room` tokens are left for its answer; one token of it stays."""
         most = len(ids) if self.longest is None else max(1, self.longest - room)
         return ids[-most:]
 
     def generate(self, prompts: Sequence[Prompt], how: SamplingParams) -> list[Completion] | None:
-        """An answer to each prompt, in order; None when some rank was asked to stop before the end."""
+        """Generate an answer to each prompt, in order; None when some rank was asked to stop before the end."""
         return self._run_batches(
             [len(prompt.ids) for prompt in prompts],
             how.max_new_tokens,
@@ -84,8 +83,10 @@ class Generator:
     def loglikelihood(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int | None = None
     ) -> list[tuple[float, bool]] | None:
-        """For each (context, continuation): its log-likelihood in nats, summed over its tokens, and whether it is what
-        the model would write; None when some rank was asked to stop. Neither part may be empty."""  # noqa: D205, D209
+        """Return each continuation's log-likelihood after its context, and whether the model would write it.
+
+        In nats, summed over its tokens; None when some rank was asked to stop. Neither part may be empty.
+        """
         return self._run_batches(
             [len(context) + len(continuation) for context, continuation in pairs],
             0,
@@ -127,7 +128,7 @@ class Generator:
             yield from self._in_halves(batch[start : start + most], len(batch), keep, work)
 
     def _in_halves(self, batch: list[int], of: int, keep: dict[int, Any], work: Work) -> Iterator[None]:
-        """Again in halves when memory runs out.
+        """Run again in halves when memory runs out.
 
         Raises:
             MachineError: one row does not fit; or the forward gathers weights, and ranks would gather past each other.
@@ -237,7 +238,7 @@ class Generator:
     def _forward(
         self, rows: Sequence[Sequence[int]], *, at_S: Sequence[int] = (0,), labels_S: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One forward of whole rows, without a cache."""
+        """Run one forward of whole rows, without a cache."""
         device = self._engine.device
         read = pad_left(rows, device)
         return self._engine.inference_module(
@@ -268,7 +269,7 @@ class Generator:
         return any(stop_text in last for stop_text in stop)
 
     def _limits(self, rows: int | None) -> BatchLimits:
-        """The same on every rank, or they would cut other batches: the least that any of them has free."""
+        """Return the limits of the rank with least free memory, equal on all ranks: they must cut equal batches."""
         engine, config = self._engine, self._module.transformer.config
         if self._module.path.generation != "batched":
             return BatchLimits(rows=1, prompt_tokens=PROMPT_TOKENS, cache_tokens=PROMPT_TOKENS)

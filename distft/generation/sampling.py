@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def draws(names: Sequence[str], num_tokens: int, seed: int, device: torch.device) -> Tensor:
-    """float64 [B, N] in [0, 1): each row's own numbers, whatever batch, rank or world it is answered in."""
+    """Return float64 [B, N] in [0, 1): each row's own numbers, whatever batch, rank or world it is answered in."""
     keys = (hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16] for name in names)
     rows = [np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big"))).random(num_tokens) for key in keys]
     return torch.from_numpy(np.stack(rows)).to(device)
@@ -27,7 +27,7 @@ def logprobs_of(logits_BV: Tensor, token_B: Tensor, temperature: float) -> list[
 
 
 def next_tokens(logits_BV: Tensor, draw_B: Tensor | None, temperature: float, top_p: float) -> Tensor:
-    """int64 [B]. Without `draw_B` the likeliest, of equals the first; else by inverting the cumulative distribution.
+    """Return int64 [B]: the likeliest, of equals the first; with `draw_B` by inverting the distribution.
 
     `top_p`: only the likeliest tokens that together have this probability are drawn from (Holtzman et al. 2019,
     https://arxiv.org/abs/1904.09751).

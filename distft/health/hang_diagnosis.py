@@ -11,7 +11,7 @@ SHOWN_HOSTS = 8
 
 
 def diagnose_hang(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat], world: int) -> str:
-    """The ranks that are to blame when nobody gets on, as a person would name them.
+    """Return the ranks that are to blame when nobody gets on, as a person would name them.
 
     Args:
         before: records at a first look.
@@ -41,7 +41,7 @@ def diagnose_hang(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat
 
 
 def _between(records: Iterable[Heartbeat]) -> str:
-    """`the network between node1 and node2`; of many hosts the first ones."""
+    """Return `the network between node1 and node2`; of many hosts the first ones."""
     hosts = sorted({str(record.process.get("host")) for record in records})
     if len(hosts) == 1:
         return "the network between them"

@@ -117,7 +117,7 @@ class HeartbeatFile:
         return records
 
     def stacks(self, rank: int) -> Path:
-        """Where a rank's stacks go."""
+        """Return where a rank's stacks go."""
         return self.folder / f"{rank:05d}.stacks.txt"
 
     def close(self) -> None:
@@ -134,5 +134,5 @@ class HeartbeatFile:
 
 
 def is_dead(record: Heartbeat) -> bool:
-    """Whether it says that it lives and its process, on this machine, does not."""
+    """Return whether the record claims to live and its process, on this machine, does not."""
     return record.ended is None and host.is_neighbour(record.process) and host.is_gone(record.process)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 PHASES = ("data", "agree", "forward", "backward", "update", "step")
-"""Of a step (see `core.phase`); evaluations and saves are not counted."""
+"""Phases of a step (see `core.phase`); evaluations and saves are not counted."""
 KEPT = 20
 """Looks that `usual` is the median of: a run that has become slower for good is told so this often at most."""
 FEWEST = 2
@@ -35,7 +35,7 @@ class StepTimes:
     phase_usual_s: float
 
     def is_slow(self, factor: float) -> bool:
-        """Whether a step takes `factor` times as long as it did."""
+        """Return whether a step takes `factor` times as long as it did."""
         usual = self.usual_s
         return usual is not None and self.step_s > factor * usual and self.step_s - usual > LEAST_S
 

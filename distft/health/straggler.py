@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 SIDE = {"cpu": 256, "cuda": 4096}
-"""Of the square matrices: about a millisecond on either."""
+"""Side of the square matrices: about a millisecond on either."""
 ROUNDS = 5
 LEAST_S = 0.02
 """Differences below this are noise, however large their ratio."""

@@ -83,7 +83,7 @@ class Watchdog:
         return self
 
     def on(self, device: str, record: Callable[[], None] | None = None) -> None:
-        """The device this rank has taken, for messages; and who writes its last collectives when it hangs."""
+        """Set the device that this rank has taken, for messages, and who writes its last collectives when it hangs."""
         self._record, self._collectives = replace(self._record, device=device), record
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -214,7 +214,7 @@ def _text(path: Path) -> str:
 
 
 def _innermost(thread: int | None) -> tuple[str, bool]:
-    """(`file.py:12 function` of the main thread, whether that is inside a collective)."""
+    """Return (`file.py:12 function` of the main thread, whether that is inside a collective)."""
     frame: FrameType | None = sys._current_frames().get(thread or 0)
     if frame is None:
         return "", False

@@ -138,9 +138,9 @@ def _set_method(work: Conversion, top: Section) -> None:
     work.set("method.alpha", top.number("lora_alpha", 8), (top, "lora_alpha"))
     work.set("method.dropout", top.number("lora_dropout", 0.0), (top, "lora_dropout"))
     _set_targets(work, top)
-    for theirs, ours in (("peft_use_rslora", "rslora"), ("peft_use_dora", "dora")):
-        if top.flag(theirs):
-            work.set(f"method.{ours}", True, (top, theirs))
+    for tool_key, ours in (("peft_use_rslora", "rslora"), ("peft_use_dora", "dora")):
+        if top.flag(tool_key):
+            work.set(f"method.{ours}", True, (top, tool_key))
     if top.has("lora_modules_to_save"):
         work.set("method.modules_to_save", top.texts("lora_modules_to_save"), (top, "lora_modules_to_save"))
     if name == "qlora":
@@ -157,9 +157,9 @@ def _four_bits(work: Conversion, top: Section) -> dict[str, object]:
     """Return the settings of [method] quant that the file has."""
     quant: dict[str, object] = {}
     kwargs = top.section("bnb_config_kwargs")
-    for theirs, ours in _QUANT.items():
-        if kwargs.has(theirs):
-            quant[ours] = kwargs.text(theirs) if ours == "type" else kwargs.flag(theirs)
+    for tool_key, ours in _QUANT.items():
+        if kwargs.has(tool_key):
+            quant[ours] = kwargs.text(tool_key) if ours == "type" else kwargs.flag(tool_key)
     for key in kwargs.values:
         if key not in _QUANT:
             work.leave(kwargs, key, "types of the 4-bit base follow [model] dtype")

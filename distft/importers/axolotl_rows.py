@@ -104,7 +104,7 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
     set_lengths(work, top, "sequence_len", 512, rows=rows, long_rows=long_rows, packing=packing, packing_of=origin)
     if rows == "single":
         _set_mask(work, top)
-    own = ("tokenizer_default", "tokenizer")
+    tokenizer_names = ("tokenizer_default", "tokenizer")
     if top.has("chat_template_jinja"):
         path = top.text("chat_template_jinja") or ""
         if path.endswith(".jinja"):
@@ -115,7 +115,7 @@ def set_data(work: Conversion, top: Section, rows: Rows) -> None:
                 "chat_template_jinja", "is a template inside the file", "write it to a .jinja file and name that"
             )
     else:
-        set_template(work, top, "chat_template", same=("chatml", "llama3"), own=own)
+        set_template(work, top, "chat_template", same=("chatml", "llama3"), tokenizer_names=tokenizer_names)
     if any(source["format"] == "alpaca" for source in work.draft.get("data.train") or ()) and not work.draft.get(
         "data.chat_template"
     ):
@@ -182,7 +182,7 @@ def _settle_dataset(work: Conversion, section: Section) -> None:
     if section.has("train_on_inputs"):
         work.leave(section, "train_on_inputs", "[data] loss_on is one for all sources")
     if section.has("chat_template") and work.draft.get("data.chat_template") is None:
-        set_template(work, section, "chat_template", same=("chatml", "llama3"), own=("tokenizer_default",))
+        set_template(work, section, "chat_template", same=("chatml", "llama3"), tokenizer_names=("tokenizer_default",))
     elif section.has("chat_template"):
         work.leave(section, "chat_template", "one template renders all sources: that of [data] chat_template")
     work.settle(section, DATASET_KEYS)
@@ -220,7 +220,7 @@ def _row_type(work: Conversion, section: Section, rows: Rows, default: str) -> R
         section.problem("type", "is no form of pairs that is known", f"known: {_listed(_PAIRS)}")
         return None
     names = {"field_messages": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
-    columns = {section.text(theirs) or ours: ours for theirs, ours in names.items() if section.has(theirs)}
+    columns = {section.text(tool_key) or ours: ours for tool_key, ours in names.items() if section.has(tool_key)}
     _mapping(section)
     return RowType(format="preference", columns={**row_type.columns, **columns}, note=row_type.note)
 
@@ -230,7 +230,7 @@ def _listed(types: Mapping[str, RowType]) -> str:
 
 
 def _chat(section: Section, row_type: RowType) -> RowType | None:
-    """The type of chats, by what their turns and their column are called."""
+    """Return the type of chats, by what their turns and their column are called."""
     turn = _mapping(section)
     if row_type.format == "sharegpt" or turn == ("from", "value"):
         format, column = "sharegpt", "conversations"
@@ -272,15 +272,15 @@ _OWN_COLUMNS = {
 }
 
 
-def _own_type(own: Section, rows: Rows) -> RowType | None:
+def _own_type(section: Section, rows: Rows) -> RowType | None:
     """A type that the file defines: names of columns, and wording around them, which is the template's here."""
-    columns = {own.text(theirs) or ours: ours for theirs, ours in _OWN_COLUMNS.items() if own.has(theirs)}
-    wording = [key for key in own.values if key not in _OWN_COLUMNS and own.has(key)]
+    columns = {section.text(tool_key) or ours: ours for tool_key, ours in _OWN_COLUMNS.items() if section.has(tool_key)}
+    wording = [key for key in section.values if key not in _OWN_COLUMNS and section.has(key)]
     for key in wording:
         if key == "system_prompt":
-            own.problem(key, "is written into every row there", "put it into the rows, as a column system")
+            section.problem(key, "is written into every row there", "put it into the rows, as a column system")
         else:
-            own.raw(key)
+            section.raw(key)
     note = f"rendered by the chat template; {', '.join(wording)} there: write a .jinja file for the same text"
     kinds = {"single": "alpaca", "pairs": "preference", "unpaired": "unpaired"}
     return RowType(format=kinds[rows], columns=columns, note=note if wording else "")

@@ -60,12 +60,12 @@ class Draft:
 
     def override(self, overrides: Iterable[str]) -> tuple[set[KeyPath], list[Problem]]:
         """Change values as `--set` says; return the keys that it set, and what is wrong with the overrides."""
-        placed, problems = apply_overrides(self.content, overrides)
-        for key in placed:
+        overridden, problems = apply_overrides(self.content, overrides)
+        for key in overridden:
             self.comments = {old: texts for old, texts in self.comments.items() if old[: len(key)] != key}
             self.origins = {old: location for old, location in self.origins.items() if old[: len(key)] != key}
             self.comments[key] = ["set by --set"]
-        return set(placed), problems
+        return set(overridden), problems
 
     def toml(self, head: Iterable[str], tail: Iterable[str]) -> str:
         """Return the recipe as TOML, with comment lines before and after it."""

@@ -48,10 +48,12 @@ def import_config(
     work.settle(work.top(), spec.keys[""] if spec.keys else {})
     for remarks in (work.left, work.unknown):
         remarks.sort(key=lambda remark: (remark.line is None, remark.line or 0))
-    placed, wrong = work.draft.override(work.options.overrides)
+    overridden, wrong = work.draft.override(work.options.overrides)
     problems = [*work.reading.problems, *wrong]
     problems += [
-        problem for key, problem in work.required if not any(key[: len(override)] == override for override in placed)
+        problem
+        for key, problem in work.required
+        if not any(key[: len(override)] == override for override in overridden)
     ]
     if problems:
         raise RecipeError(str(path), problems)

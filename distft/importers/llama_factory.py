@@ -123,9 +123,9 @@ def _set_method(work: Conversion, top: Section) -> None:
         top.problem("lora_target", "names modules beside all", fix)
     note = "every linear layer but the head" if targets == ["all"] else ""
     work.set("method.target_modules", "all-linear" if targets == ["all"] else targets, (top, "lora_target"), note)
-    for theirs, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
-        if top.flag(theirs):
-            work.set(f"method.{ours}", True, (top, theirs))
+    for column, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
+        if top.flag(column):
+            work.set(f"method.{ours}", True, (top, column))
     if top.has("additional_target"):
         work.set("method.modules_to_save", top.texts("additional_target"), (top, "additional_target"))
     if name == "qlora":
@@ -157,7 +157,9 @@ def _set_data(work: Conversion, top: Section, stage: str, rows: Rows) -> None:
         work.draft.comment("data.long_rows", "the end is cut here; prompt and answer are each cut in proportion there")
     if rows == "single":
         _set_mask(work, top, stage)
-    set_template(work, top, "template", same=("llama3",), own=("default",), there=_OWN if top.has("template") else "")
+    set_template(
+        work, top, "template", same=("llama3",), tokenizer_names=("default",), there=_OWN if top.has("template") else ""
+    )
 
 
 def _set_mask(work: Conversion, top: Section, stage: str) -> None:
@@ -203,8 +205,8 @@ def _add_dataset(
     folder, entries = info
     entry = entries.get(name)
     if not isinstance(entry, dict):
-        known = ", ".join(list(entries)[:20])
-        top.problem(key, f"{name} is not in {folder / 'dataset_info.json'}", f"it has: {known}")
+        names = ", ".join(list(entries)[:20])
+        top.problem(key, f"{name} is not in {folder / 'dataset_info.json'}", f"it has: {names}")
         return
     unknown = [setting for setting in entry if setting not in INFO_KEYS]
     for setting in unknown:
@@ -253,7 +255,7 @@ def _shape(
 ) -> tuple[str, dict[str, str], str] | None:
     """Return format, columns and what is to be where of the rows of an entry."""
     columns = entry.get("columns") if isinstance(entry.get("columns"), dict) else {}
-    named: dict[str, str] = {str(ours): str(theirs) for ours, theirs in (columns or {}).items() if theirs}  # type: ignore[union-attr]
+    named: dict[str, str] = {str(ours): str(column) for ours, column in (columns or {}).items() if column}  # type: ignore[union-attr]
     where = f"dataset_info.json: {name}"
     if media := [column for column in _MEDIA if column in named]:
         top.problem(key, f"{where} has {', '.join(media)}, which are not trained on here")
@@ -280,7 +282,7 @@ def _alpaca(named: dict[str, str], rows: Rows) -> tuple[str, dict[str, str], str
     if rows == "unpaired":
         ours["kto_tag"] = "label"
     ours |= {"chosen": "chosen", "rejected": "rejected"} if rows == "pairs" else {}
-    mapping = {theirs: ours[name] for name, theirs in named.items() if name in ours}
+    mapping = {column: ours[name] for name, column in named.items() if name in ours}
     return {"single": "alpaca", "pairs": "preference", "unpaired": "unpaired"}[rows], mapping, _ALPACA
 
 

@@ -155,9 +155,9 @@ def set_unpaired(
         return
     if losses[loss] != "kto":
         work.set("objective.loss", losses[loss], (section, "loss_type"))
-    for theirs, ours in ((keys.desirable, "desirable_weight"), (keys.undesirable, "undesirable_weight")):
-        value = section.number(theirs)
-        work.set(f"objective.{ours}", value, (section, theirs))
+    for tool_key, ours in ((keys.desirable, "desirable_weight"), (keys.undesirable, "undesirable_weight")):
+        value = section.number(tool_key)
+        work.set(f"objective.{ours}", value, (section, tool_key))
 
 
 def set_reward(work: Conversion, section: Section, chosen_by: str, center: str = "center_rewards_coefficient") -> None:

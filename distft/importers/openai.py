@@ -171,9 +171,9 @@ def _value(sections: list[Section], key: str) -> tuple[float | None, tuple[Secti
         return None, None
     section = holding[0]
     value: Any = section.raw(key)
-    for other in holding[1:]:
-        if other.raw(key) != value:
-            other.problem(key, f"says something else than {dotted(section.path(key))}", "keep one of them")
+    for further in holding[1:]:
+        if further.raw(key) != value:
+            further.problem(key, f"says something else than {dotted(section.path(key))}", "keep one of them")
     return (None if value == "auto" else section.number(key)), (section, key)
 
 

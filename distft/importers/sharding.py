@@ -73,11 +73,11 @@ def _from_content(work: Conversion, section: Section, key: str, content: dict[st
     params, states = (_device(zero.get(part)) for part in ("offload_param", "offload_optimizer"))
     offload = "all" if params != "none" and stage == 3 else "optimizer" if states != "none" and stage else ""
     notes = ["offloaded to host memory here, to NVMe there"] if "nvme" in (params, states) else []
-    others = [other for other in content if other not in _OPERATIONS and other != "gradient_clipping"]
-    for other in ("optimizer", "scheduler"):
-        if other in others:
-            others.remove(other)
-            notes.append(f"its {other} is not read: those of this file are taken")
+    others = [setting for setting in content if setting not in _OPERATIONS and setting != "gradient_clipping"]
+    for setting in ("optimizer", "scheduler"):
+        if setting in others:
+            others.remove(setting)
+            notes.append(f"its {setting} is not read: those of this file are taken")
     if others:
         notes.append(f"not read: {', '.join(map(str, others))}")
     _set_engine(work, section, key, stage, offload, "; ".join([f"stage {stage} of {name}", *notes]))
@@ -147,13 +147,13 @@ def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
         words = value.replace(",", " ").split()
     else:
         words = section.texts(key)
-    known = {name.removeprefix("fsdp_"): name for name in settings.values}
+    by_name = {name.removeprefix("fsdp_"): name for name in settings.values}
     origin = (section, key if value else config)
     sharding = next((word.lower() for word in words if word.lower() in {*_SHARDS, "no_shard"}), None)
-    if name := known.get("sharding_strategy"):
+    if name := by_name.get("sharding_strategy"):
         strategy = str(settings.raw(name)).lower()
         sharding = sharding or _NUMBERS.get(strategy, strategy)
-    again = known.get("reshard_after_forward")
+    again = by_name.get("reshard_after_forward")
     if again and isinstance(settings.raw(again), bool | str):
         strategy = str(settings.raw(again)).lower()
         sharding = sharding or {"true": "full_shard", "false": "shard_grad_op"}.get(strategy, strategy)
@@ -165,16 +165,16 @@ def set_fsdp(work: Conversion, section: Section, key: str, config: str) -> bool:
             origin[1], f"sharding strategy {sharding} is not known", f"known: {', '.join(_SHARDS)}, no_shard"
         )
     else:
-        version = settings.raw(known["version"]) if "version" in known else section.raw("fsdp_version")
+        version = settings.raw(by_name["version"]) if "version" in by_name else section.raw("fsdp_version")
         two = str(version) == "2"
         note = "" if two else "FSDP there; FSDP2 here"
         work.set("engine.name", "fsdp2", origin, "; ".join(filter(None, (note, _SHARD_NOTES[sharding]))))
         for setting, setting_value in _SHARDS[sharding].items():
             work.set(f"engine.{setting}", setting_value, origin)
-    offload = known.get("offload_params")
+    offload = by_name.get("offload_params")
     if "offload" in words or (offload and settings.flag(offload)):
         work.set("engine.offload", "all", origin)
-    if (name := known.get("activation_checkpointing")) and settings.flag(name):
+    if (name := by_name.get("activation_checkpointing")) and settings.flag(name):
         work.set("train.activation_checkpointing", "full", (settings, name))
     for name in settings.values:
         if name.removeprefix("fsdp_") in _FSDP_OPERATIONS:

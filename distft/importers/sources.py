@@ -54,7 +54,7 @@ def add_source(
             "subset": source.subset,
             "split": _named_split(path, name, origin),
             "max_rows": source.max_rows or rows,
-            "columns": {theirs: ours for theirs, ours in source.columns.items() if theirs != ours} or None,
+            "columns": {column: ours for column, ours in source.columns.items() if column != ours} or None,
         }
         for key, value in values.items():
             if value is not None:
@@ -62,8 +62,8 @@ def add_source(
         if source.note:
             work.draft.comment(f"data.{part}.{index}.format", source.note)
     if source.format != "auto" and source.format not in work.registries.formats:
-        known = ", ".join(work.registries.formats)
-        origin[0].problem(origin[1], f"rows of format {source.format} are not read here", f"formats here: {known}")
+        formats = ", ".join(work.registries.formats)
+        origin[0].problem(origin[1], f"rows of format {source.format} are not read here", f"formats here: {formats}")
 
 
 def data_files(section: Section, loader: str, key: str) -> list[str]:
@@ -150,7 +150,13 @@ def _packing_note(work: Conversion, rows: Rows, packing: bool) -> str:
 
 
 def set_template(
-    work: Conversion, section: Section, key: str, *, same: Sequence[str], own: Sequence[str], there: str = ""
+    work: Conversion,
+    section: Section,
+    key: str,
+    *,
+    same: Sequence[str],
+    tokenizer_names: Sequence[str],
+    there: str = "",
 ) -> None:
     """Set [data] chat_template.
 
@@ -159,7 +165,7 @@ def set_template(
         section: where the template is named.
         key: the key that names it.
         same: names that mean the built-in template of that name.
-        own: names that mean the tokenizer's.
+        tokenizer_names: names that mean the tokenizer's.
         there: what the tool's template writes otherwise.
     """
     name = section.text(key)
@@ -170,7 +176,9 @@ def set_template(
     elif name.endswith(".jinja"):
         work.set("data.chat_template", name, (section, key))
     else:
-        note = "" if name in own else f"{name} there: compare `distft check`'s samples, or name a .jinja file"
+        note = (
+            "" if name in tokenizer_names else f"{name} there: compare `distft check`'s samples, or name a .jinja file"
+        )
         work.set(
             "data.chat_template",
             "auto",

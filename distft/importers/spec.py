@@ -44,7 +44,7 @@ class Imported:
     """Keys that the importer does not know."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         remarks = {"left": [vars(remark) for remark in self.left], "unknown": [vars(remark) for remark in self.unknown]}
         return {"tool": self.tool, "toml": self.toml, "changed": self.changed, **remarks}
 

@@ -109,8 +109,8 @@ def _set_objective(work: Conversion, top: Section) -> Rows:
         fix = 'take DPOLoss, or write [objective] loss = "ipo" yourself with another beta'
         loss.problem("_component_", "takes the sum of an answer's tokens; ipo here takes their mean", fix)
     else:
-        known = ", ".join((*_SFT_LOSSES, "DPOLoss", "RSOLoss", "SimPOLoss"))
-        loss.problem("_component_", "is a loss that is not here", f"known: {known}")
+        losses = ", ".join((*_SFT_LOSSES, "DPOLoss", "RSOLoss", "SimPOLoss"))
+        loss.problem("_component_", "is a loss that is not here", f"known: {losses}")
     return "pairs"
 
 
@@ -174,7 +174,7 @@ def _set_optimizer(work: Conversion, top: Section) -> None:
     section = top.section("optimizer")
     name = component(section)
     if name not in _OPTIMIZERS:
-        known = ", ".join(_OPTIMIZERS)
+        optimizers = ", ".join(_OPTIMIZERS)
         section.reading.problem(
             section.path("_component_")
             if section.has("_component_")
@@ -184,7 +184,7 @@ def _set_optimizer(work: Conversion, top: Section) -> None:
             "is not an optimizer here, and another one would train another model"
             if name
             else "optimizer has no _component_",
-            f"known: {known}",
+            f"known: {optimizers}",
         )
     here, decay, note = _OPTIMIZERS.get(name, ("adamw", 0.01, ""))
     work.set("optim.name", here, (section, "_component_"), note)

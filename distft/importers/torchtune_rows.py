@@ -156,9 +156,9 @@ def _mapped(section: Section, columns: dict[str, str], format: str) -> dict[str,
     renames = section.section("column_map")
     roles = {"input": "instruction", "prompt": "instruction"} if format in ("alpaca", "preference") else {}
     for role in renames.values:
-        theirs = renames.text(role)
+        column = renames.text(role)
         ours = next((ours for name, ours in columns.items() if name == role), roles.get(role, role))
         columns = {name: home for name, home in columns.items() if home != ours}
-        if theirs is not None:
-            columns[theirs] = ours
+        if column is not None:
+            columns[column] = ours
     return columns

@@ -87,12 +87,12 @@ def _convert(work: Conversion) -> None:
 
 def _task(work: Conversion, top: Section) -> str | None:
     """Return which command the file is for: as --task says, else by the keys that one command alone has."""
-    asked = work.options.task
-    if asked is not None:
-        if asked not in TASKS:
-            top.reading.problem((), f"--task {asked} has no importer", f"known: {', '.join(TASKS)}")
+    task = work.options.task
+    if task is not None:
+        if task not in TASKS:
+            top.reading.problem((), f"--task {task} has no importer", f"known: {', '.join(TASKS)}")
             return None
-        return asked
+        return task
     tasks = [task for task, keys in _ONLY.items() if any(top.has(key) for key in keys)]
     loss = top.values.get("loss_type")
     tasks += [task for task, losses in _ONLY_LOSSES.items() if loss in losses and task not in tasks]
@@ -195,9 +195,9 @@ def _set_method(work: Conversion, top: Section) -> None:
         work.set("method.target_modules", targets, (top, "lora_target_modules"))
     if top.has("lora_modules_to_save"):
         work.set("method.modules_to_save", top.texts("lora_modules_to_save"), (top, "lora_modules_to_save"))
-    for theirs, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
-        if top.flag(theirs):
-            work.set(f"method.{ours}", True, (top, theirs))
+    for tool_key, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
+        if top.flag(tool_key):
+            work.set(f"method.{ours}", True, (top, tool_key))
     if four:
         kind = top.text("bnb_4bit_quant_type", "nf4", allowed=("nf4", "fp4"))
         quant = {"type": kind, "double": top.flag("use_bnb_nested_quant")}

@@ -13,17 +13,17 @@ class LossMetric:
         self._figures: dict[str, float | None] = {}
 
     def start(self) -> None:
-        """No clock here."""
+        """Do nothing: this metric has no clock."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """The step's report has all that is needed."""
+        """Do nothing: the step's report has all that is needed."""
 
     def step(self, state: TrainState, report: StepReport) -> None:
         """Keep the report."""
         self._figures = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **report.figures}
 
     def read(self) -> dict[str, float | None]:
-        """The last step's."""
+        """Return the last step's figures."""
         return self._figures
 
 

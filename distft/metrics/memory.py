@@ -20,16 +20,16 @@ class MemoryMetric:
         self._on_gpu = facts.device_name != "cpu"
 
     def start(self) -> None:
-        """No clock here."""
+        """Do nothing: this metric has no clock."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Peaks are kept by the allocator."""
+        """Do nothing: the allocator keeps peaks."""
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """Peaks are kept by the allocator."""
+        """Do nothing: the allocator keeps peaks."""
 
     def read(self) -> dict[str, float | None]:
-        """Reads counters on the host; nothing waits."""
+        """Read counters on the host; nothing waits."""
         if self._on_gpu:
             return {"memory_gib": torch.cuda.max_memory_allocated() / GIB}
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere

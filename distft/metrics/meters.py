@@ -16,7 +16,7 @@ class Sink(Protocol):
     """Takes every optimizer step; otherwise only those the recipe's log interval names."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """One flat record: step, position, figures."""
+        """Write one flat record: step, position, figures."""
         ...
 
     def close(self) -> None:
@@ -32,17 +32,17 @@ class Meters:
         self._epoch_at = epoch_at
 
     def start(self) -> None:
-        """Training begins or goes on after something else: what came before is not a step's time."""
+        """Start the clock: what came before is not a step's time."""
         for metric in self._metrics:
             metric.start()
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """After each micro-batch."""
+        """Take note of a micro-batch."""
         for metric in self._metrics:
             metric.micro(batch, terms)
 
     def step(self, state: TrainState, report: StepReport, *, log: bool) -> None:
-        """After each optimizer step."""
+        """Take note of an optimizer step."""
         for metric in self._metrics:
             metric.step(state, report)
         wanted = [sink for sink in self._sinks if log or sink.every_step]
@@ -54,7 +54,7 @@ class Meters:
                 sink.write(record)
 
     def evaluated(self, state: TrainState, figures: dict[str, float] | None) -> None:
-        """After an evaluation; None when it was broken off, empty when nothing was looked at."""
+        """Take note of an evaluation; None when it was interrupted, empty when nothing was evaluated."""
         if not figures:
             return
         for sink in self._sinks:

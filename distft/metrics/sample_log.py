@@ -29,10 +29,10 @@ class SampleLog:
         self._ids: list[str] = []
 
     def start(self) -> None:
-        """No clock here."""
+        """Do nothing: this metric has no clock."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Remember its rows."""
+        """Remember the micro-batch's rows."""
         self._ids += batch.sample_ids
 
     def step(self, state: TrainState, report: StepReport) -> None:
@@ -45,5 +45,5 @@ class SampleLog:
             log.warning("%s: a line was lost: %s", self._file.name, error)
 
     def read(self) -> dict[str, float | None]:
-        """No figures."""
+        """Return no figures."""
         return {}

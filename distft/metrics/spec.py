@@ -13,19 +13,19 @@ class Metric(Protocol):
     """One instance per run and rank. Nothing here may wait for the accelerator except `read`."""
 
     def start(self) -> None:
-        """Before the first step, and again after a pause (an evaluation) between two steps."""
+        """Start before the first step, and again after a pause (an evaluation) between two steps."""
         ...
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """After each micro-batch of this rank."""
+        """Take note of a micro-batch of this rank."""
         ...
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """After each optimizer step; `state` and `report` are equal on all ranks."""
+        """Take note of an optimizer step; `state` and `report` are equal on all ranks."""
         ...
 
     def read(self) -> dict[str, float | None]:
-        """The step's figures by name; None where this machine cannot say."""
+        """Return the step's figures by name; None where this machine cannot say."""
         ...
 
 

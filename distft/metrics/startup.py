@@ -23,11 +23,11 @@ class StartupTimes:
     rank: int
     host: str
     seconds: dict[str, float]
-    """By phase, in the order they are passed (see `core.phase`); `imports` comes before the first."""
+    """Seconds by phase, in the order they are passed (see `core.phase`); `imports` comes before the first."""
 
     @property
     def total_s(self) -> float:
-        """From the process's start to the end of its first step."""
+        """Seconds from the process's start to the end of its first step."""
         return sum(self.seconds.values())
 
 
@@ -46,13 +46,13 @@ class StartUp:
         self._launched_s = launched_s(env)
 
     def start(self) -> None:
-        """No clock of its own."""
+        """Do nothing: this metric has no clock of its own."""
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Nothing to see."""
+        """Do nothing: micro-batches do not matter here."""
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """Collective, once."""
+        """Report the start-up times; collective, once."""
         if PHASE.stepped:
             return
         PHASE.stepped = True
@@ -74,12 +74,12 @@ class StartUp:
         self._say(text(mine, worst, self._launched_s))
 
     def read(self) -> dict[str, float | None]:
-        """No figures."""
+        """Return no figures."""
         return {}
 
 
 def phases() -> dict[str, float]:
-    """Seconds of this process by phase up to now; evaluations before the first step count as `eval`."""
+    """Return the seconds of this process by phase up to now; evaluations before the first step count as `eval`."""
     now = time.monotonic()
     age = host.age_s() if PHASE.runs == 1 else None
     spent = {"imports": max(0.0, age - (now - PHASE.began))} if age is not None else {}
@@ -92,7 +92,7 @@ def phases() -> dict[str, float]:
 
 
 def launched_s(env: Mapping[str, str]) -> float | None:
-    """Seconds from the job's start, as Slurm or else its batch script has it, to this process's; None outside of a job.
+    """Return the seconds from the job's start, by Slurm or its batch script, to this process's; None outside.
 
     Slurm says it from 23.02 on. Two machines' clocks: good to what they differ by.
     """
@@ -103,7 +103,7 @@ def launched_s(env: Mapping[str, str]) -> float | None:
 
 
 def slowest(starts: Sequence[StartupTimes]) -> dict[str, StartupTimes]:
-    """By phase, the rank that was in it longest."""
+    """Return, by phase, the rank that was in it longest."""
     every = dict.fromkeys(phase for start in starts for phase in start.seconds)
     return {
         phase: max((start for start in starts if phase in start.seconds), key=lambda start: start.seconds[phase])

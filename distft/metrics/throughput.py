@@ -31,12 +31,12 @@ class ThroughputMetric:
         self._since = time.perf_counter()
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
-        """Adds up squared document lengths (on the host: the batch was built there)."""
+        """Add up squared document lengths (on the host: the batch was built there)."""
         lengths = batch.cu_seqlens.diff().double()
         self._squares += float(lengths.square().sum())
 
     def step(self, state: TrainState, report: StepReport) -> None:
-        """One step's worth."""
+        """Count one step."""
         now = time.perf_counter()
         seconds, tokens = now - self._since, state.tokens - self._tokens
         facts = self._facts
@@ -47,7 +47,7 @@ class ThroughputMetric:
         self._since, self._tokens, self._squares = now, state.tokens, 0.0
 
     def read(self) -> dict[str, float | None]:
-        """The last step's."""
+        """Return the last step's figures."""
         return self._figures
 
 

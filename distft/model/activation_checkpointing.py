@@ -51,7 +51,7 @@ class _KeepHalf:
 
 
 def choose_checkpointing(wanted: str, planned: str | None, why: str) -> tuple[Checkpointing, str]:
-    """(mode, reason) for a recipe's `activation_checkpointing`; `planned` is what the planner chose for `auto`."""
+    """Return (mode, reason) for `activation_checkpointing`; `planned` is the planner's choice for `auto`."""
     if wanted != "auto":
         return wanted, "the recipe says so"  # type: ignore[return-value]
     if planned is None:

@@ -72,7 +72,7 @@ def _flash_packages(device: torch.device) -> list[tuple[str, str]]:
 
 
 def _why_no_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """Why FlashAttention's kernels do not run; "" where they do."""
+    """Return why FlashAttention's kernels do not run; "" where they do."""
     if device.type != "cuda":
         return "it needs a CUDA device"
     if dtype not in _HALF:
@@ -118,7 +118,7 @@ def varlen_attention(
     s_aux: Tensor | None = None,
     **beside: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface; returns ([B, T, H, D], None).
+    """Attend as transformers' attention interface; returns ([B, T, H, D], None).
 
     Args:
         module: the attention layer; not looked at.
@@ -195,13 +195,13 @@ def one_document(
 
 
 def _repeated(heads_BGTD: Tensor, count: int) -> Tensor:
-    """Key or value heads, one for each of `count` query heads."""
+    """Return the key or value heads, one for each of `count` query heads."""
     groups = count // heads_BGTD.shape[1]
     return heads_BGTD if groups == 1 else heads_BGTD.repeat_interleave(groups, dim=1)
 
 
 def _no_scores(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """On a GPU, only kernels that do not hold scores of [H, L, L].
+    """Allow, on a GPU, only kernels that do not hold scores of [H, L, L].
 
     In fp32 that is the memory-efficient one, which takes no grouped heads: left to choose, torch computes scores.
     """
@@ -220,7 +220,7 @@ def single_attention(
     attention_mask: Tensor | None,
     **given: Any,
 ) -> tuple[Tensor, None]:
-    """`varlen_attention` of one document.
+    """Attend like `varlen_attention` to one document.
 
     Raises:
         ValueError: as there; or borders of documents are given.
@@ -282,7 +282,7 @@ def flash(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Torch's varlen FlashAttention, [B, T, H, D]; a plan runs it on the meta device too, for what it saves."""
+    """Run torch's varlen FlashAttention, [B, T, H, D]; a plan runs it on meta too, for what it saves."""
     from torch.nn.attention import varlen
 
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query_BHTD, key_BGTD, value_BGTD))  # [T, heads, D]
@@ -300,7 +300,7 @@ def flash(
 
 @functools.cache
 def _varlen_parameters() -> frozenset[str]:
-    """Names that this version of torch's varlen attention takes."""
+    """Return the names that this version of torch's varlen attention takes."""
     from torch.nn.attention import varlen
 
     return frozenset(inspect.signature(varlen.varlen_attn).parameters)

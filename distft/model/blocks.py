@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def blocks_of(lm: Any) -> list[nn.Module]:
-    """The repeated transformer blocks of a transformers model, in order: what engines gather and shard at a time.
+    """Return the repeated blocks of a transformers model, in order: what engines gather and shard at a time.
 
     The architecture names them (`_no_split_modules`), some with a part of each of them, which is left out here (Mamba
     names block and mixer); where it does not, they are the entries of its largest list.
@@ -49,7 +49,7 @@ def ends_of(module: CausalLM) -> list[nn.Module]:
 
 
 def _largest_list(lm: Any) -> list[nn.Module]:
-    """The entries of the list of modules that holds most parameters."""
+    """Return the entries of the list of modules that holds most parameters."""
 
     def numel(module: nn.Module) -> int:
         return sum(param.numel() for param in module.parameters())

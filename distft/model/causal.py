@@ -115,7 +115,7 @@ class CausalLM(nn.Module):
         num_supervised: int,
         per_token: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Loss of every supervised token, in order: fp32 [S], or [1] with their sum, as the head's loss gives them.
+        """Return the loss of every supervised token, in order: fp32 [S], or [1] with their sum.
 
         Arguments are `Batch.inputs()`. `per_token`: [S] whatever that loss gives.
 
@@ -159,7 +159,7 @@ class CausalLM(nn.Module):
         return head(output.last_hidden_state[0][ends_D].to(head.weight.dtype)).float().squeeze(1)
 
     def _documents(self, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
-        """What tells the model where documents begin and end."""
+        """Return what tells the model where documents begin and end."""
         inputs: dict[str, Any] = {"position_ids": position_ids_T[None]}
         if self.path.documents == "packed":
             inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
@@ -177,7 +177,7 @@ class CausalLM(nn.Module):
         cache: Any = None,
         labels_S: Tensor | None = None,
     ) -> Tensor:
-        """fp32 logits [S, V] of what follows positions `at_S` of the flattened [B, L]; call it inside `answering`.
+        """Return fp32 logits [S, V] of what follows positions `at_S` of the flattened [B, L]; inside `answering`.
 
         With `labels_S`: [S, 2], the log-likelihood of each label there and whether it is the likeliest (1 or 0).
         `cache` holds the positions before these and takes these up.
@@ -215,7 +215,7 @@ class CausalLM(nn.Module):
         return output
 
     def _forget_longer_documents(self) -> None:
-        """Dynamic NTK keeps the frequencies of the longest text so far; every forward here starts from none.
+        """Forget the frequencies of the longest text so far, which dynamic NTK keeps.
 
         Source: transformers.modeling_rope_utils.dynamic_rope_update
         """
@@ -235,7 +235,7 @@ def _parameters(kind: type) -> dict[str, Any]:
 
 
 def _taken(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that the module's forward names, and, where it passes keywords on, the others.
+    """Return the inputs that the module's forward names, and, where it passes keywords on, the others.
 
     What a model does without (positions, borders of documents) it is not given; whether it is right without them is
     what `distft.model.proof` finds out.

@@ -75,7 +75,7 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 def choose(name: str, device: torch.device, *, per_token: bool = False) -> HeadLoss:
-    """The loss for a recipe's `cross_entropy`: fused on a GPU with Liger, else chunked.
+    """Choose the loss for a recipe's `cross_entropy`: fused on a GPU with Liger, else chunked.
 
     `per_token`: the objective needs each token's loss, which neither the fused kernel nor `chunked_sum` give.
 
@@ -100,14 +100,14 @@ def choose(name: str, device: torch.device, *, per_token: bool = False) -> HeadL
 def full_loss(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """All logits at once: the plain reference."""
+    """Compute the loss of all logits at once: the plain reference."""
     return F.cross_entropy(rule.logits(hidden_SE, weight_VE, bias_V), labels_S, reduction="none")
 
 
 def chunked_loss(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """Chunks of at most CHUNK_BYTES of logits, recomputed in the backward pass.
+    """Compute the loss in chunks of at most CHUNK_BYTES of logits, recomputed in the backward pass.
 
     Costs one more head matmul (2·S·V·E FLOPs) and saves 12·S·V bytes.
     """
@@ -122,7 +122,7 @@ def _full(rule: LogitRule, hidden_CE: Tensor, labels_C: Tensor, weight_VE: Tenso
 
 
 def _chunked(losses: Callable[..., Tensor], size: int, *rows: Tensor, shared: tuple[Tensor | None, ...]) -> Tensor:
-    """losses(*chunk, *shared) for each `size` of the first dimension of `rows`, recomputed in the backward pass."""
+    """Compute losses(*chunk, *shared) for each `size` of the rows, recomputed in the backward pass."""
     return _Chunked.apply(losses, size, len(rows), *rows, *shared)  # type: ignore[return-value]
 
 
@@ -174,7 +174,7 @@ class _Chunked(torch.autograd.Function):
 def likelihoods(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """fp32 [S, 2]: log-likelihood of each label, and whether it is the likeliest token; in chunks, no gradients."""
+    """Return fp32 [S, 2]: each label's log-likelihood, and whether it is the likeliest; in chunks."""
     size = chunk_tokens(weight_VE.shape[0])
     judgements = []
     for hidden_CE, labels_C in zip(hidden_SE.split(size), labels_S.split(size), strict=True):
@@ -183,7 +183,7 @@ def likelihoods(
 
 
 def judged(logits_SV: Tensor, labels_S: Tensor) -> Tensor:
-    """fp32 [S, 2]: log-likelihood of each label under its logits, and whether it is the likeliest token."""
+    """Return fp32 [S, 2]: log-likelihood of each label under its logits, and whether it is the likeliest token."""
     likeliest_S = logits_SV.argmax(1) == labels_S
     return torch.stack([-F.cross_entropy(logits_SV, labels_S, reduction="none"), likeliest_S.float()], 1)
 
@@ -219,7 +219,7 @@ def with_adapter(
 def chunked_sum(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """The sum of `chunked_loss`, [1], with nothing computed twice.
+    """Return the sum of `chunked_loss`, [1], with nothing computed twice.
 
     Each chunk makes its gradients while its logits exist, and the backward pass only scales them. Keeps as much as
     the gradients weigh, from the head's forward to its backward. Tokens of one chunk run as `full_loss`.
@@ -316,14 +316,14 @@ class _WeightGradient:
         return self._grad_GV[rows]
 
     def finish(self) -> Tensor:
-        """The sum over all chunks, fp32."""
+        """Return the sum over all chunks, fp32."""
         if self._waits:
             self._multiply()
             del self._grad_GV, self._hidden_GE
         return self._total_VE
 
     def _multiply(self) -> None:
-        """In parts of at most CHUNK_BYTES: a product of the head's size is the largest tensor of many models."""
+        """Multiply in parts of at most CHUNK_BYTES: a product of the head's size is many models' largest tensor."""
         rows = max(1, CHUNK_BYTES // (4 * self._total_VE.shape[1]))
         grad_GV, hidden_GE = self._grad_GV[: self._filled], self._hidden_GE[: self._filled]
         for total, grad in zip(self._total_VE.split(rows), grad_GV.split(rows, dim=1), strict=True):
@@ -332,7 +332,7 @@ class _WeightGradient:
 
 
 def _scale_(grad: Tensor, by_1: Tensor) -> Tensor:
-    """In place, multiplied in fp32: in bf16 the factor alone would be rounded by up to 0.4 %, the same way for all."""
+    """Multiply in place in fp32: in bf16 the factor alone would be rounded by up to 0.4 %, the same way for all."""
     if grad.dtype == torch.float32:
         return grad.mul_(by_1)
     rows = max(1, CHUNK_BYTES // (4 * max(1, grad[0].numel())))
@@ -344,7 +344,7 @@ def _scale_(grad: Tensor, by_1: Tensor) -> Tensor:
 def fused_loss(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """Liger's fused linear cross-entropy, which makes gradients in the forward and so gives only their sum: [1].
+    """Run Liger's fused linear cross-entropy, which makes gradients in the forward, so gives their sum: [1].
 
     It has a cap and no scale: scales go into the hidden states, and where a bias forbids that the chunked sum runs.
     """

@@ -19,7 +19,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def expert_tensors(module: nn.Module) -> list[str]:
-    """Short names of a module's own parameters that hold one matrix for each of several experts."""
+    """Return the short names of a module's own parameters that hold one matrix for each of several experts."""
     if isinstance(module, _CONVOLUTIONS):
         return []
     return [
@@ -30,7 +30,7 @@ def expert_tensors(module: nn.Module) -> list[str]:
 
 
 def all_expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name of the module, module, short name) of every expert tensor."""
+    """Yield (name of the module, module, short name) of every expert tensor."""
     for name, module in model.named_modules():
         for short in expert_tensors(module):
             yield name, module, short

@@ -50,7 +50,7 @@ def observe(lm: Any) -> Observation | None:
 
 
 def _trunks(lm: Any) -> list[str]:
-    """Names of the modules that may be the trunk."""
+    """Return the names of the modules that may be the trunk."""
     names = {id(module): name for name, module in lm.named_modules() if name}
     candidates = (lm.base_model, getattr(lm, "model", None), lm.get_decoder() if hasattr(lm, "get_decoder") else None)
     return list(dict.fromkeys(names[id(module)] for module in candidates if id(module) in names))

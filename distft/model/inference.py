@@ -14,7 +14,7 @@ from distft.model.causal import CausalLM
 
 @contextlib.contextmanager
 def generation_mode(module: CausalLM) -> Iterator[None]:
-    """While it lasts the model's attention takes padding masks and a cache, and compiled blocks run uncompiled.
+    """Let attention take padding masks and a cache, and run compiled blocks uncompiled, inside the context.
 
     Every answer has another length: compiled blocks would be compiled anew at each.
     """
@@ -31,17 +31,17 @@ def generation_mode(module: CausalLM) -> Iterator[None]:
 
 
 def new_cache(module: CausalLM) -> Any:
-    """An empty key-value cache of the kind that the architecture wants."""
+    """Return an empty key-value cache of the kind that the architecture wants."""
     from transformers import DynamicCache
 
     return DynamicCache(config=module.transformer.config)
 
 
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """What one token of one row takes in the cache, in every layer."""
+    """Return what one token of one row takes in the cache, in every layer."""
     return sum(2 * shape.kv_heads * shape.head_dim for shape in attention_shapes(config)) * dtype.itemsize
 
 
 def longest_text(config: Any) -> int | None:
-    """Positions that the model can read; None when its config does not say."""
+    """Return the positions that the model can read; None when its config does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

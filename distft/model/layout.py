@@ -50,7 +50,7 @@ class FileLayout:
         return [tuple(group) for group in grouped.values()]
 
     def stored(self, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the files that hold one group of parameters."""
+        """Return the tensors of the files that hold one group of parameters."""
         names = list(group)
         target, pattern = self._target(names[0])
         if pattern is None:
@@ -63,7 +63,7 @@ class FileLayout:
         return {self._renamed(name): tensor.contiguous() for name, tensor in whole.items()}
 
     def _target(self, name: str) -> tuple[str, str | None]:
-        """The name that the first converter gives it, and which of its patterns did."""
+        """Return the name that the first converter gives it, and which of its patterns did."""
         for converter in self._converters:
             target, pattern = converter.rename_source_key(name)
             if pattern is not None:

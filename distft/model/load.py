@@ -39,7 +39,7 @@ WRAPPER = "lm."
 
 
 def find_folder(table: ModelTable) -> Path:
-    """The model's folder; hub ids are downloaded (config, tokenizer and safetensors only).
+    """Return the model's folder; hub ids are downloaded (config, tokenizer and safetensors only).
 
     Raises:
         RecipeError: neither a folder with a config.json nor a hub id that can be had.
@@ -51,7 +51,7 @@ def find_folder(table: ModelTable) -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    """Transformers' config; code that comes with a model is never run.
+    """Read transformers' config; code that comes with a model is never run.
 
     How the folder stores its weights (`quantization_config`) is left out: they are dequantised when they are read, and
     what is saved is not quantised.
@@ -135,7 +135,7 @@ class MetaModel:
             self._fill_buffers(module, device)
 
     def read_within(self, group: ReadGroup | None) -> None:
-        """Weights of files are read once by the ranks of `group`; random ones every rank draws for itself."""
+        """Let the ranks of `group` read weights of files once; random ones every rank draws for itself."""
         self._shared_reads = None
         if group is not None and isinstance(self._source, SafetensorsSource):
             self._shared_reads = SharedReads(self._source, self._source.tensors, group)
@@ -170,11 +170,11 @@ class MetaModel:
         return calls
 
     def _is_fresh(self, module: nn.Module) -> bool:
-        """An adapter's own, which starts from its seed and not from the files."""
+        """Return whether a module is an adapter's own, which starts from its seed and not from the files."""
         return self._method.owns(f"{self._names[id(module)]}.x") and self._method.fresh is not None
 
     def saved_buffers(self) -> list[tuple[str, Tensor]]:
-        """Buffers that belong to the weights, by their whole names."""
+        """Return the buffers that belong to the weights, by their whole names."""
         return [
             (f"{name}.{short}" if name else short, buffer)
             for name, module in self.module.named_modules()
@@ -183,7 +183,7 @@ class MetaModel:
         ]
 
     def _fill_buffers(self, module: nn.Module, device: torch.device) -> None:
-        """Constructors made them; those that belong to the weights are read once."""
+        """Fill buffers: constructors made them; those that belong to the weights are read once."""
         for short, buffer in module._buffers.items():
             if buffer is None:
                 continue
@@ -222,7 +222,7 @@ class MetaModel:
             module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
 
     def _shared(self, name: str, meta: Tensor) -> nn.Parameter:
-        """The parameter that was filled under another name."""
+        """Return the parameter that was filled under another name."""
         real = self._filled[id(meta)][1]()
         if real is None:
             raise MachineError(
@@ -263,7 +263,7 @@ def build(
     path: ForwardPath | None = None,
     head: HeadSpec | None = None,
 ) -> MetaModel:
-    """Everything on the meta device, attached, wrapped, ready to be filled by an engine.
+    """Build everything on the meta device, attached, wrapped, ready to be filled by an engine.
 
     `weights=False` leaves the source out: for planning without the files. `config` replaces the folder's. `head`: what
     stands on the hidden states, a language modelling head when None.
@@ -338,7 +338,7 @@ def head_size(config: Any) -> int:
 
 
 def untrained(config: Any, kernel: str, head: HeadSpec | None = None) -> Any:
-    """The transformers model of a config, its weights as they come, on the default device."""
+    """Return the transformers model of a config, its weights as they come, on the default device."""
     head = head or HEADS["lm"]
     lm = head.auto_class(config).from_config(head.prepare(config), attn_implementation=kernel)
     put_head(lm, head)

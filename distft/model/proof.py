@@ -72,7 +72,7 @@ def prove(
 def _reference(
     copies: list[Any], build: Callable[[Any, str], Any], device: torch.device, precisions: list[torch.dtype]
 ) -> Reference:
-    """Transformers' own numbers for the first copy that runs.
+    """Return Transformers' own numbers for the first copy that runs.
 
     Raises:
         MachineError: none does, or what runs is not causal; says why.
@@ -98,7 +98,7 @@ def _reference(
 def _first_path(
     reference: Reference, attentions: tuple[str, ...], half: torch.dtype | None
 ) -> tuple[ForwardPath | None, list[Attempt], str]:
-    """The path, what was tried before it, and, where there is none, why."""
+    """Return the path, what was tried before it, and, where there is none, why."""
     attempts: list[Attempt] = []
     heads_alike: set[str] = set()
     for path in training_paths(attentions):
@@ -187,7 +187,7 @@ def difference_of(compare: Callable[[], None]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, with its type where it is none of ours."""
+    """Return what an error says, with its type where it is none of ours."""
     return _first_line(error) if isinstance(error, DistftError) else f"{type(error).__name__}: {_first_line(error)}"
 
 

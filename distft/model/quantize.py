@@ -81,7 +81,7 @@ def _resolved(name: QuantName, dtype: torch.dtype) -> torch.dtype:
 
 
 def _refuse_rest(lm: Any, dtype: torch.dtype) -> None:
-    """Refuses an architecture most of whose matrices are in a form that is not known here."""
+    """Refuse an architecture most of whose matrices are in a form that is not known here."""
     outside = {id(param) for part in (lm.get_input_embeddings(), lm.get_output_embeddings()) if part is not None
                for param in part.parameters()}  # fmt: skip
     whole = rest = 0
@@ -115,11 +115,11 @@ class In4bit:
     double: bool
     storage: torch.dtype
     shape: tuple[int, ...]
-    """Of the values."""
+    """Shape of the values."""
 
 
 def _mark_expert(module: Any, short: str, params: QuantParams, dtype: torch.dtype) -> None:
-    """The parameter stays as it is while it is meta; what is filled is packed, and the forward dequantises it."""
+    """Mark an expert to be packed when it is filled; the forward dequantises it."""
     stored = In4bit(
         type=params.type,
         double=params.double,
@@ -144,17 +144,17 @@ def _dequantised(packed: Tensor, state: Any) -> Tensor:
 
 
 def is_4bit(module: nn.Module) -> bool:
-    """Whether this layer's weight is stored in 4 bits."""
+    """Return whether this layer's weight is stored in 4 bits."""
     return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes")
 
 
 def is_4bit_expert(module: nn.Module, short: str) -> bool:
-    """Whether this parameter holds experts that are stored in 4 bits."""
+    """Return whether this parameter holds experts that are stored in 4 bits."""
     return short in module.__dict__.get("four_bit", {})
 
 
 def stored_in_4bit(module: Any) -> Iterator[tuple[nn.Parameter, In4bit]]:
-    """A module's own parameters that are stored in 4 bits, and how."""
+    """Yield a module's own parameters that are stored in 4 bits, and how."""
     if is_4bit(module):
         weight = module.weight
         yield (
@@ -171,12 +171,12 @@ def stored_in_4bit(module: Any) -> Iterator[tuple[nn.Parameter, In4bit]]:
 
 
 def plain_class(module: Any) -> type[nn.Module]:
-    """The class that the architecture has in this place."""
+    """Return the class that the architecture has in this place."""
     return module.plain_class if is_4bit(module) else type(module)
 
 
 def whole_shape(module: Any, short: str, meta: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter in the base's files."""
+    """Return the shape of a parameter in the base's files."""
     if short == "weight" and is_4bit(module):
         shape = (module.out_features, module.in_features)
         return shape if module.plain_class is nn.Linear else shape[::-1]
@@ -184,7 +184,7 @@ def whole_shape(module: Any, short: str, meta: Tensor) -> tuple[int, ...]:
 
 
 def quantized(module: Any, whole: Tensor) -> Any:
-    """The 4-bit parameter that holds `whole`, as the base's files have it, for this layer, on the same device."""
+    """Return the 4-bit parameter that holds `whole`, as the base's files have it, for this layer's device."""
     from bitsandbytes.nn import modules
 
     assert tuple(whole.shape) == whole_shape(module, "weight", whole)
@@ -204,7 +204,7 @@ def quantized(module: Any, whole: Tensor) -> Any:
 
 
 def quantized_expert(module: Any, short: str, whole: Tensor) -> nn.Parameter:
-    """The packed parameter that holds `whole` [experts, rows, columns], and its constants, kept on the module."""
+    """Return the packed parameter that holds `whole` [experts, rows, columns]; the module keeps its constants."""
     from bitsandbytes import functional
 
     stored: In4bit = module.__dict__["four_bit"][short]
@@ -216,7 +216,7 @@ def quantized_expert(module: Any, short: str, whole: Tensor) -> nn.Parameter:
 
 
 def stored_4bit(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """A weight that a folder holds as bitsandbytes saves it: `parts` by the names after the weight's, itself as ""."""
+    """Dequantise a weight as bitsandbytes saves it: `parts` by the names after the weight's, itself as ""."""
     from bitsandbytes import functional
 
     packed = parts[""]
@@ -236,7 +236,7 @@ class Stored:
 
 
 def count(module: nn.Module) -> Stored:
-    """Weights that are not trained, by whole shape; call before an engine packs or shards them."""
+    """Return the weights that are not trained, by whole shape; call before an engine packs or shards them."""
     four_bit = whole = 0
     seen: set[int] = set()
     for part in module.modules():

@@ -27,7 +27,7 @@ class RandomSource:
         self._seed, self._dtype = seed, dtype
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """Runs transformers' rule for this module on a stand-in that holds real tensors."""
+        """Run transformers' rule for this module on a stand-in that holds real tensors."""
         kind: Any = quantize.plain_class(module)
         stand_in: Any = kind.__new__(kind)
         stand_in.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_modules")})
@@ -58,7 +58,7 @@ class RandomSource:
         return {short: value.to(device) for short, value in values.items()}
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
-        """What constructors put there stands."""
+        """Return None: what constructors put into buffers stands."""
         return None
 
 
@@ -66,7 +66,7 @@ class NoSource:
     """For models that are counted and never filled."""
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """Refuses.
+        """Refuse to give values.
 
         Raises:
             MachineError: always.
@@ -74,7 +74,7 @@ class NoSource:
         raise MachineError("this model was built without weights, for counting only")
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
-        """Refuses.
+        """Refuse to give a buffer.
 
         Raises:
             MachineError: always.
@@ -83,5 +83,5 @@ class NoSource:
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of what is called `name`, for any order of asking."""
+    """Return the seed of what is called `name`, for any order of asking."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")

@@ -56,7 +56,7 @@ HALF_RTOL = 3e-2
 NEW_TOKENS = 3
 """Tokens that each probe is continued by."""
 _GAIN = 2.5
-"""Of random matrices: attention scores of about 6, which a cap of 50 bends by some hundredths."""
+"""Gain of random matrices: attention scores of about 6, which a cap of 50 bends by some hundredths."""
 
 
 class NotEqualError(Exception):
@@ -72,7 +72,7 @@ class Numbers:
     logits: list[Tensor]
     """[L, V] of each probe."""
     gradients: dict[str, Tensor | None]
-    """Of the mean loss over all tokens, by the parameter's name."""
+    """Gradients of the mean loss over all tokens, by the parameter's name."""
 
     @functools.cached_property
     def largest(self) -> float:
@@ -146,7 +146,7 @@ class Reference:
         return Numbers(losses=losses, logits=logits, gradients=gradients)
 
     def _moved(self, lm: Any) -> Any:
-        """A copy of `lm` with every weight moved by up to half a unit in its last place: another rounding of it."""
+        """Copy `lm` with every weight moved by up to half a unit in its last place: another rounding of it."""
         generator = torch.Generator().manual_seed(2)
         moved = copy.deepcopy(lm)
         with torch.no_grad():
@@ -157,7 +157,7 @@ class Reference:
         return moved
 
     def _fresh(self, kernel: str, dtype: torch.dtype | None = None) -> Any:
-        """The model with the reference's weights; what no text passes through has none."""
+        """Return the model with the reference's weights; what no text passes through has none."""
         dtype = dtype or self._precision
         from accelerate import init_empty_weights
 
@@ -198,7 +198,7 @@ class Reference:
         return answers
 
     def _prompts(self) -> list[tuple[Tensor, Tensor]]:
-        """(probe, the part of it that is continued)."""
+        """Return (probe, the part of it that is continued)."""
         return [(ids, ids[:-NEW_TOKENS] if len(ids) > NEW_TOKENS + 1 else ids[:1]) for ids in self.probes]
 
     def sees_the_future(self) -> float | None:
@@ -212,7 +212,7 @@ class Reference:
         return gap if gap > self.logits_rtol else None
 
     def predicts_each_token_itself(self) -> bool:
-        """Whether the model's own loss is of the tokens that it reads, not of the next ones (decoders of a pair)."""
+        """Return whether the model's own loss is of the tokens that it reads, not of the next ones."""
         pairs = zip(self.right.logits, self.probes, self.right.losses, strict=True)
         return all(
             abs(float(F.cross_entropy(logits_LV, ids)) * (len(ids) - 1) - loss) <= 1e-5 * loss
@@ -268,7 +268,7 @@ class Reference:
             raise NotEqualError(f"the gradient of {name} differs by {gap:.1e} of its largest entry")
 
     def _gradient_gap(self, got: dict[str, Tensor | None]) -> tuple[float, str]:
-        """The largest difference of a gradient, infinite when there is none, and the parameter's name."""
+        """Return the largest difference of a gradient, infinite when there is none, and the parameter's name."""
         largest, worst, where = self.right.largest, 0.0, ""
         for name, right in self.right.gradients.items():
             mine = got[name]
@@ -348,7 +348,7 @@ def _small_chunks(
     labels_S: Tensor,
     rule: cross_entropy.LogitRule,
 ) -> Tensor:
-    """`loss` over several pieces."""
+    """Compute `loss` over several pieces."""
     size = max(1, len(labels_S) // 2)
     pieces = zip(hidden_SE.split(size), labels_S.split(size), strict=True)
     return torch.cat([loss(hidden_CE, weight_VE, bias_V, labels_C, rule).reshape(-1) for hidden_CE, labels_C in pieces])

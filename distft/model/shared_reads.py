@@ -29,7 +29,7 @@ class _Dealt:
     reader: int
     expected: Expected
     values: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """On the rank that has read them, until they are sent."""
+    """Values on the rank that has read them, until they are sent."""
 
 
 class SharedReads:
@@ -72,7 +72,7 @@ class SharedReads:
         return {short: (tuple(tensor.shape), tensor.dtype) for short, tensor in wanted.items()}
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """From the rank that has read them; collective. What was not announced every rank reads for itself."""
+        """Return values from the rank that has read them; collective. What was not announced each rank reads."""
         dealt = self._dealt.pop(name, None)
         if dealt is None or dealt.expected.keys() != {short for short, _ in meta_params(module)}:
             return self._source.values(name, module, device)

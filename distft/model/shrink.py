@@ -187,7 +187,7 @@ def _limit_sight(text: Any, max_length: int) -> None:
 
 
 def _ropes(rope: Any) -> Iterator[dict[str, Any]]:
-    """The rope tables of a config: one, or one for each type of layer."""
+    """Yield the rope tables of a config: one, or one for each type of layer."""
     if isinstance(rope, dict):
         if "rope_type" in rope:
             yield rope
@@ -268,7 +268,7 @@ def _narrow_ropes(text: Any, before: int, after: int) -> None:
 
 
 def _narrow_latent_attention(text: Any) -> None:
-    """Multi-head latent attention (DeepSeek): low-rank queries and keys, a rotary part beside the rest."""
+    """Narrow multi-head latent attention (DeepSeek): low-rank queries and keys, a rotary part beside."""
     if not isinstance(_get(text, "qk_rope_head_dim"), int):
         return
     rope, rest = 8, 8
@@ -285,7 +285,7 @@ def _narrow_latent_attention(text: Any) -> None:
 
 
 def _narrow_recurrence(text: Any, hidden: int) -> None:
-    """State-space and linear-attention blocks: heads x size of a head = expansion x hidden."""
+    """Narrow state-space and linear-attention blocks: heads x size of a head = expansion x hidden."""
     expand = _get(text, "mamba_expand", _get(text, "expand", 2))
     inner = int(expand * hidden)
     if isinstance(_get(text, "mamba_n_heads"), int):
@@ -314,7 +314,7 @@ def _narrow_recurrence(text: Any, hidden: int) -> None:
 
 
 def _fewer_experts(text: Any) -> None:
-    """Four experts (eight in groups), the best two of them used."""
+    """Keep four experts (eight in groups), the best two of them used."""
     groups = 1
     for name in ("n_group", "num_expert_group"):
         if isinstance(_get(text, name), int):

@@ -20,7 +20,7 @@ _EXTENDING = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def find_config(table: ModelTable) -> Path:
-    """The folder with the model's config.json; of a model on the hub nothing else is fetched.
+    """Return the folder with the model's config.json; of a model on the hub nothing else is fetched.
 
     Raises:
         RecipeError: neither a folder with a config.json nor a hub id that can be had.
@@ -56,7 +56,7 @@ def find(table: ModelTable, wanted: list[str]) -> Path:
 
 
 def build(config: Any, head: HeadSpec | None = None) -> Any:
-    """The transformers model without values, to be asked for its modules."""
+    """Return the transformers model without values, to be asked for its modules."""
     import torch
 
     from distft.model import load
@@ -75,7 +75,7 @@ def has_positions(folder: Path, longest: int) -> bool:
 
 
 def num_positions(config: Any) -> int | None:
-    """Positions of the longest text that a model was made for; None when nothing limits them.
+    """Return the positions of the longest text that a model was made for; None when nothing limits them.
 
     A learned embedding has no row beyond them. A rotary one computes them, and has never seen them. Scaled ropes
     (https://arxiv.org/abs/2309.00071 and others) reach `factor` times as far as the original positions.

@@ -24,13 +24,13 @@ class Counts:
 
 
 def count(module: nn.Module) -> Counts:
-    """Parameters by whole shape; call before an engine shards or quantisation packs them."""
+    """Return the parameters by whole shape; call before an engine shards or quantisation packs them."""
     params = list(module.parameters())
     return Counts(total=sum(p.numel() for p in params), trainable=sum(p.numel() for p in params if p.requires_grad))
 
 
 def flops_per_token(module: nn.Module) -> float:
-    """Matrix-product FLOPs of forward and backward for one token.
+    """Return the matrix-product FLOPs of forward and backward for one token.
 
     A product costs 2 per weight forward, 2 for the input's gradient, and 2 for the weight's own when it is trained:
     6N full, 4N + 6N_adapter with a frozen base. Embedding look-ups cost nothing.
@@ -40,7 +40,7 @@ def flops_per_token(module: nn.Module) -> float:
 
 
 def products(module: nn.Module) -> Iterator[tuple[int, bool]]:
-    """(weights, trained) of each matrix: what takes part in matrix products, 4-bit ones by what they mean.
+    """Yield (weights, trained) of each matrix: what takes part in matrix products, 4-bit ones by what they mean.
 
     Of experts in fused form, and of the adapters on them, the share that one token is sent to.
     """
@@ -49,7 +49,7 @@ def products(module: nn.Module) -> Iterator[tuple[int, bool]]:
 
 
 def of_module(part: nn.Module, model: nn.Module) -> Iterator[tuple[int, bool]]:
-    """What `products` gives for one module of `model`, a causal language model or a wrapper of one."""
+    """Yield what `products` gives for one module of `model`, a causal language model or a wrapper of one."""
     from transformers.pytorch_utils import Conv1D
 
     config = getattr(getattr(model, "transformer", model), "config", None)
@@ -72,7 +72,7 @@ def of_module(part: nn.Module, model: nn.Module) -> Iterator[tuple[int, bool]]:
 
 
 def active(module: nn.Module) -> int:
-    """Parameters that one token meets: all but those of experts that it is not sent to."""
+    """Return the parameters that one token meets: all but those of experts that it is not sent to."""
     idle = 0
     config = getattr(getattr(module, "transformer", module), "config", None)
     for part in module.modules():
@@ -84,7 +84,7 @@ def active(module: nn.Module) -> int:
 
 
 def flops_per_squared_length(config: Any) -> float:
-    """Causal attention FLOPs per (document length)**2: forward 2·L·h·d, backward 2.5 times that (flash).
+    """Return causal attention FLOPs per (document length)**2: forward 2·L·h·d, backward 2.5 times that (flash).
 
     Source: Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691, section 4.1
     """

@@ -59,16 +59,16 @@ class StoredWeights:
                 )
 
     def entry(self, name: str) -> Entry | None:
-        """What the header says of a tensor that is stored as it is; None for one that is dequantised."""
+        """Return what the header says of a tensor that is stored as it is; None for one that is dequantised."""
         return None if name in self._stored else self.files.entries[name]
 
     def file(self, name: str) -> Path:
-        """Where the tensor, or its first part, is."""
+        """Return where the tensor, or its first part, is."""
         stored = self._stored.get(name)
         return self.files.entries[next(iter(stored.parts.values())) if stored else name].file
 
     def read(self, name: str) -> Tensor:
-        """The value; of a tensor that is stored as it is a view of the mapped file."""
+        """Return the value; of a tensor that is stored as it is a view of the mapped file."""
         stored = self._stored.get(name)
         if stored is None:
             return self.files.read(name)
@@ -76,11 +76,11 @@ class StoredWeights:
 
 
 _ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".input_scale_inv")
-"""Of inputs that are quantised while computing; dequantised weights compute in 16 bits or more."""
+"""Scales of inputs that are quantised while computing; dequantised weights compute in 16 bits or more."""
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """`quantization_config` of config.json, or of its text model."""
+    """Return `quantization_config` of config.json, or of its text model."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for part in (raw, raw.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
@@ -233,7 +233,7 @@ def _block(folder: Path, sizes: Any) -> tuple[int, int] | None:
 def _check_blocks(
     files: TensorFiles, weight: str, scale: str, block: tuple[int, int] | None, *, rows_too: bool = False
 ) -> None:
-    """Refuses scales that do not lie over the weight as the config says.
+    """Refuse scales that do not lie over the weight as the config says.
 
     Raises:
         RecipeError: another number of scales than blocks.
@@ -254,7 +254,7 @@ def _check_blocks(
 
 
 def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
-    """`weight` [rows, columns] times its factors: one, one a row, or one a block (those at the edges are cut)."""
+    """Return `weight` [rows, columns] times its factors: one, one a row, or one a block (cut at the edges)."""
     factors = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
     rows, columns = weight.shape
     if factors.numel() == 1:

@@ -28,7 +28,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def mistake(message: str, fix: str) -> RecipeError:
-    """What is wrong with a model folder, as an error of the recipe that names it."""
+    """Return what is wrong with a model folder, as an error of the recipe that names it."""
     return RecipeError("recipe", [Problem(message=message, fix=fix)])
 
 
@@ -46,7 +46,7 @@ class TensorFiles:
     """Every tensor of a folder's weight files, read lazily by name from mapped files."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the headers of all files.
+        """Read the headers of all files.
 
         Raises:
             RecipeError: there are no weights that can be read, or a file is damaged, incomplete or missing.
@@ -75,7 +75,7 @@ class TensorFiles:
         return frozenset(self.entries)
 
     def read(self, name: str) -> Tensor:
-        """One tensor; it is a view of its mapped file."""
+        """Read one tensor; it is a view of its mapped file."""
         file = self.entries[name].file
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt").__enter__()

@@ -25,7 +25,7 @@ from distft.model.tensor_files import mistake
 if TYPE_CHECKING:
     from distft.model.heads.spec import HeadSpec
 
-_SAID = 6
+_NAMES_SHOWN = 6
 """Names that a message lists."""
 
 
@@ -33,11 +33,11 @@ class WeightSource(Protocol):
     """Where base weights come from."""
 
     def values(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """The direct parameters of the base module called `name`, by their short names, in memory of their own."""
+        """Return the base module's direct parameters by their short names, in memory of their own."""
         ...
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
-        """A buffer that belongs to the weights, by its whole name; None where the constructor's value stands."""
+        """Return a buffer that belongs to the weights, by its whole name; None where the constructor's value stands."""
         ...
 
 
@@ -63,7 +63,7 @@ class SafetensorsSource:
         head: HeadSpec | None = None,
         fresh: WeightSource | None = None,
     ) -> None:
-        """Decides for every parameter where it comes from; reads headers only.
+        """Decide for every parameter where it comes from; reads headers only.
 
         `lm`: transformers' model on the meta device, before adapters and quantisation change its names. `dtype`: of
         weights that are dequantised. `head`: of the model; what it declares as fresh comes from `fresh` where the files
@@ -103,7 +103,7 @@ class SafetensorsSource:
         return {short: self._value(f"{name}.{short}" if name else short, device) for short, _ in meta_params(module)}
 
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
-        """Buffers that the files hold, such as the routing bias of DeepSeek-V3, in the type that they are stored in."""
+        """Return buffers that the files hold, such as DeepSeek-V3's routing bias, in the type they are stored in."""
         return self._value(name, device, cast=False) if name in self._model.tensors else None
 
     def _assign(self, lm: Any, transforms: list[Any]) -> set[str]:
@@ -137,7 +137,7 @@ class SafetensorsSource:
         return unwanted
 
     def _tie(self, lm: Any) -> None:
-        """Tied tensors of which the files hold one, or both alike, are that one."""
+        """Tie tensors of which the files hold one, or both alike."""
         for target, origin in (getattr(lm, "all_tied_weights_keys", None) or {}).items():
             has_target, has_origin = target in self._made_with, origin in self._made_with
             if has_target and has_origin:
@@ -164,7 +164,7 @@ class SafetensorsSource:
             )
 
     def _check_unwanted(self, lm: Any, unwanted: set[str]) -> None:
-        """Refuses tensors that the model has no place for, but those that transformers leaves out by rule."""
+        """Refuse tensors that the model has no place for, but those that transformers leaves out by rule."""
         rules = [*(lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
         buffers = {name for name, _ in lm.named_buffers()}
         prefix = f"{lm.base_model_prefix}."
@@ -176,7 +176,9 @@ class SafetensorsSource:
             if not any(re.search(rule, name) for rule in rules) and not {name, prefix + name} & buffers
         )
         if left:
-            listed = ", ".join(left[:_SAID]) + (f" and {len(left) - _SAID} more" if len(left) > _SAID else "")
+            listed = ", ".join(left[:_NAMES_SHOWN]) + (
+                f" and {len(left) - _NAMES_SHOWN} more" if len(left) > _NAMES_SHOWN else ""
+            )
             raise mistake(
                 f"{self._folder}: {type(lm).__name__} has no place for {len(left)} tensors of the files: {listed}",
                 "the files and config.json belong to different models, or the model is stored in a way that "
@@ -229,7 +231,7 @@ class SafetensorsSource:
         return self._weights.file(stored)
 
     def _made(self, name: str) -> tuple[Tensor, bool]:
-        """The value of a parameter, and whether its memory is its own, not a mapped file's or another parameter's.
+        """Return a parameter's value, and whether its memory is its own, not a file's or another parameter's.
 
         Of those that come from the same tensors the others are kept until something else is asked for: they are
         neighbours in a block.
@@ -247,7 +249,7 @@ class SafetensorsSource:
         return self._latest[1].pop(name), True
 
     def _converted(self, first: str, recipe: _Recipe) -> dict[str, Tensor]:
-        """The parameters that are made of a recipe's tensors, each in memory of its own.
+        """Return the parameters that are made of a recipe's tensors, each in memory of its own.
 
         Raises:
             RecipeError: what is stored does not fit together.
@@ -332,12 +334,12 @@ class Shapes:
         self.tensors: Mapping[str, Tensor] = dict(lm.state_dict())
 
     def get_parameter(self, name: str) -> Tensor:
-        """A parameter by its name."""
+        """Return a parameter by its name."""
         return self.tensors[name]
 
 
 def meta_params(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The direct parameters of a module that have no values yet."""
+    """Yield the direct parameters of a module that have no values yet."""
     for short, param in module._parameters.items():
         if param is not None and param.is_meta:
             yield short, param

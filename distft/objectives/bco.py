@@ -22,7 +22,7 @@ class BcoParams(Params):
 
 
 def _terms(params: BcoParams, policy: Policy, batch: Batch) -> LossTerms:
-    """The loss of an answer: -log sigmoid(reward - threshold), of a bad one -log sigmoid(threshold - reward)."""
+    """Return the loss of an answer: -log sigmoid(reward - threshold), of a bad one -log sigmoid(threshold - reward)."""
     import torch
 
     logprob_D = batch.sum_by_document(policy.token_logprobs(batch))

@@ -36,7 +36,7 @@ class KtoParams(Params):
 
 
 def _terms(params: KtoParams, policy: Policy, batch: Batch) -> LossTerms:
-    """The loss of an answer: its weight times 1 - sigmoid(reward - beta KL), the other way round for a bad one."""
+    """Return the loss of an answer: its weight times 1 - sigmoid(reward - beta KL), of a bad one the other way."""
     import torch
 
     logprob_D = batch.sum_by_document(policy.token_logprobs(batch))

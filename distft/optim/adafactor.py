@@ -32,7 +32,7 @@ class AdafactorParams(Params):
 
 
 def build(params: AdafactorParams, groups: ParamGroups) -> torch.optim.Optimizer:
-    """Torch's own implementation."""
+    """Build torch's own implementation."""
     import torch
 
     return torch.optim.Adafactor(
@@ -41,7 +41,7 @@ def build(params: AdafactorParams, groups: ParamGroups) -> torch.optim.Optimizer
 
 
 def _state_bytes(shape: tuple[int, ...]) -> StateBytes:
-    """fp32: one row and one column of every matrix, a whole second moment of a vector."""
+    """Count fp32: one row and one column of every matrix, a whole second moment of a vector."""
     if len(shape) < 2:
         return StateBytes(per_tensor=4 * prod(shape))
     *outer, rows, columns = shape

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
-    """One kernel launch per group and step; 8 bytes of state per element."""
+    """Build AdamW with one kernel launch per group and step; 8 bytes of state per element."""
     import torch
 
     return torch.optim.AdamW(groups, lr=params.learning_rate, betas=params.betas, eps=params.eps, fused=True)

@@ -24,7 +24,7 @@ CODE_BOOK_BYTES = 256 * 4
 
 
 def state_bytes(shape: tuple[int, ...]) -> StateBytes:
-    """Two moments of a byte an element and a constant a block, or of fp32 in a small tensor."""
+    """Return two moments of a byte an element and a constant a block, or of fp32 in a small tensor."""
     numel = prod(shape)
     if numel < SMALLEST_8BIT:
         return StateBytes(per_tensor=8 * numel)
@@ -32,7 +32,7 @@ def state_bytes(shape: tuple[int, ...]) -> StateBytes:
 
 
 def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
-    """Moments are quantised in blocks of 256 elements."""
+    """Build AdamW with moments quantised in blocks of 256 elements."""
     from bitsandbytes.optim.adamw import AdamW8bit
 
     from distft.optim.bitsandbytes_step import waiting_once

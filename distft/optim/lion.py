@@ -28,7 +28,7 @@ class LionParams(Params):
 
 
 def build(params: LionParams, groups: ParamGroups) -> torch.optim.Optimizer:
-    """The 32-bit variant."""
+    """Return the 32-bit variant."""
     from bitsandbytes.optim.lion import Lion32bit
 
     from distft.optim.bitsandbytes_step import waiting_once

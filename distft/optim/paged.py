@@ -43,7 +43,7 @@ def _state_32bit(shape: tuple[int, ...]) -> StateBytes:
 
 
 def _state_8bit(shape: tuple[int, ...]) -> StateBytes:
-    """Constants and code books stay in ordinary memory."""
+    """Count 8-bit state; constants and code books stay in ordinary memory."""
     plain = adamw_8bit.state_bytes(shape)
     return replace(plain, pageable=2 * prod(shape) if prod(shape) >= SMALLEST_PAGED else 0)
 

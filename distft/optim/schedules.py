@@ -31,7 +31,7 @@ class WarmupParams(Params):
         return self
 
     def num_warmup(self, total_steps: int) -> int:
-        """Warm-up steps of a run of `total_steps`."""
+        """Return the warm-up steps of a run of `total_steps`."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return round((self.warmup_ratio or 0.0) * total_steps)
@@ -52,7 +52,7 @@ class WsdParams(DecayParams):
 
 
 def _warmed(params: WarmupParams, total: int, decay: Callable[[int, int], float]) -> Callable[[int], float]:
-    """`decay(step, warmup)` behind the warm-up that `params` ask for."""
+    """Return `decay(step, warmup)` behind the warm-up that `params` ask for."""
     warmup = params.num_warmup(total)
 
     def factor(step: int) -> float:
@@ -62,7 +62,7 @@ def _warmed(params: WarmupParams, total: int, decay: Callable[[int, int], float]
 
 
 def _left(step: int, start: int, end: int) -> float:
-    """Share of [start, end) still ahead at `step`: 1 at start, 0 at end."""
+    """Return the share of [start, end) still ahead at `step`: 1 at start, 0 at end."""
     return max(0.0, (end - step) / max(1, end - start))
 
 

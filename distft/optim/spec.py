@@ -44,7 +44,7 @@ class StateBytes:
 
 
 def fp32_moments(count: int) -> Callable[[tuple[int, ...]], StateBytes]:
-    """State of an optimizer that keeps `count` fp32 values for each element."""
+    """Return the state of an optimizer that keeps `count` fp32 values for each element."""
     return lambda shape: StateBytes(per_tensor=4 * count * prod(shape))
 
 

@@ -42,7 +42,7 @@ class AutoSetup:
 
 
 def for_job(recipe: Recipe, folder: Path, machine: Machine, *, wants: str, path: ForwardPath) -> AutoSetup:
-    """What a job on this machine runs with.
+    """Return what a job on this machine runs with.
 
     Args:
         recipe: of the job.

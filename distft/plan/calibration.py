@@ -93,10 +93,10 @@ class Calibration:
     error_before: float | None
     """Mean relative error of the step times that were predicted with the assumed rates; None without cases."""
     error: float | None
-    """With these rates."""
+    """Error with these rates."""
 
     def lines(self) -> Iterator[str]:
-        """What changed."""
+        """Yield what changed."""
         yield f"{self.gpu.name}: {self.rates.source}"
         for field in fields(HardwareRates):
             before, now = getattr(ASSUMED, field.name), getattr(self.rates, field.name)
@@ -107,7 +107,7 @@ class Calibration:
 
 
 def place(named: str | None = None) -> Path:
-    """Where calibrations are kept: the named file, that of DISTFT_CALIBRATION, or one in the cache folder."""
+    """Return where calibrations are kept: the named file, that of DISTFT_CALIBRATION, or one in the cache folder."""
     chosen = named or os.environ.get(VARIABLE)
     return Path(chosen) if chosen else cache_root() / "calibration.json"
 
@@ -264,7 +264,7 @@ _ROUNDS = 60
 
 
 def fit(steps: Sequence[tuple[Work, float]], begin: HardwareRates, gpu: Accelerator) -> HardwareRates:
-    """The rates, at most the peaks, whose predictions are nearest to the measured (work, seconds): least squares.
+    """Fit rates, at most the peaks, whose predictions are nearest to the measured (work, seconds): least squares.
 
     In logarithms of rates and times (Levenberg and Marquardt), so that every case counts alike.
     """
@@ -288,7 +288,7 @@ def _with(begin: HardwareRates, point: Any) -> HardwareRates:
 
 
 def _least_squares(off: Callable[[Any], Any], start: Any, top: Any) -> Any:
-    """The point, nowhere above `top`, where the sum of the squares of `off` is least."""
+    """Return the point, nowhere above `top`, where the sum of the squares of `off` is least."""
     import numpy as np
 
     point, missed, damping = np.minimum(start, top), None, 1e-3
@@ -329,7 +329,7 @@ def keep(calibration: Calibration, path: Path) -> None:
 
 
 def of_gpu(gpu: Accelerator, path: Path | None = None) -> HardwareRates:
-    """The rates that plans for `gpu` use: its calibration's where one is kept, else those that are assumed.
+    """Return the rates that plans for `gpu` use: its calibration's where one is kept, else those that are assumed.
 
     Raises:
         RecipeError: the file of calibrations is damaged.

@@ -19,7 +19,7 @@ class PlanCase:
 
     setup: Setup
     parameters: int
-    """Of the model, adapters included."""
+    """Parameters of the model, adapters included."""
     trained: int
     """Parameters that are trained."""
     memory: Memory
@@ -44,7 +44,7 @@ class PlanCase:
         return max(0, min(over, self.memory.state.pageable))
 
     def to_json(self) -> dict[str, Any]:
-        """One element of `cases` in `distft plan --json`."""
+        """Return one element of `cases` in `distft plan --json`."""
         setup, state, phases = self.setup, self.memory.state, self.memory.phases
         kept, fast = self.memory.activations, self.speed
         recipe, gpu = setup.recipe, setup.machine.gpu
@@ -109,7 +109,7 @@ def plan(
     wants: str = "",
     document_tokens: int | None = None,
 ) -> PlanCase:
-    """The recipe on the machine, with what it leaves to `auto` chosen.
+    """Plan the recipe on the machine, choosing what it leaves to `auto`.
 
     Args:
         recipe: what runs.

@@ -47,9 +47,9 @@ class Param:
 
     name: str
     shape: tuple[int, ...]
-    """As the module has it; a 4-bit one as the linear layer means it."""
+    """The shape as the module has it; a 4-bit one as the linear layer means it."""
     item_bytes: int
-    """Of one stored element."""
+    """Bytes of one stored element."""
     trained: bool
     decayed: bool
     """Has weight decay, so it is in the optimizer's first group."""
@@ -65,7 +65,7 @@ class Param:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of the tensor that holds it: 4-bit weights are packed two to a byte into one column."""
+        """Shape of the tensor that holds it: 4-bit weights are packed two to a byte into one column."""
         if self.double is None:
             return self.shape
         return (-(-((self.numel + 1) // 2) // self.item_bytes), 1)
@@ -77,7 +77,7 @@ class Param:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the tensor that holds it, whole."""
+        """Bytes of the tensor that holds it, whole."""
         return self.stored_numel * self.item_bytes
 
     @property
@@ -99,7 +99,7 @@ class Inventory:
     """A model as one recipe trains it. Equal only to itself: traces are remembered by it."""
 
     params: tuple[Param, ...]
-    """In the module's order, each tied tensor once."""
+    """Parameters in the module's order, each tied tensor once."""
     num_blocks: int
     samples: tuple[MetaModel, ...]
     """Models to trace, without quantisation: of two blocks and of three, from which any number follows; or one of all
@@ -118,7 +118,7 @@ class Inventory:
 
     @property
     def item_bytes(self) -> int:
-        """Of one element in the type that the model computes in."""
+        """Bytes of one element in the type that the model computes in."""
         return self.dtype.itemsize
 
     @property
@@ -137,7 +137,7 @@ class Inventory:
         return max((param.numel for param in self.params if param.double is not None), default=0)
 
     def unit_numel(self, block: int, *, trained_only: bool = False) -> int:
-        """Stored elements of one block, or of ROOT."""
+        """Return the stored elements of one block, or of ROOT."""
         held = (p for p in self.params if p.block == block and (p.trained or not trained_only))
         return sum(param.stored_numel for param in held)
 
@@ -151,7 +151,7 @@ def read(
     path: ForwardPath | None = None,
     head: str = "lm",
 ) -> Inventory:
-    """The model that `table` and `method` describe; `folder` needs only a config.json.
+    """Read the model that `table` and `method` describe; `folder` needs only a config.json.
 
     `path`: the proven one (see `distft.model.proving`); None: the one of a model that needs no fall-back. `head`: name
     of what stands on its hidden states.
@@ -187,13 +187,13 @@ def read(
 
 
 def _unproven(table: ModelTable, built: MetaModel) -> ForwardPath:
-    """The path of a model that takes none of the fall-backs."""
+    """Return the path of a model that takes none of the fall-backs."""
     attention = table.attention if table.attention in ("sdpa", "eager") else VARLEN
     return ForwardPath(head=built.module.path.head, attention=attention)
 
 
 def resized(inventory: Inventory, num_blocks: int) -> Inventory:
-    """The same architecture with another number of equal blocks.
+    """Return the same architecture with another number of equal blocks.
 
     Raises:
         ValueError: its blocks differ, or that is fewer than were built.
@@ -225,7 +225,7 @@ def _build(
 
 
 def _import_bitsandbytes() -> None:
-    """What PEFT imports too, without the compiler.
+    """Import what PEFT imports too, without the compiler.
 
     bitsandbytes wraps functions in torch.compile, of which a plan runs none, and so imports inductor: 2 s, as long as
     the rest of a plan takes. To be deleted when a version later than 0.50.2 no longer does.
@@ -246,7 +246,7 @@ def _uncompiled(model: Any = None, **options: Any) -> Any:
 
 
 def _shortened(config: Any, depth: int) -> Any:
-    """The same model with `depth` blocks; lists with an entry for each block are cut too."""
+    """Return the same model with `depth` blocks; lists with an entry for each block are cut too."""
     shorter = copy.deepcopy(config)
     text = shorter.get_text_config(decoder=True)
     whole = text.num_hidden_layers
@@ -258,7 +258,7 @@ def _shortened(config: Any, depth: int) -> Any:
 
 
 def _blocks_are_equal(config: Any) -> bool:
-    """Whether every block has the same class and parameters; the whole model, on meta, takes milliseconds."""
+    """Return whether every block has the same class and parameters; the whole model, on meta, takes milliseconds."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -287,7 +287,7 @@ def _listed(built: MetaModel) -> Iterator[Param]:
 
 
 def _linears(built: MetaModel, extra: int) -> Iterator[tuple[int, bool]]:
-    """(weights, trained) of each matrix that `stats.flops_per_token` counts, the last block's `extra` more times."""
+    """Yield (weights, trained) of each matrix that `flops_per_token` counts, the last block's `extra` more times."""
     repeated = {id(module) for module in built.blocks[-1].modules()}
     for module in built.module.modules():
         for layer in stats.of_module(module, built.module):

@@ -68,7 +68,7 @@ def flash_attention(
     s_aux: Tensor | None = None,
     **beside: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface; arguments as for `distft.model.attention.varlen_attention`.
+    """Attend by transformers' interface; arguments as for `distft.model.attention.varlen_attention`.
 
     Caps, sinks and values of another head size run in FlexAttention there; a sink scales its output.
 
@@ -126,7 +126,7 @@ def cpu_attention(
     s_aux: Tensor | None = None,
     **beside: Any,
 ) -> tuple[Tensor, None]:
-    """The same, all tokens as one document."""
+    """Attend to all tokens as one document."""
     _refuse(attention_mask, beside)
     heads = (query_BHTD, key_BGTD, value_BGTD)
     out_BHTD = attention.one_document(*heads, scaling, dropout, sliding_window, softcap, s_aux)
@@ -161,20 +161,20 @@ def standing_in(kernel: str, *, packed: bool) -> Iterator[None]:
     find_indices, grouped = masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm
 
     def indices(position_ids: Tensor) -> Tensor | None:
-        """Whether there are several documents is read off the values otherwise."""
+        """Return a stand-in for what is read off the values otherwise: whether there are several documents."""
         if not position_ids.is_meta:
             return find_indices(position_ids)
         return torch.empty_like(position_ids) if packed else None
 
     def has_grouped(input: Tensor, weight: Tensor, offs: Tensor) -> bool:
-        """On meta torch has it in bf16 alone; transformers' stand-in keeps the same tensors."""
+        """Return whether the grouped product can run: on meta torch has it in bf16 alone."""
         return grouped(input, weight, offs) and not (weight.is_meta and weight.dtype != torch.bfloat16)
 
     masking_utils.find_packed_sequence_indices, moe._can_use_grouped_mm = indices, has_grouped
     attends, stand_in = F.scaled_dot_product_attention, _on_cpu if kernel in (CPU, SDPA_CPU) else _on_gpu
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Meta would decompose what a device has a kernel for. A mode of torch's would end where a backward begins."""
+        """Attend by a stand-in on meta, which would decompose what a device has a kernel for."""
         return (stand_in if query.is_meta else attends)(query, *args, **kwargs)
 
     F.scaled_dot_product_attention = attend
@@ -195,7 +195,7 @@ def _on_cpu(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Source: aten/src/ATen/native/transformers/attention.cpp, scaled_dot_product_attention."""
+    """Follow aten/src/ATen/native/transformers/attention.cpp, scaled_dot_product_attention."""
     learned_mask = attn_mask is not None and attn_mask.requires_grad
     broadcast = query_BHTD.shape[1] != key_BGTD.shape[1] and not enable_gqa
     if dropout_p or learned_mask or broadcast or query_BHTD.shape[-1] != value_BGTD.shape[-1]:
@@ -216,7 +216,7 @@ def _on_gpu(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """FlashAttention without a mask and in 16 bits, else memory-efficient attention.
+    """Use FlashAttention without a mask and in 16 bits, else memory-efficient attention.
 
     Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
     """
@@ -238,7 +238,7 @@ def _on_gpu(
 
 
 def _additive(mask: Tensor | None, query_BHTD: Tensor) -> Tensor | None:
-    """A mask of yes and no becomes one that is added, in the query's type."""
+    """Turn a mask of yes and no into one that is added, in the query's type."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query_BHTD.dtype).masked_fill_(mask.logical_not(), float("-inf"))
@@ -254,7 +254,7 @@ def _plain(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """Plain products, where no kernel does it."""
+    """Compute plain products, where no kernel does it."""
     math, mask = torch.ops.aten._scaled_dot_product_attention_math, _additive(mask, query_BHTD)
     given = (query_BHTD, key_BGTD, value_BGTD, mask, dropout, is_causal)
     return math(*given, scale=scale, enable_gqa=enable_gqa)[0]
@@ -263,7 +263,7 @@ def _plain(
 def fused_loss(
     hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
 ) -> Tensor:
-    """Liger's fused linear cross-entropy by its allocations; its kernels need a GPU even for shapes: [1]."""
+    """Stand in for Liger's fused loss by its allocations; its kernels need a GPU even for shapes: [1]."""
     return _Fused.apply(hidden_SE, weight_VE).reshape(1)
 
 

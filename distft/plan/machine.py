@@ -57,7 +57,7 @@ def _read_gpu(text: str, problems: list[Problem]) -> Accelerator | None:
 
 
 def of_size(gib: float) -> Accelerator:
-    """A GPU of exactly this much usable memory; speeds are those of the catalogue's nearest in size."""
+    """Return a GPU of exactly this much usable memory; speeds are those of the catalogue's nearest in size."""
     near = min(accelerators.ACCELERATORS, key=lambda gpu: (abs(gpu.memory_gib - gib), -gpu.bf16_flops))
     return replace(near, name=f"{gib:g}gib", product=f"{gib:g} GiB, rates of {near.name}", memory_gib=gib)
 

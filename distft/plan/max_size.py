@@ -22,7 +22,7 @@ class Limit:
 
 
 def largest(what: str, planned: Callable[[int], PlanCase], *, step: int) -> Limit:
-    """The largest multiple of `step` for which the case fits: doubled until it does not, then bisected.
+    """Return the largest multiple of `step` for which the case fits: doubled until it does not, then bisected.
 
     `planned` must not fit less for smaller values.
     """

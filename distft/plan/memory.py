@@ -48,7 +48,7 @@ class Phases:
 
     @property
     def peak(self) -> int:
-        """Of all phases."""
+        """The peak of all phases."""
         return max(vars(self).values())
 
 
@@ -76,7 +76,7 @@ class Memory:
 
 
 def of_setup(inventory: Inventory, setup: Setup) -> Memory:
-    """Memory of a rank that holds most."""
+    """Return the memory of a rank that holds most."""
     recipe, world, rates = setup.recipe, setup.machine.world, setup.machine.rates
     optim_params: Any = recipe.optim.params
     state = states.of_rank(
@@ -176,7 +176,7 @@ def _phases(
 
 
 def _load(inventory: Inventory, setup: Setup, state: State) -> int:
-    """While weights are filled, sharded and wrapped, with the masters made at the end."""
+    """Return the bytes while weights are filled, sharded and wrapped, with the masters made at the end."""
     end = state.weights + state.quant_constants + state.master + state.kept_gradients
     return max(end, setup.footprint.load_bytes(inventory, state))
 
@@ -186,7 +186,7 @@ def _update_workspace(inventory: Inventory, setup: Setup) -> int:
 
 
 def _save_workspace(inventory: Inventory, setup: Setup) -> int:
-    """8-bit moments become fp32 on the device, a block of the staging area at a time."""
+    """Count 8-bit moments that become fp32 on the device, a block of the staging area at a time."""
     size = setup.recipe.optim.spec.state_bytes
     if size is None or size((2**20,)).per_tensor >= 2**20 * FP32:
         return 0
@@ -216,7 +216,7 @@ def _checkpoint(inventory: Inventory, setup: Setup) -> int:
 
 
 def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> Part:
-    """What exists for a moment while a block runs."""
+    """Return what exists for a moment while a block runs."""
     item = inventory.dtype.itemsize
     largest = inventory.largest_4bit
     whole = largest * item + FP32 * -(-largest // 64)
@@ -240,13 +240,13 @@ def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> P
 
 
 def _fresh_gradient(inventory: Inventory, setup: Setup) -> int:
-    """The largest gradient, while it exists beside what it is added to."""
+    """Return the largest gradient, while it exists beside what it is added to."""
     added = setup.micros_per_step > 1 or setup.fp32_gradients
     return setup.footprint.fresh_gradient_bytes(inventory, added=added)
 
 
 def _head_gradient(inventory: Inventory) -> int:
-    """The head's, in the model's type: `chunked_sum` makes it of an fp32 sum, which the trace has seen."""
+    """Return the head's, in the model's type: `chunked_sum` makes it of an fp32 sum, which the trace has seen."""
     head = inventory.samples[-1].module.head.weight
     return head.numel() * head.element_size() if head.requires_grad else 0
 

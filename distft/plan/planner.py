@@ -44,12 +44,12 @@ class Planner:
     path_of_model: ForwardPath | None = None
     """How the model's numbers are computed, where it is known; else it is proven, or read from the cache of proofs."""
     document_tokens: int | None = None
-    """Of a row on average, where it is known."""
+    """Tokens of a row on average, where it is known."""
     _read: dict[str, Inventory] = field(default_factory=dict)
     _proven: dict[str, ForwardPath] = field(default_factory=dict)
 
     def recipe(self, extra: Sequence[str] = ()) -> Recipe:
-        """With the user's overrides, then `extra`.
+        """Load the recipe with the user's overrides, then `extra`.
 
         Raises:
             RecipeError: every mistake in it.
@@ -57,7 +57,7 @@ class Planner:
         return load_recipe(self.path, registries=REGISTRIES, overrides=[*self.overrides, *extra])
 
     def case(self, extra: Sequence[str] = (), machine: Machine | None = None) -> PlanCase:
-        """Planned with further overrides, on this machine or another.
+        """Plan the recipe with further overrides, on this machine or another.
 
         Raises:
             RecipeError: the recipe's rules refuse them.
@@ -68,7 +68,7 @@ class Planner:
         return plan(recipe, inventory, machine or self.machine, document_tokens=self.document_tokens)
 
     def inventory(self, recipe: Recipe) -> Inventory:
-        """The model as the recipe trains it; read once for each method and type.
+        """Return the model as the recipe trains it; read once for each method and type.
 
         Raises:
             RecipeError: transformers does not know the config, or no path gives the model's numbers.
@@ -82,7 +82,7 @@ class Planner:
         return self._read[key]
 
     def _path(self, recipe: Recipe) -> ForwardPath:
-        """As a run proves it, on this machine: without an accelerator, on its CPU."""
+        """Return the path as a run proves it, on this machine: without an accelerator, on its CPU."""
         if self.path_of_model is not None:
             return self.path_of_model
         head = recipe.objective.spec.head

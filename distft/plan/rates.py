@@ -33,7 +33,7 @@ class HardwareRates:
     nccl_bytes: int = GIB
     """Buffers of NCCL's channels: 0.5 to 1.5 GiB."""
     fragmentation: float = 0.04
-    """Of what is allocated, lost between blocks (3 to 8 %; less with expandable_segments)."""
+    """Share of what is allocated, lost between blocks (3 to 8 %; less with expandable_segments)."""
     source: str = ""
     """Which calibration this is: date, commit and GPU; empty for the assumptions above."""
 
@@ -51,7 +51,7 @@ class Work:
     """What one optimizer step of one GPU has to do: a step's time follows from it and the rates."""
 
     matmul_flops: float
-    """Of a micro-batch, with what activation checkpointing repeats; so are the following ones."""
+    """FLOPs of a micro-batch, with what activation checkpointing repeats; so are the following ones."""
     attention_flops: float
     moved_bytes: float
     """Through the device's memory, by everything but products and attention."""
@@ -69,9 +69,9 @@ class Work:
     """Once a step; so are the following ones."""
     step_sent_inside_bytes: float = 0.0
     rewritten_bytes: float = 0.0
-    """Of the device's memory, by the optimizer's update."""
+    """Bytes of the device's memory, by the optimizer's update."""
     host_rewritten_bytes: float = 0.0
-    """Of the host's memory, by the optimizer's update."""
+    """Bytes of the host's memory, by the optimizer's update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Times:
 
 
 def times(work: Work, rates: HardwareRates, gpu: Accelerator, *, link_bytes_per_s: float | None = None) -> Times:
-    """How long `work` takes. `link_bytes_per_s`: of the slowest link; None: the one inside a node."""
+    """Return how long `work` takes. `link_bytes_per_s`: of the slowest link; None: the one inside a node."""
     compute = work.matmul_flops / (rates.matmul * gpu.bf16_flops)
     compute += work.attention_flops / (rates.attention * gpu.bf16_flops)
     bandwidth = rates.memory * gpu.memory_bytes_per_s

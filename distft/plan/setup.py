@@ -78,7 +78,7 @@ class Setup:
 
     @property
     def usual_tokens(self) -> int:
-        """Of a micro-batch on average."""
+        """Tokens of a micro-batch on average."""
         return self.document_tokens or self.tokens
 
     @property
@@ -154,19 +154,19 @@ class Setup:
 
 
 def _params_for(spec: EngineSpec, chosen: Params) -> Params:
-    """The recipe's engine params as those of the engine that runs, which `auto` or a launcher chose."""
+    """Return the recipe's engine params as those of the engine that runs, which `auto` or a launcher chose."""
     if isinstance(chosen, spec.params):
         return chosen
     return spec.params(**{key: value for key, value in chosen if key in spec.params.model_fields})
 
 
 def has_liger() -> bool:
-    """Whether liger-kernel, and with it the fused loss, is installed here."""
+    """Return whether liger-kernel, and with it the fused loss, is installed here."""
     return importlib.util.find_spec("liger_kernel") is not None
 
 
 def forwards(recipe: Recipe, world: int, path: ForwardPath, micro_batch_size: int, document_tokens: int | None) -> int:
-    """Forwards of one step on one rank.
+    """Return the number of forwards of one step on one rank.
 
     With documents alone there are as many as documents: one for each sequence, or, packed, as many as fill it. A
     micro-batch of several sequences is none of a model's concern then.
@@ -184,7 +184,7 @@ def forwards(recipe: Recipe, world: int, path: ForwardPath, micro_batch_size: in
 
 
 def loss_of(recipe: Recipe, *, liger: bool, path: ForwardPath | None = None) -> str:
-    """The head's loss on a GPU (see `distft.model.cross_entropy.choose`); `liger`: the package is there."""
+    """Return the head's loss on a GPU (see `distft.model.cross_entropy.choose`); `liger`: the package is there."""
     if path is not None and path.head == "own":
         return "own"
     wanted = recipe.model.cross_entropy
@@ -194,7 +194,7 @@ def loss_of(recipe: Recipe, *, liger: bool, path: ForwardPath | None = None) -> 
 
 
 def resolve_engine(recipe: Recipe, machine: Machine, *, wants: str = "") -> str:
-    """The engine the job would run on this machine; `wants`: what its launcher was configured for.
+    """Return the engine the job would run on this machine; `wants`: what its launcher was configured for.
 
     Raises:
         MachineError: it cannot.

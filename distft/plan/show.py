@@ -55,7 +55,7 @@ def _fits(case: PlanCase) -> str:
 
 
 def details(case: PlanCase, *, price: float | None, explain: bool) -> Iterator[str]:
-    """Memory by component and phase, host and disk, speed."""
+    """Yield the memory by component and phase, host and disk, speed."""
     setup, machine, held, fast = case.setup, case.setup.machine, case.memory, case.speed
     where = f"{machine.gpus_per_node} x {machine.gpu.name}" + (f" x {machine.nodes} nodes" if machine.nodes > 1 else "")
     yield f"{setup.recipe.name}: {setup.recipe.method.name}, {setup.engine}, {where}"
@@ -126,7 +126,7 @@ def _length(case: PlanCase, price: float | None) -> str:
 
 
 def advice(changes: Sequence[RecipeChange]) -> Iterator[str]:
-    """Numbered, cheapest first."""
+    """Yield the changes, numbered, cheapest first."""
     if not changes:
         yield "no single change, nor the savers together, make it fit: a smaller model, or more memory"
         return

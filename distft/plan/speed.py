@@ -31,21 +31,21 @@ class Speed:
     flops_per_token: float
     """What the method's mathematics needs: matrix products and causal attention over full sequences."""
     executed_flops_per_token: float
-    """With what activation checkpointing repeats."""
+    """FLOPs per token with what activation checkpointing repeats."""
     micro_s: float
     step_s: float
     """One optimizer step."""
     tokens_per_s: float
-    """Of all GPUs together."""
+    """Tokens per second of all GPUs together."""
     tokens_per_s_per_gpu: float
     mfu: float
     hours: float | None
-    """Of the run; None when the recipe gives epochs, whose tokens only the rows tell."""
+    """Hours of the run; None when the recipe gives epochs, whose tokens only the rows tell."""
     hours_per_billion_tokens: float
     columns_s: float
-    """Of `step_s`, in forwards without gradients for what the objective reads, such as a reference."""
+    """Seconds of `step_s` in forwards without gradients for what the objective reads, such as a reference."""
     reference_hours_per_billion_tokens: float
-    """Of log-probabilities that are computed once, before training; 0 where there are none."""
+    """Hours for log-probabilities that are computed once, before training; 0 where there are none."""
     sent: Sent
     work: Work
     """What the times follow from."""
@@ -53,7 +53,7 @@ class Speed:
 
 
 def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
-    """Predicted speed of a run that fits."""
+    """Return the predicted speed of a run that fits."""
     gpu, world, tokens = setup.machine.gpu, setup.machine.world, setup.usual_tokens
     length = tokens if setup.single else setup.recipe.data.max_length
     kept = memory.activations
@@ -158,7 +158,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
 
 
 def _forward(inventory: Inventory, setup: Setup, tokens: int, length: int, traffic: float, kernels: float) -> Work:
-    """A forward of a micro-batch without gradients.
+    """Return the work of a micro-batch's forward without gradients.
 
     Its traffic and its launches are taken as a third of those of forward and backward.
     """
@@ -188,7 +188,7 @@ def _columns_parts(in_step: int, before: int, forward_s: float, columns_s: float
 
 
 def _matmul_flops(inventory: Inventory, setup: Setup) -> tuple[float, float]:
-    """(needed, repeated by checkpointing) per token; see `distft.model.stats.flops_per_token`."""
+    """Return (needed, repeated by checkpointing) per token; see `distft.model.stats.flops_per_token`."""
     needed = sum((6.0 if trained else 4.0) * numel for numel, trained in inventory.linears)
     blocks = sum(numel for numel, _ in inventory.linears) - _head_weights(inventory)
     again = {"off": 0.0, "selective": 1.0, "full": 2.0}[setup.checkpointing] * blocks
@@ -202,10 +202,10 @@ def _head_weights(inventory: Inventory) -> int:
 
 
 def _attention_flops(inventory: Inventory, length: int) -> float:
-    """Causal forward per token, over sequences of `length`: 2·L·h·d·s."""
+    """Return causal forward per token, over sequences of `length`: 2·L·h·d·s."""
     return 2.0 * sum(shape.width for shape in attention_shapes(inventory.config)) * length
 
 
 def sent(inventory: Inventory, setup: Setup) -> Sent:
-    """What a rank sends; counted against running processes in tests/dist/test_traffic.py."""
+    """Return what a rank sends; counted against running processes in tests/dist/test_traffic.py."""
     return setup.footprint.sent(inventory, setup.ranks)

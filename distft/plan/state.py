@@ -47,7 +47,7 @@ def of_rank(
 
 
 def _sizes(optim: OptimizerSpec, params: Any, shapes: Sequence[tuple[int, ...]]) -> Iterator[StateBytes]:
-    """State of each tensor; of an optimizer that does not say, counted on a small one and scaled."""
+    """Yield the state of each tensor; of an optimizer that does not say, counted on a small one and scaled."""
     if optim.state_bytes is not None:
         yield from map(optim.state_bytes, shapes)
         return
@@ -56,7 +56,7 @@ def _sizes(optim: OptimizerSpec, params: Any, shapes: Sequence[tuple[int, ...]])
 
 
 def _probed(optim: OptimizerSpec, params: Any) -> float:
-    """Bytes an element after one step on a CPU."""
+    """Return the bytes per element after one step on a CPU."""
     import torch
 
     side = 128
@@ -72,7 +72,7 @@ def _probed(optim: OptimizerSpec, params: Any) -> float:
 
 
 def _offloaded(state: State, offload: str, *, keeps_sums: bool) -> State:
-    """Host memory instead of device memory.
+    """Move state to host memory.
 
     `optimizer` moves masters, moments, and under ZeRO the gradients with an fp32 copy; `all` the weights too.
     `keeps_sums`: fp32 sums of gradients are made on the device and moved for the update.

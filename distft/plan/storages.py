@@ -63,7 +63,7 @@ class Storages(TorchDispatchMode):
         self._saved: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and takes note of what it made."""
+        """Run the operation and take note of what it made."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -90,17 +90,17 @@ class Storages(TorchDispatchMode):
         self.most[self._phase] = max(self.most[self._phase], self._live)
 
     def serial(self, tensor: Tensor) -> int:
-        """Number of a living storage that operations made."""
+        """Return the number of a living storage that operations made."""
         return self._alive[key_of(tensor)][0]
 
     def note(self, phase: str) -> None:
-        """What follows belongs to `phase`. Recomputation passes the marks again: a phase starts once, in order."""
+        """Begin a phase. Recomputation passes the marks again: a phase starts once, in order."""
         if PHASES.index(phase) == PHASES.index(self._phase) + 1:
             self._phase = phase
             self._events.append(Event(phase, 0, 0))
 
     def saved(self) -> Any:
-        """Context in which tensors that autograd saves are counted, parameters and inputs left out."""
+        """Count tensors that autograd saves, inside the context, parameters and inputs left out."""
 
         def pack(tensor: Tensor) -> Tensor:
             if key_of(tensor) not in self._uncounted:
@@ -112,7 +112,7 @@ class Storages(TorchDispatchMode):
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
     def summary(self, gradients: set[int], *, evaluation: dict[str, int]) -> Run:
-        """Peaks by phase, without the storages that end as gradients of parameters."""
+        """Return the peaks by phase, without the storages that end as gradients of parameters."""
         live = traffic = kernels = 0
         most: dict[str, int] = dict.fromkeys(PHASES, 0)
         saved = 0
@@ -140,5 +140,5 @@ class Storages(TorchDispatchMode):
 
 
 def key_of(tensor: Tensor) -> int:
-    """What tells the tensor's storage from others while it lives."""
+    """Return what tells the tensor's storage from others while it lives."""
     return tensor.untyped_storage()._cdata

@@ -24,7 +24,7 @@ class RecipeChange:
     """One way to make it fit."""
 
     what: str
-    """In words."""
+    """The change in words."""
     overrides: tuple[str, ...]
     """What to paste after `--set`."""
     machine: Machine
@@ -65,7 +65,7 @@ def changes(case: PlanCase, replan: Replan) -> list[RecipeChange]:
 
 
 def _savers(case: PlanCase) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """What costs time and leaves the training as it is (8-bit moments: nearly)."""
+    """Yield what costs time and leaves the training as it is (8-bit moments: nearly)."""
     setup = case.setup
     recipe, world = setup.recipe, setup.machine.world
     micro = setup.micro_batch_size
@@ -98,7 +98,7 @@ def _savers(case: PlanCase) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _saving_engines() -> list[EngineSpec]:
-    """Engines that are offered where memory is short; the last one saves most."""
+    """Return the engines that are offered where memory is short; the last one saves most."""
     saving = [spec for spec in ENGINES.values() if spec.footprint.saves_memory]
     return sorted(saving, key=lambda spec: spec.footprint.saves_memory)
 
@@ -129,7 +129,7 @@ def _tried(
 
 
 def _pinned(case: PlanCase, overrides: tuple[str, ...], machine: Machine) -> tuple[str, ...]:
-    """On the same machine, what `auto` chose before stays as it is, so that a change is that one change."""
+    """Keep what `auto` chose before, on the same machine, so that a change is that one change."""
     if machine != case.setup.machine:
         return overrides
     keys = {override.split("=")[0] for override in overrides}
@@ -159,7 +159,7 @@ def _pairs(case: PlanCase, replan: Replan, helpful: list[RecipeChange]) -> Itera
 
 
 def _more_gpus(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
-    """The smallest larger number of GPUs on which the recipe fits, its engine left to `auto` where one process ran."""
+    """Return the next larger number of GPUs on which the recipe fits, engine `auto` where one process ran."""
     machine = case.setup.machine
     most = _saving_engines()[-1].name
     cuts = machine.world > 1 and case.setup.footprint.shards_state
@@ -176,7 +176,7 @@ def _more_gpus(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
 
 
 def _methods(case: PlanCase, replan: Replan) -> Iterator[RecipeChange]:
-    """Methods that save more, LoRA before QLoRA: what is trained changes, so they come last."""
+    """Yield methods that save more, LoRA before QLoRA: what is trained changes, so they come last."""
     now = case.setup.recipe.method.spec
     saving = [spec for spec in METHODS.values() if spec.saves_memory > now.saves_memory]
     for spec in sorted(saving, key=lambda spec: spec.saves_memory):

@@ -147,7 +147,7 @@ def _loop_step(inventory: Inventory, kernel: str, longest: int) -> int | None:
 
 
 def _operations(sample: MetaModel, tokens: int, kernel: str) -> int:
-    """Operations of a forward without gradients; 0 where it does not run, which `_run` then says."""
+    """Return the operations of a forward without gradients; 0 where it does not run, which `_run` then says."""
     seen = _Operations()
     try:
         with _ready(sample.module, sample.blocks, "off", kernel, full_loss), seen, torch.no_grad():
@@ -163,13 +163,13 @@ class _Operations(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation."""
+        """Run the operation."""
         self.count += 1
         return func(*args, **(kwargs or {}))
 
 
 def _has_window(inventory: Inventory, tokens: int) -> bool:
-    """Whether attention of some layer sees less than `tokens`: short micro-batches then say nothing of long ones."""
+    """Return whether some layer attends to less than `tokens`: short micro-batches then do not stand for long."""
     text = inventory.config.get_text_config(decoder=True)
     limits = [value for name, value in vars(text).items() if "window" in name or "attention_chunk" in name]
     return any(isinstance(limit, int) and not isinstance(limit, bool) and 0 < limit < tokens for limit in limits)
@@ -206,7 +206,7 @@ def _by_chunks(
 def _traced(
     inventory: Inventory, tokens: int, checkpointing: str, kernel: str, loss: HeadLoss, blocks: bool = True
 ) -> Activations:
-    """`blocks=False`: without what happens in them, for the head alone."""
+    """Trace a micro-batch; `blocks=False`: without what happens in them, for the head alone."""
     runs = [
         _run(
             sample,
@@ -244,7 +244,7 @@ def _traced(
 
 
 def _batch(module: CausalLM, tokens: int) -> dict[str, Any]:
-    """One document as the forward takes it; every token supervised, or, under a scalar head, its last one scored."""
+    """Build one document as the forward takes it; every token supervised, or a scalar head's last one scored."""
     ids = torch.zeros(tokens, dtype=torch.long, device="meta")
     bounds = torch.tensor([0, tokens], dtype=torch.int32)  # router losses read them
     batch = {"input_ids_T": ids, "position_ids_T": ids, "cu_seqlens": bounds, "max_seqlen": tokens}
@@ -304,7 +304,7 @@ def _followed(
 def _ready(
     module: CausalLM, blocks: list[nn.Module], checkpointing: str, kernel: str, loss: HeadLoss
 ) -> Iterator[None]:
-    """The module as the job would set it up, on meta, for one trace."""
+    """Set the module up as the job would, on meta, for one trace."""
     stand_ins.register()
     transformer = module.transformer
     configs = [transformer.config, transformer.config.get_text_config(decoder=True)]
@@ -346,11 +346,11 @@ def _block_output(sample: MetaModel, kernel: str) -> Any:
 
 @contextlib.contextmanager
 def _skipped(blocks: list[nn.Module], output: Any) -> Iterator[None]:
-    """While it lasts blocks return their input, multiplied by something trained, in the form of `output`."""
+    """Let blocks return their input, multiplied by something trained, in the form of `output`."""
     factor = torch.ones((), device="meta", requires_grad=True)
 
     def forward(hidden_states: Tensor, *rest: Any, **beside: Any) -> Any:
-        """Whatever a block is given beside its input is for what is skipped here."""
+        """Return the input; whatever else a block is given is for what is skipped here."""
         hidden = hidden_states * factor.to(hidden_states.dtype)
         return hidden if isinstance(output, Tensor) else type(output)([hidden, *[None] * (len(output) - 1)])
 
@@ -365,7 +365,7 @@ def _skipped(blocks: list[nn.Module], output: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _marked(blocks: list[nn.Module], seen: Storages) -> Iterator[None]:
-    """Notes where the last block's forward ends and its backward starts, and where the first one's backward ends."""
+    """Note where the last block's forward ends and its backward starts, and where the first one's backward ends."""
 
     def ended(_: nn.Module, __: Any, output: Any) -> None:
         seen.note("head")

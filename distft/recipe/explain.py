@@ -66,12 +66,12 @@ def _by_key(error: ValidationError, raw: dict[str, Any]) -> Iterator[tuple[KeyPa
 
 
 def _is_echo(detail: Any, raw: dict[str, Any]) -> bool:
-    """An array is also called too short when elements of it are wrong: pydantic counts the good ones."""
+    """Return whether an error only follows another: pydantic calls an array too short when elements of it are wrong."""
     return detail["type"] == "too_short" and len(_value(raw, _key(detail, raw))) >= detail["ctx"]["min_length"]
 
 
 def _key(detail: Any, raw: dict[str, Any]) -> KeyPath:
-    """The key an error is about: its location without pydantic's union tags and without elements of plain lists."""
+    """Return an error's key: its location without pydantic's union tags and without elements of plain lists."""
     key: KeyPath = ()
     value: Any = raw
     for step in detail["loc"]:
@@ -117,7 +117,7 @@ def _example(key: KeyPath, node: Schema) -> str:
 
 
 def _rewritten(value: object, expected: str) -> str:
-    """The value as it was probably meant, when only its notation is wrong."""
+    """Return the value as it was probably meant, when only its notation is wrong."""
     wants_number, wants_text = "number" in expected, expected.startswith("text")
     match value:
         case str():
@@ -141,7 +141,7 @@ def _parsed(text: str) -> object:
 
 
 def _repaired(raw: dict[str, Any], wrong: dict[KeyPath, Any], schema: Schema) -> dict[str, Any]:
-    """A copy without the wrong keys, and with an example of those that must be there."""
+    """Return a copy without the wrong keys, and with an example of those that must be there."""
     repaired = copy.deepcopy(raw)
     for key in wrong:
         if not key:

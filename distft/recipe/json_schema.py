@@ -27,12 +27,12 @@ from distft.recipe.toml_text import is_array, is_table
 
 
 def schema_text(registries: Registries) -> str:
-    """The text of `recipes/schema.json`."""
+    """Return the text of `recipes/schema.json`."""
     return json.dumps(json_schema(registries), indent=2, ensure_ascii=False) + "\n"
 
 
 def json_schema(registries: Registries) -> Schema:
-    """A draft 2020-12 schema of a recipe with the parts that are registered now."""
+    """Return a draft 2020-12 schema of a recipe with the parts that are registered now."""
     parts = [spec.params for table in chosen_tables() for spec in registries.part(table).values()]
     scores = [spec.params for spec in registries.scores.values()]
     of, defs = _definitions([RunKeys, *fixed_tables().values(), *parts, *scores])
@@ -59,7 +59,7 @@ def json_schema(registries: Registries) -> Schema:
 
 
 def _definitions(kinds: list[type[Params]]) -> tuple[dict[type[Params], str], Schema]:
-    """The name of each class among the definitions, and the definitions."""
+    """Return the name of each class among the definitions, and the definitions."""
     refs, schema = models_json_schema([(kind, "validation") for kind in dict.fromkeys(kinds)])
     names = {kind: str(ref["$ref"]).rsplit("/", 1)[-1] for (kind, _), ref in refs.items()}
     return {kind: names[kind] for kind in kinds}, _without_null(schema["$defs"])
@@ -94,7 +94,7 @@ def _name_templates(node: Schema, templates: tuple[str, ...]) -> None:
 
 
 def _without_null(node: Any) -> Any:
-    """The schema without what TOML cannot write, and without the titles pydantic makes up from field names."""
+    """Return the schema without what TOML cannot write, and without the titles pydantic makes up from field names."""
     if is_array(node):
         return [_without_null(item) for item in node]
     if not is_table(node):
@@ -111,7 +111,7 @@ def _without_null(node: Any) -> Any:
 
 
 def _used(defs: Schema, schema: Schema) -> Schema:
-    """The definitions that the schema, or another used definition, points to."""
+    """Return the definitions that the schema, or another used definition, points to."""
     used: Schema = {}
     reach = [schema]
     while reach:

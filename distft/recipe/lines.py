@@ -25,7 +25,7 @@ _SCALAR = re.compile(
 
 
 def find_lines(text: str) -> dict[KeyPath, int]:
-    """1-based line of each table, key and array element of a valid TOML document, in the order of the text.
+    """Return 1-based line of each table, key and array element of a valid TOML document, in the order of the text.
 
     A table that only exists through a longer header or a dotted key gets the line where it is first mentioned.
     """

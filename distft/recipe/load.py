@@ -39,7 +39,7 @@ _DEEPEST = 8
 
 
 def load_recipe(path: str | Path, *, registries: Registries, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in the file at `path`, changed by `overrides` (see `apply_overrides`).
+    """Load the recipe in the file at `path`, changed by `overrides` (see `apply_overrides`).
 
     Raises:
         RecipeError: the file cannot be read, or lists every mistake in it and in the overrides.
@@ -169,7 +169,7 @@ class _Reader:
                 self.report(unknown_key((table, key), allowed, self.registries))
 
     def table(self, name: str) -> dict[str, Any]:
-        """A copy of the raw table; an empty one when it is absent, or is no table at all."""
+        """Return a copy of the raw table; an empty one when it is absent, or is no table at all."""
         raw = self.raw.get(name, {})
         if is_table(raw):
             return dict(raw)
@@ -195,7 +195,7 @@ class _Reader:
 
 
 def _unusable_values(value: object, key: KeyPath) -> Iterator[RecipeMistake]:
-    """Values that TOML can write and no setting can have."""
+    """Yield the values that TOML can write and no setting can have."""
     inside = value.items() if is_table(value) else enumerate(value) if is_array(value) else ()
     if why := _unusable(value):
         yield RecipeMistake(key=key, message=why)

@@ -42,7 +42,7 @@ class Origin:
     """`table.key=value` as the command line had it, for what it set."""
 
     def get(self, key: KeyPath) -> Any:
-        """What was written there, None where nothing was."""
+        """Return what was written there, None where nothing was."""
         value: Any = self.raw
         for step in key:
             try:
@@ -52,7 +52,7 @@ class Origin:
         return value
 
     def problem(self, fault: RecipeMistake) -> Problem:
-        """The fault with its place: the line of its key, else of the table around it, else none."""
+        """Return the fault with its place: the line of its key, else of the table around it, else none."""
         for depth in range(len(fault.key), -1, -1):
             place = fault.key[:depth]
             if place in self.overrides:
@@ -65,7 +65,7 @@ class Origin:
         return Problem(message=f"{self.label(fault.key)}  {fault.message}", fix=fault.fix)
 
     def label(self, key: KeyPath) -> str:
-        """The key as the recipe shows it: `[data] packing = 3`, `[[data.train]] path`, `seed = "x"`."""
+        """Return the key as the recipe shows it: `[data] packing = 3`, `[[data.train]] path`, `seed = "x"`."""
         start = self._table_depth(key)
         header = ".".join(toml_key(step) for step in key[:start] if isinstance(step, str))
         in_array = start > 0 and isinstance(key[start - 1], int)
@@ -77,7 +77,7 @@ class Origin:
         return f"{label} {shown(_dotted(key[start:]))}{written}".strip()
 
     def _table_depth(self, key: KeyPath) -> int:
-        """How many steps of `key` are its section header."""
+        """Return how many steps of `key` are its section header."""
         for depth in range(len(key), 0, -1):
             if isinstance(key[depth - 1], int) and is_table(self.get(key[:depth])):
                 return depth
@@ -86,7 +86,7 @@ class Origin:
 
 
 def key_path(text: str) -> KeyPath:
-    """The path that `data.train.0.path` means."""
+    """Return the path that `data.train.0.path` means."""
     return tuple(int(step) if step.isdecimal() else step for step in text.split("."))
 
 
@@ -95,6 +95,6 @@ def _dotted(key: KeyPath) -> str:
 
 
 def shown(text: str) -> str:
-    """What the user wrote, as a message repeats it: on one line, not too long, nothing a terminal cannot print."""
+    """Return what the user wrote as messages repeat it: on one line, not too long, printable in a terminal."""
     clipped = text if len(text) <= _WIDEST else f"{text[:_WIDEST]}..."
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in clipped)

@@ -73,7 +73,7 @@ def _steps(name: str) -> list[str]:
 
 
 def _place(inner: Any, step: str, so_far: str) -> str | int:
-    """`step` as an index into `inner`."""
+    """Return `step` as an index into `inner`."""
     if is_table(inner):
         return step
     if not is_array(inner):
@@ -85,7 +85,7 @@ def _place(inner: Any, step: str, so_far: str) -> str | int:
 
 
 def _descend(inner: Any, place: str | int, following: str) -> Any:
-    """The table or array at `place`, created where there is none."""
+    """Return the table or array at `place`, created where there is none."""
     fresh: Any = [] if following.isdecimal() else {}
     if isinstance(place, str):
         return inner.setdefault(place, fresh)

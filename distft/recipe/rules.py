@@ -20,7 +20,7 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
 def broken_rules(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
-    """Every fault that any rule finds."""
+    """Yield every fault that any rule finds."""
     for rule in RULES:
         yield from rule(recipe, registries)
 
@@ -98,7 +98,7 @@ def _steps_have_room(recipe: Recipe, num_steps: int) -> Iterator[RecipeMistake]:
 
 
 def name_is_a_folder_name(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """The run's folder must stay inside output_dir, and be typed without quoting."""
+    """Check that the run's folder stays inside output_dir, and can be typed without quoting."""
     if not _FOLDER_NAME.fullmatch(recipe.name):
         safe = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.name).strip(".-")[:100]
         yield RecipeMistake(
@@ -121,7 +121,7 @@ def chat_template_is_known(recipe: Recipe, registries: Registries) -> Iterator[R
 
 
 def date_is_a_day(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """Chat templates are given a day of the calendar."""
+    """Check that chat templates are given a day of the calendar."""
     try:
         datetime.date.fromisoformat(recipe.data.date or "2026-01-31")
     except ValueError:
@@ -142,7 +142,7 @@ def formats_are_known(recipe: Recipe, registries: Registries) -> Iterator[Recipe
 
 
 def one_way_to_say_how_long(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """`epochs` and `max_steps` would overrule each other."""
+    """Check that only one of `epochs` and `max_steps` is set: they would overrule each other."""
     if recipe.train.epochs is not None and recipe.train.max_steps is not None:
         yield RecipeMistake(
             key=("train", "max_steps"), message="cannot be set together with epochs", fix="remove one of the two"
@@ -150,7 +150,7 @@ def one_way_to_say_how_long(recipe: Recipe, _: Registries) -> Iterator[RecipeMis
 
 
 def micro_batch_divides_global_batch(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """An optimizer step is a whole number of micro-batches."""
+    """Check that an optimizer step is a whole number of micro-batches."""
     total, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     if micro != "auto" and total % micro:
         yield RecipeMistake(
@@ -162,7 +162,7 @@ def micro_batch_divides_global_batch(recipe: Recipe, _: Registries) -> Iterator[
 
 
 def gradients_are_of_the_models_type(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """An fp32 model has fp32 gradients."""
+    """Check that an fp32 model has fp32 gradients."""
     if getattr(recipe.engine.params, "grad_dtype", "auto") == "bfloat16" and recipe.model.dtype == "float32":
         yield RecipeMistake(
             key=("engine", "grad_dtype"),
@@ -173,7 +173,7 @@ def gradients_are_of_the_models_type(recipe: Recipe, _: Registries) -> Iterator[
 
 
 def warm_up_ends(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """A warm-up as long as the run never reaches the learning rate."""
+    """Check that the warm-up ends: one as long as the run never reaches the learning rate."""
     warmup: Any = getattr(recipe.schedule.params, "warmup_steps", None)
     if warmup and recipe.train.max_steps is not None and warmup >= recipe.train.max_steps:
         yield RecipeMistake(
@@ -185,7 +185,7 @@ def warm_up_ends(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
 
 
 def weight_or_share(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """A source's rows are counted by repetition or by share."""
+    """Check that a source's rows are counted either by repetition or by share."""
     for position, source in enumerate(recipe.data.train):
         if source.weight is not None and source.share is not None:
             yield RecipeMistake(
@@ -196,7 +196,7 @@ def weight_or_share(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
 
 
 def shares_leave_room(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """Shares are fractions of an epoch whose length the other sources give."""
+    """Check shares, which are fractions of an epoch whose length the other sources give."""
     shares = [(position, source.share) for position, source in enumerate(recipe.data.train) if source.share]
     if not shares:
         return
@@ -219,7 +219,7 @@ def shares_leave_room(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
 
 
 def sources_are_distinct(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """Rows are repeated by weight, not by naming them twice."""
+    """Check that rows are repeated by weight, not by naming them twice."""
     for part, sources in _sources(recipe):
         seen: set[tuple[str | None, ...]] = set()
         for position, source in enumerate(sources):
@@ -233,7 +233,7 @@ def sources_are_distinct(recipe: Recipe, _: Registries) -> Iterator[RecipeMistak
 
 
 def held_out_rows_are_held_out(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """A loss on rows that were trained says nothing."""
+    """Check that held-out rows are not trained: a loss on trained rows says nothing."""
     trained = {_identity(source): position for position, source in enumerate(recipe.data.train)}
     for position, source in enumerate(recipe.data.eval):
         if _identity(source) in trained:
@@ -246,7 +246,7 @@ def held_out_rows_are_held_out(recipe: Recipe, _: Registries) -> Iterator[Recipe
 
 
 def evaluation_has_rows(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """When to evaluate means nothing without rows to evaluate on."""
+    """Check that there are rows to evaluate on where the recipe says when to evaluate."""
     if recipe.data.eval:
         return
     helped = {"answers", "best_by", "at_start", "at_end", "early_stop"} if recipe.eval.answers else set[str]()
@@ -273,7 +273,7 @@ def overlap_needs_two_sides(recipe: Recipe, _: Registries) -> Iterator[RecipeMis
 
 
 def best_is_measured(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """The best state is found by evaluations during training."""
+    """Check that evaluations during training can find a best state."""
     if recipe.eval.best_by != "eval_loss" or (recipe.data.eval and recipe.eval.every_steps):
         return  # other figures: see `answers.best_by_is_measured`
     for key, wanted in (
@@ -292,7 +292,7 @@ def best_is_measured(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
 
 
 def plain_text_is_trained_whole(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """Plain text has no turns to choose from."""
+    """Check that plain text, which has no turns, is trained whole."""
     loss_on, formats = recipe.data.loss_on, {source.format for source in recipe.data.train}
     if formats == {"text"} and loss_on != "all":
         yield RecipeMistake(
@@ -304,7 +304,7 @@ def plain_text_is_trained_whole(recipe: Recipe, _: Registries) -> Iterator[Recip
 
 
 def optimizer_fits_engine(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
-    """An optimizer that looks at whole matrices cannot run where ranks hold pieces of them."""
+    """Check that an optimizer for whole matrices does not run where ranks hold pieces of them."""
     optim, engine = recipe.optim, recipe.engine
     if _elementwise(optim.spec) or not _flattens(engine.spec):
         return
@@ -319,7 +319,7 @@ def optimizer_fits_engine(recipe: Recipe, registries: Registries) -> Iterator[Re
 
 
 def adapters_recompute_outside_gathers(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
-    """ZeRO-3 gathers layers with adapters one by one, and selective recomputation cannot replay gathers in a block."""
+    """Check that selective recomputation does not replay gathers of ZeRO-3's adapters in a block."""
     adapter = getattr(recipe.method.spec, "adapter", False)
     inside = getattr(getattr(recipe.engine.spec, "footprint", None), "gathers_inside_blocks", False)
     if adapter and inside and recipe.train.activation_checkpointing == "selective":

@@ -239,7 +239,7 @@ class Registries:
     """Called with a recipe that was read: puts real paths in place of names such as "demo:tiny-llama"."""
 
     def part(self, table: str) -> Registry[Any]:
-        """The registry that the table called `table` chooses from."""
+        """Return the registry that the table called `table` chooses from."""
         return getattr(self, table)
 
 
@@ -295,7 +295,7 @@ class Recipe:
         return Path(self.output_dir) / self.name
 
     def line_of(self, key: str) -> int | None:
-        """1-based line of `table.key` (`data.train.0.path`) in the file; None for a default or an override."""
+        """Return 1-based line of `table.key` (`data.train.0.path`) in the file; None for a default or an override."""
         return self.origin.lines.get(key_path(key))
 
     def resolved(self) -> dict[str, Any]:
@@ -322,11 +322,11 @@ class Recipe:
         return content
 
     def to_toml(self) -> str:
-        """The fully resolved recipe; it loads again to an equal one."""
+        """Return the fully resolved recipe; it loads again to an equal one."""
         return toml_text(self.resolved())
 
     def digest(self) -> str:
-        """Hex sha256 of the content: equal for equal recipes, on every machine."""
+        """Return the hex sha256 of the content: equal for equal recipes, on every machine."""
         canonical = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -341,14 +341,14 @@ def all_tables() -> tuple[str, ...]:
 
 @cache
 def fixed_tables() -> dict[str, type[Params]]:
-    """Tables whose keys are always the same, by name."""
+    """Return the tables whose keys are always the same, by name."""
     kinds = get_type_hints(Recipe)
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Params)}
 
 
 @cache
 def chosen_tables() -> tuple[str, ...]:
-    """Tables whose `name` chooses a registered part, and with it the other keys."""
+    """Return the tables whose `name` chooses a registered part, and with it the other keys."""
     return tuple(name for name, kind in get_type_hints(Recipe).items() if get_origin(kind) is Choice)
 
 

@@ -12,7 +12,7 @@ Schema = dict[str, Any]
 
 
 def in_words(schema: Schema, node: Schema) -> str:
-    """What a JSON Schema node allows, as `must be ...` goes on."""
+    """Return what a JSON Schema node allows, as `must be ...` goes on."""
     node = _resolved(schema, node)
     choices = [choice for choice in node.get("anyOf", [node]) if choice.get("type") != "null"]
     if len(choices) > 1:
@@ -39,7 +39,7 @@ def in_words(schema: Schema, node: Schema) -> str:
 
 
 def allowed_words(schema: Schema, node: Schema) -> list[str]:
-    """The fixed words among what a node allows."""
+    """Return the fixed words among what a node allows."""
     node = _resolved(schema, node)
     if "anyOf" in node:
         return [word for choice in node["anyOf"] for word in allowed_words(schema, choice)]

@@ -11,17 +11,17 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def is_table(value: object) -> TypeGuard[dict[str, Any]]:
-    """Whether a TOML value is a table."""
+    """Return whether a TOML value is a table."""
     return isinstance(value, dict)
 
 
 def is_array(value: object) -> TypeGuard[list[Any]]:
-    """Whether a TOML value is an array."""
+    """Return whether a TOML value is an array."""
     return isinstance(value, list)
 
 
 def toml_text(content: Mapping[str, Any]) -> str:
-    """`content` as a TOML document: plain keys, then one section per table, deeper tables inline."""
+    """Return `content` as a TOML document: plain keys, then one section per table, deeper tables inline."""
     plain = {key: value for key, value in content.items() if not is_table(value)}
     sections = [_pairs(plain)]
     for table, values in content.items():
@@ -31,12 +31,12 @@ def toml_text(content: Mapping[str, Any]) -> str:
 
 
 def toml_key(key: str) -> str:
-    """A key as TOML writes it, quoted where needed."""
+    """Return a key as TOML writes it, quoted where needed."""
     return key if _BARE_KEY.fullmatch(key) else _string(key)
 
 
 def toml_value(value: object) -> str:
-    """A value as TOML writes it on one line."""
+    """Return a value as TOML writes it on one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -46,7 +46,7 @@ def unknown_key(
 
 
 def _homes_of(word: str, registries: Registries) -> list[str]:
-    """The tables that have a key of this name."""
+    """Return the tables that have a key of this name."""
     homes = [f"[{table}]" for table, kind in fixed_tables().items() if word in kind.model_fields]
     homes += ["[[data.train]]"] * (word in TrainSourceTable.model_fields)
     homes += ["[[data.eval]]"] * (word in SourceTable.model_fields)

@@ -143,13 +143,13 @@ def whisker(low: float, high: float, marks: Sequence[tuple[float, float, float, 
 
 
 def meter(share: float, style: int = 1) -> Html:
-    """A bar of a table's cell, beside the figure that it stands for."""
+    """Return a bar of a table's cell, beside the figure that it stands for."""
     width = f"width:{100 * min(1.0, max(0.0, share)):.1f}%;background:var(--s{style})"
     return h("span", class_="meter", style=width, aria_hidden="true")
 
 
 def sign(style: int) -> Html:
-    """The shape that goes with a colour."""
+    """Return the shape that goes with a colour."""
     return h("span", "●■▲◆▼★"[(style - 1) % 6], class_=f"c{(style - 1) % 6 + 1}", aria_hidden="true")
 
 

@@ -382,7 +382,7 @@ def _shared(runs: Sequence[RunRecord]) -> list[EvalFigure]:
 
 
 def _same(runs: Sequence[RunRecord], name: str) -> bool:
-    """Whether a set of results is about the same rows in every run, as far as is known."""
+    """Return whether a set of results is about the same rows in every run, as far as is known."""
     return len({run.rows_sha256(name) for run in runs} - {""}) <= 1
 
 

@@ -17,7 +17,7 @@ _STEEP = 20
 
 
 def curves(run: RunRecord) -> Iterator[Html]:
-    """The section's content."""
+    """Yield the section's content."""
     if not run.steps:
         yield missing("metrics.jsonl has no step yet.")
         return

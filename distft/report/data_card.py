@@ -62,7 +62,7 @@ def _keep(path: Path, text: str) -> None:
 
 
 def data_card(run: RunRecord, why_not: str) -> Iterator[Html]:
-    """The section's content."""
+    """Yield the section's content."""
     yield _sources(run)
     if run.care is None:
         yield missing(f"No data card: {why_not or 'nobody has looked at the rows'}.")

@@ -14,12 +14,12 @@ NOTHING = "–"
 
 
 def count(value: float | None) -> str:
-    """1,234,567."""
+    """Return 1,234,567."""
     return NOTHING if value is None else f"{value:,.0f}"
 
 
 def figure(value: float | None) -> str:
-    """Four digits that matter, without an exponent where one reads better without."""
+    """Return four significant digits, without an exponent where one reads better without."""
     if value is None or math.isnan(value):
         return NOTHING
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -33,7 +33,7 @@ def figure(value: float | None) -> str:
 
 
 def short(value: float) -> str:
-    """For an axis: no more digits than its ticks need."""
+    """Format a value for an axis, with no more digits than its ticks need."""
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
@@ -41,22 +41,22 @@ def short(value: float) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """88.1 %."""
+    """Return 88.1 %."""
     return NOTHING if share is None else f"{100 * share:.{digits}f}\u202f%"
 
 
 def gib(value: float | None) -> str:
-    """12.3 GiB."""
+    """Return 12.3 GiB."""
     return NOTHING if value is None else f"{value:.2f}\u202fGiB" if value < 10 else f"{value:.1f}\u202fGiB"
 
 
 def duration(seconds: float | None) -> str:
-    """2 h 03 min, 4 min 10 s, 12.3 s."""
+    """Return 2 h 03 min, 4 min 10 s, 12.3 s."""
     return NOTHING if seconds is None else durations.duration(seconds, space="\u202f")
 
 
 def moment(seconds: float) -> str:
-    """2026-11-25 19:42:57 UTC."""
+    """Return 2026-11-25 19:42:57 UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 

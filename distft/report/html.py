@@ -30,7 +30,7 @@ def h(tag: str, *children: Child, **attributes: Attribute) -> Html:
 
 
 def join(children: Child) -> Html:
-    """Children one after another; plain text in them is escaped."""
+    """Return the children one after another; plain text in them is escaped."""
     if children is None:
         return Html("")
     if isinstance(children, Html):
@@ -41,7 +41,7 @@ def join(children: Child) -> Html:
 
 
 def page(title: str, *body: Child) -> str:
-    """A whole document. Its policy forbids every script and every request, whatever a row holds."""
+    """Return a whole document. Its policy forbids every script and every request, whatever a row holds."""
     style = files("distft.report").joinpath("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     head = h(
@@ -69,7 +69,7 @@ _CASED = {"viewBox": "viewBox", "preserveAspectRatio": "preserveAspectRatio"}
 
 
 def _printable(text: str) -> str:
-    """Control characters are no HTML, and those that turn the direction of writing let a row lie about itself."""
+    """Remove control characters, which are no HTML, and those that turn the direction of writing."""
     return text if text.isprintable() else "".join(map(_shown, text))
 
 

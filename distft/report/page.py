@@ -60,12 +60,12 @@ def run_page(run: RunRecord, status: Status, *, price: float | None = None, no_c
 
 
 def skip() -> Html:
-    """The first thing that a keyboard reaches."""
+    """Return the first thing that a keyboard reaches."""
     return h("a", "Skip to content", href="#main", class_="skip")
 
 
 def footer(where: str) -> Html:
-    """Where and when the page was made."""
+    """Return where and when the page was made."""
     return h("footer", f"Made by distft from {where}, {formatting.moment(datetime.now(UTC).timestamp())}.")
 
 

@@ -100,7 +100,7 @@ def preferences(run: RunRecord) -> Iterator[Html]:
 
 
 def _accuracies(run: RunRecord, before: Judged, after: Judged) -> Html:
-    """All rows, and those that may explain the accuracy."""
+    """Return the accuracy of all rows, and of the groups that may explain it."""
     rows: list[list[Child]] = [_accuracy_row("all", before.get("accuracy"), after.get("accuracy"))]
     named = {"length": "chosen answer {}", "margin": "{} margin in the rows", "label": "{} answers"}
     groups = {

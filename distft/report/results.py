@@ -24,7 +24,7 @@ _VERDICTS = {
 
 
 def results(run: RunRecord) -> Iterator[Html]:
-    """The section's content."""
+    """Yield the section's content."""
     if run.results:
         yield _scores(run.results)
         yield h(
@@ -50,7 +50,7 @@ def results(run: RunRecord) -> Iterator[Html]:
 
 
 def verdict(result: EvalFigure) -> Html | str:
-    """In colour, and by a shape for those who do not see it."""
+    """Show the verdict in colour, and by a shape for those who do not see it."""
     change = result.change or {}
     bounds = (change.get("difference") or {}).get("low")
     if bounds is None and change.get("mcnemar") is None:  # a figure of all rows together: nothing to judge by

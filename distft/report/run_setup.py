@@ -83,7 +83,7 @@ def _micro(layout: dict[str, Child]) -> str:
 
 
 def cost(run: RunRecord, price: float | None) -> Iterator[Html]:
-    """Hours, and money where a price is known."""
+    """Yield the hours, and money where a price is known."""
     hours = run.gpu_hours
     if hours is None:
         yield missing("Without a start in events.jsonl no time is known, and no cost.")
@@ -111,12 +111,12 @@ def cost(run: RunRecord, price: float | None) -> Iterator[Html]:
 
 
 def money(amount: float) -> str:
-    """Two digits, more for less than a cent."""
+    """Return money with two digits, more for less than a cent."""
     return f"{amount:,.2f}" if amount >= 0.01 or not amount else f"{amount:.2g}"
 
 
 def going_back(run: RunRecord) -> Iterator[Html]:
-    """How to return to what was there before."""
+    """Yield how to return to what was there before."""
     if not run.base:
         yield missing("The recipe is missing, so the base model is not known.")
         return
@@ -176,6 +176,6 @@ def _use_base(run: RunRecord) -> Child:
 
 
 def _previous(run: RunRecord) -> Path | None:
-    """The run whose final/ this one started from."""
+    """Return the run whose final/ this one started from."""
     folder = Path(str((run.manifest.get("model") or {}).get("folder") or run.base))
     return folder.parent if folder.name == "final" and (folder.parent / "manifest.json").is_file() else None

@@ -31,28 +31,28 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Child]], *
 
 
 def _head(text: str, kind: str | None) -> Html:
-    """`(picture)` is read out and not shown: what is below it is a drawing."""
+    """Return a column's heading; `(picture)` is read out and not shown, as a drawing is below it."""
     hidden = text.startswith("(")
     return h("th", h("span", text.strip("()"), class_="vh") if hidden else text, scope="col", class_=kind)
 
 
 def facts(caption: str, pairs: Iterable[tuple[str, Child]]) -> Html:
-    """Two columns: what, and what it is; pairs without a value are left out."""
+    """Return two columns: what, and what it is; pairs without a value are left out."""
     rows = [h("tr", h("th", name, scope="row"), h("td", value)) for name, value in pairs if value not in ("", None)]
     whole = h("table", h("caption", caption, class_="vh"), h("tbody", rows), class_="facts")
     return h("div", whole, class_="scroll", role="region", tabindex=0, aria_label=caption)
 
 
 def section(name: str, title: str, *content: Child) -> Html:
-    """A part of the page that the contents list links to."""
+    """Return a part of the page that the contents list links to."""
     return h("section", h("h2", title, id=f"{name}-title"), *content, id=name, aria_labelledby=f"{name}-title")
 
 
 def missing(*content: Child) -> Html:
-    """What is not there, and how to get it."""
+    """Return what is not there, and how to get it."""
     return h("p", *content, class_="missing")
 
 
 def fold(title: str, *content: Child, shut: bool = True) -> Html:
-    """Something most readers need not see at once."""
+    """Return a folded part that most readers need not see at once."""
     return h("details", h("summary", title), *content, open=not shut)

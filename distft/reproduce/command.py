@@ -163,7 +163,7 @@ class _Until:
         self._next, self._stop_requested = 0.0, False
 
     def look(self) -> None:
-        """Called several times a second."""
+        """Check the stop condition; called several times a second."""
         now = time.monotonic()
         if not self._stop_requested and now >= self._next:
             self._next = now + _POLL_S
@@ -223,4 +223,4 @@ def _finish(options: argparse.Namespace, result: dict[str, Any], code: int) -> i
 
 
 def _quiet(line: str) -> None:
-    """With --json nothing else is printed."""
+    """Print nothing: with --json nothing else is printed."""

@@ -23,7 +23,7 @@ class Column:
     equal: bool
     """Every value, bit for bit."""
     first_step: int | None
-    """Where they part."""
+    """The first step in which they differ."""
     worst: float
     """Largest relative difference; infinite where one is a number and the other is not."""
     worst_step: int | None
@@ -61,7 +61,7 @@ class Answers:
 
     @property
     def equal(self) -> bool:
-        """All of them."""
+        """Whether all of them are equal."""
         return not self.missing and self.num_equal == self.num_answers
 
 
@@ -92,7 +92,7 @@ class Outcome:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return asdict(self) | {"equal": self.equal, "within_1e-5": self.within}
 
     def lines(self) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _about_answers(answers: Answers) -> str:
 
 
 def compare(first: RunRecord, second: RunRecord, *, until: int | None = None) -> Outcome:
-    """`until`: only steps up to this one, and then not the tensors, which are those of the end."""
+    """Compare two runs; `until`: only steps up to this one, and then not the tensors, which are the end's."""
     columns = [_column(name, first, second, until) for name in COLUMNS]
     wanted = {record["step"] for record in first.steps if until is None or record["step"] <= until}
     made = {record["step"] for record in second.steps}
@@ -169,7 +169,9 @@ def _values(name: str, run: RunRecord) -> dict[int, Any]:
 
 def _answers(first: RunRecord, second: RunRecord, until: int | None) -> Answers | None:
     """Compare the answers of the sets that training evaluated, not those evaluated afterwards under another label."""
-    files = [path for path in sorted((first.folder / "eval").glob("*/*.jsonl")) if _asked_by(path.parent.name, until)]
+    files = [
+        path for path in sorted((first.folder / "eval").glob("*/*.jsonl")) if _evaluated_by(path.parent.name, until)
+    ]
     if not files:
         return None
     count, equal, differing, missing = 0, 0, "", []
@@ -188,7 +190,7 @@ def _answers(first: RunRecord, second: RunRecord, until: int | None) -> Answers 
     return Answers(num_answers=count, num_equal=equal, first=differing, missing=tuple(missing))
 
 
-def _asked_by(label: str, until: int | None) -> bool:
+def _evaluated_by(label: str, until: int | None) -> bool:
     if label.startswith("step-"):
         return until is None or int(label.removeprefix("step-")) <= until
     return label == "before" or (until is None and label in ("after", "best"))

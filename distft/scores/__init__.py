@@ -11,6 +11,7 @@ from distft.scores import (
     normalised_match,
     numeric,
     regex,
+    reward_model,
     rouge,
     translation,
 )
@@ -29,5 +30,6 @@ SCORES.add(translation.BLEU)
 SCORES.add(translation.CHRF)
 SCORES.add(function.SPEC)
 SCORES.add(judge.SPEC)
+SCORES.add(reward_model.SPEC)
 
 __all__ = ["SCORES", "Answer", "MetricInfo", "ScoreResult", "ScoreSpec", "Scorer"]

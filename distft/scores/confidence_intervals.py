@@ -39,7 +39,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes null."""
+        """Return plain values for JSON; NaN becomes null."""
         return {
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self).items()
@@ -49,7 +49,7 @@ class Interval:
 def of_mean(
     values: Sequence[float], *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Bootstrap interval of the mean (BCa: bias-corrected and accelerated). NaN values are left out.
+    """Return the bootstrap interval of the mean (BCa: bias-corrected and accelerated). NaN values are left out.
 
     Equal for equal arguments. Fewer than two rows have no interval; rows that are all equal have one of no width,
     which is what the bootstrap can say, and for a share less than Wilson's says (`of_share`).
@@ -94,7 +94,7 @@ def of_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Paired bootstrap interval of mean(after - before): the same rows in the same order, resampled together.
+    """Return the paired bootstrap interval of mean(after - before), rows resampled together.
 
     Rows without a score on either side are left out.
     """
@@ -105,7 +105,7 @@ def of_difference(
 
 
 def of_share(successes: float, num_rows: int, *, confidence: float = CONFIDENCE) -> Interval:
-    """Wilson's interval of a proportion: right for few rows and near 0 and 1, where the bootstrap is too narrow.
+    """Return Wilson's interval of a proportion: right for few rows and near 0 and 1, where the bootstrap is too narrow.
 
     A tie may count as half a success.
 
@@ -128,7 +128,7 @@ _EPSILON = 1e-12
 
 
 def _resampled_means(x_N: np.ndarray, resamples: int, random: np.random.Generator) -> np.ndarray:
-    """[resamples]; means of N values drawn with replacement."""
+    """Return [resamples]; means of N values drawn with replacement."""
     kinds, count = np.unique(x_N, return_counts=True)
     if len(kinds) <= 64:  # scores of rows are mostly 0 and 1: how often each is drawn is all that matters
         drawn = random.multinomial(len(x_N), count / len(x_N), size=resamples)

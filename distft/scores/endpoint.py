@@ -24,7 +24,7 @@ from distft.core.errors import FileSystemError, MachineError
 from distft.core.files import replace_json
 
 MAX_BYTES = 4 << 20
-"""Of a response; no answer to a judge's prompt is longer."""
+"""Largest size of a response; no answer to a judge's prompt is longer."""
 MAX_WAIT_S = 60.0
 _PASSING = {408, 409, 425, 429}
 """Client errors that are worth another try; every 5xx is too."""
@@ -52,7 +52,7 @@ class Endpoint:
     """Sent as a bearer token; no message and no cached answer holds it."""
     max_tokens: int
     timeout_s: float
-    """Of one try."""
+    """Seconds of one try."""
     retries: int
     """Tries after the first."""
     cache: Path | None
@@ -96,14 +96,14 @@ class Endpoint:
                     raise MachineError(
                         f"{self.url}: the judge {self.model!r} cannot be asked: {why}{_hint(error.code)}"
                     ) from None
-                asked_wait = _seconds(error.headers.get("Retry-After"))
+                requested_wait = _seconds(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a broken answer
-                why, asked_wait = self._masked(f"{type(error).__name__}: {error}"), None
+                why, requested_wait = self._masked(f"{type(error).__name__}: {error}"), None
             except ValueError as error:  # an answer, but not one of a chat model
-                why, asked_wait = self._masked(str(error)), None
+                why, requested_wait = self._masked(str(error)), None
             if attempt < self.retries:
                 grown = self.first_wait_s * 2**attempt * random.uniform(0.75, 1.25)  # spread, or all come back at once
-                self.sleep(min(MAX_WAIT_S, max(grown, asked_wait or 0.0)))
+                self.sleep(min(MAX_WAIT_S, max(grown, requested_wait or 0.0)))
         raise Unanswered(f"{self.retries + 1} tries, the last: {why}")
 
     def _try(self, body: bytes) -> str:
@@ -124,7 +124,7 @@ class Endpoint:
         return content
 
     def _excerpt(self, error: urllib.error.HTTPError) -> str:
-        """The start of what the server says; some repeat the key they refuse."""
+        """Return the start of what the server says; some repeat the key they refuse."""
         try:
             text = error.read(2000).decode("utf-8", errors="replace")
         except (OSError, http.client.HTTPException):
@@ -137,7 +137,7 @@ class Endpoint:
 
 
 def read_key(variable: str | None) -> str | None:
-    """The key in the environment variable of that name.
+    """Return the key in the environment variable of that name.
 
     Raises:
         MachineError: it is not set, or cannot be sent as a header.

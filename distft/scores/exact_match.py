@@ -49,7 +49,7 @@ def check_pattern(pattern: str) -> None:
 
 
 def plain(text: str, params: ExactMatchParams) -> str:
-    """The part of `text` that counts."""
+    """Return the part of `text` that counts."""
     for pattern in params.regexes_to_ignore:
         text = re.sub(pattern, "", text)
     if params.ignore_case:

@@ -28,14 +28,16 @@ class FieldMatchParams(ReferenceParams):
 
 
 def figures(params: FieldMatchParams) -> tuple[MetricInfo, ...]:
-    """All fields right; the share of fields that are; each by itself."""
+    """Return all fields right; the share of fields that are; each by itself."""
     each = (MetricInfo(name=f"field_match.{name}", binary=True) for name in params.fields)
     return MetricInfo(name="field_match", binary=True), MetricInfo(name="fields_right"), *each
 
 
 def read_fields(text: str, form: str) -> Mapping[str, Any] | None:
-    """The fields of a text; None when it has none of that form. Of a name written twice, the first counts in lines
-    and the last in JSON."""  # noqa: D205, D209
+    """Read the fields of a text; None when it has none of that form.
+
+    Of a name written twice, the first counts in lines and the last in JSON.
+    """
     if form == "json" or (form == "auto" and text.lstrip().startswith("{")):
         try:
             value = json.loads(text)

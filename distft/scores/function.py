@@ -36,7 +36,7 @@ class FunctionParams(Params):
 
 
 def figures(params: FunctionParams) -> tuple[MetricInfo, ...]:
-    """As the recipe names them."""
+    """Return the figures as the recipe names them."""
     names = params.figures or (params.function.rpartition(":")[2].rpartition(".")[2],)
     return tuple(MetricInfo(name=name, higher_is_better=params.higher_is_better) for name in names)
 

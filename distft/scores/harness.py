@@ -26,7 +26,7 @@ from distft.core.registry import nearest
 from distft.scores.spec import Answer, MetricInfo, ScoreResult, mean
 
 MAX_NEW_TOKENS = 256
-"""Where a task does not say."""
+"""Tokens of an answer where a task sets no limit."""
 _TWO_VALUES = {0.0, 1.0}
 
 Chat = Callable[[list[dict[str, str]], bool], str]
@@ -38,19 +38,21 @@ class TextGenerator(Protocol):
     same requests in the same order, and gets the same answers."""  # noqa: D205, D209
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): its log-likelihood in nats, summed over tokens, and whether greedy
-        decoding would give it. The two are tokenised together; an empty context starts with the start-of-text
-        token."""  # noqa: D205, D209
+        """Return each continuation's log-likelihood after its context, and whether greedy decoding would give it.
+
+        In nats, summed over tokens. The two are tokenised together; an empty context starts with the start-of-text
+        token.
+        """
         ...
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        """Log-likelihood of each text from its first token on, in windows where it is longer than the model reads."""
+        """Return the log-likelihood of each text from its first token on, in windows where it is long."""
         ...
 
     def generate(
         self, prompts: Sequence[str], *, stop: tuple[str, ...], max_new_tokens: int, temperature: float
     ) -> list[str]:
-        """What the model writes after each prompt, up to the first of `stop` (left out) or its end of text."""
+        """Return what the model writes after each prompt, up to the first of `stop` (left out) or its end of text."""
         ...
 
 
@@ -92,11 +94,11 @@ class LmEvalTasks:
                     task.set_config(key="num_fewshot", value=0)
             requests_by_task = [list(self._requests(task)) for task in self._tasks.values()]
         self.rows = sum(len({doc_id for doc_id, _ in requests}) for requests in requests_by_task)
-        """Of all its tasks."""
+        """Rows of all its tasks."""
         self.sha256 = hashlib.sha256(json.dumps(requests_by_task, default=str).encode()).hexdigest()
-        """Of every request that is made of the model, prompts in full."""
+        """Hash of every request that is made of the model, prompts in full."""
         self.prompts = [args[0] for requests in requests_by_task for _, args in requests]
-        """Of every request."""
+        """Prompts of every request."""
         self.planned = self._planned()
         """Figures it will give, as its configuration says."""
 
@@ -146,7 +148,7 @@ class LmEvalTasks:
             yield instance.doc_id, instance.args
 
     def _drawn(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """By the library's names."""
+        """Render the chat from the library's names."""
         assert self._chat is not None
         return self._chat(chat_history, add_generation_prompt)
 
@@ -222,7 +224,7 @@ def _load(spec: str | dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _of_file(manager_of: Any, path: Path) -> tuple[Any, str]:
-    """What loads it, and the name to ask it for: a group is known by its own, with the files beside it."""
+    """Return what loads it, and the name to ask it for: a group is known by its own, with the files beside it."""
     if not path.is_file():
         raise RecipeError("lm-eval", [Problem(message=f'task "{path}"  no such file')])
     group = re.search(r"^group\s*:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -243,7 +245,7 @@ def _unknown(task: str, tasks: list[str]) -> Problem:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Tasks draw from the global generators; training must not notice."""
+    """Seed the global generators, which tasks draw from, and restore them: training must not notice."""
     before, numpy_before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -255,7 +257,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _wrapped(model: TextGenerator, drawn: Callable[..., str]) -> Any:
-    """`model` as the library's abstract class, which can be named only once the library is there."""
+    """Return `model` as the library's abstract class, which can be named only once the library is there."""
     base: Any = importlib.import_module("lm_eval.api.model").LM
 
     class Model(base):
@@ -271,7 +273,7 @@ def _wrapped(model: TextGenerator, drawn: Callable[..., str]) -> Any:
             return model.loglikelihood_rolling([request.args[0] for request in requests])
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            """Requests of equal settings together; answers in the order of requests."""
+            """Answer requests of equal settings together; answers are in the order of requests."""
             groups: dict[tuple[Any, ...], list[int]] = {}
             for index, request in enumerate(requests):
                 groups.setdefault(_settings(request.args[1]), []).append(index)
@@ -295,7 +297,7 @@ def _settings(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], int, floa
 
 
 def _figure(metric: str, filter_name: str) -> str:
-    """`acc`, or `exact_match,strict-match` where a task's filter has a name."""
+    """Return `acc`, or `exact_match,strict-match` where a task's filter has a name."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 

@@ -35,7 +35,7 @@ class JsonSchemaParams(Params):
 
 
 def build(params: JsonSchemaParams) -> Scorer:
-    """Validates each answer.
+    """Build a scorer that validates each answer.
 
     Raises:
         MachineError: jsonschema is not installed.

@@ -87,7 +87,7 @@ class JudgeParams(ReferenceParams):
 
 
 def build(params: JudgeParams) -> Scorer:
-    """A judge whose key is there.
+    """Return a judge whose key is there.
 
     Raises:
         MachineError: the environment variable is not set.
@@ -147,7 +147,7 @@ def judge(params: JudgeParams, endpoint: Endpoint) -> Scorer:
 
 
 def cache_folder() -> Path:
-    """Where answers are kept: `judge` in the user's cache folder (DISTFT_CACHE, XDG_CACHE_HOME)."""
+    """Return where answers are kept: `judge` in the user's cache folder (DISTFT_CACHE, XDG_CACHE_HOME)."""
     named = os.environ.get("DISTFT_CACHE")
     base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distft"
     return base / "judge"

@@ -24,7 +24,7 @@ class NormalisedMatchParams(ReferenceParams):
 
 
 def normalise(text: str) -> str:
-    """SQuAD's."""
+    """Normalise a text as SQuAD does."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 

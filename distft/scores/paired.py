@@ -28,7 +28,7 @@ class Regression:
     """A row that got worse."""
 
     index: int
-    """Of the row in both lists."""
+    """Index of the row in both lists."""
     before: float
     after: float
     worse_by: float
@@ -45,7 +45,7 @@ class PairedComparison:
     difference: Interval
     """after - before, paired; without bounds for a figure that rows do not have."""
     mcnemar: McNemar | None
-    """Of binary figures."""
+    """The test of binary figures."""
     regressions: tuple[Regression, ...]
     """Worst first."""
 
@@ -80,7 +80,7 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[PairedComparison, ...]:
-    """Every figure of one score, before and after, on the same rows in the same order.
+    """Return every figure of one score, before and after, on the same rows in the same order.
 
     Raises:
         ValueError: the two are not of one score or not of the same number of rows.
@@ -106,7 +106,7 @@ def interval(scored: ScoreResult, figure: MetricInfo, *, confidence: float = CON
 
 
 def mcnemar(before: Sequence[float], after: Sequence[float]) -> McNemar:
-    """The exact (binomial) test; rows without a score on either side do not count.
+    """Return the exact (binomial) test; rows without a score on either side do not count.
 
     Source: McNemar 1947, https://doi.org/10.1007/BF02295996; exact form as in Dietterich 1998 and statsmodels.
     """

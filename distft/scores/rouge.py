@@ -25,7 +25,7 @@ class RougeParams(ReferenceParams):
 
 
 def figures(params: RougeParams) -> tuple[MetricInfo, ...]:
-    """One for each kind."""
+    """Return one figure for each kind."""
     return tuple(MetricInfo(name=kind) for kind in params.kinds)
 
 

@@ -30,7 +30,11 @@ class Answer:
     text: str = ""
     """What the model wrote, without prompt and special tokens; unused by scores of choices."""
     prompt: str = ""
-    """What the model was asked, in words; only a judge reads it."""
+    """What the model was asked, in words; only judges read it."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """What it was asked, as a chat; None: raw text."""
+    tools: list[dict[str, Any]] | None = None
+    """Tool definitions of that chat."""
     logprobs: tuple[float, ...] = ()
     """For a score of choices: log-likelihood of each choice after the prompt, in nats, summed over its tokens."""
 
@@ -61,7 +65,7 @@ class ScoreResult:
     """Row id -> why it has no score; such rows count in no figure."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes null."""
+        """Return plain values for JSON; NaN becomes null."""
         return {
             "figures": [vars(figure) for figure in self.figures],
             "rows": {name: [_plain(value) for value in values] for name, values in self.rows.items()},
@@ -71,7 +75,7 @@ class ScoreResult:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> ScoreResult:
-        """What `to_json` gave."""
+        """Return what `to_json` gave."""
         return cls(
             figures=tuple(MetricInfo(**figure) for figure in stored["figures"]),
             rows={name: tuple(map(_number, values)) for name, values in stored["rows"].items()},

@@ -39,12 +39,12 @@ class ChrfParams(ReferenceParams):
 
 
 def figures(name: str) -> tuple[MetricInfo, ...]:
-    """The rows', then the corpus'."""
+    """Return the rows' figure, then the corpus'."""
     return MetricInfo(name=f"{name}_sentence"), MetricInfo(name=name, per_row=False)
 
 
 def build_bleu(params: BleuParams) -> Scorer:
-    """Sentences with effective order, as sacrebleu's `sentence_bleu`; the corpus without, as `corpus_bleu`."""
+    """Build BLEU: sentences with effective order, as sacrebleu's `sentence_bleu`; the corpus without."""
     metrics = _library("bleu").metrics
     options = {"tokenize": params.tokenize, "lowercase": params.lowercase}
     sentence, corpus = metrics.BLEU(**options, effective_order=True), metrics.BLEU(**options)
@@ -52,7 +52,7 @@ def build_bleu(params: BleuParams) -> Scorer:
 
 
 def build_chrf(params: ChrfParams) -> Scorer:
-    """The same object for both: chrF has no setting that differs."""
+    """Build chrF: the same object for both, as it has no setting that differs."""
     both = _library("chrf").metrics.CHRF(word_order=params.word_order, lowercase=params.lowercase)
     return _scorer("chrf", both, both, params.reference)
 

@@ -39,7 +39,9 @@ def test_sums_do_not_change_when_a_batch_is_split(tiny_config: Path, name: str) 
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
     assert torch.allclose(*gradients, atol=1e-5)
-    assert figures[0].keys() == figures[1].keys()
+    assert figures[0].keys() == figures[1].keys() == spec.figures(objective.params).keys()
+    by_group = [torch.cat([each.by_group[key] for each in terms]) for key in terms[0].by_group]
+    assert all(len(value) == len(rows) // size for value in by_group), "one number of each group"
     for figure, (total, count) in figures[0].items():
         assert figures[1][figure] == [pytest.approx(total, rel=1e-5, abs=1e-5), count], figure
     assert objective.denominator([whole]) == objective.denominator(pieces) > 0

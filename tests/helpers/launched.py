@@ -14,9 +14,9 @@ from pathlib import Path
 
 def say(folder: str, name: str) -> None:
     """In a launched process: what it can tell of its launch."""
-    from distft.engine.processes import launcher_offloads, launcher_wants, placed_by
+    from distft.engine.processes import detect_launcher, launcher_offloads, launcher_wants
 
-    launcher, rank, world, local_rank = placed_by(os.environ)
+    launcher, rank, world, local_rank = detect_launcher(os.environ)
     said = {"launcher": launcher, "world": world, "local_rank": local_rank}
     said |= {"wants": launcher_wants(os.environ), "offloads": launcher_offloads(os.environ)}
     Path(folder, f"{name}.{rank}.json").write_text(json.dumps(said))

@@ -9,6 +9,7 @@ from distft.core.accelerators import named
 from distft.model import stats
 from distft.plan.case import PlanCase, plan
 from distft.plan.setup import Machine
+from distft.plan.speed import Speed
 
 H200 = named("h200-141gb")
 
@@ -67,3 +68,19 @@ def test_hours_follow_steps(llama8b: Path) -> None:
     epochs = case(llama8b, 8, 'engine.name="zero3"', "train.max_steps=", "train.epochs=2").speed
     assert epochs.hours is None
     assert epochs.hours_per_billion_tokens == pytest.approx(1e9 / fast.tokens_per_s / 3600)
+
+
+def test_what_an_objective_reads_takes_forwards(llama8b: Path) -> None:
+    """A reference is a forward of each micro-batch under adapters, and one pass before full fine-tuning."""
+
+    def objective(name: str, method: str) -> Speed:
+        return case(llama8b, 1, f'method.name="{method}"', f'objective.name="{name}"').speed
+
+    supervised, lora, kto = (objective(name, "lora") for name in ("sft", "dpo", "kto"))
+    assert supervised.columns_s == 0
+    assert 0.2 < lora.columns_s / lora.step_s < 0.4, "a forward beside forward and backward"
+    assert kto.columns_s == pytest.approx(3 * lora.columns_s), "KL takes one of the policy and one of the reference"
+    assert lora.reference_hours_per_billion_tokens == 0
+    full = objective("dpo", "full")
+    assert full.columns_s == 0
+    assert 0.2 < full.reference_hours_per_billion_tokens / full.hours_per_billion_tokens < 0.5

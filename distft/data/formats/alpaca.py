@@ -7,7 +7,7 @@ from distft.data.samples import Conversation, FormatSpec, Message, Row, RowError
 
 
 def convert(row: Row) -> Conversation:
-    """One exchange, after an optional `system` and `history` (a list of [instruction, output] pairs).
+    """Return one exchange, after an optional `system` and `history` (a list of [instruction, output] pairs).
 
     The input follows the instruction after a blank line.
     """
@@ -23,12 +23,12 @@ def prompt_of(row: Row) -> list[Message]:
     """
     system = text_column(row, "system", default="")
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for asked, answered in _history(row.get("history")):
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    asked = "\n\n".join(filter(None, (text_column(row, "instruction"), text_column(row, "input", default=""))))
-    if not asked:
+    for question, answered in _history(row.get("history")):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answered}]
+    question = "\n\n".join(filter(None, (text_column(row, "instruction"), text_column(row, "input", default=""))))
+    if not question:
         raise RowError('"instruction" and "input" are both empty')
-    return [*messages, {"role": "user", "content": asked}]
+    return [*messages, {"role": "user", "content": question}]
 
 
 def _history(history: Any) -> list[list[Any]]:

@@ -7,14 +7,14 @@ from distft.data.samples import Conversation, FormatSpec, Row, RowError, kind_of
 
 
 def convert(row: Row) -> Conversation:
-    """The row's chat; `tools` (OpenAI's old `functions`) may hold tool definitions, a list or its JSON text, and
+    """Return the row's chat; `tools` (OpenAI's old `functions`) may hold tool definitions, a list or its JSON text, and
     `system` the system message."""  # noqa: D205, D209
     messages = system_first(row, message_list(row.get("messages"), "messages"), role="role", content="content")
     return conversation(messages, tools_of(row))
 
 
 def tools_of(row: Row) -> Any:
-    """Tool definitions, under either name.
+    """Return the tool definitions, under either name.
 
     Raises:
         RowError: both columns hold some.
@@ -25,7 +25,7 @@ def tools_of(row: Row) -> Any:
 
 
 def system_first(row: Row, messages: list[Any], *, role: str, content: str) -> list[Any]:
-    """The messages with what the column `system` says in front.
+    """Return the messages with what the column `system` says in front.
 
     Raises:
         RowError: it is no text, or the first message is a system message that says something else.

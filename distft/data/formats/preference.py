@@ -38,7 +38,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 
 
 def convert(row: Row) -> Group:
-    """Two documents, chosen first; `margin_G` is how much better the chosen one is, 0 where the row does not say."""
+    """Return two documents, chosen first; `margin_G` is how much better the chosen one is, 0 if not given."""
     chosen, rejected, margin = _sides(row)
     prompt, tools = _prompt(row)
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -103,7 +103,7 @@ def _best_and_worst(answers: Any, column: str) -> tuple[str, str, float]:
 
 
 def _prompt(row: Row) -> tuple[str | list[Message] | None, Any]:
-    """The prompt as text or messages, None when the answers hold it; and the tools."""
+    """Return the prompt as text or messages, None when the answers hold it; and the tools."""
     tools = tools_of(row)
     if isinstance(row.get("input"), dict):  # OpenAI's
         given = row["input"]
@@ -128,7 +128,7 @@ def _is_message_text(text: str) -> bool:
 
 
 def _messages(side: Any, name: str) -> list[Any]:
-    """An answer as messages: a list, or one message; turns with `from` are ShareGPT's."""
+    """Return an answer as messages: a list, or one message; turns with `from` are ShareGPT's."""
     if isinstance(side, str) and not _is_message_text(side):
         return [{"role": "assistant", "content": side}]
     turns = [side] if isinstance(side, dict) else message_list(side, name)
@@ -164,8 +164,8 @@ def _of_messages(
         shared += 1
     common, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if isinstance(prompt, str):
-        asked = [turn.get("content") for turn in common if isinstance(turn, dict) and turn.get("role") == "user"]
-        if common and prompt not in asked:
+        user_texts = [turn.get("content") for turn in common if isinstance(turn, dict) and turn.get("role") == "user"]
+        if common and prompt not in user_texts:
             raise RowError('both answers begin with the same messages, and "prompt" is none of them; keep one of both')
         before = common or [{"role": "user", "content": prompt}]
     elif prompt is None or common[: len(prompt)] == prompt:
@@ -183,35 +183,37 @@ def _of_messages(
 
 
 def _transcript(text: str) -> list[Message] | None:
-    """The turns of a transcript in the form of HH-RLHF; None for any other text."""
+    """Return the turns of a transcript in the form of HH-RLHF; None for any other text."""
     if not text.startswith("\n\nHuman:"):
         return None
     parts = _TURN.split(text)[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = [
+        {"role": roles[who], "content": content.strip()} for who, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
     if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:  # a prompt that ends where the answer begins
         turns.pop()
     return turns
 
 
 def _shared_text(first: str, second: str) -> str:
-    """The common beginning, up to the last white space in it."""
-    length = next((at for at, pair in enumerate(zip(first, second, strict=False)) if len({*pair}) > 1), -1)
+    """Return the common beginning, up to the last white space in it."""
+    length = next((index for index, pair in enumerate(zip(first, second, strict=False)) if len({*pair}) > 1), -1)
     if length < 0:
         return ""
-    spaces = [at for at in range(length) if first[at].isspace()]
+    spaces = [index for index in range(length) if first[index].isspace()]
     return first[: spaces[-1] + 1] if spaces else ""
 
 
 def matches(row: Row) -> bool:
-    """Whether the row has two answers to be compared, or several with scores."""
+    """Return whether the row has two answers to be compared, or several with scores."""
     two: Sequence[tuple[str, str]] = SIDES
     if any(good in row and bad in row for good, bad in two):
         return True
     return any(
         isinstance(answers := row.get(name), list)
         and len(answers) > 1
-        and all(isinstance(one, dict) and any(key in one for key in _SCORE_KEYS) for one in answers)
+        and all(isinstance(answer, dict) and any(key in answer for key in _SCORE_KEYS) for answer in answers)
         for name in SCORED
     )
 

@@ -17,7 +17,7 @@ from distft.data.samples import (
 
 
 def convert(row: Row) -> PromptCompletion | Conversation:
-    """Strings give raw text; message lists one chat whose prompt messages are given, not learnt."""
+    """Return raw text of strings; of message lists one chat whose prompt messages are given, not learnt."""
     prompt, completion = _messages(row.get("prompt")), _messages(row.get("completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         if not completion:
@@ -34,13 +34,13 @@ def convert(row: Row) -> PromptCompletion | Conversation:
 
 
 def _messages(value: Any) -> Any:
-    """A list of messages given as its JSON text; anything else as it is, raw text above all."""
+    """Return a list of messages given as its JSON text; anything else as it is, raw text above all."""
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ ", "[\n") and '"role"' in value:
         try:
             parsed = parse_json(value)
         except ValueError:
             return value
-        if isinstance(parsed, list) and all(isinstance(one, dict) and "role" in one for one in parsed):
+        if isinstance(parsed, list) and all(isinstance(item, dict) and "role" in item for item in parsed):
             return parsed
     return value
 

@@ -21,7 +21,7 @@ ROLE_OF = {
 
 
 def convert(row: Row) -> Conversation:
-    """The row's chat; a `system` column becomes the first message, `function_call` turns become tool calls."""
+    """Return the row's chat; a `system` column becomes the first message, `function_call` turns become tool calls."""
     return conversation(turns_of(row), tools_of(row))
 
 
@@ -56,7 +56,7 @@ def message(turn: Any, number: int) -> Message:
         raise RowError(f"turn {number} is from {json.dumps(speaker)}{hint}  allowed: {', '.join(ROLE_OF)}")
     if "role" in turn or "content" in turn:
         raise RowError(f'turn {number} has "role" or "content" beside "from"; expected "from" and "value"')
-    more = {key: said for key, said in turn.items() if key not in ("from", "value")}  # weight, reasoning, ...
+    more = {key: extra for key, extra in turn.items() if key not in ("from", "value")}  # weight, reasoning, ...
     if speaker != "function_call":
         return {"role": ROLE_OF[speaker], "content": value, **more}
     if not isinstance(value, str | dict | list):

@@ -4,7 +4,7 @@ from distft.data.samples import FormatSpec, Row, Text, text_column
 
 
 def convert(row: Row) -> Text:
-    """The row's document."""
+    """Return the row's document."""
     return Text(text=text_column(row, "text"))
 
 

@@ -18,7 +18,7 @@ _ANSWERED = (prompt_completion.SPEC, messages.SPEC, alpaca.SPEC, sharegpt.SPEC)
 
 
 def convert(row: Row) -> Group:
-    """One document; `desirable_G` is 1 for a good answer and 0 for a bad one."""
+    """Return one document; `desirable_G` is 1 for a good answer and 0 for a bad one."""
     label = _label(row)
     answered = {name: value for name, value in row.items() if name not in LABELS}
     spec = next((spec for spec in _ANSWERED if spec.matches(answered)), None)
@@ -47,7 +47,7 @@ def _label(row: Row) -> bool:
 
 
 def matches(row: Row) -> bool:
-    """Whether the row has a label and one answer."""
+    """Return whether the row has a label and one answer."""
     answered = {name: value for name, value in row.items() if name not in LABELS}
     return len(answered) < len(row) and any(spec.matches(answered) for spec in _ANSWERED)
 

@@ -10,7 +10,7 @@ BUILT_IN = ("chatml", "llama3", "plain")
 
 
 def read_template(setting: str) -> str | None:
-    """The Jinja text of a built-in name or a `.jinja` file; None for "auto", which is the tokenizer's own.
+    """Return the Jinja text of a built-in name or a `.jinja` file; None for "auto", which is the tokenizer's own.
 
     Raises:
         DataError: neither a built-in name nor a readable file.

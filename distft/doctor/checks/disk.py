@@ -16,7 +16,7 @@ LIMIT_S, SHORT_LIMIT_S = 30.0, 3.0
 
 
 def look(here: Here) -> Facts:
-    """Writes and makes durable."""
+    """Write to the folder and make it durable."""
     size = int((here.options.gib or (0.0625 if here.options.short else 0.25)) * 2**30)
     limit_s = SHORT_LIMIT_S if here.options.short else LIMIT_S
     if not here.leads:

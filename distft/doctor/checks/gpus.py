@@ -26,11 +26,11 @@ ASK_S = 60.0
 """A driver with a GPU that has fallen off the bus answers late or never."""
 THROTTLED = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
 TAKEN = 0.1
-"""Of a GPU's memory in other hands: a run that was planned for the whole has no room."""
+"""Share of a GPU's memory used by others from which a run that was planned for the whole has no room."""
 
 
 def look(here: Here) -> Facts:
-    """`nvidia-smi -q -x`, once on each host."""
+    """Run `nvidia-smi -q -x`, once on each host."""
     facts: Facts = {"expected": int(here.env.get("SLURM_GPUS_ON_NODE", "0")), "gpus": [], "trouble": ""}
     if not here.leads:
         return facts
@@ -86,7 +86,7 @@ def read_smi(text: str, own_pids: set[int] = frozenset()) -> tuple[str, list[Fac
 
 
 def visible(gpus: list[Facts], env: Mapping[str, str]) -> list[Facts]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, by number or by UUID."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, by number or by UUID."""
     chosen = env.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return gpus
@@ -165,7 +165,7 @@ def _between(leaders: Sequence[Seen]) -> Iterator[Finding]:
 
 
 def _number(text: str | None) -> int:
-    """Of "80999 MiB", "27 C", "0"; 0 for "N/A"."""
+    """Return the number in "80999 MiB", "27 C" or "0"; 0 for "N/A"."""
     word = (text or "").split(" ")[0]
     return int(word) if word.isdecimal() else 0
 

@@ -17,7 +17,7 @@ LEAST_SHM, LITTLE_SHM = 48 * 2**20, GIB
 
 
 def look(here: Here) -> Facts:
-    """Of this process's host, as its container and its batch job leave it."""
+    """Read cores, memory and limits of this process's host, as its container and batch job leave them."""
     shm = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {
         "cores": len(os.sched_getaffinity(0)),
@@ -72,7 +72,7 @@ def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
 
 
 def _free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group where that is less."""
+    """Return the bytes that this process may still take: of the machine, or of its control group where that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     for limit, used in (

@@ -15,7 +15,7 @@ PACKAGES = (
 
 
 def look(here: Here) -> Facts:
-    """What is installed; reading it imports none of it."""
+    """Return what is installed; reading it imports none of it."""
     return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
 
 
@@ -42,7 +42,7 @@ def judge(seen: Sequence[Seen], options: DoctorOptions) -> Iterator[Finding]:
 
 
 def _too_old(facts: Facts) -> Iterator[tuple[str, str]]:
-    """What our own package asks for and does not find: (package, specifier)."""
+    """Yield what our own package asks for and does not find: (package, specifier)."""
     from packaging.requirements import Requirement
 
     try:

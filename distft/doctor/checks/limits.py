@@ -12,7 +12,7 @@ FEW_FILES, LEAST_FILES = 4096, 512
 
 
 def look(here: Here) -> Facts:
-    """The soft limits, which count."""
+    """Return the soft limits, which count."""
     return {
         "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "nofile": resource.getrlimit(resource.RLIMIT_NOFILE)[0],

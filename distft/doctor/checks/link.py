@@ -9,13 +9,13 @@ from distft.core.accelerators import of_device
 from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Seen, fail, ok, warn
 
 EXPECTED_SHARE = 0.5
-"""Of a link's rate on paper; below, something is configured badly: a fallback to sockets, a missing adapter."""
+"""Share of a link's rate on paper; below, something is configured badly: a fallback to sockets, a missing adapter."""
 ODD_SHARE = 0.5
-"""Of the median rank's rate with its better neighbour."""
+"""Share of the median rank's rate with its better neighbour."""
 
 
 def look(here: Here) -> Facts:
-    """All-reduce, all-gather, then each rank with its neighbours."""
+    """Measure all-reduce, all-gather, then each rank with its neighbours."""
     if here.group is None or here.world == 1:
         return {"alone": True}
     import torch
@@ -74,7 +74,7 @@ def slowest_rank(seen: Sequence[Seen]) -> tuple[Seen, float, float]:
 
 
 def expected_link(device: str, *, hosts: int) -> float | None:
-    """Bytes per second of the slowest link between these GPUs on paper; None where that is not known."""
+    """Return the bytes per second of the slowest link between these GPUs on paper; None where that is not known."""
     gpu = of_device(device)
     if gpu is None:
         return None

@@ -14,7 +14,7 @@ INFINIBAND = Path("/sys/class/infiniband")
 
 
 def look(here: Here) -> Facts:
-    """Names, addresses, interfaces and adapters of this host."""
+    """Return the names, addresses, interfaces and adapters of this host."""
     address, port = here.env.get("MASTER_ADDR"), here.env.get("MASTER_PORT")
     listens = here.rank == 0 and here.world > 1 and here.env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return {
@@ -107,7 +107,7 @@ def _interfaces(seen: Sequence[Seen]) -> Iterator[Finding]:
 
 
 def chosen_interfaces(wanted: str, there: Mapping[str, str], *, exactly: bool) -> list[str]:
-    """The interfaces that a variable means.
+    """Return the interfaces that a variable means.
 
     NCCL reads a list of beginnings, of exact names after "=", and of those to be left out after "^"; gloo exact names.
     Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-socket-ifname
@@ -162,7 +162,7 @@ def _unresolved(address: str) -> str:
 
 
 def _is_foreign(address: str) -> bool:
-    """Whether no interface of this host has the address."""
+    """Return whether no interface of this host has the address."""
     for family, kind, protocol, _, where in _addresses(address):
         with socket.socket(family, kind, protocol) as probe:
             try:
@@ -175,7 +175,7 @@ def _is_foreign(address: str) -> bool:
 
 
 def _leads_to(host: str) -> str:
-    """The first address of a name that is not this host's own loop; empty: none."""
+    """Return the first address of a name that is not this host's own loop; empty: none."""
     return next((where[0] for *_, where in _addresses(host) if not str(where[0]).startswith(("127.", "::1"))), "")
 
 

@@ -21,7 +21,7 @@ LEAST_INODES = 10_000
 
 
 def look(here: Here) -> Facts:
-    """Each process writes, then looks for what the others wrote; rank 0 replaces a file that all read, and locks it."""
+    """Write on each process, then look for the others' files; rank 0 replaces a file that all read, and locks it."""
     probe = Probe(here.options.shared, here.from_first(Probe(here.options.shared).name))
     wrote = _try(lambda: _write(probe, here.rank))
     everyone = here.gather(wrote)
@@ -116,7 +116,7 @@ def _missing(probe: Probe, ranks: list[int]) -> list[int]:
 
 
 def _replace(probe: Probe) -> None:
-    """As a checkpoint is committed: a new file in an old one's place."""
+    """Replace a file as a checkpoint is committed: a new file takes an old one's place."""
     probe.write("state", b"old" * 1000)
     probe.write("state.tmp", b"new" * 1000)
     os.replace(probe.path / "state.tmp", probe.path / "state")
@@ -171,7 +171,7 @@ def _read(probe: Probe, name: str) -> bytes | None:
 
 
 def _try(act: Callable[[], None]) -> str:
-    """What went wrong; empty: nothing."""
+    """Return what went wrong; empty: nothing."""
     try:
         act()
     except OSError as error:

@@ -10,7 +10,7 @@ FACTOR = 1.5
 
 
 def look(here: Here) -> Facts:
-    """Milliseconds of one matrix product, the fastest of some."""
+    """Return the milliseconds of one matrix product, the fastest of some."""
     import torch
 
     from distft.health.straggler import StragglerProbe

@@ -10,7 +10,7 @@ from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Se
 
 
 def look(here: Here) -> Facts:
-    """Imports torch."""
+    """Import torch and read its build."""
     import torch
     from torch.cuda import nccl
 

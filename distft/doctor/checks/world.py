@@ -10,7 +10,7 @@ from distft.doctor.finding import Check, DoctorOptions, Facts, Finding, Here, Se
 
 
 def look(here: Here) -> Facts:
-    """What the launcher said."""
+    """Return what the launcher said."""
     return {"world": here.world, "nodes": int(here.env.get("SLURM_JOB_NUM_NODES", "0"))}
 
 

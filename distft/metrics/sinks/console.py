@@ -48,7 +48,7 @@ class BarSink:
         self._progress.start()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Steps move the bar."""
+        """Print a record; first, last and evaluation records always, others every few seconds."""
         if not _is_step(record):
             self._progress.console.print(f"step {record['step']}  {_line(record)}")
         else:
@@ -69,7 +69,7 @@ class LineSink:
         self._name, self._total, self._start = name, num_steps, start
         self._first: tuple[int, float] | None = None
         """(step, when) of the first record: evaluations and warm-up before it say nothing about the rest."""
-        self._said_at = 0.0
+        self._last_print_s = 0.0
 
     def write(self, record: dict[str, Any]) -> None:
         """First, last and evaluation records are always written."""
@@ -77,15 +77,15 @@ class LineSink:
         is_step = _is_step(record)
         if is_step and self._first is None:
             self._first = (step, now)
-        if is_step and step not in (self._start + 1, self._total) and now - self._said_at < self.SECONDS:
+        if is_step and step not in (self._start + 1, self._total) and now - self._last_print_s < self.SECONDS:
             return
         left = ""
         if is_step:
-            self._said_at = now
+            self._last_print_s = now
         if is_step and self._first is not None and step > self._first[0]:
             seconds = (now - self._first[1]) / (step - self._first[0]) * (self._total - step)
             left = f"  {duration(seconds)} left"
         print(f"{self._name} {step}/{self._total}  {_line(record)}{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: nothing is buffered."""

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def _step(line: str) -> int | None:
-    """The step of a record; None for a line that a crash cut short."""
+    """Return the step of a record; None for a line that a crash cut short."""
     step = (parse_json_object(line) or {}).get("step")
     return step if isinstance(step, int) else None
 
@@ -40,7 +40,7 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """JSON has no NaN: readers get the strings "nan", "inf", "-inf"."""
+        """Write a record; JSON has no NaN, so readers get the strings "nan", "inf", "-inf"."""
         safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             self._file.write(json.dumps(safe) + "\n")

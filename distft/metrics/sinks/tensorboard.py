@@ -17,7 +17,7 @@ class TensorboardSink:
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Position keys but the step are figures too."""
+        """Write a record; position keys but the step are figures too."""
         group = "train" if "loss" in record else "eval"
         for name, value in record.items():
             if name != "step" and value is not None:

@@ -21,7 +21,7 @@ class WandbSink:
         self._run = library.init(project=project, name=name, config=config)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One call per record."""
+        """Log one record with one call."""
         self._run.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
 
     def close(self) -> None:

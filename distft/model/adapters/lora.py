@@ -151,7 +151,7 @@ def _matches(tensor: str, name: str) -> bool:
 
 
 def _refuse_on_experts(lm: Any, params: LoraParams, tensors: set[str]) -> None:
-    """PEFT has neither dropout nor DoRA for parameters that hold several experts.
+    """Refuse dropout and DoRA for parameters that hold several experts: PEFT has neither.
 
     Raises:
         RecipeError: the recipe asks for one of them.
@@ -168,7 +168,7 @@ def _refuse_on_experts(lm: Any, params: LoraParams, tensors: set[str]) -> None:
 
 
 def _compute_in_experts(wrapped: nn.Module) -> None:
-    """PEFT's wrappers of expert tensors hold the adapters and take part in names; what they compute is done here.
+    """Compute adapters of expert tensors here; PEFT's wrappers hold the adapters and take part in names.
 
     PEFT turns the wrapped parameter into a parametrization and back in every forward, which engines that gather
     parameters around forwards lose sight of. Here the expert module computes with `W + scale * A B`, the sum that PEFT
@@ -214,24 +214,24 @@ def _compute_in_experts(wrapped: nn.Module) -> None:
 
 
 def adapted_layers(model: nn.Module) -> tuple[int, int]:
-    """(layers, expert tensors) that have an adapter."""
+    """Return (layers, expert tensors) that have an adapter."""
     counts = [getattr(module, "num_experts", 1) for module in model.modules() if hasattr(module, "lora_A")]
     tensors = sum(count > 1 for count in counts)
     return len(counts) - tensors, tensors
 
 
 def owns(name: str) -> bool:
-    """LoRA's own matrices and magnitudes."""
+    """Return whether a name is one of LoRA's own matrices and magnitudes."""
     return ".lora_" in name
 
 
 def starts_at_zero(name: str) -> bool:
-    """Whether it is a B, with which an adapter begins as nothing."""
+    """Return whether a parameter is a B, with which an adapter begins as zero."""
     return ".lora_B." in name
 
 
 def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator) -> Tensor:
-    """PEFT's default: A uniform as torch initialises a linear layer, B zero, so the adapter starts as identity.
+    """Draw PEFT's default: A uniform as torch initialises a linear layer, B zero, so it starts as identity.
 
     DoRA's magnitude starts as the norm of each of the base weight's rows, as stored (after quantisation).
     """
@@ -254,7 +254,7 @@ def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator)
 
 
 def base_name(name: str) -> str:
-    """Strips PEFT's wrapper, the `base_layer` it hides a weight behind, and the copies of modules_to_save."""
+    """Strip PEFT's wrapper, the `base_layer` it hides a weight behind, and the copies of modules_to_save."""
     name = re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
     return name.replace(".original_module.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
 

@@ -52,7 +52,7 @@ def _four_bit() -> tuple[type, ...]:
 
 
 def _fused(adapter: str, peft_forward: Any) -> Callable[..., Tensor]:
-    """A forward for one layer; whatever is not plain training or inference with the adapter is left to PEFT's.
+    """Return a forward for one layer; whatever is not plain training or inference with the adapter is left to PEFT's.
 
     A function, and no object that can be called: torch 2.11 compiles no methods of those.
     """

@@ -31,7 +31,7 @@ def _no_name(name: str) -> bool:
 
 
 def _save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """As PEFT does, and transformers."""
+    """Save as PEFT does, and transformers."""
     lm.save_pretrained(folder, state_dict=tensors)
 
 

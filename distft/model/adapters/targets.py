@@ -25,17 +25,17 @@ _MANY = 3
 
 
 def _saved(params: Any) -> tuple[str, ...]:
-    """Modules trained whole; none where a method has no such key."""
+    """Return the modules trained whole; none where a method has no such key."""
     return getattr(params, "modules_to_save", ())
 
 
 def are_named(params: Any) -> bool:
-    """Whether a method's settings name any module, so that there is something to look for in the model."""
+    """Return whether a method's settings name any module, so that there is something to look for in the model."""
     return getattr(params, "target_modules", ALL_LINEAR) != ALL_LINEAR or bool(_saved(params))
 
 
 def name_blocks(params: Any) -> bool:
-    """Whether blocks may differ in what is trained: a name or pattern that says which block it means."""
+    """Return whether blocks may differ in what is trained: a name or pattern that says which block it means."""
     targets = getattr(params, "target_modules", ALL_LINEAR)
     names = [targets] if isinstance(targets, str) else list(targets)
     return any(any(char.isdigit() for char in name) for name in [*names, *_saved(params)])
@@ -69,7 +69,7 @@ class Listing:
     """Names of weights of all experts in one tensor: PEFT and transformers know them by these."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
@@ -79,7 +79,7 @@ class Listing:
 
 
 def listing(lm: Any) -> Listing:
-    """The modules of a transformers model, which may be without values."""
+    """Return the modules of a transformers model, which may be without values."""
     from distft.model.blocks import blocks_of
 
     head = lm.get_output_embeddings()
@@ -138,20 +138,20 @@ class _Names:
         self.experts = {*listed.experts, *older} if listed.experts else set[str]()
 
     def matched(self, name: str) -> list[str]:
-        """The modules that a name of a list means."""
+        """Return the modules that a name of a list means."""
         return [module for module in self.modules if _ends_with(module, name)]
 
     def fitting(self, pattern: str) -> list[str]:
-        """The modules that a regular expression means: it has to fit the whole name, as for PEFT."""
+        """Return the modules that a regular expression means: it has to fit the whole name, as for PEFT."""
         compiled = re.compile(pattern)
         return [module for module in self.modules if compiled.fullmatch(module)]
 
     def is_head(self, name: str) -> bool:
-        """Whether this module makes the logits."""
+        """Return whether this module makes the logits."""
         return self.modules[name].head
 
     def has_adapter(self, name: str) -> bool:
-        """Whether this module is of a kind that gets a low-rank product."""
+        """Return whether this module is of a kind that gets a low-rank product."""
         return bool(self.modules[name].adapts)
 
     def nearest(self, name: str, *, adapted: bool) -> str:
@@ -174,7 +174,7 @@ class _Names:
         return f"the model has {', '.join(listed[:12])}{', ...' if len(listed) > 12 else ''}"
 
     def below(self, name: str) -> list[str]:
-        """Short names of what could be named instead of a module that holds others."""
+        """Return the short names of what could be named instead of a module that holds others."""
         inside = [module for module in self.modules if module.startswith(f"{name}.") and self.has_adapter(module)]
         return list(dict.fromkeys(module.rpartition(".")[2] for module in inside))
 
@@ -313,7 +313,7 @@ def _ends_with(module: str, name: str) -> bool:
 
 
 def _adapts(module: Any) -> Literal["linear", "embedding", ""]:
-    """Linear is also GPT-2's transposed layer."""
+    """Return what kind of adapter a module can have; linear is also GPT-2's transposed layer."""
     from torch import nn
 
     kind = type(module)

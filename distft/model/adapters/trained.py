@@ -49,5 +49,5 @@ def from_folder(method: MethodSpec, folder: Path) -> MethodSpec:
 
 
 def file_key(name: str) -> str:
-    """A parameter's name in the attached model -> its name in PEFT's file, which leaves the adapter's name out."""
+    """Return a parameter's name in PEFT's file, which leaves the adapter's name out."""
     return name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")

@@ -152,7 +152,7 @@ def _hold(config: Any, path: ForwardPath, device: torch.device, max_length: int)
 
 
 def _finish_config(config: Any, pad_id: int | None) -> None:
-    """Transformers reads the reward at the last token that is not padding; without padding, at the last token.
+    """Set the padding token: transformers reads the reward at the last token that is none.
 
     A padding token that rows end with would move it one token ahead.
     """

@@ -187,8 +187,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("row", "flags", "expected"),
         [
-            ({"chosen": "aye, it is {n}", "rejected": "nay, it is {n}"}, [], ("dpo", "preference", 5e-6)),
-            ({"chosen": "aye, it is {n}", "rejected": "nay, it is {n}"}, ["--pretrained"], ("orpo", "preference", 5e-5)),
+            ({"chosen": "aye, {n}", "rejected": "nay, {n}"}, [], ("dpo", "preference", 5e-6)),
+            ({"chosen": "aye, {n}", "rejected": "nay, {n}"}, ["--pretrained"], ("orpo", "preference", 5e-5)),
             ({"chosen": "yes, it is {n}, and more", "rejected": "no {n}"}, [], ("simpo", "preference", 5e-6)),
             ({"chosen": "no {n}", "rejected": "yes, it is {n}, and more"}, [], ("simpo", "preference", 5e-6)),
             ({"chosen": "a {n}", "rejected": "b {n}"}, ["--goal", "reward"], ("reward", "preference", 1e-4)),

@@ -96,3 +96,16 @@ def test_mock_rows_are_full_and_supervised() -> None:
     assert torch.equal(micro.labels_T[kept], micro.input_ids_T.roll(-1)[kept])
     assert micro.position_ids_T.tolist() == list(range(8)) * 4
     assert micro.cu_seqlens.tolist() == [0, 8, 16, 24, 32]
+
+
+def test_mock_rows_of_pairs_share_a_sequence() -> None:
+    steps = FullSteps(
+        seed=3, vocabulary=50, max_length=9, num_steps=1, global_batch_size=2, micro_batch_size=2, rank=0, world=1,
+        group_size=2, values=("margin_G",),
+    )  # fmt: skip
+    [[micro]] = steps.from_step(0)
+    assert micro.cu_seqlens.tolist() == [0, 4, 9, 13, 18]
+    assert micro.position_ids_T.tolist() == [*range(4), *range(5)] * 2
+    assert (micro.group_sizes, micro.num_documents, micro.num_supervised) == ((2, 2), 4, 14)
+    assert [index for index, label in enumerate(micro.labels_T.tolist()) if label == IGNORE] == [3, 8, 12, 17]
+    assert micro.columns["margin_G"].tolist() == [0, 1]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from distft.core.errors import MachineError
 from distft.engine import processes
-from distft.engine.processes import launcher_wants, placed_by
+from distft.engine.processes import detect_launcher, launcher_wants
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "1"}
@@ -27,7 +27,7 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "MASTE
     ids=["nothing", "torchrun", "accelerate", "srun", "torchrun-in-slurm", "one-task", "batch-script"],
 )
 def test_each_launchers_mark(env: dict[str, str], place: tuple[str, int, int, int]) -> None:
-    assert placed_by(env) == place
+    assert detect_launcher(env) == place
 
 
 @pytest.mark.parametrize("missing", TORCHRUN)
@@ -35,14 +35,14 @@ def test_half_a_launch_is_refused(missing: str) -> None:
     env = {key: value for key, value in TORCHRUN.items() if key != missing}
     said = "WORLD_SIZE" if missing == "RANK" else "RANK"
     with pytest.raises(MachineError, match=f"the launcher set {said} but not {missing}; start with accelerate launch"):
-        placed_by(env)
+        detect_launcher(env)
 
 
 def test_all_that_is_missing_is_named_at_once() -> None:
     with pytest.raises(
         MachineError, match="set RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;"
     ) as said:
-        placed_by({"RANK": "0"})
+        detect_launcher({"RANK": "0"})
     assert said.value.exit_code == 9
 
 
@@ -50,7 +50,7 @@ def test_all_that_is_missing_is_named_at_once() -> None:
 def test_srun_without_a_meeting_place_says_what_to_export(missing: str) -> None:
     env = {key: value for key, value in SLURM.items() if key != missing}
     with pytest.raises(MachineError, match=r"MASTER_ADDR and MASTER_PORT are not set; export MASTER_ADDR=.*scontrol"):
-        placed_by(env)
+        detect_launcher(env)
 
 
 @pytest.mark.parametrize(

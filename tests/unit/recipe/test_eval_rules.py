@@ -124,3 +124,15 @@ def test_a_task_of_lm_eval_is_a_set() -> None:
 
 def test_without_answers_the_recipe_says_nothing_of_them() -> None:
     assert "eval" not in parse(BASE).resolved()
+
+
+def test_an_objectives_figures_may_decide() -> None:
+    pairs = BASE.replace("[[data.train]]", '[objective]\nname = "dpo"\n[[data.train]]', 1)
+    rows = '[[data.eval]]\npath = "held.jsonl"\n[checkpoint]\nbest = true\n[eval]\nbest_by = "eval_reward_accuracy"\n'
+    assert parse(pairs + rows + "every_steps = 5").eval.best_by == "eval_reward_accuracy"
+    with pytest.raises(RecipeError, match="is not measured during training"):
+        parse(pairs + rows)
+    with pytest.raises(RecipeError, match=r"did you mean .eval_reward_accuracy.*eval_reward_margin"):
+        parse(pairs + rows.replace("_accuracy", "_acuracy") + "every_steps = 5")
+    with pytest.raises(RecipeError, match="is measured nowhere"):
+        parse(BASE + rows + "every_steps = 5")
