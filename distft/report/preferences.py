@@ -82,7 +82,8 @@ def preferences(run: RunRecord) -> Iterator[Html]:
     if not before and not after:
         return
     for sentence in judged_warnings(*run.judged):
-        yield h("p", h("strong", "Warning: "), sentence, class_="note")
+        what, _, helps = sentence.partition("  ")
+        yield h("p", h("strong", "Warning: "), f"{what}. What helps: {helps}.", class_="note")
     yield _accuracies(run, before, after)
     chart = _calibration(before, after)
     if chart is not None:
