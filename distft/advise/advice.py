@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.advise.draft import recipe_text
-from distft.advise.rules import Decided, Situation, decide
+from distft.advise.rules import decide
+from distft.advise.situation import Decided, Situation
 
 if TYPE_CHECKING:
     from distft.advise.fit import Fit
@@ -77,7 +78,7 @@ def advise(situation: Situation, names: Names, *, folder: Path | None, machine: 
         RecipeError: transformers does not know the config.
     """
     start: dict[str, Any] = {}
-    first = decide(situation, ("approach", "methods"), start)
+    first = decide(situation, ("approach", "objective", "beta", "sft_weight", "center", "methods"), start)
 
     def settings(method: str) -> list[Decided]:
         return decide(situation, _SETTINGS, {**start, "candidate": method})

@@ -10,15 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.advise.rules import GOALS, Situation
+from distft.advise.situation import GOALS, RowsHold, Situation
 from distft.core.command_line import CommandParser, add_config, add_json, add_machine
 from distft.core.errors import DONE, DistftError, FileSystemError, Problem, RecipeError
 from distft.core.nearest import nearest
 
 if TYPE_CHECKING:
+    from distft.data.samples import FormatSpec
     from distft.data_quality import DataQualityReport
 
 _SOMEWHERE = "data/train.jsonl"
+_FORMATS: dict[RowsHold, str] = {"answers": "messages", "pairs": "preference", "labels": "unpaired"}
+"""What rows that nobody has seen yet are taken for."""
 
 
 def parser() -> CommandParser:
@@ -33,6 +36,9 @@ def parser() -> CommandParser:
     made.add_argument("--rows", type=int, metavar="N", help="training rows; counted when --data is given")
     made.add_argument("--data", metavar="FILE", help="training rows: counted, measured and looked through")
     made.add_argument("--eval", metavar="FILE", help="rows to evaluate on")
+    made.add_argument(
+        "--pretrained", action="store_true", help="the model has had no supervised fine-tuning: pairs in one stage"
+    )
     add_machine(made)
     add_config(made)
     made.add_argument("--name", default="advised", help="of the run (advised)")
@@ -82,7 +88,9 @@ def _run(options: argparse.Namespace) -> int:
     _check(options)
     with contextlib.ExitStack() as stack:
         machine, folder, parameters = _machine_and_model(options, stack)
-        care, train_format = _look(options)
+        care, spec, longer = _look(options)
+        rows_hold = _rows_hold(options.goal, spec)
+        _check_rows(options, rows_hold, spec)
         from distft.advise.advice import Names, advise, parameters_in_name, tell
 
         situation = Situation(
@@ -90,14 +98,17 @@ def _run(options: argparse.Namespace) -> int:
             rows=care.splits["train"].num_rows if care else options.rows,
             parameters=parameters or parameters_in_name(options.model),
             world=options.gpus * options.nodes,
-            longest_chars=_chars(care, "max"),
-            typical_chars=_chars(care, "p50"),
+            longest_chars=_chars(care, "max", prompts=2 if rows_hold == "pairs" else 1),
+            typical_chars=_chars(care, "p50", prompts=2 if rows_hold == "pairs" else 1),
+            rows_hold=rows_hold,
+            pretrained=options.pretrained,
+            longer=longer,
         )
         names = Names(
             name=options.name,
             model=options.model,
             train=options.data or _SOMEWHERE,
-            train_format=train_format or ("text" if options.goal == "domain" else "messages"),
+            train_format=spec.name if spec else _FORMATS[rows_hold] if options.goal != "domain" else "text",
             held_out=options.eval,
         )
         advice = advise(situation, names, folder=folder, machine=machine)
@@ -163,10 +174,36 @@ def _machine_and_model(options: argparse.Namespace, stack: contextlib.ExitStack)
     return machine, folder, parameters_of(options.model, folder)
 
 
-def _look(options: argparse.Namespace) -> tuple[DataQualityReport | None, str]:
-    """Return the examined rows and their format; (None, "") without --data."""
+def _rows_hold(goal: str, spec: FormatSpec | None) -> RowsHold:
+    """Return what each row holds, by its format; by the goal where there are no rows yet."""
+    if spec is None:
+        return "pairs" if goal in ("preference", "reward") else "answers"
+    return "labels" if spec.decisive else "pairs" if spec.group_size > 1 else "answers"
+
+
+def _check_rows(options: argparse.Namespace, rows_hold: RowsHold, spec: FormatSpec | None) -> None:
+    """Raise RecipeError where the goal, or what was said of the model, does not fit the rows."""
+    problems = []
+    where = f"{options.data} has rows of format {spec.name}" if spec else "there are no pairs"
+    if options.goal == "reward" and rows_hold != "pairs":
+        problems.append(Problem(message=f"--goal reward  needs pairs, and {where}",
+                                fix="rows with a prompt, a chosen and a rejected answer"))  # fmt: skip
+    if options.goal == "preference" and rows_hold == "answers":
+        problems.append(Problem(message=f"--goal preference  needs rows that judge answers, and {where}",
+                                fix="pairs, or answers with a label; or --goal style or task to learn the answers "
+                                    "themselves"))  # fmt: skip
+    if options.pretrained and (rows_hold != "pairs" or options.goal == "reward"):
+        why = "with --goal reward" if options.goal == "reward" else f"here: {where}"
+        problems.append(Problem(message=f"--pretrained  has no effect {why}", fix="leave it out"))
+    if problems:
+        raise RecipeError("distft advise", problems)
+
+
+def _look(options: argparse.Namespace) -> tuple[DataQualityReport | None, FormatSpec | None, float | None]:
+    """Return the examined rows, their format and the share of pairs whose chosen answer is longer; or Nones."""
     if options.data is None:
-        return None, ""
+        return None, None, None
+    from distft.advise.pairs import share_longer
     from distft.data.prepared_folder import cache_folder
     from distft.data.sources import decide_format, find
     from distft.data_quality import examine
@@ -178,14 +215,17 @@ def _look(options: argparse.Namespace) -> tuple[DataQualityReport | None, str]:
         json.dumps({split: [{"path": locate_path(path)}] for split, path in named.items()})
     )
     report = examine(table, cache_dir=cache_folder(table))
-    return report, decide_format(find(table.train[0])).name
+    source = find(table.train[0])
+    spec = decide_format(source)
+    return report, spec, share_longer(source, spec)
 
 
-def _chars(care: DataQualityReport | None, percentile: str) -> int | None:
-    """Return the characters of prompt and answer together; None when the rows were not examined."""
+def _chars(care: DataQualityReport | None, percentile: str, *, prompts: int) -> int | None:
+    """Return the characters of a row's answers and of its prompt, before each; None when the rows were not examined."""
     if care is None or not care.splits["train"].num_rows:
         return None
-    return care.splits["train"].prompt_chars[percentile] + care.splits["train"].answer_chars[percentile]
+    rows = care.splits["train"]
+    return prompts * rows.prompt_chars[percentile] + rows.answer_chars[percentile]
 
 
 def _write(path: Path, text: str) -> None:

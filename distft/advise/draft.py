@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from distft.advise.rules import Decided
+from distft.advise.situation import Decided
 from distft.model.adapters import METHODS
 from distft.recipe.toml_text import toml_value
 
@@ -37,6 +37,9 @@ def _lines(
             yield _line(key, of[key])
     if METHODS[of["method"].value].quantized:
         yield 'quant = { type = "nf4", double = true }'
+    if of["objective"].value != "sft":
+        yield from ("", "[objective]", _line("name", of["objective"]))
+        yield from (_line(key, of[key]) for key in ("beta", "sft_weight", "center") if key in of)
     yield from ("", "[data]", _line("max_length", of["max_length"]))
     yield from ("", "[[data.train]]", f"path = {toml_value(train)}", f"format = {toml_value(form)}", "")
     if held_out is not None:

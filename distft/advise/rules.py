@@ -6,70 +6,12 @@ the methods that they recommend, because the advice is a recipe; what a method i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
-if TYPE_CHECKING:
-    from distft.model.adapters import MethodSpec
-
-Goal: TypeAlias = Literal["format", "style", "task", "skill", "facts", "domain"]
-GOALS: dict[str, str] = {
-    "format": "answers in a fixed form: JSON, fields, a template",
-    "style": "a tone or a voice",
-    "task": "one task with right answers: extract, classify, call tools, triage",
-    "skill": "something hard it does badly: mathematics, code, long chains of steps",
-    "facts": "facts that it does not know: documents, products, what changed last week",
-    "domain": "a whole field or language, from much plain text",
-}
-SoFar: TypeAlias = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Situation:
-    """What the rules look at."""
-
-    goal: Goal
-    rows: int
-    """Training rows."""
-    parameters: float | None = None
-    """Parameters of the model; None: not known here."""
-    world: int = 1
-    """GPUs in all."""
-    longest_chars: int | None = None
-    """Characters of the longest training row; None: not examined."""
-    typical_chars: int | None = None
-    """Characters of the median training row."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """One piece of advice."""
-
-    name: str
-    """As in docs/choosing.md and in the comments of a written recipe."""
-    decides: str
-    says: str
-    why: str
-    source: str
-    when: Callable[[Situation, SoFar], bool]
-    gives: Callable[[Situation, SoFar], Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decided:
-    """A rule that applied, and what it gave."""
-
-    rule: Rule
-    value: Any
-
-
-HU = "Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685"
-DETTMERS = "Dettmers et al. 2023, QLoRA, https://arxiv.org/abs/2305.14314"
-BIDERMAN = "Biderman et al. 2024, LoRA Learns Less and Forgets Less, https://arxiv.org/abs/2405.09673"
-SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, https://thinkingmachines.ai/blog/lora/"
-LLAMA2 = "Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288"
-REPEATED = "Muennighoff et al. 2023, Scaling Data-Constrained Language Models, https://arxiv.org/abs/2305.16264"
+from distft.advise.preference_rules import PREFERENCE_RULES
+from distft.advise.situation import Decided, Rule, Situation, SoFar, always, fewer_than, gives, is_adapter, method_spec
+from distft.advise.sources import BIDERMAN, DETTMERS, HU, LLAMA2, REPEATED, SCHULMAN
 
 FEW = 50
 BIG = 30e9
@@ -79,37 +21,15 @@ _UNSEEN_TOKENS = 300
 """What a row is taken for that was not looked at."""
 
 
-def _always(situation: Situation, so_far: SoFar) -> bool:
-    return True
-
-
-def _is(value: Any) -> Callable[[Situation, SoFar], Any]:
-    return lambda situation, so_far: value
-
-
-def _method(name: str) -> MethodSpec:
-    from distft.model.adapters import METHODS  # not for the help of the command, which lists the goals
-
-    return METHODS[name]
-
-
-def _adapter(so_far: SoFar) -> bool:
-    return _method(so_far["method"]).adapter
-
-
-def _below(rows: int) -> Callable[[Situation, SoFar], bool]:
-    return lambda situation, so_far: situation.rows < rows
-
-
 def _rank_below(rows: int) -> Callable[[Situation, SoFar], bool]:
-    return lambda situation, so_far: _adapter(so_far) and situation.rows < rows
+    return lambda situation, so_far: is_adapter(so_far) and situation.rows < rows
 
 
 def _batch(situation: Situation, so_far: SoFar) -> int:
     """Return the largest batch of 8 to 64 that leaves 100 steps, rounded up to a multiple of the GPUs."""
     tokens = _UNSEEN_TOKENS if situation.typical_chars is None else situation.typical_chars / _CHARS_PER_TOKEN
     sequences = situation.rows * so_far["epochs"] * min(1.0, tokens / so_far["max_length"])  # packed
-    most = 32 if _adapter(so_far) else 64
+    most = 32 if is_adapter(so_far) else 64
     size = max((size for size in (8, 16, 32, 64) if size <= most and sequences >= 100 * size), default=8)
     return -(-size // situation.world) * situation.world
 
@@ -130,7 +50,7 @@ RULES: tuple[Rule, ...] = (
         source="Ovadia et al. 2023, https://arxiv.org/abs/2312.05934; Gekhman et al. 2024, "
         "https://arxiv.org/abs/2405.05904; Lewis et al. 2020, https://arxiv.org/abs/2005.11401",
         when=lambda situation, _: situation.goal == "facts",
-        gives=_is("retrieve"),
+        gives=gives("retrieve"),
     ),
     Rule(
         name="few-rows-are-a-prompt",
@@ -141,7 +61,7 @@ RULES: tuple[Rule, ...] = (
         source="Brown et al. 2020, https://arxiv.org/abs/2005.14165; "
         "https://platform.openai.com/docs/guides/fine-tuning",
         when=lambda situation, _: situation.rows < FEW,
-        gives=_is("prompt"),
+        gives=gives("prompt"),
     ),
     Rule(
         name="else-fine-tune",
@@ -150,9 +70,10 @@ RULES: tuple[Rule, ...] = (
         why="Form, tone, tasks and skills are behaviour, and behaviour is what a small set of good rows "
         "changes; without the prompt's figures nobody can say that the tuning helped.",
         source="Zhou et al. 2023, LIMA, https://arxiv.org/abs/2305.11206",
-        when=_always,
-        gives=_is("fine-tune"),
+        when=always,
+        gives=gives("fine-tune"),
     ),
+    *PREFERENCE_RULES,
     Rule(
         name="a-domain-wants-all-weights",
         decides="methods",
@@ -160,7 +81,7 @@ RULES: tuple[Rule, ...] = (
         why="In continued pretraining on code and mathematics LoRA stayed behind full training, at every rank tried.",
         source=BIDERMAN,
         when=lambda situation, _: situation.goal == "domain" and situation.rows >= 10_000,
-        gives=_is(("full", "lora", "qlora")),
+        gives=gives(("full", "lora", "qlora")),
     ),
     Rule(
         name="an-adapter-is-enough",
@@ -169,8 +90,8 @@ RULES: tuple[Rule, ...] = (
         why="On data of instruction-tuning size LoRA reaches what full training reaches, forgets less of what the "
         "model could do, and leaves megabytes to keep instead of gigabytes.",
         source=f"{HU}; {SCHULMAN}; {BIDERMAN}",
-        when=_always,
-        gives=_is(("lora", "qlora")),
+        when=always,
+        gives=gives(("lora", "qlora")),
     ),
     Rule(
         name="four-bits-when-short-of-memory",
@@ -179,8 +100,8 @@ RULES: tuple[Rule, ...] = (
         why="It matched 16-bit fine-tuning in all comparisons, at a quarter of the base's memory; it is slower, so not "
         "without need.",
         source=DETTMERS,
-        when=lambda _, so_far: _method(so_far["candidate"]).quantized,
-        gives=_is("qlora"),
+        when=lambda _, so_far: method_spec(so_far["candidate"]).quantized,
+        gives=gives("qlora"),
     ),
     Rule(
         name="the-first-that-fits",
@@ -188,7 +109,7 @@ RULES: tuple[Rule, ...] = (
         says="Of the methods in order of preference the first that fits the GPUs, as `distft plan` counts it.",
         why="What does not fit cannot be better.",
         source="docs/results: planned against measured memory",
-        when=_always,
+        when=always,
         gives=lambda _, so_far: so_far["candidate"],
     ),
     Rule(
@@ -197,8 +118,8 @@ RULES: tuple[Rule, ...] = (
         says="Adapters on every linear layer.",
         why="Attention layers alone fall short of full fine-tuning at any rank; all linear layers match it.",
         source=f"{DETTMERS}; {SCHULMAN}",
-        when=lambda _, so_far: _adapter(so_far),
-        gives=_is("all-linear"),
+        when=lambda _, so_far: is_adapter(so_far),
+        gives=gives("all-linear"),
     ),
     Rule(
         name="rank-for-a-domain",
@@ -206,8 +127,8 @@ RULES: tuple[Rule, ...] = (
         says="Rank 128 for a domain.",
         why="The higher the rank, the less LoRA stayed behind in continued pretraining.",
         source=BIDERMAN,
-        when=lambda situation, so_far: _adapter(so_far) and situation.goal == "domain",
-        gives=_is(128),
+        when=lambda situation, so_far: is_adapter(so_far) and situation.goal == "domain",
+        gives=gives(128),
     ),
     Rule(
         name="rank-for-thousands",
@@ -216,7 +137,7 @@ RULES: tuple[Rule, ...] = (
         why="On small sets the rank makes no difference that could be measured; the smallest trains fastest.",
         source=f"{DETTMERS}; {HU}",
         when=_rank_below(10_000),
-        gives=_is(16),
+        gives=gives(16),
     ),
     Rule(
         name="rank-for-ten-thousands",
@@ -225,7 +146,7 @@ RULES: tuple[Rule, ...] = (
         why="Adapters fall behind when the data holds more than they can, so capacity grows with the rows.",
         source=SCHULMAN,
         when=_rank_below(50_000),
-        gives=_is(32),
+        gives=gives(32),
     ),
     Rule(
         name="rank-for-more",
@@ -233,8 +154,8 @@ RULES: tuple[Rule, ...] = (
         says="Rank 64 from there on.",
         why="As above.",
         source=SCHULMAN,
-        when=lambda _, so_far: _adapter(so_far),
-        gives=_is(64),
+        when=lambda _, so_far: is_adapter(so_far),
+        gives=gives(64),
     ),
     Rule(
         name="alpha-is-twice-the-rank",
@@ -242,7 +163,7 @@ RULES: tuple[Rule, ...] = (
         says="alpha = 2 r.",
         why="With alpha / r fixed the best learning rate hardly depends on the rank; 2 did well in comparisons.",
         source=f"{BIDERMAN}; {SCHULMAN}",
-        when=lambda _, so_far: _adapter(so_far),
+        when=lambda _, so_far: is_adapter(so_far),
         gives=lambda _, so_far: 2 * so_far["r"],
     ),
     Rule(
@@ -251,8 +172,8 @@ RULES: tuple[Rule, ...] = (
         says="Adapters on 30 billion parameters and more: 1e-4.",
         why="What QLoRA used for 33B and 65B.",
         source=DETTMERS,
-        when=lambda situation, so_far: _adapter(so_far) and (situation.parameters or 0) >= BIG,
-        gives=_is(1e-4),
+        when=lambda situation, so_far: is_adapter(so_far) and (situation.parameters or 0) >= BIG,
+        gives=gives(1e-4),
     ),
     Rule(
         name="rate-of-adapters",
@@ -260,8 +181,8 @@ RULES: tuple[Rule, ...] = (
         says="Adapters: 2e-4.",
         why="About ten times the rate of full training is best for LoRA; 2e-4 is what QLoRA used for 7B and 13B.",
         source=f"{SCHULMAN}; {DETTMERS}",
-        when=lambda _, so_far: _adapter(so_far),
-        gives=_is(2e-4),
+        when=lambda _, so_far: is_adapter(so_far),
+        gives=gives(2e-4),
     ),
     Rule(
         name="rate-of-all-weights",
@@ -269,8 +190,8 @@ RULES: tuple[Rule, ...] = (
         says="All weights: 2e-5.",
         why="What Llama 2's supervised fine-tuning used, at every size.",
         source=LLAMA2,
-        when=_always,
-        gives=_is(2e-5),
+        when=always,
+        gives=gives(2e-5),
     ),
     Rule(
         name="epochs-below-a-thousand-rows",
@@ -278,8 +199,8 @@ RULES: tuple[Rule, ...] = (
         says="4 epochs below 1,000 rows.",
         why="Up to four passes are worth nearly as much as new rows; beyond, the gain fades and memorising starts.",
         source=REPEATED,
-        when=_below(1000),
-        gives=_is(4),
+        when=fewer_than(1000),
+        gives=gives(4),
     ),
     Rule(
         name="epochs-for-thousands",
@@ -287,8 +208,8 @@ RULES: tuple[Rule, ...] = (
         says="3 epochs below 10,000 rows.",
         why="As above; QLoRA and Alpaca trained as long on sets of this order.",
         source=f"{REPEATED}; {DETTMERS}",
-        when=_below(10_000),
-        gives=_is(3),
+        when=fewer_than(10_000),
+        gives=gives(3),
     ),
     Rule(
         name="epochs-for-ten-thousands",
@@ -296,8 +217,8 @@ RULES: tuple[Rule, ...] = (
         says="2 epochs below 50,000 rows.",
         why="What Llama 2 took for its 27,540 rows.",
         source=LLAMA2,
-        when=_below(50_000),
-        gives=_is(2),
+        when=fewer_than(50_000),
+        gives=gives(2),
     ),
     Rule(
         name="one-epoch-of-many",
@@ -305,8 +226,8 @@ RULES: tuple[Rule, ...] = (
         says="1 epoch from there on.",
         why="New rows are worth more than seen ones; a second pass is for when evaluation still falls at the end.",
         source=REPEATED,
-        when=_always,
-        gives=_is(1),
+        when=always,
+        gives=gives(1),
     ),
     Rule(
         name="batches-that-leave-steps",
@@ -314,7 +235,7 @@ RULES: tuple[Rule, ...] = (
         says="The largest batch that leaves 100 steps: 8 to 32 packed sequences for adapters, to 64 for all weights.",
         why="Steps are what trains; and LoRA loses more than full training when batches grow.",
         source=f"{SCHULMAN}; {LLAMA2}",
-        when=_always,
+        when=always,
         gives=_batch,
     ),
     Rule(
@@ -323,8 +244,8 @@ RULES: tuple[Rule, ...] = (
         says="QLoRA: 8-bit paged AdamW.",
         why="Its state moves to host memory when one long batch needs the room.",
         source=f"{DETTMERS}; Dettmers et al. 2021, https://arxiv.org/abs/2110.02861",
-        when=lambda _, so_far: _method(so_far["method"]).quantized,
-        gives=_is("paged_adamw_8bit"),
+        when=lambda _, so_far: method_spec(so_far["method"]).quantized,
+        gives=gives("paged_adamw_8bit"),
     ),
     Rule(
         name="adamw",
@@ -332,8 +253,8 @@ RULES: tuple[Rule, ...] = (
         says="Else AdamW.",
         why="What the rates above were found with; an adapter's state is small.",
         source=f"Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101; {HU}",
-        when=_always,
-        gives=_is("adamw"),
+        when=always,
+        gives=gives("adamw"),
     ),
     Rule(
         name="length-of-the-longest-row",
@@ -341,7 +262,7 @@ RULES: tuple[Rule, ...] = (
         says="Sequences as long as the longest row, 512 to 8,192 tokens; 2,048 when the rows were not looked at.",
         why="Shorter would drop rows; longer costs memory. Rows are packed, so short ones waste nothing.",
         source="Krell et al. 2021, packing without cross-contamination, https://arxiv.org/abs/2107.02027",
-        when=_always,
+        when=always,
         gives=_length,
     ),
 )

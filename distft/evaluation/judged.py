@@ -78,7 +78,7 @@ def judged_warnings(before: Mapping[str, Any] | None, after: Mapping[str, Any] |
 
 
 def _gained_length(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Accuracy has risen where the chosen answer is the longer one, by more than chance, and nowhere else."""
+    """Warn where accuracy has risen for longer chosen answers, by more than chance, and for shorter ones not at all."""
     was, now = (figures["groups"].get("length", {}) for figures in (before, after))
     if not all({"longer", "shorter"} <= groups.keys() for groups in (was, now)):
         return ""
@@ -92,7 +92,7 @@ def _gained_length(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def _unlikelier(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Answers that are to become likelier have become much unlikelier."""
+    """Warn where answers that are to become likelier have become much unlikelier."""
     side = SIDES[after["kind"]][0]
     was, now = (figures.get("logprob_per_token", {}).get(side) for figures in (before, after))
     if was is None or now is None or now >= was - FALLS_FAR:
@@ -105,7 +105,7 @@ def _unlikelier(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def _sides(rows: Sequence[Row], kind: str) -> dict[str, list[Row]]:
-    """Side -> its answers, each with `tokens` and what else was measured of it."""
+    """Return side -> its answers, each with `tokens` and what else was measured of it."""
     if kind == "answers":
         good, bad = ([row for row in rows if bool(row["desirable"]) == is_good] for is_good in (True, False))
         return {side: answers for side, answers in zip(SIDES[kind], (good, bad), strict=True) if answers}

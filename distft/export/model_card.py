@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distft.evaluation.judged import SIDES
+from distft.evaluation.judged import SIDES, judged_warnings
 from distft.run_record import RunRecord, number
 
 CARD = "README.md"
@@ -332,6 +332,8 @@ def _limits(run: RunRecord) -> Iterator[str]:
     worse = [result for result in run.results if result.verdict == "worse"]
     if worse:
         yield f"- Worse than its base: {', '.join(_plain(f'{result.title} on {result.name}') for result in worse)}."
+    for sentence in judged_warnings(*run.judged):
+        yield f"- Of its held-out rows: {_plain(sentence.partition('  ')[0])}."
     lost = max((result.num_worse for result in run.results), default=0)
     if lost:
         yield f"- Up to {lost:,} evaluated rows are answered worse than before; the run's report lists them."

@@ -82,7 +82,8 @@ def preferences(run: RunRecord) -> Iterator[Html]:
     if not before and not after:
         return
     for sentence in judged_warnings(*run.judged):
-        yield h("p", h("strong", "Warning: "), sentence, class_="note")
+        what, _, helps = sentence.partition("  ")
+        yield h("p", h("strong", "Warning: "), f"{what}. What helps: {helps}.", class_="note")
     yield _accuracies(run, before, after)
     chart = _calibration(before, after)
     if chart is not None:
@@ -100,7 +101,7 @@ def preferences(run: RunRecord) -> Iterator[Html]:
 
 
 def _accuracies(run: RunRecord, before: Judged, after: Judged) -> Html:
-    """All rows, and those that may explain the accuracy."""
+    """Return the accuracy of all rows, and of the groups that may explain it."""
     rows: list[list[Child]] = [_accuracy_row("all", before.get("accuracy"), after.get("accuracy"))]
     named = {"length": "chosen answer {}", "margin": "{} margin in the rows", "label": "{} answers"}
     groups = {

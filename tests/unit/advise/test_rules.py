@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,12 +13,18 @@ import pytest
 
 from distft.advise.advice import Names, advise, parameters_in_name
 from distft.advise.command import main
-from distft.advise.rules import GOALS, RULES, Goal, Situation
+from distft.advise.rules import RULES
+from distft.advise.situation import GOALS, Goal, Situation
 from distft.catalog import REGISTRIES
 from distft.recipe import parse_recipe
 
 PAGE = Path(__file__).parents[3] / "docs" / "choosing.md"
 NAMES = Names(name="run", model="some/Model-8B", train="t.jsonl", train_format="messages", held_out=None)
+FORMATS = {"answers": "messages", "pairs": "preference", "labels": "unpaired"}
+HOLD: tuple[dict[str, Any], ...] = (
+    {"rows_hold": "answers"}, {"rows_hold": "labels"}, {"rows_hold": "pairs"},
+    {"rows_hold": "pairs", "pretrained": True}, {"rows_hold": "pairs", "longer": 0.8},
+)  # fmt: skip
 ROWS = (0, 49, 50, 999, 1000, 9_999, 10_000, 49_999, 50_000, 2_000_000)
 
 
@@ -39,8 +46,8 @@ def test_no_rule_is_without_effect() -> None:
     """Each is the first to apply for something."""
     seen = set()
     for goal, rows, size in itertools.product(GOALS, ROWS, (1e9, 70e9)):
-        for names in (NAMES,):
-            made = advise(Situation(goal=goal, rows=rows, parameters=size), names, folder=None, machine=None)
+        for hold in HOLD:
+            made = advise(Situation(goal=goal, rows=rows, parameters=size, **hold), NAMES, folder=None, machine=None)
             seen |= {one.rule.name for one in made.decided}
     needs_a_plan = {"four-bits-when-short-of-memory", "paged-moments-beside-four-bits"}
     assert seen == {rule.name for rule in RULES} - needs_a_plan
@@ -60,19 +67,67 @@ def test_every_combination_is_a_recipe_that_loads(goal: Goal, rows: int) -> None
         assert recipe.method.name == of["method"]
         assert recipe.optim.params.learning_rate == of["learning_rate"]
         assert recipe.data.max_length == of["max_length"]
+        assert recipe.objective.name == of["objective"]
         if recipe.method.spec.adapter:
             assert (recipe.method.params.r, recipe.method.params.alpha) == (of["r"], of["alpha"])
 
 
+@pytest.mark.parametrize("hold", HOLD, ids=lambda hold: "-".join(map(str, hold.values())))
+@pytest.mark.parametrize("goal", ["task", "reward"])
+@pytest.mark.parametrize("rows", [49, 999, 1000, 2_000_000])
+def test_every_preference_recipe_loads_with_its_settings(goal: Goal, rows: int, hold: dict[str, Any]) -> None:
+    names = replace(NAMES, train_format=FORMATS[hold["rows_hold"]])
+    made = advise(Situation(goal=goal, rows=rows, **hold), names, folder=None, machine=None)
+    recipe = parse_recipe(made.recipe, source="advised", registries=REGISTRIES)
+    of = {one.rule.decides: one.value for one in made.decided}
+    assert recipe.objective.name == of["objective"]
+    for key in {"beta", "sft_weight", "center"} & of.keys():
+        assert getattr(recipe.objective.params, key) == of[key]
+    assert recipe.data.train[0].format == names.train_format
+    assert recipe.optim.params.learning_rate == of["learning_rate"]
+    if of["objective"] == "sft":
+        assert "[objective]" not in made.recipe
+
+
 class TestWhatIsAdvised:
+    def test_objective(self) -> None:
+        def objective(**asked: Any) -> str:
+            return decided(rows=5000, **{"goal": "style", **asked})["objective"]
+
+        assert objective() == "sft"
+        assert objective(rows_hold="pairs") == "dpo"
+        assert objective(rows_hold="labels") == "kto"
+        assert objective(rows_hold="pairs", pretrained=True) == "orpo", "one stage"
+        assert objective(rows_hold="pairs", pretrained=True, longer=0.9) == "orpo"
+        assert objective(rows_hold="pairs", longer=0.75) == objective(rows_hold="pairs", longer=0.25) == "simpo"
+        assert objective(rows_hold="pairs", longer=0.74) == "dpo"
+        assert objective(rows_hold="pairs", goal="reward", pretrained=True) == "reward"
+        assert objective(rows_hold="pairs", goal="domain") == "dpo", "the rows decide"
+
+    def test_settings_of_preferences(self) -> None:
+        few, many = (decided(goal="style", rows=rows, rows_hold="pairs") for rows in (999, 1000))
+        assert (few["beta"], few["sft_weight"], few["learning_rate"], few["epochs"]) == (0.1, 1.0, 5e-6, 3)
+        assert (many["beta"], many["learning_rate"], many["epochs"]) == (0.1, 5e-6, 1)
+        assert "sft_weight" not in many
+        everything = decided(goal="domain", rows=20_000, rows_hold="pairs")
+        assert (everything["method"], everything["learning_rate"]) == ("full", 5e-7)
+        reward = decided(goal="reward", rows=200, rows_hold="pairs")
+        assert (reward["center"], reward["learning_rate"], reward["epochs"]) == (0.01, 1e-4, 1)
+        orpo = decided(goal="style", rows=200, rows_hold="pairs", pretrained=True)
+        assert (orpo["beta"], orpo["learning_rate"], orpo["epochs"]) == (0.1, 5e-5, 4), (
+            "its SFT part sees rows so often"
+        )
+        assert decided(goal="style", rows=5000, rows_hold="pairs", longer=1.0)["beta"] == 2.5
+        assert not {"beta", "sft_weight", "center"} & decided(goal="style", rows=5000).keys()
+
     def test_approach(self) -> None:
         assert decided(goal="facts", rows=100_000)["approach"] == "retrieve"
         assert decided(goal="style", rows=49)["approach"] == "prompt"
         assert decided(goal="style", rows=50)["approach"] == "fine-tune"
 
-    def test_goals_but_a_domain_differ_in_the_approach_alone(self) -> None:
+    def test_goals_but_a_domain_and_a_reward_model_differ_in_the_approach_alone(self) -> None:
         for rows in ROWS:
-            settings = [decided(goal=goal, rows=rows) for goal in GOALS if goal != "domain"]
+            settings = [decided(goal=goal, rows=rows) for goal in GOALS if goal not in ("domain", "reward")]
             assert len({json.dumps({**one, "approach": ""}) for one in settings}) == 1
 
     def test_method(self) -> None:
@@ -128,6 +183,69 @@ class TestCommand:
         recipe = parse_recipe(made["recipe"], source="x", registries=REGISTRIES)
         assert recipe.data.train[0].format == "prompt_completion"
         assert recipe.data.max_length == 512
+
+    @pytest.mark.parametrize(
+        ("row", "flags", "expected"),
+        [
+            ({"chosen": "aye, {n}", "rejected": "nay, {n}"}, [], ("dpo", "preference", 5e-6)),
+            ({"chosen": "aye, {n}", "rejected": "nay, {n}"}, ["--pretrained"], ("orpo", "preference", 5e-5)),
+            ({"chosen": "yes, it is {n}, and more", "rejected": "no {n}"}, [], ("simpo", "preference", 5e-6)),
+            ({"chosen": "no {n}", "rejected": "yes, it is {n}, and more"}, [], ("simpo", "preference", 5e-6)),
+            ({"chosen": "a {n}", "rejected": "b {n}"}, ["--goal", "reward"], ("reward", "preference", 1e-4)),
+            ({"completion": "it is {n}", "label": True}, [], ("kto", "unpaired", 5e-6)),
+            ({"completion": "it is {n}", "label": True}, ["--goal", "preference"], ("kto", "unpaired", 5e-6)),
+        ],
+    )
+    def test_the_objective_is_by_the_rows(
+        self, row: dict[str, Any], flags: list[str], expected: tuple, tmp_path: Path, capsys, monkeypatch
+    ) -> None:
+        monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+        rows = [
+            {"prompt": f"is it {n}?"} | {key: value.format(n=n) if isinstance(value, str) else value
+                                         for key, value in row.items()}
+            for n in range(60)
+        ]  # fmt: skip
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        assert main(["--goal", "style", "--model", "m", "--data", str(tmp_path / "t.jsonl"), "--json", *flags]) == 0
+        recipe = parse_recipe(json.loads(capsys.readouterr().out)["recipe"], source="x", registries=REGISTRIES)
+        assert (recipe.objective.name, recipe.data.train[0].format, recipe.optim.params.learning_rate) == expected
+
+    def test_a_pair_needs_room_for_its_prompt_twice(self, tmp_path: Path, capsys, monkeypatch) -> None:
+        monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+        prompt = "word " * 200  # 1,000 characters: 333 tokens of three
+        for name, row in (("pairs", {"chosen": "a", "rejected": "b"}), ("answers", {"completion": "a"})):
+            rows = [{"prompt": f"{prompt}{n}", **row} for n in range(60)]
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "t.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+            assert main(["--goal", "style", "--model", "m", "--data", str(tmp_path / name / "t.jsonl"), "--json"]) == 0
+            recipe = parse_recipe(json.loads(capsys.readouterr().out)["recipe"], source="x", registries=REGISTRIES)
+            assert recipe.data.max_length == {"pairs": 1024, "answers": 512}[name]
+
+    @pytest.mark.parametrize(
+        ("row", "flags", "says"),
+        [
+            ({"completion": "a"}, ["--goal", "reward"], "--goal reward  needs pairs, and"),
+            ({"completion": "a", "label": True}, ["--goal", "reward"], "has rows of format unpaired"),
+            ({"completion": "a"}, ["--goal", "preference"], "needs rows that judge answers"),
+            ({"completion": "a"}, ["--goal", "task", "--pretrained"], "--pretrained  has no effect here"),
+            ({"chosen": "a", "rejected": "b"}, ["--goal", "reward", "--pretrained"], "no effect with --goal reward"),
+        ],
+    )
+    def test_rows_that_do_not_fit_the_goal(
+        self, row, flags: list[str], says: str, tmp_path, capsys, monkeypatch
+    ) -> None:
+        monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps({"prompt": f"p{n}", **row}) + "\n" for n in range(60)))
+        assert main(["--model", "m", "--data", str(tmp_path / "t.jsonl"), *flags]) == 2
+        assert says in capsys.readouterr().err
+
+    def test_preferences_that_are_not_there_yet(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--goal", "preference", "--model", "m-8B", "--rows", "20000"]) == 0
+        said = capsys.readouterr().out
+        assert "objective          dpo  (pairs-are-dpo)" in said
+        assert 'format = "preference"' in said
+        assert main(["--goal", "style", "--model", "m", "--rows", "500", "--pretrained"]) == 2
+        assert "--pretrained  has no effect here: there are no pairs" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("flags", "says"),

@@ -167,6 +167,11 @@ def test_a_preference_run_and_a_reward_model(tmp_path: Path) -> None:
     assert data["pipeline_tag"] == "text-generation"
     assert "| held-out pairs | accuracy | 0.75 \\[0.5313, 0.8881] | 0.75 \\[0.5313, 0.8881] | | |" in body
     assert "| held-out pairs | log-probability per token, chosen answers | -0.5 | -0.5 | | |" in body
+    assert "unlikelier" not in body
+    _, fallen = written(
+        made(tmp_path, "fallen").whole().judged(likely, [row | {"logprob_chosen": -8.0} for row in likely])
+    )
+    assert "- Of its held-out rows: chosen answers have become unlikelier: -0.500 to -2.000 nats per token." in fallen
     data, body = written(
         made(tmp_path, "reward").recipe(method="full").metrics().judged(rows, rows, objective="reward")
     )

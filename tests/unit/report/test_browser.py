@@ -27,7 +27,14 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("pages")
     hostile = "<script>console.log('row')</script><img src='http://127.0.0.1:9/x.png'>" + "x" * 300
-    one = made(folder, "one").whole().evaluated([1, 1, 0], [0, 0, 1], hostile=hostile).folder
+    pairs = [
+        {"reward_chosen": gap, "reward_rejected": 0.0, "tokens_chosen": 4.0 + gap, "tokens_rejected": 4.0,
+         "logprob_chosen": -2.0, "logprob_rejected": -9.0}
+        for gap in (1.0, -1.0, 0.5)
+    ]  # fmt: skip
+    fallen = [pair | {"logprob_chosen": -8.0} for pair in pairs]
+    made_one = made(folder, "one").whole().evaluated([1, 1, 0], [0, 0, 1], hostile=hostile)
+    one = made_one.judged(pairs, fallen, answer_tokens=(60, 90)).folder
     two = made(folder, "two").whole().folder
     assert report([str(one), "--no-data"]) == 0
     assert compare([str(one), str(two), "--out", str(folder / "compare.html")]) == 0

@@ -145,7 +145,7 @@ def test_a_preference_run_says_what_it_did(tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_a_gain_is_said(tmp_path: Path) -> None:
     told = page(made(tmp_path).whole().judged(pairs(10, logprob=-1.0), pairs(17, logprob=-3.0)))
-    assert "Warning: chosen answers have become unlikelier: -1.000 to -3.000 nats per token" in told.words
+    assert "Warning: chosen answers have become unlikelier: -1.000 to -3.000 nats per token. What helps:" in told.words
     was = pairs(10, longer=1) + pairs(10, longer=-1)
     length = pairs(19, longer=1) + pairs(9, longer=-1)
     told = page(made(tmp_path, "length").whole().judged(was, length))

@@ -1,0 +1,43 @@
+"""How much of a file of pairs length alone tells apart."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from distft.data.samples import Conversation, Document, FormatSpec, Group, PromptCompletion, RowError
+from distft.data.sources import RowSource
+
+_LOOKED_AT = 2000
+"""Pairs; the share of so many is known to 2 points."""
+
+
+def share_longer(source: RowSource, spec: FormatSpec) -> float | None:
+    """Return the share of the first pairs whose chosen answer has more characters, one of equal length counting half.
+
+    None where no row is a pair. Rows that the format refuses are left out; `distft check` names them.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    shares: list[float] = []
+    rows = (payload for file in source.files for _, payload in source.rows(file))
+    for payload in islice(rows, _LOOKED_AT):
+        try:
+            sample = spec.convert(source.renamed(payload))
+        except RowError:
+            continue
+        if isinstance(sample, Group) and len(sample.documents) == 2:
+            chosen, rejected = (_length(document) for document in sample.documents)
+            shares.append(0.5 if chosen == rejected else float(chosen > rejected))
+    return sum(shares) / len(shares) if shares else None
+
+
+def _length(document: Document) -> int:
+    """Characters of a document; both of a pair have the same prompt, so the answers alone make the difference."""
+    match document:
+        case Conversation(messages=messages):
+            return sum(len(message["content"]) for message in messages)
+        case PromptCompletion(completion=completion):
+            return len(completion)
+        case _:
+            return len(document.text)
