@@ -158,14 +158,14 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
     check_steps(recipe, steps.num_steps)
     compatibility.refuse_other_rows(recipe, train.report, "train")
     if has_config:
-        compatibility.refuse_long_rows(recipe, int(train.lengths.max()), "train")
+        compatibility.refuse_long_rows(recipe, train.longest_document, "train")
     first_rows = steps.order.epoch(0).rows_N[:samples]
     splits = [_split("train", train, steps.order.per_epoch, steps.fill, first_rows, decode)]
     if recipe.data.eval:
         held_out = prepared("eval", recipe.data.eval)
         compatibility.refuse_other_rows(recipe, held_out.report, "eval")
         if has_config:
-            compatibility.refuse_long_rows(recipe, int(held_out.lengths.max()), "eval")
+            compatibility.refuse_long_rows(recipe, held_out.longest_document, "eval")
         sequences = EvalSteps(held_out, recipe.data, micro_batch_size=1).num_samples
         fill = held_out.report.num_tokens / (sequences * recipe.data.max_length)
         splits.append(_split("eval", held_out, sequences, fill, np.arange(min(samples, held_out.num_rows)), decode))

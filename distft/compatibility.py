@@ -100,7 +100,7 @@ def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:
 
     Args:
         recipe: the recipe.
-        longest: tokens in the longest row that is kept.
+        longest: tokens in the longest document that is kept.
         split: "train" or "eval", whose rows these are.
 
     Raises:

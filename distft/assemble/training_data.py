@@ -100,7 +100,7 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
     )
     check_steps(recipe, steps.num_steps)
     longest = int(rows.lengths.max())
-    compatibility.refuse_long_rows(recipe, longest, "train")
+    compatibility.refuse_long_rows(recipe, rows.longest_document, "train")
     say(
         f"{rows.num_rows:,} rows, {steps.tokens_per_epoch:,} tokens an epoch "
         f"({steps.supervised_per_epoch:,} trained), {100 * steps.fill:.1f} % fill, {steps.num_steps:,} steps"
@@ -109,7 +109,7 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
     if table.eval:
         splits["eval"] = prepare(table, table.eval, split="eval", **common)
         compatibility.refuse_other_rows(recipe, splits["eval"].report, "eval")
-        compatibility.refuse_long_rows(recipe, int(splits["eval"].lengths.max()), "eval")
+        compatibility.refuse_long_rows(recipe, splits["eval"].longest_document, "eval")
     for split, prepared in splits.items():
         for source in prepared.report.sources:
             for line in source.messages():
@@ -195,7 +195,7 @@ def load_held_out(
         return HeldOut(eval_steps=None, fingerprint={}, largest_id=max(stop_ids), stop_ids=stop_ids)
     rows = prepare(table, table.eval, split="eval", **_common(recipe, say))
     compatibility.refuse_other_rows(recipe, rows.report, "eval")
-    compatibility.refuse_long_rows(recipe, int(rows.lengths.max()), "eval")
+    compatibility.refuse_long_rows(recipe, rows.longest_document, "eval")
     slice_: dict[str, Any] = {"micro_batch_size": layout.micro_batch_size, "rank": rank, "world": world}
     slice_["single_documents"] = layout.single
     return HeldOut(

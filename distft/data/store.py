@@ -188,6 +188,11 @@ class Prepared:
     def _documents(self) -> np.ndarray:
         return self._array(_DOCUMENTS).reshape(-1, self.group_size)
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document: what has to fit into the model's positions."""
+        return int((self.lengths if self.group_size == 1 else self._documents).max())
+
     def documents(self, index: int) -> list[int]:
         """Return the tokens of each document of a row."""
         return [int(self.lengths[index])] if self.group_size == 1 else self._documents[index].tolist()
