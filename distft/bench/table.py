@@ -48,7 +48,7 @@ def baseline(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[
     full = (
         candidate
         for candidate in measured
-        if candidate["case"]["method"] == "full"
+        if candidate["ran"]["trained_parameters"] == candidate["ran"]["parameters"]
         and alike(candidate, "engine", "world", "micro_batch_size", "max_length", "rows")
     )
     return next(full, next((candidate for candidate in measured if alike(candidate, "max_length", "rows")), None))

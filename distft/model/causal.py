@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
-from distft.model.cross_entropy import HeadLoss, LogitRule, chunked_loss, judged, likelihoods, with_adapter
+from distft.model.adapters.lora_head import use_loss_with_adapter
+from distft.model.cross_entropy import HeadLoss, chunked_loss, judged, likelihoods
 from distft.model.head import Observation
 from distft.model.load_balancing import RouterLoss
 from distft.model.paths import ForwardPath
@@ -85,7 +86,7 @@ class CausalLM(nn.Module):
         head = self.head
         if not isinstance(head, nn.Linear):
             assert self.observed is not None
-            _use_loss_with_adapter(head, loss, self.observed.rule)
+            use_loss_with_adapter(head, loss, self.observed.rule)
             return
         assert self.observed is not None
         rule = self.observed.rule
@@ -252,38 +253,3 @@ def _taken(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 def _cache_argument(module: Any) -> str:
     """Return the name by which the module's forward takes a cache."""
     return "cache_params" if "cache_params" in _parameters(type(module)) else "past_key_values"
-
-
-def _use_loss_with_adapter(head: Any, loss: HeadLoss, rule: LogitRule) -> None:
-    """Do the same as `use_loss` for a head under PEFT's LoRA.
-
-    Each of its parts is called once, however many chunks the loss has: engines that gather parameters around a part's
-    forward run a collective for every call, and ranks have different numbers of chunks. So the loss runs inside the
-    forward of the base layer, which runs inside that of `lora_B`: there both weights may be touched.
-    """
-    base = getattr(head, "base_layer", head)
-    if not isinstance(base, nn.Linear) or list(getattr(head, "lora_A", ())) != ["default"] or head.use_dora["default"]:
-        raise TypeError(f"the output projection is {type(head).__name__}, neither a linear layer nor one under LoRA")
-    down, up, dropout = head.lora_A["default"], head.lora_B["default"], head.lora_dropout["default"]
-    own_head, own_base, own_up = (types.MethodType(type(part).forward, part) for part in (head, base, up))
-
-    def base_forward(self: nn.Linear, hidden: Tensor, inner: Any = None, up_VR: Any = None, *labelled: Any) -> Tensor:
-        if inner is None:
-            return own_base(hidden)
-        labels, head_loss = labelled
-        return with_adapter(head_loss, hidden, inner, self.weight, self.bias, up_VR, labels, rule)
-
-    def up_forward(self: nn.Linear, inner: Tensor, hidden: Any = None, *labelled: Any) -> Tensor:
-        return own_up(inner) if hidden is None else base(hidden, inner, self.weight, *labelled)
-
-    def forward(self: Any, hidden: Tensor, labels: Tensor | None = None, head_loss: HeadLoss = loss) -> Tensor:
-        hidden = hidden.to(base.weight.dtype)
-        if labels is None:
-            return own_head(hidden)
-        if rule.hidden_scale != 1.0:
-            hidden = hidden * rule.hidden_scale
-        inner = down(dropout(hidden.to(down.weight.dtype))) * self.scaling["default"]
-        return up(inner, hidden, labels, head_loss)
-
-    for part, new_forward in ((base, base_forward), (up, up_forward), (head, forward)):
-        part.forward = types.MethodType(new_forward, part)

@@ -29,7 +29,7 @@ METHODS = {
 WHOLE = "DISTFT_PREFERENCE_GRID" in os.environ
 """All objectives, methods and engines; else a covering part."""
 COVERED = ("dpo-full", "dpo-qlora", "reward-lora", "kto-full", "kto-lora")
-LAYOUTS = [("solo", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)] if WHOLE else [("fsdp2", 2)]
+LAYOUTS = [("solo", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE else [("fsdp2", 2)]
 FIGURES = ("loss", "grad_norm", "reward_chosen", "reward_rejected", "reward_accuracy", "tokens")
 
 

@@ -53,6 +53,8 @@ def became(
             "device": "cpu",
             "device_bytes": None,
             "threads": 1,
+            "parameters": 1000,
+            "trained_parameters": 1000 if case.method == "full" else 10,
         },
         "speed": {
             "tokens_per_s": rate,
