@@ -174,7 +174,7 @@ def test_before_training_ends_and_other_rows(tmp_path: Path) -> None:
     assert "accuracy went" not in told.words
     run.judged(pairs(10), pairs(17))
     run.write("eval/before/held_out.json", {"loss": 1.0, "rows_sha256": "other", "judged": {"kind": "pairs"}})
-    assert "accuracy went from – to 85.0 %" in page(run).words, "other rows are no base to hold against"
+    assert "On held-out pairs, accuracy is 85.0 %." in page(run).words, "other rows are no base to hold against"
 
 
 def test_a_supervised_run_has_none_of_it(whole: Page) -> None:
