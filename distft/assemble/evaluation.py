@@ -124,10 +124,6 @@ def build_evaluator(
     from distft.evaluator import EvalSchedule, Evaluator
     from distft.generation.engine_generator import engine_generator
 
-    def warn(sentence: str) -> None:
-        say(f"warning: {sentence}")
-        folder.note("warned", why=sentence)
-
     return Evaluator(
         engine=engine,
         objective=objective,
@@ -140,5 +136,11 @@ def build_evaluator(
         schedule=EvalSchedule(every_steps=recipe.eval.every_steps, at_end=recipe.eval.at_end, num_steps=num_steps),
         stop=stop,
         say=say,
-        warn=warn,
+        warn=lambda sentence: warn(sentence, folder, say),
     )
+
+
+def warn(sentence: str, folder: RunFolder, say: Say) -> None:
+    """Say what is wrong with what a run has gained, and keep it among its events."""
+    say(f"warning: {sentence}")
+    folder.note("warned", why=sentence)

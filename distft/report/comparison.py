@@ -254,17 +254,18 @@ def _losses_differ(runs: Sequence[RunRecord]) -> str:
 
 
 def _by_objective(runs: Sequence[RunRecord]) -> dict[str, list[int]]:
-    """Objective with its settings -> indices of its runs; a run whose recipe is missing goes with the first."""
+    """Return objective, with the settings that differ, -> indices of its runs.
+
+    A run whose recipe is missing goes with the first.
+    """
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
-        settings = _named(run.table("objective")) if run.objective else next(iter(groups), "")
-        groups.setdefault(settings, []).append(index)
+        alike = [other.table("objective") for other in runs if other.objective == run.objective]
+        own = [f"{key} {value}" for key, value in run.table("objective").items()
+               if any(table.get(key) != value for table in alike)]  # fmt: skip
+        called = run.objective + (f" ({', '.join(own)})" if own else "")
+        groups.setdefault(called or next(iter(groups), ""), []).append(index)
     return groups
-
-
-def _named(table: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key} {value}" for key, value in table.items() if key != "name")
-    return f"{table['name']}" + (f" ({settings})" if settings else "")
 
 
 def _tuned(figure: EvalFigure | None) -> float | None:
@@ -310,9 +311,7 @@ def _losses(runs: Sequence[RunRecord], called: Sequence[str]) -> Iterator[Html]:
         ("Held-out loss", [run.looked("eval_loss") for run in runs]),
     ):
         for objective, members in groups.items():
-            name = runs[members[0]].objective
-            unique = [runs[one[0]].objective for one in groups.values()].count(name) == 1
-            title = what if len(groups) == 1 else f"{what} of {name if unique else objective}"
+            title = what if len(groups) == 1 else f"{what} of {objective}"
             chart = _loss_chart(title, [(index + 1, called[index], points[index]) for index in members])
             if chart is not None:
                 yield h("div", chart, class_="charts")

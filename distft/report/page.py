@@ -92,7 +92,8 @@ def _lead(run: RunRecord, status: Status) -> str:
         text += f": {first.verdict}." if first.verdict else "."
     base, tuned = judged(run)
     if tuned:
-        text += f" On {rows_judged(run)}, accuracy went from {_share(base)} to {_share(tuned)}."
+        change = f"went from {_share(base)} to" if base else "is"
+        text += f" On {rows_judged(run)}, accuracy {change} {_share(tuned)}."
     elif first is None or not first.before or not first.tuned:
         before, after = run.held_out_losses
         if before is not None and after is not None:
@@ -117,7 +118,7 @@ def _keys(run: RunRecord, price: float | None) -> Html:
         cells.append(key(f"{first.name}, {first.title}", formatting.of(first, (first.last or {}).get("value")), detail))
     base, tuned = judged(run)
     if tuned:
-        cells.append(key(f"Accuracy, {rows_judged(run)}", _share(tuned), f"before {_share(base)}"))
+        cells.append(key(f"Accuracy, {rows_judged(run)}", _share(tuned), f"before {_share(base)}" if base else None))
     elif after is not None:
         cells.append(key("Held-out loss", formatting.figure(after), f"before {formatting.figure(before)}"))
     elif run.losses:

@@ -10,6 +10,7 @@ import pytest
 
 from distft import assemble
 from distft.assemble import batch_layout
+from distft.assemble.evaluation import warn
 from distft.assemble.training_data import agree
 from distft.catalog import REGISTRIES
 from distft.core.errors import DataError, MachineError, Preempted
@@ -17,6 +18,7 @@ from distft.core.phase import PHASE
 from distft.core.stop import STOP
 from distft.model.paths import ForwardPath
 from distft.recipe import load_recipe
+from distft.run_folder import RunFolder
 
 
 def prepared(tmp_path: Path, said: list[str], *overrides: str) -> assemble.Data:
@@ -64,6 +66,18 @@ def test_what_became_of_rows_is_said(tmp_path: Path) -> None:
     prepared(tmp_path, said, f"data.train.0.path={rows}", "data.bad_rows=skip")
     assert f"[[data.train]] {rows}: dropped: 1 bad row, 1 empty; longest row 10 tokens" in said
     assert f'[[data.train]] {rows}: columns not read: "id" (4)' in said
+
+
+def test_a_warning_is_said_and_kept_among_the_events(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = RunFolder(tmp_path, writes=True)
+    folder.reach(7)
+    warn("chosen answers fall", folder, said.append)
+    warn("chosen answers fall", RunFolder(tmp_path, writes=False), said.append)  # another rank
+    assert said == ["warning: chosen answers fall"] * 2
+    (line,) = (tmp_path / "events.jsonl").read_text().splitlines()
+    event = json.loads(line)
+    assert (event["event"], event["step"], event["why"]) == ("warned", 7, "chosen answers fall")
 
 
 def test_a_run_that_goes_on_keeps_its_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,15 @@ def test_runs_of_different_objectives(tmp_path: Path, capsys: pytest.CaptureFixt
     assert any(label.startswith("Memory: dpo: 20.50, 0.850; simpo: 20.50, 0.700") for label in charts)
     assert "not measured on the same pairs" not in two.words
 
+    text = (tmp_path / "dpo/recipe.toml").read_text()
+    for beta in ("0.1", "0.5"):
+        made(tmp_path, f"dpo-{beta}").recipe().metrics().judged(pairs(10), pairs(15))
+        table = f'name = "dpo"\nbeta = {beta}\nloss = "sigmoid"'
+        (tmp_path / f"dpo-{beta}/recipe.toml").write_text(text.replace('name = "dpo"\n\n[data]', f"{table}\n\n[data]"))
+    betas = told("dpo-0.1", "dpo-0.5")
+    assert "Training loss of dpo (beta 0.1) by step" in betas.texts("h3")
+    assert "their held-out losses do not compare" in betas.words, "a loss is on the scale of its beta"
+
     every = told("dpo", "simpo", "kto", "sft")
     assert "not measured on the same pairs or labelled answers: these do not compare" in every.words
     assert "best held-out accuracy" not in every.words.lower()

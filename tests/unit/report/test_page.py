@@ -82,6 +82,7 @@ def test_restarts_and_faults(tmp_path: Path) -> None:
         {"time": at(0), "event": "started", "engine": "ddp", "world": 2, "step": 0},
         {"time": at(30), "event": "left_out", "step": 12, "why": "loss nan is not finite", "samples": "row 7"},
         {"time": at(90), "event": "started", "engine": "ddp", "world": 2, "step": 10},
+        {"time": at(100), "event": "warned", "step": 12, "why": "chosen answers fall"},
         {"time": at(120), "event": "rolled_back", "step": 10, "spike": 14},
         {"time": at(150), "event": "ended", "code": 5, "reason": "numeric: step 15"},
     ]
@@ -89,6 +90,7 @@ def test_restarts_and_faults(tmp_path: Path) -> None:
     for words in (
         "✕ failed", "Why: numeric: step 15", "2 starts", "1 restart, 1 after a start without a last word",
         "✕ step left out", "loss nan is not finite", "◀ rolled back", "because of step 14",
+        "! warning chosen answers fall",
         "ended with a failure, code 5",
     ):  # fmt: skip
         assert words in told, words
@@ -172,7 +174,7 @@ def test_before_training_ends_and_other_rows(tmp_path: Path) -> None:
     assert "accuracy went" not in told.words
     run.judged(pairs(10), pairs(17))
     run.write("eval/before/held_out.json", {"loss": 1.0, "rows_sha256": "other", "judged": {"kind": "pairs"}})
-    assert "accuracy went from – to 85.0 %" in page(run).words, "other rows are no base to hold against"
+    assert "On held-out pairs, accuracy is 85.0 %." in page(run).words, "other rows are no base to hold against"
 
 
 def test_a_supervised_run_has_none_of_it(whole: Page) -> None:
