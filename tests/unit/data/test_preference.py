@@ -148,3 +148,9 @@ def test_a_mistake_is_named(mistake: str) -> None:
     with pytest.raises(RowError) as caught:
         preference.convert(row)
     assert message in str(caught.value)
+
+
+def test_positions_are_for_a_document_not_for_a_pair(prepared: Any, write: Any) -> None:
+    rows = prepared(write([{"prompt": "a b c", "chosen": " x y z", "rejected": " x"}]), max_length=64)
+    assert rows.group_size == 2
+    assert rows.longest_document == max(rows.documents(0)) < rows.lengths[0] == sum(rows.documents(0))
