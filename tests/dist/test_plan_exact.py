@@ -62,8 +62,8 @@ def cell(
 def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1) -> list[dict[str, Any]]:
     """Every engine, method and optimizer in both types when the whole grid is asked for.
 
-    Else types in turns, and of a large grid `every` so manieth cell: with 5, which shares no factor with the numbers of
-    methods and optimizers, each pair of those is met, and each engine several times.
+    Else types in turns, and of a large grid `every` so manieth cell: with 5 or 7, which share no factor with the
+    numbers of methods and optimizers, each of those is met with many of the others, and each engine several times.
     """
     trios = [
         (engine, method, optim)
@@ -104,7 +104,7 @@ CELLS = {
     + grid("moe", ("solo",), ("adamw", "adamw_8bit"))
     + grid("gpt2", ("solo",), ("adamw",)),
     2: SUMS[2]
-    + grid("llama", ("ddp", *SHARDED), ALL, every=5)
+    + grid("llama", ("ddp", *SHARDED), ALL, every=7)
     + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=2)
     + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=5)
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",))
