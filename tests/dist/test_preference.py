@@ -94,13 +94,15 @@ def test_loss_norm_and_figures_equal_solo(layout: dict[str, Run], solo: dict[str
     worst: dict[str, float] = {}
     for name, run in layout.items():
         reference = solo[name.rsplit("-", 1)[0] + "-1"]
-        for figure in FIGURES:
+        margin = [] if name.startswith(SINGLE) else ["reward_margin"]
+        for figure in (*FIGURES, *margin):
             mine, theirs = run.column(figure), reference.column(figure)
             if figure.startswith("reward"):
                 worst[f"{name} {figure}"] = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
             else:
                 worst[f"{name} {figure}"] = relative(mine, theirs)
-        for figure in ("eval_loss", "eval_reward_chosen", "eval_reward_accuracy"):
+        evaluated = ("eval_loss", "eval_reward_chosen", "eval_reward_rejected", "eval_reward_accuracy")
+        for figure in (*evaluated, *(f"eval_{figure}" for figure in margin)):
             assert run.evals[-1][figure] == pytest.approx(reference.evals[-1][figure], rel=1e-4, abs=1e-5), (
                 name,
                 figure,
