@@ -43,11 +43,11 @@ def _open_kl(inputs: ColumnInputs) -> Supplier:
         derived = inputs.derived[sha256]
         rows = derived.in_order([(position, rows) for position, rows, _ in of_all])
         indices = derived.prepared.of_batch(rows)  # type: ignore[attr-defined]  # what `_mismatched` has made
-        total = 0.0
+        sums: list[Tensor] = []
         for micro in derived.steps(indices):
             PHASE.enter("columns")
-            total += float(ratio_D(inputs.engine.place(micro)).sum())
-        (total,) = inputs.engine.sum_over_ranks(total)
+            sums.append(ratio_D(inputs.engine.place(micro)).sum())
+        (total,) = inputs.engine.sum_over_ranks(float(sum(sums)))  # the accelerator is waited for once
         return _everywhere(max(0.0, total / len(rows)))
 
     return begin
