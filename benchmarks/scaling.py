@@ -1,6 +1,6 @@
 """What one optimizer step sends between processes and how often the host waits, counted against theory.
 
-    python benchmarks/scaling.py [--worlds 1 2 4] [--out FILE.json]
+    python benchmarks/scaling.py [--worlds 1 2 4] [--dtypes float32 bfloat16] [--out FILE.json]
 
 Every engine, with one and with several micro-batches a step, on CPU processes: counts, not times. The theory is the
 planner's (`distft.plan.speed`), whose figures every prediction of speed rests on.
@@ -9,6 +9,7 @@ planner's (`distft.plan.speed`), whose figures every prediction of speed rests o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -37,17 +38,18 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    options.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     options.add_argument("--out")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.worker:
-        work(Path(asked.worker), asked.methods)
+        work(Path(asked.worker), asked.methods, asked.dtypes)
         return
-    rows = [row for world in asked.worlds for row in launched(world, asked.methods)]
+    rows = [row for world in asked.worlds for row in launched(world, asked.methods, asked.dtypes)]
     kit.finish({"benchmark": "scaling", "rows": rows}, asked.out)
 
 
-def launched(world: int, methods: list[str]) -> list[dict[str, Any]]:
+def launched(world: int, methods: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
     """All cases of a world size in one launch."""
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
@@ -55,11 +57,12 @@ def launched(world: int, methods: list[str]) -> list[dict[str, Any]]:
         start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
         start += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(world)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(kit.ROOT)}
-        subprocess.run([*start, __file__, "--worker", str(folder), "--methods", *methods], env=env, check=True)
+        start += [__file__, "--worker", str(folder), "--methods", *methods, "--dtypes", *dtypes]
+        subprocess.run(start, env=env, check=True)
         return json.loads((folder / "rows.json").read_text(encoding="utf-8"))
 
 
-def work(folder: Path, methods: list[str]) -> None:
+def work(folder: Path, methods: list[str], dtypes: list[str]) -> None:
     """One rank of a launch."""
     from distft.core.hard_exit import hard_exit
     from distft.engine import processes, zero_footprint
@@ -68,13 +71,13 @@ def work(folder: Path, methods: list[str]) -> None:
     placed = processes.join(timeout_s=120)  # the group outlives the cases
     rows = []
     for engine, *settings in ENGINES[placed.world]:
-        for micros in MICROS:
-            for method in methods:
-                overrides = [f'name="{len(rows)}"', f'engine.name="{engine}"', *settings, *METHODS[method]]
-                overrides.append(f"train.micro_batch_size={8 // placed.world // micros}")
-                about = {"world": placed.world, "engine": " ".join([engine, *settings]), "method": method}
-                run = kit.Run(recipe_file=folder / "recipe.toml", overrides=overrides)
-                rows.append(about | {"micros": micros} | counts(run, placed.world, micros))
+        for micros, method, dtype in itertools.product(MICROS, methods, dtypes):
+            overrides = [f'name="{len(rows)}"', f'engine.name="{engine}"', *settings, *METHODS[method]]
+            overrides.append(f"train.micro_batch_size={8 // placed.world // micros}")
+            overrides.append(f'model.dtype="{dtype}"')
+            about = {"world": placed.world, "engine": " ".join([engine, *settings]), "method": method, "dtype": dtype}
+            run = kit.Run(recipe_file=folder / "recipe.toml", overrides=overrides)
+            rows.append(about | {"micros": micros} | counts(run, placed.world, micros))
     if placed.rank == 0:
         (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     hard_exit(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from distft.data.samples import Conversation, Document, FormatSpec, Group, PromptCompletion, RowError
+from distft.data.samples import FormatSpec, RowError
 from distft.data.sources import RowSource
 
 _LOOKED_AT = 2000
@@ -26,18 +26,7 @@ def share_longer(source: RowSource, spec: FormatSpec) -> float | None:
             sample = spec.convert(source.renamed(payload))
         except RowError:
             continue
-        if isinstance(sample, Group) and len(sample.documents) == 2:
-            chosen, rejected = (_length(document) for document in sample.documents)
+        if len(sample.documents) == 2:
+            chosen, rejected = (len(document.question) + len(document.answer) for document in sample.documents)
             shares.append(0.5 if chosen == rejected else float(chosen > rejected))
     return sum(shares) / len(shares) if shares else None
-
-
-def _length(document: Document) -> int:
-    """Characters of a document; both of a pair have the same prompt, so the answers alone make the difference."""
-    match document:
-        case Conversation(messages=messages):
-            return sum(len(message["content"]) for message in messages)
-        case PromptCompletion(completion=completion):
-            return len(completion)
-        case _:
-            return len(document.text)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distft.data.template_probe import Span
+from distft.data.drafts import Span
 
 _PATIENCE = 16
 """Texts that may not add up, beyond those that did, before no more are tried."""

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from distft.data.drafts import Span
 from distft.data.samples import Message, RowError
-from distft.data.template_probe import Span, has_marks
+from distft.data.template_probe import has_marks
 
 
 class TemplateDrawing:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from distft.core.errors import DataError
+from distft.data.drafts import Drawn, Span
 from distft.data.message_parts import CALL, REASONING, find, pieces, says_nothing, stand_in, thought_and_answer
 from distft.data.samples import Conversation, Message, RowError
 from distft.data.template_content import TemplateContent, short
-from distft.data.template_probe import NEXT, Span
+from distft.data.template_probe import NEXT
 
 LossOn: TypeAlias = Literal["assistant", "completion", "last_turn", "all"]
 _OPENER = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<square>THINK)\]|<\|START_(?P<cohere>THINKING)\|>)\s*$", re.I)
@@ -47,19 +48,6 @@ def wanted_turns(chat: Conversation, loss_on: LossOn) -> set[int]:
     elif loss_on == "completion" and not chat.num_prompt:
         first = max((index for index, message in enumerate(chat.messages) if message["role"] == "user"), default=0)
     return {index for index in turns if index >= first}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A row's text."""
-
-    text: str
-    spans: list[Span]
-    """What is trained."""
-    notes: dict[str, str] = field(default_factory=dict)
-    """What is to be known of it: kind -> an example."""
-    empty: bool = False
-    """Nothing is trained, because the answers are empty."""
 
 
 @dataclass(frozen=True)

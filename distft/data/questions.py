@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
@@ -117,15 +117,15 @@ def _questions(
                 if skip_bad and isinstance(error, RowError):
                     continue
                 raise DataError(f"{label}:{number}: {error}") from None
-            right = columns.answer(row) if columns is not None else _right(sample)
+            right = columns.answer(row) if columns is not None else sample.reference
             yield Question(
                 id=f"{label} row {number}",
                 row=row,
                 prompt=prompt,
                 ids=tuple(ids),
-                as_chat=isinstance(sample, Conversation),
+                as_chat=sample.open_chat is not None,
                 reference=right,
-                chat=_open_chat(sample) if isinstance(sample, Conversation) else None,
+                chat=sample.open_chat,
             )
             count += 1
             progress(count)
@@ -143,20 +143,6 @@ def _payloads(source: RowSource) -> Iterator[tuple[str, int, Payload]]:
             yield file.label, number, payload
 
 
-def _open_chat(chat: Conversation) -> Conversation:
-    """Return the chat without its last answer, as `Renderer.ask` renders it."""
-    answered = chat.messages[-1]["role"] == "assistant"
-    return replace(chat, messages=chat.messages[:-1] if answered else chat.messages)
-
-
-def _right(sample: Sample) -> str:
-    if isinstance(sample, PromptCompletion):
-        return sample.completion
-    assert isinstance(sample, Conversation), "plain text asks nothing"
-    last = sample.messages[-1]
-    return last["content"] or json.dumps([call["function"] for call in last.get("tool_calls", ())])
-
-
 def trained_as_chat(sources: Sequence[SourceTable], *, merge_turns: bool = False) -> bool:
     """Return whether the first row that is trained is a chat.
 
@@ -167,7 +153,7 @@ def trained_as_chat(sources: Sequence[SourceTable], *, merge_turns: bool = False
     spec = decide_format(source)
     for _, _, payload in islice(_payloads(source), 20):
         try:
-            return isinstance(spec.convert(source.renamed(payload)), Conversation)
+            return spec.convert(source.renamed(payload)).open_chat is not None
         except RowError:
             continue
     raise DataError(f"{sources[0].path}: none of its first rows is of the format {spec.name}")

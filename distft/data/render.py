@@ -12,14 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from distft.core.errors import DataError
 from distft.core.virtual_tokens import virtual_ids
 from distft.data.chat_rendering import TemplateDrawing
-from distft.data.chat_template import ChatTemplate, Drawn, LossOn
-from distft.data.encoding import Encoder, Rendered, valid
-from distft.data.samples import Conversation, Document, Group, Message, PromptCompletion, RowError, Sample, Text
+from distft.data.chat_template import ChatTemplate, LossOn
+from distft.data.drafts import Drawn, RawText
+from distft.data.encoding import Encoder, valid
+from distft.data.rendered import Rendered
+from distft.data.samples import Conversation, Document, Message, PromptCompletion, RowError, Sample
 from distft.data.special_tokens import MARKED, TYPED, Typed, control_tokens, kept_text, without_marks
 from distft.data.templates import BUILT_IN, read_template
 from distft.data.tokenizer import load_tokenizer
@@ -170,7 +170,7 @@ class Renderer(Encoder):
             rows_or_error if isinstance(rows_or_error, Exception) else _only(rows_or_error) for rows_or_error in rows
         ]
 
-    def render_rows(self, samples: Sequence[Document]) -> list[list[Rendered] | RowError | DataError]:
+    def render_rows(self, documents: Sequence[Document]) -> list[list[Rendered] | RowError | DataError]:
         """Render the rows of each sample, in order; one that cannot be rendered gives its error, or the template's.
 
         A sample is several rows where a chat template makes its turns rows of their own.
@@ -181,45 +181,26 @@ class Renderer(Encoder):
         Raises:
             DataError: the chat template cannot be used for any chat.
         """
-        for chat in samples:
-            if isinstance(chat, Conversation):
+        for document in documents:
+            if (chat := document.open_chat) is not None:
                 self._template_of(chat)
-        plain: list[str] = []  # raw text; a prompt takes two entries, itself and prompt + completion
-        drawn: dict[int, list[Drawn]] = {}
-        notes: dict[int, dict[str, str]] = {}
-        faults: dict[int, RowError | DataError] = {}
-        for index, sample in enumerate(samples):
+        drafts: list[Sequence[Drawn | RawText] | RowError | DataError] = []
+        for document in documents:
             try:
-                if isinstance(sample, Conversation):
-                    drawn[index] = self._drawn(sample)
-                    continue
-                parts = (
-                    [sample.prompt, sample.prompt + sample.completion]
-                    if isinstance(sample, PromptCompletion)
-                    else [sample.text]
-                )
-                notes[index] = self._typed_raw(parts[-1])
-                plain += [valid(part) for part in parts]
+                drafts.append(document.write(self))
             except (RowError, DataError) as error:
-                faults[index] = error
-        backend = self.tokenizer.backend_tokenizer
-        plain_ids = iter([encoding.ids for encoding in backend.encode_batch_fast(plain, add_special_tokens=True)])
-        rendered_chats = iter(self._chats([chat for many in drawn.values() for chat in many]))
-        rendered: list[list[Rendered] | RowError | DataError] = []
-        for index, sample in enumerate(samples):
-            if index in faults:
-                rendered.append(faults[index])
-            elif isinstance(sample, Conversation):
-                rendered.append([next(rendered_chats) for _ in drawn[index]])
-            elif isinstance(sample, PromptCompletion):
-                rendered.append([self._prompt_completion(next(plain_ids), next(plain_ids), sample, notes[index])])
-            else:
-                rendered.append([self._text(next(plain_ids), sample.text, notes[index])])
-        if not self.prefix:
-            return rendered
-        return [rows if isinstance(rows, Exception) else [row.after(self.prefix) for row in rows] for rows in rendered]
+                drafts.append(error)
+        flat = [draft for many in drafts if not isinstance(many, Exception) for draft in many]
+        of_chats = iter(self._chats([draft for draft in flat if isinstance(draft, Drawn)]))
+        of_raw_texts = iter(self._raw_texts([draft for draft in flat if isinstance(draft, RawText)]))
+        return [
+            many
+            if isinstance(many, Exception)
+            else [next(of_chats if isinstance(draft, Drawn) else of_raw_texts).after(self.prefix) for draft in many]
+            for many in drafts
+        ]
 
-    def _drawn(self, chat: Conversation) -> list[Drawn]:
+    def draw_chat(self, chat: Conversation) -> list[Drawn]:
         """Return a chat as its rows' texts; special tokens typed in it stand between marks.
 
         Raises:
@@ -234,6 +215,16 @@ class Renderer(Encoder):
         if typed:
             rows[0].notes.update(typed)
         return rows
+
+    def raw_text(self, text: str, *, prompt: str | None = None) -> RawText:
+        """Return raw text that begins with `prompt`, behind which it is trained; None: all of it is.
+
+        Raises:
+            RowError: it is no valid text, or special tokens are typed in it and are to be an error.
+        """
+        if prompt is not None:
+            valid(prompt)
+        return RawText(text=valid(text), prompt=prompt, notes=self._typed_raw(text))
 
     def _typed_raw(self, text: str) -> dict[str, str]:
         """Count special tokens in raw text, which no template protects: they are read as tokens.
@@ -254,37 +245,39 @@ class Renderer(Encoder):
         return {TYPED.format("read as tokens").replace("a message", "raw text"): match.group()}
 
     def ask(self, sample: Sample) -> tuple[str, list[int]]:
-        """Return the sample without its last answer, as text and as the tokens that the answer follows in training.
-
-        A raw prompt is tokenised by itself, as at inference: where its last token would merge with the completion's
-        first (`Rendered.diverged`), training saw that one token instead.
+        """Return the sample without its last answer: see `Sample.ask`.
 
         Raises:
-            RowError: it is plain text, which asks nothing, or its prompt is empty or cannot be rendered.
+            RowError: it asks nothing, or what it asks is empty or cannot be rendered.
             DataError: the chat template cannot be used.
         """
-        backend = self.tokenizer.backend_tokenizer
-        if isinstance(sample, Conversation):
-            template = self._template_of(sample)
-            chat, _ = kept_text(sample, self._control, self.typed)
-            messages = chat.messages[:-1] if chat.messages[-1]["role"] == "assistant" else chat.messages
-            text, _ = template.draw(messages, chat.tools, True)
-            if MARKED.search(valid(text)):
-                ids = self._apart(Drawn(text=text, spans=[])).ids_T.tolist()
-                text = without_marks(text)
-            else:
-                ids = backend.encode(text, add_special_tokens=False).ids
-        elif isinstance(sample, PromptCompletion):
-            text = valid(sample.prompt)
-            ids = self._one_start(backend.encode(text, add_special_tokens=True).ids, text)
-            ids = self._without_added_eos(ids, text)
-        elif isinstance(sample, Group):
-            raise RowError("a row of several documents asks nothing: only its loss can be measured")
-        else:
-            raise RowError("plain text asks nothing: only its loss can be measured")
+        text, ids = sample.ask(self)
         if not ids:
             raise RowError("the prompt is empty, and this tokenizer starts a text with no token of its own")
         return text, [*self.prefix, *ids]
+
+    def ask_chat(self, chat: Conversation) -> tuple[str, list[int]]:
+        """Return the chat without its last answer, as text and as tokens.
+
+        Raises:
+            RowError: it cannot be rendered.
+            DataError: the chat template cannot be used.
+        """
+        template = self._template_of(chat)
+        asked = kept_text(chat, self._control, self.typed)[0].open_chat
+        text, _ = template.draw(asked.messages, asked.tools, True)
+        if MARKED.search(valid(text)):
+            return without_marks(text), self._apart(Drawn(text=text, spans=[])).ids_T.tolist()
+        return text, self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def ask_raw(self, prompt: str) -> tuple[str, list[int]]:
+        """Return a raw prompt as text and as tokens.
+
+        Raises:
+            RowError: it is no valid text.
+        """
+        ids = self.tokenizer.backend_tokenizer.encode(valid(prompt), add_special_tokens=True).ids
+        return prompt, self._without_added_eos(self._one_start(ids, prompt), prompt)
 
     def pair(
         self, context: str, continuation: str, *, as_chat: bool = False
@@ -331,46 +324,15 @@ class Renderer(Encoder):
         self.template.refuse_without_stop()
         return self.template.draw(messages, None, open_turn)[0]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode tokens, special tokens too."""
+        return self.tokenizer.decode(list(ids))
+
     def write(self, ids: list[int]) -> str:
         """Decode the tokens of an answer, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _text(self, ids: list[int], text: str, notes: dict[str, str]) -> Rendered:
-        ids = self._with_eos(self._one_start(ids, text), text)
-        return Rendered(
-            ids_T=np.array(ids, np.int32), trained_T=np.ones(len(ids), np.bool_), notes=notes, stop_id=ids[-1]
-        )
-
-    def _prompt_completion(
-        self, prompt: list[int], joint: list[int], sample: PromptCompletion, notes: dict[str, str]
-    ) -> Rendered:
-        """Start the completion where the prompt's tokens and the joint ones part, as in TRL 1.16's SFTTrainer."""
-        whole = sample.prompt + sample.completion
-        ids = self._with_eos(self._one_start(joint, whole), whole)
-        prompt = self._without_added_eos(self._one_start(prompt, sample.prompt), sample.prompt)
-        shared = len(prompt)
-        if ids[:shared] != prompt:  # seldom; comparing whole is a tenth of the time of comparing one by one
-            shared = next(
-                (index for index, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b),
-                min(len(prompt), len(ids)),
-            )
-        trained_T = np.ones(len(ids), np.bool_)
-        if self.loss_on != "all":
-            trained_T[:shared] = False
-        diverged = shared < len(prompt)
-        ids_T = np.array(ids, np.int32)
-        return Rendered(ids_T=ids_T, trained_T=trained_T, diverged=diverged, notes=notes, stop_id=ids[-1])
 
 
 def _only(rows: list[Rendered]) -> Rendered:
     assert len(rows) == 1, "its turns are rows of their own: ask render_rows"
     return rows[0]
-
-
-def is_empty(sample: Sample) -> bool:
-    """Return whether there is nothing to learn from: no text but white space, or no completion."""
-    if isinstance(sample, Group):
-        return any(map(is_empty, sample.documents))
-    if isinstance(sample, Text):
-        return not sample.text.strip()
-    return isinstance(sample, PromptCompletion) and not sample.completion.strip()

@@ -12,11 +12,11 @@ import numpy as np
 
 from distft.core.errors import DataError
 from distft.data.columns import unread_columns
-from distft.data.encoding import Rendered
 from distft.data.preparation_report import BAD, EMPTY, SHOWN_FAULTS, TOO_LONG, TRUNCATED_AWAY, UNTRAINED, Note
 from distft.data.readers import Payload
-from distft.data.render import Renderer, is_empty, load_renderer, settings_of
-from distft.data.samples import FormatSpec, Group, Row, RowError, Sample, documents_of
+from distft.data.render import Renderer, load_renderer, settings_of
+from distft.data.rendered import Rendered
+from distft.data.samples import FormatSpec, Row, RowError, Sample
 from distft.data.sources import RowSource
 from distft.data.special_tokens import without_marks
 from distft.data.store import Rows
@@ -80,7 +80,7 @@ class RowMaker:
             except RowError as error:
                 self._bad(made, f"{label}:{number}: {error}")
                 continue
-            if is_empty(sample):
+            if sample.is_empty:
                 made.dropped[EMPTY] += 1
                 continue
             samples.append(sample)
@@ -104,48 +104,16 @@ class RowMaker:
 
     def _rendered(self, samples: list[Sample]) -> Iterator[list[Rendered] | RowError | DataError]:
         """Yield the rows of each sample, or the error; all documents are tokenised in one batch."""
-        documents = [documents_of(sample) for sample in samples]
-        rendered = iter(self.renderer.render_rows([document for many in documents for document in many]))
-        for sample, documents_of_sample in zip(samples, documents, strict=True):
-            results = [next(rendered) for _ in documents_of_sample]
-            yield self._as_group(sample, results) if isinstance(sample, Group) else results[0]
-
-    def _as_group(
-        self, sample: Group, results: list[list[Rendered] | RowError | DataError]
-    ) -> list[Rendered] | RowError | DataError:
-        """Return the one row of a group's documents, or the error."""
-        documents: list[Rendered] = []
-        for rows in results:
-            if isinstance(rows, Exception):
-                return rows
-            if len(rows) != 1:
-                return RowError(
-                    f"its chat becomes {len(rows)} rows, one for each trained turn, and a group is trained as a whole  "
-                    'set [data] loss_on = "last_turn"'
-                )
-            documents += rows
-        if sample.same_prompt and (why := self._prompts_differ(documents)):
-            return RowError(why)
-        return [Rendered.group(documents, sample.values)]
-
-    def _prompts_differ(self, documents: Sequence[Rendered]) -> str:
-        """Describe where the prompt's tokens differ before the answers do; "" when they are the same."""
-        first = documents[0].prompt
-        for document in documents[1:]:
-            second = document.prompt
-            if np.array_equal(first, second):
-                continue
-            pairs = zip(first.tolist(), second.tolist(), strict=False)
-            position = next((position for position, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-            window = slice(max(0, position - 2), position + 3)
-            shown = [
-                self.renderer.tokenizer.decode(document.ids_T[window].tolist()) for document in (documents[0], document)
-            ]
-            return (
-                f"the prompt's tokens are not the same before both answers: from token {position + 1} on {shown[0]!r} "
-                f"and {shown[1]!r}  the answers must not merge with the prompt or change how it is written"
-            )
-        return ""
+        documents = [document for sample in samples for document in sample.documents]
+        rendered = iter(self.renderer.render_rows(documents))
+        for sample in samples:
+            results = [next(rendered) for _ in sample.documents]
+            errors = [result for result in results if isinstance(result, Exception)]
+            try:
+                rows = [result for result in results if not isinstance(result, Exception)]
+                yield errors[0] if errors else sample.join(rows, self.renderer)
+            except RowError as error:
+                yield error
 
     def _sample(self, source: int, payload: Payload, made: Made) -> Sample:
         row_source = self.sources[source]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from distft.core.registry import NoParams, Params
+
+if TYPE_CHECKING:
+    from distft.data.drafts import Drawn, RawText
+    from distft.data.rendered import Rendered
 
 Row: TypeAlias = dict[str, Any]
 """One row as its file holds it: column -> value."""
@@ -20,8 +25,111 @@ class RowError(Exception):
     """A row that cannot become a sample, in plain words; whoever read the row adds file and row number."""
 
 
+class Writer(Protocol):
+    """Writes documents as a tokenizer's model reads them: `distft.data.render.Renderer`."""
+
+    def draw_chat(self, chat: Conversation) -> list[Drawn]:
+        """Return a chat as the texts of its rows: one, or more where the template rewrites earlier turns."""
+        ...
+
+    def raw_text(self, text: str, *, prompt: str | None = None) -> RawText:
+        """Return raw text that begins with `prompt`, behind which it is trained; None: all of it is."""
+        ...
+
+    def ask_chat(self, chat: Conversation) -> tuple[str, list[int]]:
+        """Return the chat without its last answer, as text and as tokens."""
+        ...
+
+    def ask_raw(self, prompt: str) -> tuple[str, list[int]]:
+        """Return a raw prompt as text and as tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return tokens as text, special tokens too, for messages."""
+        ...
+
+
+class Sample(ABC):
+    """What is trained of one row: a document, or a group of documents.
+
+    A kind of sample says here all that is asked of it; whoever renders, compares or counts rows tests no kind.
+    """
+
+    documents: tuple[Document, ...]
+    """In order; a document is its own only one."""
+
+    @property
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """Whether there is nothing to learn from: no text but white space, or no completion."""
+
+    @property
+    @abstractmethod
+    def question(self) -> str:
+        """What a person reads as the question: all before the last answer but the system message; "" for none."""
+
+    @property
+    @abstractmethod
+    def answer(self) -> str:
+        """What a person reads as the answer, with its tool calls."""
+
+    @property
+    def system(self) -> str:
+        """System messages and tool definitions, which make the same question another one."""
+        return ""
+
+    @property
+    def reference(self) -> str:
+        """The right answer, with which a model's own is compared."""
+        return self.answer
+
+    @property
+    def open_chat(self) -> Conversation | None:
+        """The chat that is asked, without its last answer; None: raw text."""
+        return None
+
+    @abstractmethod
+    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+        """Return the sample without its last answer, as text and as the tokens that the answer follows in training.
+
+        Raises:
+            RowError: it asks nothing, or what it asks is empty or cannot be rendered.
+            DataError: the chat template cannot be used.
+        """
+
+    @abstractmethod
+    def join(self, rows: Sequence[list[Rendered]], writer: Writer) -> list[Rendered]:
+        """Return the rows to train, from those of each document.
+
+        Raises:
+            RowError: these rows cannot be trained together.
+        """
+
+
+class Document(Sample):
+    """One text with the tokens to train."""
+
+    @property
+    def documents(self) -> tuple[Document, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The document itself."""
+        return (self,)
+
+    @abstractmethod
+    def write(self, writer: Writer) -> Sequence[Drawn | RawText]:
+        """Return the texts of its rows.
+
+        Raises:
+            RowError: it cannot be rendered.
+            DataError: the chat template cannot be used, or not for this document.
+        """
+
+    def join(self, rows: Sequence[list[Rendered]], writer: Writer) -> list[Rendered]:
+        """Return the rows of the one document."""
+        return rows[0]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Conversation:
+class Conversation(Document):
     """A chat; rendered by the chat template."""
 
     messages: list[Message]
@@ -30,27 +138,115 @@ class Conversation:
     num_prompt: int = 0
     """Leading messages that are given (a prompt/completion row): trained only under `loss_on = "all"`."""
 
+    @property
+    def is_empty(self) -> bool:
+        """False: its template tells, see `Rendered.empty`."""
+        return False
+
+    @property
+    def question(self) -> str:
+        """All messages but the last and the system's, a line each."""
+        return "\n".join(_said(message) for message in self.messages[:-1] if message["role"] != "system")
+
+    @property
+    def answer(self) -> str:
+        """The last message with its tool calls."""
+        return _said(self.messages[-1])
+
+    @property
+    def system(self) -> str:
+        """System messages and tool definitions."""
+        tools = json.dumps(self.tools, ensure_ascii=False) if self.tools else ""
+        return "\n".join(_said(message) for message in self.messages if message["role"] == "system") + tools
+
+    @property
+    def reference(self) -> str:
+        """What the assistant says last, or the functions that it calls where it says nothing."""
+        last = self.messages[-1]
+        return last["content"] or json.dumps([call["function"] for call in last.get("tool_calls", ())])
+
+    @property
+    def open_chat(self) -> Conversation:
+        """The chat without its last answer."""
+        answered = self.messages[-1]["role"] == "assistant"
+        return replace(self, messages=self.messages[:-1] if answered else self.messages)
+
+    def write(self, writer: Writer) -> Sequence[Drawn]:
+        """Return what the chat template writes."""
+        return writer.draw_chat(self)
+
+    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+        """Return the chat without its last answer."""
+        return writer.ask_chat(self)
+
 
 @dataclass(frozen=True, kw_only=True)
-class PromptCompletion:
+class PromptCompletion(Document):
     """Raw text: both parts tokenised jointly, end-of-sequence appended, no chat template."""
 
     prompt: str
     completion: str
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the completion is white space."""
+        return not self.completion.strip()
+
+    @property
+    def question(self) -> str:
+        """The prompt."""
+        return self.prompt
+
+    @property
+    def answer(self) -> str:
+        """The completion."""
+        return self.completion
+
+    def write(self, writer: Writer) -> Sequence[RawText]:
+        """Return both parts as one text."""
+        return [writer.raw_text(self.prompt + self.completion, prompt=self.prompt)]
+
+    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+        """Return the prompt alone, as at inference.
+
+        Where its last token would merge with the completion's first (`Rendered.diverged`), training saw that one token
+        instead.
+        """
+        return writer.ask_raw(self.prompt)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class Text(Document):
     """One document; every token is trained, end-of-sequence appended."""
 
     text: str
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the text is white space."""
+        return not self.text.strip()
 
-Document: TypeAlias = Conversation | PromptCompletion | Text
+    @property
+    def question(self) -> str:
+        """None."""
+        return ""
+
+    @property
+    def answer(self) -> str:
+        """The text."""
+        return self.text
+
+    def write(self, writer: Writer) -> Sequence[RawText]:
+        """Return the text."""
+        return [writer.raw_text(self.text)]
+
+    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+        """Refuse: it asks nothing."""
+        raise RowError("plain text asks nothing: only its loss can be measured")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(Sample):
     """Documents of one row that are trained together and stay in one micro-batch: a chosen and a rejected answer."""
 
     documents: tuple[Document, ...]
@@ -59,13 +255,49 @@ class Group:
     same_prompt: bool = False
     """Its documents are answers to one prompt: up to where they are trained they must be the same tokens."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether one of its documents is."""
+        return any(document.is_empty for document in self.documents)
 
-Sample: TypeAlias = Document | Group
+    @property
+    def question(self) -> str:
+        """The first document's."""
+        return self.documents[0].question
+
+    @property
+    def answer(self) -> str:
+        """All answers, one after another."""
+        return "\n".join(document.answer for document in self.documents)
+
+    @property
+    def system(self) -> str:
+        """The first document's."""
+        return self.documents[0].system
+
+    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+        """Refuse: it has several answers."""
+        raise RowError("a row of several documents asks nothing: only its loss can be measured")
+
+    def join(self, rows: Sequence[list[Rendered]], writer: Writer) -> list[Rendered]:
+        """Return the one row of all documents."""
+        from distft.data.rendered import Rendered, differing_prompts
+
+        for many in rows:
+            if len(many) != 1:
+                raise RowError(
+                    f"its chat becomes {len(many)} rows, one for each trained turn, and a group is trained as a whole  "
+                    'set [data] loss_on = "last_turn"'
+                )
+        documents = [document for many in rows for document in many]
+        if self.same_prompt and (why := differing_prompts(documents, writer.decode)):
+            raise RowError(why)
+        return [Rendered.group(documents, self.values)]
 
 
-def documents_of(sample: Sample) -> tuple[Document, ...]:
-    """Return the sample's documents, in order."""
-    return sample.documents if isinstance(sample, Group) else (sample,)
+def _said(message: Message) -> str:
+    calls = message.get("tool_calls")
+    return message["content"] + (f"\n{json.dumps(calls, ensure_ascii=False)}" if calls else "")
 
 
 @dataclass(frozen=True, kw_only=True)

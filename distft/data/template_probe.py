@@ -9,10 +9,9 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from distft.core.errors import DataError
+from distft.data.drafts import Span
 from distft.data.samples import Conversation, Message, RowError
 
-Span: TypeAlias = tuple[int, int]
-"""Half-open range of characters."""
 Draw: TypeAlias = Callable[[Sequence[Message], Any, bool], tuple[str, list[Span]]]
 """(messages, tools, whether to open the assistant's next turn) -> text and what its generation marks enclose."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from distft.data.samples import Conversation, FormatSpec, Group, Message, PromptCompletion, RowError, Sample
+from distft.data.samples import FormatSpec, RowError
 from distft.data.sources import RowSource
 
 
@@ -53,31 +52,15 @@ def row_texts(sources: Sequence[RowSource], specs: Sequence[FormatSpec], unread:
             for number, payload in islice(source.rows(file), left):
                 left = None if left is None else left - 1
                 try:
-                    yield _row_text(file_index, number, spec.convert(source.renamed(payload)))
+                    sample = spec.convert(source.renamed(payload))
                 except RowError:
                     unread.num_rows += 1
+                    continue
+                yield RowText(
+                    file=file_index,
+                    number=number,
+                    prompt=sample.question,
+                    answer=sample.answer,
+                    system=sample.system,
+                )
             file_index += 1
-
-
-def _row_text(file: int, number: int, sample: Sample) -> RowText:
-    prompt = system = ""
-    match sample:
-        case Conversation(messages=messages, tools=tools):
-            system = "\n".join(_content(message) for message in messages if message["role"] == "system")
-            system += json.dumps(tools, ensure_ascii=False) if tools else ""
-            prompt = "\n".join(_content(message) for message in messages[:-1] if message["role"] != "system")
-            answer = _content(messages[-1])
-        case PromptCompletion(prompt=prompt, completion=answer):
-            pass
-        case Group(documents=documents):  # one question, its answers one after another
-            parts = [_row_text(file, number, document) for document in documents]
-            prompt, system = parts[0].prompt, parts[0].system
-            answer = "\n".join(part.answer for part in parts)
-        case _:
-            answer = sample.text
-    return RowText(file=file, number=number, prompt=prompt, answer=answer, system=system)
-
-
-def _content(message: Message) -> str:
-    calls = message.get("tool_calls")
-    return message["content"] + (f"\n{json.dumps(calls, ensure_ascii=False)}" if calls else "")
