@@ -40,7 +40,7 @@ ITEM_BYTES = {
     "unsigned char": 1,
     "signed char": 1,
 }
-CONTROL_BYTES = 128
+CONTROL_BYTES = 100
 """Smaller ones carry losses, counts and figures, not tensors of the model: the smallest norm has more."""
 
 
@@ -103,25 +103,32 @@ def counted(world: int) -> Iterator[Traffic]:
 def _collectives(events: list[dict[str, Any]], world: int) -> list[Collective]:
     """Return collectives in the order of their calls; bytes from the shapes that the profiler recorded."""
     named = [(str(event.get("name", "")), event) for event in events]
-    types = {  # a list of tensors has a type only where it is carried out, not where it is asked for
-        _largest(event["args"]): ITEM_BYTES[event["args"]["Input type"][0]]
+    # A list of tensors has a type only where it is carried out, not where it is asked for.
+    types = {
+        (_kind(name), _largest(event["args"])): ITEM_BYTES[event["args"]["Input type"][0]]
         for name, event in named
         if name.startswith(("gloo:", "nccl:")) and event.get("args", {}).get("Input type", [""])[0] in ITEM_BYTES
     }
     made = []
     for name, event in sorted(named, key=lambda item: item[1].get("ts", 0)):
-        kind = KINDS.get(name.removeprefix("c10d::").rstrip("_").removesuffix("_coalesced"))
+        kind = _kind(name)
         if kind is None or not name.startswith("c10d::"):
             continue
         args = event["args"]
         largest = _largest(args)
         item_sizes = [ITEM_BYTES[word] for word in args.get("Input type", ()) if word in ITEM_BYTES]
-        item = item_sizes[0] if item_sizes else types.get(largest, 4)
+        item = item_sizes[0] if item_sizes else types.get((kind, largest), 4)
         parts = world if not item_sizes and kind in ("all_gather", "reduce_scatter") else 1
         made.append(
             Collective(kind=kind, num_bytes=largest * item * parts, ranks=_ranks(kind, args) if item_sizes else None)
         )
     return made
+
+
+def _kind(name: str) -> str | None:
+    """Return the kind of a call by its name, such as "c10d::allreduce_" or "gloo:all_reduce"; None: no collective."""
+    short = name.rpartition(":")[2].rstrip("_").removesuffix("_coalesced")
+    return KINDS.get(short, short if short in KINDS.values() else None)
 
 
 def _largest(args: dict[str, Any]) -> int:

@@ -25,7 +25,7 @@ class RowError(Exception):
     """A row that cannot become a sample, in plain words; whoever read the row adds file and row number."""
 
 
-class Writer(Protocol):
+class Drafter(Protocol):
     """Writes documents as a tokenizer's model reads them: `distft.data.render.Renderer`."""
 
     def draw_chat(self, chat: Conversation) -> list[Drawn]:
@@ -89,7 +89,7 @@ class Sample(ABC):
         return None
 
     @abstractmethod
-    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+    def ask(self, drafter: Drafter) -> tuple[str, list[int]]:
         """Return the sample without its last answer, as text and as the tokens that the answer follows in training.
 
         Raises:
@@ -98,7 +98,7 @@ class Sample(ABC):
         """
 
     @abstractmethod
-    def join(self, rows: Sequence[list[Rendered]], writer: Writer) -> list[Rendered]:
+    def join(self, rows: Sequence[list[Rendered]], drafter: Drafter) -> list[Rendered]:
         """Return the rows to train, from those of each document.
 
         Raises:
@@ -115,7 +115,7 @@ class Document(Sample):
         return (self,)
 
     @abstractmethod
-    def write(self, writer: Writer) -> Sequence[Drawn | RawText]:
+    def write(self, drafter: Drafter) -> Sequence[Drawn | RawText]:
         """Return the texts of its rows.
 
         Raises:
@@ -123,7 +123,7 @@ class Document(Sample):
             DataError: the chat template cannot be used, or not for this document.
         """
 
-    def join(self, rows: Sequence[list[Rendered]], writer: Writer) -> list[Rendered]:
+    def join(self, rows: Sequence[list[Rendered]], drafter: Drafter) -> list[Rendered]:
         """Return the rows of the one document."""
         return rows[0]
 
@@ -171,13 +171,13 @@ class Conversation(Document):
         answered = self.messages[-1]["role"] == "assistant"
         return replace(self, messages=self.messages[:-1] if answered else self.messages)
 
-    def write(self, writer: Writer) -> Sequence[Drawn]:
+    def write(self, drafter: Drafter) -> Sequence[Drawn]:
         """Return what the chat template writes."""
-        return writer.draw_chat(self)
+        return drafter.draw_chat(self)
 
-    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+    def ask(self, drafter: Drafter) -> tuple[str, list[int]]:
         """Return the chat without its last answer."""
-        return writer.ask_chat(self)
+        return drafter.ask_chat(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,17 +202,17 @@ class PromptCompletion(Document):
         """The completion."""
         return self.completion
 
-    def write(self, writer: Writer) -> Sequence[RawText]:
+    def write(self, drafter: Drafter) -> Sequence[RawText]:
         """Return both parts as one text."""
-        return [writer.raw_text(self.prompt + self.completion, prompt=self.prompt)]
+        return [drafter.raw_text(self.prompt + self.completion, prompt=self.prompt)]
 
-    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+    def ask(self, drafter: Drafter) -> tuple[str, list[int]]:
         """Return the prompt alone, as at inference.
 
         Where its last token would merge with the completion's first (`Rendered.diverged`), training saw that one token
         instead.
         """
-        return writer.ask_raw(self.prompt)
+        return drafter.ask_raw(self.prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +236,11 @@ class Text(Document):
         """The text."""
         return self.text
 
-    def write(self, writer: Writer) -> Sequence[RawText]:
+    def write(self, drafter: Drafter) -> Sequence[RawText]:
         """Return the text."""
-        return [writer.raw_text(self.text)]
+        return [drafter.raw_text(self.text)]
 
-    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+    def ask(self, drafter: Drafter) -> tuple[str, list[int]]:
         """Refuse: it asks nothing."""
         raise RowError("plain text asks nothing: only its loss can be measured")
 
@@ -275,11 +275,11 @@ class Group(Sample):
         """The first document's."""
         return self.documents[0].system
 
-    def ask(self, writer: Writer) -> tuple[str, list[int]]:
+    def ask(self, drafter: Drafter) -> tuple[str, list[int]]:
         """Refuse: it has several answers."""
         raise RowError("a row of several documents asks nothing: only its loss can be measured")
 
-    def join(self, rows: Sequence[list[Rendered]], writer: Writer) -> list[Rendered]:
+    def join(self, rows: Sequence[list[Rendered]], drafter: Drafter) -> list[Rendered]:
         """Return the one row of all documents."""
         from distft.data.rendered import Rendered, differing_prompts
 
@@ -290,7 +290,7 @@ class Group(Sample):
                     'set [data] loss_on = "last_turn"'
                 )
         documents = [document for many in rows for document in many]
-        if self.same_prompt and (why := differing_prompts(documents, writer.decode)):
+        if self.same_prompt and (why := differing_prompts(documents, drafter.decode)):
             raise RowError(why)
         return [Rendered.group(documents, self.values)]
 

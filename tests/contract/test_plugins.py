@@ -1,4 +1,4 @@
-"""An optimizer, a format, methods, objectives, an importer and more from outside: each one spec and one `.add`.
+"""Parts from outside, each one spec and one `.add`: an optimizer, methods, objectives, a kind of sample and more.
 
 This file is also the program that registers them and runs the real job: `python test_plugins.py PLAN.json`.
 """
@@ -13,7 +13,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +30,9 @@ from distft.core.errors import DistftError
 from distft.core.registry import NoParams, Params
 from distft.core.types import IGNORE, Batch, LossTerms, Policy, StepReport, TrainState
 from distft.data.batch import pack_documents
+from distft.data.drafts import RawText
 from distft.data.formats import FORMATS
-from distft.data.samples import FormatSpec, Group, PromptCompletion, text_column
+from distft.data.samples import Document, Drafter, FormatSpec, Group, PromptCompletion, text_column
 from distft.export import EXPORTS, ExportInputs, ExportSpec
 from distft.generation import GENERATORS, GeneratorInputs, GeneratorSpec
 from distft.generation.completion import Completion, Prompt, SamplingParams
@@ -62,8 +63,34 @@ SGD = OptimizerSpec(
 )
 
 
-def convert_qa(row: dict[str, Any]) -> PromptCompletion:
-    return PromptCompletion(prompt=text_column(row, "q"), completion=text_column(row, "a"))
+@dataclass(frozen=True, kw_only=True)
+class Exchange(Document):
+    """A kind of sample of its own: what is asked, and what is answered to it."""
+
+    q: str
+    a: str
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.a.strip()
+
+    @property
+    def question(self) -> str:
+        return self.q
+
+    @property
+    def answer(self) -> str:
+        return self.a
+
+    def write(self, drafter: Drafter) -> list[RawText]:
+        return [drafter.raw_text(self.q + self.a, prompt=self.q)]
+
+    def ask(self, drafter: Drafter) -> tuple[str, list[int]]:
+        return drafter.ask_raw(self.q)
+
+
+def convert_qa(row: dict[str, Any]) -> Exchange:
+    return Exchange(q=text_column(row, "q"), a=text_column(row, "a"))
 
 
 QA = FormatSpec(name="qa", needs='"q" and "a"', matches=lambda row: {"q", "a"} <= row.keys(), convert=convert_qa)

@@ -11,9 +11,9 @@ from hypothesis import strategies as some
 
 from distft.core.errors import DataError
 from distft.data.chat import conversation
-from distft.data.rendered import Rendered
 from distft.data.message_parts import thought_and_answer
 from distft.data.render import Renderer, load_renderer
+from distft.data.rendered import Rendered
 from distft.data.samples import Conversation, RowError
 
 TEMPLATES = {

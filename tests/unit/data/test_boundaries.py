@@ -14,8 +14,8 @@ from hypothesis import strategies as some
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from distft.data.boundaries import byte_lengths
-from distft.data.encoding import _chat
 from distft.data.drafts import Span
+from distft.data.encoding import _chat
 
 ASSETS = Path(os.environ.get("DISTFT_ASSETS", "/nowhere")) / "tokenizers"
 PIECES = [*SPECIAL, "The weather", " in", "  ", "\n\n", "\t", "é", "é", "ﬁ", "東京", "豈", "🌞👩‍👩‍👧", "क़", ".", "0"]

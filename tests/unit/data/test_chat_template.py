@@ -13,8 +13,8 @@ import pytest
 from distft.core.errors import DataError
 from distft.data import chat_template, template_content
 from distft.data.chat import conversation
-from distft.data.rendered import Rendered
 from distft.data.render import Renderer, load_renderer
+from distft.data.rendered import Rendered
 from distft.data.samples import RowError
 
 Make = Callable[..., Renderer]
