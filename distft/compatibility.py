@@ -68,6 +68,7 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
         _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
     _refuse(recipe, list(_exports_that_cannot_be(recipe)))
+    _refuse(recipe, list(_references_that_cannot_be(recipe, folder)))
     _refuse_missing_head(recipe, folder)
     if not targets.are_named(params):
         return
@@ -93,6 +94,65 @@ def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:
         why = f'"{spec.name}" is written twice, to one folder' if twice else why
         if why:
             yield RecipeMistake(key=("export", "also", index, "name"), message=why, fix="leave this export out")
+
+
+_OF_THE_FILE = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""Keys of a config that may differ between models of one architecture: logits do not depend on them."""
+
+
+def _references_that_cannot_be(recipe: Recipe, folder: Path) -> Iterator[RecipeMistake]:
+    """Compare the reference with the trained model: one config, one tokenizer."""
+    spec, key = recipe.method.spec, ("objective", "reference")
+    path = recipe.objective.spec.reference(recipe.objective.params)
+    if path is None:
+        return
+    if spec.adapter and spec.base_alone is None:
+        message = f'method "{spec.name}" cannot be left out of the model, so no other model can be its reference'
+        yield RecipeMistake(key=key, message=message, fix="leave reference out, or choose another method")
+        return
+    there = Path(path).expanduser()
+    if (there / "adapter_config.json").is_file() and not (there / "config.json").is_file():
+        message = f'"{path}" is an adapter, which is no model by itself'
+        yield RecipeMistake(key=key, message=message, fix="merge it into its base first")
+        return
+    from distft.model import load
+
+    table = recipe.model.model_copy(update={"path": path, "revision": None})
+    try:
+        other = skeleton.find_config(table)
+    except RecipeError as error:
+        message = error.problems[0].message.replace(f'[model] path = "{path}"  ', f'"{path}": ')
+        yield RecipeMistake(key=key, message=message, fix="a folder with config.json, or a hub id owner/name")
+        return
+    mine, theirs = (load.read_config(place).to_dict() for place in (folder, other))
+    names = sorted(name for name in {*mine, *theirs} - {*_OF_THE_FILE} if mine.get(name) != theirs.get(name))
+    if names:
+        shown = "; ".join(f"{name}: {theirs.get(name)!r}, here {mine.get(name)!r}" for name in names[:4])
+        message = f'"{path}" is another architecture than the model that is trained ({shown})'
+        yield RecipeMistake(key=key, message=message, fix="a reference has the trained model's config.json")
+        return
+    vocabularies = [_vocabulary(place) for place in (folder, other)]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        message = f'"{path}" has another tokenizer than the model that is trained: its ids mean other tokens'
+        yield RecipeMistake(key=key, message=message, fix="a reference reads the tokens that the rows become")
+
+
+def _vocabulary(folder: Path) -> Any:
+    """Return the tokens and their ids that a folder's tokenizer.json names; None where it has none."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    return content.get("model", {}).get("vocab"), added
 
 
 def refuse_long_rows(recipe: Recipe, longest: int, split: str) -> None:

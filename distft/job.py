@@ -91,6 +91,9 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             from distft.guard import DivergenceGuard
             from distft.trainer import Trainer
 
+            # Another model as the reference, if the objective names one: before the trained model, not beside it.
+            assemble.compute_other_reference(recipe, process_info, engine, layout, rows, say)
+
             # Model, on the meta device: what it will be is written down before it costs memory.
             PHASE.enter("model")
             num_steps = assemble.num_steps(recipe, rows)

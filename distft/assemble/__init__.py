@@ -27,6 +27,7 @@ from distft.assemble.components import (
 )
 from distft.assemble.evaluation import build_best_tracker, build_eval_sets, build_evaluator, load_row_renderer
 from distft.assemble.input_hashes import hash_inputs
+from distft.assemble.reference import compute_other_reference, freeze
 from distft.assemble.training_data import Data, HeldOut, Say, load_data, load_held_out, with_date
 
 __all__ = [
@@ -43,9 +44,11 @@ __all__ = [
     "build_model",
     "build_objective",
     "choose_layout",
+    "compute_other_reference",
     "device_name",
     "export",
     "fetch_model",
+    "freeze",
     "hash_inputs",
     "largest_micro_batch",
     "load_data",

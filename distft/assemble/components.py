@@ -138,86 +138,63 @@ def build_objective(
     """Return the recipe's objective over the model that the engine holds, with what fills its columns.
 
     Collective; the engine's weights are those that training starts from, unless it `is_trained`: then what follows from
-    those must have been computed before.
+    those must have been computed before. So must what follows from another model (`compute_other_reference`).
 
     Raises:
         MachineError: a column that it reads cannot be had in this run.
     """
-    from distft.assemble.checkpoints import weights_hash
-    from distft.columns import COLUMNS, ColumnFiller, ColumnInputs
+    from distft.assemble.reference import column_specs, logprobs_folder, other_model, reads_reference, rows_to_pass
+    from distft.columns import ColumnFiller, ColumnInputs
     from distft.columns.reference import ReferenceModel
-    from distft.columns.stored_logprobs import RowPass
     from distft.core.protocols import NO_COLUMNS
-    from distft.data.prepared_folder import cache_folder
     from distft.model.policy import ModelPolicy
     from distft.objectives.spec import Objective
 
     chosen, alone, policy = recipe.objective, recipe.method.spec.base_alone, ModelPolicy(engine.model)
-    specs = {name: COLUMNS[name] for name in chosen.spec.columns(chosen.params)}
+    specs, other = column_specs(recipe), other_model(recipe)
     if not specs:
         return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)
-    row_passes, derived = list(rows.row_passes), dict[str, RowPass]()
-    for spec in specs.values():
-        if spec.derive is not None:
-            made = {rows_of.prepared.fingerprint: spec.derive(rows_of) for rows_of in rows.row_passes}
-            row_passes, derived = [*row_passes, *made.values()], derived | made
-    kept, weights = cache_folder(recipe.data) / "logprobs", functools.cache(lambda: weights_hash(recipe, engine))
+    row_passes, derived = rows_to_pass(specs, rows)
     before = ReferenceModel(
         policy=policy,
         engine=engine,
-        base_alone=None if alone is None else functools.partial(alone, built.module),
+        base_alone=None if alone is None or other is not None else functools.partial(alone, built.module),
         row_passes=tuple(row_passes),
-        folder_of=lambda rows_sha256: kept / _logprobs_key(recipe, engine, layout, weights(), rows_sha256),
-        is_trained=is_trained,
+        folder_of=logprobs_folder(recipe if other is None else other, engine, layout),
+        is_trained=is_trained or other is not None,
         say=say,
     )
     inputs = ColumnInputs(policy=policy, engine=engine, reference=functools.cache(before.open), derived=derived)
     suppliers = {name: spec.open(inputs) for name, spec in specs.items()}
-    reference = inputs.reference() if any(spec.reads_reference for spec in specs.values()) else None
-    columns = ColumnFiller(engine, suppliers)
-    return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=columns, reference=reference)
-
-
-def _logprobs_key(recipe: Recipe, engine: Engine, layout: Layout, weights: str, rows_sha256: str) -> str:
-    """Return a key of everything that log-probabilities of the model before training depend on.
-
-    Engine, ranks and micro-batches are not of it: they change the order of sums, and other runs may share the values.
-    """
-    import hashlib
-    import json
-
-    import torch
-
-    from distft.core.environment import versions
-
-    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
-    facts = {
-        "weights": weights,
-        "rows": rows_sha256,
-        "head": recipe.objective.spec.head,
-        "method": [recipe.method.name, recipe.method.params.model_dump(mode="json")],
-        "dtype": recipe.model.dtype,
-        "path": layout.path.to_json(),
-        "packing": [recipe.data.packing, recipe.data.max_length],
-        "device": device,
-        "versions": versions(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+    return Objective(
+        spec=chosen.spec,
+        params=chosen.params,
+        policy=policy,
+        columns=ColumnFiller(engine, suppliers),
+        reference=inputs.reference() if reads_reference(specs) else None,
+    )
 
 
 def refuse_other_policy(recipe: Recipe, engine: Engine, objective: Objective, steps: StepSource) -> None:
     """Collective: check that the policy is its reference before the first update (see `distft.identity_gate`).
 
+    Where another model is the reference, that was checked when its log-probabilities were computed.
+
     Raises:
         NumericError: it is not.
     """
-    import torch
-
+    from distft.assemble.reference import other_model
     from distft.identity_gate import refuse_other_policy as refuse
 
-    if objective.reference is not None:
-        batch = next(steps.from_step(0))[0]
-        refuse(engine, objective.policy, objective.reference, batch, getattr(torch, recipe.model.dtype))
+    if objective.reference is not None and other_model(recipe) is None:
+        refuse(engine, objective.policy, objective.reference, next(steps.from_step(0))[0], torch_dtype(recipe))
+
+
+def torch_dtype(recipe: Recipe) -> Any:
+    """Return the type that the model computes in."""
+    import torch
+
+    return getattr(torch, recipe.model.dtype)
 
 
 def num_steps(recipe: Recipe, rows: Data) -> int:

@@ -144,6 +144,7 @@ class _Measurement:
         recipe, engine, processes = self.recipe, self.engine, self.processes
         device = memory_meter.Device(processes.device)
         own_bytes = memory_meter.host()["data_bytes"]
+        assemble.compute_other_reference(recipe, processes, engine, self.layout, self.rows, self.say)
         built = assemble.build_model(self.recipe, processes, self.layout, self.rows, self.say)
         facts = assemble.run_facts(built, processes, TrainState())
         counts, ran = stats.count(built.module), self._ran(built, facts.device_name)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,10 +105,8 @@ def stored_logprobs(
         FileSystemError: on all ranks; the folder cannot be written on some host.
         Preempted: some rank was asked to stop; what was computed is kept.
     """
-    files = _Files(folder, rows.prepared)
-    hosts = engine.gather(socket.gethostname())
-    writes = hosts.index(hosts[engine.rank]) == engine.rank
-    if not all(engine.gather(files.is_complete() if writes else True)):
+    files, writes = _Files(folder, rows.prepared), _writes(engine)
+    if not are_stored([(folder, rows.prepared)], engine):
         if is_trained:
             raise MachineError(
                 "the reference's log-probabilities of these rows are not in this machine's cache, and can be computed "
@@ -131,6 +129,18 @@ def stored_logprobs(
                     raise Preempted("stopped while the reference is computed; what was computed is kept")
         _agreed(engine, lambda: files.finish() if writes else None)
     return StoredLogprobs(folder, rows.prepared)
+
+
+def are_stored(folders: Sequence[tuple[Path, Prepared]], engine: Engine) -> bool:
+    """Collective: return whether every host has all of these log-probabilities, whole."""
+    writes = _writes(engine)
+    return all(engine.gather(not writes or all(_Files(*of_rows).is_complete() for of_rows in folders)))
+
+
+def _writes(engine: Engine) -> bool:
+    """Return whether this rank is the first one on its host."""
+    hosts = engine.gather(socket.gethostname())
+    return hosts.index(hosts[engine.rank]) == engine.rank
 
 
 def _agreed(engine: Engine, work: Callable[[], np.ndarray | None]) -> np.ndarray:

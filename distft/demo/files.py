@@ -65,6 +65,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     places: list[tuple[tuple[str | int, ...], str | None]] = [
         (("model", "path"), recipe.model.path),
         (("model", "tokenizer"), recipe.model.tokenizer),
+        (("objective", "reference"), recipe.objective.spec.reference(recipe.objective.params)),
         *(
             (("data", split, index, "path"), source.path)
             for split in ("train", "eval")

@@ -66,6 +66,7 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         group.callback(processes.leave, process_info)
         engine = assemble.open_engine(built, process_info, say)
         group.callback(engine.close)
+        assemble.compute_other_reference(eval_recipe, process_info, engine, layout, rows, say)
         model = _held(replace(subject, built=built), engine, process_info, layout, rows, say)
         return _look(subject, engine, model, layout, rows, eval_sets, say)
 
@@ -107,7 +108,7 @@ def _held(
         recipe = replace(recipe, method=replace(recipe.method, spec=spec))
     model = assemble.build_model(recipe, processes, layout, rows, say)
     if subject.checkpoint is None:
-        _freeze(model)
+        assemble.freeze(model)
     engine.setup(model, assemble.update_rule(recipe, model, 1000), micros_per_step=layout.micros_per_step)
     if subject.checkpoint is not None:
         from distft.checkpoint.loading import load_path
@@ -115,14 +116,6 @@ def _held(
         loaded = load_path(subject.checkpoint, engine)
         engine.restore(loaded.reader, TrainState(**loaded.state["train"]))
     return model
-
-
-def _freeze(model: MetaModel) -> None:
-    """Leave one small tensor trainable, because engines want one: no masters or moments of the rest are made."""
-    trainable = [param for param in model.module.parameters() if param.requires_grad]
-    for param in trainable:
-        param.requires_grad_(False)
-    min(trainable, key=lambda param: param.numel()).requires_grad_(True)
 
 
 def _look(

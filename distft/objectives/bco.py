@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
 from distft.objectives.answers import DESIRABLE, FIGURES, answer_terms, count_answers
-from distft.objectives.spec import ObjectiveSpec
+from distft.objectives.spec import ObjectiveSpec, ReferenceModelParams
 
 
-class BcoParams(Params):
+class BcoParams(ReferenceModelParams):
     """TRL's name."""
 
     beta: float = Field(default=0.1, gt=0)
@@ -42,4 +41,5 @@ SPEC = ObjectiveSpec(
     denominator=count_answers,
     terms=_terms,
     figures=lambda params: FIGURES | {"reward_threshold": True},
+    reference=lambda params: params.reference,
 )

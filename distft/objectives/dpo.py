@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
 from distft.objectives.pairs import FIGURES, Pair, count_pairs, lengths_of, pair_terms, tail_weights
-from distft.objectives.spec import ObjectiveSpec
+from distft.objectives.spec import ObjectiveSpec, ReferenceModelParams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +29,7 @@ _DISCOPOP_TAU = 0.05
 """Source: https://arxiv.org/abs/2406.08414, section 4"""
 
 
-class DpoParams(Params):
+class DpoParams(ReferenceModelParams):
     """TRL's names."""
 
     beta: float = Field(default=0.1, gt=0)
@@ -167,4 +166,5 @@ SPEC = ObjectiveSpec(
     denominator=count_pairs,
     terms=_terms,
     figures=lambda params: FIGURES,
+    reference=lambda params: params.reference,
 )

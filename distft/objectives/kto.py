@@ -10,13 +10,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
 from distft.objectives.answers import DESIRABLE, FIGURES, answer_terms, count_answers
-from distft.objectives.spec import ObjectiveSpec
+from distft.objectives.spec import ObjectiveSpec, ReferenceModelParams
 
 
-class KtoParams(Params):
+class KtoParams(ReferenceModelParams):
     """TRL's names; `loss = "apo_zero"` is its apo_zero_unpaired."""
 
     beta: float = Field(default=0.1, gt=0)
@@ -58,4 +57,5 @@ SPEC = ObjectiveSpec(
     denominator=count_answers,
     terms=_terms,
     figures=lambda params: FIGURES | ({"kl": False} if params.loss == "kto" else {}),
+    reference=lambda params: params.reference,
 )

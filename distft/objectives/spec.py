@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from distft.core.protocols import NO_COLUMNS, BatchColumns
 from distft.core.registry import Params
 
@@ -13,6 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distft.core.types import Batch, LossTerms, Policy
+
+
+class ReferenceModelParams(Params):
+    """What objectives with a reference have in common."""
+
+    reference: str | None = Field(default=None, min_length=1)
+    """Another model as the reference, of the same config and tokenizer: a folder or a hub id. Unset: the model that
+    training starts from. Its log-probabilities are computed before training; it never stands beside the trained one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +54,9 @@ class ObjectiveSpec:
     """params -> names of the figures in its terms, and whether more is better."""
     columns: Callable[[Any], tuple[str, ...]] = lambda params: ()
     """params -> names of the columns it reads; see `Batch.columns`."""
+    reference: Callable[[Any], str | None] = lambda params: None
+    """params -> folder or hub id of the model whose log-probabilities those columns are of; None: of the model that
+    training starts from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,8 +131,10 @@ class Setup:
 
     @property
     def reference_before_training(self) -> bool:
-        """The reference's log-probabilities are computed once: the method changes the base itself."""
-        return self.recipe.method.spec.base_alone is None
+        """The reference's log-probabilities are computed once: the method changes the base itself, or it is another."""
+        objective = self.recipe.objective
+        another = objective.spec.reference(objective.params) is not None
+        return another or self.recipe.method.spec.base_alone is None
 
     @property
     def column_forwards(self) -> tuple[int, int]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from harness import BATCH, SETTINGS, Bench, Launch, Run, label, relative
+from safetensors.torch import load_file, save_file
 
 TOLERANCE = 1e-5
 OBJECTIVES = {
@@ -30,6 +33,13 @@ WHOLE = "DISTFT_PREFERENCE_GRID" in os.environ
 """All objectives, methods and engines; else a covering part."""
 COVERED = ("dpo-full", "dpo-qlora", "reward-lora", "kto-full", "kto-lora")
 LAYOUTS = [("solo", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE else [("fsdp2", 2)]
+REFERENCES = {
+    "twin-full-true-1": ("full", "model", "twin"),
+    "twin-qlora-true-1": ("qlora", "model", "twin"),
+    "there-full-true-1": ("full", "model", "other"),
+    "back-full-true-1": ("full", "other", "model"),
+}
+"""Case -> method, trained model and the reference that is named: a copy of the trained one, or another."""
 FIGURES = ("loss", "grad_norm", "reward_chosen", "reward_rejected", "reward_accuracy", "tokens")
 
 
@@ -37,6 +47,12 @@ FIGURES = ("loss", "grad_norm", "reward_chosen", "reward_rejected", "reward_accu
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """The usual tiny model; the answers of other rows are the rejected ones."""
     bench = Bench.make(tmp_path_factory.mktemp("pairs"))
+    shutil.copytree(bench.folder / "model", bench.folder / "twin")
+    shutil.copytree(bench.folder / "model", bench.folder / "other")
+    weights = load_file(bench.folder / "other/model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    moved = {name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+    save_file(moved, bench.folder / "other/model.safetensors", metadata={"format": "pt"})
     for split in ("train", "valid"):
         path = bench.folder / f"{split}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -76,6 +92,12 @@ def cases(engine: str, world: int, folder: Path, *settings: str) -> dict[str, li
                         f'data.eval.0.format="{form}"', f'data.cache_dir="{folder}/cache-{engine}"',
                         *(SETTINGS[name] for name in settings),
                     ]  # fmt: skip
+    for name, (method, model, reference) in REFERENCES.items():
+        out[name] = [
+            *out[f"dpo-{method}-true-1"],
+            f'objective={{name="dpo", beta=0.3, reference="{folder}/{reference}"}}',
+            f'model.path="{folder}/{model}"',
+        ]
     return out
 
 
@@ -112,13 +134,25 @@ def test_loss_norm_and_figures_equal_solo(layout: dict[str, Run], solo: dict[str
 
 def test_identical_policies_give_ln_2_and_it_learns(solo: dict[str, Run]) -> None:
     for name, run in solo.items():
-        if name.startswith("dpo"):
+        if name.startswith(("dpo", "twin")):
             assert run.column("loss")[0] == pytest.approx(0.6931472, abs=1e-6), name
             assert run.column("reward_margin")[0] == pytest.approx(0, abs=1e-5)
         if name.startswith("kto"):
             assert run.column("kl")[0] == pytest.approx(0, abs=1e-5)
             assert max(run.column("kl")) > 0.001, (name, "the policy moves away from its reference")
         assert run.evals[-1]["eval_loss"] < run.evals[0]["eval_loss"], name
+
+
+def test_another_model_is_the_reference(layout: dict[str, Run]) -> None:
+    for method in ("full", "qlora"):
+        named, unnamed = layout[f"twin-{method}-true-1"], layout[f"dpo-{method}-true-1"]
+        for figure in (*FIGURES, "reward_margin"):
+            assert named.column(figure) == pytest.approx(unnamed.column(figure), rel=1e-5, abs=1e-6), (method, figure)
+    there, back = layout["there-full-true-1"], layout["back-full-true-1"]
+    for figure in ("reward_chosen", "reward_rejected", "reward_margin"):
+        first = there.column(figure)[0]
+        assert abs(first) > 0.001, "the policy is not its reference"
+        assert back.column(figure)[0] == pytest.approx(-first, rel=1e-3, abs=1e-5), "each is the other's reference"
 
 
 @pytest.mark.slow

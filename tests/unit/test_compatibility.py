@@ -291,3 +291,45 @@ def test_a_reward_model_cannot_answer(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_rows_of_another_objective_name_those_that_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, more=REWARD, rows=[f"disk {number} is slow" for number in range(64)])
     says(VERBS["check"], path, capsys, "such rows are trained by the objectives sft", "line 17")
+
+
+# -- another model as the reference ------------------------------------------------------------------------------------
+
+TOKENS = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "<s>", "id": 1}]}
+REFERENCES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+    "is not there": ({}, "no such folder"),
+    "is an adapter": ({"adapter_config.json": {}}, "is an adapter, which is no model by itself"),
+    "has no config": ({"tokenizer.json": TOKENS}, "the folder has no config.json (it holds: tokenizer.json)"),
+    "is wider": ({"config.json": LLAMA | {"hidden_size": 128}}, "another architecture than the model that is trained"),
+    "is of another family": (
+        {"config.json": LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}},
+        "architectures: ['Qwen2ForCausalLM'], here ['LlamaForCausalLM']",
+    ),
+    "has other positions": (
+        {"config.json": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}},
+        "rope_parameters: {",
+    ),
+    "has another tokenizer": (
+        {"config.json": LLAMA, "tokenizer.json": TOKENS},
+        "has another tokenizer than the model that is trained: its ids mean other tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "verb"), [*((fault, "check") for fault in REFERENCES), *(("is wider", verb) for verb in VERBS)]
+)
+def test_a_reference_is_the_trained_model_with_other_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, verb: str
+) -> None:
+    files, message = REFERENCES[fault]
+    for name, content in files.items():
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name).write_text(json.dumps(content))
+    more = f'[objective]\nname = "dpo"\nreference = "{tmp_path}/other"\n'
+    says(VERBS[verb], recipe(tmp_path, more=more), capsys, message, "line 18")
+
+
+def test_an_objective_without_a_reference_takes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = f'[objective]\nname = "orpo"\nreference = "{tmp_path}/other"\n'
+    says(VERBS["check"], recipe(tmp_path, more=more), capsys, "it belongs to dpo, kto, bco  remove it", "line 18")
