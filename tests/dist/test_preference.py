@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import BATCH, SETTINGS, Bench, Launch, Run, label, relative
+from harness import BATCH, SETTINGS, Bench, Launch, Run, label, relative, torchrun
 from safetensors.torch import load_file, save_file
 
 TOLERANCE = 1e-5
@@ -185,3 +185,32 @@ def test_a_run_killed_in_the_reference_pass_goes_on_there(pairs: Bench, tmp_path
         assert third.end().code == 0
         told = [line for line in third.stderr().splitlines() if "are computed before training" in line]
         assert len(told) == 1, "damage is found by its checksum; the rows of the other split are found done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["dpo-full", "kto-full", "kto-lora"])
+def test_killed_in_training_and_continued_here_and_on_another_layout(pairs: Bench, tmp_path: Path, case: str) -> None:
+    """A batch-wide column (KTO's KL) and a reference are the same after a restart: bit for bit, or to 1e-5."""
+
+    def command(name: str, engine: str, world: int) -> list[str]:
+        given = cases(engine, world, pairs.folder)[f"{case}-true-1"]
+        given += [f'output_dir="{tmp_path}/runs"', f'name="{name}"', "checkpoint.every_steps=2"]
+        words = [word for override in given for word in ("--set", override)]
+        return [*(torchrun(world) if world > 1 else [sys.executable]), "-m", "distft.train", str(pairs.recipe), *words]
+
+    with Launch(command("oracle", "solo", 1)) as oracle:
+        assert oracle.end().code == 0, oracle.stderr()
+    with Launch(command("killed", "solo", 1), DISTFT_FAULT="kill:point=backward,step=4") as killed:
+        assert killed.end().code != 0
+    shutil.copytree(tmp_path / "runs/killed", tmp_path / "runs/moved")
+    for name, engine, world in (("killed", "solo", 1), ("moved", "fsdp2", 2)):
+        with Launch(command(name, engine, world)) as again:
+            assert again.end().code == 0, again.stderr()
+    expected, here, there = (
+        Run.read({"folder": str(tmp_path / "runs" / name)}) for name in ("oracle", "killed", "moved")
+    )
+    names = ("loss", "grad_norm", "reward_chosen", "reward_rejected", *(("kl",) if case.startswith("kto") else ()))
+    for figure in names:
+        assert here.column(figure) == expected.column(figure), (figure, "bit for bit")
+        assert there.column(figure) == pytest.approx(expected.column(figure), rel=TOLERANCE, abs=TOLERANCE), figure
+    assert len(here.column("loss")) == len(there.column("loss")) > 4, "no step appears twice"
