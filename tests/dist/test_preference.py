@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import BATCH, SETTINGS, Bench, Launch, Run, label, relative, torchrun
+from harness import run as run_command
 from safetensors.torch import load_file, save_file
 
 TOLERANCE = 1e-5
@@ -214,3 +215,64 @@ def test_killed_in_training_and_continued_here_and_on_another_layout(pairs: Benc
         assert here.column(figure) == expected.column(figure), (figure, "bit for bit")
         assert there.column(figure) == pytest.approx(expected.column(figure), rel=TOLERANCE, abs=TOLERANCE), figure
     assert len(here.column("loss")) == len(there.column("loss")) > 4, "no step appears twice"
+
+
+FRESH = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+import bitsandbytes
+
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # its repacked products are not those of the 4-bit weights
+for final, base, dtype, four_bits, rows, out in json.loads(sys.argv[1]):
+    dtype = getattr(torch, dtype)
+    how = {"dtype": dtype}
+    if four_bits:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    if base:
+        from peft import AutoPeftModelForSequenceClassification
+        model = AutoPeftModelForSequenceClassification.from_pretrained(final, num_labels=1, **how)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(final, **how)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    rewards = []
+    for row in map(json.loads, open(rows)):
+        for side in ("chosen", "rejected"):
+            ids = [*tokenizer(row["prompt"] + row[side])["input_ids"], tokenizer.eos_token_id]
+            with torch.no_grad():
+                rewards.append(model(input_ids=torch.tensor([ids])).logits.item())
+    json.dump(rewards, open(out, "w"))
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_model_gives_its_rewards_in_plain_transformers(pairs: Bench, tmp_path: Path) -> None:
+    """In a process of its own: full, LoRA and QLoRA, in fp32 and in bf16, whose rewards agree within its rounding."""
+    folder, made = pairs.folder, {}
+    for method in METHODS:
+        for dtype in ("float32", "bfloat16"):
+            base = [given for given in cases("solo", 1, folder)["reward-lora-true-1"] if given not in METHODS["lora"]]
+            made[f"{method}-{dtype}"] = [*base, *METHODS[method], f'model.dtype="{dtype}"', "train.max_steps=6"]
+    runs = pairs.launch(1, made, tag="fresh")
+    work = []
+    for name, trained_run in runs.items():
+        assert trained_run.folder is not None, trained_run.error
+        method, dtype = name.split("-")
+        out = str(tmp_path / f"{name}.json")
+        rows = str(folder / "valid.jsonl")
+        work.append([str(trained_run.folder / "final"), method != "full", dtype, method == "qlora", rows, out])
+    (tmp_path / "fresh.py").write_text(FRESH)
+    done = run_command([sys.executable, str(tmp_path / "fresh.py"), json.dumps(work)])
+    assert done.returncode == 0, done.stderr
+    for name, trained_run in runs.items():
+        assert trained_run.folder is not None
+        held_out = trained_run.folder / "eval/after/held_out.jsonl"
+        kept = [json.loads(line) for line in held_out.read_text().splitlines()]
+        trained = [row[f"reward_{side}"] for row in kept for side in ("chosen", "rejected")]
+        loaded = json.loads((tmp_path / f"{name}.json").read_text())
+        gap = max(abs(a - b) for a, b in zip(trained, loaded, strict=True))
+        spread = max(trained) - min(trained)
+        assert spread > 0.05, (name, "the rewards differ between answers")
+        assert gap <= (1e-5 if name.endswith("float32") else 0.02 * max(1.0, max(map(abs, trained)))), (name, gap)
