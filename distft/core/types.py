@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distft.core.batch import IGNORE as IGNORE
+from distft.core.batch import Batch as Batch
 from distft.core.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -20,76 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from distft.core.ranks import ReadGroup
-
-IGNORE = -100
-"""Label of a position that is not trained (torch's cross-entropy convention)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch without padding: documents laid end to end, never attending to each other."""
-
-    input_ids_T: Tensor
-    """int64; token ids."""
-    labels_T: Tensor
-    """int64; the id to predict *at* each position (already shifted), IGNORE where nothing is trained.
-    The last position of a document is always IGNORE, so no label crosses a document boundary."""
-    position_ids_T: Tensor
-    """int64; restarts at 0 in every document."""
-    cu_seqlens: Tensor
-    """int32 [D + 1]; document boundaries, from 0 to T."""
-    max_seqlen: int
-    """Tokens in the longest document (attention kernels want it on the host)."""
-    num_supervised: int
-    """Positions with a label."""
-    num_tokens: int
-    """Real tokens: T without filler."""
-    sample_ids: tuple[str, ...] = ()
-    """`file row N` of each document, for messages."""
-    position: int = 0
-    """Packed sequences consumed by the run before this micro-batch's first one: the seed of its dropout."""
-    group_sizes: tuple[int, ...] = ()
-    """Documents of each group, in order: 1 for supervised fine-tuning, 2 for a pair, n for n samples of one prompt.
-    A group is never split over micro-batches. Filler documents come last and belong to no group."""
-    rows: tuple[int, ...] = ()  # indices of its groups among the prepared rows with this fingerprint
-    rows_sha256: str = ""
-    columns: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
-    """Further inputs of an objective by name; the name's last letter is the axis: `ref_logprob_D`, `advantage_D`,
-    `old_logprob_S`. Filled before the step (see `distft.columns`)."""
-
-    @property
-    def num_documents(self) -> int:
-        """Documents without filler."""
-        return sum(self.group_sizes)
-
-    def sum_by_document(self, values_S: Tensor) -> Tensor:
-        """Return fp64 [D], the values of each document's supervised positions added up, filler left out."""
-        import torch
-
-        at_S = torch.nonzero_static(self.labels_T != IGNORE, size=self.num_supervised).squeeze(1)
-        document_S = torch.searchsorted(self.cu_seqlens, at_S.to(self.cu_seqlens.dtype), right=True) - 1
-        values_S = values_S.double()  # sums of hundreds, of which differences are taken
-        return values_S.new_zeros(self.num_documents).index_add(0, document_S, values_S)
-
-    def inputs(self) -> dict[str, Any]:
-        """Return the arguments of the model's forward: plain tensors and ints, as engines look for tensors in them."""
-        return {
-            "input_ids_T": self.input_ids_T,
-            "labels_T": self.labels_T,
-            "position_ids_T": self.position_ids_T,
-            "cu_seqlens": self.cu_seqlens,
-            "max_seqlen": self.max_seqlen,
-            "num_supervised": self.num_supervised,
-        }
-
-    def score_inputs(self) -> dict[str, Any]:
-        """Return what the forward of a model with a scalar head takes: `ends_D` is each document's last position.
-
-        A micro-batch without documents gives one end, so that all ranks run the same forward.
-        """
-        ends_D = self.cu_seqlens[1 : max(1, self.num_documents) + 1].long() - 1
-        names = ("input_ids_T", "position_ids_T", "cu_seqlens", "max_seqlen")
-        return {name: getattr(self, name) for name in names} | {"ends_D": ends_D}
 
 
 @dataclass(frozen=True)

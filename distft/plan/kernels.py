@@ -62,7 +62,9 @@ def flash_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -89,7 +91,8 @@ def flash_attention(
             scale_BTH = torch.sigmoid(out_BTHD.new_empty(out_BTHD.shape[:3], dtype=torch.float32) - s_aux)
             out_BTHD = out_BTHD * scale_BTH[..., None].to(out_BTHD.dtype)
         return out_BTHD, None
-    return attention.flash(*heads, cu_seq_lens_q, longest, scaling, sliding_window), None
+    bounds = (cu_seq_lens_q, cu_seq_lens_q)
+    return attention.flash(*heads, bounds, (longest, longest), scaling, sliding_window), None
 
 
 class _Flex(torch.autograd.Function):
