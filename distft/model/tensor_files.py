@@ -54,7 +54,7 @@ class TensorFiles:
         self.entries: dict[str, Entry] = {}
         named, files = _weight_files(folder)
         for file in files:
-            for name, entry in _header(file).items():
+            for name, entry in read_header(file).items():
                 if name in self.entries:
                     raise mistake(
                         f"{name} is in {self.entries[name].file} and in {file}",
@@ -146,7 +146,7 @@ def _pointer_or(path: Path, otherwise: str) -> str:
     return "a Git LFS pointer, not the file itself" if start.startswith(b"version https://git-lfs") else otherwise
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
     """Read the entries of the file's header.
 
     Raises:
