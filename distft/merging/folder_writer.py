@@ -112,7 +112,7 @@ def write_tensor_file(path: Path, plans: Sequence[TensorPlan], values: Iterator[
         for plan in plans:
             value = next(values)
             assert (value.dtype, tuple(value.shape)) == (plan.dtype, plan.shape), plan
-            file.write(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             del value
         file.flush()
         os.fsync(file.fileno())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distft.merging import comparison
-from distft.merging.adapter_config import adapter_mistake
+from distft.merging.adapter_config import AdapterConfig, adapter_mistake
 from distft.merging.adapter_folder import AdapterFolder
 from distft.merging.base_model import BaseModel, TrainedIn4bit
 from distft.merging.bound_adapter import BoundAdapter
@@ -65,16 +65,16 @@ class MergeReport:
         return raw
 
 
-def open_base(source: MergeSource, adapter: AdapterFolder) -> BaseModel:
+def open_base(source: MergeSource, config: AdapterConfig) -> BaseModel:
     """Return the base with the head that the adapter's task asks for.
 
     Raises:
         RecipeError: the task is none that is known here, or the base cannot be read.
     """
-    task = adapter.config.task_type
+    task = config.task_type
     if task not in _HEADS:
         allowed = ", ".join(name for name in _HEADS if name)
-        raise adapter_mistake(adapter.folder, f"task_type {task} is not understood here", f"understood are {allowed}")
+        raise adapter_mistake(config.folder, f"task_type {task} is not understood here", f"understood are {allowed}")
     return BaseModel(source.base, head=HEADS[_HEADS[task]], in_4bit=source.in_4bit)
 
 
@@ -106,7 +106,7 @@ def merge(
     """
     refuse_existing(out, source.adapter, source.base)
     adapter = AdapterFolder(source.adapter)
-    base = open_base(source, adapter)
+    base = open_base(source, adapter.config)
     if quantize and source.in_4bit is None:
         raise adapter_mistake("--quantize", "the adapter was not trained beside a 4-bit base", "leave --quantize out")
     bound = BoundAdapter(adapter, base)

@@ -1,7 +1,7 @@
 """DELLA: drop entries at random, small ones more often than large ones, rescale each by its own chance, elect signs.
 
-Source: Deep et al., https://arxiv.org/abs/2406.11617: the chance to drop grows from p - epsilon / 2 for the largest entry
-of a row to p + epsilon / 2 for its smallest, with p = 1 - density; what is kept is divided by its chance to be kept.
+Source: Deep et al., https://arxiv.org/abs/2406.11617: the chance to drop grows from p - epsilon / 2 for the largest
+entry of a row to p + epsilon / 2 for its smallest, with p = 1 - density; what is kept is divided by its chance.
 """
 
 from __future__ import annotations
