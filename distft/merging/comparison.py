@@ -90,17 +90,17 @@ def compare(
 
 @torch.no_grad()
 def _predictions(model: Any, rows: Sequence[list[int]], *, rewards: bool) -> Tensor:
-    """Return log-probabilities [positions, classes] in fp32: of the next token, or of the better of two rows."""
+    """Return log-probabilities [positions, classes] in fp64: of the next token, or of the better of two rows."""
     kept: list[Tensor] = []
     room = _KEPT_BYTES
     for row in rows:
-        logits = model(input_ids=torch.tensor([row])).logits[0].float()
+        logits = model(input_ids=torch.tensor([row])).logits[0].double()
         kept.append(logits if rewards else functional.log_softmax(logits, -1))
-        room -= kept[-1].numel() * 4
+        room -= kept[-1].numel() * 8
         if room < 0:
             break
     if not rewards:
         return torch.cat(kept)
     reward_N = torch.cat([values.flatten()[-1:] for values in kept])
-    margin = (reward_N[1:] - reward_N[:-1]).double()
+    margin = reward_N[1:] - reward_N[:-1]
     return torch.stack([functional.logsigmoid(margin), functional.logsigmoid(-margin)], -1)
