@@ -39,6 +39,9 @@ def _merge(text: str, options: object) -> MergeReport:
         raise adapter_mistake("--max-kl", f"{given['max_kl']} is no bound", "a number above 0, such as 0.01")
     if given["max_kl"] is not None and given["rows"] == "none":
         raise adapter_mistake("--max-kl", "has no effect with --rows none", "leave one of the two out")
+    for flag in ("rows", "base"):
+        if given[flag] == "":
+            raise adapter_mistake(f"--{flag}", "is empty", "name a file or folder, or leave the flag out")
     source = find_source(text, given["base"])
     rows = None if given["rows"] == "none" else held_out_rows(source, given["rows"])
     dtype = None if given["dtype"] is None else DTYPES[given["dtype"]]
