@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ModuleKind = Literal["linear", "conv1d", "embedding", "other"]
 CPU = torch.device("cpu")
+_MAPPED_BYTES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class BaseModel:
         self.kinds = {name: _kind(module) for name, module in self.lm.named_modules() if name}
         fresh = RandomSource(self.lm, 0, torch.float32)
         self._source = SafetensorsSource(folder, self.lm, torch.float32, head=self.head, fresh=fresh)
-        self._in_4bit = in_4bit
+        self._in_4bit, self._mapped_bytes = in_4bit, 0
         self._marked: dict[str, tuple[nn.Module, str]] = {}
         if in_4bit is not None:
             marked = skeleton(self.config, self.head, in_4bit.dtype)
@@ -106,6 +107,10 @@ class BaseModel:
         stand_in: Any = copy.copy(module)
         stand_in._parameters = {short: module._parameters[short]}
         value = self._source.values(module_name, stand_in, CPU)[short]
+        self._mapped_bytes += value.numel() * value.element_size()
+        if self._mapped_bytes > _MAPPED_BYTES:  # pages of mapped files count as this process's until they are unmapped
+            self._source.close()
+            self._mapped_bytes = 0
         if name in self._marked:
             assert self._in_4bit is not None
             holder, holder_short = self._marked[name]
@@ -142,6 +147,12 @@ def skeleton(config: Any, head: HeadSpec, dtype: torch.dtype = torch.float32) ->
     put_head(lm, head)
     lm.tie_weights()
     return lm
+
+
+def is_finite(value: Tensor) -> bool:
+    """Return whether all values are finite, without a copy of the tensor."""
+    low, high = torch.aminmax(value)  # NaN is the least and the greatest
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def untied_config(config: Any) -> Any:

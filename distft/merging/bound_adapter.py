@@ -10,7 +10,7 @@ from torch import Tensor
 from distft.core.errors import Problem, RecipeError
 from distft.merging.adapter_config import adapter_mistake
 from distft.merging.adapter_folder import AdapterFolder, ModuleTensors, matches
-from distft.merging.base_model import BaseModel
+from distft.merging.base_model import BaseModel, is_finite
 from distft.merging.changes import BiasShift, Change, ExpertsChange, LowRankChange, ScaleChange, TokenRows, WholeChange
 
 _SHOWN = 6
@@ -61,7 +61,7 @@ class BoundAdapter:
         """
         for change in self.changes(name):
             weight = change.applied(weight)
-        if name in self._makers and not bool(torch.isfinite(weight).all()):
+        if name in self._makers and not is_finite(weight):
             raise adapter_mistake(
                 self.adapter.file, f"{name} is not finite with the adapter in it", "the adapter is damaged or diverged"
             )

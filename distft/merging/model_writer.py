@@ -15,7 +15,7 @@ from torch import Tensor
 from distft.core.errors import DataError
 from distft.merging import folder_writer
 from distft.merging.adapter_config import adapter_mistake
-from distft.merging.base_model import BaseModel, skeleton, untied_config
+from distft.merging.base_model import BaseModel, is_finite, skeleton, untied_config
 from distft.merging.folder_writer import TensorPlan
 from distft.model import quantize
 from distft.model.layout import FileLayout
@@ -203,7 +203,7 @@ class ModelWriter:
             return self.base.buffer(name)
         whole = value(name)
         narrow = whole.to(self._shapes[name][0])
-        if not bool(torch.isfinite(narrow).all()):
+        if not is_finite(narrow):
             wanted = str(self.dtype).removeprefix("torch.")
             message = f"{name}: a value of {float(whole.abs().max()):.3g} does not fit into {wanted}"
             raise adapter_mistake("--dtype", message, "--dtype bfloat16 or float32")

@@ -81,6 +81,10 @@ class TensorFiles:
             self._open[file] = safe_open(file, framework="pt").__enter__()
         return self._open[file].get_tensor(name)
 
+    def close(self) -> None:
+        """Unmap all files: pages that were read no longer count as this process's; the next read maps again."""
+        self._open.clear()
+
 
 def _weight_files(folder: Path) -> tuple[Mapping[str, str], list[Path]]:
     """Return (tensor -> file by the index, empty without one; every file to read), in transformers' order of names."""

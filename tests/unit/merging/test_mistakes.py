@@ -83,7 +83,8 @@ MERGE: dict[str, tuple[Callable[[Place], Any], list[str], int, str]] = {
         lambda p: None, ["--base", "{other}"], 2, "the base has no such module (GPT2LMHeadModel)  give the base",
     ),
     "more layers than the base": (
-        lambda p: rewrite(p.adapter, lambda t: t.update({k.replace("layers.0", "layers.7"): v.clone() for k, v in t.items()})),
+        lambda p: rewrite(p.adapter, lambda t: t.update(
+            {k.replace("layers.0", "layers.7"): v.clone() for k, v in t.items()})),
         [], 2, "model.layers.7.self_attn.q_proj: the base has no such module (LlamaForCausalLM)",
     ),
     "no base is named": (lambda p: configure(p.adapter, base_model_name_or_path=None), [], 2,
