@@ -37,6 +37,8 @@ _PARTS = {
 }
 _LONGEST_FIRST = sorted(_PARTS, key=len, reverse=True)
 _OWN = re.compile(r"lora_|ia3_|trainable_tokens|vera_|oft_|hada_|lokr_|token_adapter|modules_to_save\.|\.default\.")
+_HEADS_BY_PEFT = ("classifier", "score")
+"""PEFT adds both to modules_to_save of a classifier, which has one of them; a head that is nowhere is found later."""
 _SHOWN = 6
 
 
@@ -201,8 +203,9 @@ class AdapterFolder:
                 problems.append(f"{tensors.module}: {', '.join(sorted(parts))} in an adapter of kind {kind}")
             if kind == "TRAINABLE_TOKENS" and parts != {"tokens"}:
                 problems.append(f"{tensors.module}: {', '.join(sorted(parts))} in an adapter of kind {kind}")
+        guessed = _HEADS_BY_PEFT if self.config.task_type == "SEQ_CLS" else ()
         for module in self.config.modules_to_save:
-            if not any(_inside(name, module) for name in self.whole):
+            if module not in guessed and not any(_inside(name, module) for name in self.whole):
                 problems.append(f"modules_to_save names {module}, and the file holds none of its tensors")
         if not self.modules and not self.whole:
             problems.append("it holds no tensors")

@@ -105,7 +105,7 @@ class BaseModel:
         module_name, _, short = name.rpartition(".")
         module = self.lm.get_submodule(module_name)
         stand_in: Any = copy.copy(module)
-        stand_in._parameters = {short: module._parameters[short]}
+        stand_in._parameters = dict.fromkeys(module._parameters) | {short: module._parameters[short]}
         value = self._source.values(module_name, stand_in, CPU)[short]
         self._mapped_bytes += value.numel() * value.element_size()
         if self._mapped_bytes > _MAPPED_BYTES:  # pages of mapped files count as this process's until they are unmapped

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from distft.core.errors import DataError, NumericError
 from distft.merging.base_model import BaseModel
+from distft.model import quantize
 from distft.model.adapters.peft_folder import with_adapter
 
 MAX_KL = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 5e-4}
@@ -45,8 +46,8 @@ class MergeComparison:
         """Return the figures."""
         return asdict(self)
 
-    def require(self, max_kl: float) -> None:
-        """Refuse a merged model that is another one.
+    def require(self, max_kl: float, fix: str) -> None:
+        """Refuse a merged model that is another one; `fix`: what rounds less.
 
         Raises:
             NumericError: the divergence is above `max_kl`, or not finite.
@@ -55,7 +56,7 @@ class MergeComparison:
             raise NumericError(
                 f"the merged model is not the adapter's: KL(adapter || merged) = {self.kl:.3g} nats a token over "
                 f"{self.num_tokens} tokens, allowed {max_kl:.3g}; same greedy token at {self.agreement:.1%}; no folder "
-                "was left  --dtype float32 rounds less; --max-kl allows more"
+                f"was left  {fix}; --max-kl allows more"
             )
 
 
@@ -74,6 +75,7 @@ def compare(
     rewards = not base.head.generates
     before = _predictions(with_adapter(base.filled(dtype), adapter), cut, rewards=rewards)
     loaded = base.head.auto_class(base.config).from_pretrained(merged, dtype=dtype, attn_implementation="sdpa")
+    quantize.keep_layout(loaded)
     after = _predictions(loaded.eval(), cut, rewards=rewards)
     # With - p + q every class's part is at least zero, so that rounding does not make a small sum negative.
     kl = (before.exp() * (before - after) - before.exp() + after.exp()).sum(-1)

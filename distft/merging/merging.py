@@ -129,7 +129,7 @@ def merge(
             writer.write_rest(aside, *beside)
         found = None if rows is None else comparison.compare(base, source.adapter, aside, rows, dtype)
         if found is not None:
-            found.require(limit)
+            found.require(limit, _what_rounds_less(dtype, quantize=quantize))
         report = MergeReport(
             source=str(source.adapter),
             base=str(source.base),
@@ -172,6 +172,12 @@ def formula(change: Change) -> str:
     names = {"WholeChange": "the adapter's own tensor", "BiasShift": "bias + scale * bias of B",
              "TokenRows": "rows of tokens replaced", "ScaleChange": "W * factors"}  # fmt: skip
     return names[type(change).__name__]
+
+
+def _what_rounds_less(dtype: torch.dtype, *, quantize: bool) -> str:
+    if quantize:
+        return "leave --quantize out"
+    return "--dtype float32 rounds less" if dtype != torch.float32 else "check --base: fp32 rounds nothing away"
 
 
 def _limit(dtype: torch.dtype, max_kl: float | None, *, quantize: bool) -> float:

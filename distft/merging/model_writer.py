@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -137,7 +138,6 @@ class ModelWriter:
         config.use_cache = True
         if quantization is not None:
             config.quantization_config = dict(quantization)
-        config.save_pretrained(folder)
         holder = next((place for place in beside if _has_tokenizer(place)), None)
         if holder is None:
             raise DataError(
@@ -145,6 +145,8 @@ class ModelWriter:
                 "the base's folder: a model without its tokenizer cannot be served"
             )
         self._check_tokens(holder)
+        self.base.head.finish_config(config, _own_pad_id(holder))
+        config.save_pretrained(folder)
         for name in _TOKENIZER:
             if (holder / name).is_file():
                 shutil.copyfile(holder / name, folder / name)
@@ -208,6 +210,24 @@ class ModelWriter:
             message = f"{name}: a value of {float(whole.abs().max()):.3g} does not fit into {wanted}"
             raise adapter_mistake("--dtype", message, "--dtype bfloat16 or float32")
         return narrow
+
+
+def _own_pad_id(holder: Path) -> int | None:
+    """Return the padding token of a tokenizer; None where texts end with it, or it has none.
+
+    A reward is read at the last token that is not padding, and would be read one token early.
+    """
+    path = holder / "tokenizer_config.json"
+    if not path.is_file() or not (holder / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    pad, end = (token.get("content") if isinstance(token, dict) else token
+                for token in (raw.get("pad_token"), raw.get("eos_token")))  # fmt: skip
+    if pad is None or pad == end:
+        return None
+    return Tokenizer.from_file(str(holder / "tokenizer.json")).token_to_id(pad)
 
 
 def _has_tokenizer(place: Path) -> bool:

@@ -238,6 +238,16 @@ def round_trip(module: Any, short: str, whole: Tensor) -> Tensor:
     return value if module.plain_class is nn.Linear else value.T.contiguous()
 
 
+def keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing a loaded model's weights anew for AVX-512, see `_swap_linears`.
+
+    It also fails there for layers whose outputs are no multiple of its block.
+    """
+    for module in model.modules():
+        if is_4bit(module):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @torch.no_grad()
 def packed_4bit(whole: Tensor, params: QuantParams) -> dict[str, Tensor]:
     """Return the tensors in which bitsandbytes stores a matrix: the packed values as "", constants by their names."""

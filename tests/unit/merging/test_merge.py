@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from merging_kit import make_adapter, make_base, oracle, rows, tensors
-from peft import IA3Config, LoraConfig, PeftModel, TrainableTokensConfig
-from transformers import AutoModelForCausalLM
+from peft import IA3Config, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from distft.core.errors import FileSystemError, NumericError
+from distft.core.errors import FileSystemError, NumericError, RecipeError
 from distft.merging import merging, model_writer
 from distft.merging.base_model import BaseModel, TrainedIn4bit
 from distft.merging.merging import MergeSource, merge
@@ -197,7 +198,7 @@ def test_a_stale_folder_of_a_killed_merge_is_no_hindrance(tmp_path: Path) -> Non
 
 def test_a_base_that_was_trained_on_in_4_bits(tmp_path: Path) -> None:
     """Default: into the values that the run computed with. --quantize: stored in 4 bits again, with what that costs."""
-    source = made(tmp_path, "llama", PLAIN, {"hidden_size": 64, "intermediate_size": 128})
+    source = made(tmp_path, "llama", PLAIN, {"hidden_size": 64, "intermediate_size": 172})
     how = TrainedIn4bit(params=QuantParams(), dtype=torch.float32)
     source = MergeSource(adapter=source.adapter, base=source.base, in_4bit=how)
     report = merge(source, tmp_path / "merged", rows=rows(), dtype=torch.float32)
@@ -226,6 +227,44 @@ def test_a_base_that_was_trained_on_in_4_bits(tmp_path: Path) -> None:
     assert packed_report.comparison.kl > report.comparison.kl
     size = (tmp_path / "packed/model.safetensors").stat().st_size
     assert size < 0.6 * (tmp_path / "merged/model.safetensors").stat().st_size
+
+
+def test_a_reward_model(tmp_path: Path) -> None:
+    """Its head is in no file of the base: it comes from the adapter, and rewards are compared instead of tokens."""
+    base = make_base(tmp_path / "base")
+    torch.manual_seed(0)
+    lm = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=None)
+    model = get_peft_model(lm, replace(PLAIN, task_type="SEQ_CLS", modules_to_save=["score"]))
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:
+                param.add_(0.3 * torch.randn_like(param))
+    model.save_pretrained(tmp_path / "adapter")
+    source = MergeSource(adapter=tmp_path / "adapter", base=base)
+    report = merge(source, tmp_path / "merged", rows=rows(), dtype=torch.float32)
+    assert report.comparison is not None
+    assert report.comparison.kl < 1e-9
+    assert (report.comparison.num_rows, report.comparison.num_tokens) == (4, 3)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert loaded.config.pad_token_id is None, "no row is read one token early"
+    for row in rows():
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            torch.testing.assert_close(
+                loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-5, rtol=0
+            )
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "w63"}))
+    merge(source, tmp_path / "padded", rows=None, dtype=torch.float32)
+    assert json.loads((tmp_path / "padded/config.json").read_text())["pad_token_id"] == 63
+    held = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    save_file({key: t for key, t in held.items() if "score" not in key}, tmp_path / "adapter/adapter_model.safetensors")
+    raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(
+        json.dumps(raw | {"modules_to_save": ["classifier", "score"]})
+    )
+    with pytest.raises(RecipeError, match=r"holds no score\.weight, and neither does the base"):
+        merge(source, tmp_path / "headless", rows=None, dtype=torch.float32)
 
 
 def test_names_and_values_of_a_base(tmp_path: Path) -> None:
