@@ -9,7 +9,7 @@ import torch
 
 from distft.catalog import REGISTRIES
 from distft.core import hub
-from distft.core.errors import DataError
+from distft.core.errors import DataError, RecipeError
 from distft.data.prepare import prepare
 from distft.data.prepared_folder import cache_folder
 from distft.data.store import Prepared
@@ -19,6 +19,7 @@ from distft.merging.base_model import TrainedIn4bit
 from distft.merging.comparison import MAX_ROWS, MAX_TOKENS
 from distft.merging.delta_sources import is_model
 from distft.merging.merging import MergeSource
+from distft.merging.model_writer import has_tokenizer
 from distft.model.load import find_folder
 from distft.recipe import Recipe, load_recipe
 from distft.recipe.evaluation import SourceTable
@@ -91,7 +92,11 @@ def base_folder(text: str | None, source: str, revision: str | None) -> Path:
     """
     if not text:
         raise adapter_mistake(source, f"{CONFIG} names no base_model_name_or_path", "--base FOLDER or owner/name")
-    return find_folder(ModelTable(path=text, revision=revision))
+    try:
+        return find_folder(ModelTable(path=text, revision=revision))
+    except RecipeError as error:
+        reason = error.problems[0].message.removeprefix(f'[model] path = "{text}"  ')
+        raise adapter_mistake(source, f"base {text}: {reason}", "--base FOLDER or owner/name") from None
 
 
 def recipe_of(place: Path) -> Recipe | None:
@@ -129,7 +134,7 @@ def held_out_rows(source: MergeSource, file: str | None) -> list[list[int]]:
         (
             place
             for place in (source.adapter, source.tokenizer, source.base)
-            if place is not None and _has_tokens(place)
+            if place is not None and has_tokenizer(place)
         ),
         None,
     )
@@ -153,7 +158,3 @@ def documents(prepared: Prepared) -> list[list[int]]:
             found.append([int(token) for token in ids[begin : begin + length]])
             begin += length
     return found
-
-
-def _has_tokens(place: Path) -> bool:
-    return any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

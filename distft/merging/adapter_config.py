@@ -253,17 +253,22 @@ class _Values:
         ):
             self._wrong(key, "an object of module patterns and numbers")
             return {}
-        for text in value:
-            try:
-                re.compile(text)
-            except re.error as error:
-                self.problems.append(Problem(message=f"{key}: {text!r} is no regular expression: {error}"))
-                return {}
-        return value
+        return value if all([self._compiles(key, text) for text in value]) else {}
 
     def names(self, key: str) -> str | tuple[str, ...]:
         value = self.raw.get(key)
-        return value if isinstance(value, str) else self.listed(key)
+        if not isinstance(value, str):
+            return self.listed(key)
+        self._compiles(key, value)
+        return value
+
+    def _compiles(self, key: str, text: str) -> bool:
+        try:
+            re.compile(text)
+        except re.error as error:
+            self.problems.append(Problem(message=f"{key}: {text!r} is no regular expression: {error}"))
+            return False
+        return True
 
     def listed(self, key: str) -> tuple[str, ...]:
         value = self.raw.get(key) or []

@@ -20,6 +20,7 @@ from distft.core.errors import Problem, RecipeError
 from distft.merging.adapter_config import CONFIG, WEIGHTS, AdapterConfig, adapter_mistake, read_adapter_config
 from distft.merging.base_model import natural_key
 from distft.merging.changes import LowRankChange
+from distft.model.stored import FLOATS
 from distft.model.tensor_files import Entry, read_header
 
 _PREFIX = "base_model.model."
@@ -35,6 +36,7 @@ _PARTS = {
     "token_adapter.trainable_tokens_delta": "tokens",
     "trainable_tokens_delta": "tokens",
 }
+_MATRICES = {"a", "b", "embedding_a", "embedding_b", "tokens"}
 _LONGEST_FIRST = sorted(_PARTS, key=len, reverse=True)
 _OWN = re.compile(r"lora_|ia3_|trainable_tokens|vera_|oft_|hada_|lokr_|token_adapter|modules_to_save\.|\.default\.")
 _HEADS_BY_PEFT = ("classifier", "score")
@@ -185,8 +187,16 @@ class AdapterFolder:
         """Refuse modules of which a part is missing, or has no place in this kind of adapter."""
         problems: list[str] = []
         dora, kind = self.config.dora, self.config.kind
+        for key, entry in self.entries.items():
+            if entry.dtype not in FLOATS:
+                problems.append(f"{key} is stored as {entry.dtype}: adapters in 8 bits or less are not understood")
         for tensors in self.modules.values():
             parts = set(tensors.keys)
+            problems += [
+                f"{tensors.keys[part]} has {len(shape)} dimensions, not 2"
+                for part in sorted(parts & _MATRICES)
+                if len(shape := self.entries[tensors.keys[part]].shape) != 2
+            ]
             pairs = (("a", "b"), ("embedding_a", "embedding_b"))
             problems += [
                 f"{tensors.module}: {one} without {other}"

@@ -95,9 +95,11 @@ def _predictions(model: Any, rows: Sequence[list[int]], *, rewards: bool) -> Ten
     """Return log-probabilities [positions, classes] in fp64: of the next token, or of the better of two rows."""
     kept: list[Tensor] = []
     room = _KEPT_BYTES
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
     for row in rows:
-        logits = model(input_ids=torch.tensor([row])).logits[0].double()
-        kept.append(logits if rewards else functional.log_softmax(logits, -1))
+        logits = model(input_ids=torch.tensor([row], device=device)).logits[0].double()
+        kept.append((logits if rewards else functional.log_softmax(logits, -1)).cpu())
         room -= kept[-1].numel() * 8
         if room < 0:
             break

@@ -8,6 +8,7 @@ Source: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -91,8 +92,8 @@ def whole_folder(out: Path, num_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_tensor_file(path: Path, plans: Sequence[TensorPlan], values: Iterator[Tensor]) -> None:
-    """Write a file of tensors; `values` gives them in the order of `plans`, and one is held at a time.
+def write_tensor_file(path: Path, plans: Sequence[TensorPlan], values: Iterator[Tensor]) -> str:
+    """Write a file of tensors and return its sha256; `values` are in the order of `plans`, one is held at a time.
 
     Raises:
         OSError: the file cannot be written.
@@ -106,17 +107,20 @@ def write_tensor_file(path: Path, plans: Sequence[TensorPlan], values: Iterator[
         end += plan.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256(start := len(text).to_bytes(8, "little") + text)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(start)
         for plan in plans:
             value = next(values)
             assert (value.dtype, tuple(value.shape)) == (plan.dtype, plan.shape), plan
-            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del value
+            content = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(content)
+            file.write(content)
+            del content, value
         file.flush()
         os.fsync(file.fileno())
     path.chmod(0o644)
+    return digest.hexdigest()
 
 
 def file_names(sizes: Sequence[Sequence[TensorPlan]]) -> list[str]:

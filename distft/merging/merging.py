@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
@@ -46,7 +47,11 @@ class MergeReport:
 
     source: str
     base: str
+    named_base: str | None
+    """What the adapter's own config calls its base."""
     adapter_sha256: str
+    files_sha256: dict[str, str]
+    """Files of weights that were written; the same inputs and library versions give the same ones."""
     formulas: dict[str, int]
     """Formula -> tensors it was applied to."""
     base_in_4bit: int
@@ -119,13 +124,14 @@ def merge(
     counted = _Counted(base, bound)
     with whole_folder(out, writer.num_bytes) as aside:
         beside = [place for place in (source.adapter, source.tokenizer, source.base) if place is not None]
-        packed: list[PackedError] = []
+        packed, hashes = list[PackedError](), dict[str, str]()
         if quantize:
             assert source.in_4bit is not None
             packed = writer.write_packed(aside, counted.value, base.names_in_4bit, source.in_4bit.params)
+            hashes["model.safetensors"] = hashlib.sha256((aside / "model.safetensors").read_bytes()).hexdigest()
             writer.write_rest(aside, *beside, quantization=_bitsandbytes(source.in_4bit, dtype))
         else:
-            writer.write(aside, counted.value)
+            hashes = writer.write(aside, counted.value)
             writer.write_rest(aside, *beside)
         found = None if rows is None else comparison.compare(base, source.adapter, aside, rows, dtype)
         if found is not None:
@@ -133,7 +139,9 @@ def merge(
         report = MergeReport(
             source=str(source.adapter),
             base=str(source.base),
+            named_base=adapter.config.base,
             adapter_sha256=adapter.digest(),
+            files_sha256=hashes,
             formulas=counted.formulas,
             base_in_4bit=base.num_in_4bit,
             untied=not tied and bool(base.tied),

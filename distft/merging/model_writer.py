@@ -75,17 +75,19 @@ class ModelWriter:
         """Bytes of all files of weights, unquantised."""
         return sum(plan.num_bytes for groups in self._files for _, plans in groups for plan in plans)
 
-    def write(self, folder: Path, value: Callable[[str], Tensor]) -> None:
-        """Write all files of weights; `value` gives a parameter in any float type.
+    def write(self, folder: Path, value: Callable[[str], Tensor]) -> dict[str, str]:
+        """Write all files of weights and return the sha256 of each; `value` gives a parameter in any float type.
 
         Raises:
             OSError: they cannot be written.
             RecipeError: a value does not fit into the type.
         """
         plans = [[plan for _, group in groups for plan in group] for groups in self._files]
+        hashes: dict[str, str] = {}
         for name, groups, planned in zip(folder_writer.file_names(plans), self._files, plans, strict=True):
-            folder_writer.write_tensor_file(folder / name, planned, self._values(groups, value))
+            hashes[name] = folder_writer.write_tensor_file(folder / name, planned, self._values(groups, value))
         folder_writer.write_index(folder, plans)
+        return hashes
 
     def write_packed(
         self, folder: Path, value: Callable[[str], Tensor], packed: frozenset[str], params: QuantParams
@@ -138,7 +140,7 @@ class ModelWriter:
         config.use_cache = True
         if quantization is not None:
             config.quantization_config = dict(quantization)
-        holder = next((place for place in beside if _has_tokenizer(place)), None)
+        holder = next((place for place in beside if has_tokenizer(place)), None)
         if holder is None:
             raise DataError(
                 f"no tokenizer in {' or '.join(map(str, beside))}  copy tokenizer.json and tokenizer_config.json into "
@@ -230,5 +232,6 @@ def _own_pad_id(holder: Path) -> int | None:
     return Tokenizer.from_file(str(holder / "tokenizer.json")).token_to_id(pad)
 
 
-def _has_tokenizer(place: Path) -> bool:
+def has_tokenizer(place: Path) -> bool:
+    """Return whether a folder holds a tokenizer."""
     return any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

@@ -209,6 +209,32 @@ def test_whole_tensors_and_magnitudes(base: Path, pair: list[Path], tmp_path: Pa
         combine([pair[0], dora], base, tmp_path / "no", options("cat"))
 
 
+def test_biases(tmp_path: Path) -> None:
+    """Of adapted layers, of all layers, and the bias of B: each is a change of a bias of the base."""
+    base = make_base(tmp_path / "base", "qwen", attention_bias=True)
+    configs = {"all": replace(PLAIN, bias="all"), "some": replace(PLAIN, bias="lora_only"),
+               "shift": LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)}  # fmt: skip
+    made = {name: make_adapter(tmp_path / name, base, config, seed=5) for name, config in configs.items()}
+    start = tensors(base)
+    for first, second, kind in (
+        ("all", "some", "all"),
+        ("some", "shift", "lora_only"),
+        ("shift", "shift", "lora_only"),
+    ):
+        out = tmp_path / f"{first}-{second}"
+        combine([made[first], made[second]], base, out, options("linear", rank=16))
+        assert json.loads((out / "adapter_config.json").read_text())["bias"] == kind
+        report = merge(
+            MergeSource(adapter=out, base=base), tmp_path / f"{out.name}-merged", rows=rows(), dtype=torch.float32
+        )
+        assert report.comparison is not None
+        assert report.comparison.largest_kl < 2e-6, "PEFT reads the same biases"
+        merged, ends = tensors(tmp_path / f"{out.name}-merged"), [oracle(base, made[name]) for name in (first, second)]
+        for name, tensor in start.items():
+            changes = [weight * (end[name] - tensor.double()) for weight, end in zip(WEIGHTS, ends, strict=True)]
+            torch.testing.assert_close(merged[name].double(), tensor.double() + sum(changes), atol=1e-5, rtol=0)
+
+
 def test_models_that_were_trained_whole(base: Path, pair: list[Path], tmp_path: Path) -> None:
     """Task vectors against the base, among them one of an adapter; the result is a whole model."""
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -1,5 +1,6 @@
 """Merged folders: tensors are the dense formula's, predictions are the adapter's, a folder is whole or not there."""
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -169,11 +170,12 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = made(tmp_path, "llama", PLAIN, {})
     written = []
 
-    def full(path: Path, plans: Any, values: Any) -> None:
-        own(path, plans, values)
+    def full(path: Path, plans: Any, values: Any) -> str:
+        digest = own(path, plans, values)
         written.append(path)
         if len(written) == 2:
             raise OSError(28, "No space left on device")
+        return digest
 
     own = model_writer.folder_writer.write_tensor_file
     monkeypatch.setattr(model_writer.folder_writer, "write_tensor_file", full)
@@ -193,6 +195,11 @@ def test_a_stale_folder_of_a_killed_merge_is_no_hindrance(tmp_path: Path) -> Non
     (tmp_path / ".tmp-merged/model-00007-of-00009.safetensors").write_text("half")
     merge(source, tmp_path / "merged", rows=None, dtype=torch.float32)
     assert not list((tmp_path / "merged").glob("*00007*"))
+    report = json.loads((tmp_path / "merged/merge.json").read_text())
+    written = (tmp_path / "merged/model.safetensors").read_bytes()
+    assert report["files_sha256"] == {"model.safetensors": hashlib.sha256(written).hexdigest()}
+    again = merge(source, tmp_path / "again", rows=None, dtype=torch.float32)
+    assert again.files_sha256 == report["files_sha256"], "the same bytes each time"
     assert not (tmp_path / ".tmp-merged").exists()
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distft import adapters, merge
+from distft.core import hub
 
 PLAIN = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
 ROWS = ["w3 w4 w5 w6 w7", "w9 w8 w7 w6", "w10 w11 w12"]
@@ -89,7 +90,8 @@ MERGE: dict[str, tuple[Callable[[Place], Any], list[str], int, str]] = {
     ),
     "no base is named": (lambda p: configure(p.adapter, base_model_name_or_path=None), [], 2,
                          "names no base_model_name_or_path  --base FOLDER or owner/name"),
-    "a base that is not there": (lambda p: None, ["--base", "/nowhere"], 2, 'path = "/nowhere"  no such folder'),
+    "a base that is not there": (lambda p: None, ["--base", "/nowhere"], 2,
+                                     "base /nowhere: no such folder  --base FOLDER or owner/name"),
     "a tensor that is not understood": (
         lambda p: rewrite(p.adapter, lambda t: t.update({f"{Q}.lora_E": torch.ones(2)})), [], 2,
         f"1 tensors that are not understood: {Q}.lora_E",
@@ -107,6 +109,18 @@ MERGE: dict[str, tuple[Callable[[Place], Any], list[str], int, str]] = {
     ),
     "a magnitude that is missing": (lambda p: configure(p.adapter, use_dora=True), [], 2,
                                     "no magnitude, and use_dora is True"),
+    "a matrix that is a vector": (
+        lambda p: rewrite(p.adapter, lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(32)})), [], 2,
+        f"{Q}.lora_A.weight has 1 dimensions, not 2",
+    ),
+    "a number that is a matrix": (
+        lambda p: rewrite(p.adapter, lambda t: t.update({f"{Q}.lora_B.weight": torch.tensor(1.0)})), [], 2,
+        f"{Q}.lora_B.weight has 0 dimensions, not 2",
+    ),
+    "tensors in 8 bits": (
+        lambda p: rewrite(p.adapter, lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(2, 16, dtype=torch.int8)})),
+        [], 2, f"{Q}.lora_A.weight is stored as I8: adapters in 8 bits or less are not understood",
+    ),
     "a module to save that is missing": (lambda p: configure(p.adapter, modules_to_save=["lm_head"]), [], 2,
                                          "modules_to_save names lm_head, and the file holds none of its tensors"),
     "a file that was cut": (
@@ -163,6 +177,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "an alpha that is a text": ({"lora_alpha": "16"}, 'lora_alpha = "16": must be a number'),
     "no rank": ({"r": 0}, "r = 0: must be a whole number of at least 1"),
     "a pattern that is none": ({"rank_pattern": {"(q": 4}}, "'(q' is no regular expression"),
+    "targets that are no expression": ({"target_modules": "(q_proj"}, "target_modules: '(q_proj' is no regular"),
     "a bias of another kind": ({"bias": "some"}, 'must be "none", "all" or "lora_only"'),
     "a list that is a number": ({"modules_to_save": 3}, "modules_to_save = 3: must be a list of names"),
     "an unknown type": ({"peft_type": "VERA"}, "peft_type 'VERA' is not understood here"),
@@ -269,7 +284,9 @@ def test_adapters_refuses(case: str, place: Place, capsys: pytest.CaptureFixture
     assert {path.name for path in place.folder.iterdir()} == before
 
 
-def test_the_commands_on_a_run(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_on_a_run(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run's folder: its base, its 4-bit storage, its tokenizer and its held-out rows come from its recipe."""
     run = place.folder / "runs/x"
     run.mkdir(parents=True)
@@ -302,6 +319,12 @@ path = "{place.folder}/held-out.jsonl"
     assert report["comparison"]["kl"] < 1e-6
     start, merged = tensors(place.base), tensors(place.merged)
     assert not torch.equal(start["model.layers.0.self_attn.k_proj.weight"], merged["model.layers.0.self_attn.k_proj.weight"])  # fmt: skip  # noqa: E501
+    # A hub id comes through the resolver that models have.
+    asked: list[Any] = []
+    monkeypatch.setattr(hub, "snapshot", lambda *words: asked.append(words) or place.adapter)
+    code, text = said(capsys, adapters.main, ["inspect", "some/adapter"])
+    assert (code, asked[0][0], "adapter_model.safetensors" in asked[0][2]) == (0, "some/adapter", True), text
+    monkeypatch.undo()
     # The final/ of a run is known to be one; and the merged folder is nothing to merge.
     assert merge.main([str(run / "final"), "--out", str(place.again), "--rows", str(place.folder / "rows.jsonl")]) == 0
     assert "tensors of the base as the run had them" in capsys.readouterr().out
