@@ -16,7 +16,7 @@ from distft.data.store import Prepared
 from distft.data.tokenizer import tokenizer_folder
 from distft.merging.adapter_config import CONFIG, WEIGHTS, adapter_mistake, read_adapter_config
 from distft.merging.base_model import TrainedIn4bit
-from distft.merging.comparison import MAX_ROWS, MAX_TOKENS
+from distft.merging.comparison import MAX_ROWS
 from distft.merging.delta_sources import is_model
 from distft.merging.merging import MergeSource
 from distft.merging.model_writer import has_tokenizer
@@ -24,6 +24,9 @@ from distft.model.load import find_folder
 from distft.recipe import Recipe, load_recipe
 from distft.recipe.evaluation import SourceTable
 from distft.recipe.schema import DataTable, ModelTable, TrainSourceTable
+
+_LONGEST = 4096
+"""Tokens of a row of `--rows` where no recipe says it; longer ones are left out, and the comparison reads the start."""
 
 
 def find_source(text: str, base: str | None) -> MergeSource:
@@ -127,7 +130,7 @@ def held_out_rows(source: MergeSource, file: str | None) -> list[list[int]]:
             "--rows FILE (any file that a recipe takes), or --rows none to leave the comparison out",
         )
     own = DataTable(
-        max_length=MAX_TOKENS, packing=False, loss_on="all", train=(TrainSourceTable(path=file or "-"),)
+        max_length=_LONGEST, packing=False, loss_on="all", train=(TrainSourceTable(path=file or "-"),)
     ) if recipe is None else recipe.data  # fmt: skip
     sources = own.eval if file is None else (SourceTable(path=file),)
     holder = next(
@@ -142,7 +145,7 @@ def held_out_rows(source: MergeSource, file: str | None) -> list[list[int]]:
         raise DataError(
             f"no tokenizer in {source.adapter} or {source.base}  copy tokenizer.json into the base's folder"
         )
-    table = own.model_copy(update={"eval": (), "long_rows": "truncate"})
+    table = own.model_copy(update={"eval": ()})
     sources = tuple(each.model_copy(update={"max_rows": min(each.max_rows or MAX_ROWS, MAX_ROWS)}) for each in sources)
     prepared = prepare(table, sources, split="eval", tokenizer=str(holder), cache_dir=cache_folder(table))
     return documents(prepared)

@@ -72,7 +72,7 @@ def show(report: MergeReport, out: Path) -> Iterator[str]:
     else:
         yield (
             f"  KL(adapter || merged) {found.kl:.3g} nats a token (allowed {report.max_kl:.3g}), largest "
-            f"{found.largest_kl:.3g}; same greedy token at {found.agreement:.2%} of {found.num_tokens} positions"
+            f"{found.largest_kl:.3g}; same greedy choice at {found.agreement:.2%} of {found.num_tokens} positions"
         )
 
 

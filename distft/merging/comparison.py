@@ -55,8 +55,8 @@ class MergeComparison:
         if not self.kl <= max_kl:  # also NaN
             raise NumericError(
                 f"the merged model is not the adapter's: KL(adapter || merged) = {self.kl:.3g} nats a token over "
-                f"{self.num_tokens} tokens, allowed {max_kl:.3g}; same greedy token at {self.agreement:.1%}; no folder "
-                f"was left  {fix}; --max-kl allows more"
+                f"{self.num_tokens} tokens, allowed {max_kl:.3g}; same greedy choice at {self.agreement:.1%}; no "
+                f"folder was left  {fix}; --max-kl allows more"
             )
 
 

@@ -269,6 +269,29 @@ def test_tied_models(tmp_path: Path) -> None:
     torch.testing.assert_close(ours["lm_head.weight"].double(), wanted, atol=1e-6, rtol=0)
 
 
+def test_experts_and_tokens_in_a_whole_model(tmp_path: Path) -> None:
+    """What has no place in a plain adapter is combined as a model: the sum of what each merge changes."""
+    base = make_base(tmp_path / "base", "moe")
+    experts = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    tokens = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    two = [make_adapter(tmp_path / f"a{n}", base, config, seed=n) for n, config in enumerate((experts, tokens))]
+    ends = []
+    for folder in two:
+        merge(
+            MergeSource(adapter=folder, base=base), tmp_path / f"{folder.name}-merged", rows=None, dtype=torch.float32
+        )
+        ends.append(tensors(tmp_path / f"{folder.name}-merged"))
+    combine(two, base, tmp_path / "model", options("linear", whole=True))
+    ours, moved = tensors(tmp_path / "model"), set()
+    for name, tensor in tensors(base).items():
+        wanted = tensor + sum(weight * (end[name] - tensor) for weight, end in zip(WEIGHTS, ends, strict=True))
+        torch.testing.assert_close(ours[name], wanted, atol=1e-6, rtol=0)
+        moved |= set() if torch.equal(ours[name], tensor) else {name.split(".")[-2]}
+    assert moved == {"q_proj", "down_proj", "embed_tokens"}
+    with pytest.raises(RecipeError, match=r"a change of experts is not written as an adapter  add --whole"):
+        combine(two, base, tmp_path / "adapter", options("linear"))
+
+
 def test_random_choices() -> None:
     """Unbiased, at the asked density, the same for a seed, others for another tensor."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from merging_kit import add_tokenizer, make_adapter, make_base, tensors
@@ -14,7 +15,7 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, 
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from distft import adapters, merge
+from distft import adapter_sources, adapters, merge
 from distft.core import hub
 
 PLAIN = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
@@ -336,6 +337,23 @@ path = "{place.folder}/held-out.jsonl"
     (run / "recipe.toml").write_text(recipe.partition("[[data.eval]]")[0])
     code, text = said(capsys, merge.main, [run, "--out", place.third])
     assert (code, "the run's recipe has no [[data.eval]]" in text) == (2, True)
+
+
+def test_documents_of_rows_that_hold_several() -> None:
+    """Pairs are two documents of one row: the model reads each for itself."""
+
+    class Rows:
+        num_rows = 2
+
+        def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+            ids = np.arange(5, dtype=np.int32) + 10 * index
+            return ids, np.ones(5, np.uint8)
+
+        def documents(self, index: int) -> list[int]:
+            return [2, 3]
+
+    rows: Any = Rows()
+    assert adapter_sources.documents(rows) == [[0, 1], [2, 3, 4], [10, 11], [12, 13, 14]]
 
 
 def test_the_commands_show_what_they_did(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
