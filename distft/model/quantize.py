@@ -243,9 +243,9 @@ def keep_layout(model: nn.Module) -> None:
 
     It also fails there for layers whose outputs are no multiple of its block.
     """
-    for module in model.modules():
-        if is_4bit(module):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+    layers: list[Any] = [module for module in model.modules() if is_4bit(module)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
 
 
 @torch.no_grad()
