@@ -111,6 +111,16 @@ VERBS: dict[str, Verb] = {
         main="distft.import:main",
         parser="distft.import_options:parser",
     ),
+    "merge": Verb(
+        help="Merge an adapter into its base: a whole model, compared with the adapter on held-out rows.",
+        main="distft.merge:main",
+        parser="distft.merge_options:parser",
+    ),
+    "adapters": Verb(
+        help="Combine adapters on what they changed, look at them, compare, extract, resize, convert.",
+        main="distft.adapters:main",
+        parser="distft.adapters_options:parser",
+    ),
     "completion": Verb(
         help="Print the script that completes verbs, flags and values in bash, zsh or fish.",
         main="distft.cli:print_completion",

@@ -215,6 +215,48 @@ def quantized_expert(module: Any, short: str, whole: Tensor) -> nn.Parameter:
     return nn.Parameter(packed, requires_grad=False)
 
 
+def names_in_4bit(lm: Any) -> dict[str, tuple[nn.Module, str]]:
+    """Return, by name, the parameters that `store_in_4bit` marked: the module that holds each, and its short name."""
+    marked = {}
+    for name, module in lm.named_modules():
+        shorts = ["weight"] if is_4bit(module) else []
+        shorts += module.__dict__.get("four_bit", {})
+        marked |= {f"{name}.{short}": (module, short) for short in shorts}
+    return marked
+
+
+@torch.no_grad()
+def round_trip(module: Any, short: str, whole: Tensor) -> Tensor:
+    """Return what a forward computes with in place of `whole`: quantised as it is for training, and dequantised."""
+    from bitsandbytes import functional
+
+    if is_4bit_expert(module, short):
+        packed = quantized_expert(module, short, whole)
+        return _dequantised(packed, module.__dict__["quant_states"].pop(short))
+    weight = quantized(module, whole)
+    value = functional.dequantize_4bit(weight.data, weight.quant_state)
+    return value if module.plain_class is nn.Linear else value.T.contiguous()
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing a loaded model's weights anew for AVX-512, see `_swap_linears`.
+
+    It also fails there for layers whose outputs are no multiple of its block.
+    """
+    layers: list[Any] = [module for module in model.modules() if is_4bit(module)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def packed_4bit(whole: Tensor, params: QuantParams) -> dict[str, Tensor]:
+    """Return the tensors in which bitsandbytes stores a matrix: the packed values as "", constants by their names."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(whole, compress_statistics=params.double, quant_type=params.type)
+    return {"": packed, **state.as_dict(packed=True)}
+
+
 def stored_4bit(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Dequantise a weight as bitsandbytes saves it: `parts` by the names after the weight's, itself as ""."""
     from bitsandbytes import functional

@@ -54,7 +54,7 @@ class TensorFiles:
         self.entries: dict[str, Entry] = {}
         named, files = _weight_files(folder)
         for file in files:
-            for name, entry in _header(file).items():
+            for name, entry in read_header(file).items():
                 if name in self.entries:
                     raise mistake(
                         f"{name} is in {self.entries[name].file} and in {file}",
@@ -80,6 +80,10 @@ class TensorFiles:
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt").__enter__()
         return self._open[file].get_tensor(name)
+
+    def close(self) -> None:
+        """Unmap all files: pages that were read no longer count as this process's; the next read maps again."""
+        self._open.clear()
 
 
 def _weight_files(folder: Path) -> tuple[Mapping[str, str], list[Path]]:
@@ -146,7 +150,7 @@ def _pointer_or(path: Path, otherwise: str) -> str:
     return "a Git LFS pointer, not the file itself" if start.startswith(b"version https://git-lfs") else otherwise
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
     """Read the entries of the file's header.
 
     Raises:

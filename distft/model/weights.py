@@ -102,6 +102,15 @@ class SafetensorsSource:
             return self._fresh.values(name, module, device)
         return {short: self._value(f"{name}.{short}" if name else short, device) for short, _ in meta_params(module)}
 
+    def close(self) -> None:
+        """Unmap the files that were read; see `TensorFiles.close`."""
+        self._weights.files.close()
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """Parameters of the head that the files do not hold."""
+        return self._absent
+
     def buffer(self, name: str, device: torch.device) -> Tensor | None:
         """Return buffers that the files hold, such as DeepSeek-V3's routing bias, in the type they are stored in."""
         return self._value(name, device, cast=False) if name in self._model.tensors else None
