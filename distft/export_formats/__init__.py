@@ -1,0 +1,14 @@
+"""A trained model goes in; what other programs run comes out, with a certificate: one file per format, one line here.
+
+The room `distft.export` writes what a training run leaves; this one is `distft export`.
+"""
+
+from distft.core.registry import Registry
+from distft.export_formats import gguf_file, safetensors_folder
+from distft.export_formats.spec import Check, Exported, FormatInputs, FormatSpec, Proof
+
+EXPORT_FORMATS: Registry[FormatSpec] = Registry("export format")
+EXPORT_FORMATS.add(safetensors_folder.SPEC)
+EXPORT_FORMATS.add(gguf_file.SPEC)
+
+__all__ = ["EXPORT_FORMATS", "Check", "Exported", "FormatInputs", "FormatSpec", "Proof"]

@@ -1,0 +1,203 @@
+"""Compares what two models make of the same tokens. Every function returns one `Check`.
+
+Shape letters: L positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distft.export_formats.proof_rows import ProofRows
+from distft.export_formats.reference import Greedy, Reference
+from distft.export_formats.spec import Check
+
+GREEDY_TOKENS = 64
+KL_POSITIONS = 128
+"""Positions whose whole distributions are compared."""
+
+
+def answer_end(reference: Reference, rows: ProofRows) -> Check:
+    """Whether what the chat template writes behind an answer is a token that the model stops at."""
+    tokenizer = reference.tokenizer
+    named = "answers end at a stop token"
+    for chat in rows.chats[:1]:
+        prompt, answer = reference.render(chat), "Yes."
+        whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
+        if not whole.startswith(prompt + answer):
+            return Check(name=named, compared="template against stop tokens", count=0, value=0, bound="-", ok=True,
+                         detail="the template writes answers otherwise than it asks for them: not looked at")  # fmt: skip
+        behind = tokenizer(whole[len(prompt + answer) :], add_special_tokens=False)["input_ids"]
+        first = behind[0] if behind else None
+        ok = first is None or first in reference.stop_ids or first not in tokenizer.all_special_ids
+        text = "" if first is None else tokenizer.convert_ids_to_tokens(first)
+        detail = ""
+        if not ok:
+            detail = f"the template ends answers with {text} (id {first}), which is no stop token"
+        return Check(name=named, compared="end of a rendered answer against generation_config.json", count=1,
+                     value=0 if ok else 1, bound="0 that do not", ok=ok, detail=detail)  # fmt: skip
+    return Check(name=named, compared="no chat template", count=0, value=0, bound="-", ok=True)
+
+
+def tokenization(reference: Reference, rows: ProofRows, encode: Callable[[str, bool], Sequence[int]]) -> Check:
+    """Texts cut into the same tokens. `encode`: (text, with special tokens around) -> ids."""
+    wrong, detail = 0, ""
+    for special in (False, True):
+        for text in rows.texts:
+            want = reference.tokenizer(text, add_special_tokens=special)["input_ids"]
+            have = list(encode(text, special))
+            if want != have:
+                wrong += 1
+                detail = detail or f"{text[:60]!r}: {want[:8]}… became {have[:8]}…"
+    return Check(
+        name="tokenisation", compared="token ids of texts, with and without special tokens around",
+        count=2 * len(rows.texts), value=wrong, bound="0 that differ", ok=wrong == 0, detail=detail,
+    )  # fmt: skip
+
+
+def rendering(
+    reference: Reference, rows: ProofRows, ids_of: Callable[[Sequence[dict[str, Any]]], Sequence[int]]
+) -> Check:
+    """Chats rendered into the same tokens. `ids_of`: chat -> ids of the prompt."""
+    wrong, detail = 0, ""
+    for chat in rows.chats:
+        want = reference.tokenizer(reference.render(chat), add_special_tokens=False)["input_ids"]
+        have = list(ids_of(chat))
+        if want != have:
+            wrong += 1
+            show = reference.tokenizer.decode
+            detail = detail or f"{show(want)[:160]!r} became {show(have)[:160]!r}"
+    return Check(
+        name="chat template", compared="token ids of rendered chats", count=len(rows.chats), value=wrong,
+        bound="0 that differ", ok=wrong == 0, detail=detail,
+    )  # fmt: skip
+
+
+def stops(reference: Reference, ends_at: Callable[[int], bool]) -> Check:
+    """The same tokens end an answer. `ends_at`: a token -> whether writing it ends the answer."""
+    special = [token for token in reference.tokenizer.all_special_ids if token is not None]
+    added = [token for token, entry in reference.tokenizer.added_tokens_decoder.items() if entry.special]
+    candidates = sorted({*special, *added, *reference.stop_ids})
+    wrong = [token for token in candidates if ends_at(token) != (token in reference.stop_ids)]
+    detail = ""
+    if wrong:
+        text = reference.tokenizer.convert_ids_to_tokens(wrong[0])
+        detail = (
+            f"{text} (id {wrong[0]}) {'does not end' if wrong[0] in reference.stop_ids else 'ends'} an answer there"
+        )
+    return Check(
+        name="stop tokens", compared="special tokens that end an answer when they are written", count=len(candidates),
+        value=len(wrong), bound="0 that differ", ok=not wrong, detail=detail,
+    )  # fmt: skip
+
+
+def prompts_of(reference: Reference, rows: ProofRows, context: int) -> list[list[int]]:
+    """Return the prompts as ids; those that leave no room for an answer lose their start."""
+    most = max(1, context - GREEDY_TOKENS - 1)
+    encoded = (reference.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in rows.prompts)
+    return [ids[-most:] for ids in encoded if ids]
+
+
+def greedy_tokens(
+    prompts: Sequence[Sequence[int]],
+    wanted: Sequence[Greedy],
+    write: Callable[[Sequence[int], int], Sequence[int]],
+    *,
+    tie: float | None,
+) -> Check:
+    """Likeliest continuations.
+
+    Args:
+        prompts: token ids.
+        wanted: what the reference writes behind each.
+        write: (prompt, most tokens) -> what the export writes.
+        tie: tokens whose logits in the reference are so close count as equally likely, and what follows such a choice
+            is not compared; None: differences are counted and allowed.
+    """
+    equal, tied, wrong, compared, detail = 0, 0, 0, 0, ""
+    for prompt, want in zip(prompts, wanted, strict=True):
+        have = list(write(prompt, GREEDY_TOKENS))
+        place = next((n for n, (a, b) in enumerate(zip(want.ids, have, strict=False)) if a != b), None)
+        if place is None and len(have) != len(want.ids):
+            place = min(len(have), len(want.ids))
+        compared += len(want.ids) if place is None else place
+        if place is None:
+            equal += 1
+        elif tie is not None and place < min(len(have), len(want.ids)) and _gap(want, place, have[place]) <= tie:
+            tied += 1
+        else:
+            wrong += 1
+            detail = (
+                detail or f"behind {list(prompt)[-4:]}, token {place}: {want.ids[place:][:4]}, now {have[place:][:4]}"
+            )
+    said = f"{equal} of {len(wanted)} equal" + (
+        f", {tied} up to a choice between equally likely tokens" if tied else ""
+    )
+    return Check(
+        name="greedy tokens", compared=f"{compared} tokens behind {len(wanted)} prompts: {said}", count=len(wanted),
+        value=wrong, bound="rounded: any" if tie is None else "0 that differ", ok=tie is None or not wrong, detail=detail,
+    )  # fmt: skip
+
+
+def _gap(want: Greedy, place: int, token: int) -> float:
+    return float(want.logits_LV[place].max() - want.logits_LV[place, token])
+
+
+def passages(prompts: Sequence[Sequence[int]], wanted: Sequence[Greedy]) -> list[tuple[list[int], int]]:
+    """Return (tokens, first position that is looked at) of prompts with what the reference writes behind them."""
+    return [([*prompt, *want.ids], max(0, len(prompt) // 2 - 1)) for prompt, want in zip(prompts, wanted, strict=True)]
+
+
+def divergence(
+    reference: Reference,
+    read: Sequence[tuple[list[int], int]],
+    logprobs: Callable[[list[int]], Mapping[int, float] | Tensor],
+    *,
+    bound: float,
+) -> tuple[Check, dict[str, float]]:
+    """Mean KL(reference ‖ export) of next tokens in nats, and both perplexities of the tokens that are there.
+
+    Args:
+        reference: the source.
+        read: see `passages`.
+        logprobs: tokens -> log-probabilities of what follows them.
+        bound: largest mean allowed.
+    """
+    places = [(ids, place) for ids, first in read for place in range(first, len(ids) - 1)]
+    stride = max(1, math.ceil(len(places) / KL_POSITIONS))
+    kls, have_nll, want_nll = [], 0.0, 0.0
+    chosen = places[::stride]
+    for ids in {tuple(ids): ids for ids, _ in chosen}.values():
+        want_LV = reference.logprobs(ids)
+        for place in (place for other, place in chosen if other is ids or other == ids):
+            want_V = torch.log_softmax(want_LV[place].double(), dim=0)
+            have_V = _dense(logprobs(ids[: place + 1]), want_V.shape[0])
+            kls.append(float((want_V.exp() * (want_V - have_V)).sum()))
+            want_nll -= float(want_V[ids[place + 1]])
+            have_nll -= float(have_V[ids[place + 1]])
+    mean = math.fsum(kls) / len(kls) if kls else 0.0
+    figures = {
+        "kl_nats": mean,
+        "perplexity": math.exp(min(700.0, have_nll / max(1, len(kls)))),
+        "reference_perplexity": math.exp(min(700.0, want_nll / max(1, len(kls)))),
+    }
+    ok = math.isfinite(mean) and mean <= bound
+    check = Check(
+        name="distributions", compared="mean KL(source ‖ export) of next tokens, in nats", count=len(kls), value=mean,
+        bound=f"at most {bound:g}", ok=ok, detail=f"largest {max(kls):.3g}" if kls else "",
+    )  # fmt: skip
+    return check, figures
+
+
+def _dense(logprobs: Mapping[int, float] | Tensor, size: int) -> Tensor:
+    """Return fp64 [V]; what the runtime left out is as unlikely as what it names last."""
+    if isinstance(logprobs, Tensor):
+        return torch.log_softmax(logprobs.double(), dim=0)
+    made_V = torch.full((size,), min(logprobs.values()), dtype=torch.float64)
+    for token, value in logprobs.items():
+        made_V[token] = value
+    return torch.log_softmax(made_V.clamp(min=-700.0), dim=0)  # what the runtime sends is rounded
