@@ -60,7 +60,11 @@ def tokenization(reference: Reference, rows: ProofRows, encode: Callable[[str, b
 
 
 def rendering(
-    reference: Reference, rows: ProofRows, ids_of: Callable[[Sequence[dict[str, Any]]], Sequence[int]]
+    reference: Reference,
+    rows: ProofRows,
+    ids_of: Callable[[Sequence[dict[str, Any]]], Sequence[int]],
+    *,
+    name: str = "chat template",
 ) -> Check:
     """Chats rendered into the same tokens. `ids_of`: chat -> ids of the prompt."""
     wrong, detail = 0, ""
@@ -72,7 +76,7 @@ def rendering(
             show = reference.tokenizer.decode
             detail = detail or f"{show(want)[:160]!r} became {show(have)[:160]!r}"
     return Check(
-        name="chat template", compared="token ids of rendered chats", count=len(rows.chats), value=wrong,
+        name=name, compared="token ids of rendered chats", count=len(rows.chats), value=wrong,
         bound="0 that differ", ok=wrong == 0, detail=detail,
     )  # fmt: skip
 

@@ -86,3 +86,13 @@ def merge_with_peft(folder: Path, out: Path) -> None:
 
 def _mistake(folder: Path, message: str, fix: str) -> RecipeError:
     return RecipeError(str(folder), [Problem(message=message, fix=fix)])
+
+
+def low_rank_parts(beside: Any) -> dict[str, tuple[float, Any, Any]]:
+    """Return (scale, A, B) of every layer that `load_beside` put a LoRA on; its product is scale * B @ A."""
+    parts: dict[str, tuple[float, Any, Any]] = {}
+    for name, module in beside.get_base_model().named_modules():
+        if "default" in getattr(module, "lora_A", {}):
+            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+            parts[name] = (float(module.scaling["default"]), down.detach(), up.detach())
+    return parts
