@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distft.export_formats.gguf_vocabulary import puts_bos
 from distft.export_formats.proof_rows import ProofRows
 from distft.export_formats.reference import Greedy, Reference
 from distft.export_formats.spec import Check
@@ -29,26 +30,36 @@ def answer_end(reference: Reference, rows: ProofRows) -> Check:
         prompt, answer = reference.render(chat), "Yes."
         whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
         if not whole.startswith(prompt + answer):
-            return Check(name=named, compared="template against stop tokens", count=0, value=0, bound="-", ok=True,
-                         detail="the template writes answers otherwise than it asks for them: not looked at")  # fmt: skip
+            detail = "the template writes answers otherwise than it asks for them: not looked at"
+            return Check(name=named, compared="nothing", count=0, value=0, bound="-", ok=True, detail=detail)
         behind = tokenizer(whole[len(prompt + answer) :], add_special_tokens=False)["input_ids"]
         first = behind[0] if behind else None
-        ok = first is None or first in reference.stop_ids or first not in tokenizer.all_special_ids
+        ok = first is None or first in reference.stop_ids or first not in _special_ids(tokenizer)
         text = "" if first is None else tokenizer.convert_ids_to_tokens(first)
         detail = ""
         if not ok:
-            detail = f"the template ends answers with {text} (id {first}), which is no stop token"
+            detail = f"the template ends answers with {text} ({first}), which is no stop token"
         return Check(name=named, compared="end of a rendered answer against generation_config.json", count=1,
                      value=0 if ok else 1, bound="0 that do not", ok=ok, detail=detail)  # fmt: skip
     return Check(name=named, compared="no chat template", count=0, value=0, bound="-", ok=True)
 
 
-def tokenization(reference: Reference, rows: ProofRows, encode: Callable[[str, bool], Sequence[int]]) -> Check:
-    """Texts cut into the same tokens. `encode`: (text, with special tokens around) -> ids."""
+def tokenization(
+    reference: Reference, rows: ProofRows, encode: Callable[[str, bool], Sequence[int]], *, served: bool = False
+) -> Check:
+    """Texts cut into the same tokens.
+
+    Args:
+        reference: the source.
+        rows: holds the texts.
+        encode: (text, with special tokens around) -> ids.
+        served: special tokens around are those that a server puts (`puts_bos`), not the tokenizer's own.
+    """
+    bare = served and not puts_bos(reference.tokenizer)
     wrong, detail = 0, ""
     for special in (False, True):
         for text in rows.texts:
-            want = reference.tokenizer(text, add_special_tokens=special)["input_ids"]
+            want = reference.tokenizer(text, add_special_tokens=special and not bare)["input_ids"]
             have = list(encode(text, special))
             if want != have:
                 wrong += 1
@@ -83,9 +94,7 @@ def rendering(
 
 def stops(reference: Reference, ends_at: Callable[[int], bool]) -> Check:
     """The same tokens end an answer. `ends_at`: a token -> whether writing it ends the answer."""
-    special = [token for token in reference.tokenizer.all_special_ids if token is not None]
-    added = [token for token, entry in reference.tokenizer.added_tokens_decoder.items() if entry.special]
-    candidates = sorted({*special, *added, *reference.stop_ids})
+    candidates = sorted({*_special_ids(reference.tokenizer), *reference.stop_ids})
     wrong = [token for token in candidates if ends_at(token) != (token in reference.stop_ids)]
     detail = ""
     if wrong:
@@ -97,6 +106,11 @@ def stops(reference: Reference, ends_at: Callable[[int], bool]) -> Check:
         name="stop tokens", compared="special tokens that end an answer when they are written", count=len(candidates),
         value=len(wrong), bound="0 that differ", ok=not wrong, detail=detail,
     )  # fmt: skip
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    named = {token for token in tokenizer.all_special_ids if token is not None}
+    return named | {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
 
 
 def prompts_of(reference: Reference, rows: ProofRows, context: int) -> list[list[int]]:
@@ -143,7 +157,8 @@ def greedy_tokens(
     )
     return Check(
         name="greedy tokens", compared=f"{compared} tokens behind {len(wanted)} prompts: {said}", count=len(wanted),
-        value=wrong, bound="rounded: any" if tie is None else "0 that differ", ok=tie is None or not wrong, detail=detail,
+        value=wrong, bound="rounded: any" if tie is None else "0 that differ", ok=tie is None or not wrong,
+        detail=detail,
     )  # fmt: skip
 
 

@@ -37,13 +37,14 @@ class Family:
     swa_period: int = 0
     """Every so many layers, the last one attends to everything."""
     softcaps: bool = False
+    heads_fill_width: bool = False
+    """llama.cpp takes hidden_size / heads for the width of a head, whatever head_dim says."""
 
 
-_PLAIN = {"mlp_bias": False, "pretraining_tp": 1}
 FAMILIES: dict[str, Family] = {
     "llama": Family(arch="llama", permutes=True, fixed={"pretraining_tp": 1}),
     "mistral": Family(arch="llama", permutes=True),
-    "qwen2": Family(arch="qwen2"),
+    "qwen2": Family(arch="qwen2", heads_fill_width=True),
     "qwen3": Family(arch="qwen3", fixed={"attention_bias": False}),
     "gemma": Family(arch="gemma", activations=_GELU_TANH, norm_offset=1.0, fixed={"attention_bias": False}),
     "gemma2": Family(
@@ -108,6 +109,10 @@ def _misfits(config: Any, family: Family) -> Iterator[str]:
     for key, value in family.fixed.items():
         if getattr(config, key, value) not in (value, None):
             yield f"{key} = {getattr(config, key)!r} is none of llama.cpp's {kind}  allowed: {value!r}"
+    head_dim = getattr(config, "head_dim", None)
+    if family.heads_fill_width and head_dim and head_dim * config.num_attention_heads != config.hidden_size:
+        width = config.hidden_size // config.num_attention_heads
+        yield f"head_dim = {head_dim} is not computed by llama.cpp's {kind}  allowed: {width}, hidden_size / heads"
     window = getattr(config, "sliding_window", None)
     if not family.sliding and window is not None and _uses_window(config):
         yield f"sliding_window = {window} is not computed by llama.cpp's {kind}  allowed: attention to everything"

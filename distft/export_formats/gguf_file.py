@@ -93,7 +93,9 @@ def prove_file(inputs: FormatInputs, file: Path, level: str) -> Proof:
     context = min(MAX_CONTEXT, reference.model.config.max_position_embeddings)
     with llama_cpp.loaded(file, context=context) as runtime:
         checks = [
-            comparing.tokenization(reference, rows, lambda text, special: runtime.tokenize(text, special=special)),
+            comparing.tokenization(
+                reference, rows, lambda text, special: runtime.tokenize(text, special=special), served=True
+            ),
             comparing.answer_end(reference, rows),
             comparing.stops(reference, lambda token: _ends_at(runtime, token, reference.stop_ids)),
         ]

@@ -87,7 +87,8 @@ def read_vocabulary(tokenizer: Any, num_embeddings: int) -> Vocabulary:
         position: entry["content"] for position, entry in added.items()
     }
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model["merges"]]
-    add_bos, add_eos = _added_around(tokenizer)
+    _, add_eos = added_around(tokenizer)
+    add_bos = puts_bos(tokenizer)
     if model.get("byte_fallback"):
         own = _sentencepiece_like(content, vocabulary, merges)
     else:
@@ -209,7 +210,7 @@ def _pre_tokenizer(content: dict[str, Any] | None) -> str:
     raise _unknown(f"pre_tokenizer {_short(content)}", f"the pieces of gpt-2, smollm, {', '.join(_SPLITS.values())}")
 
 
-def _added_around(tokenizer: Any) -> tuple[bool, bool]:
+def added_around(tokenizer: Any) -> tuple[bool, bool]:
     """Return whether the tokenizer puts a beginning, and an end, around every text.
 
     Raises:
@@ -222,6 +223,19 @@ def _added_around(tokenizer: Any) -> tuple[bool, bool]:
             if whole == (bos if add_bos else []) + bare + (eos if add_eos else []):
                 return add_bos, add_eos
     raise _unknown(f"ids {whole} for 'a', which is {bare} without special tokens", "bos before and eos behind the text")
+
+
+def puts_bos(tokenizer: Any) -> bool:
+    """Return whether a server should put the beginning of sequence before every prompt.
+
+    It should where the tokenizer does. Not where chats are rendered without one: a model that was trained on such chats
+    would read a token that it has never seen there.
+    """
+    adds_bos, _ = added_around(tokenizer)
+    if not adds_bos or not tokenizer.chat_template:
+        return adds_bos
+    chat = [{"role": "user", "content": "a"}]
+    return tokenizer.apply_chat_template(chat, tokenize=False).startswith(tokenizer.bos_token)
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from pydantic import Field
 from distft.core.errors import DataError
 from distft.core.registry import Params
 from distft.export_formats import gguf_file
+from distft.export_formats.gguf_vocabulary import puts_bos
 from distft.export_formats.spec import Exported, FormatInputs, FormatSpec, Proof
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def _rendered(inputs: FormatInputs, chat: Sequence[Mapping[str, Any]], ask: bool
     """Render as the source does, without the beginning that llama.cpp puts before every text by itself."""
     tokenizer = inputs.reference().tokenizer
     text = str(tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=ask))
-    bos = tokenizer.bos_token or ""
-    adds = bool(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if adds else text
+    return text.removeprefix(tokenizer.bos_token) if puts_bos(tokenizer) else text
 
 
 def read_modelfile(file: Path) -> dict[str, list[str]]:
@@ -112,7 +111,8 @@ def _prove(params: OllamaParams, inputs: FormatInputs, folder: Path, level: str)
     template = said["TEMPLATE"][0]
 
     def ids_of(chat: Sequence[dict[str, Any]]) -> list[int]:
-        return list(reference.tokenizer(render_go(template, chat))["input_ids"])
+        bos = [reference.tokenizer.bos_token_id] if puts_bos(reference.tokenizer) else []
+        return bos + list(reference.tokenizer(render_go(template, chat), add_special_tokens=False)["input_ids"])
 
     rendered = comparing.rendering(reference, rows, ids_of, name="Go template")
     texts = set(said.get("PARAMETER stop", []))

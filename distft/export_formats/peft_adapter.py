@@ -46,10 +46,13 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 """Keys of adapter_config.json -> values with which the adapter is nothing but B @ A on linear layers of its base."""
 _INERT = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
-    "inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
-    "megatron_core peft_type peft_version qalora_group_size r rank_pattern alpha_pattern lora_alpha revision "
-    "target_modules task_type use_rslora runtime_config".split()
+    {
+        *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+        *("exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform"),
+        *("loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type"),
+        *("peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "lora_alpha", "revision"),
+        *("target_modules", "task_type", "use_rslora", "runtime_config"),
+    }
 )
 """Keys that say how it was trained, or that this format rewrites."""
 
@@ -174,7 +177,7 @@ def _prove(params: PeftParams, inputs: FormatInputs, folder: Path, level: str) -
 
 
 def _products(inputs: FormatInputs, folder: Path, bound: float) -> Check:
-    """Compare alpha / r * B @ A of the files, as the least reader computes it, with what PEFT computed for the source."""
+    """Compare alpha / r * B @ A of the files, as the least reader computes it, with PEFT's for the source."""
     from safetensors import safe_open
 
     from distft.model.adapters.whole import low_rank_parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,6 +18,8 @@ from distft.export_formats.source import Source
 MAX_PROMPTS = 32
 MIN_PROMPTS = 20
 """Where there are fewer rows, built-in prompts are added."""
+
+VOCABULARY_TEXTS, TOKENS_OF_A_TEXT = 80, 8
 
 Chat = tuple[dict[str, Any], ...]
 
@@ -62,9 +65,22 @@ def proof_rows(source: Source, tokenizer: Any, file: Path | None, most: int | No
         own = [bos + text for text in PROMPTS]
         origin += "" if not prompts else " and built-in ones"
         prompts = list(dict.fromkeys([*prompts, *own]))[: most or MIN_PROMPTS]
-    texts = tuple(dict.fromkeys([*BUILT_IN_TEXTS, *prompts]))
+    texts = tuple(dict.fromkeys([*BUILT_IN_TEXTS, *_of_vocabulary(tokenizer), *prompts]))
     allowed = tuple(_renderable(tokenizer, [*BUILT_IN_CHATS, *chats[:MAX_PROMPTS]])) if tokenizer.chat_template else ()
     return ProofRows(origin=origin, prompts=tuple(prompts), texts=texts, chats=allowed)
+
+
+def _of_vocabulary(tokenizer: Any) -> Iterator[str]:
+    """Yield texts of the tokenizer's own tokens, spread over its vocabulary, for merges that no other text needs."""
+    special = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    ids = [token for token in range(len(tokenizer)) if token not in special]
+    stride = max(1, len(ids) // (VOCABULARY_TEXTS * TOKENS_OF_A_TEXT))
+    chosen = ids[::stride]
+    for start in range(VOCABULARY_TEXTS):
+        text = tokenizer.decode(chosen[start::VOCABULARY_TEXTS][:TOKENS_OF_A_TEXT])
+        text = unicodedata.normalize("NFC", text)
+        if text and "\ufffd" not in text:
+            yield text
 
 
 def _adds_bos(tokenizer: Any) -> bool:
