@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,3 +98,35 @@ def low_rank_parts(beside: Any) -> dict[str, tuple[float, Any, Any]]:
             down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
             parts[name] = (float(module.scaling["default"]), down.detach(), up.detach())
     return parts
+
+
+def add_adapter(beside: Any, name: str, folder: Path) -> None:
+    """Put a further adapter beside the base, under a name.
+
+    Raises:
+        RecipeError: it was trained on another base, or has other shapes.
+    """
+    try:
+        named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        first = beside.peft_config["default"].base_model_name_or_path
+        if named != first:
+            raise _mistake(folder, f"its base is {named}, and the first adapter's {first}", "take adapters of one base")
+        beside.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise _mistake(folder, f"PEFT cannot put it beside the others: {first}", "take adapters of one base") from error
+
+
+@contextlib.contextmanager
+def only_adapter(beside: Any, name: str | None) -> Iterator[None]:
+    """Let the base compute with one of its adapters, or with none (None), inside the context."""
+    if name is None:
+        with beside.disable_adapter():
+            yield
+        return
+    before = beside.active_adapter
+    beside.set_adapter(name)
+    try:
+        yield
+    finally:
+        beside.set_adapter(before)
