@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from distft.export_formats.source import Source
 
 KL_BOUNDS: Mapping[str, float] = {
-    "F32": 1e-5, "F16": 1e-4, "BF16": 5e-3, "Q8_0": 2e-2, "Q6_K": 5e-2, "Q5_1": 0.15, "Q5_K_M": 0.15, "Q4_K_M": 0.4,
+    "F32": 1e-5, "F16": 1e-4, "BF16": 5e-3, "Q8_0": 5e-2, "Q6_K": 0.1, "Q5_1": 0.15, "Q5_K_M": 0.15, "Q4_K_M": 0.4,
     "Q4_0": 0.6, "Q3_K_M": 1.0, "Q2_K": 2.0,
 }  # fmt: skip
 """Every level, most exact first -> the largest mean KL of it in nats: above what rounding does."""
