@@ -13,7 +13,7 @@ import torch
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.files import read_json_object
-from distft.export_formats.source import Source, open_source, stop_ids
+from distft.export_formats.source import ModelSource, open_source, stop_ids
 from distft.generation.completion import Prompt, SamplingParams
 
 TUNED, BASE = "tuned", "base"
@@ -58,7 +58,7 @@ class ChatModels:
         self._load(source, adapters, with_base=with_base)
         self.names = tuple(self._modules)
 
-    def _load(self, source: Source, adapters: Mapping[str, Path], *, with_base: bool) -> None:
+    def _load(self, source: ModelSource, adapters: Mapping[str, Path], *, with_base: bool) -> None:
         from distft.model.adapters.whole import add_adapter, load_beside
 
         if source.is_adapter:
@@ -186,7 +186,7 @@ def _whole(folder: Path) -> Any:
         raise DataError(f"{folder}: transformers cannot load it: {(str(error).splitlines() or [''])[0]}") from error
 
 
-def _base_folder(source: Source) -> Path:
+def _base_folder(source: ModelSource) -> Path:
     """Return the folder of the model that a run started from."""
     model = read_json_object(source.run / "manifest.json").get("model") if source.run is not None else None
     named = (model or {}).get("folder")

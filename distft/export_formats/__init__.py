@@ -5,12 +5,12 @@ The room `distft.export` writes what a training run leaves; this one is `distft 
 
 from distft.core.registry import Registry
 from distft.export_formats import gguf_file, ollama, peft_adapter, safetensors_folder
-from distft.export_formats.spec import Check, Exported, FormatInputs, FormatSpec, Proof
+from distft.export_formats.spec import Comparison, Exported, ExportFormatSpec, FormatInputs, Proof
 
-EXPORT_FORMATS: Registry[FormatSpec] = Registry("export format")
+EXPORT_FORMATS: Registry[ExportFormatSpec] = Registry("export format")
 EXPORT_FORMATS.add(safetensors_folder.SPEC)
 EXPORT_FORMATS.add(peft_adapter.SPEC)
 EXPORT_FORMATS.add(gguf_file.SPEC)
 EXPORT_FORMATS.add(ollama.SPEC)
 
-__all__ = ["EXPORT_FORMATS", "Check", "Exported", "FormatInputs", "FormatSpec", "Proof"]
+__all__ = ["EXPORT_FORMATS", "Comparison", "ExportFormatSpec", "Exported", "FormatInputs", "Proof"]

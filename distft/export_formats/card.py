@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distft.export_formats.certificate import FILE, LevelRecord
-from distft.export_formats.source import Source
-from distft.export_formats.spec import FormatSpec
+from distft.export_formats.source import ModelSource
+from distft.export_formats.spec import ExportFormatSpec
 
 
-def write_card(folder: Path, source: Source, spec: FormatSpec, records: Sequence[LevelRecord]) -> None:
+def write_card(folder: Path, source: ModelSource, spec: ExportFormatSpec, records: Sequence[LevelRecord]) -> None:
     """Write the card; commands say PATH for wherever the folder will lie."""
     section = list(_how_to_run(spec, records))
     if source.run is None:
@@ -24,7 +24,7 @@ def write_card(folder: Path, source: Source, spec: FormatSpec, records: Sequence
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _how_to_run(spec: FormatSpec, records: Sequence[LevelRecord]) -> list[str]:
+def _how_to_run(spec: ExportFormatSpec, records: Sequence[LevelRecord]) -> list[str]:
     commands = [command for record in records for command in record.exported.commands]
     found = [f"- {_found(record)}" for record in records]
     head = f"Format `{spec.name}`: {spec.title}. PATH is where this folder lies."

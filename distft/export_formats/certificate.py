@@ -13,8 +13,8 @@ from typing import Any
 
 from distft.core.errors import NumericError
 from distft.core.files import replace_json
-from distft.export_formats.source import Source
-from distft.export_formats.spec import Check, Exported, Proof
+from distft.export_formats.source import ModelSource
+from distft.export_formats.spec import Comparison, Exported, Proof
 
 FILE = "certificate.json"
 _NAMED = ("distft", "torch", "transformers", "peft", "gguf", "xllamacpp", "llama_cpp_python")
@@ -31,13 +31,13 @@ class LevelRecord:
     num_bytes: int
 
     @property
-    def failed(self) -> list[Check]:
+    def failed(self) -> list[Comparison]:
         """Comparisons that came out wrong."""
         return [check for check in self.proof.checks if not check.ok]
 
 
 def write(
-    folder: Path, *, format_name: str, source: Source, rows: Mapping[str, Any], levels: Sequence[LevelRecord]
+    folder: Path, *, format_name: str, source: ModelSource, rows: Mapping[str, Any], levels: Sequence[LevelRecord]
 ) -> dict[str, Any]:
     """Write the certificate into the folder and return it."""
     content = {
@@ -74,7 +74,7 @@ def _level(record: LevelRecord) -> dict[str, Any]:
     }
 
 
-def refuse_failed(records: Sequence[LevelRecord], source: Source, format_name: str) -> None:
+def refuse_failed(records: Sequence[LevelRecord], source: ModelSource, format_name: str) -> None:
     """Refuse an export that does not do what its source does.
 
     Raises:

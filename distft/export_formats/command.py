@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import argparse
 
     from distft.export_formats.certificate import LevelRecord
-    from distft.export_formats.source import Source
-    from distft.export_formats.spec import FormatInputs, FormatSpec
+    from distft.export_formats.source import ModelSource
+    from distft.export_formats.spec import ExportFormatSpec, FormatInputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     return certificate
 
 
-def _format(given: argparse.Namespace) -> tuple[FormatSpec, Any]:
+def _format(given: argparse.Namespace) -> tuple[ExportFormatSpec, Any]:
     from pydantic import ValidationError
 
     from distft.catalog import PLUGINS
@@ -120,8 +120,8 @@ def _format(given: argparse.Namespace) -> tuple[FormatSpec, Any]:
 
 
 def _exported(
-    given: argparse.Namespace, spec: FormatSpec, params: Any, workdir: Path, aside: Path
-) -> tuple[dict[str, Any], Source]:
+    given: argparse.Namespace, spec: ExportFormatSpec, params: Any, workdir: Path, aside: Path
+) -> tuple[dict[str, Any], ModelSource]:
     from distft.export_formats import certificate, table
     from distft.export_formats.card import write_card
     from distft.export_formats.source import open_source
@@ -154,18 +154,18 @@ def _exported(
     return made | ({"left_out": left_out} if left_out else {}), source
 
 
-def _levels(given: argparse.Namespace, spec: FormatSpec) -> tuple[str, ...]:
+def _levels(given: argparse.Namespace, spec: ExportFormatSpec) -> tuple[str, ...]:
     return spec.levels if given.levels else (given.level or spec.default_level,)
 
 
-def make_inputs(source: Source, workdir: Path, rows: Path | None, num_rows: int | None) -> FormatInputs:
+def make_inputs(source: ModelSource, workdir: Path, rows: Path | None, num_rows: int | None) -> FormatInputs:
     """Return what a format may use, each part made when it is first asked for."""
     from distft.export_formats.proof_rows import proof_rows
-    from distft.export_formats.reference import Reference
+    from distft.export_formats.reference import ReferenceModel
     from distft.export_formats.spec import FormatInputs
     from distft.export_formats.whole_model import whole_model
 
-    reference = functools.cache(lambda: Reference(source))
+    reference = functools.cache(lambda: ReferenceModel(source))
     return FormatInputs(
         source=source,
         whole_model=functools.cache(lambda: whole_model(source, workdir)),
@@ -175,7 +175,7 @@ def make_inputs(source: Source, workdir: Path, rows: Path | None, num_rows: int 
 
 
 def _one_level(
-    given: argparse.Namespace, spec: FormatSpec, params: Any, inputs: FormatInputs, aside: Path, level: str
+    given: argparse.Namespace, spec: ExportFormatSpec, params: Any, inputs: FormatInputs, aside: Path, level: str
 ) -> LevelRecord:
     """Write and compare one level.
 

@@ -1,4 +1,4 @@
-"""Compares what two models make of the same tokens. Every function returns one `Check`.
+"""Compares what two models make of the same tokens. Every function returns one `Comparison`.
 
 Shape letters: L positions, V vocabulary.
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from distft.export_formats.gguf_vocabulary import puts_bos
 from distft.export_formats.proof_rows import ProofRows
-from distft.export_formats.reference import Greedy, Reference
-from distft.export_formats.spec import Check
+from distft.export_formats.reference import Greedy, ReferenceModel
+from distft.export_formats.spec import Comparison
 
 GREEDY_TOKENS = 64
 KL_POSITIONS = 128
 """Positions whose whole distributions are compared."""
 
 
-def answer_end(reference: Reference, rows: ProofRows) -> Check:
+def answer_end(reference: ReferenceModel, rows: ProofRows) -> Comparison:
     """Whether what the chat template writes behind an answer is a token that the model stops at."""
     tokenizer = reference.tokenizer
     named = "answers end at a stop token"
@@ -31,7 +31,7 @@ def answer_end(reference: Reference, rows: ProofRows) -> Check:
         whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
         if not whole.startswith(prompt + answer):
             detail = "the template writes answers otherwise than it asks for them: not looked at"
-            return Check(name=named, compared="nothing", count=0, value=0, bound="-", ok=True, detail=detail)
+            return Comparison(name=named, compared="nothing", count=0, value=0, bound="-", ok=True, detail=detail)
         behind = tokenizer(whole[len(prompt + answer) :], add_special_tokens=False)["input_ids"]
         first = behind[0] if behind else None
         ok = first is None or first in reference.stop_ids or first not in _special_ids(tokenizer)
@@ -39,14 +39,14 @@ def answer_end(reference: Reference, rows: ProofRows) -> Check:
         detail = ""
         if not ok:
             detail = f"the template ends answers with {text} ({first}), which is no stop token"
-        return Check(name=named, compared="end of a rendered answer against generation_config.json", count=1,
+        return Comparison(name=named, compared="end of a rendered answer against generation_config.json", count=1,
                      value=0 if ok else 1, bound="0 that do not", ok=ok, detail=detail)  # fmt: skip
-    return Check(name=named, compared="no chat template", count=0, value=0, bound="-", ok=True)
+    return Comparison(name=named, compared="no chat template", count=0, value=0, bound="-", ok=True)
 
 
 def tokenization(
-    reference: Reference, rows: ProofRows, encode: Callable[[str, bool], Sequence[int]], *, served: bool = False
-) -> Check:
+    reference: ReferenceModel, rows: ProofRows, encode: Callable[[str, bool], Sequence[int]], *, served: bool = False
+) -> Comparison:
     """Texts cut into the same tokens.
 
     Args:
@@ -64,19 +64,19 @@ def tokenization(
             if want != have:
                 wrong += 1
                 detail = detail or f"{text[:60]!r}: {want[:8]}… became {have[:8]}…"
-    return Check(
+    return Comparison(
         name="tokenisation", compared="token ids of texts, with and without special tokens around",
         count=2 * len(rows.texts), value=wrong, bound="0 that differ", ok=wrong == 0, detail=detail,
     )  # fmt: skip
 
 
 def rendering(
-    reference: Reference,
+    reference: ReferenceModel,
     rows: ProofRows,
     ids_of: Callable[[Sequence[dict[str, Any]]], Sequence[int]],
     *,
     name: str = "chat template",
-) -> Check:
+) -> Comparison:
     """Chats rendered into the same tokens. `ids_of`: chat -> ids of the prompt."""
     wrong, detail = 0, ""
     for chat in rows.chats:
@@ -86,13 +86,13 @@ def rendering(
             wrong += 1
             show = reference.tokenizer.decode
             detail = detail or f"{show(want)[:160]!r} became {show(have)[:160]!r}"
-    return Check(
+    return Comparison(
         name=name, compared="token ids of rendered chats", count=len(rows.chats), value=wrong,
         bound="0 that differ", ok=wrong == 0, detail=detail,
     )  # fmt: skip
 
 
-def stops(reference: Reference, ends_at: Callable[[int], bool]) -> Check:
+def stops(reference: ReferenceModel, ends_at: Callable[[int], bool]) -> Comparison:
     """The same tokens end an answer. `ends_at`: a token -> whether writing it ends the answer."""
     candidates = sorted({*_special_ids(reference.tokenizer), *reference.stop_ids})
     wrong = [token for token in candidates if ends_at(token) != (token in reference.stop_ids)]
@@ -102,7 +102,7 @@ def stops(reference: Reference, ends_at: Callable[[int], bool]) -> Check:
         detail = (
             f"{text} (id {wrong[0]}) {'does not end' if wrong[0] in reference.stop_ids else 'ends'} an answer there"
         )
-    return Check(
+    return Comparison(
         name="stop tokens", compared="special tokens that end an answer when they are written", count=len(candidates),
         value=len(wrong), bound="0 that differ", ok=not wrong, detail=detail,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return named | {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
 
 
-def prompts_of(reference: Reference, rows: ProofRows, context: int) -> list[list[int]]:
+def prompts_of(reference: ReferenceModel, rows: ProofRows, context: int) -> list[list[int]]:
     """Return the prompts as ids; those that leave no room for an answer lose their start."""
     most = max(1, context - GREEDY_TOKENS - 1)
     encoded = (reference.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in rows.prompts)
@@ -126,7 +126,7 @@ def greedy_tokens(
     write: Callable[[Sequence[int], int], Sequence[int]],
     *,
     tie: float | None,
-) -> Check:
+) -> Comparison:
     """Likeliest continuations.
 
     Args:
@@ -155,7 +155,7 @@ def greedy_tokens(
     said = f"{equal} of {len(wanted)} equal" + (
         f", {tied} up to a choice between equally likely tokens" if tied else ""
     )
-    return Check(
+    return Comparison(
         name="greedy tokens", compared=f"{compared} tokens behind {len(wanted)} prompts: {said}", count=len(wanted),
         value=wrong, bound="rounded: any" if tie is None else "0 that differ", ok=tie is None or not wrong,
         detail=detail,
@@ -172,12 +172,12 @@ def passages(prompts: Sequence[Sequence[int]], wanted: Sequence[Greedy]) -> list
 
 
 def divergence(
-    reference: Reference,
+    reference: ReferenceModel,
     read: Sequence[tuple[list[int], int]],
     logprobs: Callable[[list[int]], Mapping[int, float] | Tensor],
     *,
     bound: float,
-) -> tuple[Check, dict[str, float]]:
+) -> tuple[Comparison, dict[str, float]]:
     """Mean KL(reference ‖ export) of next tokens in nats, and both perplexities of the tokens that are there.
 
     Args:
@@ -205,7 +205,7 @@ def divergence(
         "reference_perplexity": math.exp(min(700.0, want_nll / max(1, len(kls)))),
     }
     ok = math.isfinite(mean) and mean <= bound
-    check = Check(
+    check = Comparison(
         name="distributions", compared="mean KL(source ‖ export) of next tokens, in nats", count=len(kls), value=mean,
         bound=f"at most {bound:g}", ok=ok, detail=f"largest {max(kls):.3g}" if kls else "",
     )  # fmt: skip

@@ -200,7 +200,7 @@ def metadata(config: Any, family: Family) -> Metadata:
 def rope_factors(config: Any) -> Tensor | None:
     """Return what each frequency is divided by under Llama 3's rule, fp32 [head_dim / 2]; None under other rules.
 
-    Source: `_compute_llama3_parameters` of transformers.
+    ModelSource: `_compute_llama3_parameters` of transformers.
     """
     whole, _ = rope_of(config)
     if whole.get("rope_type") != "llama3":

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from distft.core.errors import DataError, MachineError
 from distft.core.optional import why_not
-from distft.export_formats.spec import Exported, FormatInputs, FormatSpec, Proof
+from distft.export_formats.spec import Exported, ExportFormatSpec, FormatInputs, Proof
 
 if TYPE_CHECKING:
     from distft.core.registry import NoParams
     from distft.export_formats.llama_cpp import LlamaCpp
-    from distft.export_formats.source import Source
+    from distft.export_formats.source import ModelSource
 
 KL_BOUNDS: Mapping[str, float] = {
     "F32": 1e-5, "F16": 1e-4, "BF16": 5e-3, "Q8_0": 5e-2, "Q6_K": 0.1, "Q5_1": 0.15, "Q5_K_M": 0.15, "Q4_K_M": 0.4,
@@ -28,7 +28,7 @@ MAX_CONTEXT = 2048
 """Positions the proof gives to the runtime; prompts are cut to it."""
 
 
-def _refuses(params: NoParams, source: Source) -> str:
+def _refuses(params: NoParams, source: ModelSource) -> str:
     if source.kind == "reward":
         return "a reward model gives a number, and llama.cpp would load it as a model that writes text"
     return ""
@@ -146,7 +146,7 @@ def level_lacks(inputs: FormatInputs, level: str) -> str:
     return lacks(inputs.whole_model(), level)
 
 
-SPEC = FormatSpec(
+SPEC = ExportFormatSpec(
     name="gguf",
     title="one file for llama.cpp, Ollama and LM Studio",
     write=_write,

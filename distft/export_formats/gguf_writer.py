@@ -26,7 +26,7 @@ _F16_MAX = 65504.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Level:
+class GgufLevel:
     """How exactly the matrices are stored; vectors are fp32 at every level."""
 
     name: str
@@ -41,18 +41,20 @@ class Level:
 LEVELS = {
     level.name: level
     for level in (
-        Level(name="F32", quant="F32", file_type="ALL_F32", block=1),
-        Level(name="F16", quant="F16", file_type="MOSTLY_F16", block=1),
-        Level(name="BF16", quant="BF16", file_type="MOSTLY_BF16", block=1),
-        Level(name="Q8_0", quant="Q8_0", file_type="MOSTLY_Q8_0", block=32),
-        Level(name="Q5_1", quant="Q5_1", file_type="MOSTLY_Q5_1", block=32),
-        Level(name="Q4_0", quant="Q4_0", file_type="MOSTLY_Q4_0", block=32),
+        GgufLevel(name="F32", quant="F32", file_type="ALL_F32", block=1),
+        GgufLevel(name="F16", quant="F16", file_type="MOSTLY_F16", block=1),
+        GgufLevel(name="BF16", quant="BF16", file_type="MOSTLY_BF16", block=1),
+        GgufLevel(name="Q8_0", quant="Q8_0", file_type="MOSTLY_Q8_0", block=32),
+        GgufLevel(name="Q5_1", quant="Q5_1", file_type="MOSTLY_Q5_1", block=32),
+        GgufLevel(name="Q4_0", quant="Q4_0", file_type="MOSTLY_Q4_0", block=32),
     )
 }
 """Levels that gguf-py writes, most exact first."""
 
 
-def write_gguf(model: Path, file: Path, level: Level, *, name: str, tokenizer: Any, stop_ids: tuple[int, ...]) -> None:
+def write_gguf(
+    model: Path, file: Path, level: GgufLevel, *, name: str, tokenizer: Any, stop_ids: tuple[int, ...]
+) -> None:
     """Write the model of a folder.
 
     Args:
@@ -120,7 +122,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, stop_ids: tuple[int, ..
             getattr(writer, f"add_{role}_token_id")(token)
 
 
-def _write_tensors(writer: Any, model: Path, config: Any, family: Family, level: Level) -> None:
+def _write_tensors(writer: Any, model: Path, config: Any, family: Family, level: GgufLevel) -> None:
     """Write names, shapes and types of all tensors, then one tensor after another."""
     import gguf
 
@@ -140,7 +142,7 @@ def _write_tensors(writer: Any, model: Path, config: Any, family: Family, level:
 
 
 def _planned(
-    files: TensorFiles, config: Any, family: Family, level: Level
+    files: TensorFiles, config: Any, family: Family, level: GgufLevel
 ) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
     """Yield name in the folder, name in the file, shape and type of each tensor that is written.
 
@@ -161,7 +163,7 @@ def _planned(
         yield name, target, shape, gguf.GGMLQuantizationType[level.quant if len(shape) > 1 else "F32"]
 
 
-def misfit(model: Path, level: Level) -> str:
+def misfit(model: Path, level: GgufLevel) -> str:
     """Return why rows of the model's matrices cannot be stored at a level; "" where they can."""
     widths = {name: entry.shape[-1] for name, entry in TensorFiles(model).entries.items() if len(entry.shape) > 1}
     for name, width in sorted(widths.items()):

@@ -12,10 +12,10 @@ from distft.core.errors import DataError
 from distft.core.registry import Params
 from distft.export_formats import gguf_file
 from distft.export_formats.gguf_vocabulary import puts_bos
-from distft.export_formats.spec import Exported, FormatInputs, FormatSpec, Proof
+from distft.export_formats.spec import Exported, ExportFormatSpec, FormatInputs, Proof
 
 if TYPE_CHECKING:
-    from distft.export_formats.source import Source
+    from distft.export_formats.source import ModelSource
 
 MODELFILE = "Modelfile"
 _QUOTES = '"""'
@@ -30,7 +30,7 @@ class OllamaParams(Params):
     """num_ctx; 0: as much as the model was made for, at most 8192."""
 
 
-def _refuses(params: OllamaParams, source: Source) -> str:
+def _refuses(params: OllamaParams, source: ModelSource) -> str:
     if _QUOTES in params.system:
         return 'system holds """, which ends a text of a Modelfile'
     return gguf_file.SPEC.refuses(None, source)
@@ -103,7 +103,7 @@ def read_modelfile(file: Path) -> dict[str, list[str]]:
 def _prove(params: OllamaParams, inputs: FormatInputs, folder: Path, level: str) -> Proof:
     from distft.export_formats import comparing
     from distft.export_formats.go_template import render_go
-    from distft.export_formats.spec import Check
+    from distft.export_formats.spec import Comparison
 
     proof = gguf_file.SPEC.prove(None, inputs, folder, level)
     reference, rows = inputs.reference(), inputs.rows()
@@ -117,7 +117,7 @@ def _prove(params: OllamaParams, inputs: FormatInputs, folder: Path, level: str)
     rendered = comparing.rendering(reference, rows, ids_of, name="Go template")
     texts = set(said.get("PARAMETER stop", []))
     wanted = {reference.tokenizer.convert_ids_to_tokens(token) for token in reference.stop_ids}
-    stops = Check(
+    stops = Comparison(
         name="stop texts", compared="PARAMETER stop against the source's stop tokens", count=len(wanted),
         value=len(texts ^ wanted), bound="0 that differ", ok=texts == wanted, detail=", ".join(sorted(texts ^ wanted)),
     )  # fmt: skip
@@ -133,7 +133,7 @@ def _prove(params: OllamaParams, inputs: FormatInputs, folder: Path, level: str)
     )
 
 
-SPEC = FormatSpec(
+SPEC = ExportFormatSpec(
     name="ollama",
     title="a GGUF file with a Modelfile for Ollama",
     write=_write,

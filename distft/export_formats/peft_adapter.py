@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params
-from distft.export_formats.spec import Check, Exported, FormatInputs, FormatSpec, Proof
+from distft.export_formats.spec import Comparison, Exported, ExportFormatSpec, FormatInputs, Proof
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distft.export_formats.source import Source
+    from distft.export_formats.source import ModelSource
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -64,7 +64,7 @@ class PeftParams(Params):
     """Type of A and B; servers convert it to the model's."""
 
 
-def _refuses(params: PeftParams, source: Source) -> str:
+def _refuses(params: PeftParams, source: ModelSource) -> str:
     if not source.is_adapter:
         return "it is a whole model, and this format holds adapters"
     if source.kind == "reward":
@@ -176,7 +176,7 @@ def _prove(params: PeftParams, inputs: FormatInputs, folder: Path, level: str) -
     return Proof(runtime=runtime, checks=checks, figures=figures)
 
 
-def _products(inputs: FormatInputs, folder: Path, bound: float) -> Check:
+def _products(inputs: FormatInputs, folder: Path, bound: float) -> Comparison:
     """Compare alpha / r * B @ A of the files, as the least reader computes it, with PEFT's for the source."""
     from safetensors import safe_open
 
@@ -192,15 +192,15 @@ def _products(inputs: FormatInputs, folder: Path, bound: float) -> Check:
             error = float((scale * (b @ a) - want).norm() / want.norm().clamp(min=1e-30))
             if error > worst:
                 worst, detail = error, name
-    return Check(
+    return Comparison(
         name="products", compared="alpha / r * B @ A of the files against PEFT's for the source, relative",
         count=len(parts), value=worst, bound=f"at most {bound:g}", ok=worst <= bound, detail=detail,
     )  # fmt: skip
 
 
-def _reader_rules(folder: Path) -> Check:
+def _reader_rules(folder: Path) -> Comparison:
     broken = list(broken_rules(folder))
-    return Check(
+    return Comparison(
         name="rules of vLLM's reader", compared=f"the files against {VLLM_RULES}", count=6, value=len(broken),
         bound="0 broken", ok=not broken, detail=broken[0] if broken else "",
     )  # fmt: skip
@@ -225,7 +225,7 @@ def broken_rules(folder: Path) -> Iterator[str]:
             yield f"{name} is no name of a LoRA tensor"
 
 
-SPEC = FormatSpec(
+SPEC = ExportFormatSpec(
     name="peft",
     title="a LoRA that servers load beside their base (vLLM, TGI, llama.cpp's converter)",
     write=_write,

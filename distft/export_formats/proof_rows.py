@@ -13,7 +13,7 @@ from typing import Any
 
 from distft.core.errors import DataError
 from distft.core.files import read_json_lines
-from distft.export_formats.source import Source
+from distft.export_formats.source import ModelSource
 
 MAX_PROMPTS = 32
 MIN_PROMPTS = 20
@@ -43,7 +43,7 @@ class ProofRows:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def proof_rows(source: Source, tokenizer: Any, file: Path | None, most: int | None) -> ProofRows:
+def proof_rows(source: ModelSource, tokenizer: Any, file: Path | None, most: int | None) -> ProofRows:
     """Return the rows of `file`; without one those the run was evaluated on, and built-in ones.
 
     Raises:

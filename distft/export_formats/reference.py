@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distft.core.errors import DataError
-from distft.export_formats.source import Source, stop_ids
+from distft.export_formats.source import ModelSource, stop_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +27,10 @@ class Greedy:
     ended: bool
 
 
-class Reference:
+class ReferenceModel:
     """A model in this process, loaded when it is first asked. On a GPU where there is one."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ModelSource) -> None:
         self.source = source
         self._written: dict[tuple[tuple[int, ...], int], Greedy] = {}
 

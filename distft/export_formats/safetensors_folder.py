@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.export_formats.spec import Check, Exported, FormatInputs, FormatSpec, Proof
+from distft.export_formats.spec import Comparison, Exported, ExportFormatSpec, FormatInputs, Proof
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from distft.core.registry import NoParams
-    from distft.export_formats.reference import Reference
+    from distft.export_formats.reference import ReferenceModel
 
 MAX_FILE_BYTES = 4 * 2**30
 KL_BOUND = {"float32": 1e-6, "bfloat16": 5e-3, "float16": 1e-3}
@@ -47,7 +47,7 @@ def _write(params: NoParams, inputs: FormatInputs, folder: Path, level: str) -> 
     )
 
 
-def write_beside(reference: Reference, folder: Path) -> None:
+def write_beside(reference: ReferenceModel, folder: Path) -> None:
     """Write the tokenizer with its chat template, and a generation_config.json with every stop token."""
     reference.tokenizer.save_pretrained(folder)
     if reference.source.kind == "reward":
@@ -136,29 +136,29 @@ def _prove(params: NoParams, inputs: FormatInputs, folder: Path, level: str) -> 
     return Proof(runtime=runtime, checks=[*checks, check, _logits(reference, model, read, stored)], figures=figures)
 
 
-def _logits(reference: Reference, model: Any, read: list[tuple[list[int], int]], stored: str) -> Check:
+def _logits(reference: ReferenceModel, model: Any, read: list[tuple[list[int], int]], stored: str) -> Comparison:
     from distft.export_formats import reference as models
 
     largest = max(float((reference.logprobs(ids) - models.logprobs(model, ids)).abs().max()) for ids, _ in read)
     bound = 1e-3 if stored == "float32" else 2.0
-    return Check(
+    return Comparison(
         name="logits", compared=f"largest difference of a log-probability, stored in {stored}", count=len(read),
         value=largest, bound=f"at most {bound:g}", ok=largest <= bound,
     )  # fmt: skip
 
 
-def _rewards(reference: Reference, model: Any, prompts: list[list[int]], bound: float) -> Check:
+def _rewards(reference: ReferenceModel, model: Any, prompts: list[list[int]], bound: float) -> Comparison:
     from distft.export_formats import reference as models
 
     ends = [[*ids, reference.stop_ids[0]] for ids in prompts]
     gaps = [abs(models.reward(reference.model, ids) - models.reward(model, ids)) for ids in ends]
-    return Check(
+    return Comparison(
         name="rewards", compared="largest difference of a reward", count=len(gaps), value=max(gaps),
         bound=f"at most {bound:g}", ok=max(gaps) <= bound,
     )  # fmt: skip
 
 
-SPEC = FormatSpec(
+SPEC = ExportFormatSpec(
     name="safetensors",
     title="a whole model for transformers, vLLM, TGI and SGLang",
     write=_write,

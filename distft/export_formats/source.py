@@ -14,7 +14,7 @@ Kind = Literal["text", "reward"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ModelSource:
     """A model on this machine."""
 
     given: str
@@ -37,7 +37,7 @@ class Source:
         return self.run.name if self.label == "final" else f"{self.run.name}-{self.label}"
 
 
-def open_source(given: str, workdir: Path) -> Source:
+def open_source(given: str, workdir: Path) -> ModelSource:
     """Return the model that `given` means; a checkpoint is put together in `workdir`.
 
     Raises:
@@ -68,17 +68,17 @@ def open_source(given: str, workdir: Path) -> Source:
     return _folder(given, place, run=run if is_run else None, label=place.resolve().name)
 
 
-def _folder(given: str, folder: Path, *, run: Path | None, label: str) -> Source:
+def _folder(given: str, folder: Path, *, run: Path | None, label: str) -> ModelSource:
     adapter, config = folder / "adapter_config.json", folder / "config.json"
     if adapter.is_file():
         task = _json(adapter).get("task_type")
         kind: Kind = "reward" if task == "SEQ_CLS" else "text"
-        return Source(given=given, folder=folder, is_adapter=True, kind=kind, run=run, label=label)
+        return ModelSource(given=given, folder=folder, is_adapter=True, kind=kind, run=run, label=label)
     if config.is_file():
         names = _json(config).get("architectures") or []
         rewards = any(str(name).endswith("ForSequenceClassification") for name in names)
         kind = "reward" if rewards else "text"
-        return Source(given=given, folder=folder, is_adapter=False, kind=kind, run=run, label=label)
+        return ModelSource(given=given, folder=folder, is_adapter=False, kind=kind, run=run, label=label)
     there = (
         "there is no such folder"
         if not folder.is_dir()

@@ -11,12 +11,12 @@ from distft.core.registry import NoParams, Params
 
 if TYPE_CHECKING:
     from distft.export_formats.proof_rows import ProofRows
-    from distft.export_formats.reference import Reference
-    from distft.export_formats.source import Source
+    from distft.export_formats.reference import ReferenceModel
+    from distft.export_formats.source import ModelSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class Comparison:
     """One comparison of the exported model with the one it was made of."""
 
     name: str
@@ -37,10 +37,10 @@ class Check:
 class FormatInputs:
     """What a format may use. Functions compute once, when they are first called."""
 
-    source: Source
+    source: ModelSource
     whole_model: Callable[[], Path]
     """Folder of the whole model: the source's own, or its adapter merged into the base."""
-    reference: Callable[[], Reference]
+    reference: Callable[[], ReferenceModel]
     """The source as transformers and PEFT compute it, which an export is compared with."""
     rows: Callable[[], ProofRows]
     """What is asked of both."""
@@ -64,7 +64,7 @@ class Proof:
 
     runtime: str
     """Program and version that ran it; "" when nothing could."""
-    checks: Sequence[Check] = ()
+    checks: Sequence[Comparison] = ()
     figures: dict[str, float] = field(default_factory=dict)
     """Quality and speed of the level: kl_nats, perplexity, reference_perplexity, tokens_per_s."""
     task: Sequence[Mapping[str, Any]] = ()
@@ -73,7 +73,7 @@ class Proof:
     """Why nothing was run; "" where it was."""
 
 
-def _never(params: Any, source: Source) -> str:
+def _never(params: Any, source: ModelSource) -> str:
     return ""
 
 
@@ -82,7 +82,7 @@ def _everything(params: Any, inputs: FormatInputs, level: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FormatSpec:
+class ExportFormatSpec:
     """A named format."""
 
     name: str
@@ -96,7 +96,7 @@ class FormatSpec:
     levels: tuple[str, ...] = ()
     """Degrees of rounding, most exact first; empty: the format has none."""
     default_level: str = ""
-    refuses: Callable[[Any, Source], str] = _never
+    refuses: Callable[[Any, ModelSource], str] = _never
     """(params, source) -> why such a source has no such format; "" where it has."""
     lacks: Callable[[Any, FormatInputs, str], str] = _everything
     """(params, inputs, level) -> why this level cannot be written here; "" where it can."""

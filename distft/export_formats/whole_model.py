@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distft.export_formats.source import Source
+from distft.export_formats.source import ModelSource
 
 
-def whole_model(source: Source, workdir: Path) -> Path:
+def whole_model(source: ModelSource, workdir: Path) -> Path:
     """Return the folder of a whole model: the source's own, or its adapter merged into the base in `workdir`.
 
     Raises:
