@@ -161,11 +161,11 @@ def _levels(given: argparse.Namespace, spec: ExportFormatSpec) -> tuple[str, ...
 def make_inputs(source: ModelSource, workdir: Path, rows: Path | None, num_rows: int | None) -> FormatInputs:
     """Return what a format may use, each part made when it is first asked for."""
     from distft.export_formats.proof_rows import proof_rows
-    from distft.export_formats.reference import ReferenceModel
+    from distft.export_formats.reference import SourceReference
     from distft.export_formats.spec import FormatInputs
     from distft.export_formats.whole_model import whole_model
 
-    reference = functools.cache(lambda: ReferenceModel(source))
+    reference = functools.cache(lambda: SourceReference(source))
     return FormatInputs(
         source=source,
         whole_model=functools.cache(lambda: whole_model(source, workdir)),

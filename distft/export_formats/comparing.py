@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distft.export_formats.gguf_vocabulary import puts_bos
 from distft.export_formats.proof_rows import ProofRows
-from distft.export_formats.reference import Greedy, ReferenceModel
+from distft.export_formats.reference import Greedy, SourceReference
 from distft.export_formats.spec import Comparison
 
 GREEDY_TOKENS = 64
@@ -22,7 +22,7 @@ KL_POSITIONS = 128
 """Positions whose whole distributions are compared."""
 
 
-def answer_end(reference: ReferenceModel, rows: ProofRows) -> Comparison:
+def answer_end(reference: SourceReference, rows: ProofRows) -> Comparison:
     """Whether what the chat template writes behind an answer is a token that the model stops at."""
     tokenizer = reference.tokenizer
     named = "answers end at a stop token"
@@ -45,7 +45,7 @@ def answer_end(reference: ReferenceModel, rows: ProofRows) -> Comparison:
 
 
 def tokenization(
-    reference: ReferenceModel, rows: ProofRows, encode: Callable[[str, bool], Sequence[int]], *, served: bool = False
+    reference: SourceReference, rows: ProofRows, encode: Callable[[str, bool], Sequence[int]], *, served: bool = False
 ) -> Comparison:
     """Texts cut into the same tokens.
 
@@ -71,7 +71,7 @@ def tokenization(
 
 
 def rendering(
-    reference: ReferenceModel,
+    reference: SourceReference,
     rows: ProofRows,
     ids_of: Callable[[Sequence[dict[str, Any]]], Sequence[int]],
     *,
@@ -92,7 +92,7 @@ def rendering(
     )  # fmt: skip
 
 
-def stops(reference: ReferenceModel, ends_at: Callable[[int], bool]) -> Comparison:
+def stops(reference: SourceReference, ends_at: Callable[[int], bool]) -> Comparison:
     """The same tokens end an answer. `ends_at`: a token -> whether writing it ends the answer."""
     candidates = sorted({*_special_ids(reference.tokenizer), *reference.stop_ids})
     wrong = [token for token in candidates if ends_at(token) != (token in reference.stop_ids)]
@@ -113,7 +113,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return named | {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
 
 
-def prompts_of(reference: ReferenceModel, rows: ProofRows, context: int) -> list[list[int]]:
+def prompts_of(reference: SourceReference, rows: ProofRows, context: int) -> list[list[int]]:
     """Return the prompts as ids; those that leave no room for an answer lose their start."""
     most = max(1, context - GREEDY_TOKENS - 1)
     encoded = (reference.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in rows.prompts)
@@ -172,7 +172,7 @@ def passages(prompts: Sequence[Sequence[int]], wanted: Sequence[Greedy]) -> list
 
 
 def divergence(
-    reference: ReferenceModel,
+    reference: SourceReference,
     read: Sequence[tuple[list[int], int]],
     logprobs: Callable[[list[int]], Mapping[int, float] | Tensor],
     *,

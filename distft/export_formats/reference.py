@@ -27,7 +27,7 @@ class Greedy:
     ended: bool
 
 
-class ReferenceModel:
+class SourceReference:
     """A model in this process, loaded when it is first asked. On a GPU where there is one."""
 
     def __init__(self, source: ModelSource) -> None:

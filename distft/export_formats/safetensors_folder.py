@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distft.core.registry import NoParams
-    from distft.export_formats.reference import ReferenceModel
+    from distft.export_formats.reference import SourceReference
 
 MAX_FILE_BYTES = 4 * 2**30
 KL_BOUND = {"float32": 1e-6, "bfloat16": 5e-3, "float16": 1e-3}
@@ -47,7 +47,7 @@ def _write(params: NoParams, inputs: FormatInputs, folder: Path, level: str) -> 
     )
 
 
-def write_beside(reference: ReferenceModel, folder: Path) -> None:
+def write_beside(reference: SourceReference, folder: Path) -> None:
     """Write the tokenizer with its chat template, and a generation_config.json with every stop token."""
     reference.tokenizer.save_pretrained(folder)
     if reference.source.kind == "reward":
@@ -136,7 +136,7 @@ def _prove(params: NoParams, inputs: FormatInputs, folder: Path, level: str) -> 
     return Proof(runtime=runtime, checks=[*checks, check, _logits(reference, model, read, stored)], figures=figures)
 
 
-def _logits(reference: ReferenceModel, model: Any, read: list[tuple[list[int], int]], stored: str) -> Comparison:
+def _logits(reference: SourceReference, model: Any, read: list[tuple[list[int], int]], stored: str) -> Comparison:
     from distft.export_formats import reference as models
 
     largest = max(float((reference.logprobs(ids) - models.logprobs(model, ids)).abs().max()) for ids, _ in read)
@@ -147,7 +147,7 @@ def _logits(reference: ReferenceModel, model: Any, read: list[tuple[list[int], i
     )  # fmt: skip
 
 
-def _rewards(reference: ReferenceModel, model: Any, prompts: list[list[int]], bound: float) -> Comparison:
+def _rewards(reference: SourceReference, model: Any, prompts: list[list[int]], bound: float) -> Comparison:
     from distft.export_formats import reference as models
 
     ends = [[*ids, reference.stop_ids[0]] for ids in prompts]

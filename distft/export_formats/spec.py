@@ -11,7 +11,7 @@ from distft.core.registry import NoParams, Params
 
 if TYPE_CHECKING:
     from distft.export_formats.proof_rows import ProofRows
-    from distft.export_formats.reference import ReferenceModel
+    from distft.export_formats.reference import SourceReference
     from distft.export_formats.source import ModelSource
 
 
@@ -40,7 +40,7 @@ class FormatInputs:
     source: ModelSource
     whole_model: Callable[[], Path]
     """Folder of the whole model: the source's own, or its adapter merged into the base."""
-    reference: Callable[[], ReferenceModel]
+    reference: Callable[[], SourceReference]
     """The source as transformers and PEFT compute it, which an export is compared with."""
     rows: Callable[[], ProofRows]
     """What is asked of both."""
