@@ -193,7 +193,7 @@ BUILT_IN_CHATS: tuple[Chat, ...] = (
     ),
     (
         {"role": "system", "content": "Du bist höflich."},
-        {"role": "user", "content": "Straße oder Straβe? 😀"},
+        {"role": "user", "content": "Straße? 😀"},
         {"role": "assistant", "content": "Straße."},
         {"role": "user", "content": "Danke\nund tschüss"},
     ),

@@ -1,5 +1,6 @@
 """Mistakes of people who export: each says what is wrong, what is allowed and the fix; nothing half-written is left."""
 
+import importlib.util
 import json
 import logging
 import resource
@@ -253,6 +254,14 @@ def test_without_llama_cpp_only_on_purpose(
     written = json.loads((out / "certificate.json").read_text())
     assert (written["proven"], written["levels"][0]["checks"]) == (False, [])
     assert "not compared with what it was made of" in (out / "README.md").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="the quantiser is installed")
+def test_k_levels_say_what_brings_the_quantiser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+    model = kit.save_model(tmp_path / "model", **wide)
+    assert main([str(model), "--as", "gguf", "--level", "Q4_K_M", "--out", str(tmp_path / "out")]) == 3
+    assert "llama_cpp is not installed  pip install llama-cpp-python" in capsys.readouterr().err
 
 
 def test_errors_are_the_project_s_own(tmp_path: Path) -> None:
