@@ -194,10 +194,10 @@ def divergence(
         want_LV = reference.logprobs(ids)
         for place in (place for other, place in chosen if other is ids or other == ids):
             want_V = torch.log_softmax(want_LV[place].double(), dim=0)
-            have_V = _dense(logprobs(ids[: place + 1]), want_V.shape[0])
-            kls.append(float((want_V.exp() * (want_V - have_V)).sum()))
+            kl, nll = _compared(want_V, logprobs(ids[: place + 1]), ids[place + 1])
+            kls.append(kl)
             want_nll -= float(want_V[ids[place + 1]])
-            have_nll -= float(have_V[ids[place + 1]])
+            have_nll += nll
     mean = math.fsum(kls) / len(kls) if kls else 0.0
     figures = {
         "kl_nats": mean,
@@ -212,11 +212,24 @@ def divergence(
     return check, figures
 
 
-def _dense(logprobs: Mapping[int, float] | Tensor, size: int) -> Tensor:
-    """Return fp64 [V]; what the runtime left out is as unlikely as what it names last."""
-    if isinstance(logprobs, Tensor):
-        return torch.log_softmax(logprobs.double(), dim=0)
-    made_V = torch.full((size,), min(logprobs.values()), dtype=torch.float64)
-    for token, value in logprobs.items():
-        made_V[token] = value
-    return torch.log_softmax(made_V.clamp(min=-700.0), dim=0)  # what the runtime sends is rounded
+def _compared(want_V: Tensor, have: Mapping[int, float] | Tensor, target: int) -> tuple[float, float]:
+    """Return KL(want ‖ have), and the export's loss of the token that is there.
+
+    Tokens that the runtime left out count as one on both sides, so what is found is at most the true divergence.
+    """
+    if isinstance(have, Tensor):
+        have_V = torch.log_softmax(have.double(), dim=0)
+        return _kl(want_V, have_V), -float(have_V[target])
+    ids_S = torch.tensor(list(have))
+    have_S = torch.tensor(list(have.values()), dtype=torch.float64).clamp(min=-700.0)
+    want_S, num_rest = want_V[ids_S], len(want_V) - len(have)
+    if not num_rest:
+        have_S = torch.log_softmax(have_S, dim=0)  # what the runtime sends is rounded
+        return _kl(want_S, have_S), -float(have_S[ids_S == target])
+    have_rest, want_rest = ((1 - side.exp().sum()).clamp(min=1e-12).log()[None] for side in (have_S, want_S))
+    loss = -have.get(target, float(have_rest) - math.log(num_rest))
+    return _kl(torch.cat([want_S, want_rest]), torch.cat([have_S, have_rest])), loss
+
+
+def _kl(want: Tensor, have: Tensor) -> float:
+    return float((want.exp() * (want - have)).sum())

@@ -18,7 +18,8 @@ from distft.core.optional import why_not
 PACKAGE = "xllamacpp"
 INSTALL = f"pip install 'distft[export]' brings {PACKAGE}"
 TIMEOUT_S = 600.0
-_ALL_F32 = 0
+MOST_LOGPROBS = 4096
+"""Each is a piece of JSON: 150,000 of them take the server a second a position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,8 @@ class LlamaCpp:
         return Generated(ids=tuple(answer["tokens"]), ended=answer["stop_type"] == "eos")
 
     def next_logprobs(self, ids: Sequence[int], vocabulary: int) -> dict[int, float]:
-        """Return the log-probability of every token behind these."""
+        """Return the log-probability of every token behind these; of a large vocabulary of the likeliest alone."""
+        vocabulary = min(vocabulary, MOST_LOGPROBS)
         asked: dict[str, Any] = {"prompt": list(ids), "n_predict": 1, "temperature": 0.0, "n_probs": vocabulary}
         # Probabilities are taken before the bias. The server leaves them out behind an end token or half a character.
         asked |= {"cache_prompt": True, "logit_bias": [[self._letter, 1000.0]]}
