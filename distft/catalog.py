@@ -24,7 +24,11 @@ from distft.recipe import Registries
 from distft.scores import SCORES
 from distft.step_sources import STEP_SOURCES
 
-_ONCE_IMPORTED = {"distft.metrics": "METRICS", "distft.importers": "IMPORTERS"}
+_ONCE_IMPORTED = {
+    "distft.metrics": "METRICS",
+    "distft.importers": "IMPORTERS",
+    "distft.export_formats": "EXPORT_FORMATS",
+}
 
 
 def _open_registries() -> Sequence[Registry[Any]]:

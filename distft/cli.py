@@ -101,6 +101,16 @@ VERBS: dict[str, Verb] = {
         main="distft.reproduce.command:main",
         parser="distft.reproduce.command:parser",
     ),
+    "export": Verb(
+        help="A trained model as GGUF, safetensors, a PEFT adapter or for Ollama, compared where it will run.",
+        main="distft.export_formats.command:main",
+        parser="distft.export_options:parser",
+    ),
+    "chat": Verb(
+        help="Chat with a trained model in the terminal, beside its base and other adapters.",
+        main="distft.chat.command:main",
+        parser="distft.chat.command:parser",
+    ),
     "recipes": Verb(
         help="List the recipes, launch files and cluster files that come with distft, or copy one of them.",
         main="distft.recipes:main",

@@ -9,11 +9,12 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distft.evaluation.judged import SIDES, judged_warnings
+from distft.run_exports import exports_of, how_to_run
 from distft.run_record import RunRecord, number
 
 CARD = "README.md"
@@ -48,13 +49,16 @@ def write(folder: Path, run: RunRecord) -> Path | None:
     return None
 
 
-def card(run: RunRecord, folder: Path) -> str:
-    """Return the text; `folder` holds the model and its tokenizer."""
+def card(run: RunRecord, folder: Path, *, run_section: Sequence[str] | None = None) -> str:
+    """Return the text; `folder` holds the model and its tokenizer.
+
+    `run_section`: lines that stand instead of how final/ is used, for a folder that was exported from it.
+    """
     parts = (
         _metadata(run),
         _what(run),
         _scores(run),
-        _use(run, folder),
+        [*_use(run, folder), *how_to_run(exports_of(run.folder))] if run_section is None else run_section,
         _trained(run),
         _data(run),
         _limits(run),

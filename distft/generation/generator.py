@@ -47,6 +47,7 @@ class Generator:
         decode: Callable[[list[int]], str],
         stop_ids: Sequence[int],
         stop: Callable[[], bool],
+        heard: Callable[[int, int], None] | None = None,
     ) -> None:
         """Nothing runs yet.
 
@@ -56,8 +57,10 @@ class Generator:
             decode: tokens of an answer -> its text, special tokens left out.
             stop_ids: tokens that end an answer.
             stop: whether this process was asked to stop.
+            heard: called with (index of the prompt, token) as soon as a token of its answer is chosen.
         """
         self._engine, self._module, self._decode, self._stop = engine, module, decode, stop
+        self._heard = heard
         self._stop_ids = frozenset(stop_ids)
         self.longest = modes.longest_text(module.transformer.config)
         """Positions that the model can read; None: not known."""
@@ -194,6 +197,8 @@ class Generator:
                 if row.done:
                     continue
                 row.take(token, logprob, ends=token in self._stop_ids)
+                if self._heard is not None:
+                    self._heard(row.name, token)
                 row.done = row.done or (bool(how.stop) and self._says_stop(row.ids, how.stop))
                 if row.done or number + 1 == longest:
                     keep[row.name] = self._answer(row, how.stop)

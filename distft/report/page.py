@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from distft.report import formatting
 from distft.report.curves import curves
 from distft.report.data_card import data_card
+from distft.report.exports import how_to_run
 from distft.report.html import Child, Html, h, page
 from distft.report.preferences import Judged, accuracy, judged, margin, preferences, rows_judged
 from distft.report.results import results, verdict
@@ -23,7 +24,7 @@ _STATES = {"complete": ("good", "● complete"), "failed": ("bad", "✕ failed")
 
 def run_page(run: RunRecord, status: Status, *, price: float | None = None, no_card: str = "") -> str:
     """Return one HTML document. `no_card`: why there is no data card."""
-    of_preferences = list(preferences(run))
+    of_preferences, exports = list(preferences(run)), list(how_to_run(run))
     parts = {
         "results": ("Did it help?", list(results(run))),
         **({"preferences": ("Preferences", of_preferences)} if of_preferences else {}),
@@ -31,6 +32,7 @@ def run_page(run: RunRecord, status: Status, *, price: float | None = None, no_c
         "time": ("Time line", list(timeline(run))),
         "data": ("Data", list(data_card(run, no_card))),
         "cost": ("Cost", list(cost(run, price))),
+        **({"run": ("How to run it", exports)} if exports else {}),
         "back": ("The way back", list(going_back(run))),
         "recipe": ("Recipe", list(recipe(run))),
         "environment": ("Environment", list(environment(run))),

@@ -1,0 +1,1 @@
+"""`distft chat`: a trained model answers in the terminal, beside its base and other adapters."""

@@ -1,0 +1,208 @@
+"""The models of a chat: one base in memory, adapters beside it, and the generator that answers for the one chosen."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distft.core.errors import Problem, RecipeError
+from distft.core.files import read_json_object
+from distft.export_formats.source import ModelSource, open_source, stop_ids
+from distft.generation.completion import Prompt, SamplingParams
+
+TUNED, BASE = "tuned", "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One answer."""
+
+    model: str
+    text: str
+    num_tokens: int
+    ended: bool
+    """Whether it ended by itself, not by the limit."""
+    seconds: float
+
+
+class ChatModels:
+    """Named models that share a tokenizer; the source's own is `tuned`, what it was trained from `base`."""
+
+    def __init__(self, given: str, adapters: Mapping[str, Path], workdir: Path, *, with_base: bool) -> None:
+        """Load the source, its adapters, and its base where that is another model.
+
+        Args:
+            given: a run, a checkpoint, or a folder of a model or adapter.
+            adapters: name -> folder of further adapters of the same base.
+            workdir: where a checkpoint is put together.
+            with_base: whether the base is asked as well.
+
+        Raises:
+            RecipeError: there is no such model, it writes no text, or an adapter does not fit the base.
+        """
+        from distft.data.tokenizer import load_tokenizer
+
+        source = open_source(given, workdir)
+        if source.kind == "reward":
+            raise _mistake(given, "a reward model gives a number and writes no text", "chat with the policy")
+        self.tokenizer: Any = load_tokenizer(source.folder)
+        self._stop_ids = stop_ids(source.folder, self.tokenizer)
+        self._modules: dict[str, Any] = {}
+        self._adapter_of: dict[str, str | None] = {}
+        self._load(source, adapters, with_base=with_base)
+        self.names = tuple(self._modules)
+
+    def _load(self, source: ModelSource, adapters: Mapping[str, Path], *, with_base: bool) -> None:
+        from distft.model.adapters.whole import add_adapter, load_beside
+
+        if source.is_adapter:
+            beside = load_beside(source.folder, dtype=_dtype()).to(_device())
+            self._modules |= {TUNED: beside, BASE: beside}
+            self._adapter_of |= {TUNED: "default", BASE: None}
+            for name, folder in adapters.items():
+                add_adapter(beside, name, folder)
+                self._modules[name], self._adapter_of[name] = beside, name
+            return
+        if adapters:
+            fix = "give the run of an adapter, or the folder of one"
+            raise _mistake(source.given, "is a whole model, and --adapter goes beside the base of another adapter", fix)
+        self._modules[TUNED] = _whole(source.folder)
+        if with_base:
+            self._modules[BASE] = _whole(_base_folder(source))
+
+    def reply(
+        self, name: str, messages: Sequence[Mapping[str, str]], how: SamplingParams, say: Callable[[str], None]
+    ) -> Reply:
+        """Return the answer of one model; `say` is given each piece of its text as soon as it is written."""
+        from distft.generation.generator import Generator
+
+        text = _Pieces(self.tokenizer, self._stop_ids, say)
+        with self._turned_on(name) as lm:
+            module = _wrapped(lm)
+            generator = Generator(
+                _OneProcess(module),  # pyright: ignore[reportArgumentType]  # what generating needs of an engine
+                module,
+                decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+                stop_ids=self._stop_ids,
+                stop=lambda: False,
+                heard=text.hear,
+            )
+            ids = generator.truncate_prompt(self._ids(messages), how.max_new_tokens)
+            began = time.monotonic()
+            made = generator.generate([Prompt(seed_key=f"{name} {len(messages)}", ids=ids)], how)
+        assert made is not None
+        text.finish(made[0].text)
+        seconds = time.monotonic() - began
+        return Reply(model=name, text=made[0].text, num_tokens=made[0].num_tokens, ended=made[0].ended, seconds=seconds)
+
+    def _ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if not self.tokenizer.chat_template:  # a model of plain text: what was written last is the prompt
+            return list(self.tokenizer(messages[-1]["content"])["input_ids"])
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @contextlib.contextmanager
+    def _turned_on(self, name: str) -> Iterator[Any]:
+        lm = self._modules[name]
+        if name not in self._adapter_of:
+            yield lm
+            return
+        from distft.model.adapters.whole import only_adapter
+
+        with only_adapter(lm, self._adapter_of[name]):
+            yield lm
+
+
+class _Pieces:
+    """Turns tokens into pieces of text; half a character waits for its other half."""
+
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
+        self._tokenizer, self._stop_ids, self._say = tokenizer, stop_ids, say
+        self._ids: list[int] = []
+        self._said = ""
+
+    def hear(self, row: int, token: int) -> None:
+        """Take the next token."""
+        if token in self._stop_ids:
+            return
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd") and text.startswith(self._said):
+            self._say(text[len(self._said) :])
+            self._said = text
+
+    def finish(self, text: str) -> None:
+        """Say what is left of the whole text."""
+        if text.startswith(self._said) and text != self._said:
+            self._say(text[len(self._said) :])
+
+
+class _OneProcess:
+    """What the generator needs of an engine, for a model that lies in this process."""
+
+    rank, world, collective_forward = 0, 1, False
+
+    def __init__(self, module: Any) -> None:
+        self.inference_module = module
+        self.device = next(module.parameters()).device
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        return [float(value) for value in values]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def _wrapped(lm: Any) -> Any:
+    """Return the model as the generator calls it, with its own forward and attention."""
+    from distft.model.causal import CausalLM
+    from distft.model.cross_entropy import chunked_loss
+    from distft.model.paths import ForwardPath
+
+    path = ForwardPath(head="own", attention="sdpa", documents="single")
+    return CausalLM(lm, chunked_loss, path=path).eval()
+
+
+def _whole(folder: Path) -> Any:
+    import transformers
+
+    from distft.core.errors import DataError
+
+    try:
+        loader: Any = transformers.AutoModelForCausalLM
+        return loader.from_pretrained(folder, dtype=_dtype(), local_files_only=True).to(_device()).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: transformers cannot load it: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def _base_folder(source: ModelSource) -> Path:
+    """Return the folder of the model that a run started from."""
+    model = read_json_object(source.run / "manifest.json").get("model") if source.run is not None else None
+    named = (model or {}).get("folder")
+    if not named or not any(Path(named).glob("*.safetensors")):
+        why = "it belongs to no run" if source.run is None else f"its run started from {named}, which has no weights"
+        raise _mistake(source.given, f"--base: {why}", "leave --base out")
+    return Path(named)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def _mistake(given: str, message: str, fix: str) -> RecipeError:
+    return RecipeError(f"distft chat {given}", [Problem(message=message, fix=fix)])

@@ -1,0 +1,16 @@
+"""A trained model goes in; what other programs run comes out, with a certificate: one file per format, one line here.
+
+The room `distft.export` writes what a training run leaves; this one is `distft export`.
+"""
+
+from distft.core.registry import Registry
+from distft.export_formats import gguf_file, ollama, peft_adapter, safetensors_folder
+from distft.export_formats.spec import Comparison, Exported, ExportFormatSpec, FormatInputs, Proof
+
+EXPORT_FORMATS: Registry[ExportFormatSpec] = Registry("export format")
+EXPORT_FORMATS.add(safetensors_folder.SPEC)
+EXPORT_FORMATS.add(peft_adapter.SPEC)
+EXPORT_FORMATS.add(gguf_file.SPEC)
+EXPORT_FORMATS.add(ollama.SPEC)
+
+__all__ = ["EXPORT_FORMATS", "Comparison", "ExportFormatSpec", "Exported", "FormatInputs", "Proof"]
