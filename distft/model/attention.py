@@ -87,6 +87,8 @@ def _why_no_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> 
 
 _BESIDE = frozenset(
     {
+        "cu_seq_lens_k",  # those of the queries, unless `key_positions` comes with them
+        "max_length_k",
         "position_ids",  # rotary embeddings have been applied by now
         "use_cache",
         "return_dict",

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import chat_templates as shapes
+import pytest
 
 SCRIPT = """
 import os, sys
+import pytest
 from distft import load_recipe, train
 from distft.data import fingerprint, prepare
 
@@ -55,6 +57,7 @@ def losses(folder: Path, name: str) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
+@pytest.mark.slow  # nothing of it depends on several processes but the launch
 def test_a_run_that_goes_on_tomorrow_trains_on_the_same_rows(tmp_path: Path) -> None:
     model = shapes.save_tokenizer(tmp_path / "model", shapes.LLAMA31)
     (model / "config.json").write_text(json.dumps(CONFIG))

@@ -13,7 +13,7 @@ SPIKE = 8
 """The step whose rows are unlike all others."""
 WORLDS = {"solo": 1, "zero1": 2, "zero3": 2, "fsdp2": 2}
 Runs = Callable[[str], dict[str, Run]]
-ENGINES = ["solo", "zero3", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("fsdp2", "zero1"))]
+ENGINES = ["solo", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero3", "fsdp2", "zero1"))]
 PLAIN = ["data.packing=false", "data.shuffle=false", "train.max_steps=10", 'schedule.name="constant"']
 PLAIN += ["schedule.warmup_steps=", "train.micro_batch_size=2", "checkpoint.every_steps=3", "optim.learning_rate=5e-3"]
 GUARDS = {

@@ -83,6 +83,7 @@ def test_it_launches(launched: tuple[Path, dict[str, list[int]]], name: str) -> 
     assert {(one["wants"], one["offloads"]) for one in said} == {(wants, engine.endswith("offload"))}
 
 
+@pytest.mark.slow
 def test_offload_and_stages_train_as_their_files_say(bench: Bench) -> None:
     """The recipe's engine is auto: the file decides. CPU and DDP files train in test_variants.py."""
     losses = {}
