@@ -72,7 +72,7 @@ test-cluster: setup
 
 # Every engine's checkpoint on 1 to 4 processes under every engine on 1 to 4: the difference of losses per cell.
 test-resume: setup
-	DISTFT_RESUME_GRID=docs/results/resume-grid.md $(BIN)/python -m pytest tests/dist/test_resume.py
+	DISTFT_RESUME_GRID=docs/results/2026-11-29-resume-grid.md $(BIN)/python -m pytest tests/dist/test_resume.py
 
 # The slower suites too: run before a release.
 test-all: setup

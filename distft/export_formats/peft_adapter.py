@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank."""
-VLLM_RULES = "vllm/lora/peft_helper.py and vllm/lora/utils.py"
+VLLM_RULES = "vllm/lora/peft_helper.py; names and ranks from memory"
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
