@@ -57,9 +57,9 @@ class SourceReference:
 
         on = "cuda" if torch.cuda.is_available() else "cpu"
         if self.source.is_adapter:
-            from distft.model.adapters.whole import load_beside
+            from distft.export_formats.whole_model import beside_its_base
 
-            return load_beside(self.source.folder, dtype=torch.float32).to(on)
+            return beside_its_base(self.source).to(on)
         return load_model(self.source.folder, transformers, rewards=self.source.kind == "reward").to(on)
 
     @property

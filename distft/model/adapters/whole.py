@@ -1,4 +1,4 @@
-"""An adapter's folder with its base, through PEFT alone: beside the base for comparison, or merged into it."""
+"""An adapter's folder beside its base, through PEFT alone."""
 
 from __future__ import annotations
 
@@ -65,25 +65,6 @@ def load_beside(folder: Path, *, dtype: torch.dtype) -> Any:
             f"PEFT cannot put it on {base}: {(str(error).splitlines() or [''])[0]}",
             "use the base it was trained on",
         ) from error
-
-
-def merge_with_peft(folder: Path, out: Path) -> None:
-    """Write base and adapter as one model folder without tokenizer: added in fp32, stored in the base's type.
-
-    Raises:
-        RecipeError: PEFT cannot put this adapter on its base, or cannot merge it.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(base_of(folder), local_files_only=True)
-    beside = load_beside(folder, dtype=torch.float32)
-    try:
-        merged = beside.merge_and_unload(safe_merge=True)
-    except (NotImplementedError, AttributeError, ValueError) as error:
-        raise _mistake(folder, f"PEFT cannot merge it: {error}", "export it with --as peft") from error
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    merged.to(stored).save_pretrained(out)
 
 
 def _mistake(folder: Path, message: str, fix: str) -> RecipeError:

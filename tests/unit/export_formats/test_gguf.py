@@ -99,17 +99,15 @@ GGUF = ("--as", "gguf", "--level", "F16", "--num-rows", "3")
 
 
 def test_a_wrong_scale_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distft.model.adapters import whole
+    from distft.merging.adapter_config import AdapterConfig
 
     base = kit.save_model(tmp_path / "base")
     adapter = kit.save_adapter(tmp_path / "adapter", base, use_rslora=True)
-    merge = whole.merge_with_peft
 
-    def without_root(folder: Path, out: Path) -> None:
-        plain = kit.save_adapter(tmp_path / "plain", base)  # the same A and B at alpha / r instead of alpha / sqrt(r)
-        merge(plain, out)
+    def without_root(self: AdapterConfig, module: str) -> float:
+        return self.alpha_of(module) / self.rank_of(module)  # instead of alpha / sqrt(r)
 
-    monkeypatch.setattr(whole, "merge_with_peft", without_root)
+    monkeypatch.setattr(AdapterConfig, "scale_of", without_root)
     assert "distributions: " in refused(tmp_path, adapter, *GGUF)
     assert "logits: " in refused(tmp_path, adapter, "--as", "safetensors", "--num-rows", "3")
 
