@@ -207,8 +207,16 @@ def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") ->
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _changes(old, new, f"{prefix}{key}.")
-        elif old != new:
+        elif old != new and not (key not in before and new == _default(f"{prefix}{key}")):
             yield f"{prefix}{key}", old, new
+
+
+def _default(key: str) -> Any:
+    """Return the default of `table.key`: what a checkpoint means that was written before there was the key."""
+    table, _, name = key.partition(".")
+    hint = get_type_hints(Recipe).get(table)
+    known_field = getattr(hint, "model_fields", {}).get(name)
+    return None if known_field is None else known_field.get_default(call_default_factory=True)
 
 
 def resume_policy(key: str) -> Policy:

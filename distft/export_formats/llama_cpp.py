@@ -100,6 +100,7 @@ def loaded(file: Path, *, context: int) -> Iterator[LlamaCpp]:
     """
     if reason := missing():
         raise MachineError(f"{reason}  {INSTALL}")
+    import torch
     import xllamacpp
 
     binding: Any = xllamacpp
@@ -108,6 +109,8 @@ def loaded(file: Path, *, context: int) -> Iterator[LlamaCpp]:
     params.n_ctx, params.n_parallel = context, 1
     params.cache_type_k = params.cache_type_v = binding.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = binding.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    # Its threads wait by spinning: more of them than torch may use would keep each other from the cores.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.verbosity = -1
     params.warmup = params.ui = params.fit_params = False
     params.port = 0

@@ -81,13 +81,12 @@ def test_an_adapter_belongs_to_its_base(says: Says) -> None:
 
 
 def test_a_checkpoint_from_before_a_key_is_continued(says: Says) -> None:
-    """Keys of [data] that only change rows: the rows' own hash is compared."""
+    """It means the key's default: a key that decides about numbers is refused with another value alone."""
     old, now = says(), says("data.date='2026-01-31'", "data.merge_turns=true")
-    for key in ("special_tokens_in_content", "merge_turns"):
+    for key in ("special_tokens_in_content", "merge_turns", "prefix_sharing"):
         del old["recipe"]["data"][key]
     told = check_fits(old, now, WHERE, allow_changes=False)
-    assert [line.partition(":")[0] for line in told] == [
-        "data.date",
-        "data.merge_turns",
-        "data.special_tokens_in_content",
-    ]
+    assert [line.partition(":")[0] for line in told] == ["data.date", "data.merge_turns"]
+    now["recipe"]["data"]["prefix_sharing"] = True
+    with pytest.raises(CheckpointError, match="data.prefix_sharing: None -> True"):
+        check_fits(old, now, WHERE, allow_changes=True)
