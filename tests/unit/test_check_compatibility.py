@@ -88,5 +88,5 @@ def test_a_checkpoint_from_before_a_key_is_continued(says: Says) -> None:
     told = check_fits(old, now, WHERE, allow_changes=False)
     assert [line.partition(":")[0] for line in told] == ["data.date", "data.merge_turns"]
     now["recipe"]["data"]["prefix_sharing"] = True
-    with pytest.raises(CheckpointError, match="data.prefix_sharing: None -> True"):
+    with pytest.raises(CheckpointError, match=r"data\.prefix_sharing: None -> True"):
         check_fits(old, now, WHERE, allow_changes=True)
