@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from distft.assemble.batch_layout import Layout
 from distft.assemble.checkpoints import weights_hash
 from distft.assemble.components import build_model, open_engine, set_up_engine, torch_dtype
@@ -88,6 +86,8 @@ def compute_other_reference(
         NumericError: the log-probabilities that were kept are not those of the model.
         MachineError, FileSystemError, Preempted: see `stored_logprobs`.
     """
+    import numpy as np
+
     from distft.columns.reference import ReferenceModel
     from distft.columns.stored_logprobs import are_stored
     from distft.identity_gate import refuse_other_policy

@@ -92,7 +92,7 @@ class Clock:
     def micro(self, batch: Batch, terms: LossTerms) -> None:
         """Take note of host figures only."""
         self._slots += len(batch.input_ids_T)
-        self._squares += batch.squared_lengths
+        self._squares += float(batch.squared_lengths)
 
     def step(self, state: TrainState, report: StepReport) -> None:
         """Take note of a step's end, as far as the host knows."""

@@ -75,11 +75,14 @@ class Batch:
         return values_S.new_zeros(self.num_documents).index_add(0, document_S, values_S)
 
     @property
-    def squared_lengths(self) -> float:
-        """Twice the pairs of positions that attend to each other: the squares of documents' lengths, added up."""
+    def squared_lengths(self) -> Tensor:
+        """fp64 []: twice the pairs of positions that attend to each other, the squares of documents' lengths added up.
+
+        Where the batch lies, which is on the host until an engine places it.
+        """
         queries = self.cu_seqlens.diff().double()
         keys = queries if self.cu_seqlens_k is None else self.cu_seqlens_k.diff().double()
-        return float((2 * queries * keys - queries.square()).sum())
+        return (2 * queries * keys - queries.square()).sum()
 
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of the model's forward: plain tensors and ints, as engines look for tensors in them."""

@@ -32,7 +32,7 @@ class ThroughputMetric:
 
     def micro(self, batch: Batch, terms: LossTerms) -> None:
         """Add up squared document lengths (on the host: the batch was built there)."""
-        self._squares += batch.squared_lengths
+        self._squares += float(batch.squared_lengths)
 
     def step(self, state: TrainState, report: StepReport) -> None:
         """Count one step."""
