@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from harness import ROOT, run
 
+pytestmark = pytest.mark.slow  # make test counts the same on a fake group: test_collectives.py
 Row = dict[str, Any]
 
 
@@ -51,7 +52,6 @@ def test_a_step_sends_what_the_planner_says(rows: list[Row]) -> None:
     as_planned(rows)
 
 
-@pytest.mark.slow  # four processes on two cores
 def test_groups_of_two_send_what_the_planner_says(rows_of_four: list[Row]) -> None:
     as_planned(rows_of_four)
     whole, halves = (
@@ -61,7 +61,6 @@ def test_groups_of_two_send_what_the_planner_says(rows_of_four: list[Row]) -> No
     assert halves < whole, "the backward pass gathers inside a group"
 
 
-@pytest.mark.slow
 def test_adapters_send_what_the_planner_says(rows_of_adapters: list[Row]) -> None:
     as_planned(rows_of_adapters)
     for dtype in ("float32", "bfloat16"):

@@ -25,7 +25,7 @@ LOADED = 3
 @pytest.mark.parametrize(
     ("kind", "blamed"),
     [
-        ("stop", r"shows no sign of life, last seen in forward of step 3"),
+        pytest.param("stop", r"shows no sign of life, last seen in forward of step 3", marks=pytest.mark.slow),
         ("hang", r"is stuck in forward of step 3 \(at faults.py:\d+ _fire\), the others wait for it"),
         pytest.param(
             *("spin", r"(is gone|shows no sign of life), last seen in forward of step 3"), marks=pytest.mark.slow

@@ -137,6 +137,7 @@ def test_sigkill_at_every_moment(bench: Bench, forks: Forks, oracle: Oracle) -> 
     ends_as(oracle("zero3"), job, forks)
 
 
+@pytest.mark.slow
 @pytest.mark.row(3, 5)
 def test_in_the_midst_of_a_step(bench: Bench, forks: Forks, oracle: Oracle) -> None:
     """The short form of the two above."""
