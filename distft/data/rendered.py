@@ -34,6 +34,8 @@ class Rendered:
 
     def after(self, prefix: Sequence[int]) -> Rendered:
         """Return the same document behind other tokens, which are not trained."""
+        if not prefix:
+            return self
         ids_T = np.concatenate([np.array(prefix, np.int32), self.ids_T])
         trained_T = np.concatenate([np.zeros(len(prefix), np.bool_), self.trained_T])
         return replace(self, ids_T=ids_T, trained_T=trained_T)

@@ -25,7 +25,7 @@ def counted(out: Path, worlds: list[str], methods: list[str], dtypes: list[str])
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    return counted(tmp_path_factory.mktemp("traffic") / "rows.json", ["1", "2"], ["full"], ["bfloat16"])
+    return counted(tmp_path_factory.mktemp("traffic") / "rows.json", ["1", "2"], ["full"], ["float32", "bfloat16"])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def as_planned(rows: list[Row]) -> None:
 
 
 def test_accumulation_adds_nothing_where_gradients_meet_once(rows: list[Row]) -> None:
-    once_a_step(rows, "full")
+    for dtype in ("float32", "bfloat16"):
+        once_a_step(of(rows, dtype=dtype), "full")
 
 
 def once_a_step(rows: list[Row], method: str) -> None:
@@ -89,19 +90,25 @@ def once_a_step(rows: list[Row], method: str) -> None:
         assert one["tensor_collectives"] == two["tensor_collectives"]
 
 
-def test_gathering_once_a_step_saves_most_of_two_micro_batches(rows: list[Row]) -> None:
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.4), ("bfloat16", 0.42)])
+def test_gathering_once_a_step_saves_most_of_two_micro_batches(rows: list[Row], dtype: str, share: float) -> None:
+    """In bf16 weights are gathered in 2 bytes and gradients add up in 4: 0.413 by plan."""
     once, each = (
-        of(rows, world=2, engine=engine, method="full", micros=2)[0]["sent_bytes"]
+        of(rows, world=2, engine=engine, method="full", dtype=dtype, micros=2)[0]["sent_bytes"]
         for engine in ('fsdp2 engine.gather="once_a_step"', "fsdp2")
     )
-    assert once < 0.42 * each  # weights are gathered in bf16, gradients sum up in fp32
+    assert once < share * each
 
 
 def test_no_micro_batch_adds_a_collective_or_a_wait_of_ours(rows: list[Row]) -> None:
     """Counts, losses and norms travel once a step, however many micro-batches it has; so is the host kept waiting."""
     for row in rows:
-        first = of(rows, world=row["world"], engine=row["engine"], method=row["method"], micros=1)[0]
-        assert row["control_collectives"] <= first["control_collectives"], name(row)
+        case = {key: row[key] for key in ("world", "engine", "method", "dtype")}
+        first = of(rows, **case, micros=1)[0]
+        if row["dtype"] == "float32":
+            assert row["control_collectives"] == first["control_collectives"], name(row)
+        else:  # with one bf16 micro-batch DDP itself sends a few bytes more than with several
+            assert row["control_collectives"] <= first["control_collectives"], name(row)
         assert row["host_waits"] == first["host_waits"], (name(row), row["waits_at"])
         if not row["engine"].startswith("zero"):
             assert row["control_collectives"] <= 3, name(row)
