@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS ?= 1
+# Tests start some hundreds of processes: byte code is kept, also where the environment says not to.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-preference test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema importing clean
 
@@ -45,15 +47,15 @@ test-plan: setup
 
 # State bytes of every engine, method, optimizer and type, planned against counted (make test alternates the types).
 test-plan-grid: setup
-	DISTFT_PLAN_GRID=1 $(BIN)/python -m pytest tests/dist/test_plan_exact.py
+	DISTFT_WHOLE_GRIDS=1 $(BIN)/python -m pytest tests/dist/test_plan_exact.py
 
 # Mixtures of experts: every model, method and engine (make test has a covering part of them).
 test-moe: setup
-	DISTFT_MOE_GRID=1 $(BIN)/python -m pytest tests/dist/test_moe.py
+	DISTFT_WHOLE_GRIDS=1 $(BIN)/python -m pytest tests/dist/test_moe.py
 
 # Preference objectives and reward models: every objective, method and engine (make test has a covering part).
 test-preference: setup
-	DISTFT_PREFERENCE_GRID=1 $(BIN)/python -m pytest tests/dist/test_preference.py
+	DISTFT_WHOLE_GRIDS=1 $(BIN)/python -m pytest tests/dist/test_preference.py
 
 # Two files at a time: a launch waits for its imports and for its peers as much as it computes. In the order of their
 # names: by number of tests, the longest single ones would come last, with one process idle.
@@ -76,7 +78,7 @@ test-resume: setup
 
 # The slower suites too: run before a release.
 test-all: setup
-	$(BIN)/python -m pytest tests -m "not gpu"
+	DISTFT_WHOLE_GRIDS=1 $(BIN)/python -m pytest tests -m "not gpu"
 
 # The oldest versions that pyproject.toml allows, in an environment of their own (15 minutes; docs/results has the last one).
 OLDEST := .venv-oldest

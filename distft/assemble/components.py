@@ -121,8 +121,29 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
         weight_decay=getattr(params, "weight_decay", 0.0),
         decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
         max_grad_norm=None if clip == "off" else float(clip),
+        matrices=_matrices(recipe, built),
         per_tensor=optim.spec.per_tensor,
     )
+
+
+def _matrices(recipe: Recipe, built: MetaModel) -> frozenset[str] | None:
+    """Return the names of the trained weight matrices of the blocks, where the optimizer has a rule for those.
+
+    Raises:
+        RecipeError: one of them has more dimensions than the rule is made for.
+    """
+    spec = recipe.optim.spec
+    if spec.matrix_state_bytes is None:
+        return None
+    from distft.model.blocks import block_matrices
+
+    matrices = block_matrices(built.module, built.blocks)
+    for name, dims in matrices.items():
+        if spec.matrix_dims is not None and dims > spec.matrix_dims:
+            message = f'[optim] name = "{spec.name}" takes weights of {spec.matrix_dims} dimensions; {name} has {dims}'
+            line = recipe.line_of("optim.name")
+            raise RecipeError(recipe.source, [Problem(message=message, line=line, fix='name = "adamw"')])
+    return frozenset(matrices)
 
 
 def build_objective(

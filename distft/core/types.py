@@ -240,6 +240,9 @@ class UpdateRule:
     """Names that weight decay applies to; decided on whole shapes, before any engine flattens them."""
     max_grad_norm: float | None
     """Global L2 norm that gradients are clipped to; None clips nothing."""
+    matrices: frozenset[str] | None = None
+    """Names of weight matrices that the optimizer treats otherwise than the rest, in a group that says so
+    (`{"matrix": True}`). None: it treats all alike."""
     per_tensor: bool = False
     """The optimizer may step some tensors before others: `step()` changes those that have a gradient, each from its own
     state alone. False: it gets all gradients at once."""
@@ -248,10 +251,17 @@ class UpdateRule:
         """Return Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out."""
         decayed: list[Tensor] = []
         plain: list[Tensor] = []
+        matrices: list[Tensor] = []
         for name, tensor in named:
-            (decayed if name in self.decayed else plain).append(tensor)
-        pairs = ((decayed, self.weight_decay), (plain, 0.0))
-        return [{"params": tensors, "weight_decay": decay} for tensors, decay in pairs if tensors]
+            is_matrix = self.matrices is not None and name in self.matrices
+            (matrices if is_matrix else decayed if name in self.decayed else plain).append(tensor)
+        pairs = ((matrices, self.weight_decay), (decayed, self.weight_decay), (plain, 0.0))
+        groups: list[dict[str, Any]] = [
+            {"params": tensors, "weight_decay": decay} | ({"matrix": True} if tensors is matrices else {})
+            for tensors, decay in pairs
+            if tensors
+        ]
+        return groups
 
 
 class Engine(Ranks, Protocol):

@@ -6,7 +6,10 @@ from distft.importers.keys import carried, group, left, refused, table
 from distft.importers.trainer_keys import TRAINER_KEYS
 
 _PARTIAL = "trains a part of the weights, which no method here does: take finetuning_type full or lora"
-_PROJECTED = "trains by a projection of the gradients, which is not here: remove it, or take an 8-bit optimizer"
+_PROJECTED = (
+    "trains by a projection of the gradients: remove it and set [optim] by hand (galore and apollo are here, with "
+    "settings of their own), or take an 8-bit optimizer"
+)
 _TOKENS = "new tokens change the model: add them to tokenizer and embeddings first, then name that folder"
 _MEDIA = "images, video and audio are not trained on here"
 _SERVING = "belongs to serving and chatting"
@@ -97,7 +100,7 @@ LLAMA_FACTORY_KEYS = {
         use_asft_loss=refused("another loss, which is not here: remove it"),
         use_eaft_loss=refused("another loss, which is not here: remove it"),
         use_adam_mini=refused("Adam-mini is not here: remove it, or take optim: adamw_8bit for less memory"),
-        use_muon=refused("Muon is not here: remove it"),
+        use_muon=refused('set [optim] name = "muon" by hand: theirs was not compared with it'),
         use_llama_pro=refused(_PARTIAL),
         use_mca=left("Megatron's engine: [engine] decides"),
         fp8=left("products are in bfloat16 here"),

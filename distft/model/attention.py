@@ -160,7 +160,7 @@ def varlen_attention(
     if key_positions is None:
         cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
     else:  # keys of a shared prompt once for each of its answers: what flash kernels ask for
-        key_BGTD, value_BGTD = key_BGTD[:, :, key_positions], value_BGTD[:, :, key_positions]
+        key_BGTD, value_BGTD = (heads.index_select(2, key_positions) for heads in (key_BGTD, value_BGTD))
         assert cu_seq_lens_k is not None
     if query_BHTD.is_cuda and query_BHTD.dtype in _HALF and dropout == 0.0:
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)

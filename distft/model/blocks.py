@@ -31,6 +31,19 @@ def blocks_of(lm: Any) -> list[nn.Module]:
     return blocks or _largest_list(lm)
 
 
+def block_matrices(module: nn.Module, blocks: list[nn.Module]) -> dict[str, int]:
+    """Return the trained weight matrices of the blocks and their dimensions: those of linear layers and experts.
+
+    Embeddings and heads lie outside of the blocks; norms and biases are no matrices.
+    """
+    in_blocks = {id(param) for block in blocks for param in block.parameters()}
+    return {
+        name: param.ndim
+        for name, param in module.named_parameters()
+        if param.requires_grad and param.ndim >= 2 and id(param) in in_blocks
+    }
+
+
 def ends_of(module: CausalLM) -> list[nn.Module]:
     """Return the embedding and the head where an engine may gather each around its own forward, else nothing.
 

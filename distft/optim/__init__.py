@@ -5,8 +5,8 @@ under every engine as long as it treats elements, or blocks of them, independent
 """
 
 from distft.core.registry import Registry
-from distft.optim import adafactor, adamw, adamw_8bit, lion, paged, schedules
-from distft.optim.spec import OptimizerSpec, ScheduleSpec, StateBytes
+from distft.optim import adafactor, adamw, adamw_8bit, apollo, galore, lion, muon, paged, schedules
+from distft.optim.spec import MATRIX, OptimizerSpec, ScheduleSpec, StateBytes
 
 OPTIMIZERS: Registry[OptimizerSpec] = Registry("optimizer")
 OPTIMIZERS.add(adamw.SPEC)
@@ -15,6 +15,9 @@ OPTIMIZERS.add(paged.ADAMW_32BIT)
 OPTIMIZERS.add(paged.ADAMW_8BIT)
 OPTIMIZERS.add(lion.SPEC)
 OPTIMIZERS.add(adafactor.SPEC)
+OPTIMIZERS.add(muon.SPEC)
+OPTIMIZERS.add(galore.SPEC)
+OPTIMIZERS.add(apollo.SPEC)
 
 SCHEDULES: Registry[ScheduleSpec] = Registry("schedule")
 SCHEDULES.add(schedules.CONSTANT)
@@ -22,4 +25,4 @@ SCHEDULES.add(schedules.LINEAR)
 SCHEDULES.add(schedules.COSINE)
 SCHEDULES.add(schedules.WSD)
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerSpec", "ScheduleSpec", "StateBytes"]
+__all__ = ["MATRIX", "OPTIMIZERS", "SCHEDULES", "OptimizerSpec", "ScheduleSpec", "StateBytes"]

@@ -18,6 +18,10 @@ ParamGroups = list[dict[str, Any]]
 """torch's form: [{"params": [...], "weight_decay": float}, ...]."""
 
 
+MATRIX = "matrix"
+"""Key of a parameter group: True where it holds weight matrices of transformer blocks, for optimizers that ask."""
+
+
 class AdamParams(Params):
     """What every member of the Adam family is set by."""
 
@@ -68,6 +72,13 @@ class OptimizerSpec:
     state_bytes: Callable[[tuple[int, ...]], StateBytes] | None = None
     """Shape of an fp32 tensor -> what is kept for it. None: a plan steps the optimizer once on small tensors and
     counts."""
+    matrix_state_bytes: Callable[[Any, tuple[int, ...]], StateBytes] | None = None
+    """(params, shape) -> what is kept for a weight matrix of a transformer block, which then is in a group of its own
+    (`MATRIX`) and has another rule than embeddings, the head, norms and biases. None: one rule for all."""
+    matrix_dims: int | None = None
+    """Most dimensions of a weight matrix; None: leading ones are batches of matrices."""
+    matrix_workspace_bytes: int = 0
+    """Made for each element of one weight matrix while it is updated, freed after it."""
     update_bytes: int = 0
     """Made for each trained element while all tensors are updated at once, freed after it."""
 

@@ -182,7 +182,11 @@ def _load(inventory: Inventory, setup: Setup, state: State) -> int:
 
 
 def _update_workspace(inventory: Inventory, setup: Setup) -> int:
-    return setup.recipe.optim.spec.update_bytes * sum(p.numel for p in inventory.params if p.trained)
+    optim = setup.recipe.optim.spec
+    matrix = max((p.numel for p in inventory.params if states.is_block_matrix(p)), default=0)
+    return optim.update_bytes * sum(p.numel for p in inventory.params if p.trained) + (
+        optim.matrix_workspace_bytes * matrix
+    )
 
 
 def _save_workspace(inventory: Inventory, setup: Setup) -> int:
@@ -196,19 +200,16 @@ def _save_workspace(inventory: Inventory, setup: Setup) -> int:
 
 def _checkpoint(inventory: Inventory, setup: Setup) -> int:
     """Return bytes of fp32 masters and moments of every trained element; 8-bit moments as the fp32 they stand for."""
-    size = setup.recipe.optim.spec.state_bytes
+    optim, params = setup.recipe.optim.spec, setup.recipe.optim.params
     trained = [param for param in inventory.params if param.trained]
     masters = sum(FP32 * param.numel for param in trained)
-    if size is None:
-        return 3 * masters
     moments = 0
     for param in trained:
-        tensor_bytes = size(param.shape).per_tensor
-        moments += (
-            tensor_bytes
-            if tensor_bytes >= FP32 * param.numel or setup.recipe.optim.spec.update_bytes
-            else 2 * FP32 * param.numel
-        )
+        size = states.size_of(optim, params, param)
+        if size is None:
+            return 3 * masters
+        is_8bit = optim.elementwise and size.per_tensor < FP32 * param.numel
+        moments += 2 * FP32 * param.numel if is_8bit else size.per_tensor
     return masters + moments
 
 

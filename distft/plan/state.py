@@ -15,7 +15,7 @@ from typing import Any
 from distft.engine import ENGINES
 from distft.engine.footprint import FP32, GradientRule, State
 from distft.optim import OptimizerSpec, StateBytes
-from distft.plan.inventory import Inventory
+from distft.plan.inventory import ROOT, Inventory, Param
 
 
 def of_rank(
@@ -37,7 +37,7 @@ def of_rank(
     rule = GradientRule(fp32=fp32_gradients and inventory.item_bytes < FP32, per_tensor=optim.per_tensor)
     state = footprint.state(inventory, world, rank, rule)
     per_tensor = pageable = shared = 0
-    for size in _sizes(optim, optim_params, state.updated):
+    for size in _sizes(optim, optim_params, inventory, state.updated):
         per_tensor, pageable, shared = per_tensor + size.per_tensor, pageable + size.pageable, max(shared, size.shared)
     state = replace(state, optimizer=per_tensor + shared, pageable=pageable)
     return _offloaded(state, offload, keeps_sums=rule.fp32 and footprint.sums_stay_on_device)
@@ -46,8 +46,25 @@ def of_rank(
 # -- what an optimizer keeps ------------------------------------------------------------------------------------------
 
 
-def _sizes(optim: OptimizerSpec, params: Any, shapes: Sequence[tuple[int, ...]]) -> Iterator[StateBytes]:
+def size_of(optim: OptimizerSpec, params: Any, param: Param) -> StateBytes | None:
+    """Return what is kept for one whole parameter; None if the optimizer does not say."""
+    if optim.matrix_state_bytes is not None and is_block_matrix(param):
+        return optim.matrix_state_bytes(params, param.shape)
+    return None if optim.state_bytes is None else optim.state_bytes(param.shape)
+
+
+def is_block_matrix(param: Param) -> bool:
+    """Return whether it is a trained weight matrix of a block, which some optimizers have a rule of their own for."""
+    return param.trained and param.block != ROOT and len(param.shape) >= 2
+
+
+def _sizes(
+    optim: OptimizerSpec, params: Any, inventory: Inventory, shapes: Sequence[tuple[int, ...]]
+) -> Iterator[StateBytes]:
     """Yield the state of each tensor; of an optimizer that does not say, counted on a small one and scaled."""
+    if optim.matrix_state_bytes is not None:  # it has whole parameters, so they are the tensors
+        yield from (size for param in inventory.params if param.trained and (size := size_of(optim, params, param)))
+        return
     if optim.state_bytes is not None:
         yield from map(optim.state_bytes, shapes)
         return

@@ -18,6 +18,7 @@ from distft.core.types import LossTerms, TrainState, UpdateRule
 from distft.engine import ENGINES, processes, state_bytes
 from distft.model import load
 from distft.model.adapters import METHODS
+from distft.model.blocks import block_matrices
 from distft.optim import OPTIMIZERS
 from distft.recipe import ModelTable
 
@@ -34,6 +35,7 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
         weight_decay=0.1,
         decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
         max_grad_norm=1.0,
+        matrices=frozenset(block_matrices(built.module, built.blocks)) if optim.matrix_state_bytes else None,
         per_tensor=optim.per_tensor,
     )
     engine = spec.open(spec.params(), placed)

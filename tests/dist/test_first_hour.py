@@ -29,44 +29,77 @@ def measured(record: dict[str, Any]) -> dict[str, Any]:
     return {name: step["measured"] for name, step in record["steps"].items()}
 
 
-def test_killed_in_the_middle_and_continued(tmp_path: Path) -> None:
-    """Everything that is asserted here is of this one run, whose time is never short."""
-    with Launch(command(tmp_path)) as first:
-        until(lambda: records(tmp_path).get(KILLED_IN, {}).get("steps"), 300, first.stderr)
+def killed_and_continued(out: Path, phases: list[str], killed_in: str, *, only: bool) -> dict[str, dict[str, Any]]:
+    """Return the records of a run that was killed once; what was done before the kill is not done again."""
+    chosen = [word for name in phases for word in ("--only", name)] if only else []
+    with Launch(command(out, *chosen)) as first:
+        until(lambda: records(out).get(killed_in, {}).get("key" if only else "steps"), 300, first.stderr)
         os.kill(first.process.pid, signal.SIGKILL)
         first.process.wait()
         until(lambda: not first.alive(), 30, first.stderr)  # whatever it had started has ended with it
-    before = records(tmp_path)
-    assert list(before) == PHASES[: PHASES.index(KILLED_IN) + 1]
-    assert before[KILLED_IN]["outcome"] == "begun"
-    assert "The device in bf16 against the CPU in fp32: done" in (tmp_path / "page.md").read_text(), "as it goes"
+    before = records(out)
+    assert list(before) == phases[: phases.index(killed_in) + 1]
+    assert before[killed_in]["outcome"] == "begun"
+    assert ": done" in (out / "page.md").read_text(), "as it goes"
 
-    done = run(command(tmp_path), timeout_s=900)
+    done = run(command(out, *chosen), timeout_s=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    after = records(tmp_path)
-    assert list(after) == PHASES
+    after = records(out)
+    assert list(after) == phases
     for name, record in after.items():
         assert (record["outcome"], record["wrong"]) == ("done", []), (name, record)
         assert record["versions"]["torch"]
         assert all(record[key] for key in ("date", "commit", "device", "command", "key", "wall_s")), name
         for step, was in before.get(name, {"steps": {}})["steps"].items():
             assert record["steps"][step] == was, f"{name}, {step}: done before, so not done again"
+    return after
+
+
+def test_some_phases(tmp_path: Path) -> None:
+    after = killed_and_continued(tmp_path, ["rates", "parity", "oom"], "parity", only=True)
+    check_rates(after)
+    check_parity(after)
+    check_oom(after)
+    again = run(command(tmp_path, "--only", "rates"))
+    assert again.returncode == 0, again.stderr
+    assert records(tmp_path)["rates"]["steps"] == after["rates"]["steps"], "nothing is left to do"
+    assert records(tmp_path)["oom"] == after["oom"], "others are left as they are"
+
+
+@pytest.mark.slow
+def test_every_phase(tmp_path: Path) -> None:
+    """Everything that is asserted here is of this one run, whose time is never short."""
+    after = killed_and_continued(tmp_path, PHASES, KILLED_IN, only=False)
     check_figures(after)
     check_page(tmp_path)
     refused_for_a_plan(tmp_path)
     one_phase_again_is_nothing_to_do(tmp_path, after)
 
 
-def check_figures(after: dict[str, dict[str, Any]]) -> None:
+def check_rates(after: dict[str, dict[str, Any]]) -> None:
     rates = measured(after["rates"])["kernels"]
     assert all(
         rates[name] > 0 for name in ("matmul_flops_per_s", "attention_flops_per_s", "copy_bytes_per_s", "launch_s")
     )
+
+
+def check_parity(after: dict[str, dict[str, Any]]) -> None:
+    apart, bounds = (measured(after["parity"])["compared"][key] for key in ("apart", "bounds"))
+    assert all(0 < apart[name] <= bound for name, bound in bounds.items()), "bf16 rounds, and no more than that"
+
+
+def check_oom(after: dict[str, dict[str, Any]]) -> None:
+    oom = measured(after["oom"])["planted"]
+    assert (oom["code"], oom["recognised"], oom["advice"]) == (9, True, True)
+
+
+def check_figures(after: dict[str, dict[str, Any]]) -> None:
+    check_rates(after)
+    check_parity(after)
+    check_oom(after)
     suite = measured(after["suite"])
     assert set(suite["optimizers"]["optimizers"].values()) == {""}
     assert {one["outcome"] for one in suite["tests/gpu"]["tests"].values()} <= {"passed", "skipped"}
-    apart, bounds = (measured(after["parity"])["compared"][key] for key in ("apart", "bounds"))
-    assert all(0 < apart[name] <= bound for name, bound in bounds.items()), "bf16 rounds, and no more than that"
     cases = measured(after["memory"])
     assert {case["ran"]["activation_checkpointing"] for case in cases.values()} == {"off", "selective", "full"}
     assert all(abs(case["planned_peak_bytes"] / case["peak_bytes"] - 1) < 0.1 for case in cases.values())
@@ -83,8 +116,6 @@ def check_figures(after: dict[str, dict[str, Any]]) -> None:
     assert resumed["losses_equal"]
     assert resumed["weights_equal"]
     assert resumed["saved"] == ["step-00000003"]
-    oom = measured(after["oom"])["planted"]
-    assert (oom["code"], oom["recognised"], oom["advice"]) == (9, True, True)
     ranks = measured(after["ranks"])
     assert {row["engine"] for row in ranks["engines"]["rows"]} >= {"ddp", "fsdp2"}
     assert all(row["sent_bytes"] > 0 for row in ranks["engines"]["rows"])

@@ -4,12 +4,11 @@ One launch for each number of processes; every cell is a model adopted, stepped 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, run_ranks
+from harness import ROOT, WHOLE_GRIDS, run_ranks
 from plan_kit import note_row
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
@@ -46,8 +45,6 @@ RANK_64 = {"r": 64}  # its matrices have more than 4,096 elements: from there on
 METHOD_PARAMS: dict[str, dict[str, Any]] = {"full": {}, "lora": RANK_64, "qlora": RANK_64}
 SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
 DTYPES = ("float32", "bfloat16")
-WHOLE = os.environ.get("DISTFT_PLAN_GRID") == "1"
-"""`make test-plan-grid`: four times the cells; a quarter of an hour of work."""
 
 
 def cell(
@@ -62,7 +59,7 @@ def cell(
 def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1) -> list[dict[str, Any]]:
     """Every engine, method and optimizer in both types when the whole grid is asked for.
 
-    Else types in turns, and of a large grid `every` so manieth cell: with 5 or 7, which share no factor with the
+    Else types in turns, and of a large grid `every` so manieth cell: with 5 or 11, which share no factor with the
     numbers of methods and optimizers, each of those is met with many of the others, and each engine several times.
     """
     trios = [
@@ -75,8 +72,8 @@ def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every
     return [
         cell(model, *trio, dtype)
         for number, trio in enumerate(trios)
-        if WHOLE or number % every == 0
-        for dtype in (DTYPES if WHOLE else DTYPES[number % 2 :][:1])
+        if WHOLE_GRIDS or number % every == 0
+        for dtype in (DTYPES if WHOLE_GRIDS else DTYPES[number % 2 :][:1])
     ]
 
 
@@ -103,16 +100,16 @@ CELLS = {
     + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor"))
     + grid("moe", ("solo",), ("adamw", "adamw_8bit"))
     + grid("gpt2", ("solo",), ("adamw",)),
-    2: SUMS[2]
-    + grid("llama", ("ddp", *SHARDED), ALL, every=7)
+    2: SUMS[2][:: 1 if WHOLE_GRIDS else 4]
+    + grid("llama", ("ddp", *SHARDED), ALL, every=11)
     + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=2)
     + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=5)
-    + grid("gpt2", ("zero3", "fsdp2"), ("adamw",))
+    + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=5)
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
-    + VARIANTS,
+    + VARIANTS[:: 1 if WHOLE_GRIDS else 2],
     3: SUMS[3]
     + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit"), every=5)
-    + ([] if WHOLE else [cell("qwen", "zero2", "full", "paged_adamw_8bit", "bfloat16")]),
+    + ([] if WHOLE_GRIDS else [cell("qwen", "zero2", "full", "paged_adamw_8bit", "bfloat16")]),
 }
 
 
@@ -128,7 +125,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(
     scope="module",
-    params=[1, 2, pytest.param(3, marks=() if WHOLE else pytest.mark.slow)],
+    params=[1, 2, pytest.param(3, marks=() if WHOLE_GRIDS else pytest.mark.slow)],
     ids=lambda world: f"{world}-ranks",
 )
 def counted(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from harness import BATCH, SETTINGS, Bench, Launch, Run, label, relative, torchrun
+from harness import BATCH, SETTINGS, WHOLE_GRIDS, Bench, Launch, Run, label, relative, torchrun
 from harness import run as run_command
 from safetensors.torch import load_file, save_file
 
@@ -30,10 +29,10 @@ METHODS = {
     "lora": ['method={name="lora", r=4}', "optim.learning_rate=2e-3"],
     "qlora": ['method={name="qlora", r=4}', "optim.learning_rate=3e-3"],
 }
-WHOLE = "DISTFT_PREFERENCE_GRID" in os.environ
-"""All objectives, methods and engines; else a covering part."""
 COVERED = ("dpo-full", "dpo-qlora", "reward-lora", "kto-full", "kto-lora")
-LAYOUTS = [("solo", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE else [("fsdp2", 2)]
+LAYOUTS = (
+    [("solo", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE_GRIDS else [("fsdp2", 2)]
+)
 REFERENCES = {
     "twin-full-true-1": ("full", "model", "twin"),
     "twin-qlora-true-1": ("qlora", "model", "twin"),
@@ -43,6 +42,7 @@ REFERENCES = {
 """Case -> method, trained model and the reference that is named: a copy of the trained one, or another."""
 SHARING = ("dpo-full", "reward-lora")
 """Cases whose prompts are computed once as well."""
+LIMIT_S = 3600.0 if WHOLE_GRIDS else 600.0
 FIGURES = ("loss", "grad_norm", "reward_chosen", "reward_rejected", "reward_accuracy", "tokens")
 
 
@@ -79,9 +79,9 @@ def cases(engine: str, world: int, folder: Path, *settings: str) -> dict[str, li
     out = {}
     for objective, chosen in OBJECTIVES.items():
         for method, how in METHODS.items():
-            if not WHOLE and f"{objective}-{method}" not in COVERED:
+            if not WHOLE_GRIDS and f"{objective}-{method}" not in COVERED:
                 continue
-            whole = WHOLE and (objective, method) in (("dpo", "full"), ("kto", "full"))
+            whole = WHOLE_GRIDS and (objective, method) in (("dpo", "full"), ("kto", "full"))
             form, rows = "preference", []
             if objective in SINGLE:
                 form = "unpaired"
@@ -108,13 +108,17 @@ def cases(engine: str, world: int, folder: Path, *settings: str) -> dict[str, li
 
 @pytest.fixture(scope="module")
 def solo(pairs: Bench) -> dict[str, Run]:
-    return pairs.launch(1, cases("solo", 1, pairs.folder), tag="solo")
+    return pairs.launch(1, cases("solo", 1, pairs.folder), tag="solo", timeout_s=LIMIT_S)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=label)
 def layout(request: pytest.FixtureRequest, pairs: Bench, solo: dict[str, Run]) -> dict[str, Run]:
     engine, world = request.param
-    return solo if world == 1 else pairs.launch(world, cases(engine, world, pairs.folder), tag=engine)
+    return (
+        solo
+        if world == 1
+        else pairs.launch(world, cases(engine, world, pairs.folder), tag=f"{engine}x{world}", timeout_s=LIMIT_S)
+    )
 
 
 def test_loss_norm_and_figures_equal_solo(layout: dict[str, Run], solo: dict[str, Run]) -> None:

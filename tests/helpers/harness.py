@@ -23,6 +23,8 @@ from distft.demo.files import locate_path
 from distft.health.heartbeat import Heartbeat, HeartbeatFile
 
 ROOT = Path(__file__).resolve().parents[2]
+WHOLE_GRIDS = os.environ.get("DISTFT_WHOLE_GRIDS") == "1"
+"""Every cell of every grid: `make test-all` and the grids' own targets. Else each has a covering part."""
 STEPS = 6
 BATCH = 8
 LENGTH = 96

@@ -9,7 +9,7 @@ from torch import Tensor
 from distft.core.types import Piece
 from distft.engine import fragments
 from distft.engine.fragments import Fragment
-from distft.optim import OPTIMIZERS
+from distft.optim import MATRIX, OPTIMIZERS
 
 HERE = [spec.name for spec in OPTIMIZERS.values() if spec.library is None or importlib.util.find_spec(spec.library)]
 SHAPES = {"matrix": (400, 300), "small": (48, 64), "bias": (96,)}
@@ -25,7 +25,10 @@ class Life:
             key: torch.nn.Parameter(torch.randn(shape, generator=generator).to(device)) for key, shape in SHAPES.items()
         }
         spec = OPTIMIZERS[name]
-        groups = [{"params": list(self.flats.values()), "weight_decay": 0.1}]
+        matrices = [flat for flat in self.flats.values() if flat.ndim == 2 and spec.matrix_state_bytes is not None]
+        rest = [flat for flat in self.flats.values() if all(flat is not matrix for matrix in matrices)]
+        groups = [{"params": matrices, "weight_decay": 0.1, MATRIX: True}] if matrices else []
+        groups.append({"params": rest, "weight_decay": 0.1})
         self.optimizer = spec.build(spec.params(learning_rate=1e-2), groups)
         self.device = device
 
