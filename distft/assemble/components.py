@@ -223,18 +223,29 @@ def num_steps(recipe: Recipe, rows: Data) -> int:
     from distft.step_sources import STEP_SOURCES
 
     chosen = recipe.objective
-    return STEP_SOURCES[chosen.spec.source].num_steps(chosen.params, rows.steps.num_steps)
+    source = STEP_SOURCES[chosen.spec.source]
+    updates = 1 if source.updates is None else source.updates(recipe.rollout)
+    steps = source.num_steps(chosen.params, rows.steps.num_steps) * updates
+    return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)
 
 
 def open_step_source(
-    recipe: Recipe, rows: Data, engine: Engine, built: MetaModel, objective: Objective, stop: Callable[[], bool]
+    recipe: Recipe,
+    folder: RunFolder,
+    layout: Layout,
+    rows: Data,
+    engine: Engine,
+    built: MetaModel,
+    objective: Objective,
+    stop: Callable[[], bool],
 ) -> StepSource:
     """Return what gives the run's micro-batches; the engine has its weights by now.
 
     Raises:
         MachineError: the source, or a generator that it asks for, cannot run here.
     """
-    from distft.assemble.evaluation import generator_inputs
+    from distft.assemble.evaluation import generator_inputs, load_row_renderer
+    from distft.data.questions import questions
     from distft.generation import GENERATORS, CompletionGenerator
     from distft.step_sources import STEP_SOURCES, StepSourceInputs
 
@@ -249,6 +260,18 @@ def open_step_source(
         policy=objective.policy,
         generator=generator,
         max_length=recipe.data.max_length,
+        num_steps=num_steps(recipe, rows),
+        rollout=recipe.rollout,
+        questions=lambda: questions(
+            recipe.data.train,
+            load_row_renderer(recipe),
+            columns=None,
+            max_rows=None,
+            skip_bad=recipe.data.bad_rows == "skip",
+            progress=lambda count: None,
+        ),
+        folder=folder.path / "rollouts",
+        single_documents=layout.path.documents == "single",
         seed=recipe.seed,
     )
     return STEP_SOURCES[recipe.objective.spec.source].open(inputs)

@@ -66,13 +66,20 @@ class Batch:
 
     def sum_by_document(self, values_S: Tensor) -> Tensor:
         """Return fp64 [D], the values of each document's supervised positions added up, filler left out."""
+        values_S = values_S.double()  # sums of hundreds, of which differences are taken
+        return values_S.new_zeros(self.num_documents).index_add(0, self._document_of_labels(), values_S)
+
+    def by_token(self, values_D: Tensor) -> Tensor:
+        """Return [S], each document's value at its supervised positions."""
+        return values_D[self._document_of_labels()]
+
+    def _document_of_labels(self) -> Tensor:
+        """Return int64 [S], the document of each supervised position."""
         import torch
 
         at_S = torch.nonzero_static(self.labels_T != IGNORE, size=self.num_supervised).squeeze(1)
         document_S = torch.searchsorted(self.cu_seqlens, at_S.to(self.cu_seqlens.dtype), right=True) - 1
-        document_S = document_S if self.document_of is None else self.document_of[document_S]
-        values_S = values_S.double()  # sums of hundreds, of which differences are taken
-        return values_S.new_zeros(self.num_documents).index_add(0, document_S, values_S)
+        return document_S if self.document_of is None else self.document_of[document_S]
 
     @property
     def squared_lengths(self) -> Tensor:

@@ -131,6 +131,15 @@ class Steps:
         steps = (self._step(index) for index in range(step, self.num_steps))
         return prefetched(steps, ahead=self._prefetch) if self._prefetch else steps
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of a micro-batch."""
+        return self._micro
+
+    def slice_of_rank(self, step: int) -> tuple[int, int]:
+        """Return this rank's part of a full step: its first sequence, counted in the step, and how many."""
+        return self._rank * self._slice, self._slice
+
     def sample_ids(self, step: int) -> tuple[str, ...]:
         """Return `file row N` of every document of a step, on all ranks, for messages."""
         return tuple(self._prepared.sample_id(row) for row in self.rows_in(step))

@@ -1,7 +1,7 @@
 """What is minimised: one file per objective, one line here; pure torch, no ranks."""
 
 from distft.core.registry import Registry
-from distft.objectives import bco, cpo, dpo, kto, orpo, reward, sft, simpo
+from distft.objectives import bco, cpo, dpo, grpo, kto, orpo, reinforce, reward, rloo, sft, simpo
 from distft.objectives.spec import ObjectiveSpec
 
 OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective")
@@ -13,5 +13,8 @@ OBJECTIVES.add(cpo.SPEC)
 OBJECTIVES.add(kto.SPEC)
 OBJECTIVES.add(bco.SPEC)
 OBJECTIVES.add(reward.SPEC)
+OBJECTIVES.add(grpo.SPEC)
+OBJECTIVES.add(rloo.SPEC)
+OBJECTIVES.add(reinforce.SPEC)
 
 __all__ = ["OBJECTIVES", "ObjectiveSpec"]

@@ -46,6 +46,8 @@ class ObjectiveSpec:
     """What stands on the model's hidden states, by its name in `distft.model.heads.HEADS`."""
     source: str = "rows"
     """Where its micro-batches come from, by the name in `distft.step_sources.STEP_SOURCES`."""
+    writes: bool = False
+    """It trains on answers that the model writes meanwhile: [rollout] says how many, and what rewards them."""
     per_token: bool = False
     """Asks the policy for log-probabilities of tokens, not only for the sum of losses."""
     perplexity: bool = False

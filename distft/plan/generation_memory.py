@@ -45,17 +45,25 @@ def generation_memory(inventory: Inventory, setup: Setup, kept: Activations, *, 
         held: bytes on the device before the first question.
     """
     free = setup.machine.gpu.memory_bytes - held
-    needs = [_of(answers, inventory, setup, kept, free) for answers in setup.recipe.eval.answers]
+    recipe = setup.recipe
+    asked = [(answers, recipe.data.max_length) for answers in recipe.eval.answers]
+    if recipe.objective.spec.writes:
+        rollout = recipe.rollout
+        longest = max(1, recipe.data.max_length // rollout.answers_per_prompt - rollout.max_new_tokens)
+        batch_size = "auto" if rollout.batch_size is None else rollout.batch_size
+        table = AnswersTable(name="rollout", max_new_tokens=rollout.max_new_tokens, batch_size=batch_size)
+        asked.append((table, longest))
+    needs = [_of(answers, longest, inventory, setup, kept, free) for answers, longest in asked]
     return max(needs, key=lambda need: need.num_bytes, default=None)
 
 
-def _of(answers: AnswersTable, inventory: Inventory, setup: Setup, kept: Activations, free: int) -> GenerationMemory:
+def _of(
+    answers: AnswersTable, longest_prompt: int, inventory: Inventory, setup: Setup, kept: Activations, free: int
+) -> GenerationMemory:
     """Return a set's memory; `batch_size = "auto"` takes as many rows as the cache's share of free memory holds."""
     new = answers.max_new_tokens  # a task's own limit is known when it has been loaded
     longest = longest_text(inventory.config)
-    prompt = (
-        setup.recipe.data.max_length if longest is None else min(setup.recipe.data.max_length, max(1, longest - new))
-    )
+    prompt = longest_prompt if longest is None else min(longest_prompt, max(1, longest - new))
     per_token = cache_bytes_per_token(inventory.config, inventory.dtype)
     room = int(max(0, free) * CACHE_SHARE) // max(1, per_token * (prompt + new))
     batch_size = MAX_ROWS if answers.batch_size == "auto" else answers.batch_size

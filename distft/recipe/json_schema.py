@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from distft.core.registry import NoParams, Params, Registry
 from distft.recipe.evaluation import AnswersTable
+from distft.recipe.rollout import RewardTerm
 from distft.recipe.schema import (
     DEFAULT_PARTS,
     Recipe,
@@ -35,7 +36,7 @@ def json_schema(registries: Registries) -> Schema:
     """Return a draft 2020-12 schema of a recipe with the parts that are registered now."""
     parts = [spec.params for table in chosen_tables() for spec in registries.part(table).values()]
     scores = [spec.params for spec in registries.scores.values()]
-    of, defs = _definitions([RunKeys, *fixed_tables().values(), *parts, *scores])
+    of, defs = _definitions([RunKeys, *fixed_tables().values(), *parts, *scores, RewardTerm])
     for table in (SourceTable, TrainSourceTable, AnswersTable):
         defs[table.__name__]["properties"]["format"]["enum"] = list(dict.fromkeys(["auto", *registries.formats]))
     _name_templates(defs["DataTable"]["properties"]["chat_template"], registries.templates)
@@ -45,6 +46,10 @@ def json_schema(registries: Registries) -> Schema:
     if scores:
         chosen = _one_of(registries.scores, None, {kind: defs[of[kind]] for kind in scores})
         defs["AnswersTable"]["properties"]["scores"]["items"] = chosen
+        rewarded = _one_of(registries.scores, None, {kind: defs[of[kind]] for kind in scores})
+        for branch in rewarded["oneOf"]:
+            branch["properties"] |= defs[of[RewardTerm]]["properties"]
+        defs["RolloutTable"]["properties"]["rewards"]["items"] = rewarded
     run = defs[of[RunKeys]]
     schema: Schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

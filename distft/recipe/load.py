@@ -18,6 +18,7 @@ from distft.recipe.explain import did_you_mean, read_table
 from distft.recipe.lines import KeyPath, find_lines
 from distft.recipe.origin import Origin, RecipeMistake, shown
 from distft.recipe.overrides import apply_overrides
+from distft.recipe.rollout import RewardTerm, RolloutTable
 from distft.recipe.rules import broken_rules
 from distft.recipe.schema import (
     DEFAULT_PARTS,
@@ -99,6 +100,7 @@ class _Reader:
         tables: dict[str, Any] = {table: self.fixed(table, kind) for table, kind in fixed_tables().items()}
         tables["eval"] = self.scored(tables["eval"])
         tables["export"] = self.exported(tables["export"])
+        tables["rollout"] = self.rewarded(tables["rollout"])
         parts: dict[str, Any] = {table: self.chosen(table) for table in chosen_tables()}
         run = self.run_keys({*tables, *parts})
         recipe = Recipe(**run.model_dump(), **tables, **parts, source=source, origin=self.origin)
@@ -124,6 +126,18 @@ class _Reader:
 
     def score(self, raw: dict[str, Any], position: int, number: int) -> dict[str, Any]:
         return self.listed(self.registries.scores, raw, ("eval", "answers", position, "scores", number))
+
+    def rewarded(self, table: RolloutTable) -> RolloutTable:
+        """Return the table with every reward's settings checked and filled in."""
+        rewards = tuple(self.reward(dict(raw), index) for index, raw in enumerate(table.rewards))
+        return table.model_copy(update={"rewards": rewards})
+
+    def reward(self, raw: dict[str, Any], index: int) -> dict[str, Any]:
+        """Return a score with its settings, its weight and the figure that is the reward."""
+        where = ("rollout", "rewards", index)
+        term = {key: raw.pop(key) for key in list(RewardTerm.model_fields) if key in raw}
+        read = self.read(RewardTerm, term, where)
+        return self.listed(self.registries.scores, raw, where) | read.model_dump(mode="json", exclude_none=True)
 
     def exported(self, table: ExportTable) -> ExportTable:
         """Return the table with every export's settings checked and filled in."""

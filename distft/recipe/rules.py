@@ -12,6 +12,7 @@ from distft.core.errors import RecipeError
 from distft.recipe.eval_rules import ANSWER_RULES, has_own_rows
 from distft.recipe.explain import did_you_mean
 from distft.recipe.origin import RecipeMistake
+from distft.recipe.rollout_rules import ROLLOUT_RULES
 from distft.recipe.schema import Recipe, Registries, SourceTable
 from distft.recipe.toml_text import toml_value
 
@@ -351,6 +352,7 @@ RULES: tuple[Rule, ...] = (
     optimizer_fits_engine,
     adapters_recompute_outside_gathers,
     *ANSWER_RULES,
+    *ROLLOUT_RULES,
 )
 
 

@@ -22,6 +22,7 @@ from distft.recipe.lines import KeyPath
 from distft.recipe.origin import Origin, key_path
 from distft.recipe.replacements import Replacement, with_value, write_back
 from distft.recipe.resume_policy import Ask, Fixed, Free, ResumePolicy
+from distft.recipe.rollout import RolloutTable
 from distft.recipe.toml_text import is_array, is_table, toml_text
 
 SpecT = TypeVar("SpecT", bound=Spec)
@@ -266,6 +267,7 @@ class Recipe:
     engine: Free[Choice[Any]]
     checkpoint: Free[CheckpointTable]
     guard: Free[GuardTable]
+    rollout: Fixed[RolloutTable]
     eval: Free[EvalTable]
     export: Free[ExportTable]
     log: Free[LogTable]
@@ -317,6 +319,8 @@ class Recipe:
             write_back(content, noted)
         if not self.export.also:
             del content["export"]
+        if not self.rollout.rewards:
+            del content["rollout"]
         if not self.data.eval:
             del content["data"]["eval"]
             if not self.eval.answers:  # [eval] has no effect without rows, and to say it again would be an error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.core.protocols import StepSource
@@ -12,7 +13,9 @@ from distft.core.types import Engine, Policy
 
 if TYPE_CHECKING:
     from distft.data.loader import Steps
+    from distft.data.questions import Question
     from distft.generation.spec import CompletionGenerator
+    from distft.recipe.rollout import RolloutTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,16 @@ class StepSourceInputs:
     """Name -> an opened generator with its default parameters (see `distft.generation.GENERATORS`)."""
     max_length: int
     """Tokens of a document at most."""
+    num_steps: int
+    """Optimizer steps of the run."""
+    rollout: RolloutTable
+    """How many answers, and what rewards them."""
+    questions: Callable[[], Sequence[Question]]
+    """Reads the prompts of the rows that are trained, by `Steps.sample_ids`."""
+    folder: Path
+    """Where a source keeps what it has made, in the run folder; need not exist."""
+    single_documents: bool
+    """The model takes one document in a forward."""
     seed: int
     """Of the run: what a source draws follows from it and from the step's number alone."""
 
@@ -49,3 +62,5 @@ class StepSourceSpec:
     params: type[Params] = NoParams
     num_steps: Callable[[Any, int], int] = _as_many
     """(the objective's parameters, steps that the rows are cut into) -> optimizer steps of the run."""
+    updates: Callable[[RolloutTable], int] | None = None
+    """[rollout] -> optimizer steps on each step's rows, for a source that reads that table; None: it does not."""

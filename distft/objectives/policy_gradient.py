@@ -1,0 +1,136 @@
+"""What objectives on a model's own answers share: clipped ratios, penalties, and how tokens become one loss.
+
+Notation: r is the ratio of a token's probability now to what it was when its answer was written, A the advantage of its
+answer. The reward is outside: `distft.step_sources.rollouts` writes answers, has them judged and gives columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from distft.core.registry import Params
+from distft.core.types import Batch, LossTerms, Policy
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+EPSILON = 1e-4
+"""Added to standard deviations of rewards, as in TRL."""
+
+
+class RolloutParams(Params):
+    """What every one of them is set by."""
+
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence from the model before training (k3); above 0 it needs adapters, which are left out
+    for it."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """A ratio below 1 - clip_low is not lowered further."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """A ratio above 1 + clip_high is not raised further; 0.28 is DAPO's."""
+    correction: Literal["none", "token", "sequence"] = "none"
+    """Weighs tokens, or answers, by the ratio of the trainer's probability to the sampler's, cut at correction_cap: for
+    samplers that compute otherwise than the trainer."""
+    correction_cap: float = Field(default=2.0, ge=1)
+    """Largest weight of the correction."""
+
+    def advantages(self, reward_PN: np.ndarray) -> np.ndarray:
+        """Return float64 [P, N], the advantage of each of N answers to P prompts; NaN rewards are left out."""
+        raise NotImplementedError
+
+
+def mean_of_each(reward_PN: np.ndarray) -> np.ndarray:
+    """Return [P, 1], the mean reward of each prompt's answers; NaN where none has one."""
+    import numpy as np
+
+    counted = ~np.isnan(reward_PN)
+    number = counted.sum(1, keepdims=True)
+    total = np.where(counted, reward_PN, 0.0).sum(1, keepdims=True)
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+
+
+def deviation(reward: np.ndarray, axis: int | None) -> np.ndarray:
+    """Return the standard deviation with Bessel's correction, NaN left out, 0 of fewer than two values."""
+    import numpy as np
+
+    number = (~np.isnan(reward)).sum(axis, keepdims=True)
+    mean = np.nansum(reward, axis, keepdims=True) / np.maximum(number, 1)
+    return np.sqrt(np.nansum((reward - mean) ** 2, axis, keepdims=True) / np.maximum(number - 1, 1))
+
+
+Loss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sum"]
+
+
+def policy_gradient_terms(params: RolloutParams, policy: Policy, batch: Batch, loss: Loss) -> LossTerms:
+    """Return the loss summed as `denominator_of` counts it, and what happened to the ratios.
+
+    `dapo`, `cispo`: tokens of all answers alike. `grpo`, `gspo`: the mean of each answer's tokens. `dr_grpo`, `sum`:
+    their sum, which is divided by the longest allowed length or by nothing.
+    """
+    import torch
+
+    logprob_S = policy.token_logprobs(batch)
+    columns = batch.columns
+    sampler_S = columns["sampler_logprob_S"].to(logprob_S.dtype)
+    old_S = columns["old_logprob_S"].to(logprob_S.dtype) if "old_logprob_S" in columns else logprob_S.detach()
+    advantage_S = batch.by_token(columns["advantage_D"].to(logprob_S.dtype))
+    length_D = batch.sum_by_document(torch.ones_like(logprob_S)).clamp(min=1)
+    log_ratio_S = logprob_S - old_S
+    if loss == "gspo":
+        log_ratio_S = batch.by_token(batch.sum_by_document(log_ratio_S) / length_D).to(logprob_S.dtype)
+    ratio_S = log_ratio_S.exp()
+    low, high = 1 - params.clip_low, 1 + params.clip_high
+    if loss == "cispo":
+        loss_S = -ratio_S.detach().clamp(max=high) * advantage_S * logprob_S
+    else:
+        loss_S = -torch.minimum(ratio_S * advantage_S, ratio_S.clamp(low, high) * advantage_S)
+    if params.correction != "none":
+        log_weight_S = (old_S - sampler_S).detach()
+        if params.correction == "sequence":
+            log_weight_S = batch.by_token(batch.sum_by_document(log_weight_S)).to(logprob_S.dtype)
+        loss_S = loss_S * log_weight_S.exp().clamp(max=params.correction_cap)
+    figures: dict[str, tuple[Tensor, float | Tensor]] = {}
+    if params.beta:
+        gap_S = columns["ref_logprob_S"].to(logprob_S.dtype) - logprob_S
+        divergence_S = gap_S.exp() - gap_S - 1
+        loss_S = loss_S + params.beta * divergence_S
+        figures["kl"] = (divergence_S.sum(), batch.num_supervised)
+    weight_S = batch.by_token(1 / length_D).to(logprob_S.dtype) if loss in ("grpo", "gspo") else 1.0
+    is_low_S = (ratio_S < low) & (advantage_S < 0)
+    is_high_S = (ratio_S > high) & (advantage_S > 0)
+    gap_S = (old_S - sampler_S).detach().abs()
+    figures |= {
+        "clipped_low": (is_low_S.sum(), batch.num_supervised),
+        "clipped_high": (is_high_S.sum(), batch.num_supervised),
+        "sampler_gap": (gap_S.sum(), batch.num_supervised),
+        "answer_logprob": (logprob_S.sum(), batch.num_supervised),
+        "answer_tokens": (batch.sum_by_document(torch.ones_like(logprob_S)).sum(), columns["counted_D"].sum()),
+    }
+    counted_D = columns["counted_D"]
+    for name, column_D in columns.items():
+        if name.startswith("reward_"):
+            figures[name.removesuffix("_D")] = ((column_D * counted_D).sum(), counted_D.sum())
+    for name in ("truncated", "unscored", "equal"):
+        figures[f"{name}_answers"] = (columns[f"{name}_D"].sum(), batch.num_documents)
+    return LossTerms.of((loss_S * weight_S).sum(), figures)
+
+
+def denominator_of(loss: Loss) -> Callable[[Any, Sequence[Batch]], float]:
+    """Return what counts the tokens, answers or allowed tokens of one rank's micro-batches."""
+
+    def count(params: Any, micros: Sequence[Batch]) -> float:
+        if loss in ("dapo", "cispo"):
+            return float(sum(micro.num_supervised for micro in micros))
+        column = "budget_D" if loss == "dr_grpo" else "counted_D"
+        return float(sum(float(micro.columns[column].sum()) for micro in micros))
+
+    return count
+
+
+def columns_of(params: RolloutParams) -> tuple[str, ...]:
+    """Return the columns that are filled before a step; the others come with the answers."""
+    return ("ref_logprob_S",) if params.beta else ()

@@ -1,0 +1,49 @@
+"""RLOO: an answer's advantage is its reward against the mean of the other answers to its prompt.
+
+Source: Ahmadian et al., https://arxiv.org/abs/2402.14740; the loss of an answer is the sum over its tokens, and the KL
+divergence is part of the loss.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distft.core.types import Batch, LossTerms, Policy
+from distft.objectives.policy_gradient import (
+    RolloutParams,
+    columns_of,
+    denominator_of,
+    mean_of_each,
+    policy_gradient_terms,
+)
+from distft.objectives.spec import ObjectiveSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class RlooParams(RolloutParams):
+    """Nothing besides."""
+
+    def advantages(self, reward_PN: np.ndarray) -> np.ndarray:
+        """Return each reward less the mean of the others'; 0 where there are none."""
+        import numpy as np
+
+        number = (~np.isnan(reward_PN)).sum(1, keepdims=True)
+        return (reward_PN - mean_of_each(reward_PN)) * number / np.maximum(number - 1, 1)
+
+
+def _terms(params: RlooParams, policy: Policy, batch: Batch) -> LossTerms:
+    return policy_gradient_terms(params, policy, batch, "sum")
+
+
+SPEC = ObjectiveSpec(
+    name="rloo",
+    params=RlooParams,
+    source="rollouts",
+    writes=True,
+    per_token=True,
+    denominator=denominator_of("sum"),
+    terms=_terms,
+    columns=columns_of,
+)

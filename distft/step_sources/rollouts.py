@@ -1,0 +1,341 @@
+"""Steps of the model's own answers: written with the weights as they are, judged, and weighed against each other.
+
+Answers depend on weights, prompt, the run's seed, the rollout's number and their own, not on batch, rank, engine or
+world size. So a run that goes on from a checkpoint writes the same answers again; where several updates use them, it
+reads them from the rollouts folder.
+
+Shape letters: P prompts of a step on all ranks, N answers to each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from distft.core.errors import DataError, Problem, RecipeError
+from distft.core.phase import PHASE
+from distft.core.ranks import on_rank_zero
+from distft.generation.completion import Completion, Prompt, SamplingParams
+from distft.scores import Answer
+from distft.step_sources.rewards import Judged, RewardProcess, rewards_of
+from distft.step_sources.rollout_files import Rollout, RolloutFiles
+from distft.step_sources.spec import StepSourceInputs, StepSourceSpec
+
+if TYPE_CHECKING:
+    from distft.core.protocols import StepSource
+    from distft.core.types import Batch
+    from distft.data.questions import Question
+
+
+class RolloutSteps:
+    """A `StepSource` that answers the prompts of the recipe's rows."""
+
+    def __init__(self, inputs: StepSourceInputs) -> None:
+        self._inputs, self._table = inputs, inputs.rollout
+        self._rewards = rewards_of(self._table)
+        self._generator = inputs.generator("engine")
+        self._files = RolloutFiles(
+            folder=inputs.folder,
+            rewards=tuple(reward.name for reward in self._rewards),
+            answers_per_prompt=self._table.answers_per_prompt,
+            updates=self._table.updates,
+        )
+        self._judge = RewardProcess(
+            self._rewards, timeout_s=self._table.reward_timeout_s, memory_gib=self._table.reward_memory_gib
+        )
+        self._questions = {question.id: question for question in inputs.questions()}
+        self._current: tuple[int, list[Batch]] | None = None
+        self._refuse_dropout()
+        self._refuse_long_prompts()
+
+    # -- what the loop asks --------------------------------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self._inputs.num_steps
+
+    def epoch_at(self, samples: int) -> float:
+        """Return the passes over the prompts that are done."""
+        return self._inputs.steps.epoch_at(samples)
+
+    def samples_in(self, step: int) -> int:
+        """Return the prompts of a step on all ranks; they count in the first update by their answers."""
+        number, update = divmod(step, self._table.updates)
+        return 0 if update else self._inputs.steps.samples_in(number)
+
+    def from_step(self, step: int) -> Iterator[list[Batch]]:
+        """Yield this rank's micro-batches of each step; an empty list when some rank was asked to stop."""
+        for index in range(step, self.num_steps):
+            number, update = divmod(index, self._table.updates)
+            if self._current is None or self._current[0] != number:
+                rollout = self._write(number) if update == 0 else self._read(number)
+                if rollout is None:
+                    yield []
+                    return
+                self._current = (number, self._batches(rollout, keeps_old=update == 0))
+            yield self._current[1]
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def _asked(self, number: int) -> list[Question]:
+        return [self._questions[name] for name in self._inputs.steps.sample_ids(number)]
+
+    def _write(self, number: int) -> Rollout | None:
+        """Collective: write and judge the answers of a step."""
+        questions, table = self._asked(number), self._table
+        prompts = [
+            Prompt(seed_key=f"{question.id}\n{number}\n{answer}", ids=question.ids)
+            for question in questions
+            for answer in range(table.answers_per_prompt)
+        ]
+        how = SamplingParams(
+            max_new_tokens=table.max_new_tokens,
+            temperature=1.0,
+            stop=table.stop,
+            seed=self._inputs.seed,
+            batch_size=table.batch_size,
+            logprobs=True,
+        )
+        answers = self._generator.generate(prompts, how)
+        if answers is None:
+            return None
+        PHASE.enter("rewards", patient=True)
+        judged = on_rank_zero(self._inputs.engine, lambda: self._judged(questions, answers))
+        PHASE.enter("data")
+        rollout = self._weighed(number, questions, answers, judged)
+        if self._inputs.engine.rank == 0:
+            self._files.write(rollout)
+        return rollout
+
+    def _judged(self, questions: Sequence[Question], answers: Sequence[Completion]) -> list[Judged]:
+        """Return what each answer is worth.
+
+        Raises:
+            DataError: too many of them could not be judged.
+        """
+        count = self._table.answers_per_prompt
+        judged = self._judge.judge(
+            [
+                Answer(
+                    id=f"{question.id}, answer {index % count + 1}",
+                    row=question.row,
+                    reference=question.reference,
+                    text=answer.text,
+                    prompt=question.prompt,
+                    messages=None if question.chat is None else tuple(question.chat.messages),
+                    tools=None if question.chat is None else question.chat.tools,
+                )
+                for index, answer in enumerate(answers)
+                for question in [questions[index // count]]
+            ]
+        )
+        reasons = [one.why for one in judged if one.why]
+        if len(reasons) > self._table.max_unscored * len(judged):
+            shown = "; ".join(list(dict.fromkeys(reasons))[:3])
+            raise DataError(
+                f"{len(reasons):,} of {len(judged):,} answers have no reward: {shown}  mend what is rewarded, or raise "
+                f"[rollout] max_unscored = {self._table.max_unscored:g}"
+            )
+        return judged
+
+    def _weighed(
+        self, number: int, questions: Sequence[Question], answers: Sequence[Completion], judged: Sequence[Judged]
+    ) -> Rollout:
+        """Return the rollout with its advantages.
+
+        Raises:
+            DataError: no answer counts.
+        """
+        import numpy as np
+
+        shape = (len(questions), self._table.answers_per_prompt)
+        weights = [reward.weight for reward in self._rewards]
+        reward_PN = np.array(
+            [
+                math.nan if one.why else math.fsum(w * value for w, value in zip(weights, one.parts, strict=True))
+                for one in judged
+            ]
+        ).reshape(shape)
+        if self._table.mask_truncated:
+            reward_PN = np.where(np.array([one.ended for one in answers]).reshape(shape), reward_PN, math.nan)
+        counted_PN = ~np.isnan(reward_PN)
+        counted_PN &= counted_PN.sum(1, keepdims=True) > 1  # an answer alone has nothing to be compared with
+        reward_PN = np.where(counted_PN, reward_PN, math.nan)
+        if not counted_PN.any():
+            raise DataError(
+                f"step {number * self._table.updates + 1}: no prompt has two answers that count"
+                + ("  raise [rollout] max_new_tokens, or mask_truncated = false" if self._table.mask_truncated else "")
+            )
+        advantage_PN = np.where(counted_PN, self._inputs.objective.advantages(reward_PN), 0.0)
+        return Rollout(
+            number=number,
+            questions=questions,
+            answers=answers,
+            judged=judged,
+            reward_PN=reward_PN,
+            advantage_PN=advantage_PN,
+            counted_PN=counted_PN,
+        )
+
+    def _read(self, number: int) -> Rollout:
+        """Collective: return the answers of a step that was begun before this start.
+
+        Raises:
+            CheckpointError: they are not there, or not those of this run.
+        """
+        names = self._inputs.steps.sample_ids(number)
+        answers, judged = on_rank_zero(self._inputs.engine, lambda: self._files.read(number, names))
+        return self._weighed(number, self._asked(number), answers, judged)
+
+    # -- micro-batches -------------------------------------------------------------------------------------------------
+
+    def _batches(self, rollout: Rollout, *, keeps_old: bool) -> list[Batch]:
+        """Collective: return this rank's micro-batches, as many as every other rank's."""
+        micros = self._packed(rollout)
+        if self._table.updates == 1:
+            return micros
+        return self._with_old_logprobs(rollout, micros, computes=keeps_old)
+
+    def _places(self, number: int, prompts: int) -> list[list[tuple[int, int]]]:
+        """Return (prompt, answer) of each document of this rank's micro-batches; equally many on every rank."""
+        inputs, count = self._inputs, self._table.answers_per_prompt
+        first, rows = inputs.steps.slice_of_rank(number)
+        begins = range(first, first + rows, inputs.steps.micro_batch_size)
+        groups = [range(begin, begin + inputs.steps.micro_batch_size) for begin in begins]
+        places = [[(p, n) for p in group if p < prompts for n in range(count)] for group in groups]
+        if not inputs.single_documents:
+            return places
+        flat = [[place] for group in places for place in group]
+        return flat + [[] for _ in range(rows * count - len(flat))]
+
+    def _packed(self, rollout: Rollout) -> list[Batch]:
+        inputs, count = self._inputs, self._table.answers_per_prompt
+        first, _ = inputs.steps.slice_of_rank(rollout.number)
+        position = (rollout.number * inputs.steps.global_batch_size + first) * count
+        batches: list[Batch] = []
+        for chosen in self._places(rollout.number, len(rollout.questions)):
+            batches.append(self._batch(rollout, chosen, position))
+            position += max(1, len(chosen))
+        return batches
+
+    def _batch(self, rollout: Rollout, places: Sequence[tuple[int, int]], position: int) -> Batch:
+        import numpy as np
+        import torch
+
+        from distft.data.batch import pack_documents
+
+        count = self._table.answers_per_prompt
+        documents, sampler_S = [], []
+        for place in places:
+            question, answer = rollout.questions[place[0]], rollout.answers[place[0] * count + place[1]]
+            counts = bool(rollout.counted_PN[place])
+            trained = [False] * len(question.ids) + [counts] * len(answer.ids)
+            documents.append(([*question.ids, *answer.ids], trained))
+            sampler_S += answer.logprobs if counts else ()
+        batch = pack_documents(
+            documents,
+            group_sizes=(1,) * len(documents),
+            sample_ids=tuple(rollout.questions[place[0]].id for place in places),
+            position=position,
+            max_length=self._inputs.max_length,
+        )
+        index = tuple(np.array(places, np.int64).reshape(-1, 2).T)
+        judged = [rollout.judged[p * count + n] for p, n in places]
+        spread_P = np.nan_to_num(rollout.reward_PN, nan=0.0).max(1) - np.where(
+            rollout.counted_PN, rollout.reward_PN, np.inf
+        ).min(1)
+        columns: dict[str, Any] = {
+            "advantage_D": rollout.advantage_PN[index],
+            "counted_D": rollout.counted_PN[index],
+            "reward_total_D": np.nan_to_num(rollout.reward_PN[index]),
+            "budget_D": self._table.max_new_tokens * rollout.counted_PN[index],
+            "truncated_D": [not rollout.answers[p * count + n].ended for p, n in places],
+            "unscored_D": [bool(one.why) for one in judged],
+            "equal_D": (spread_P <= 0)[index[0]],
+            "sampler_logprob_S": sampler_S,
+        }
+        for part, reward in enumerate(self._rewards):
+            columns[f"reward_{reward.name}_D"] = [one.parts[part] if one.parts else 0.0 for one in judged]
+        return replace(
+            batch, columns={name: torch.tensor(np.asarray(values, np.float64)) for name, values in columns.items()}
+        )
+
+    def _with_old_logprobs(self, rollout: Rollout, micros: list[Batch], *, computes: bool) -> list[Batch]:
+        """Collective: give micro-batches the log-probabilities that the first of several updates begins with.
+
+        They are kept beside the answers, by answer: a start in the middle has other weights, and may have other ranks.
+        """
+        import torch
+
+        places = self._places(rollout.number, len(rollout.questions))
+        if computes:
+            old = self._compute_old(rollout, micros, places)
+        else:
+            old = on_rank_zero(self._inputs.engine, lambda: self._files.read_old(rollout.number))
+        count, made = self._table.answers_per_prompt, []
+        for micro, chosen in zip(micros, places, strict=True):
+            old_S = [value for p, n in chosen for value in old[str(p * count + n)]]
+            column = torch.tensor(old_S, dtype=torch.float32)
+            made.append(replace(micro, columns={**micro.columns, "old_logprob_S": column}))
+        return made
+
+    def _compute_old(
+        self, rollout: Rollout, micros: Sequence[Batch], places: Sequence[Sequence[tuple[int, int]]]
+    ) -> dict[str, list[float]]:
+        """Collective: return this rank's answers' log-probabilities, and keep those of all ranks."""
+        engine, count = self._inputs.engine, self._table.answers_per_prompt
+        mine: dict[str, list[float]] = {}
+        with engine.evaluating():
+            for micro, chosen in zip(micros, places, strict=True):
+                values = self._inputs.policy.token_logprobs(engine.place(micro)).tolist()
+                for place in chosen:
+                    index = place[0] * count + place[1]
+                    length = len(rollout.answers[index].ids) if rollout.counted_PN[place] else 0
+                    mine[str(index)], values = values[:length], values[length:]
+        gathered = engine.gather(mine)
+        if engine.rank == 0:
+            self._files.write_old(rollout.number, {index: old for part in gathered for index, old in part.items()})
+        return mine
+
+    # -- mistakes ------------------------------------------------------------------------------------------------------
+
+    def _refuse_dropout(self) -> None:
+        """Check that the model computes in training as it does while it writes.
+
+        Raises:
+            RecipeError: it drops something out.
+        """
+        from torch import nn
+
+        if any(isinstance(module, nn.Dropout) and module.p > 0 for module in self._inputs.engine.model.modules()):
+            message = "dropout changes the probabilities of answers that were written without it"
+            raise RecipeError("recipe", [Problem(message=message, fix="[method] dropout = 0.0")])
+
+    def _refuse_long_prompts(self) -> None:
+        """Check that a group fits in a sequence, for every prompt.
+
+        Raises:
+            DataError: some do not.
+        """
+        table, most = self._table, self._inputs.max_length
+        room = most // table.answers_per_prompt - table.max_new_tokens
+        long = [question for question in self._questions.values() if len(question.ids) > room]
+        if long:
+            longest = max(len(question.ids) for question in long)
+            needed = table.answers_per_prompt * (longest + table.max_new_tokens)
+            raise DataError(
+                f"{long[0].id} and {len(long) - 1:,} more: {table.answers_per_prompt} answers of "
+                f"{table.max_new_tokens} tokens, each behind its prompt, do not fit in [data] max_length = {most:,}  "
+                f"the longest prompt has {longest:,} tokens: max_length = {needed:,} holds all; or lower "
+                "max_new_tokens or answers_per_prompt"
+            )
+
+
+def _open(inputs: StepSourceInputs) -> StepSource:
+    return RolloutSteps(inputs)
+
+
+SPEC = StepSourceSpec(name="rollouts", open=_open, updates=lambda rollout: rollout.updates)

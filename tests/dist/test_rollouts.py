@@ -1,0 +1,137 @@
+"""Training on the model's own answers: the same on every engine, however it is cut, and after a stop anywhere."""
+
+import hashlib
+import json
+
+import pytest
+from harness import STEPS, WHOLE_GRIDS, Bench, Run, label
+
+REWARD = 'rollout={answers_per_prompt=4, max_new_tokens=12, updates=UPDATES, rewards=[{name="function", function='
+REWARD += '"reward_of_letters:judge"}, {name="regex", pattern="[aeiou]", weight=0.25}]}'
+METHODS = {
+    "full": ['method.name="full"'],
+    "lora": ['method={name="lora", r=4}'],
+    "qlora": ['method={name="qlora", r=4}'],
+}
+OBJECTIVES = {
+    "dapo": 'objective={name="grpo", clip_low=0.02, clip_high=0.02}',
+    "grpo-kl": 'objective={name="grpo", loss="grpo", beta=0.1}',
+    "dr_grpo": 'objective={name="grpo", loss="dr_grpo", scale="none"}',
+    "rloo": 'objective={name="rloo"}',
+    "reinforce": 'objective={name="reinforce"}',
+}
+CASES = {
+    "dapo-full-1": ("dapo", "full", 1),
+    "dapo-full-3": ("dapo", "full", 3),
+    "grpo-kl-lora-2": ("grpo-kl", "lora", 2),
+}
+if WHOLE_GRIDS:
+    CASES |= {
+        "dr_grpo-full-1": ("dr_grpo", "full", 1),
+        "rloo-qlora-1": ("rloo", "qlora", 1),
+        "reinforce-full-2": ("reinforce", "full", 2),
+        "grpo-kl-qlora-1": ("grpo-kl", "qlora", 1),
+    }
+"""Name -> objective, method and updates on the same answers."""
+LAYOUTS = [("ddp", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE_GRIDS else [("fsdp2", 2)]
+CUT = 4
+"""In the middle of three updates on the same answers, and between two pairs."""
+
+
+def overrides(engine: str, case: str, *more: str, micro: int = 1) -> list[str]:
+    objective, method, updates = CASES[case]
+    return [
+        f'engine.name="{engine}"', *METHODS[method], OBJECTIVES[objective], REWARD.replace("UPDATES", str(updates)),
+        "data.packing=false", "data.eval=[]", "data.max_length=272", f"train.max_steps={STEPS}",
+        f"train.micro_batch_size={micro}", 'checkpoint.every_steps="off"', "optim.learning_rate=3e-3", *more,
+    ]  # fmt: skip
+
+
+def launch(bench: Bench, layout: tuple[str, int], tag: str) -> dict[str, Run]:
+    """Each case whole, cut and gone on with; alone also with a larger micro-batch."""
+    engine, world = layout
+    cases, extra = {}, {}
+    for case in CASES:
+        cases[case] = cases[f"cut-{case}"] = overrides(engine, case)
+        extra[f"cut-{case}"] = {"fault": f"term:rank={world - 1},point=step,step={CUT};raise:point={case}"}
+        if world == 1:
+            cases[f"micro-{case}"] = overrides(engine, case, micro=4)
+    runs = bench.launch(world, cases, tag=tag, extra=extra, timeout_s=1800)
+    for name in extra:
+        assert f"after step {CUT}; the state is saved" in runs[name].error, runs[name].error
+    return runs | bench.launch(world, {name: cases[name] for name in extra}, tag=tag, timeout_s=1800)
+
+
+@pytest.fixture(scope="module")
+def solo(bench: Bench) -> dict[str, Run]:
+    return launch(bench, ("solo", 1), "rollouts-solo")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=label)
+def several(request: pytest.FixtureRequest, bench: Bench, solo: dict[str, Run]) -> dict[str, Run]:
+    return launch(bench, request.param, f"rollouts-{label(request.param)}")
+
+
+def answers(run: Run) -> list[tuple[str, ...]]:
+    """Everything that was written and what it was worth, without what rounds otherwise on other ranks."""
+    assert run.folder is not None
+    lines = [
+        json.loads(line)
+        for path in sorted((run.folder / "rollouts").glob("step-*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    return [(line["id"], line["number"], line["answer"], str(line["rewards"]), line["unscored"]) for line in lines]
+
+
+def weights(run: Run) -> str:
+    assert run.folder is not None
+    files = sorted((run.folder / "final").glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+FIGURES = ("loss", "grad_norm", "reward_total", "reward_function", "answer_tokens", "tokens", "tokens_loss")
+
+
+def test_ranks_engines_and_micro_batches_write_and_learn_the_same(
+    several: dict[str, Run], solo: dict[str, Run]
+) -> None:
+    for case in CASES:
+        reference = solo[case]
+        for run in (several[case], solo[f"micro-{case}"]):
+            assert answers(run) == answers(reference), case
+            for figure in FIGURES:
+                assert run.column(figure) == pytest.approx(reference.column(figure), rel=1e-4, abs=1e-6), (case, figure)
+        assert max(reference.column("sampler_gap")[:1]) < 1e-5, "what is trained is what has written"
+
+
+def test_a_stop_changes_nothing(several: dict[str, Run], solo: dict[str, Run]) -> None:
+    """Also among several updates on the same answers, whose probabilities are those of weights that are gone."""
+    for runs in (solo, several):
+        for case in CASES:
+            whole, cut = runs[case], runs[f"cut-{case}"]
+            assert cut.column("loss") == whole.column("loss"), case
+            assert weights(cut) == weights(whole), case
+            assert answers(cut) == answers(whole), case
+
+
+def test_what_is_kept_of_a_rollout(solo: dict[str, Run]) -> None:
+    run = solo["dapo-full-3"]
+    assert run.folder is not None
+    names = sorted(path.name for path in (run.folder / "rollouts").glob("*.jsonl"))
+    assert names == ["step-00000000.jsonl", "step-00000003.jsonl"]
+    lines = [json.loads(line) for line in (run.folder / "rollouts" / names[0]).read_text().splitlines()]
+    assert len(lines) == 8 * 4
+    for group in (lines[begin : begin + 4] for begin in range(0, len(lines), 4)):
+        assert len({line["prompt"] for line in group}) == 1
+        known = [line for line in group if line["reward"] is not None]
+        for line in known:
+            assert line["reward"] == pytest.approx(line["rewards"]["function"] + 0.25 * line["rewards"]["regex"])
+            letters = sum(letter in "etaoin" for letter in line["answer"])
+            assert line["rewards"]["function"] == pytest.approx(letters / (1 + len(line["answer"])))
+        assert sum(line["advantage"] for line in group) == pytest.approx(0, abs=1e-9)
+    total = [line["reward"] for line in lines if line["reward"] is not None]
+    assert run.column("reward_total")[0] == pytest.approx(sum(total) / len(total))
+    assert len(set(run.column("reward_total"))) == 2, "three updates, the same answers"
+    clipped = [a + b for a, b in zip(run.column("clipped_low"), run.column("clipped_high"), strict=True)]
+    assert clipped[0] == clipped[3] == 0, "the first update of each rollout compares a policy with itself"
+    assert max(clipped) > 0

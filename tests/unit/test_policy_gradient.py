@@ -1,0 +1,151 @@
+"""Objectives on the model's own answers equal plain loops: one answer at a time, the paper's formula."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import batch, build, documents
+from torch import Tensor
+
+from distft.core.types import Batch
+from distft.model.policy import ModelPolicy
+from distft.objectives import OBJECTIVES
+from distft.objectives.spec import Objective
+
+PROMPT, LENGTHS, BUDGET = 3, [30, 7, 18, 5, 12, 21], 40
+ADVANTAGE = torch.tensor([1.2, -0.7, 0.4, -1.5, 2.0, 0.1], dtype=torch.float64)
+CLIP_LOW, CLIP_HIGH, BETA, CAP = 0.1, 0.15, 0.3, 1.05
+
+
+def drift(length: int, seed: int, size: float) -> Tensor:
+    """How far old, sampler's and reference's log-probabilities are from today's, by token."""
+    return size * torch.randn(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
+    """PPO's, written as its two cases: a ratio that has gone far enough the right way has no gradient."""
+    if advantage > 0:
+        return -torch.where(ratio > 1 + CLIP_HIGH, (1 + CLIP_HIGH) * advantage, ratio * advantage)
+    return -torch.where(ratio < 1 - CLIP_LOW, (1 - CLIP_LOW) * advantage, ratio * advantage)
+
+
+def plain(
+    loss: str, now: list[Tensor], old: list[Tensor], ref: list[Tensor], sampler: list[Tensor], how: str
+) -> Tensor:
+    losses, count = [], sum(len(tokens) for tokens in now)
+    for index, tokens in enumerate(now):
+        gap, advantage = tokens - old[index], ADVANTAGE[index]
+        if loss == "cispo":
+            by_token = -gap.exp().detach().clamp(max=1 + CLIP_HIGH) * advantage * tokens
+        elif loss == "gspo":
+            by_token = clipped(gap.mean().exp().expand(len(tokens)), advantage)
+        else:
+            by_token = clipped(gap.exp(), advantage)
+        weight = (old[index] - sampler[index]).detach()
+        if how != "none":
+            by_token = by_token * (weight if how == "token" else weight.sum()).exp().clamp(max=CAP)
+        back = ref[index] - tokens
+        by_token = by_token + BETA * (back.exp() - 1 - back)
+        losses.append(
+            by_token.sum() / count if loss in ("dapo", "cispo")
+            else by_token.mean() / len(now) if loss in ("grpo", "gspo")
+            else by_token.sum() / (len(now) * BUDGET) if loss == "dr_grpo"
+            else by_token.sum() / len(now)
+        )  # fmt: skip
+    return torch.stack(losses).sum()
+
+
+CASES = {
+    **{f"grpo-{loss}": ("grpo", {"loss": loss}, loss, "none") for loss in ("grpo", "dapo", "dr_grpo", "gspo", "cispo")},
+    "rloo": ("rloo", {}, "sum", "none"),
+    "reinforce": ("reinforce", {}, "sum", "none"),
+    "token": ("grpo", {"loss": "dapo", "correction": "token", "correction_cap": CAP}, "dapo", "token"),
+    "sequence": ("grpo", {"loss": "grpo", "correction": "sequence", "correction_cap": CAP}, "grpo", "sequence"),
+}
+
+
+def columns(now: list[Tensor], old: list[Tensor], ref: list[Tensor], sampler: list[Tensor]) -> dict[str, Tensor]:
+    ones = torch.ones(len(now), dtype=torch.float64)
+    return {
+        "advantage_D": ADVANTAGE, "counted_D": ones, "budget_D": BUDGET * ones, "reward_total_D": ADVANTAGE + 1,
+        "truncated_D": 0 * ones, "unscored_D": 0 * ones, "equal_D": 0 * ones, "old_logprob_S": torch.cat(old),
+        "ref_logprob_S": torch.cat(ref), "sampler_logprob_S": torch.cat(sampler),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_equal_a_plain_loop(tiny_config: Path, case: str) -> None:
+    name, params, loss, how = CASES[case]
+    spec = OBJECTIVES[name]
+    rows = documents(LENGTHS)
+    ours, theirs = build(tiny_config).module, build(tiny_config).module
+    theirs.transformer.set_attn_implementation("eager")
+    now = []
+    for ids in rows:
+        logits = theirs.transformer(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        now.append(logits.gather(1, torch.tensor(ids[1:])[:, None])[PROMPT - 1 :, 0])
+    old, ref, sampler = (
+        [tokens.detach() + drift(len(tokens), 10 * seed + index, size) for index, tokens in enumerate(now)]
+        for seed, size in ((1, 0.15), (2, 0.5), (3, 0.05))
+    )
+    expected = plain(loss, now, old, ref, sampler, how)
+    expected.backward()
+    settings: dict[str, Any] = {"beta": BETA, "clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, **params}
+    objective = Objective(spec=spec, params=spec.params(**settings), policy=ModelPolicy(ours))
+    made = replace(batch(rows, trained_from=PROMPT), group_sizes=(1,) * 6, columns=columns(now, old, ref, sampler))
+    terms = objective.terms(made)
+    value = terms.loss_sum / objective.denominator([made])
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    norm = math.sqrt(sum(param.grad.square().sum().item() for param in theirs.parameters()))
+    assert norm > 1e-3
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad - other.grad).norm().item() <= 2e-5 * norm
+    total, count = terms.figures["reward_total"].tolist()
+    assert total / count == pytest.approx(float((ADVANTAGE + 1).mean()))
+
+
+def test_figures_say_what_was_clipped(tiny_config: Path) -> None:
+    """By counts made here: ratios beyond the clip that the advantage would take further."""
+    rows, module = documents(LENGTHS), build(tiny_config).module
+    made: Batch = replace(batch(rows, trained_from=PROMPT), group_sizes=(1,) * 6)
+    policy = ModelPolicy(module)
+    flat = policy.token_logprobs(made).detach().double()
+    now = list(flat.split([length - PROMPT for length in LENGTHS]))
+    old = [tokens + drift(len(tokens), index, 0.3) for index, tokens in enumerate(now)]
+    spec = OBJECTIVES["grpo"]
+    params = spec.params(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+    terms = spec.terms(params, policy, replace(made, columns=columns(now, old, old, now)))
+    ratios = [(a - b).exp() for a, b in zip(now, old, strict=True)]
+    low = sum(int((r < 1 - CLIP_LOW).sum()) for r, a in zip(ratios, ADVANTAGE, strict=True) if a < 0)
+    high = sum(int((r > 1 + CLIP_HIGH).sum()) for r, a in zip(ratios, ADVANTAGE, strict=True) if a > 0)
+    assert min(low, high) >= 3
+    assert terms.figures["clipped_low"].tolist() == [low, sum(LENGTHS) - 6 * PROMPT]
+    assert terms.figures["clipped_high"].tolist() == [high, sum(LENGTHS) - 6 * PROMPT]
+    gap = sum(float((a - b).abs().sum()) for a, b in zip(old, now, strict=True))
+    assert terms.figures["sampler_gap"][0].item() == pytest.approx(gap, rel=1e-4)
+
+
+NAN = math.nan
+REWARDS = np.array([[1.0, 0.0, 0.0, 1.0], [2.0, NAN, 4.0, NAN], [3.0, 3.0, 3.0, 3.0], [NAN, NAN, NAN, NAN]])
+
+
+def test_advantages_by_hand() -> None:
+    grpo, rloo, reinforce = (OBJECTIVES[name].params for name in ("grpo", "rloo", "reinforce"))
+    half = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    wide = 1 / (math.sqrt(2) + 1e-4)
+    expected = np.array([[half, -half, -half, half], [-wide, NAN, wide, NAN], [0.0] * 4, [NAN] * 4])
+    np.testing.assert_allclose(grpo().advantages(REWARDS), expected)
+    np.testing.assert_allclose(grpo(scale="none").advantages(REWARDS)[1], [-1, NAN, 1, NAN])
+    known = REWARDS[~np.isnan(REWARDS)]
+    spread = known.std(ddof=1) + 1e-4
+    np.testing.assert_allclose(grpo(scale="batch").advantages(REWARDS)[0], np.array([0.5, -0.5, -0.5, 0.5]) / spread)
+    np.testing.assert_allclose(rloo().advantages(REWARDS)[0], [2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    np.testing.assert_allclose(rloo().advantages(REWARDS)[1], [-2, NAN, 2, NAN])
+    np.testing.assert_allclose(reinforce().advantages(REWARDS)[2], (3 - known.mean()) / spread)
