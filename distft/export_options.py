@@ -30,6 +30,12 @@ def parser() -> CommandParser:
         "--num-rows", type=at_least_one, metavar="N", help="compare on so many prompts (32, or 20 without rows)"
     )
     made.add_argument(
+        "--calibration",
+        metavar="FILE|none",
+        help="rows that rounding is fitted to, as a recipe takes them (the run's training rows); none: no rows",
+    )
+    made.add_argument("--num-calibration", type=at_least_one, metavar="N", help="so many of them (128)")
+    made.add_argument(
         "--max-drop",
         type=_share,
         metavar="X",

@@ -17,7 +17,7 @@ from distft.export_formats.source import ModelSource
 from distft.export_formats.spec import Comparison, Exported, Proof
 
 FILE = "certificate.json"
-_NAMED = ("distft", "torch", "transformers", "peft", "gguf", "xllamacpp", "llama_cpp_python")
+_NAMED = ("distft", "torch", "transformers", "peft", "gguf", "xllamacpp", "llmcompressor", "compressed-tensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ def _level(record: LevelRecord) -> dict[str, Any]:
         "level": record.level,
         "files": list(record.exported.files),
         "bytes": record.num_bytes,
+        "calibrated_on": dict(record.exported.calibrated_on),
         "runtime": record.proof.runtime,
         "unproven": record.proof.unproven,
         "figures": record.proof.figures,

@@ -100,6 +100,10 @@ def _format(given: argparse.Namespace) -> tuple[ExportFormatSpec, Any]:
         meant = nearest(level, list(spec.levels))
         hint = f"did you mean {meant}?  " if meant else ""
         raise _mistake(f"--level {level}  is none of {spec.name}", f"{hint}allowed: {', '.join(spec.levels)}")
+    written = spec.levels if given.levels else (level or spec.default_level,)
+    if (given.calibration or given.num_calibration) and not any(map(spec.calibrates, written)):
+        flag = "--calibration" if given.calibration else "--num-calibration"
+        raise _mistake(f"{flag}: {spec.name} {level or ''}".rstrip() + " fits its rounding to no rows", "leave it out")
     if given.max_drop is not None and not spec.levels:
         raise _mistake(f"--max-drop: {spec.name} rounds nothing", "leave it out")
     settings: dict[str, Any] = {}
@@ -132,7 +136,14 @@ def _exported(
         raise _mistake(f"{given.source} as {spec.name}: {reason}", "choose another format")
     if given.max_drop is not None:
         refuse_without_gain(given.source, source.run)
-    inputs = make_inputs(source, workdir, given.rows, given.num_rows)
+    inputs = make_inputs(
+        source,
+        workdir,
+        given.rows,
+        given.num_rows,
+        calibration=given.calibration,
+        num_calibration=given.num_calibration,
+    )
     inputs = replace(inputs, ask_task=bool(given.levels) or given.max_drop is not None)
     records: list[LevelRecord] = []
     left_out: dict[str, str] = {}
@@ -158,8 +169,17 @@ def _levels(given: argparse.Namespace, spec: ExportFormatSpec) -> tuple[str, ...
     return spec.levels if given.levels else (given.level or spec.default_level,)
 
 
-def make_inputs(source: ModelSource, workdir: Path, rows: Path | None, num_rows: int | None) -> FormatInputs:
+def make_inputs(
+    source: ModelSource,
+    workdir: Path,
+    rows: Path | None,
+    num_rows: int | None,
+    *,
+    calibration: str | None = None,
+    num_calibration: int | None = None,
+) -> FormatInputs:
     """Return what a format may use, each part made when it is first asked for."""
+    from distft.export_formats import calibration as calibrations
     from distft.export_formats.proof_rows import proof_rows
     from distft.export_formats.reference import SourceReference
     from distft.export_formats.spec import FormatInputs
@@ -171,6 +191,7 @@ def make_inputs(source: ModelSource, workdir: Path, rows: Path | None, num_rows:
         whole_model=functools.cache(lambda: whole_model(source, workdir)),
         reference=reference,
         rows=functools.cache(lambda: proof_rows(source, reference().tokenizer, rows, num_rows)),
+        calibration=functools.cache(lambda: calibrations.calibration(source, calibration, num_calibration)),
     )
 
 

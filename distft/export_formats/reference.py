@@ -99,6 +99,13 @@ def load_model(folder: Path, transformers: Any, *, rewards: bool = False) -> Any
     missing = sorted(found["missing_keys"])
     if missing:
         raise DataError(f"{folder}: has no weights for {', '.join(missing[:3])}, which would be random")
+    unused = sorted(name for name in found["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
+    if unused:
+        raise DataError(
+            f"{folder}: {type(model).__name__} computes without {', '.join(unused[:3])}, which the folder holds: it is "
+            "another kind of model than its config.json says  fix: name that kind under architectures (a reward model: "
+            "…ForSequenceClassification)"
+        )
     return model.eval()
 
 
