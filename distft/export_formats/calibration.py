@@ -19,7 +19,7 @@ NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class CalibrationRows:
     """Token ids of rows, as the model reads them in training."""
 
     origin: str
@@ -37,7 +37,7 @@ class Calibration:
         return {"from": self.origin, "rows": len(self.rows), "tokens": self.num_tokens, "sha256": digest}
 
 
-def calibration(source: ModelSource, given: str | None, num_rows: int | None) -> Calibration | None:
+def calibration(source: ModelSource, given: str | None, num_rows: int | None) -> CalibrationRows | None:
     """Return the rows to calibrate on: of the file `given`, else the run's training rows; None where there are none.
 
     Args:
@@ -75,7 +75,7 @@ def calibration(source: ModelSource, given: str | None, num_rows: int | None) ->
     if not chosen:
         problem = Problem(message=f"{origin} hold no row to calibrate on", fix="--calibration FILE with rows of text")
         raise RecipeError(f"distft export {source.given}", [problem])
-    return Calibration(origin=origin, rows=chosen)
+    return CalibrationRows(origin=origin, rows=chosen)
 
 
 def _of_run(source: ModelSource) -> tuple[Any, Sequence[Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distft.core.registry import NoParams, Params
 
 if TYPE_CHECKING:
-    from distft.export_formats.calibration import Calibration
+    from distft.export_formats.calibration import CalibrationRows
     from distft.export_formats.proof_rows import ProofRows
     from distft.export_formats.reference import SourceReference
     from distft.export_formats.source import ModelSource
@@ -45,7 +45,7 @@ class FormatInputs:
     """The source as transformers and PEFT compute it, which an export is compared with."""
     rows: Callable[[], ProofRows]
     """What is asked of both."""
-    calibration: Callable[[], Calibration | None]
+    calibration: Callable[[], CalibrationRows | None]
     """Rows that rounding is fitted to; None where there are none, or none are wanted."""
     ask_task: bool = False
     """Whether the run's own questions are asked as well: for `--levels all` and `--max-drop`."""
