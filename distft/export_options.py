@@ -18,10 +18,18 @@ def parser() -> CommandParser:
     made.add_argument(
         "source", metavar="SOURCE", help="a run, RUN/checkpoints/step-…, or a folder of a model or adapter"
     )
-    made.add_argument("--as", dest="format", required=True, metavar="FORMAT", help="safetensors, peft, gguf or ollama")
+    made.add_argument(
+        "--as",
+        dest="format",
+        required=True,
+        metavar="FORMAT",
+        help="safetensors, peft, gguf, ollama, fp8, w8a8, gptq, awq",
+    )
     made.add_argument("--out", required=True, type=Path, metavar="PATH", help="folder to write; it must not exist")
     levels = made.add_mutually_exclusive_group()
-    levels.add_argument("--level", metavar="L", help="of gguf and ollama: F32, F16 (default), BF16, Q8_0, …")
+    levels.add_argument(
+        "--level", metavar="L", help="of gguf and ollama: F32, F16 (default), BF16, Q8_0, …; of gptq: W8A16, W4A16"
+    )
     levels.add_argument(
         "--levels", choices=["all"], help="every level that can be written here, with size, quality, speed"
     )
