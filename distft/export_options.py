@@ -53,6 +53,13 @@ def parser() -> CommandParser:
     made.add_argument(
         "--unproven", action="store_true", help="write it where nothing here can run it; the certificate says so"
     )
+    made.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="then upload it to the hub, as a private repository; the same command resumes",
+    )
+    made.add_argument("--message", metavar="TEXT", help="of the commit (what was exported)")
+    made.add_argument("--public", action="store_true", help="the repository may be one that everybody reads")
     add_json(made)
     return made
 
