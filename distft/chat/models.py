@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from distft.core.errors import Problem, RecipeError
 from distft.core.files import read_json_object
 from distft.export_formats.source import ModelSource, open_source, stop_ids
 from distft.generation.completion import Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from distft.model.adapters.pool import AdapterPool
 
 TUNED, BASE = "tuned", "base"
 
@@ -55,19 +58,20 @@ class ChatModels:
         self._stop_ids = stop_ids(source.folder, self.tokenizer)
         self._modules: dict[str, Any] = {}
         self._adapter_of: dict[str, str | None] = {}
+        self._pool: AdapterPool | None = None
         self._load(source, adapters, with_base=with_base)
         self.names = tuple(self._modules)
 
     def _load(self, source: ModelSource, adapters: Mapping[str, Path], *, with_base: bool) -> None:
-        from distft.model.adapters.whole import add_adapter, load_beside
+        from distft.model.adapters.pool import FIRST, AdapterPool
 
         if source.is_adapter:
-            beside = load_beside(source.folder, dtype=_dtype()).to(_device())
-            self._modules |= {TUNED: beside, BASE: beside}
-            self._adapter_of |= {TUNED: "default", BASE: None}
+            pool = self._pool = AdapterPool(source.folder, dtype=_dtype()).to(_device())
+            self._modules |= {TUNED: pool.model, BASE: pool.model}
+            self._adapter_of |= {TUNED: FIRST, BASE: None}
             for name, folder in adapters.items():
-                add_adapter(beside, name, folder)
-                self._modules[name], self._adapter_of[name] = beside, name
+                pool.add(name, folder)
+                self._modules[name], self._adapter_of[name] = pool.model, name
             return
         if adapters:
             fix = "give the run of an adapter, or the folder of one"
@@ -109,13 +113,11 @@ class ChatModels:
 
     @contextlib.contextmanager
     def _turned_on(self, name: str) -> Iterator[Any]:
-        lm = self._modules[name]
         if name not in self._adapter_of:
-            yield lm
+            yield self._modules[name]
             return
-        from distft.model.adapters.whole import only_adapter
-
-        with only_adapter(lm, self._adapter_of[name]):
+        assert self._pool is not None
+        with self._pool.using(self._adapter_of[name]) as lm:
             yield lm
 
 
