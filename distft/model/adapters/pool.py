@@ -43,6 +43,11 @@ class AdapterPool:
         """Adapters in the order in which they came."""
         return tuple(self.model.peft_config)
 
+    def layers(self) -> list[tuple[str, Any]]:
+        """Return PEFT's layers of products with their names in the base."""
+        known = {id(layer) for layer in self._layers}
+        return [(name, module) for name, module in self.model.get_base_model().named_modules() if id(module) in known]
+
     def to(self, device: torch.device | str) -> AdapterPool:
         """Move base and adapters."""
         self.model.to(device)
