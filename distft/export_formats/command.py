@@ -174,6 +174,9 @@ def _exported(
             continue
         records.append(_one_level(given, spec, params, inputs, aside, level))
         print(f"distft: {table.line(records[-1])}", file=sys.stderr, flush=True)
+    if not records:
+        named = "; ".join(f"{level}: {reason}" for level, reason in left_out.items())
+        raise _mistake(f"--levels all: no level of {spec.name} can be written here ({named})", "see each reason")
     certificate.refuse_failed(records, source, spec.name)
     table.refuse_losses(records, given.max_drop)
     if source.run is not None:

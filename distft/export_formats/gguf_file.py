@@ -63,7 +63,6 @@ def write_level(inputs: FormatInputs, file: Path, level: str) -> None:
         MachineError: the level's quantiser is not installed.
     """
     from distft.export_formats.gguf_writer import write_gguf
-    from distft.export_formats.importance import importance_matrix
 
     reference = inputs.reference()
     calibration = inputs.calibration() if LEVELS[level].is_mixed else None
@@ -74,7 +73,7 @@ def write_level(inputs: FormatInputs, file: Path, level: str) -> None:
         name=inputs.source.name,
         tokenizer=reference.tokenizer,
         stop_ids=reference.stop_ids,
-        importance=None if calibration is None else importance_matrix(reference.model, calibration.rows),
+        importance=None if calibration is None else reference.importance(calibration),
     )
 
 

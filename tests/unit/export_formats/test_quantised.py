@@ -152,3 +152,8 @@ def test_without_the_library_the_line_that_brings_it_is_said(
     message = capsys.readouterr().err
     assert "llmcompressor is not installed  pip install 'distft[quantize]' in an environment of its own" in message
     assert "pip install --no-deps llmcompressor==0.14.0.1 compressed-tensors==0.20.1 loguru" in message
+    words = [str(model), "--out", str(tmp_path / "out"), "--as", "fp8", "--num-rows", "2", "--levels", "all"]
+    assert main(words) == 2, "a certificate of nothing would say that all of it holds"
+    assert "--levels all: no level of fp8 can be written here (FP8: llmcompressor is not installed" in (
+        capsys.readouterr().err
+    )
