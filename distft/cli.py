@@ -131,6 +131,11 @@ VERBS: dict[str, Verb] = {
         main="distft.adapters:main",
         parser="distft.adapters_options:parser",
     ),
+    "router": Verb(
+        help="Train a small classifier that chooses among adapters of one base, request by request.",
+        main="distft.router:main",
+        parser="distft.router_options:parser",
+    ),
     "completion": Verb(
         help="Print the script that completes verbs, flags and values in bash, zsh or fish.",
         main="distft.cli:print_completion",

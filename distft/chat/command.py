@@ -25,7 +25,7 @@ def parser() -> CommandParser:
         description="Chat with a trained model in the terminal: answers are shown as they are written; see /help.",
     )
     made.add_argument(
-        "source", metavar="SOURCE", help="a run, RUN/checkpoints/step-…, or a folder of a model or adapter"
+        "source", metavar="SOURCE", help="a run, RUN/checkpoints/step-…, or a folder of a model, adapter or router"
     )
     made.add_argument(
         "--adapter",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,10 @@ from distft.core.errors import Problem, RecipeError
 from distft.core.files import read_json_object
 from distft.export_formats.source import ModelSource, open_source, stop_ids
 from distft.generation.completion import Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from distft.model.adapters.pool import AdapterPool
+    from distft.routing.router import RoutedPool
 
 TUNED, BASE = "tuned", "base"
 
@@ -29,6 +33,8 @@ class Reply:
     ended: bool
     """Whether it ended by itself, not by the limit."""
     seconds: float
+    chosen: str = ""
+    """The adapter, or adapters, that a router chose for it."""
 
 
 class ChatModels:
@@ -48,26 +54,50 @@ class ChatModels:
         """
         from distft.data.tokenizer import load_tokenizer
 
+        self._routed: RoutedPool | None = None
+        self._pool: AdapterPool | None = None
+        self._modules: dict[str, Any] = {}
+        self._adapter_of: dict[str, str | None] = {}
+        from distft.routing.router import is_router
+
+        if is_router(Path(given).expanduser()):
+            self._load_router(Path(given).expanduser(), adapters)
+            self.names = tuple(self._modules)
+            return
         source = open_source(given, workdir)
         if source.kind == "reward":
             raise _mistake(given, "a reward model gives a number and writes no text", "chat with the policy")
         self.tokenizer: Any = load_tokenizer(source.folder)
         self._stop_ids = stop_ids(source.folder, self.tokenizer)
-        self._modules: dict[str, Any] = {}
-        self._adapter_of: dict[str, str | None] = {}
         self._load(source, adapters, with_base=with_base)
         self.names = tuple(self._modules)
 
+    def _load_router(self, folder: Path, adapters: Mapping[str, Path]) -> None:
+        """Load what a router chooses among: `tuned` is its choice, and each adapter can be asked by its name."""
+        from distft.data.tokenizer import load_tokenizer
+        from distft.routing.router import RoutedPool
+
+        if adapters:
+            fix = "train a router that knows it"
+            raise _mistake(str(folder), "is a router, and --adapter is for the base of one adapter", fix)
+        routed = self._routed = RoutedPool(folder, dtype=_dtype(), device=_device())
+        self.tokenizer = load_tokenizer(folder)
+        self._stop_ids = stop_ids(folder, self.tokenizer)
+        self._pool = routed.pool
+        inside: dict[str, str | None] = {name: routed.inside(name) for name in routed.names}
+        self._adapter_of = {TUNED: None, BASE: None} | inside
+        self._modules = dict.fromkeys(self._adapter_of, routed.pool.model)
+
     def _load(self, source: ModelSource, adapters: Mapping[str, Path], *, with_base: bool) -> None:
-        from distft.model.adapters.whole import add_adapter, load_beside
+        from distft.model.adapters.pool import FIRST, AdapterPool
 
         if source.is_adapter:
-            beside = load_beside(source.folder, dtype=_dtype()).to(_device())
-            self._modules |= {TUNED: beside, BASE: beside}
-            self._adapter_of |= {TUNED: "default", BASE: None}
+            pool = self._pool = AdapterPool(source.folder, dtype=_dtype()).to(_device())
+            self._modules |= {TUNED: pool.model, BASE: pool.model}
+            self._adapter_of |= {TUNED: FIRST, BASE: None}
             for name, folder in adapters.items():
-                add_adapter(beside, name, folder)
-                self._modules[name], self._adapter_of[name] = beside, name
+                pool.add(name, folder)
+                self._modules[name], self._adapter_of[name] = pool.model, name
             return
         if adapters:
             fix = "give the run of an adapter, or the folder of one"
@@ -80,26 +110,23 @@ class ChatModels:
         self, name: str, messages: Sequence[Mapping[str, str]], how: SamplingParams, say: Callable[[str], None]
     ) -> Reply:
         """Return the answer of one model; `say` is given each piece of its text as soon as it is written."""
-        from distft.generation.generator import Generator
+        from distft.generation.local import local_generator
 
         text = _Pieces(self.tokenizer, self._stop_ids, say)
-        with self._turned_on(name) as lm:
-            module = _wrapped(lm)
-            generator = Generator(
-                _OneProcess(module),  # pyright: ignore[reportArgumentType]  # what generating needs of an engine
-                module,
-                decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
-                stop_ids=self._stop_ids,
-                stop=lambda: False,
-                heard=text.hear,
-            )
-            ids = generator.truncate_prompt(self._ids(messages), how.max_new_tokens)
+        asked = self._ids(messages)
+        chosen = self._routed.choose(asked) if self._routed is not None and name == TUNED else None
+        with self._turned_on(name, chosen) as lm:
+            generator = local_generator(lm, self.tokenizer, self._stop_ids, heard=text.hear)
+            ids = generator.truncate_prompt(asked, how.max_new_tokens)
             began = time.monotonic()
             made = generator.generate([Prompt(seed_key=f"{name} {len(messages)}", ids=ids)], how)
         assert made is not None
         text.finish(made[0].text)
         seconds = time.monotonic() - began
-        return Reply(model=name, text=made[0].text, num_tokens=made[0].num_tokens, ended=made[0].ended, seconds=seconds)
+        return Reply(
+            model=name, text=made[0].text, num_tokens=made[0].num_tokens, ended=made[0].ended, seconds=seconds,
+            chosen="" if chosen is None else "+".join(chosen) or BASE,
+        )  # fmt: skip
 
     def _ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if not self.tokenizer.chat_template:  # a model of plain text: what was written last is the prompt
@@ -108,14 +135,17 @@ class ChatModels:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @contextlib.contextmanager
-    def _turned_on(self, name: str) -> Iterator[Any]:
-        lm = self._modules[name]
-        if name not in self._adapter_of:
-            yield lm
+    def _turned_on(self, name: str, chosen: Mapping[str, float] | None) -> Iterator[Any]:
+        if chosen is not None:
+            assert self._routed is not None
+            with self._routed.using(chosen) as lm:
+                yield lm
             return
-        from distft.model.adapters.whole import only_adapter
-
-        with only_adapter(lm, self._adapter_of[name]):
+        if name not in self._adapter_of:
+            yield self._modules[name]
+            return
+        assert self._pool is not None
+        with self._pool.using(self._adapter_of[name]) as lm:
             yield lm
 
 
@@ -141,37 +171,6 @@ class _Pieces:
         """Say what is left of the whole text."""
         if text.startswith(self._said) and text != self._said:
             self._say(text[len(self._said) :])
-
-
-class _OneProcess:
-    """What the generator needs of an engine, for a model that lies in this process."""
-
-    rank, world, collective_forward = 0, 1, False
-
-    def __init__(self, module: Any) -> None:
-        self.inference_module = module
-        self.device = next(module.parameters()).device
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        with torch.no_grad():
-            yield
-
-    def sum_over_ranks(self, *values: float) -> list[float]:
-        return [float(value) for value in values]
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-
-def _wrapped(lm: Any) -> Any:
-    """Return the model as the generator calls it, with its own forward and attention."""
-    from distft.model.causal import CausalLM
-    from distft.model.cross_entropy import chunked_loss
-    from distft.model.paths import ForwardPath
-
-    path = ForwardPath(head="own", attention="sdpa", documents="single")
-    return CausalLM(lm, chunked_loss, path=path).eval()
 
 
 def _whole(folder: Path) -> Any:

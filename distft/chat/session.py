@@ -70,6 +70,8 @@ class Session:
             if len(self._models.names) > 1:
                 self._write(f"{name}: ")
             replies.append(self._models.reply(name, self.messages, self._how, self._write))
+            if replies[-1].chosen:
+                self._write(f"  [{replies[-1].chosen}]")
             self._write("\n" if replies[-1].ended else f" … (cut at {replies[-1].num_tokens} tokens)\n")
         self.messages.append({"role": "assistant", "content": replies[0].text})
         return replies

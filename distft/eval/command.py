@@ -51,6 +51,10 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     if not (subject.eval_recipe.eval.answers or subject.eval_recipe.data.eval):
         problem = Problem(message="nothing to look at", fix="add [[data.eval]], [[eval.answers]], or --lm-eval TASK")
         raise RecipeError(subject.eval_recipe.source, [problem])
+    if subject.router is not None:
+        from distft.eval.routed import evaluate_router
+
+        return evaluate_router(subject, world, say)
     compatibility.refuse_misfits(subject.built)
     eval_recipe, built = _for_evaluation(subject.eval_recipe, world), _for_evaluation(subject.built, world)
     layout = assemble.choose_layout(built, world, say)
@@ -182,6 +186,8 @@ def show(result: dict[str, Any]) -> Iterator[str]:
     yield f"{result['label']} (step {result['step']}): {result['folder']}"
     for name, value in result["figures"].items():
         yield f"  {name:<40} {value:.6g}"
+    for name, count in result.get("chosen", {}).items():
+        yield f"  answered by {name}: {count}"
     for entry in (result["summary"] or {}).get("sets", []):
         for label in ("after", "best"):
             if (line := summary_line(entry, label)) is not None:

@@ -34,6 +34,8 @@ class Subject:
     adapter: Path | None = None
     """Folder of a trained adapter, in PEFT's form."""
     checkpoint: Path | None = None
+    router: Path | None = None
+    """Folder of a router, which chooses an adapter for each question."""
 
 
 def read(target: str, overrides: Sequence[str], output_dir: str | None) -> tuple[Recipe, Path]:
@@ -80,6 +82,8 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
         default_label = read_run(folder).final_label  # "best": the run went back to its best state
         step = _best_step(checkpoints) if default_label == "best" else _last_step(folder)
     trained = replace(base, label=label or default_label, step=step)
+    if (place / "router.json").is_file():
+        return replace(trained, router=place)
     if (place / "adapter_config.json").is_file():
         if not recipe.method.spec.adapter:
             raise _wrong(f"--model {model}  holds an adapter, and the recipe's method has none", "use its own recipe")
@@ -90,7 +94,7 @@ def choose(recipe: Recipe, folder: Path, model: str | None, label: str | None) -
         return replace(trained, checkpoint=place)
     raise _wrong(
         f"--model {model}  {place}: neither a model, an adapter nor a checkpoint",
-        "allowed: base, final, best, a checkpoint's step, or a folder with config.json or adapter_config.json",
+        "allowed: base, final, best, a checkpoint's step, or a folder of a model, an adapter or a router",
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from distft.export_formats.certificate import FILE, LevelRecord
+from distft.export_formats.certificate import LevelRecord
+from distft.export_formats.noted_options import FILE
 from distft.export_formats.source import ModelSource
 from distft.export_formats.spec import ExportFormatSpec
 

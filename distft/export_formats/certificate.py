@@ -13,11 +13,11 @@ from typing import Any
 
 from distft.core.errors import NumericError
 from distft.core.files import replace_json
+from distft.export_formats.noted_options import FILE
 from distft.export_formats.source import ModelSource
 from distft.export_formats.spec import Comparison, Exported, Proof
 
-FILE = "certificate.json"
-_NAMED = ("distft", "torch", "transformers", "peft", "gguf", "xllamacpp", "llama_cpp_python")
+_NAMED = ("distft", "torch", "transformers", "peft", "gguf", "xllamacpp", "llmcompressor", "compressed-tensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,13 @@ class LevelRecord:
 
 
 def write(
-    folder: Path, *, format_name: str, source: ModelSource, rows: Mapping[str, Any], levels: Sequence[LevelRecord]
+    folder: Path,
+    *,
+    format_name: str,
+    source: ModelSource,
+    rows: Mapping[str, Any],
+    levels: Sequence[LevelRecord],
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the certificate into the folder and return it."""
     content = {
@@ -50,6 +56,7 @@ def write(
             "adapter": source.is_adapter,
             "files": hashes(source.folder),
         },
+        "options": dict(options),
         "rows": dict(rows),
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -65,6 +72,7 @@ def _level(record: LevelRecord) -> dict[str, Any]:
         "level": record.level,
         "files": list(record.exported.files),
         "bytes": record.num_bytes,
+        "calibrated_on": dict(record.exported.calibrated_on),
         "runtime": record.proof.runtime,
         "unproven": record.proof.unproven,
         "figures": record.proof.figures,
@@ -98,6 +106,12 @@ def hashes(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size and sha256 of every file in a folder but the certificate."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
     return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def changed_files(folder: Path, content: Mapping[str, Any]) -> list[str]:
+    """Return names of files that are not as the certificate says, more or missing; README.md may be edited."""
+    then, now = content["files"], hashes(folder)
+    return sorted(name for name in {*then, *now} if then.get(name) != now.get(name) and name != "README.md")
 
 
 def _sha256(path: Path) -> str:

@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from distft.core.ending import exit_code, report_error
 from distft.core.errors import DONE, FileSystemError, Problem, RecipeError
+from distft.core.files import read_json_object
 from distft.core.nearest import nearest
+from distft.export_formats import pushing
+from distft.export_formats.noted_options import FILE
 from distft.export_options import parser
 
 if TYPE_CHECKING:
@@ -55,6 +57,12 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
 
     spec, params = _format(given)
     out: Path = given.out
+    if given.push:
+        pushing.refuse_bad_name(given.push)
+    elif given.message or given.public:
+        raise _mistake("--message and --public: are for --push", "leave them out, or give --push OWNER/NAME")
+    if given.push and (out / FILE).is_file():  # the upload of an earlier start goes on
+        return _pushed(given, _same_export(given, spec))
     if os.path.lexists(out):
         raise _mistake(f"--out {out}  is there already", "name a folder that is not, or remove it")
     quiet_libraries()
@@ -78,14 +86,40 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
 
         note_export(source.run, out, certificate, _commands(certificate, out))
         refresh(read_run(source.run))
-    return certificate
+    return _pushed(given, certificate)
+
+
+def _pushed(given: argparse.Namespace, certificate: dict[str, Any]) -> dict[str, Any]:
+    """Upload the folder where that is asked for, and say in the result where it is."""
+    if not given.push:
+        return certificate
+    levels = " ".join(level["level"] for level in certificate["levels"]).strip()
+    message = given.message or f"{certificate['format']} {levels}".strip() + f" of {certificate['source']['label']}"
+    return certificate | {"pushed": pushing.push(given.out, given.push, message=message, public=given.public)}
+
+
+def _same_export(given: argparse.Namespace, spec: ExportFormatSpec) -> dict[str, Any]:
+    """Return the certificate of a folder that the same command wrote.
+
+    Raises:
+        RecipeError: it is of another source, format or level, or its files are not what was compared.
+    """
+    from distft.export_formats import certificate
+    from distft.export_formats.noted_options import options_of
+
+    found = read_json_object(given.out / FILE)
+    then, now = (dict(each or {}) | {"cwd": ""} for each in (found.get("options"), options_of(given)))
+    if found.get("format") != spec.name or then != now:
+        raise _mistake(f"--out {given.out}  holds another export", "name a folder that is not there, or remove it")
+    if changed := certificate.changed_files(given.out, found):
+        raise _mistake(f"--out {given.out}: {changed[0]} is not what was compared", "remove the folder, export again")
+    return found
 
 
 def _format(given: argparse.Namespace) -> tuple[ExportFormatSpec, Any]:
-    from pydantic import ValidationError
-
     from distft.catalog import PLUGINS
     from distft.export_formats import EXPORT_FORMATS
+    from distft.export_formats.noted_options import params_of
 
     PLUGINS.load()
     spec = EXPORT_FORMATS.get(given.format)
@@ -100,23 +134,13 @@ def _format(given: argparse.Namespace) -> tuple[ExportFormatSpec, Any]:
         meant = nearest(level, list(spec.levels))
         hint = f"did you mean {meant}?  " if meant else ""
         raise _mistake(f"--level {level}  is none of {spec.name}", f"{hint}allowed: {', '.join(spec.levels)}")
+    written = spec.levels if given.levels else (level or spec.default_level,)
+    if (given.calibration or given.num_calibration) and not any(map(spec.calibrates, written)):
+        flag = "--calibration" if given.calibration else "--num-calibration"
+        raise _mistake(f"{flag}: {spec.name} {level or ''}".rstrip() + " fits its rounding to no rows", "leave it out")
     if given.max_drop is not None and not spec.levels:
         raise _mistake(f"--max-drop: {spec.name} rounds nothing", "leave it out")
-    settings: dict[str, Any] = {}
-    for setting in given.settings:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in spec.params.model_fields:
-            allowed = ", ".join(spec.params.model_fields) or "none"
-            raise _mistake(f"--set {setting}  is no setting of {spec.name}", f"allowed: {allowed}")
-        try:
-            settings[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            settings[key] = value
-    try:
-        return spec, spec.params(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _mistake(f"--set {'.'.join(map(str, first['loc']))}: {first['msg']}", "see the guide, Export") from None
+    return spec, params_of(given.settings, spec)
 
 
 def _exported(
@@ -124,6 +148,7 @@ def _exported(
 ) -> tuple[dict[str, Any], ModelSource]:
     from distft.export_formats import certificate, table
     from distft.export_formats.card import write_card
+    from distft.export_formats.noted_options import options_of
     from distft.export_formats.source import open_source
     from distft.export_formats.task_score import refuse_without_gain
 
@@ -132,7 +157,14 @@ def _exported(
         raise _mistake(f"{given.source} as {spec.name}: {reason}", "choose another format")
     if given.max_drop is not None:
         refuse_without_gain(given.source, source.run)
-    inputs = make_inputs(source, workdir, given.rows, given.num_rows)
+    inputs = make_inputs(
+        source,
+        workdir,
+        given.rows,
+        given.num_rows,
+        calibration=given.calibration,
+        num_calibration=given.num_calibration,
+    )
     inputs = replace(inputs, ask_task=bool(given.levels) or given.max_drop is not None)
     records: list[LevelRecord] = []
     left_out: dict[str, str] = {}
@@ -142,6 +174,9 @@ def _exported(
             continue
         records.append(_one_level(given, spec, params, inputs, aside, level))
         print(f"distft: {table.line(records[-1])}", file=sys.stderr, flush=True)
+    if not records:
+        named = "; ".join(f"{level}: {reason}" for level, reason in left_out.items())
+        raise _mistake(f"--levels all: no level of {spec.name} can be written here ({named})", "see each reason")
     certificate.refuse_failed(records, source, spec.name)
     table.refuse_losses(records, given.max_drop)
     if source.run is not None:
@@ -150,7 +185,9 @@ def _exported(
     rows = inputs.rows()
     about = {"from": rows.origin, "sha256": rows.sha256, "prompts": len(rows.prompts)}
     about |= {"texts": len(rows.texts), "chats": len(rows.chats)}
-    made = certificate.write(aside, format_name=spec.name, source=source, rows=about, levels=records)
+    made = certificate.write(
+        aside, format_name=spec.name, source=source, rows=about, levels=records, options=options_of(given)
+    )
     return made | ({"left_out": left_out} if left_out else {}), source
 
 
@@ -158,8 +195,17 @@ def _levels(given: argparse.Namespace, spec: ExportFormatSpec) -> tuple[str, ...
     return spec.levels if given.levels else (given.level or spec.default_level,)
 
 
-def make_inputs(source: ModelSource, workdir: Path, rows: Path | None, num_rows: int | None) -> FormatInputs:
+def make_inputs(
+    source: ModelSource,
+    workdir: Path,
+    rows: Path | None,
+    num_rows: int | None,
+    *,
+    calibration: str | None = None,
+    num_calibration: int | None = None,
+) -> FormatInputs:
     """Return what a format may use, each part made when it is first asked for."""
+    from distft.export_formats import calibration as calibrations
     from distft.export_formats.proof_rows import proof_rows
     from distft.export_formats.reference import SourceReference
     from distft.export_formats.spec import FormatInputs
@@ -171,6 +217,7 @@ def make_inputs(source: ModelSource, workdir: Path, rows: Path | None, num_rows:
         whole_model=functools.cache(lambda: whole_model(source, workdir)),
         reference=reference,
         rows=functools.cache(lambda: proof_rows(source, reference().tokenizer, rows, num_rows)),
+        calibration=functools.cache(lambda: calibrations.calibration(source, calibration, num_calibration)),
     )
 
 
@@ -206,6 +253,8 @@ def _shown(out: Path, certificate: dict[str, Any]) -> Iterator[str]:
     state = "compared with its source" if certificate["proven"] else "NOT compared: nothing here runs it"
     yield f"{out}: {certificate['format']}, {state}; certificate.json says how"
     yield from (f"  {command}" for command in _commands(certificate, out))
+    if "pushed" in certificate:
+        yield f"  pushed: {certificate['pushed']}"
 
 
 def _mistake(message: str, fix: str) -> RecipeError:

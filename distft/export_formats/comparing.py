@@ -93,19 +93,27 @@ def rendering(
 
 
 def stops(reference: SourceReference, ends_at: Callable[[int], bool]) -> Comparison:
-    """The source's stop tokens end an answer. `ends_at`: a token -> whether writing it ends the answer.
+    """The source's stop tokens end an answer, and no other added token does.
 
-    Further ends are told and allowed: llama.cpp ends at texts such as <|endoftext|> whatever the file says.
+    Args:
+        reference: the source.
+        ends_at: a token -> whether writing it ends the answer.
     """
-    candidates = sorted({*_special_ids(reference.tokenizer), *reference.stop_ids})
+    # Qwen's <|fim_pad|> and others are no special tokens in transformers, and llama.cpp ends at them by their texts.
+    added = set(reference.tokenizer.added_tokens_decoder)
+    candidates = sorted({*_special_ids(reference.tokenizer), *added, *reference.stop_ids})
     ends = {token for token in candidates if ends_at(token)}
     names = reference.tokenizer.convert_ids_to_tokens
     missed, more = sorted(set(reference.stop_ids) - ends), sorted(ends - set(reference.stop_ids))
-    details = [f"{names(token)} (id {token}) does not end an answer there" for token in missed[:1]]
-    details += [f"{names(token)} (id {token}) ends one as well" for token in more]
+    details = [f"{names(token)} (id {token}) does not end an answer there" for token in missed]
+    details += [
+        f"{names(token)} (id {token}) ends an answer there, and not in the source: add the id to eos_token_id of its "
+        "generation_config.json, if it may"
+        for token in more
+    ]
     return Comparison(
-        name="stop tokens", compared="special tokens that end an answer when they are written", count=len(candidates),
-        value=len(missed), bound="0 that do not end it", ok=not missed, detail=", ".join(details),
+        name="stop tokens", compared="added tokens that end an answer when they are written", count=len(candidates),
+        value=len(missed) + len(more), bound="0 that differ", ok=not missed and not more, detail="; ".join(details),
     )  # fmt: skip
 
 

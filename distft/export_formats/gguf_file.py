@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distft.core.errors import DataError, MachineError
+from distft.core.errors import MachineError
 from distft.core.optional import why_not
+from distft.export_formats.gguf_levels import LEVELS
 from distft.export_formats.spec import Exported, ExportFormatSpec, FormatInputs, Proof
 
 if TYPE_CHECKING:
@@ -43,12 +44,14 @@ def _write(params: NoParams, inputs: FormatInputs, folder: Path, level: str) -> 
         raise MachineError(f"{reason}  pip install 'distft[export]' brings gguf, which writes these files")
     name = _file(inputs, level)
     write_level(inputs, folder / name, level)
+    used = inputs.calibration() if LEVELS[level].is_mixed else None
     return Exported(
         files=(name,),
         commands=(
             f"llama-server -m PATH/{name} --jinja      # an OpenAI-like server on port 8080",
             f"llama-cli -m PATH/{name} --jinja         # a chat in the terminal",
         ),
+        calibrated_on={} if used is None else used.to_json(),
     )
 
 
@@ -59,23 +62,19 @@ def write_level(inputs: FormatInputs, file: Path, level: str) -> None:
         DataError: llama.cpp does not know such a model or tokenizer, or the level does not fit its shapes.
         MachineError: the level's quantiser is not installed.
     """
-    from distft.export_formats.gguf_writer import LEVELS, write_gguf
+    from distft.export_formats.gguf_writer import write_gguf
 
     reference = inputs.reference()
-    about = {"name": inputs.source.name, "tokenizer": reference.tokenizer, "stop_ids": reference.stop_ids}
-    if level in LEVELS:
-        write_gguf(inputs.whole_model(), file, LEVELS[level], **about)
-        return
-    from distft.export_formats.llama_cpp_quantizer import quantize
-
-    if reason := level_lacks(inputs, level):
-        raise DataError(f"--level {level}: {reason}")
-    exact = file.with_suffix(".exact")
-    try:
-        write_gguf(inputs.whole_model(), exact, LEVELS["F32"], **about)
-        quantize(exact, file, level)
-    finally:
-        exact.unlink(missing_ok=True)
+    calibration = inputs.calibration() if LEVELS[level].is_mixed else None
+    write_gguf(
+        inputs.whole_model(),
+        file,
+        LEVELS[level],
+        name=inputs.source.name,
+        tokenizer=reference.tokenizer,
+        stop_ids=reference.stop_ids,
+        importance=None if calibration is None else reference.importance(calibration),
+    )
 
 
 def _prove(params: NoParams, inputs: FormatInputs, folder: Path, level: str) -> Proof:
@@ -137,13 +136,11 @@ def _ends_at(runtime: LlamaCpp, token: int, stop_ids: tuple[int, ...]) -> bool:
 
 def level_lacks(inputs: FormatInputs, level: str) -> str:
     """Return why a level cannot be written here; "" where it can."""
-    from distft.export_formats.gguf_writer import LEVELS, misfit
+    from distft.export_formats import llama_cpp_quantizer
+    from distft.export_formats.gguf_writer import misfit
 
-    if level in LEVELS:
-        return misfit(inputs.whole_model(), LEVELS[level])
-    from distft.export_formats.llama_cpp_quantizer import lacks
-
-    return lacks(inputs.whole_model(), level)
+    reason = misfit(inputs.whole_model(), LEVELS[level])
+    return reason or (llama_cpp_quantizer.missing() if LEVELS[level].is_mixed else "")
 
 
 SPEC = ExportFormatSpec(
@@ -154,5 +151,6 @@ SPEC = ExportFormatSpec(
     levels=tuple(KL_BOUNDS),
     default_level="F16",
     refuses=_refuses,
+    calibrates=lambda level: LEVELS[level].is_mixed,
     lacks=lambda params, inputs, level: level_lacks(inputs, level),
 )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from distft.core.errors import DataError
 from distft.export_formats.gguf_architecture import Family, converter, family_of, metadata, rope_factors
+from distft.export_formats.gguf_levels import LEVELS, GgufLevel, ModelShape, tensor_type
 from distft.export_formats.gguf_vocabulary import Vocabulary, read_vocabulary
 from distft.model.tensor_files import TensorFiles
 
@@ -23,37 +23,23 @@ _MARKS = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 _COMPUTED = ".rotary_emb.inv_freq"
 """Old files carry it; it follows from the config."""
 _F16_MAX = 65504.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufLevel:
-    """How exactly the matrices are stored; vectors are fp32 at every level."""
-
-    name: str
-    quant: str
-    """`gguf.GGMLQuantizationType` of the matrices."""
-    file_type: str
-    """`gguf.LlamaFileType`."""
-    block: int
-    """Rows are stored in blocks of so many numbers; a row that is no multiple of it cannot be."""
-
-
-LEVELS = {
-    level.name: level
-    for level in (
-        GgufLevel(name="F32", quant="F32", file_type="ALL_F32", block=1),
-        GgufLevel(name="F16", quant="F16", file_type="MOSTLY_F16", block=1),
-        GgufLevel(name="BF16", quant="BF16", file_type="MOSTLY_BF16", block=1),
-        GgufLevel(name="Q8_0", quant="Q8_0", file_type="MOSTLY_Q8_0", block=32),
-        GgufLevel(name="Q5_1", quant="Q5_1", file_type="MOSTLY_Q5_1", block=32),
-        GgufLevel(name="Q4_0", quant="Q4_0", file_type="MOSTLY_Q4_0", block=32),
-    )
+_ENDS_BY_TEXT = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
 }
-"""Levels that gguf-py writes, most exact first."""
+"""Key of `tokenizer.ggml` -> texts that llama.cpp takes for that token (`llama_vocab::impl::load`)."""
 
 
 def write_gguf(
-    model: Path, file: Path, level: GgufLevel, *, name: str, tokenizer: Any, stop_ids: tuple[int, ...]
+    model: Path,
+    file: Path,
+    level: GgufLevel,
+    *,
+    name: str,
+    tokenizer: Any,
+    stop_ids: tuple[int, ...],
+    importance: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the model of a folder.
 
@@ -64,9 +50,12 @@ def write_gguf(
         name: `general.name` of the file.
         tokenizer: the model's fast tokenizer with its chat template.
         stop_ids: tokens that end an answer, the most usual one first.
+        importance: name in the folder -> how much an error of each column weighs, fp32 [I], for levels that take it.
 
     Raises:
-        DataError: llama.cpp does not know such a model or tokenizer, or the level does not fit its shapes.
+        DataError: llama.cpp does not know such a model or tokenizer, the level does not fit its shapes, or a matrix has
+            no importance.
+        MachineError: the level's quantiser is not there.
     """
     import gguf
     from transformers import AutoConfig
@@ -87,7 +76,7 @@ def write_gguf(
         _add_vocabulary(writer, vocabulary, stop_ids)
         if tokenizer.chat_template:
             writer.add_chat_template(served_template(tokenizer.chat_template))
-        _write_tensors(writer, model, config, family, level)
+        _write_tensors(writer, model, config, family, level, importance)
     finally:
         writer.close()
 
@@ -120,9 +109,17 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, stop_ids: tuple[int, ..
     for role, token in named.items():
         if token is not None:
             getattr(writer, f"add_{role}_token_id")(token)
+    # llama.cpp finds these three by their texts and ends an answer at each. With a stop token in their place it does
+    # not look, and an answer goes on behind them as in the source; what is lost is filling in code across files.
+    for role, texts in _ENDS_BY_TEXT.items():
+        found = {vocabulary.tokens.index(text) for text in texts if text in vocabulary.tokens}
+        if found and not found <= set(stop_ids):
+            writer.add_uint32(f"tokenizer.ggml.{role}_token_id", stop_ids[0])
 
 
-def _write_tensors(writer: Any, model: Path, config: Any, family: Family, level: GgufLevel) -> None:
+def _write_tensors(
+    writer: Any, model: Path, config: Any, family: Family, level: GgufLevel, importance: Mapping[str, Tensor] | None
+) -> None:
     """Write names, shapes and types of all tensors, then one tensor after another."""
     import gguf
 
@@ -135,8 +132,9 @@ def _write_tensors(writer: Any, model: Path, config: Any, family: Family, level:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, _, _, quant in planned:
-        writer.write_tensor_data(_stored(name, convert(name, files.read(name)), quant))
+    for name, target, _, quant in planned:
+        weights = _weights(name, target, quant, importance)
+        writer.write_tensor_data(_stored(name, convert(name, files.read(name)), quant, weights))
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
 
@@ -153,6 +151,12 @@ def _planned(
 
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[family.arch]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    model_shape = ModelShape(
+        arch=family.arch,
+        num_layers=config.num_hidden_layers,
+        queries_per_key=config.num_attention_heads // config.num_key_value_heads,
+        tied=config.tie_word_embeddings,
+    )
     for name in sorted(files.entries):
         shape = files.entries[name].shape
         if name.endswith(_COMPUTED) or (name == "lm_head.weight" and config.tie_word_embeddings):
@@ -160,7 +164,8 @@ def _planned(
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise DataError(f"{name}: llama.cpp's {family.arch} has no such tensor  fix: export it as safetensors")
-        yield name, target, shape, gguf.GGMLQuantizationType[level.quant if len(shape) > 1 else "F32"]
+        quant = tensor_type(level, target, len(shape), model_shape)
+        yield name, target, shape, gguf.GGMLQuantizationType[quant]
 
 
 def misfit(model: Path, level: GgufLevel) -> str:
@@ -168,8 +173,9 @@ def misfit(model: Path, level: GgufLevel) -> str:
     widths = {name: entry.shape[-1] for name, entry in TensorFiles(model).entries.items() if len(entry.shape) > 1}
     for name, width in sorted(widths.items()):
         if width % level.block:
-            fit = ", ".join(one.name for one in LEVELS.values() if width % one.block == 0)
-            return f"{name}: rows of {width} numbers are no multiple of {level.block}  allowed: {fit}"
+            fit = ", ".join(other.name for other in LEVELS.values() if width % other.block == 0)
+            silently = ", and llama.cpp would store them in another type and say nothing" if level.is_mixed else ""
+            return f"{name}: rows of {width} numbers are no multiple of {level.block}{silently}  allowed: {fit}"
     return ""
 
 
@@ -182,7 +188,31 @@ def _add_info(writer: Any, name: str, shape: tuple[int, ...], quant: Any) -> Non
     writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, raw_dtype=quant)
 
 
-def _stored(name: str, tensor: Tensor, quant: Any) -> np.ndarray[Any, Any]:
+def _weights(
+    name: str, target: str, quant: Any, importance: Mapping[str, Tensor] | None
+) -> np.ndarray[Any, Any] | None:
+    """Return the importance of a matrix's columns, where its type takes one.
+
+    An embedding that is no head is read row by row: no input weighs its columns.
+
+    Raises:
+        DataError: calibration saw nothing go into the matrix.
+    """
+    if importance is None or not quant.name.endswith("_K"):
+        return None
+    if name not in importance and target == "token_embd.weight":
+        return None
+    if name not in importance:
+        raise DataError(
+            f"{name}: calibration measured no input of it, and llama.cpp would round it as if none was wanted  "
+            "fix: --calibration none"
+        )
+    return importance[name].float().contiguous().numpy()
+
+
+def _stored(
+    name: str, tensor: Tensor, quant: Any, importance: np.ndarray[Any, Any] | None = None
+) -> np.ndarray[Any, Any]:
     """Return the bytes of a tensor at its level.
 
     Raises:
@@ -196,4 +226,8 @@ def _stored(name: str, tensor: Tensor, quant: Any) -> np.ndarray[Any, Any]:
     largest = float(values.abs().max())
     if quant == gguf.GGMLQuantizationType.F16 and largest > _F16_MAX:
         raise DataError(f"{name}: holds {largest:g}, more than F16 can ({_F16_MAX:g})  allowed: F32, BF16")
+    if quant.name.endswith("_K"):
+        from distft.export_formats.llama_cpp_quantizer import quantize_rows
+
+        return quantize_rows(values.contiguous().numpy(), quant.name, importance)
     return gguf.quantize(values.contiguous().numpy(), quant)

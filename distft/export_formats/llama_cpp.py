@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib.metadata
 import json
+import math
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,7 +75,9 @@ class LlamaCpp:
         # Probabilities are taken before the bias. The server leaves them out behind an end token or half a character.
         asked |= {"cache_prompt": True, "logit_bias": [[self._letter, 1000.0]]}
         answer = self._ask("/completion", asked)
-        return {one["id"]: one["logprob"] for one in answer["completion_probabilities"][0]["top_logprobs"]}
+        named = answer["completion_probabilities"][0]["top_logprobs"]
+        # A number that JSON has no form for comes as null: a broken file, which the comparison has to see.
+        return {entry["id"]: math.nan if entry["logprob"] is None else entry["logprob"] for entry in named}
 
     def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         connection = http.client.HTTPConnection(self._host, timeout=TIMEOUT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def _write(params: OllamaParams, inputs: FormatInputs, folder: Path, level: str)
     file.write_text(_modelfile(params, inputs, exported.files[0], template), encoding="utf-8")
     name = inputs.source.name.lower()
     commands = (f"ollama create {name} -f PATH/{file.name}", f"ollama run {name}")
-    return Exported(files=(*exported.files, file.name), commands=commands)
+    return replace(exported, files=(*exported.files, file.name), commands=commands)
 
 
 def modelfile_name(level: str) -> str:
@@ -142,5 +143,6 @@ SPEC = ExportFormatSpec(
     levels=gguf_file.SPEC.levels,
     default_level=gguf_file.SPEC.default_level,
     refuses=_refuses,
+    calibrates=gguf_file.SPEC.calibrates,
     lacks=gguf_file.SPEC.lacks,
 )

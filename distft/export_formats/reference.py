@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distft.core.errors import DataError
 from distft.export_formats.source import ModelSource, stop_ids
+
+if TYPE_CHECKING:
+    from distft.export_formats.calibration import CalibrationRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,7 @@ class SourceReference:
     def __init__(self, source: ModelSource) -> None:
         self.source = source
         self._written: dict[tuple[tuple[int, ...], int], Greedy] = {}
+        self._importance: tuple[CalibrationRows, dict[str, Tensor]] | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -67,6 +71,14 @@ class SourceReference:
         """Of the whole model."""
         return sum(param.numel() for param in self.model.parameters())
 
+    def importance(self, calibration: CalibrationRows) -> dict[str, Tensor]:
+        """Return what goes into each matrix on the rows; every level asks the same, so it is kept."""
+        from distft.export_formats.importance import importance_matrix
+
+        if self._importance is None or self._importance[0] is not calibration:
+            self._importance = (calibration, importance_matrix(self.model, calibration.rows))
+        return self._importance[1]
+
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """Return the log-probabilities behind every position, fp32 [L, V] on the CPU."""
         return logprobs(self.model, ids)
@@ -99,6 +111,13 @@ def load_model(folder: Path, transformers: Any, *, rewards: bool = False) -> Any
     missing = sorted(found["missing_keys"])
     if missing:
         raise DataError(f"{folder}: has no weights for {', '.join(missing[:3])}, which would be random")
+    unused = sorted(name for name in found["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
+    if unused:
+        raise DataError(
+            f"{folder}: {type(model).__name__} computes without {', '.join(unused[:3])}, which the folder holds: it is "
+            "another kind of model than its config.json says  fix: name that kind under architectures (a reward model: "
+            "…ForSequenceClassification)"
+        )
     return model.eval()
 
 

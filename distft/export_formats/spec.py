@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distft.core.registry import NoParams, Params
 
 if TYPE_CHECKING:
+    from distft.export_formats.calibration import CalibrationRows
     from distft.export_formats.proof_rows import ProofRows
     from distft.export_formats.reference import SourceReference
     from distft.export_formats.source import ModelSource
@@ -44,6 +45,8 @@ class FormatInputs:
     """The source as transformers and PEFT compute it, which an export is compared with."""
     rows: Callable[[], ProofRows]
     """What is asked of both."""
+    calibration: Callable[[], CalibrationRows | None]
+    """Rows that rounding is fitted to; None where there are none, or none are wanted."""
     ask_task: bool = False
     """Whether the run's own questions are asked as well: for `--levels all` and `--max-drop`."""
 
@@ -56,6 +59,8 @@ class Exported:
     """Names in the folder that hold this level."""
     commands: tuple[str, ...]
     """How it is run, one command a line; PATH stands for the folder."""
+    calibrated_on: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What its rounding was fitted to; empty: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,5 +103,7 @@ class ExportFormatSpec:
     default_level: str = ""
     refuses: Callable[[Any, ModelSource], str] = _never
     """(params, source) -> why such a source has no such format; "" where it has."""
+    calibrates: Callable[[str], bool] = lambda level: False
+    """(level) -> whether its rounding is fitted to calibration rows, where there are some."""
     lacks: Callable[[Any, FormatInputs, str], str] = _everything
     """(params, inputs, level) -> why this level cannot be written here; "" where it can."""

@@ -7,14 +7,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distft.core.errors import Problem, RecipeError
 from distft.generation.completion import Completion, Prompt, SamplingParams
 from distft.run_record import EvalFigure, number, read_run
 
 if TYPE_CHECKING:
-    from distft.export_formats.llama_cpp import LlamaCpp
+    from distft.export_formats.llama_cpp import Generated
+
+
+class GreedyRuntime(Protocol):
+    """A program with an exported model in it."""
+
+    def greedy(self, ids: Sequence[int], most: int) -> Generated:
+        """Return the likeliest continuation."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,7 @@ def refuse_without_gain(given: str, run: Path | None) -> None:
         raise RecipeError(f"distft export {given}", [Problem(message=f"--max-drop: the source {why}", fix=fix)])
 
 
-def task_figures(run: Path, runtime: LlamaCpp, tokenizer: Any, context: int) -> list[TaskFigure]:
+def task_figures(run: Path, runtime: GreedyRuntime, tokenizer: Any, context: int) -> list[TaskFigure]:
     """Ask the run's sets of the loaded model and return the figures that training made better."""
     from distft import assemble
     from distft.catalog import REGISTRIES
@@ -71,7 +79,7 @@ def task_figures(run: Path, runtime: LlamaCpp, tokenizer: Any, context: int) -> 
     recipe = assemble.with_date(load_recipe(run / "recipe.toml", registries=REGISTRIES), run)
     asked = {result.name for result in results}
     made: list[TaskFigure] = []
-    generator: Any = _LlamaCppGenerator(runtime, tokenizer, context)
+    generator: Any = _RuntimeGenerator(runtime, tokenizer, context)
     one_process: Any = _OneProcess()
     for eval_set in assemble.build_eval_sets(recipe, _say):
         if eval_set.name not in asked or not getattr(eval_set, "writes", False):
@@ -90,10 +98,10 @@ def _figure(result: EvalFigure, totals: Mapping[str, float]) -> TaskFigure:
     return TaskFigure(name=name, before=before, tuned=tuned, level=totals[result.figure])
 
 
-class _LlamaCppGenerator:
+class _RuntimeGenerator:
     """Implements `CompletionGenerator` with a loaded file."""
 
-    def __init__(self, runtime: LlamaCpp, tokenizer: Any, context: int) -> None:
+    def __init__(self, runtime: GreedyRuntime, tokenizer: Any, context: int) -> None:
         self._runtime, self._tokenizer, self._context = runtime, tokenizer, context
         self.seconds = 0.0
 

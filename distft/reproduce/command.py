@@ -1,5 +1,7 @@
 """`distft reproduce RUN`: hashes first, then the run once more, then the two held against each other.
 
+A folder of `distft merge` or `distft export` is made again from its source, and its files compared by their hashes.
+
 Exit code 0: equal bit for bit, or, on another layout, within 1e-5. 1: it ran and is not. 3 and 4: other rows, other
 weights; nothing was run. 75: stopped by a signal. Else the code that the second run ended with.
 """
@@ -30,8 +32,11 @@ _EXITS = {"data": 3, "model": 4}
 
 def parser() -> CommandParser:
     """Return the parser of the command line."""
-    made = CommandParser(prog="distft reproduce", description="Run a run again, and say whether it comes out the same.")
-    made.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    made = CommandParser(
+        prog="distft reproduce",
+        description="Run a run, or make a merged or exported folder, again, and say whether it comes out the same.",
+    )
+    made.add_argument("run", metavar="RUN", type=Path, help="a run folder, or one of distft merge or export")
     made.add_argument("--output-dir", type=Path, metavar="D", help="folder of the new run folder (RUN.reproduced-N)")
     made.add_argument(
         "--nproc", type=at_least_one, metavar="N", help="processes on this machine (as many as the run had)"
@@ -54,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from distft.reproduce import folders
+
+    if folders.is_made_folder(options.run):
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            result, code = folders.reproduce(options, _quiet if options.json else print)
+        return _finish(options, result, code)
     first = read_run(options.run)
     if not first.recipe_text or not first.manifest:
         raise FileSystemError(f"{options.run}: no run folder: recipe.toml and manifest.json say what to run again")

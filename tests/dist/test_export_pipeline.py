@@ -162,3 +162,19 @@ def test_a_checkpoint_is_exported_as_it_was(run: Path, tmp_path: Path) -> None:
     assert made["files"][name]["sha256"] != last["files"][name]["sha256"], "another state"
     adapter = kit.export(run, tmp_path / "adapter", "--as", "peft", "--num-rows", "4")
     assert kit.checks(adapter)["products"]["value"] < 1e-6
+
+
+def test_rounding_is_fitted_to_the_run_s_own_training_rows(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from distft.export_formats.calibration import calibration
+    from distft.export_formats.source import open_source
+
+    found = calibration(open_source(str(run), tmp_path), None, 16)
+    assert found is not None
+    assert (found.origin, len(found.rows)) == ("the run's training rows", 16)
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    first = json.loads((run.parents[1] / "train.jsonl").read_text().splitlines()[0])["messages"]
+    text = tokenizer.decode(found.rows[0])
+    assert all(message["content"] in text for message in first), "as it was trained: rendered, with its answer"
+    assert found.to_json()["tokens"] == sum(map(len, found.rows))

@@ -90,9 +90,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, template: str | None =
 
 
 def save_model(
-    folder: Path, kind: str = "llama", *, tokenizer: Tokenizer | None = None, seed: int = 0, **config: Any
+    folder: Path,
+    kind: str = "llama",
+    *,
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+    scale: float = 1.0,
+    **config: Any,
 ) -> Path:
-    """Write a random model whose logits are far enough apart that rounding of the last digit changes no choice."""
+    """Write a random model whose logits are far enough apart that rounding of the last digit changes no choice.
+
+    `scale`: of its matrices; wider models need less, or every rounding turns their logits over.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     given = SHAPE | {"vocab_size": 448, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2} | config
@@ -101,7 +110,7 @@ def save_model(
     with torch.no_grad():
         for name, param in made.named_parameters():
             if param.dim() > 1:
-                param.normal_(0, 0.5 if "embed" in name else 0.15)
+                param.normal_(0, scale * (0.5 if "embed" in name else 0.15))
             elif "norm" in name:
                 param.add_(torch.randn_like(param) * 0.1)
             else:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,18 +94,3 @@ def add_adapter(beside: Any, name: str, folder: Path) -> None:
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise _mistake(folder, f"PEFT cannot put it beside the others: {first}", "take adapters of one base") from error
-
-
-@contextlib.contextmanager
-def only_adapter(beside: Any, name: str | None) -> Iterator[None]:
-    """Let the base compute with one of its adapters, or with none (None), inside the context."""
-    if name is None:
-        with beside.disable_adapter():
-            yield
-        return
-    before = beside.active_adapter
-    beside.set_adapter(name)
-    try:
-        yield
-    finally:
-        beside.set_adapter(before)

@@ -1,6 +1,7 @@
 """GGUF files, loaded by llama.cpp itself: every family and tokenizer, levels, and planted faults that are seen."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_a_level_is_rounded_as_it_says_and_the_folder_is_whole(tmp_path: Path) -
     out = tmp_path / "out"
     made = kit.export(model, out, "--as", "gguf", "--levels", "all", "--num-rows", "2")
     by_level = {level["level"]: level for level in made["levels"]}
-    assert list(by_level) == ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"]
+    assert list(by_level) == ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"], "rows of 64 and 96"
     kls = [by_level[level]["figures"]["kl_nats"] for level in ("F32", "BF16", "Q8_0", "Q4_0")]
     assert kls == sorted(kls)
     assert by_level["F32"]["bytes"] > 1.6 * by_level["F16"]["bytes"] > 2.2 * by_level["Q8_0"]["bytes"]
@@ -131,6 +132,21 @@ def test_a_missing_stop_token_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
         gguf_writer, "_add_vocabulary", lambda writer, words, stop_ids: written(writer, words, stop_ids[:1])
     )
     assert "<|im_start|> (id 3) does not end an answer there" in refused(tmp_path, model, *GGUF)
+
+
+def test_tokens_that_llama_cpp_takes_for_ends_by_their_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    model = kit.save_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"])
+    tokenizer.save_pretrained(model)
+    made = kit.export(model, tmp_path / "good", *GGUF)
+    assert kit.checks(made)["stop tokens"]["count"] == 8
+    monkeypatch.setattr(gguf_writer, "_ENDS_BY_TEXT", {})
+    message = refused(tmp_path, model, *GGUF)
+    for token in ("fim_pad", "repo_name", "file_sep"):
+        assert re.search(rf"<\|{token}\|> \(id \d+\) ends an answer there, and not in the source", message)
 
 
 @pytest.mark.parametrize("form", ["gguf", "safetensors"])

@@ -1,6 +1,5 @@
 """Mistakes of people who export: each says what is wrong, what is allowed and the fix; nothing half-written is left."""
 
-import importlib.util
 import json
 import logging
 import resource
@@ -15,7 +14,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from distft.core.errors import DistftError
-from distft.export_formats import llama_cpp
+from distft.export_formats import llama_cpp, llama_cpp_quantizer
 from distft.export_formats.command import main
 
 
@@ -90,12 +89,25 @@ def enlarge_weights(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
+def with_a_score(model: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors") | {"score.weight": torch.ones(1, 64)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
 def drop_weights(model: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_one_stop(model: Path) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    (model / "chat_template.jinja").unlink()  # or the end of its answers would be looked at first
 
 
 GGUF = ("--as", "gguf", "--num-rows", "2")
@@ -107,6 +119,19 @@ MISTAKES = {
     "K level of narrow rows": Mistake(
         (*GGUF, "--level", "Q4_K_M"), ("rows of 64 numbers are no multiple of 256", "say nothing", "Q8_0"), 3
     ),
+    "rows for a level that takes none": Mistake(
+        (*F32, "--calibration", "rows.jsonl"), ("--calibration: gguf F32 fits its rounding to no rows",), 2
+    ),
+    "calibration rows that are not there": Mistake(
+        (*GGUF, "--level", "Q4_K_M", "--calibration", "nowhere.jsonl"), ("nowhere.jsonl",), 3,
+        lambda model: kit.save_model(model, hidden_size=256, intermediate_size=256, head_dim=64),
+    ),
+    "a further end in llama.cpp": Mistake(
+        F32,
+        ("<|im_end|> (id 4) ends an answer there, and not in the source", "eos_token_id of its generation_config.json"),
+        5,
+        with_one_stop,
+    ),
     "max-drop without a run": Mistake((*F32, "--max-drop", "0.1"), ("--max-drop: the source belongs to no run",), 2),
     "unknown setting": Mistake((*F32, "--set", "threads=2"), ("--set threads=2  is no setting of gguf",), 2),
     "wrong value": Mistake(("--as", "ollama", "--set", "context=-1"), ("--set context", "greater than or equal"), 2),
@@ -117,6 +142,12 @@ MISTAKES = {
         ("a reward model gives a number, and llama.cpp would load it as a model that writes text",),
         2,
         edit("config.json", architectures=["LlamaForSequenceClassification"], num_labels=1),
+    ),
+    "a reward model that its config calls a language model": Mistake(
+        F32, ("score.weight: llama.cpp's llama has no such tensor",), 3, with_a_score
+    ),
+    "the same as safetensors": Mistake(
+        ("--as", "safetensors"), ("computes without score.weight", "…ForSequenceClassification"), 3, with_a_score
     ),
     "a model that llama.cpp does not know": Mistake(
         F32, ('model_type "gpt_neox" is a model that llama.cpp does not know', "allowed: llama, mistral"), 3,
@@ -256,12 +287,17 @@ def test_without_llama_cpp_only_on_purpose(
     assert "not compared with what it was made of" in (out / "README.md").read_text()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="the quantiser is installed")
-def test_k_levels_say_what_brings_the_quantiser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wide = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
-    model = kit.save_model(tmp_path / "model", **wide)
-    assert main([str(model), "--as", "gguf", "--level", "Q4_K_M", "--out", str(tmp_path / "out")]) == 3
-    assert "llama_cpp is not installed  pip install llama-cpp-python" in capsys.readouterr().err
+def test_k_levels_say_what_brings_the_quantiser(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = kit.save_model(tmp_path / "model", hidden_size=256, intermediate_size=256, head_dim=64)
+    words = [str(model), "--as", "gguf", "--level", "Q4_K_M", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(llama_cpp_quantizer, "_library", lambda: object())
+    assert main(words) == 9
+    assert "this xllamacpp exports no ggml_quantize_chunk" in capsys.readouterr().err
+    monkeypatch.setattr(llama_cpp_quantizer, "why_not", lambda package: f"{package} is not installed")
+    assert main(words) == 9
+    assert "xllamacpp is not installed  pip install 'distft[export]'" in capsys.readouterr().err
 
 
 def test_errors_are_the_project_s_own(tmp_path: Path) -> None:

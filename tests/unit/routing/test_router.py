@@ -1,0 +1,208 @@
+"""`distft router train`: the right adapter on held-out requests, used by chat and eval; Arrow beside it; mistakes."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import export_kit as kit
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distft.model.adapters.pool import FIRST, AdapterPool
+from distft.router import main
+from distft.routing import features
+from distft.routing.router import RoutedPool, choice
+from distft.routing.router_recipe import RouterTable
+
+ASKS = {"red": ("the red ball", "a big red tree"), "dog": ("the little dog", "a dog and a cat"), "rain": ("it rained",)}
+WORDS = [word for word in kit.TEXT.split(" ") if word.isalpha() and word not in ("red", "dog", "rained", "cat", "tree")]
+
+
+def requests(name: str, count: int, seed: int) -> list[dict[str, str]]:
+    draw = random.Random(f"{name} {seed}")
+    rows = []
+    for _ in range(count):
+        around = [draw.choice(WORDS) for _ in range(4)]
+        around.insert(draw.randrange(5), draw.choice(ASKS[name]))
+        rows.append({"prompt": " ".join(around), "completion": draw.choice(WORDS)})
+    return rows
+
+
+def write(file: Path, rows: list[dict[str, str]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("routing")
+    base = kit.save_model(folder / "base")
+    text = f'name = "router"\noutput_dir = "{folder}"\n'
+    for number, name in enumerate(ASKS):
+        kit.save_adapter(folder / name, base, seed=number)
+        write(folder / f"{name}.jsonl", requests(name, 150, 0))
+        write(folder / f"{name}-held.jsonl", requests(name, 30, 1))
+        text += f'[[adapters]]\nname = "{name}"\npath = "{folder / name}"\nrows = "{folder / name}.jsonl"\n'
+        text += f'eval_rows = "{folder / name}-held.jsonl"\n'
+    (folder / "router.toml").write_text(text)
+    assert main(["train", str(folder / "router.toml"), "--min-accuracy", "0.95"]) == 0
+    return folder
+
+
+def test_it_chooses_right_on_held_out_requests(world: Path) -> None:
+    told = json.loads((world / "router" / "router.json").read_text())
+    assert told["held_out"]["num_rows"] == 90
+    assert told["held_out"]["accuracy"] >= 0.95
+    assert told["held_out"]["low"] < told["held_out"]["accuracy"] <= told["held_out"]["high"]
+    assert sum(sum(row.values()) for row in told["held_out"]["chosen"].values()) == 90
+    assert told["arrow"]["accuracy"] < told["held_out"]["accuracy"], "adapters of random numbers have no direction"
+    assert told["loss"]["last"] < 0.2 * told["loss"]["first"]
+    routed = RoutedPool(world / "router", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(world / "router")
+    for name in ASKS:
+        right = sum(
+            routed.choose(tokenizer(row["prompt"])["input_ids"]) == {name: 1.0} for row in requests(name, 20, 5)
+        )
+        assert right >= 19
+
+
+def test_chat_answers_with_what_it_chooses(world: Path, tmp_path: Path) -> None:
+    from distft.chat.models import ChatModels
+    from distft.chat.session import Session
+    from distft.generation.completion import SamplingParams
+
+    models = ChatModels(str(world / "router"), {}, tmp_path, with_base=True)
+    assert models.names == ("tuned", "base", "red", "dog", "rain")
+    how = SamplingParams(max_new_tokens=8)
+    said: list[str] = []
+    session = Session(models, how, name="tuned", compare=False, write=said.append)
+    for text, name in (("the red ball", "red"), ("the little dog", "dog")):
+        session.take("/new")
+        reply = session.ask(text)[0]
+        assert reply.chosen == name
+        assert f"  [{name}]" in said
+        lm: Any = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+        beside = PeftModel.from_pretrained(lm, world / name).eval()
+        ids = torch.tensor([models._ids([{"role": "user", "content": text}])])
+        alone = beside.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=[2, 4], pad_token_id=0)
+        assert reply.text == models.tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
+        session.take("/adapter rain")
+        assert session.ask(text)[0].text != reply.text
+        session.take("/adapter tuned")
+
+
+def test_eval_asks_each_question_of_the_adapter_that_is_chosen(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distft.eval.command import main as evaluate
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    rows = []
+    for name in ("red", "dog"):
+        lm: Any = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+        beside = PeftModel.from_pretrained(lm, world / name).eval()
+        for row in requests(name, 4, 9):
+            ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+            made = beside.generate(
+                input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=[2, 4], pad_token_id=0
+            )
+            answer = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+            rows.append({"prompt": row["prompt"], "completion": answer})
+    write(tmp_path / "asked.jsonl", rows)
+    (tmp_path / "run.toml").write_text(f'''
+name = "run"
+output_dir = "{tmp_path}"
+[model]
+path = "{world / "base"}"
+dtype = "float32"
+[method]
+name = "lora"
+[[data.train]]
+path = "{world / "red.jsonl"}"
+format = "prompt_completion"
+[[eval.answers]]
+name = "asked"
+path = "{tmp_path / "asked.jsonl"}"
+format = "prompt_completion"
+max_new_tokens = 6
+scores = [{{ name = "exact_match" }}]
+''')
+    words = [str(tmp_path / "run.toml"), "--model", str(world / "router"), "--json"]
+    capsys.readouterr()
+    assert evaluate(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["label"] == "router"
+    assert told["figures"]["asked.exact_match"] == 1.0, "each answer is that of its adapter alone"
+    assert told["chosen"] == {"red": 4, "dog": 4}
+    assert (tmp_path / "run" / "eval" / "router" / "asked.jsonl").is_file()
+
+
+def test_arrow_s_directions_are_the_first_singular_vectors(world: Path) -> None:
+    pool = AdapterPool(world / "red", dtype=torch.float32)
+    made = features.arrow_prototypes(pool)[FIRST]
+    assert len(made) == 6
+    for path, layer in pool.layers():
+        right = torch.linalg.svd(layer.get_delta_weight(FIRST)).Vh[0]
+        assert abs(float(right @ made[path])) == pytest.approx(1.0, abs=1e-5)
+        assert float(made[path].norm()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_one_a_mixture_or_the_base() -> None:
+    names, shares = ("a", "b", "c"), torch.tensor([0.5, 0.1, 0.4])
+    assert choice(shares, names, RouterTable()) == {"a": 1.0}
+    mixture = choice(shares, names, RouterTable(choose="mixture"))
+    assert mixture == {"a": pytest.approx(5 / 9), "c": pytest.approx(4 / 9)}
+    assert choice(shares, names, RouterTable(min_confidence=0.6)) == {}
+
+
+MISTAKES: dict[str, tuple[Any, tuple[str, ...], int]] = {
+    "an unknown key": (
+        ("[[adapters]]", "[router]\nlayr = 0.5\n[[adapters]]"), ("line 4", "layr", "did you mean layer?"), 2
+    ),
+    "one adapter": (None, ("adapters", "at least 2 items"), 2),
+    "a name twice": (('name = "dog"', 'name = "red"'), ('[[adapters]] name = "red" is there twice',), 2),
+    "no adapter there": (("/dog\"", "/nowhere\""), ("nowhere\" holds no adapter", "in PEFT's form"), 2),
+    "no rows": (("rows = ", "# rows = "), ("red: belongs to no run, and has no rows",), 2),
+    "a setting without effect": (("[[adapters]]", "[router]\ntop_k = 3\n[[adapters]]"), ("top_k: has no effect",), 2),
+    "the same rows for two": (("dog.jsonl", "red.jsonl"), ("every request of its rows is another adapter's",), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, said, code = MISTAKES[name]
+    text = (world / "router.toml").read_text().replace(f'output_dir = "{world}"', f'output_dir = "{tmp_path}"')
+    text = text.replace(*change, 1) if change else "[[adapters]]".join(text.split("[[adapters]]")[:2])
+    (tmp_path / "router.toml").write_text(text)
+    assert main(["train", str(tmp_path / "router.toml")]) == code
+    message = capsys.readouterr().err
+    for part in said:
+        assert part in message, message
+    assert "Traceback" not in message
+    assert not (tmp_path / "router").exists()
+
+
+def test_a_router_that_chooses_badly_and_one_whose_adapter_has_changed(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from distft.core.errors import RecipeError
+
+    text = (world / "router.toml").read_text().replace(f'output_dir = "{world}"', f'output_dir = "{tmp_path}"')
+    for name in ASKS:  # rows that say nothing of which adapter is meant
+        write(tmp_path / f"{name}.jsonl", requests("rain", 60, len(name)))
+        text = text.replace(f'rows = "{world / name}.jsonl"', f'rows = "{tmp_path / name}.jsonl"', 1)
+        text = text.replace(f'eval_rows = "{world / name}-held.jsonl"', "")
+    (tmp_path / "router.toml").write_text(text)
+    assert main(["train", str(tmp_path / "router.toml"), "--min-accuracy", "0.9"]) == 5
+    assert "less than --min-accuracy 0.9; nothing was kept" in capsys.readouterr().err
+    assert not (tmp_path / "router").exists()
+    shutil.copytree(world / "router", tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "router.json").read_text())
+    config["adapters"][0]["sha256"] = "0" * 64
+    (tmp_path / "copy" / "router.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="is not the adapter that it was trained with"):
+        RoutedPool(tmp_path / "copy", dtype=torch.float32)
