@@ -285,7 +285,7 @@ def _nearest(folder: Path) -> str:
 
 @contextlib.contextmanager
 def with_model_line(recipe: Recipe) -> Iterator[None]:
-    """Add the line of [model] path to errors of the model, raised inside the context.
+    """Add the line of [model] path, or of what [method] says, to errors of the model, raised inside the context.
 
     Raises:
         RecipeError: the one from inside, with the line.
@@ -295,9 +295,19 @@ def with_model_line(recipe: Recipe) -> Iterator[None]:
     except RecipeError as error:
         if any(problem.line for problem in error.problems):
             raise
-        line = recipe.line_of("model.path")
-        problems = [Problem(message=problem.message, line=line, fix=problem.fix) for problem in error.problems]
+        problems = [
+            Problem(message=problem.message, line=_line(recipe, problem.message), fix=problem.fix)
+            for problem in error.problems
+        ]
         raise RecipeError(recipe.source, problems) from error
+
+
+def _line(recipe: Recipe, message: str) -> int | None:
+    """Return the line of the key that a message begins with, `[method] key`, else of the method, or of the model."""
+    table, _, rest = message.partition(" ")
+    if table != "[method]":
+        return recipe.line_of("model.path")
+    return recipe.line_of(f"method.{rest.partition(' ')[0].rstrip(':')}") or recipe.line_of("method.name")
 
 
 def _refuse(recipe: Recipe, faults: list[RecipeMistake]) -> None:

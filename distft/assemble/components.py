@@ -94,7 +94,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
     if spec.adapted is not None:
         layers, tensors = spec.adapted(built.module)
         say(f"adapters on {layers} layers" + (f" and {tensors} expert tensors" if tensors else ""))
-    if spec.quantized:
+    if spec.quant(recipe.method.params) is not None:
         say(str(quantize.count(built.module)))
     return built
 

@@ -111,7 +111,10 @@ class MetaModel:
         self.dtype = dtype
         self.layout = layout
         # Behind a frozen embedding the first block's input has no gradient to wait for, nor have DoRA's norms.
-        self.blocks_are_atomic = not method.adapter
+        inputs = module.transformer.get_input_embeddings()
+        self.blocks_are_atomic = not method.adapter and all(
+            param.requires_grad for unit in (inputs, *blocks) for param in unit.parameters()
+        )
         self._source, self._method, self._seed = source, method, seed
         self._shared_reads: SharedReads | None = None
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
@@ -170,8 +173,16 @@ class MetaModel:
         return calls
 
     def _is_fresh(self, module: nn.Module) -> bool:
-        """Return whether a module is an adapter's own, which starts from its seed and not from the files."""
-        return self._method.owns(f"{self._names[id(module)]}.x") and self._method.fresh is not None
+        """Return whether a module is an adapter's own, which starts from its seed and not from the files.
+
+        Raises:
+            MachineError: some of its parameters are the adapter's, and others the base's.
+        """
+        name = self._names[id(module)]
+        own = {self._method.owns(f"{name}.{short}") for short, param in module._parameters.items() if param is not None}
+        if len(own) > 1:
+            raise MachineError(f"{name} holds parameters of the base and of the adapter, which are filled apart")
+        return own == {True} and self._method.fresh is not None
 
     def saved_buffers(self) -> list[tuple[str, Tensor]]:
         """Return the buffers that belong to the weights, by their whole names."""
@@ -304,7 +315,9 @@ def build(
     path = path or ForwardPath(attention=kernel, head="chunked" if observed is not None else "own")
     loss = cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     reached = text_parameters(lm)
-    attached = method.attach(lm, params, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "attach"))  # libraries draw what adapters start from while they attach them
+        attached = method.attach(lm, params, dtype)
     for param in lm.parameters():
         if id(param) not in reached and not method.adapter:
             param.requires_grad_(False)

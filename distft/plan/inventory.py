@@ -161,13 +161,14 @@ def read(
     """
     config = load.read_config(folder)
     num_blocks = config.get_text_config(decoder=True).num_hidden_layers
-    alike = num_blocks > 3 and not targets.name_blocks(params) and _blocks_are_equal(config)
+    differ = targets.name_blocks(params) or method.blocks_differ(params)
+    alike = num_blocks > 3 and not differ and _blocks_are_equal(config)
     depths = (2, 3) if alike else (num_blocks,)
     # 4-bit layers save for the backward pass what plain frozen ones save, and cannot run on meta.
     plain = replace(method, quant=lambda _: None)
     samples = [_build(table, folder, plain, params, _shortened(config, depth), path, head) for depth in depths]
     deepest = samples[-1]
-    if method.quantized:
+    if method.quant(params) is not None:
         for sample in samples:
             for _, module, short in experts.all_expert_tensors(sample.module):
                 # Experts in 4 bits compute with a copy in the model's dtype, which the backward pass needs too.

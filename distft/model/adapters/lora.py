@@ -68,7 +68,7 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
         lora_dropout=params.dropout,
         target_modules=named,
         target_parameters=sorted(tensors) or None,
-        exclude_modules=_not_adapted(lm) if named == "all-linear" else None,
+        exclude_modules=not_adapted(lm) if named == "all-linear" else None,
         use_rslora=params.rslora,
         use_dora=params.dora,
         modules_to_save=whole or None,
@@ -94,7 +94,7 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
     return wrapped
 
 
-def _not_adapted(lm: Any) -> list[str] | None:
+def not_adapted(lm: Any) -> list[str] | None:
     """Return the names of linear layers that `all-linear` leaves out; None where there are none.
 
     These are layers that no text passes through; routers and other layers of a model's own class whose forward is no

@@ -26,6 +26,10 @@ def _no_tokens(params: Any) -> int:
     return 0
 
 
+def _no_difference(params: Any) -> bool:
+    return False
+
+
 def _no_name(name: str) -> bool:
     return False
 
@@ -74,5 +78,10 @@ class MethodSpec:
     `distft.model.adapters.virtual_tokens.VirtualEmbedding` in the place of the model's embedding."""
     save_adapter: Callable[[Any, Path, dict[str, Tensor]], None] = _save
     """(attached model, folder, trained tensors by their names) -> writes the adapter's files."""
+    blocks_differ: Callable[[Any], bool] = _no_difference
+    """params -> whether what is trained differs from block to block, so that a plan has to look at all of them."""
+    loader: str = ""
+    """Python of the model card that loads final/, where PEFT does not: with `{folder}`, it makes `tokenizer` and
+    `model`."""
     library: str | None = None
     """Importable name of the package it needs beyond torch and transformers."""
