@@ -21,6 +21,7 @@ from distft.data.prepared_folder import cache_folder
 from distft.export import EXPORTS
 from distft.model import skeleton
 from distft.model.adapters import targets
+from distft.model.adapters.spec import leaves_base_alone
 from distft.model.heads import HEADS
 from distft.objectives import OBJECTIVES, ObjectiveSpec
 from distft.recipe import Recipe, listed_params
@@ -114,8 +115,8 @@ def _references_that_cannot_be(recipe: Recipe, folder: Path) -> Iterator[RecipeM
     path = recipe.objective.spec.reference(recipe.objective.params)
     if path is None:
         return
-    if spec.adapter and spec.base_alone is None:
-        message = f'method "{spec.name}" cannot be left out of the model, so no other model can be its reference'
+    if spec.adapter and not leaves_base_alone(spec, recipe.method.params):
+        message = f'method "{spec.name}" as it is set cannot be left out: no other model can be its reference'
         yield RecipeMistake(key=key, message=message, fix="leave reference out, or choose another method")
         return
     there = Path(path).expanduser()

@@ -147,10 +147,12 @@ def build_objective(
     from distft.columns import ColumnFiller, ColumnInputs
     from distft.columns.reference import ReferenceModel
     from distft.core.protocols import NO_COLUMNS
+    from distft.model.adapters.spec import leaves_base_alone
     from distft.model.policy import ModelPolicy
     from distft.objectives.spec import Objective
 
-    chosen, alone, policy = recipe.objective, recipe.method.spec.base_alone, ModelPolicy(engine.model)
+    chosen, method, policy = recipe.objective, recipe.method, ModelPolicy(engine.model)
+    alone = method.spec.base_alone if leaves_base_alone(method.spec, method.params) else None
     specs, other = column_specs(recipe), other_model(recipe)
     if not specs:
         return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)

@@ -21,7 +21,8 @@ from distft.core.errors import MachineError
 from distft.core.phase import PHASE
 from distft.core.ranks import ReadGroup
 from distft.model import attention, cross_entropy, load_balancing, quantize, skeleton
-from distft.model.adapters import MethodSpec
+from distft.model.adapters import MethodSpec, trained
+from distft.model.adapters.lora_inits import RESIDUAL
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
 from distft.model.heads import HEADS, HeadSpec, put_head
@@ -244,6 +245,8 @@ class MetaModel:
     def _real(self, module: nn.Module, short: str, meta: Tensor, value: Tensor, device: torch.device) -> nn.Parameter:
         if short == "weight" and quantize.is_4bit(module):
             real = quantize.quantized(module, value.to(device, self.dtype))
+            if RESIDUAL in module.__dict__:
+                module.__dict__[RESIDUAL] = quantize.lost(module, real, value.to(device))
         elif quantize.is_4bit_expert(module, short):
             real = quantize.quantized_expert(module, short, value.to(device, self.dtype))
         else:
@@ -307,6 +310,7 @@ def build(
     is_folder = table.path.startswith((".", "/", "~")) or Path(table.path).exists()
     lm.name_or_path = os.path.abspath(folder) if is_folder else table.path
     source = _source(table, folder, lm, seed, dtype, head) if weights else NoSource()
+    method = trained.continued(method, params, lm)
     quant = method.quant(params)
     if quant is not None:
         quantize.store_in_4bit(lm, quant, dtype)

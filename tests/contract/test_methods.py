@@ -15,7 +15,8 @@ from distft.core.errors import DistftError
 from distft.model.adapters import METHODS
 
 ADAPTERS = [name for name, spec in METHODS.items() if spec.adapter]
-VARIANTS = [(name, {}) for name in METHODS if name != "freeze"] + [
+NEEDED = {"peft": {"type": "HRA", "r": 4}}
+VARIANTS = [(name, NEEDED.get(name, {})) for name in METHODS if name != "freeze"] + [
     ("lora", {"r": 4, "rslora": True}),
     ("lora", {"r": 4, "dora": True}),
     ("lora", {"r": 4, "target_modules": ["q_proj", "v_proj"]}),
@@ -24,6 +25,8 @@ VARIANTS = [(name, {}) for name in METHODS if name != "freeze"] + [
     ("qlora", {"r": 4, "quant": {"type": "fp4", "double": False}}),
     ("qlora", {"r": 4, "quant": {"storage_dtype": "bfloat16"}}),
     ("vera", {"quant": {}}),
+    ("peft", {"type": "BOFT", "boft_block_size": 4, "quant": {}}),
+    ("peft", {"type": "MISS", "r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
     ("oft", {"oft_block_size": 4, "module_dropout": 0.5, "quant": {}}),
     ("ia3", {"modules_to_save": ["lm_head"]}),
     ("lokr", {"r": 2, "decompose_both": True, "target_modules": ".*(q|v)_proj"}),
@@ -147,9 +150,11 @@ def test_no_other_room_tests_a_method_by_its_name() -> None:
 def test_what_starts_at_zero_does(tiny_config: Path) -> None:
     """And is what tells an adapter that was trained from one that was not."""
     for name in ADAPTERS:
-        spec, module = METHODS[name], build(tiny_config, name).module
+        spec, module = METHODS[name], build(tiny_config, name, params=NEEDED.get(name)).module
         zeros = {param for param, tensor in module.named_parameters() if spec.owns(param) and not tensor.any()}
-        assert zeros or name in ("ia3", "prompt_tuning", "p_tuning", "prefix_tuning"), "these start as something else"
+        assert zeros or name in ("ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "peft"), (
+            "these start as something else"
+        )
         assert zeros == {param for param, _ in module.named_parameters() if spec.starts_at_zero(param)}
 
 

@@ -11,6 +11,7 @@ from distft.model.adapters import (
     lora,
     oft,
     p_tuning,
+    peft_types,
     prefix_tuning,
     prompt_tuning,
     qlora,
@@ -32,5 +33,6 @@ METHODS.add(vera.SPEC)
 METHODS.add(oft.SPEC)
 METHODS.add(loha.SPEC)
 METHODS.add(lokr.SPEC)
+METHODS.add(peft_types.SPEC)
 
 __all__ = ["METHODS", "MethodSpec"]

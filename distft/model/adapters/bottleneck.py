@@ -47,6 +47,9 @@ class BottleneckParams(Params):
     """Whether the two layers have biases."""
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type adapters compute in; auto = the model's. The optimizer keeps an fp32 master either way."""
+    start: str | None = None
+    """Go on from an adapter that was trained before, instead of from none: its folder, the folder of a run, or a hub
+    id. Base, layers and sizes have to be the same."""
 
 
 def _attach(lm: Any, params: BottleneckParams, dtype: torch.dtype) -> nn.Module:
@@ -64,7 +67,7 @@ def _attach(lm: Any, params: BottleneckParams, dtype: torch.dtype) -> nn.Module:
             parts.append(attention_of(lm, block, "bottleneck"))
         for part in parts:
             BottleneckLayer(width, params, wanted).stand_behind(part)
-    lm.__dict__[_CONFIG] = params.model_dump(mode="json")
+    lm.__dict__[_CONFIG] = {"peft_type": PEFT_TYPE, **params.model_dump(mode="json", exclude={"start"})}
     return lm
 
 
@@ -111,7 +114,7 @@ def _save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     settings = lm.__dict__[_CONFIG]
-    config = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": lm.name_or_path, **settings}
+    config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": lm.name_or_path, **settings}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors")
 

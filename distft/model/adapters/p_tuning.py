@@ -6,9 +6,9 @@ Source: https://arxiv.org/abs/2103.10385
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distft.model.adapters import prompts
 from distft.model.adapters.peft_tuner import keep_starts, start_of
@@ -26,6 +26,12 @@ class PTuningParams(prompts.PromptParams):
 
     encoder_hidden_size: int | None = Field(default=None, ge=1)
     """Width of the network's two hidden layers; the model's own where it is not given."""
+
+    @model_validator(mode="after")
+    def _starts_anew(self) -> Self:
+        if self.start is not None:
+            raise ValueError('start: what is saved is not the network; go on with name = "prompt_tuning"')
+        return self
 
 
 def _encoder(count: int, width: int, hidden: int) -> tuple[Any, Any]:

@@ -46,6 +46,9 @@ class TunerParams(Params):
     """Layers trained whole beside the adapter, such as "lm_head"."""
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type adapters compute in; auto = the model's. The optimizer keeps an fp32 master either way."""
+    start: str | None = None
+    """Go on from an adapter that was trained before, instead of from none: its folder, the folder of a run, or a hub
+    id. Base, layers and sizes have to be the same."""
 
 
 class TunerParamsOn4bit(TunerParams):
@@ -65,7 +68,7 @@ def tuner_spec(
     params: type[ParamsT],
     config: Callable[[ParamsT, dict[str, Any]], Any],
     starts_at_zero: Callable[[str], bool] | None = None,
-    saves_memory: int = 0,
+    blocks_differ: Callable[[ParamsT], bool] | None = None,
 ) -> MethodSpec:
     """Return the spec of a method that is one of PEFT's tuners.
 
@@ -75,7 +78,7 @@ def tuner_spec(
         params: its keys.
         config: (params, keywords that all configs take) -> PEFT's config.
         starts_at_zero: see `MethodSpec`; None: nothing does.
-        saves_memory: see `MethodSpec`.
+        blocks_differ: see `MethodSpec`; None: they never do.
     """
 
     def attach(lm: Any, chosen: ParamsT, dtype: torch.dtype) -> nn.Module:
@@ -84,7 +87,8 @@ def tuner_spec(
 
         return attach_tuner(lm, made, chosen, dtype)
 
-    more: dict[str, Any] = {} if starts_at_zero is None else {"starts_at_zero": starts_at_zero}
+    optional = {"starts_at_zero": starts_at_zero, "blocks_differ": blocks_differ}
+    more: dict[str, Any] = {name: given for name, given in optional.items() if given is not None}
     return MethodSpec(
         name=name,
         title=title,
@@ -96,7 +100,6 @@ def tuner_spec(
         adapted=adapted_layers,
         quant=_quant,
         adapter=True,
-        saves_memory=saves_memory,
         base_alone=base_alone,
         save_adapter=save,
         library="peft",
@@ -149,13 +152,18 @@ def attach_tuner(lm: Any, config: Callable[[], Any], params: TunerParams, dtype:
     import torch
     from peft import get_peft_model
 
+    from distft.model.adapters.base_reads import BaseReads
+
     lm.requires_grad_(False)
     head = lm.get_output_embeddings()
     bases = {id(param): name for name, param in lm.named_parameters()}
     with warnings.catch_warnings(), _stand_ins(lm) as originals:
         warnings.simplefilter("ignore")
+        stand_ins = {id(stand_in) for stand_in in originals.values()}
+        reads = BaseReads(originals.values())
         try:
-            wrapped = get_peft_model(lm, config(), autocast_adapter_dtype=False)
+            with reads:
+                wrapped = get_peft_model(lm, config(), autocast_adapter_dtype=False)
         except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
             if "linalg" in str(error):  # of NaN there is no decomposition
                 raise _mistake(
@@ -164,11 +172,11 @@ def attach_tuner(lm: Any, config: Callable[[], Any], params: TunerParams, dtype:
                 ) from error
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise _mistake(f"PEFT: {first}", "give settings and target_modules that it takes for this model") from error
-        stand_ins = {id(stand_in) for stand_in in originals.values()}
         own = {name: param for name, param in wrapped.named_parameters() if id(param) not in stand_ins}
         trained = [name for name, param in wrapped.named_parameters() if param.requires_grad]
         _refuse_other_trained(trained, own)
         starts = {name: param.detach() for name, param in own.items() if owns(name)}
+        _refuse_lost_reads(wrapped, starts, reads.operations)
         wanted = dtype if params.adapter_dtype == "auto" else getattr(torch, params.adapter_dtype)
         _to_meta(wrapped, own, wanted)
     if {id(param) for name, param in wrapped.named_parameters() if name not in own} != set(bases):
@@ -189,6 +197,21 @@ def _refuse_other_trained(trained: list[str], own: Mapping[str, Any]) -> None:
         raise _mistake(f"it adds {strange[0]}, whose name is none of an adapter's", "choose another method")
     if not any(owns(name) for name in trained):
         raise _mistake("nothing of the adapter would be trained", "choose another method")
+
+
+def _refuse_lost_reads(wrapped: nn.Module, starts: Mapping[str, Tensor], operations: set[str]) -> None:
+    """Refuse what follows from the base's weights and cannot be drawn again when they are there.
+
+    Parameters that are NaN can; buffers cannot, nor what a choice of elements has lost the NaN of.
+    """
+    again = any(value.is_floating_point() and bool(value.isnan().any()) for value in starts.values())
+    buffers = [name for name, buffer in wrapped.named_buffers() if owns(name)]
+    if operations and (buffers or not again):
+        raise _mistake(
+            f"what it starts from follows from the base's weights ({', '.join(sorted(operations)[:3])}), which are "
+            "filled later, block by block",
+            'choose another method, or name = "lora"',
+        )
 
 
 def _to_meta(wrapped: nn.Module, own: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -323,8 +346,12 @@ def save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
     starts: dict[str, Tensor] = lm.__dict__[_STARTS]
     if all(name in starts and tensor.equal(starts[name].to(tensor.dtype)) for name, tensor in tensors.items()):
         raise DistftError(UNTRAINED)
-    buffers = {name: buffer.detach().cpu() for name, buffer in lm.named_buffers(remove_duplicate=False)}
-    lm.save_pretrained(folder, state_dict={**buffers, **tensors})
+    state = {name: buffer.detach().cpu() for name, buffer in lm.named_buffers(remove_duplicate=False)}
+    first = {id(param): name for name, param in lm.named_parameters()}
+    for name, param in lm.named_parameters(remove_duplicate=False):  # PEFT asks for what layers share by a name of its
+        if first[id(param)] in tensors:
+            state[name] = tensors[first[id(param)]]
+    lm.save_pretrained(folder, state_dict=state)
 
 
 @contextlib.contextmanager

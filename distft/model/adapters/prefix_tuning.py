@@ -8,6 +8,7 @@ Source: https://arxiv.org/abs/2101.00190
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -38,6 +39,8 @@ class PrefixTuningParams(prompts.PromptParams):
     def _hidden_where_it_is_used(self) -> Self:
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             raise ValueError("encoder_hidden_size is of the network of prefix_projection = true")
+        if self.start is not None and self.prefix_projection:
+            raise ValueError("start: a saved prefix holds keys and values, not the network of prefix_projection")
         return self
 
 
@@ -118,6 +121,16 @@ def _save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
     prompts.save_prompt(lm, folder, config, torch.cat(weights, dim=1))
 
 
+def _stored(weights: Any, name: str, meta: Tensor) -> Tensor | None:
+    """Return a layer's columns of the saved prefix; what a projection was made of is not saved."""
+    prompt = prompts.stored_prompt(weights, name, meta)
+    layer = re.search(r"\.(\d+)\.", name)
+    if prompt is None or layer is None or not name.endswith(".kv_prefix.weight"):
+        return None
+    first = int(layer[1]) * meta.shape[1]
+    return prompt[:, first : first + meta.shape[1]].clone()
+
+
 SPEC = MethodSpec(
     name="prefix_tuning",
     title="Prefix tuning",
@@ -129,5 +142,6 @@ SPEC = MethodSpec(
     adapter=True,
     virtual_tokens=prompts.virtual_tokens,
     save_adapter=_save,
+    stored=_stored,
     library="peft",
 )

@@ -111,5 +111,6 @@ SPEC = MethodSpec(
     adapter=True,
     virtual_tokens=prompts.virtual_tokens,
     save_adapter=_save,
+    stored=prompts.stored_prompt,
     library="peft",
 )

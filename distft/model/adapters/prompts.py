@@ -20,6 +20,9 @@ class PromptParams(Params):
 
     num_virtual_tokens: int = Field(default=20, ge=1)
     """Positions before every document and every prompt that are trained; they count to [data] max_length."""
+    start: str | None = None
+    """Go on from an adapter that was trained before, instead of from none: its folder, the folder of a run, or a hub
+    id. Base, layers and sizes have to be the same."""
 
 
 def virtual_tokens(params: PromptParams) -> int:
@@ -30,6 +33,11 @@ def virtual_tokens(params: PromptParams) -> int:
 def base_name(name: str) -> str:
     """Return a name as the base's files have it, without the embedding that reads virtual ids."""
     return name.replace(".base.", ".", 1)
+
+
+def stored_prompt(weights: Any, name: str, meta: Tensor) -> Tensor | None:
+    """Return the saved prompt; see `MethodSpec.stored`."""
+    return weights.get_tensor("prompt_embeddings") if "prompt_embeddings" in weights.keys() else None  # noqa: SIM118
 
 
 def refuse_scores(lm: Any) -> None:
