@@ -115,13 +115,17 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
     optim, clip = recipe.optim, recipe.train.max_grad_norm
     params: Any = optim.params
     factor = recipe.schedule.spec.build(recipe.schedule.params, num_steps)
+    method, ratio = recipe.method.spec, recipe.method.spec.lr_ratio(recipe.method.params)
+    named = dict(built.module.named_parameters())
     return UpdateRule(
         build=lambda groups: optim.spec.build(params, groups),
         lr_at=lambda step: params.learning_rate * factor(step),
         weight_decay=getattr(params, "weight_decay", 0.0),
-        decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
+        decayed=frozenset(name for name, param in named.items() if param.ndim >= 2),
         max_grad_norm=None if clip == "off" else float(clip),
         per_tensor=optim.spec.per_tensor,
+        faster=frozenset(name for name in named if method.faster(name)) if ratio != 1.0 else frozenset(),
+        lr_ratio=ratio,
     )
 
 

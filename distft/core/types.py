@@ -244,14 +244,24 @@ class UpdateRule:
     """The optimizer may step some tensors before others: `step()` changes those that have a gradient, each from its own
     state alone. False: it gets all gradients at once."""
 
+    faster: frozenset[str] = frozenset()
+    """Names of parameters whose learning rate is `lr_ratio` times that of the others."""
+    lr_ratio: float = 1.0
+
     def groups(self, named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-        """Return Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out."""
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
+        """Return Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out.
+
+        In each of the two the faster ones come last, with `lr_ratio`, which engines multiply their rate by.
+        """
+        kinds = {(decays, is_faster): list["Tensor"]() for decays in (True, False) for is_faster in (False, True)}
         for name, tensor in named:
-            (decayed if name in self.decayed else plain).append(tensor)
-        pairs = ((decayed, self.weight_decay), (plain, 0.0))
-        return [{"params": tensors, "weight_decay": decay} for tensors, decay in pairs if tensors]
+            kinds[name in self.decayed, name in self.faster].append(tensor)
+        return [
+            {"params": tensors, "weight_decay": self.weight_decay if decays else 0.0}
+            | ({"lr_ratio": self.lr_ratio} if is_faster else {})
+            for (decays, is_faster), tensors in kinds.items()
+            if tensors
+        ]
 
 
 class Engine(Ranks, Protocol):

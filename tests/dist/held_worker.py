@@ -28,6 +28,7 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
     table = ModelTable(path=case["model"], dtype=case["dtype"], init="random")
     params = method.params.model_validate_json(json.dumps(case.get("params", {})))
     built = load.build(table, Path(case["model"]), method, params, seed=0, device=placed.device)
+    ratio = method.lr_ratio(params)
     rule = UpdateRule(
         build=lambda groups: optim.build(optim.params(), groups),
         lr_at=lambda step: 1e-4,
@@ -35,6 +36,8 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
         decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
         max_grad_norm=1.0,
         per_tensor=optim.per_tensor,
+        faster=frozenset(name for name, _ in built.module.named_parameters() if ratio != 1.0 and method.faster(name)),
+        lr_ratio=ratio,
     )
     engine = spec.open(spec.params(), placed)
     try:

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from harness import Bench, Run, relative, run
 
 TOLERANCE = 1e-5
@@ -88,6 +89,34 @@ print(json.dumps(found))
 
 def later(run: Run) -> list[tuple[float, float]]:
     return [(record["loss"], record["grad_norm"]) for record in run.steps if record["step"] > 3]
+
+
+PLUS = {
+    "plain": 'method={name="lora", r=4}',
+    "one": 'method={name="lora", r=4, lora_plus_ratio=1.0}',
+    "plus": 'method={name="lora", r=4, lora_plus_ratio=16.0}',
+}
+"""LoRA+."""
+
+
+@pytest.mark.slow
+def test_b_learns_faster_by_the_ratio_on_every_engine(bench: Bench) -> None:
+    """Adam's first step moves every number by its rate, whatever its gradient, where there is no decay."""
+    from safetensors.torch import load_file
+
+    first = ["train.max_steps=1", "schedule.warmup_steps=0", 'schedule.name="constant"', "optim.learning_rate=1e-3",
+             "optim.weight_decay=0.0"]  # fmt: skip
+    runs = bench.launch(1, {name: [method, *first] for name, method in PLUS.items()}, tag="plus")
+    tensors = {name: load_file(run.folder / "final/adapter_model.safetensors") for name, run in runs.items()}
+    assert all(torch.equal(tensors["plain"][name], tensors["one"][name]) for name in tensors["plain"])
+    for name, ratio in (("plain", 1), ("plus", 16)):
+        moved = torch.cat([tensor.flatten() for key, tensor in tensors[name].items() if ".lora_B." in key]).abs()
+        assert abs(moved.median().item() / (ratio * 1e-3) - 1) < 1e-3
+    slowly = "optim.learning_rate=3e-4"
+    whole = bench.launch(1, {"plus": [PLUS["plus"], slowly]}, tag="plus-solo")["plus"]
+    for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+        run = bench.launch(2, {"plus": [PLUS["plus"], slowly, f'engine.name="{engine}"']}, tag=f"plus-{engine}")["plus"]
+        assert apart(run, whole) < TOLERANCE, engine
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def page(made: list[list[str]]) -> str:
         f"Written by `make peft-types` with PEFT {version('peft')}, on a CPU: six fp32 steps, a Llama of two blocks.",
         '`name = "peft"`, `type = "..."`; the other keys are the fields of the type\'s config. Beside two processes:',
         f"whether losses and norms of gradients are those of one process to {TOLERANCE:g}. 4 bits: whether losses",
-        "beside a base in 4 bits are those beside the same base dequantised. The last two: what PEFT does with `final/`.",
+        "beside a base in 4 bits are those beside the same base dequantised. Last two: what PEFT does with `final/`.",
         "",
         "| type | solo | ddp × 2 | zero3 × 2 | fsdp2 × 2 | 4 bits | several adapters | merge |",
         "|---|---|---|---|---|---|---|---|",

@@ -280,6 +280,14 @@ def starts_at_zero(name: str) -> bool:
     return ".lora_B." in name
 
 
+def lr_ratio(params: LoraParams) -> float:
+    """Return how many times the learning rate of the rest B has.
+
+    Source: https://arxiv.org/abs/2402.12354
+    """
+    return params.lora_plus_ratio
+
+
 def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator) -> Tensor:
     """Draw PEFT's default: A uniform as torch initialises a linear layer, B zero, so it starts as identity.
 
@@ -360,6 +368,8 @@ SPEC = MethodSpec(
     base_alone=base_alone,
     save_adapter=save,
     saved=saved_params,
+    faster=starts_at_zero,
+    lr_ratio=lr_ratio,
     blocks_differ=blocks_differ,
     library="peft",
 )

@@ -41,6 +41,8 @@ class LoraParams(Params):
     layers_to_transform: tuple[int, ...] = ()
     """Indices of the blocks that get adapters; none given: all."""
 
+    lora_plus_ratio: float = Field(default=1.0, gt=0)
+    """The matrices B, which start at zero, learn with this many times the learning rate (LoRA+, which takes 16)."""
     start: str | None = None
     """Go on from an adapter that was trained before, instead of from none: its folder, the folder of a run, or a hub
     id. Base, layers and sizes have to be the same."""

@@ -57,6 +57,8 @@ SPEC = MethodSpec(
     saves_memory=2,
     base_alone=lora.base_alone,
     save_adapter=lora.save,
+    faster=lora.starts_at_zero,
+    lr_ratio=lora.lr_ratio,
     blocks_differ=blocks_differ,
     library="bitsandbytes",
 )

@@ -40,6 +40,10 @@ def _as_trained(params: Any) -> Any:
     return params
 
 
+def _same_rate(params: Any) -> float:
+    return 1.0
+
+
 def _no_difference(params: Any) -> bool:
     return False
 
@@ -99,6 +103,10 @@ class MethodSpec:
     """params -> those of the adapter that final/ holds, where it is saved in another form than it is trained in."""
     filled_from: Path | None = None
     """The folder of the saved adapter that owned parameters are filled from (see `distft.model.adapters.trained`)."""
+    faster: Callable[[str], bool] = _no_name
+    """Whether a parameter of this name has a learning rate of `lr_ratio` times that of the others."""
+    lr_ratio: Callable[[Any], float] = _same_rate
+    """params -> that ratio."""
     blocks_differ: Callable[[Any], bool] = _no_difference
     """params -> whether what is trained differs from block to block, so that a plan has to look at all of them."""
     loader: str = ""
