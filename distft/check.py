@@ -32,6 +32,7 @@ from distft.data_quality import DataQualityReport, card, examine, refuse_overlap
 from distft.data_quality.judged_rows import JudgedRows, document_tokens, judged_rows
 from distft.evaluation.build import build_eval_sets
 from distft.recipe import Recipe, check_steps, load_recipe
+from distft.trained_counts import trained_counts
 
 MARKS = ("⟦", "⟧")
 """Around trained tokens where there is no colour."""
@@ -98,6 +99,8 @@ class CheckReport:
     model: str | None
     """What is proven of the model's arithmetic, then a line for each path that was tried before and not taken; None for
     a folder that holds a tokenizer alone."""
+    parameters: tuple[int, int] | None
+    """(trained, all); None where `model` is."""
     care: DataQualityReport
     """What the rows hold that should be known: repeats, overlap, personal data, balance."""
     tokens_per_epoch: int
@@ -178,6 +181,7 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         splits=tuple(splits),
         answers=tuple(_sets(recipe, tokenizer, revision)),
         model=_verdict(recipe) if has_config else None,
+        parameters=trained_counts(recipe) if has_config else None,
         care=care,
         tokens_per_epoch=steps.tokens_per_epoch,
         supervised_per_epoch=steps.supervised_per_epoch,
@@ -282,6 +286,9 @@ def show(report: CheckReport, console: Console) -> None:
     _line(console, report.recipe_toml.rstrip())
     if report.model is not None:
         _line(console, f"\n[model]  {report.model}")
+    if report.parameters is not None:
+        trained, total = report.parameters
+        _line(console, f"[method] {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
     for split in report.splits:
         _show_split(split, console)
     _line(console, "\n[care]")

@@ -21,6 +21,7 @@ from distft.data.prepared_folder import cache_folder
 from distft.export import EXPORTS
 from distft.model import skeleton
 from distft.model.adapters import targets
+from distft.model.adapters.spec import leaves_base_alone
 from distft.model.heads import HEADS
 from distft.objectives import OBJECTIVES, ObjectiveSpec
 from distft.recipe import Recipe, listed_params
@@ -114,8 +115,8 @@ def _references_that_cannot_be(recipe: Recipe, folder: Path) -> Iterator[RecipeM
     path = recipe.objective.spec.reference(recipe.objective.params)
     if path is None:
         return
-    if spec.adapter and spec.base_alone is None:
-        message = f'method "{spec.name}" cannot be left out of the model, so no other model can be its reference'
+    if spec.adapter and not leaves_base_alone(spec, recipe.method.params):
+        message = f'method "{spec.name}" as it is set cannot be left out: no other model can be its reference'
         yield RecipeMistake(key=key, message=message, fix="leave reference out, or choose another method")
         return
     there = Path(path).expanduser()
@@ -285,7 +286,7 @@ def _nearest(folder: Path) -> str:
 
 @contextlib.contextmanager
 def with_model_line(recipe: Recipe) -> Iterator[None]:
-    """Add the line of [model] path to errors of the model, raised inside the context.
+    """Add the line of [model] path, or of what [method] says, to errors of the model, raised inside the context.
 
     Raises:
         RecipeError: the one from inside, with the line.
@@ -295,9 +296,19 @@ def with_model_line(recipe: Recipe) -> Iterator[None]:
     except RecipeError as error:
         if any(problem.line for problem in error.problems):
             raise
-        line = recipe.line_of("model.path")
-        problems = [Problem(message=problem.message, line=line, fix=problem.fix) for problem in error.problems]
+        problems = [
+            Problem(message=problem.message, line=_line(recipe, problem.message), fix=problem.fix)
+            for problem in error.problems
+        ]
         raise RecipeError(recipe.source, problems) from error
+
+
+def _line(recipe: Recipe, message: str) -> int | None:
+    """Return the line of the key that a message begins with, `[method] key`, else of the method, or of the model."""
+    table, _, rest = message.partition(" ")
+    if table != "[method]":
+        return recipe.line_of("model.path")
+    return recipe.line_of(f"method.{rest.partition(' ')[0].rstrip(':')}") or recipe.line_of("method.name")
 
 
 def _refuse(recipe: Recipe, faults: list[RecipeMistake]) -> None:

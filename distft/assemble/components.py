@@ -94,7 +94,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
     if spec.adapted is not None:
         layers, tensors = spec.adapted(built.module)
         say(f"adapters on {layers} layers" + (f" and {tensors} expert tensors" if tensors else ""))
-    if spec.quantized:
+    if spec.quant(recipe.method.params) is not None:
         say(str(quantize.count(built.module)))
     return built
 
@@ -115,14 +115,18 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
     optim, clip = recipe.optim, recipe.train.max_grad_norm
     params: Any = optim.params
     factor = recipe.schedule.spec.build(recipe.schedule.params, num_steps)
+    method, ratio = recipe.method.spec, recipe.method.spec.lr_ratio(recipe.method.params)
+    named = dict(built.module.named_parameters())
     return UpdateRule(
         build=lambda groups: optim.spec.build(params, groups),
         lr_at=lambda step: params.learning_rate * factor(step),
         weight_decay=getattr(params, "weight_decay", 0.0),
-        decayed=frozenset(name for name, param in built.module.named_parameters() if param.ndim >= 2),
+        decayed=frozenset(name for name, param in named.items() if param.ndim >= 2),
         max_grad_norm=None if clip == "off" else float(clip),
         matrices=_matrices(recipe, built),
         per_tensor=optim.spec.per_tensor,
+        faster=frozenset(name for name in named if method.faster(name)) if ratio != 1.0 else frozenset(),
+        lr_ratio=ratio,
     )
 
 
@@ -168,10 +172,12 @@ def build_objective(
     from distft.columns import ColumnFiller, ColumnInputs
     from distft.columns.reference import ReferenceModel
     from distft.core.protocols import NO_COLUMNS
+    from distft.model.adapters.spec import leaves_base_alone
     from distft.model.policy import ModelPolicy
     from distft.objectives.spec import Objective
 
-    chosen, alone, policy = recipe.objective, recipe.method.spec.base_alone, ModelPolicy(engine.model)
+    chosen, method, policy = recipe.objective, recipe.method, ModelPolicy(engine.model)
+    alone = method.spec.base_alone if leaves_base_alone(method.spec, method.params) else None
     specs, other = column_specs(recipe), other_model(recipe)
     if not specs:
         return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)

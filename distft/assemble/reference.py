@@ -136,6 +136,18 @@ def _quiet(line: str) -> None:
     """Drop a line: the trained model says the same."""
 
 
+def _start_hash(recipe: Recipe) -> str:
+    """Return the hash of the adapter that training goes on from; empty where it begins one."""
+    start = getattr(recipe.method.params, "start", None)
+    if start is None:
+        return ""
+    from distft.data.fingerprint import file_hash
+    from distft.data.prepared_folder import cache_folder
+    from distft.model.adapters.trained import WEIGHTS, start_folder
+
+    return file_hash(start_folder(start) / WEIGHTS, cache_folder(recipe.data) / "hashes")
+
+
 def _logprobs_key(recipe: Recipe, engine: Engine, layout: Layout, weights: str, rows_sha256: str) -> str:
     """Return a key of everything that log-probabilities of the model before training depend on.
 
@@ -154,6 +166,7 @@ def _logprobs_key(recipe: Recipe, engine: Engine, layout: Layout, weights: str, 
         "rows": rows_sha256,
         "head": recipe.objective.spec.head,
         "method": [recipe.method.name, recipe.method.params.model_dump(mode="json")],
+        "start": _start_hash(recipe),
         "dtype": recipe.model.dtype,
         "path": layout.path.to_json(),
         "packing": [recipe.data.packing, recipe.data.max_length],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +20,11 @@ class Params(BaseModel):
     """Base of every recipe table: frozen, no unknown keys, no silent coercion, field docstrings become the schema."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def for_table(cls, raw: Mapping[str, Any]) -> type[Params]:
+        """Return the class that a raw table is read as: itself, unless one of its keys says what the others are."""
+        return cls
 
 
 class NoParams(Params):

@@ -247,21 +247,31 @@ class UpdateRule:
     """The optimizer may step some tensors before others: `step()` changes those that have a gradient, each from its own
     state alone. False: it gets all gradients at once."""
 
+    faster: frozenset[str] = frozenset()
+    """Names of parameters whose learning rate is `lr_ratio` times that of the others."""
+    lr_ratio: float = 1.0
+
     def groups(self, named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-        """Return Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out."""
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
-        matrices: list[Tensor] = []
+        """Return Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out.
+
+        Weight matrices that are treated otherwise come before the other decayed tensors, with `matrix`; in each of these
+        the faster ones come last, with `lr_ratio`, which engines multiply their rate by.
+        """
+        kinds = {
+            (is_matrix, decays, is_faster): list["Tensor"]()
+            for is_matrix, decays in ((True, True), (False, True), (False, False))
+            for is_faster in (False, True)
+        }
         for name, tensor in named:
             is_matrix = self.matrices is not None and name in self.matrices
-            (matrices if is_matrix else decayed if name in self.decayed else plain).append(tensor)
-        pairs = ((matrices, self.weight_decay), (decayed, self.weight_decay), (plain, 0.0))
-        groups: list[dict[str, Any]] = [
-            {"params": tensors, "weight_decay": decay} | ({"matrix": True} if tensors is matrices else {})
-            for tensors, decay in pairs
+            kinds[is_matrix, is_matrix or name in self.decayed, name in self.faster].append(tensor)
+        return [
+            {"params": tensors, "weight_decay": self.weight_decay if decays else 0.0}
+            | ({"matrix": True} if is_matrix else {})
+            | ({"lr_ratio": self.lr_ratio} if is_faster else {})
+            for (is_matrix, decays, is_faster), tensors in kinds.items()
             if tensors
         ]
-        return groups
 
 
 class Engine(Ranks, Protocol):

@@ -173,7 +173,7 @@ class ZeroEngine(BaseEngine):
         accepted = math.isfinite(sums[0]) and allow_update(sums[0] / denominator)
         lr = self.rule.lr_at(state.step)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         with contextlib.nullcontext() if accepted else _held(self._optimizer.optimizer):
             self._wrapped.step()
         overflow = self._optimizer.overflow

@@ -40,6 +40,11 @@ class ParamSizes(Protocol):
         ...
 
     @property
+    def faster(self) -> bool:
+        """Whether it has a learning rate of its own, and so another group of the optimizer."""
+        ...
+
+    @property
     def block(self) -> int:
         """Index of its transformer block, or ROOT."""
         ...

@@ -100,7 +100,7 @@ class SoloEngine(BaseEngine):
 
     def _update(self, lr: float, grad_norm: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         total = torch.tensor(grad_norm, dtype=torch.float32, device=self.device)
 
         def step(masters: list[nn.Parameter]) -> None:

@@ -251,7 +251,8 @@ def _gradients_touching(group: list[ParamSizes], start: int, part: int) -> int:
 
 
 def _groups(trained: Iterable[ParamSizes]) -> list[list[ParamSizes]]:
-    """Return the optimizer's parameter groups: with weight decay, and without; empty ones are left out."""
-    trained = list(trained)
-    groups = ([p for p in trained if p.decayed], [p for p in trained if not p.decayed])
-    return [group for group in groups if group]
+    """Return the optimizer's parameter groups (see `core.types.UpdateRule.groups`); empty ones are left out."""
+    groups = {(decays, is_faster): list[ParamSizes]() for decays in (True, False) for is_faster in (False, True)}
+    for param in trained:
+        groups[param.decayed, param.faster].append(param)
+    return [group for group in groups.values() if group]

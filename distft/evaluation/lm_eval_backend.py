@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from distft.core.errors import Preempted
+from distft.core.errors import MachineError, Preempted
 from distft.data.render import Renderer
 from distft.generation.completion import Prompt, SamplingParams
 from distft.generation.generator import Generator
@@ -99,7 +99,14 @@ class LmEvalBackend:
 
         A start token that the tokenizer adds counts as one of the text's, after another: as in lm-eval, whose figures
         these are.
+
+        Raises:
+            MachineError: texts begin with a method's virtual tokens, which have no likelihood.
         """
+        if self._renderer.prefix:
+            raise MachineError(
+                "the likelihood of whole texts cannot be measured behind virtual tokens: leave this task out"
+            )
         before, _ = self._renderer.pair("", text)
         ids = self._renderer.tokens(text)
         most = self._generator.longest or len(ids)

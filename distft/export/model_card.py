@@ -144,7 +144,7 @@ def _licence(run: RunRecord) -> str:
 
 def _what(run: RunRecord) -> Iterator[str]:
     how = run.method_title or "Fine-tuning"
-    if run.method_spec is not None and run.method_spec.quantized:
+    if run.table("method").get("quant") is not None:
         how += " (adapters beside a 4-bit base)"
     yield f"# {_plain(run.name)}"
     yield ""
@@ -220,7 +220,8 @@ def _use(run: RunRecord, folder: Path) -> Iterator[str]:
     chat = (folder / "chat_template.jinja").is_file()
     where = f"{run.folder / 'final'}"
     yield from ("## Use", "", "```python")
-    load = (_WITH_PEFT if run.is_adapter else _PLAIN).format(folder=json.dumps(where))
+    own = "" if run.method_spec is None else run.method_spec.loader
+    load = (own or (_WITH_PEFT if run.is_adapter else _PLAIN)).format(folder=json.dumps(where))
     if _is_reward_model(run):
         load = load.replace("ForCausalLM", "ForSequenceClassification").replace("dtype=", "num_labels=1, dtype=")
     asks = (_CHAT_REWARD if chat else _TEXT_REWARD) if _is_reward_model(run) else (_CHAT if chat else _TEXT)

@@ -19,6 +19,7 @@ from distft.core.errors import MachineError
 from distft.core.out_of_memory import held, is_out_of_memory
 from distft.core.phase import PHASE
 from distft.core.types import Engine
+from distft.core.virtual_tokens import VIRTUAL_ID
 from distft.generation.batching import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS, BatchLimits, pad_left, split_batches
 from distft.generation.completion import Completion, Prompt, SamplingParams
 from distft.generation.sampling import draws, logprobs_of, next_tokens
@@ -70,9 +71,13 @@ class Generator:
         """Share of a batch that is answered at once: less after memory ran out."""
 
     def truncate_prompt(self, ids: Sequence[int], room: int) -> Sequence[int]:
-        """Cut the start of a prompt so that `room` tokens are left for its answer; one token of it stays."""
-        most = len(ids) if self.longest is None else max(1, self.longest - room)
-        return ids[-most:]
+        """Cut the start of a prompt so that `room` tokens are left for its answer; one token of it stays.
+
+        A method's virtual tokens, which prompts begin with, stay too.
+        """
+        virtual = sum(token >= VIRTUAL_ID for token in ids)
+        most = len(ids) - virtual if self.longest is None else max(1, self.longest - room - virtual)
+        return [*ids[:virtual], *ids[virtual:][-most:]] if virtual else ids[-most:]
 
     def generate(self, prompts: Sequence[Prompt], how: SamplingParams) -> list[Completion] | None:
         """Generate an answer to each prompt, in order; None when some rank was asked to stop before the end."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from distft.core.errors import MachineError
 from distft.core.optional import why_not
+from distft.model.adapters.virtual_tokens import with_prefix
 from distft.model.paths import SINGLE, VARLEN
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -332,5 +333,15 @@ def register() -> None:
     """Make `VARLEN` and `SINGLE` known to transformers; again is harmless."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionInterface.register(SINGLE, single_attention)
+    AttentionInterface.register(VARLEN, with_prefix(varlen_attention))
+    AttentionInterface.register(SINGLE, with_prefix(single_attention))
+
+
+def let_take_prefixes() -> None:
+    """Let transformers' own attention put in the prefixes of its module, too; it stays what it is where none is."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    for name in ("sdpa", "flash_attention_2", "flash_attention_3"):
+        AttentionInterface.register(name, with_prefix(functions[name]))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distft.core.types import IGNORE
 from distft.model.adapters.lora_head import use_loss_with_adapter
+from distft.model.adapters.virtual_tokens import PrefixInputs
 from distft.model.cross_entropy import HeadLoss, chunked_loss, judged, likelihoods
 from distft.model.head import Observation
 from distft.model.load_balancing import RouterLoss
@@ -53,6 +54,7 @@ class CausalLM(nn.Module):
         self.path = path or ForwardPath()
         self.observed = observed
         self.router = router
+        self.prefix = PrefixInputs(lm)
         if self.path.head == "chunked" and observed is None:
             raise ValueError("a chunked head needs to know what the model does before its logits")
         self.use_loss(loss)
@@ -127,6 +129,7 @@ class CausalLM(nn.Module):
         run the same collectives. With a router loss: (losses, router loss [1]), to be added.
         """
         inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen, keys_K, cu_seqlens_k, max_seqlen_k)
+        inputs |= self.prefix.of_ids(input_ids_T[None])
         if self.router is not None:
             if keys_K is not None:
                 raise ValueError("a router's loss counts every document's tokens, and a shared prompt has them once")
@@ -145,6 +148,7 @@ class CausalLM(nn.Module):
             output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
             loss = (chunked_loss,) if per_token else ()
             losses = self.head(output.last_hidden_state[0][at_S], labels_S, *loss)
+        self.prefix.check()
         if nothing:
             losses = losses * 0.0
         if self.router is None:
@@ -167,8 +171,10 @@ class CausalLM(nn.Module):
         Arguments are `Batch.score_inputs()`.
         """
         inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen, keys_K, cu_seqlens_k, max_seqlen_k)
+        inputs |= self.prefix.of_ids(input_ids_T[None])
         self._forget_longer_documents()
         output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
+        self.prefix.check()
         head = self.head
         return head(output.last_hidden_state[0][ends_D].to(head.weight.dtype)).float().squeeze(1)
 
@@ -212,16 +218,20 @@ class CausalLM(nn.Module):
         inputs: dict[str, Any] = {"attention_mask": attention_mask_BK, "position_ids": position_ids_BL}
         if cache is not None:
             inputs |= {_cache_argument(self.trunk if self.path.head == "chunked" else self.transformer): cache}
-        if cache is None or cache.get_seq_length() == 0:
+        cached = 0 if cache is None else cache.get_seq_length()
+        inputs |= self.prefix.of_rows(input_ids_BL, attention_mask_BK, cached)
+        if cached == 0:
             self._forget_longer_documents()
         if self.path.head == "own":
             length = input_ids_BL.shape[1]
             columns_C, column_S = (at_S % length).unique(return_inverse=True)
             output = self._own_forward(input_ids_BL, inputs, columns_C, use_cache=cache is not None)
+            self.prefix.check()
             logits_SV = output.logits[at_S // length, column_S].float()
             return logits_SV if labels_S is None else judged(logits_SV, labels_S)
         given = _taken(self.trunk, inputs)
         output = self.trunk(input_ids=input_ids_BL, use_cache=cache is not None, **given)
+        self.prefix.check()
         hidden_SE = output.last_hidden_state.flatten(0, 1)[at_S]
         if labels_S is not None:
             return self.head(hidden_SE, labels_S, likelihoods)

@@ -21,7 +21,8 @@ from distft.core.errors import MachineError
 from distft.core.phase import PHASE
 from distft.core.ranks import ReadGroup
 from distft.model import attention, cross_entropy, load_balancing, quantize, skeleton
-from distft.model.adapters import MethodSpec
+from distft.model.adapters import MethodSpec, trained
+from distft.model.adapters.lora_inits import RESIDUAL
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
 from distft.model.heads import HEADS, HeadSpec, put_head
@@ -111,7 +112,10 @@ class MetaModel:
         self.dtype = dtype
         self.layout = layout
         # Behind a frozen embedding the first block's input has no gradient to wait for, nor have DoRA's norms.
-        self.blocks_are_atomic = not method.adapter
+        inputs = module.transformer.get_input_embeddings()
+        self.blocks_are_atomic = not method.adapter and all(
+            param.requires_grad for unit in (inputs, *blocks) for param in unit.parameters()
+        )
         self._source, self._method, self._seed = source, method, seed
         self._shared_reads: SharedReads | None = None
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
@@ -170,8 +174,16 @@ class MetaModel:
         return calls
 
     def _is_fresh(self, module: nn.Module) -> bool:
-        """Return whether a module is an adapter's own, which starts from its seed and not from the files."""
-        return self._method.owns(f"{self._names[id(module)]}.x") and self._method.fresh is not None
+        """Return whether a module is an adapter's own, which starts from its seed and not from the files.
+
+        Raises:
+            MachineError: some of its parameters are the adapter's, and others the base's.
+        """
+        name = self._names[id(module)]
+        own = {self._method.owns(f"{name}.{short}") for short, param in module._parameters.items() if param is not None}
+        if len(own) > 1:
+            raise MachineError(f"{name} holds parameters of the base and of the adapter, which are filled apart")
+        return own == {True} and self._method.fresh is not None
 
     def saved_buffers(self) -> list[tuple[str, Tensor]]:
         """Return the buffers that belong to the weights, by their whole names."""
@@ -233,6 +245,8 @@ class MetaModel:
     def _real(self, module: nn.Module, short: str, meta: Tensor, value: Tensor, device: torch.device) -> nn.Parameter:
         if short == "weight" and quantize.is_4bit(module):
             real = quantize.quantized(module, value.to(device, self.dtype))
+            if RESIDUAL in module.__dict__:
+                module.__dict__[RESIDUAL] = quantize.lost(module, real, value.to(device))
         elif quantize.is_4bit_expert(module, short):
             real = quantize.quantized_expert(module, short, value.to(device, self.dtype))
         else:
@@ -296,6 +310,7 @@ def build(
     is_folder = table.path.startswith((".", "/", "~")) or Path(table.path).exists()
     lm.name_or_path = os.path.abspath(folder) if is_folder else table.path
     source = _source(table, folder, lm, seed, dtype, head) if weights else NoSource()
+    method = trained.continued(method, params, lm)
     quant = method.quant(params)
     if quant is not None:
         quantize.store_in_4bit(lm, quant, dtype)
@@ -304,7 +319,9 @@ def build(
     path = path or ForwardPath(attention=kernel, head="chunked" if observed is not None else "own")
     loss = cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     reached = text_parameters(lm)
-    attached = method.attach(lm, params, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "attach"))  # libraries draw what adapters start from while they attach them
+        attached = method.attach(lm, params, dtype)
     for param in lm.parameters():
         if id(param) not in reached and not method.adapter:
             param.requires_grad_(False)

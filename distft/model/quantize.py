@@ -203,6 +203,15 @@ def quantized(module: Any, whole: Tensor) -> Any:
     return weight.to(whole.device)  # moving is what quantises
 
 
+@torch.no_grad()
+def lost(module: Any, packed: Any, whole: Tensor) -> Tensor:
+    """Return fp32 [out, in], what `whole` is more than what its 4-bit parameter dequantises to."""
+    from bitsandbytes import functional
+
+    whole = whole if module.plain_class is nn.Linear else whole.T
+    return whole.float() - functional.dequantize_4bit(packed.data, packed.quant_state).float()
+
+
 def quantized_expert(module: Any, short: str, whole: Tensor) -> nn.Parameter:
     """Return the packed parameter that holds `whole` [experts, rows, columns]; the module keeps its constants."""
     from bitsandbytes import functional

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,8 @@ class Param:
     """Has weight decay, so it is in the optimizer's first group."""
     block: int
     """Index of its transformer block, or ROOT."""
+    faster: bool = False
+    """Has a learning rate of its own, so it is in another group of the optimizer."""
     double: bool | None = None
     """Stored in 4 bits, with (True) or without double quantisation; None: stored as it is."""
 
@@ -161,20 +163,26 @@ def read(
     """
     config = load.read_config(folder)
     num_blocks = config.get_text_config(decoder=True).num_hidden_layers
-    alike = num_blocks > 3 and not targets.name_blocks(params) and _blocks_are_equal(config)
+    differ = targets.name_blocks(params) or method.blocks_differ(params)
+    alike = num_blocks > 3 and not differ and _blocks_are_equal(config)
     depths = (2, 3) if alike else (num_blocks,)
     # 4-bit layers save for the backward pass what plain frozen ones save, and cannot run on meta.
     plain = replace(method, quant=lambda _: None)
     samples = [_build(table, folder, plain, params, _shortened(config, depth), path, head) for depth in depths]
     deepest = samples[-1]
-    if method.quantized:
+    if method.quant(params) is not None:
         for sample in samples:
             for _, module, short in experts.all_expert_tensors(sample.module):
                 # Experts in 4 bits compute with a copy in the model's dtype, which the backward pass needs too.
                 experts.compute_with(module, short, torch.clone, first=True)
         deepest = _build(table, folder, method, params, _shortened(config, depths[-1]), path, head)
     return Inventory(
-        params=tuple(_repeated(list(_listed(deepest)), num_blocks - depths[-1])),
+        params=tuple(
+            _repeated(
+                list(_listed(deepest, method.faster if method.lr_ratio(params) != 1.0 else None)),
+                num_blocks - depths[-1],
+            )
+        ),
         num_blocks=num_blocks,
         samples=tuple(samples),
         depths=depths,
@@ -270,7 +278,7 @@ def _blocks_are_equal(config: Any) -> bool:
     return len(signatures) == 1
 
 
-def _listed(built: MetaModel) -> Iterator[Param]:
+def _listed(built: MetaModel, faster: Callable[[str], bool] | None) -> Iterator[Param]:
     of_block = {id(param): index for index, block in enumerate(built.blocks) for param in block.parameters()}
     stored = {id(param): how for module in built.module.modules() for param, how in quantize.stored_in_4bit(module)}
     for name, param in built.module.named_parameters():
@@ -281,6 +289,7 @@ def _listed(built: MetaModel) -> Iterator[Param]:
             item_bytes=(param.dtype if how is None else how.storage).itemsize,
             trained=param.requires_grad,
             decayed=param.ndim >= 2,
+            faster=faster is not None and param.requires_grad and faster(name),
             block=of_block.get(id(param), ROOT),
             double=None if how is None else how.double,
         )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.model import attention
+from distft.model.adapters.virtual_tokens import with_prefix
 from distft.model.cross_entropy import PLAIN, LogitRule
 from distft.model.paths import SINGLE, VARLEN, ForwardPath
 
@@ -144,8 +145,8 @@ def register() -> None:
     """Make them known to transformers; again is harmless."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(FLASH, flash_attention)
-    AttentionInterface.register(CPU, cpu_attention)
+    AttentionInterface.register(FLASH, with_prefix(flash_attention))
+    AttentionInterface.register(CPU, with_prefix(cpu_attention))
 
 
 @contextlib.contextmanager

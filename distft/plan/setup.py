@@ -17,6 +17,7 @@ from distft.engine.footprint import EngineSetup, Footprint
 from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.model import cross_entropy
+from distft.model.adapters.spec import leaves_base_alone
 from distft.model.cross_entropy import HeadLoss
 from distft.model.paths import ForwardPath
 from distft.plan import kernels
@@ -134,7 +135,7 @@ class Setup:
         """The reference's log-probabilities are computed once: the method changes the base itself, or it is another."""
         objective = self.recipe.objective
         another = objective.spec.reference(objective.params) is not None
-        return another or self.recipe.method.spec.base_alone is None
+        return another or not leaves_base_alone(self.recipe.method.spec, self.recipe.method.params)
 
     @property
     def column_forwards(self) -> tuple[int, int]:

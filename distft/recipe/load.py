@@ -165,7 +165,7 @@ class _Reader:
         name = raw.pop("name", DEFAULT_PARTS[table])
         if isinstance(name, str) and name in registry:
             spec = registry[name]
-            params = self.read(spec.params, raw, (table,), part=name)
+            params = self.read(spec.params.for_table(raw), raw, (table,), part=name)
         else:
             allowed = list(registry)
             message = f"unknown {registry.noun}{did_you_mean(name, allowed)}"

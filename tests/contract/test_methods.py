@@ -11,10 +11,12 @@ from tiny import CPU, batch, build, documents
 from transformers import AutoModelForCausalLM
 
 import distft
+from distft.core.errors import DistftError
 from distft.model.adapters import METHODS
 
 ADAPTERS = [name for name, spec in METHODS.items() if spec.adapter]
-VARIANTS = [(name, {}) for name in METHODS] + [
+NEEDED = {"peft": {"type": "HRA", "r": 4}}
+VARIANTS = [(name, NEEDED.get(name, {})) for name in METHODS if name != "freeze"] + [
     ("lora", {"r": 4, "rslora": True}),
     ("lora", {"r": 4, "dora": True}),
     ("lora", {"r": 4, "target_modules": ["q_proj", "v_proj"]}),
@@ -22,8 +24,18 @@ VARIANTS = [(name, {}) for name in METHODS] + [
     ("lora", {"r": 4, "adapter_dtype": "bfloat16"}),
     ("qlora", {"r": 4, "quant": {"type": "fp4", "double": False}}),
     ("qlora", {"r": 4, "quant": {"storage_dtype": "bfloat16"}}),
+    ("vera", {"quant": {}}),
+    ("peft", {"type": "BOFT", "boft_block_size": 4, "quant": {}}),
+    ("peft", {"type": "MISS", "r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    ("oft", {"oft_block_size": 4, "module_dropout": 0.5, "quant": {}}),
+    ("ia3", {"modules_to_save": ["lm_head"]}),
+    ("lokr", {"r": 2, "decompose_both": True, "target_modules": ".*(q|v)_proj"}),
 ]
 EXAMPLE = batch(documents([30, 12]))
+
+
+def adapted_params(method: str, params: dict):
+    return METHODS[method].params.model_validate_json(json.dumps(params))
 
 
 def losses(model) -> torch.Tensor:
@@ -34,7 +46,7 @@ def losses(model) -> torch.Tensor:
 @pytest.mark.parametrize(("method", "params"), VARIANTS, ids=lambda value: str(value))
 def test_starts_as_identity(tiny_config: Path, method: str, params: dict) -> None:
     adapted = build(tiny_config, method, params=params)
-    if METHODS[method].quantized:  # identity with the quantised base: switch the adapter off
+    if METHODS[method].quant(adapted_params(method, params)):  # identity with the quantised base: leave the adapter out
         with adapted.module.lm.disable_adapter():
             base = losses(adapted)
     else:
@@ -138,7 +150,41 @@ def test_no_other_room_tests_a_method_by_its_name() -> None:
 def test_what_starts_at_zero_does(tiny_config: Path) -> None:
     """And is what tells an adapter that was trained from one that was not."""
     for name in ADAPTERS:
-        spec, module = METHODS[name], build(tiny_config, name).module
+        spec, module = METHODS[name], build(tiny_config, name, params=NEEDED.get(name)).module
         zeros = {param for param, tensor in module.named_parameters() if spec.owns(param) and not tensor.any()}
-        assert zeros
+        assert zeros or name in ("ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "peft"), (
+            "these start as something else"
+        )
         assert zeros == {param for param, _ in module.named_parameters() if spec.starts_at_zero(param)}
+
+
+@pytest.mark.parametrize("method", ["ia3", "loha"])
+def test_an_adapter_that_was_not_trained_is_not_saved(tiny_config: Path, tmp_path: Path, method: str) -> None:
+    """Whatever it starts as; an update of one number is enough to be saved."""
+    lm = build(tiny_config, method).module.lm
+    tensors = {name: param.detach() for name, param in lm.named_parameters() if param.requires_grad}
+    with pytest.raises(DistftError, match="still its initial value"):
+        METHODS[method].save_adapter(lm, tmp_path, tensors)
+    tensors[min(tensors)] = tensors[min(tensors)] + 0.1
+    METHODS[method].save_adapter(lm, tmp_path, tensors)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+FROZEN = [
+    ({"last_blocks": 1}, lambda name: ".layers.1." in name),
+    ({"norms": True}, lambda name: "norm" in name),
+    ({"parameters": [".*\\.[qk]_proj.weight"]}, lambda name: "q_proj" in name or "k_proj" in name),
+    (
+        {"parameters": [".*embed.*"], "last_blocks": 2},
+        lambda name: name != "lm.model.norm.weight" and "head" not in name,
+    ),
+]
+
+
+@pytest.mark.parametrize(("params", "trained"), FROZEN, ids=lambda value: str(value)[:30])
+def test_freeze_trains_what_it_names_and_nothing_else(tiny_config: Path, params: dict, trained) -> None:
+    model = build(tiny_config, "freeze", params=params)
+    assert torch.equal(losses(model), losses(build(tiny_config)))
+    model.module(**EXAMPLE.inputs()).sum().backward()
+    for name, param in model.module.named_parameters():
+        assert param.requires_grad == trained(name) == (param.grad is not None), name

@@ -105,11 +105,11 @@ def attach_norms(lm: Any, params: NoParams, dtype: torch.dtype) -> Any:
 NORMS = MethodSpec(name="norms", params=NoParams, attach=attach_norms, owns=lambda name: False)
 
 
-class Ia3Params(Params):
+class VectorsParams(Params):
     target_modules: tuple[str, ...] = ("k_proj", "v_proj")
 
 
-def attach_ia3(lm: Any, params: Ia3Params, dtype: torch.dtype) -> Any:
+def attach_vectors(lm: Any, params: VectorsParams, dtype: torch.dtype) -> Any:
     from peft import IA3Config, get_peft_model
 
     lm.requires_grad_(False)
@@ -117,10 +117,10 @@ def attach_ia3(lm: Any, params: Ia3Params, dtype: torch.dtype) -> Any:
     return get_peft_model(lm, wanted, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
 
 
-IA3 = MethodSpec(
-    name="ia3",
-    params=Ia3Params,
-    attach=attach_ia3,
+VECTORS = MethodSpec(
+    name="vectors",
+    params=VectorsParams,
+    attach=attach_vectors,
     owns=lambda name: ".ia3_l." in name,
     fresh=lambda name, model, meta, generator: torch.ones(meta.shape),
     base_name=lambda name: name.removeprefix("base_model.model.").replace(".base_layer.", "."),
@@ -367,7 +367,7 @@ def register() -> None:
     OPTIMIZERS.add(SGD)
     FORMATS.add(QA)
     METHODS.add(NORMS)
-    METHODS.add(IA3)
+    METHODS.add(VECTORS)
     METHODS.add(PROMPT)
     FORMATS.add(CHOICE)
     OBJECTIVES.add(FOCAL)
@@ -414,7 +414,7 @@ PAIRS = [
 ]  # fmt: skip
 CASES = {
     "norms": [*FIRST, 'method.name="norms"', "optim.momentum=0.0", 'export.also=[{name="npz", digits="float16"}]'],
-    "ia3": ["train.max_steps=3", 'method.name="ia3"', "optim.momentum=0.9", 'method.target_modules=["v_proj"]'],
+    "vectors": ["train.max_steps=3", 'method.name="vectors"', "optim.momentum=0.9", 'method.target_modules=["v_proj"]'],
     "prompt": [
         "train.max_steps=6",
         'objective={name="sft"}',
@@ -454,12 +454,12 @@ CASES = {
     ],
     "pairs-full": [*PAIRS, 'method={name="full"}'],
     "pairs-sft": [*PAIRS, 'objective={name="sft"}'],
-    "exports": [*FIRST, 'method.name="ia3"', 'export.also=[{name="npz"}, {name="model"}]'],
+    "exports": [*FIRST, 'method.name="vectors"', 'export.also=[{name="npz"}, {name="model"}]'],
     "mistakes": [
         "optim.momentm=0.9",
         "objective.gama=1.0",
         'data.train.0.format="qas"',
-        'method.name="ia2"',
+        'method.name="vector"',
         'export.also=[{name="npy"}, {name="npz", digit=1}]',
     ],
 }
@@ -552,10 +552,10 @@ def test_an_export_from_outside_is_written_beside_final(said: dict[str, str]) ->
         assert all(np.array_equal(arrays[name], final[name].numpy().astype("float16")) for name in arrays.files)
         assert "model.norm.weight" in arrays.files
     assert "adapters have no npz" in said["exports"]
-    assert 'method "ia3" trains an adapter' in said["exports"]
+    assert 'method "vectors" trains an adapter' in said["exports"]
     resolved = tomllib.loads(Path(said["norms"], "recipe.toml").read_text())
     assert resolved["export"]["also"] == [{"name": "npz", "digits": "float16"}]
-    assert "export" not in tomllib.loads(Path(said["ia3"], "recipe.toml").read_text())
+    assert "export" not in tomllib.loads(Path(said["vectors"], "recipe.toml").read_text())
 
 
 def test_a_peft_method_from_outside_saves_its_own_adapter(said: dict[str, str], bench: Bench) -> None:
@@ -563,11 +563,11 @@ def test_a_peft_method_from_outside_saves_its_own_adapter(said: dict[str, str], 
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(bench.folder / "model")
-    model = PeftModel.from_pretrained(base, said["ia3"] + "/final")
+    model = PeftModel.from_pretrained(base, said["vectors"] + "/final")
     own = {name: param for name, param in model.named_parameters() if ".ia3_l." in name}
     assert len(own) == 2, "one vector for each block's v_proj"
     assert all((param != 1).any() and (param - 1).abs().max() < 1 for param in own.values())
-    facts = json.loads(Path(said["ia3"], "manifest.json").read_text())
+    facts = json.loads(Path(said["vectors"], "manifest.json").read_text())
     assert facts["parameters"]["trainable"] == 2 * 2 * 16  # blocks x key-value heads x head size
 
 
@@ -712,7 +712,7 @@ def test_what_an_objective_cannot_have_is_said(said: dict[str, str]) -> None:
 
 
 def test_figures_of_an_objective_are_logged_and_evaluated(said: dict[str, str]) -> None:
-    for name in ("norms", "ia3", "gamma0"):
+    for name in ("norms", "vectors", "gamma0"):
         lines = records(said[name])
         assert all(0 <= line["likely"] <= 1 for line in lines if "loss" in line), name
         assert all(0 <= line["eval_likely"] <= 1 for line in lines if "eval_loss" in line), name
@@ -723,7 +723,7 @@ def test_figures_of_an_objective_are_logged_and_evaluated(said: dict[str, str]) 
 
 
 def test_the_metric_is_in_every_steps_line(said: dict[str, str]) -> None:
-    for name in ("norms", "ia3", "sft"):
+    for name in ("norms", "vectors", "sft"):
         steps = [record for record in records(said[name]) if "loss" in record]
         last = steps[-1]
         assert all("tokens_per_supervised" in record for record in steps)
@@ -731,10 +731,17 @@ def test_the_metric_is_in_every_steps_line(said: dict[str, str]) -> None:
 
 
 def test_the_run_says_which_parts_it_had(said: dict[str, str]) -> None:
-    resolved = Path(said["ia3"], "recipe.toml").read_text()
-    for line in ('name = "ia3"', 'name = "sgd"', "momentum = 0.9", 'name = "focal"', "gamma = 2.0", 'format = "qa"'):
+    resolved = Path(said["vectors"], "recipe.toml").read_text()
+    for line in (
+        'name = "vectors"',
+        'name = "sgd"',
+        "momentum = 0.9",
+        'name = "focal"',
+        "gamma = 2.0",
+        'format = "qa"',
+    ):
         assert line in resolved, line
-    facts = json.loads(Path(said["ia3"], "manifest.json").read_text())
+    facts = json.loads(Path(said["vectors"], "manifest.json").read_text())
     assert (facts["engine"], facts["world"], facts["seed"]) == ("solo", 1, 42)
     assert set(facts["data"]) == {"train", "eval"}
     assert facts["versions"]["torch"] == metadata.version("torch")
@@ -748,4 +755,4 @@ def test_mistakes_in_outside_parts_are_explained_like_our_own(said: dict[str, st
     assert 'did you mean "momentum"' in text
     assert 'did you mean "gamma"' in text
     assert 'did you mean "qa"' in text
-    assert "allowed: full, lora, qlora, norms, ia3" in text
+    assert f"allowed: {', '.join(METHODS)}, norms, vectors" in text

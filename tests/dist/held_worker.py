@@ -29,6 +29,7 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
     table = ModelTable(path=case["model"], dtype=case["dtype"], init="random")
     params = method.params.model_validate_json(json.dumps(case.get("params", {})))
     built = load.build(table, Path(case["model"]), method, params, seed=0, device=placed.device)
+    ratio = method.lr_ratio(params)
     rule = UpdateRule(
         build=lambda groups: optim.build(optim.params(), groups),
         lr_at=lambda step: 1e-4,
@@ -37,6 +38,8 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
         max_grad_norm=1.0,
         matrices=frozenset(block_matrices(built.module, built.blocks)) if optim.matrix_state_bytes else None,
         per_tensor=optim.per_tensor,
+        faster=frozenset(name for name, _ in built.module.named_parameters() if ratio != 1.0 and method.faster(name)),
+        lr_ratio=ratio,
     )
     engine = spec.open(spec.params(), placed)
     try:

@@ -50,7 +50,7 @@ DTYPES = ("float32", "bfloat16")
 def cell(
     model: str, engine: str, method: str, optim: str, dtype: str, *, micros: int = 1, **params: Any
 ) -> dict[str, Any]:
-    chosen = METHOD_PARAMS[method] | params
+    chosen = METHOD_PARAMS.get(method, {}) | params
     said = "/".join([model, engine, method, optim, dtype, *map(str, params.values()), *["sums"] * (micros > 1)])
     return {"name": said, "model": model, "engine": engine, "method": method, "optim": optim, "dtype": dtype,
             "params": chosen, "micros": micros}  # fmt: skip
@@ -84,6 +84,30 @@ VARIANTS = [
     for params in ({"quant": {"double": False}}, {"adapter_dtype": "float32"})
     if not (engine == "fsdp2" and "adapter_dtype" in params)  # one type a block, fsdp2 asks
 ]
+LITTLE = [
+    cell(model, engine, method, "adamw", dtype, **params)
+    for number, (method, params) in enumerate(
+        [
+            ("prompt_tuning", {"num_virtual_tokens": 5}),
+            ("p_tuning", {"num_virtual_tokens": 5, "encoder_hidden_size": 24}),
+            ("prefix_tuning", {"num_virtual_tokens": 5}),
+            ("prefix_tuning", {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 24}),
+            ("bottleneck", {"size": 7}),
+            ("ia3", {}),
+            ("vera", {"r": 5}),
+            ("oft", {"oft_block_size": 4}),
+            ("loha", {"r": 3}),
+            ("lokr", {"r": 3}),
+            ("freeze", {"last_blocks": 2, "norms": True}),
+            ("lora", {"r": 4, "lora_plus_ratio": 16.0, "rank_pattern": {"down_proj": 6}}),
+            ("peft", {"type": "BOFT", "boft_block_size": 4}),
+        ]
+    )
+    for model, dtype in (("llama", DTYPES[number % 2]),)
+    for engine in ("ddp", *SHARDED)
+    if WHOLE_GRIDS or engine in ("zero3", "fsdp2") or method in ("lora", "freeze", "prefix_tuning")
+]
+"""Methods that train a little; oft's and boft's blocks must divide the inputs of llama's layers."""
 SUMS = {
     world: [
         cell(model, engine, method, "adamw", "bfloat16", micros=2)
@@ -106,7 +130,8 @@ CELLS = {
     + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=5)
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=5)
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
-    + VARIANTS[:: 1 if WHOLE_GRIDS else 2],
+    + VARIANTS[:: 1 if WHOLE_GRIDS else 2]
+    + LITTLE,
     3: SUMS[3]
     + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit"), every=5)
     + ([] if WHOLE_GRIDS else [cell("qwen", "zero2", "full", "paged_adamw_8bit", "bfloat16")]),

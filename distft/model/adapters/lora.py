@@ -11,46 +11,23 @@ import math
 import re
 import types
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import MachineError, Problem, RecipeError
-from distft.core.registry import Params
 from distft.model.adapters import products, targets
+from distft.model.adapters.lora_params import LoraParams, blocks_differ
 from distft.model.adapters.spec import MethodSpec
 from distft.model.heads.spec import head_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     import torch
     from torch import Tensor, nn
 
 ADAPTER = "default"
 """PEFT's name of the one adapter we train; it is part of parameter names."""
-
-
-class LoraParams(Params):
-    """PEFT's names."""
-
-    r: int = Field(default=16, ge=1)
-    """Rank of the update."""
-    alpha: float = Field(default=32.0, gt=0)
-    """The update is scaled by alpha / r (alpha / sqrt(r) with rslora)."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter: every linear layer but the head, name endings such as ["q_proj"], embeddings and the
-    head among them, or a regular expression that fits whole names."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(r): higher ranks keep learning."""
-    dora: bool = False
-    """Learn the magnitude of each output apart from its direction."""
-    modules_to_save: tuple[str, ...] = ()
-    """Layers trained whole beside the adapter, such as "lm_head"."""
-    adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type adapters compute in; auto = the model's. The optimizer keeps an fp32 master either way."""
 
 
 def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
@@ -62,13 +39,17 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
     whole = list(dict.fromkeys([*targets.exact(lm, params.modules_to_save), *(head.trained_whole if head else ())]))
     if not isinstance(named, str):
         named = [name for name in named if not any(_matches(tensor, name) for tensor in tensors)]
+    if params.layers_to_transform:
+        named = targets.in_blocks(lm, named, params.layers_to_transform, without=not_adapted(lm) or [])
     config = LoraConfig(
         r=params.r,
         lora_alpha=params.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=params.dropout,
         target_modules=named,
         target_parameters=sorted(tensors) or None,
-        exclude_modules=_not_adapted(lm) if named == "all-linear" else None,
+        exclude_modules=not_adapted(lm) if named == "all-linear" else None,
+        rank_pattern=dict(params.rank_pattern),
+        alpha_pattern=dict(params.alpha_pattern),
         use_rslora=params.rslora,
         use_dora=params.dora,
         modules_to_save=whole or None,
@@ -89,12 +70,81 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
         if param.requires_grad:
             param.data = torch.empty_like(param, device="meta", dtype=wanted)
         assert param.requires_grad == owns(name) or ".modules_to_save." in name
+    _refuse_misfits(wrapped, params)
+    setattr(wrapped, _INIT, params.init)
+    if params.init == "loftq":
+        from distft.model.adapters import lora_inits
+
+        lora_inits.keep_residuals(wrapped)
     _compute_in_experts(wrapped)
     products.fuse(wrapped, ADAPTER)
     return wrapped
 
 
-def _not_adapted(lm: Any) -> list[str] | None:
+_INIT = "distft_init"
+
+
+def _refuse_misfits(wrapped: nn.Module, params: LoraParams) -> None:
+    """Refuse patterns that fit no adapted layer, ranks above a layer's, and starts that a layer cannot have.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    layers: dict[str, Any] = {name: part for name, part in wrapped.named_modules() if isinstance(part, LoraLayer)}
+    problem = None
+    for key, pattern in (("rank_pattern", params.rank_pattern), ("alpha_pattern", params.alpha_pattern)):
+        for entry in pattern:
+            if not any(re.match(rf"(.*\.)?({entry})$", base_name(name)) for name in layers):
+                names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+                problem = Problem(message=f'[method] {key}: "{entry}" fits no layer that gets an adapter',
+                                  fix=f"they are {names}")  # fmt: skip
+    for name, layer in layers.items():
+        from_weight = params.init != "default"
+        if from_weight and not ("default" in layer.lora_A and isinstance(layer.lora_A["default"], _linear())):
+            problem = Problem(message=f'[method] init = "{params.init}": {base_name(name)} is no linear layer',
+                              fix="leave it out of target_modules")  # fmt: skip
+        least = min(layer.in_features, layer.out_features)
+        if params.init in ("pissa", "olora", "loftq") and layer.r["default"] > least:
+            problem = Problem(message=f"[method] r = {layer.r['default']}: {base_name(name)} has a rank of {least}",
+                              fix=f"set r = {least} or less")  # fmt: skip
+        if params.init in ("pissa", "olora") and name.endswith("lm_head"):
+            problem = Problem(message=f'[method] init = "{params.init}" would change the head, which may be tied',
+                              fix="leave it out of target_modules")  # fmt: skip
+    if problem is not None:
+        raise RecipeError("recipe", [problem])
+
+
+def _linear() -> type:
+    from torch import nn
+
+    return nn.Linear
+
+
+def save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Save as PEFT does, as an adapter that fits the base of the files (see `distft.model.adapters.lora_inits`)."""
+    from distft.model.adapters import lora_inits
+
+    lora_inits.save(lm, folder, tensors)
+
+
+def saved_params(params: LoraParams) -> LoraParams:
+    """Return the settings of what is saved: of twice the rank where a part of the base was taken out."""
+    if params.init not in ("pissa", "olora"):
+        return params
+    more = math.sqrt(2) if params.rslora else 2
+    changes = {
+        "init": "default",
+        "r": 2 * params.r,
+        "alpha": more * params.alpha,
+        "rank_pattern": {name: 2 * rank for name, rank in params.rank_pattern.items()},
+        "alpha_pattern": {name: more * alpha for name, alpha in params.alpha_pattern.items()},
+    }
+    return params.model_copy(update=changes)
+
+
+def not_adapted(lm: Any) -> list[str] | None:
     """Return the names of linear layers that `all-linear` leaves out; None where there are none.
 
     These are layers that no text passes through; routers and other layers of a model's own class whose forward is no
@@ -230,6 +280,14 @@ def starts_at_zero(name: str) -> bool:
     return ".lora_B." in name
 
 
+def lr_ratio(params: LoraParams) -> float:
+    """Return how many times the learning rate of the rest B has.
+
+    Source: https://arxiv.org/abs/2402.12354
+    """
+    return params.lora_plus_ratio
+
+
 def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator) -> Tensor:
     """Draw PEFT's default: A uniform as torch initialises a linear layer, B zero, so it starts as identity.
 
@@ -237,6 +295,11 @@ def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator)
     """
     import torch
 
+    init: Any = getattr(model, _INIT)
+    if init != "default" and (".lora_A." in name or ".lora_B." in name):
+        from distft.model.adapters import lora_inits
+
+        return lora_inits.start(name, init, model, generator)
     layer, is_magnitude, _ = name.partition(".lora_magnitude_vector.")
     if is_magnitude:
         from peft.utils.integrations import dequantize_module_weight
@@ -303,5 +366,10 @@ SPEC = MethodSpec(
     adapter=True,
     saves_memory=1,
     base_alone=base_alone,
+    save_adapter=save,
+    saved=saved_params,
+    faster=starts_at_zero,
+    lr_ratio=lr_ratio,
+    blocks_differ=blocks_differ,
     library="peft",
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, model_validator
 
 from distft.model.adapters import lora
-from distft.model.adapters.lora import LoraParams
+from distft.model.adapters.lora_params import LoraParams, blocks_differ
 from distft.model.adapters.spec import MethodSpec
 from distft.model.quant_params import QuantParams
 
@@ -56,5 +56,9 @@ SPEC = MethodSpec(
     adapter=True,
     saves_memory=2,
     base_alone=lora.base_alone,
+    save_adapter=lora.save,
+    faster=lora.starts_at_zero,
+    lr_ratio=lora.lr_ratio,
+    blocks_differ=blocks_differ,
     library="bitsandbytes",
 )

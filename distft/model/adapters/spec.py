@@ -26,6 +26,28 @@ def _no_tokens(params: Any) -> int:
     return 0
 
 
+def file_key(name: str) -> str:
+    """Return a parameter's name in PEFT's file, which leaves the adapter's name out."""
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
+
+
+def _by_file_key(weights: Any, name: str, meta: Tensor) -> Tensor | None:
+    key = file_key(name)
+    return weights.get_tensor(key) if key in weights.keys() else None  # noqa: SIM118
+
+
+def _as_trained(params: Any) -> Any:
+    return params
+
+
+def _same_rate(params: Any) -> float:
+    return 1.0
+
+
+def _no_difference(params: Any) -> bool:
+    return False
+
+
 def _no_name(name: str) -> bool:
     return False
 
@@ -74,5 +96,30 @@ class MethodSpec:
     `distft.model.adapters.virtual_tokens.VirtualEmbedding` in the place of the model's embedding."""
     save_adapter: Callable[[Any, Path, dict[str, Tensor]], None] = _save
     """(attached model, folder, trained tensors by their names) -> writes the adapter's files."""
+    stored: Callable[[Any, str, Tensor], Tensor | None] = _by_file_key
+    """(opened safetensors file of a saved adapter, name of an owned parameter, meta tensor) -> what is stored of it;
+    None: the file does not hold it."""
+    saved: Callable[[Any], Any] = _as_trained
+    """params -> those of the adapter that final/ holds, where it is saved in another form than it is trained in."""
+    filled_from: Path | None = None
+    """The folder of the saved adapter that owned parameters are filled from (see `distft.model.adapters.trained`)."""
+    faster: Callable[[str], bool] = _no_name
+    """Whether a parameter of this name has a learning rate of `lr_ratio` times that of the others."""
+    lr_ratio: Callable[[Any], float] = _same_rate
+    """params -> that ratio."""
+    blocks_differ: Callable[[Any], bool] = _no_difference
+    """params -> whether what is trained differs from block to block, so that a plan has to look at all of them."""
+    loader: str = ""
+    """Python of the model card that loads final/, where PEFT does not: with `{folder}`, it makes `tokenizer` and
+    `model`."""
     library: str | None = None
     """Importable name of the package it needs beyond torch and transformers."""
+
+
+def leaves_base_alone(spec: MethodSpec, params: Any) -> bool:
+    """Return whether the base alone is the model before training, and can be had beside the adapters.
+
+    It is not where training goes on from an adapter, or where adapters start as a part of the base.
+    """
+    started = getattr(params, "start", None) is not None
+    return spec.base_alone is not None and not started and spec.saved(params) == params

@@ -115,6 +115,41 @@ def exact(lm: nn.Module, names: Sequence[str]) -> list[str]:
     return exact_names
 
 
+def in_blocks(lm: Any, named: str | Sequence[str], indices: Sequence[int], *, without: Sequence[str]) -> list[str]:
+    """Return the whole names of targets in some of the blocks.
+
+    Args:
+        lm: a transformers model.
+        named: the recipe's `target_modules`.
+        indices: of the blocks.
+        without: what "all-linear" leaves out.
+
+    Raises:
+        RecipeError: there is no such block, or none of the targets is in them.
+    """
+    from distft.core.errors import Problem, RecipeError
+    from distft.model.blocks import blocks_of
+
+    blocks = blocks_of(lm)
+    outside = [index for index in indices if not 0 <= index < len(blocks)]
+    if outside:
+        message = f"[method] layers_to_transform: {outside[0]} is no block of the model"
+        problem = Problem(message=message, fix=f"it has blocks 0 to {len(blocks) - 1}")
+        raise RecipeError("recipe", [problem])
+    inside = {id(part) for index in indices for part in blocks[index].modules()}
+    names = [name for name, module in lm.named_modules() if id(module) in inside and _adapts(module)]
+    if named == ALL_LINEAR:
+        chosen = [name for name in names if name not in without]
+    elif isinstance(named, str):
+        chosen = [name for name in names if re.fullmatch(named, name)]
+    else:
+        chosen = [name for name in names if any(_ends_with(name, target) for target in named)]
+    if not chosen:
+        problem = Problem(message="[method] layers_to_transform: none of target_modules is in these blocks")
+        raise RecipeError("recipe", [problem])
+    return chosen
+
+
 def faults(listed: Listing, params: Any) -> list[RecipeMistake]:
     """Return the mistakes in the module names of an adapter method for this model, before anything is attached."""
     if not hasattr(params, "target_modules"):

@@ -1,0 +1,76 @@
+"""The keys of LoRA."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from distft.core.registry import Params
+
+
+class LoraParams(Params):
+    """PEFT's names."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / r (alpha / sqrt(r) with rslora)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter: every linear layer but the head, name endings such as ["q_proj"], embeddings and the
+    head among them, or a regular expression that fits whole names."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r): higher ranks keep learning."""
+    dora: bool = False
+    """Learn the magnitude of each output apart from its direction."""
+    modules_to_save: tuple[str, ...] = ()
+    """Layers trained whole beside the adapter, such as "lm_head"."""
+    adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type adapters compute in; auto = the model's. The optimizer keeps an fp32 master either way."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "default"
+    """What the matrices start from: PEFT's default; noise of 1 / r; halves of an orthogonal matrix; the largest
+    singular directions of the weight (pissa) or the first ones of its QR (olora), which are taken out of the base and
+    put back into what is saved; what 4 bits have lost of the weight (loftq, with qlora)."""
+    rank_pattern: dict[str, int] = Field(default={})
+    """Ranks of layers by the end of their names, or by a regular expression for it, such as {"down_proj" = 32}."""
+    alpha_pattern: dict[str, float] = Field(default={})
+    """Alphas of layers, in the same way."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Indices of the blocks that get adapters; none given: all."""
+
+    lora_plus_ratio: float = Field(default=1.0, gt=0)
+    """The matrices B, which start at zero, learn with this many times the learning rate (LoRA+, which takes 16)."""
+    start: str | None = None
+    """Go on from an adapter that was trained before, instead of from none: its folder, the folder of a run, or a hub
+    id. Base, layers and sizes have to be the same."""
+
+    @model_validator(mode="after")
+    def _init_fits(self) -> Self:
+        if self.init in ("pissa", "olora") and (self.dora or self.modules_to_save):
+            raise ValueError(f'init = "{self.init}" takes a part out of the base: leave dora and modules_to_save out')
+        if self.start is not None and self.init != "default":
+            raise ValueError("start goes on from an adapter, and init begins one: leave one of the two out")
+        if self.init == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values())):
+            raise ValueError('init = "orthogonal" takes even ranks: r')
+        wrong = [name for name, rank in self.rank_pattern.items() if rank < 1]
+        if wrong:
+            raise ValueError(f"rank_pattern: {wrong[0]} = {self.rank_pattern[wrong[0]]} is no rank: from 1 on")
+        return self
+
+    @model_validator(mode="after")
+    def _loftq_has_4_bits(self) -> Self:
+        if self.init == "loftq" and not hasattr(self, "quant"):
+            raise ValueError('init = "loftq" starts from what 4 bits lose: name = "qlora"')
+        if self.init in ("pissa", "olora") and hasattr(self, "quant"):
+            raise ValueError(f'init = "{self.init}" changes the base, and 4 bits round it anew: use "loftq"')
+        return self
+
+
+def blocks_differ(params: LoraParams) -> bool:
+    """Return whether what is trained differs from block to block."""
+    return bool(params.layers_to_transform) or any(
+        re.search(r"\d", entry) for entry in (*params.rank_pattern, *params.alpha_pattern)
+    )
