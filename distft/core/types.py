@@ -254,8 +254,8 @@ class UpdateRule:
     def groups(self, named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
         """Return Torch's parameter groups: decayed tensors first, the rest without decay; empty groups are left out.
 
-        Weight matrices that are treated otherwise come before the other decayed tensors, with `matrix`; in each of these
-        the faster ones come last, with `lr_ratio`, which engines multiply their rate by.
+        Weight matrices that are treated otherwise come before the other decayed tensors, with `matrix`; in each of
+        these the faster ones come last, with `lr_ratio`, which engines multiply their rate by.
         """
         kinds = {
             (is_matrix, decays, is_faster): list["Tensor"]()
