@@ -18,6 +18,7 @@ from distft.objectives.policy_gradient import (
     columns_of,
     denominator_of,
     deviation,
+    figures_of,
     mean_of_each,
     policy_gradient_terms,
 )
@@ -61,4 +62,5 @@ SPEC = ObjectiveSpec(
     denominator=_denominator,
     terms=_terms,
     columns=columns_of,
+    figures=figures_of,
 )

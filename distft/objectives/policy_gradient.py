@@ -131,6 +131,13 @@ def denominator_of(loss: Loss) -> Callable[[Any, Sequence[Batch]], float]:
     return count
 
 
+def figures_of(params: RolloutParams) -> dict[str, bool]:
+    """Return the figures and whether more is better; each reward has one of its own besides."""
+    shares = ("clipped_low", "clipped_high", "sampler_gap", "truncated_answers", "unscored_answers", "equal_answers")
+    known = dict.fromkeys(shares, False) | dict.fromkeys(("reward_total", "answer_logprob", "answer_tokens"), True)
+    return known | ({"kl": False} if params.beta else {})
+
+
 def columns_of(params: RolloutParams) -> tuple[str, ...]:
     """Return the columns that are filled before a step; the others come with the answers."""
     return ("ref_logprob_S",) if params.beta else ()

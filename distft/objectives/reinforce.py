@@ -14,6 +14,7 @@ from distft.objectives.policy_gradient import (
     columns_of,
     denominator_of,
     deviation,
+    figures_of,
     policy_gradient_terms,
 )
 from distft.objectives.spec import ObjectiveSpec
@@ -45,4 +46,5 @@ SPEC = ObjectiveSpec(
     denominator=denominator_of("sum"),
     terms=_terms,
     columns=columns_of,
+    figures=figures_of,
 )

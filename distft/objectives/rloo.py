@@ -13,6 +13,7 @@ from distft.objectives.policy_gradient import (
     RolloutParams,
     columns_of,
     denominator_of,
+    figures_of,
     mean_of_each,
     policy_gradient_terms,
 )
@@ -46,4 +47,5 @@ SPEC = ObjectiveSpec(
     denominator=denominator_of("sum"),
     terms=_terms,
     columns=columns_of,
+    figures=figures_of,
 )

@@ -181,7 +181,7 @@ FROZEN = [
 ]
 
 
-@pytest.mark.parametrize(("params", "trained"), FROZEN, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("params", "trained"), FROZEN, ids=["last block", "norms", "by name", "both"])
 def test_freeze_trains_what_it_names_and_nothing_else(tiny_config: Path, params: dict, trained) -> None:
     model = build(tiny_config, "freeze", params=params)
     assert torch.equal(losses(model), losses(build(tiny_config)))

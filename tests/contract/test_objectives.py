@@ -18,6 +18,11 @@ def micro(rows: list[list[int]], size: int, first: int) -> Batch:
     numbers = torch.arange(first, first + len(rows), dtype=torch.float32)
     columns = {"ref_logprob_D": -20 - numbers, "margin_G": 0.1 * numbers[::size]}
     columns |= {"kl_D": 0 * numbers + 0.5, "shift_D": 0 * numbers - 0.3, "desirable_G": numbers[::size] % 2}
+    columns |= {f"{name}_D": 0 * numbers + 1 for name in ("counted", "budget", "truncated", "unscored", "equal")}
+    columns |= {"advantage_D": numbers - 1.5, "reward_total_D": numbers}
+    columns["sampler_logprob_S"] = torch.cat(
+        [torch.full((len(row) - 3,), -5.0 - i) for i, row in enumerate(rows, first)]
+    )
     return replace(batch(rows, trained_from=3), group_sizes=(size,) * (len(rows) // size), columns=columns)
 
 
@@ -50,7 +55,7 @@ def test_sums_do_not_change_when_a_batch_is_split(tiny_config: Path, name: str) 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_of_nothing_gives_zero_and_a_gradient_of_every_parameter(tiny_config: Path, name: str) -> None:
     spec = OBJECTIVES[name]
-    names = ("ref_logprob_D", "margin_G", "kl_D", "shift_D", "desirable_G")
+    names = micro([[0] * 4] * spec.group_size, spec.group_size, 0).columns
     nothing = replace(batch([[0]]), group_sizes=(), columns={name: torch.zeros(0) for name in names})
     model = build(tiny_config, head=spec.head).module
     objective = Objective(spec=spec, params=spec.params(), policy=ModelPolicy(model))

@@ -314,7 +314,7 @@ def reinforce_terms(params: NoParams, policy: Policy, batch: Batch) -> LossTerms
 
 
 REINFORCE = ObjectiveSpec(
-    name="reinforce", params=NoParams, source="sampled", per_token=True, terms=reinforce_terms,
+    name="plain_reinforce", params=NoParams, source="sampled", per_token=True, terms=reinforce_terms,
     denominator=lambda params, micros: float(sum(micro.num_documents for micro in micros)),
 )  # fmt: skip
 
@@ -436,7 +436,7 @@ CASES = {
     },
     **{
         f"reinforce{name}": [
-            'objective={name="reinforce"}',
+            'objective={name="plain_reinforce"}',
             f"train.max_steps={steps}",
             'optim={name="adamw", learning_rate=0.02}',
             'schedule.name="constant"',

@@ -85,6 +85,13 @@ def flat(value: object, key: str = "") -> dict[str, object]:
     return {key: value}
 
 
+ROLLOUTS = ["data.packing=false", 'rollout.rewards=[{name="exact_match"}]']
+NEEDS = {
+    "peft": ['method.type="HRA"'],
+    "freeze": ["method.last_blocks=1"],
+    **dict.fromkeys(("grpo", "rloo", "reinforce"), ROLLOUTS),
+}
+"""What parts have no default of."""
 LEAST = 'name = "run"\n[model]\npath = "base"\n[[data.train]]\npath = "train.jsonl"\n'
 PARTS = [(table, name) for table in chosen_tables() for name in REGISTRIES.part(table)]
 ODD = [
@@ -111,7 +118,8 @@ class TestEachPart:
     """What any room registers must be printable, and must turn every odd value into a message."""
 
     def test_its_defaults_print_an_equal_recipe(self, table: str, name: str) -> None:
-        recipe = parse_recipe(LEAST, source="least", registries=REGISTRIES, overrides=[f"{table}.name={name}"])
+        overrides = [f"{table}.name={name}", *NEEDS.get(name, [])]
+        recipe = parse_recipe(LEAST, source="least", registries=REGISTRIES, overrides=overrides)
         assert parse_recipe(recipe.to_toml(), source="printed", registries=REGISTRIES) == recipe
 
     def test_odd_values_are_refused_in_words(self, table: str, name: str) -> None:
