@@ -39,8 +39,22 @@ def reproduce(options: argparse.Namespace, say: Say) -> tuple[dict[str, Any], in
         raise RecipeError("distft reproduce", [problem])
     folder: Path = options.run
     if (folder / EXPORT).is_file():
-        return _export(folder, read_json_object(folder / EXPORT), say, only_check=options.only_check)
-    return _merge(folder, read_json_object(folder / MERGE), say, only_check=options.only_check)
+        content = _read(folder / EXPORT, ("format", "files", "source", "levels"))
+        return _export(folder, content, say, only_check=options.only_check)
+    report = _read(folder / MERGE, ("source", "base", "adapter_sha256", "files_sha256", "dtype", "quantized"))
+    return _merge(folder, report, say, only_check=options.only_check)
+
+
+def _read(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return what the file says.
+
+    Raises:
+        CheckpointError: it cannot be read, or lacks something.
+    """
+    content = read_json_object(file)
+    if missing := [key for key in keys if key not in content]:
+        raise CheckpointError(f"{file}: cannot be read, or lacks {missing[0]}  fix: make the folder again")
+    return content
 
 
 def _merge(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: bool) -> tuple[dict[str, Any], int]:
@@ -50,7 +64,7 @@ def _merge(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: boo
 
     then = dict(report["files_sha256"])
     _refuse_damage(folder, then, _hashes(folder, then))
-    source = find_source(str(report["source"]), _base_unless_named(report))
+    source = find_source(str(report["source"]), str(report["base"]))
     say(f"{folder}: merged from {report['source']} and {report['base']}")
     if AdapterFolder(source.adapter).digest() != report["adapter_sha256"]:
         say(f"  ! {report['source']}: another adapter than was merged; there is nothing to reproduce")
@@ -67,15 +81,6 @@ def _merge(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: boo
             quantize=bool(report["quantized"]),
         )
         return _held_against(folder, then, made.files_sha256, say)
-
-
-def _base_unless_named(report: Mapping[str, Any]) -> str | None:
-    """Return the base that was merged into, where it is another than the adapter or its run names."""
-    from distft.adapter_sources import find_source
-
-    named = find_source(str(report["source"]), None).base if report.get("named_base") else None
-    same = named is not None and named.resolve() == Path(str(report["base"])).resolve()
-    return None if same else str(report["base"])
 
 
 def _export(folder: Path, content: Mapping[str, Any], say: Say, *, only_check: bool) -> tuple[dict[str, Any], int]:

@@ -38,7 +38,7 @@ path = "{folder}/valid.jsonl"
 format = "messages"
 [optim]
 name = "adamw"
-learning_rate = 1e-2
+learning_rate = 3e-3
 [train]
 max_steps = 240
 global_batch_size = 16
@@ -153,9 +153,11 @@ def test_a_level_that_loses_the_gain_fails_with_the_table(
 
 
 def test_a_checkpoint_is_exported_as_it_was(run: Path, tmp_path: Path) -> None:
-    checkpoint = run / "checkpoints" / "step-00000120"
+    best = json.loads((run / "checkpoints" / "best.json").read_text())["step"]
+    steps = sorted((run / "checkpoints").glob("step-*"))
+    checkpoint = next(path for path in steps if int(path.name.removeprefix("step-")) != best)
     made = kit.export(checkpoint, tmp_path / "step", "--as", "safetensors", "--num-rows", "4")
-    assert made["source"]["label"] == "step-00000120"
+    assert made["source"]["label"] == checkpoint.name
     assert all(check["ok"] for check in kit.checks(made).values())
     last = kit.export(run, tmp_path / "last", "--as", "safetensors", "--num-rows", "4")
     name = "model.safetensors"

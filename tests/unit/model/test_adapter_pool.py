@@ -103,8 +103,8 @@ def test_saved_modules_are_switched_and_not_mixed_by_row(folders: dict[str, Path
 
 def test_mistakes(folders: dict[str, Path], pool: AdapterPool, tmp_path: Path) -> None:
     with (
-        pytest.raises(RecipeError, match=r"adapter secomd: there is none  did you mean second\?"),
-        pool.using("secomd"),
+        pytest.raises(RecipeError, match=r"adapter second2: there is none  did you mean second\?"),
+        pool.using("second2"),
     ):
         pass
     with pytest.raises(RecipeError, match="the name is taken"):

@@ -65,3 +65,6 @@ def test_a_merge_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str
     kit.save_adapter(adapter, base, seed=5)
     code, told = reproduce(out, capsys)
     assert (code, told["verdict"]) == (4, "other inputs")
+    (out / "merge.json").write_text('{"source": "x"}')
+    assert main([str(out)]) == 4
+    assert "merge.json: cannot be read, or lacks base" in capsys.readouterr().err
