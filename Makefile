@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests start some hundreds of processes: byte code is kept, also where the environment says not to.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-preference test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema importing clean
+.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-preference test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema peft-types importing clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -123,6 +123,11 @@ architectures: setup
 
 schema: setup
 	$(BIN)/python -c 'from distft.catalog import REGISTRIES; from distft.recipe import schema_text; open("recipes/schema.json", "w", encoding="utf-8").write(schema_text(REGISTRIES))'
+
+# Tries every type of PEFT on every engine and writes docs/peft-types.md (a quarter of an hour).
+peft-types: setup
+	rm -rf /tmp/distft-peft-types && mkdir /tmp/distft-peft-types
+	PYTHONPATH=.:tests/helpers $(BIN)/python tests/helpers/peft_page.py /tmp/distft-peft-types > docs/peft-types.md
 
 # The tables of docs/importing.md, from those of distft/importers.
 importing: setup

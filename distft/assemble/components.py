@@ -43,6 +43,10 @@ def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
         elementwise=recipe.optim.spec.elementwise,
         offload=offload,
     )
+    why_not = recipe.method.spec.refuses(recipe.method.params, name)
+    if why_not:
+        line = recipe.line_of("engine.name") or recipe.line_of("method.name")
+        raise RecipeError(recipe.source, [Problem(message=f"[method] {why_not}", line=line, fix="use another engine")])
     spec = REGISTRIES.engine[name]
     if recipe.engine.name == "auto":
         chosen = {"offload": offload, "grad_dtype": getattr(params, "grad_dtype", "auto")}

@@ -223,7 +223,7 @@ class MetaModel:
             values = {
                 short: self._method.fresh(
                     f"{name}.{short}", self.module.lm, meta, self._generator(f"{name}.{short}")
-                ).clone()
+                ).clone(memory_format=torch.contiguous_format)
                 for short, meta in pending.items()
             }
         else:

@@ -9,6 +9,9 @@ from harness import Bench, Run, relative, run
 
 TOLERANCE = 1e-5
 METHODS: dict[str, str] = {
+    "pissa": '{name="lora", r=4, init="pissa"}',
+    "olora": '{name="lora", r=4, init="olora", layers_to_transform=[1], rank_pattern={down_proj=2}}',
+    "orthogonal": '{name="lora", r=4, init="orthogonal", lora_plus_ratio=4.0}',
     "prompt": '{name="prompt_tuning", num_virtual_tokens=5}',
     "p": '{name="p_tuning", num_virtual_tokens=5, encoder_hidden_size=24}',
     "prefix": '{name="prefix_tuning", num_virtual_tokens=5}',
@@ -25,7 +28,7 @@ METHODS: dict[str, str] = {
 }
 FAST = ["prefix-projected", "bottleneck", "vera"]
 """What is tried in every run of the tests: something in each layer, beside each layer, and shared by all."""
-RATES = {"ia3": 0.05, "vera": 0.02, "prompt": 0.05, "prefix": 0.05}
+RATES = {"pissa": 1e-3, "olora": 1e-3, "orthogonal": 1e-3, "ia3": 0.05, "vera": 0.02, "prompt": 0.05, "prefix": 0.05}
 
 
 def cases(engine: str, names: list[str]) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from distft.model import load, quantize
 from distft.model.adapters import METHODS
-from distft.model.adapters.peft_types import ON_4BIT, OWN_METHODS, REFUSED, registered_types
+from distft.model.adapters.peft_types import ON_4BIT, OWN_METHODS, REFUSED, REFUSED_UNDER, registered_types
 from distft.model.heads import HEADS
 from distft.recipe import ModelTable
 
@@ -142,8 +142,11 @@ def rows(folder: Path) -> list[list[str]]:
     made = []
     for name in names:
         final = (solo[name].folder or folder) / "final"
-        fell = "trains" if not solo[name].error and solo[name].steps[-1]["loss"] < solo[name].steps[0]["loss"] else "no"
-        engines = [verdict(together[engine].get(name), solo[name]) for engine in ENGINES]
+        fell = "trains" if not solo[name].error and all(step["grad_norm"] > 0 for step in solo[name].steps) else "no"
+        engines = [
+            "refused" if (name, engine) in REFUSED_UNDER else verdict(together[engine].get(name), solo[name])
+            for engine in ENGINES
+        ]
         made.append(
             [name, fell, *engines, beside_4bit(base, rounded, name), beside_others(base, final), merged(base, final)]
         )
@@ -166,6 +169,11 @@ def page(made: list[list[str]]) -> str:
         "| type | solo | ddp × 2 | zero3 × 2 | fsdp2 × 2 | 4 bits | several adapters | merge |",
         "|---|---|---|---|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in made),
+        "",
+        "PVERA draws noise in training, another one in each process. RANDLORA's first step is equal; what rounding",
+        "makes of it grows over the six.",
+        "",
+        *(f"- {name} under {engine}: {reason}" for (name, engine), reason in REFUSED_UNDER.items()),
         "",
         "## Types with a method of their own",
         "",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import MachineError, Problem, RecipeError
 from distft.model.adapters import products, targets
+from distft.model.adapters.dora_on_4bit import magnitudes_later
 from distft.model.adapters.lora_params import LoraParams, blocks_differ
 from distft.model.adapters.spec import MethodSpec
 from distft.model.heads.spec import head_of
@@ -57,7 +58,8 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
     )
     lm.requires_grad_(False)
     _refuse_on_experts(lm, params, tensors)
-    with warnings.catch_warnings():
+    in_4bit = params.dora and bool(getattr(params, "quant", None))
+    with warnings.catch_warnings(), magnitudes_later() if in_4bit else contextlib.nullcontext():
         # PEFT doubles the rank where it knows that two matrices were fused, and then does not find its own pattern.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
         try:

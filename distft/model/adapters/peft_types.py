@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import re
 import typing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
@@ -49,16 +50,24 @@ REFUSED = {
     "OSF": _DECOMPOSED,
     "TINYLORA": _DECOMPOSED,
     "PSOFT": _DECOMPOSED,
+    "LILY": "it averages its routing over all tokens of a forward, so that documents of a row change each other",
     "SUPERTUNING": "it trains the largest of the base's weights, which engines fill later, block by block",
     "DELORA": "its scale follows from the base's weights, which engines fill later, block by block",
-    "TRAINABLE_TOKENS": 'it trains rows of the embedding; name = "lora", trainable_tokens = [...] does',
+    "TRAINABLE_TOKENS": "it starts as rows of the embedding, which engines fill later",
 }
 """Type -> why it is not trained here."""
 ON_4BIT = frozenset(
     {"BOFT", "PVERA", "RANDLORA", "FOURIERFT", "WAVEFT", "VBLORA", "MISS", "ROAD", "HIRA", "SHIRA", "C3A", "GRALORA",
-     "LILY", "BEFT"}
+     "BEFT"}
 )  # fmt: skip
 """Types whose logits beside a base in 4 bits are those beside the same base dequantised."""
+_SHARED = "layers of several blocks share a tensor, which fsdp2 cuts with one block"
+REFUSED_UNDER = {
+    ("UNILORA", "fsdp2"): _SHARED,
+    ("VBLORA", "fsdp2"): _SHARED,
+    ("BEFT", "fsdp2"): "its tensors have one row each, of which fsdp2 leaves other ranks none",
+}
+"""(type, engine) -> why it cannot be trained there."""
 _OURS = frozenset(
     {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
      "target_modules", "modules_to_save", "exclude_modules", "fan_in_fan_out", "bias", "runtime_config"}
@@ -183,4 +192,13 @@ def _blocks_differ(params: TunerParams) -> bool:
     return bool(fields.get("layers_to_transform") is not None or re.search(r"\d", str(fields.get("rank_pattern", ""))))
 
 
-SPEC = tuner_spec(name="peft", title="PEFT", params=PeftTypeParams, config=_config, blocks_differ=_blocks_differ)
+def _refuses(params: TunerParams, engine: str) -> str:
+    name = params.type if isinstance(params, PeftTypeParams) else ""
+    why = REFUSED_UNDER.get((name, engine), "")
+    return why and f"type: {name} cannot be trained under {engine}: {why}"
+
+
+SPEC = replace(
+    tuner_spec(name="peft", title="PEFT", params=PeftTypeParams, config=_config, blocks_differ=_blocks_differ),
+    refuses=_refuses,
+)

@@ -5,9 +5,9 @@ Source: https://arxiv.org/abs/2305.14314
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from distft.model.adapters import lora
 from distft.model.adapters.lora_params import LoraParams, blocks_differ
@@ -25,16 +25,14 @@ class QloraParams(LoraParams):
     quant: QuantParams = Field(default=QuantParams())
     """How base weights are stored."""
 
-    @model_validator(mode="after")
-    def _no_dora(self) -> Self:
-        if self.dora:
-            # PEFT computes the magnitudes while it attaches, from 4-bit weights that do not exist yet.
-            raise ValueError('dora needs whole base weights; use it with name = "lora", or rslora here')
-        return self
-
 
 def _attach(lm: object, params: QloraParams, dtype: torch.dtype) -> nn.Module:
     return lora.attach(lm, params, dtype)
+
+
+def _refuses(params: QloraParams, engine: str) -> str:
+    """Refuse DoRA under ZeRO-3: PEFT copies the packed weight, which is cut over ranks there."""
+    return "dora beside 4 bits cannot be trained under zero3" if params.dora and engine == "zero3" else ""
 
 
 def _quant(params: QloraParams) -> QuantParams:
@@ -53,6 +51,7 @@ SPEC = MethodSpec(
     adapted=lora.adapted_layers,
     quant=_quant,
     quantized=True,
+    refuses=_refuses,
     adapter=True,
     saves_memory=2,
     base_alone=lora.base_alone,

@@ -44,6 +44,10 @@ def _same_rate(params: Any) -> float:
     return 1.0
 
 
+def _never(params: Any, engine: str) -> str:
+    return ""
+
+
 def _no_difference(params: Any) -> bool:
     return False
 
@@ -112,6 +116,8 @@ class MethodSpec:
     loader: str = ""
     """Python of the model card that loads final/, where PEFT does not: with `{folder}`, it makes `tokenizer` and
     `model`."""
+    refuses: Callable[[Any, str], str] = _never
+    """(params, name of an engine) -> why it cannot be trained under that engine; "" where it can."""
     library: str | None = None
     """Importable name of the package it needs beyond torch and transformers."""
 

@@ -474,10 +474,6 @@ REFUSED = {
         BASE + LORA.replace("lora_target_linear: true", ""),
         "neither lora_target_linear nor lora_target_modules",
     ),
-    "qlora+dora": (
-        BASE + LORA.replace("lora\n", "qlora\n", 1) + "load_in_4bit: true\npeft_use_dora: true\n",
-        "dora needs whole",
-    ),
     "warm-up": (BASE + "max_steps: 10\nwarmup_steps: 20\n", "warmup_steps = 20  becomes [schedule] warmup_steps"),
     "rate": (BASE.replace("learning_rate: 2e-4\n", ""), "learning_rate is missing"),
     "tokens": (BASE + "tokens: ['<a>']\n", "new tokens change the model"),

@@ -149,3 +149,17 @@ REFUSED = [
 def test_what_cannot_be_is_said(base: Path, method: str, params: dict[str, Any], message: str) -> None:
     with pytest.raises((DistftError, ValidationError), match=message):
         build(base, method, init="pretrained", params=params)
+
+
+def test_dora_beside_4_bits_is_dora_beside_what_they_dequantise_to(base: Path, tmp_path: Path) -> None:
+    from peft_page import rounded_base
+
+    rounded = rounded_base(base, tmp_path / "rounded")
+    packed = build(base, "qlora", init="pretrained", params={"r": 4, "dora": True})
+    whole = build(rounded, "lora", init="pretrained", params={"r": 4, "dora": True})
+    plain = losses(build(base, "qlora", init="pretrained", params={"r": 4}))
+    assert torch.allclose(losses(packed), plain, atol=1e-5), "magnitudes start as the norms"
+    for model in (packed, whole):
+        moved(model)
+    assert torch.allclose(losses(packed), losses(whole), atol=1e-5)
+    assert not torch.allclose(losses(packed), plain, atol=1e-2)
