@@ -94,7 +94,7 @@ READ = {
         "feedforward_modules names down_proj, which target_modules does not name",
     ),
     "a place that there is not": (
-        '[method]\nname = "bottleneck"\nplacement = "paralllel" # <-',
+        '[method]\nname = "bottleneck"\nplacement = "parallelly" # <-',
         'did you mean "parallel"?',
     ),
     "a rank of nothing": (
