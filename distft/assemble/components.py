@@ -194,6 +194,7 @@ def build_objective(
         folder_of=logprobs_folder(recipe if other is None else other, engine, layout),
         is_trained=is_trained or other is not None,
         say=say,
+        written_meanwhile=chosen.spec.writes,
     )
     inputs = ColumnInputs(policy=policy, engine=engine, reference=functools.cache(before.open), derived=derived)
     suppliers = {name: spec.open(inputs) for name, spec in specs.items()}

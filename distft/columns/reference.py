@@ -41,15 +41,24 @@ class ReferenceModel:
     """The engine's weights are trained ones: nothing can be computed from them."""
     say: Callable[[str], None]
     """Takes a line for the user."""
+    written_meanwhile: bool = False
+    """What is trained is written during training: nothing can be computed of it before."""
 
     def open(self) -> Callable[[Batch], Tensor]:
         """Collective: return what gives [S], the log-probability of every supervised token of a micro-batch.
 
         Raises:
-            MachineError, FileSystemError, Preempted: see `stored_logprobs`.
+            MachineError, FileSystemError, Preempted: see `stored_logprobs`; or the model before training is needed
+                beside the trained one.
         """
         alone = self.base_alone
         if alone is None or not _can_be_left(alone):
+            if self.written_meanwhile:
+                raise MachineError(
+                    "the model before training is not to be had beside this one: adapters that start from others, change "
+                    "the base or train whole modules cannot be left out of a forward  [objective] beta = 0.0, or plain "
+                    "adapters"
+                )
             return self._from_files()
 
         def by_leaving_out(batch: Batch) -> Tensor:
