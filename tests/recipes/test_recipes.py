@@ -106,12 +106,18 @@ ODD = [
 ]
 
 
+NEEDED = {"freeze": ["method.norms=true"], "peft": ['method.type="HRA"', "method.r=4"]}
+"""Parts that do nothing without a key: the least of their keys."""
+
+
 @pytest.mark.parametrize(("table", "name"), PARTS)
 class TestEachPart:
     """What any room registers must be printable, and must turn every odd value into a message."""
 
     def test_its_defaults_print_an_equal_recipe(self, table: str, name: str) -> None:
-        recipe = parse_recipe(LEAST, source="least", registries=REGISTRIES, overrides=[f"{table}.name={name}"])
+        recipe = parse_recipe(
+            LEAST, source="least", registries=REGISTRIES, overrides=[f"{table}.name={name}", *NEEDED.get(name, ())]
+        )
         assert parse_recipe(recipe.to_toml(), source="printed", registries=REGISTRIES) == recipe
 
     def test_odd_values_are_refused_in_words(self, table: str, name: str) -> None:
