@@ -55,9 +55,9 @@ class ReferenceModel:
         if alone is None or not _can_be_left(alone):
             if self.written_meanwhile:
                 raise MachineError(
-                    "the model before training is not to be had beside this one: adapters that start from others, change "
-                    "the base or train whole modules cannot be left out of a forward  [objective] beta = 0.0, or plain "
-                    "adapters"
+                    "the model before training is not to be had beside this one: adapters that start from others, "
+                    "change the base or train whole modules cannot be left out of a forward  [objective] beta = 0.0, "
+                    "or plain adapters"
                 )
             return self._from_files()
 

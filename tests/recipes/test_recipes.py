@@ -113,6 +113,9 @@ ODD = [
 ]
 
 
+"""Parts that do nothing without a key: the least of their keys."""
+
+
 @pytest.mark.parametrize(("table", "name"), PARTS)
 class TestEachPart:
     """What any room registers must be printable, and must turn every odd value into a message."""

@@ -58,6 +58,7 @@ def counted(folder: Path, method: str, params: dict[str, Any]) -> inventory.Inve
     return inventory.read(table, folder, spec, spec.params.model_validate(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "params", "trained"), SUMS, ids=lambda value: str(value))
 def test_the_sum_by_hand(llama: Path, method: str, params: dict[str, Any], trained: int) -> None:
     found = counted(llama, method, params)
@@ -71,5 +72,7 @@ def test_the_sum_by_hand(llama: Path, method: str, params: dict[str, Any], train
 def test_figures_that_people_quote(llama: Path, tmp_path: Path) -> None:
     assert counted(llama, "lora", {"r": 16}).trained == 41_943_040
     assert counted(llama, "bottleneck", {"size": 64, "bias": False}).trained == 33_554_432
+    assert counted(llama, "ia3", {}).trained == 524_288
+    assert counted(llama, "prompt_tuning", {"num_virtual_tokens": 20}).trained == 20 * 4096
     without_groups = written(tmp_path, kv_heads=32)
     assert counted(without_groups, "prefix_tuning", {"num_virtual_tokens": 20}).trained == 20 * 2 * 4096 * 32
