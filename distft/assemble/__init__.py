@@ -17,9 +17,7 @@ from distft.assemble.components import (
     device_name,
     fetch_model,
     manifest,
-    num_steps,
     open_engine,
-    open_step_source,
     refuse_other_policy,
     run_facts,
     set_up_engine,
@@ -28,6 +26,7 @@ from distft.assemble.components import (
 from distft.assemble.evaluation import build_best_tracker, build_eval_sets, build_evaluator, load_row_renderer
 from distft.assemble.input_hashes import hash_inputs
 from distft.assemble.reference import compute_other_reference, freeze
+from distft.assemble.step_source import num_steps, open_step_source
 from distft.assemble.training_data import Data, HeldOut, Say, load_data, load_held_out, with_date
 
 __all__ = [

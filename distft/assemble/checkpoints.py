@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.assemble.components import num_steps
 from distft.assemble.evaluation import load_row_renderer
+from distft.assemble.step_source import num_steps
 from distft.assemble.training_data import Data, Say, tokenizer_of
 from distft.recipe import Recipe
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distft import compatibility
 from distft.assemble.batch_layout import Layout
+from distft.assemble.step_source import num_steps
 from distft.assemble.training_data import Data, HeldOut, Say
 from distft.catalog import PLUGINS, REGISTRIES
 from distft.core.errors import DataError, Problem, RecipeError
@@ -227,65 +227,6 @@ def torch_dtype(recipe: Recipe) -> Any:
     import torch
 
     return getattr(torch, recipe.model.dtype)
-
-
-def num_steps(recipe: Recipe, rows: Data) -> int:
-    """Return the run's optimizer steps, as the objective's step source counts them."""
-    from distft.step_sources import STEP_SOURCES
-
-    chosen = recipe.objective
-    source = STEP_SOURCES[chosen.spec.source]
-    updates = 1 if source.updates is None else source.updates(recipe.rollout)
-    steps = source.num_steps(chosen.params, rows.steps.num_steps) * updates
-    return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)
-
-
-def open_step_source(
-    recipe: Recipe,
-    folder: RunFolder,
-    layout: Layout,
-    rows: Data,
-    engine: Engine,
-    built: MetaModel,
-    objective: Objective,
-    stop: Callable[[], bool],
-) -> StepSource:
-    """Return what gives the run's micro-batches; the engine has its weights by now.
-
-    Raises:
-        MachineError: the source, or a generator that it asks for, cannot run here.
-    """
-    from distft.assemble.evaluation import generator_inputs, load_row_renderer
-    from distft.data.questions import questions
-    from distft.generation import GENERATORS, CompletionGenerator
-    from distft.step_sources import STEP_SOURCES, StepSourceInputs
-
-    def generator(name: str) -> CompletionGenerator:
-        spec = GENERATORS[name]
-        return spec.open(spec.params(), generator_inputs(recipe, engine, built, rows.stop_ids, stop))
-
-    inputs = StepSourceInputs(
-        steps=rows.steps,
-        objective=recipe.objective.params,
-        engine=engine,
-        policy=objective.policy,
-        generator=generator,
-        max_length=recipe.data.max_length,
-        num_steps=num_steps(recipe, rows),
-        rollout=recipe.rollout,
-        questions=lambda: questions(
-            recipe.data.train,
-            load_row_renderer(recipe),
-            columns=None,
-            max_rows=None,
-            skip_bad=recipe.data.bad_rows == "skip",
-            progress=lambda count: None,
-        ),
-        folder=folder.path / "rollouts",
-        single_documents=layout.path.documents == "single",
-        seed=recipe.seed,
-    )
-    return STEP_SOURCES[recipe.objective.spec.source].open(inputs)
 
 
 def run_facts(built: MetaModel, processes: Processes, state: TrainState) -> RunFacts:
