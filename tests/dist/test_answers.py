@@ -230,6 +230,7 @@ def _look(found: Run, model: str, label: str) -> None:
     evaluate(choose(recipe, folder, model, label))
 
 
+@pytest.mark.slow
 def test_a_run_is_looked_at_by_two_processes(two: dict[str, Run]) -> None:
     found = two["full-fsdp2"]
     command = [*torchrun(2), "-m", "distft.eval", str(found.folder), "--model", "final", "--label", "again", "--json"]

@@ -55,6 +55,7 @@ def killed_and_continued(out: Path, phases: list[str], killed_in: str, *, only: 
     return after
 
 
+@pytest.mark.slow
 def test_some_phases(tmp_path: Path) -> None:
     after = killed_and_continued(tmp_path, ["rates", "parity", "oom"], "parity", only=True)
     check_rates(after)

@@ -167,6 +167,7 @@ def test_adapters_are_peft_s(bench: Bench, solo: dict) -> None:
         assert {name.rpartition(".")[2] for name in config["target_parameters"]} >= {"gate_up_proj", "down_proj"}
 
 
+@pytest.mark.slow
 def test_no_rank_holds_the_model_while_it_loads(tmp_path: Path) -> None:
     sizes = SIZES | {"num_hidden_layers": 8, "hidden_size": 256}
     config = Qwen3MoeConfig(**sizes, head_dim=64, num_experts=8, moe_intermediate_size=512, intermediate_size=96)
