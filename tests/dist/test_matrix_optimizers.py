@@ -5,6 +5,7 @@ import hashlib
 import pytest
 from harness import STEPS, WHOLE_GRIDS, Bench, Run, relative
 
+pytestmark = pytest.mark.slow
 CUT = 3
 METHODS = {
     "full": ['model.dtype="float32"'],

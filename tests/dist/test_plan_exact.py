@@ -131,7 +131,7 @@ CELLS = {
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=5)
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
     + VARIANTS[:: 1 if WHOLE_GRIDS else 2]
-    + LITTLE,
+    + LITTLE[:: 1 if WHOLE_GRIDS else 3],
     3: SUMS[3]
     + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit"), every=5)
     + ([] if WHOLE_GRIDS else [cell("qwen", "zero2", "full", "paged_adamw_8bit", "bfloat16")]),
