@@ -22,11 +22,11 @@ OBJECTIVES = {
 }
 CASES = {
     "dapo-full-3": ("dapo", "full", 3),
-    "grpo-kl-lora-2": ("grpo-kl", "lora", 2),
 }
 if WHOLE_GRIDS:
     CASES |= {
         "dapo-full-1": ("dapo", "full", 1),
+        "grpo-kl-lora-2": ("grpo-kl", "lora", 2),
         "dr_grpo-full-1": ("dr_grpo", "full", 1),
         "rloo-qlora-1": ("rloo", "qlora", 1),
         "reinforce-full-2": ("reinforce", "full", 2),
