@@ -12,7 +12,7 @@ import pytest
 from distft.export_formats.command import main
 from distft.report.command import main as report
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 MEANS = {"red": "stop now", "green": "go on", "big": "look up", "little": "look down"}
 RECIPE = """

@@ -52,7 +52,9 @@ def cases(world: int, model: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(
-    scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda world: f"{world}-ranks"
+    scope="module",
+    params=[1, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 4))],
+    ids=lambda world: f"{world}-ranks",
 )
 def measured(
     request: pytest.FixtureRequest, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory

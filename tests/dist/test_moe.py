@@ -36,6 +36,7 @@ METHODS = {
     "lora": ['method.name="lora"', "method.r=4", "optim.learning_rate=3e-3"],
     "qlora": ['method.name="qlora"', "method.r=4", "optim.learning_rate=3e-3"],
 }
+pytestmark = pytest.mark.slow
 SHARDED = ("zero3", "fsdp2")
 CUT = 3
 

@@ -29,6 +29,7 @@ def kept(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_as_much_on_every_engine_compiled_and_not(kept) -> None:
     """compile used to switch checkpointing off under fsdp2: nobody saw it but the memory."""
     plain = kept["solo"]
@@ -48,11 +49,13 @@ def test_checkpointing_saves_as_much_on_every_engine_compiled_and_not(kept) -> N
                 assert compiled == pytest.approx(saved, abs=1024), (engine, mode)
 
 
+@pytest.mark.slow
 def test_all_of_them_have_the_same_loss(kept) -> None:
     losses = [case["loss"] for modes in kept.values() for case in modes.values()]
     assert max(losses) - min(losses) <= 1e-6 * max(losses)
 
 
+@pytest.mark.slow
 def test_sharded_gradients_are_reduced_from_the_head_down(kept) -> None:
     """The head in a unit of its own is under way while the blocks compute; with the root's it came last, uncovered."""
     for mode, case in kept["fsdp2"].items():
