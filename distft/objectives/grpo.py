@@ -8,21 +8,9 @@ https://arxiv.org/abs/2503.20783; gspo (one ratio for an answer), Zheng et al., 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.policy_gradient import (
-    EPSILON,
-    RolloutParams,
-    columns_of,
-    denominator_of,
-    deviation,
-    figures_of,
-    mean_of_each,
-    policy_gradient_terms,
-)
-from distft.objectives.spec import ObjectiveSpec
+from distft.objectives.policy_gradient import EPSILON, RolloutParams, deviation, mean_of_each, rollout_objective
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,22 +33,4 @@ class GrpoParams(RolloutParams):
         return centred_PN / (deviation(reward_PN, 1 if self.scale == "group" else None) + EPSILON)
 
 
-def _terms(params: GrpoParams, policy: Policy, batch: Batch) -> LossTerms:
-    return policy_gradient_terms(params, policy, batch, params.loss)
-
-
-def _denominator(params: GrpoParams, micros: Sequence[Batch]) -> float:
-    return denominator_of(params.loss)(params, micros)
-
-
-SPEC = ObjectiveSpec(
-    name="grpo",
-    params=GrpoParams,
-    source="rollouts",
-    writes=True,
-    per_token=True,
-    denominator=_denominator,
-    terms=_terms,
-    columns=columns_of,
-    figures=figures_of,
-)
+SPEC = rollout_objective("grpo", GrpoParams, lambda params: params.loss)

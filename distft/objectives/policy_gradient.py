@@ -6,13 +6,15 @@ answer. The reward is outside: `distft.step_sources.rollouts` writes answers, ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
+from distft.objectives.spec import ObjectiveSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +24,7 @@ EPSILON = 1e-4
 """Added to standard deviations of rewards, as in TRL."""
 
 
-class RolloutParams(Params):
+class RolloutParams(Params, ABC):
     """What every one of them is set by."""
 
     beta: float = Field(default=0.0, ge=0)
@@ -38,9 +40,9 @@ class RolloutParams(Params):
     correction_cap: float = Field(default=2.0, ge=1)
     """Largest weight of the correction."""
 
+    @abstractmethod
     def advantages(self, reward_PN: np.ndarray) -> np.ndarray:
         """Return float64 [P, N], the advantage of each of N answers to P prompts; NaN rewards are left out."""
-        raise NotImplementedError
 
 
 def mean_of_each(reward_PN: np.ndarray) -> np.ndarray:
@@ -66,7 +68,7 @@ Loss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sum"]
 
 
 def policy_gradient_terms(params: RolloutParams, policy: Policy, batch: Batch, loss: Loss) -> LossTerms:
-    """Return the loss summed as `denominator_of` counts it, and what happened to the ratios.
+    """Return the loss summed as the denominator counts it, and what happened to the ratios.
 
     `dapo`, `cispo`: tokens of all answers alike. `grpo`, `gspo`: the mean of each answer's tokens. `dr_grpo`, `sum`:
     their sum, which is divided by the longest allowed length or by nothing.
@@ -119,25 +121,34 @@ def policy_gradient_terms(params: RolloutParams, policy: Policy, batch: Batch, l
     return LossTerms.of((loss_S * weight_S).sum(), figures)
 
 
-def denominator_of(loss: Loss) -> Callable[[Any, Sequence[Batch]], float]:
-    """Return what counts the tokens, answers or allowed tokens of one rank's micro-batches."""
+def rollout_objective(name: str, params: type[RolloutParams], loss_of: Callable[[Any], Loss]) -> ObjectiveSpec:
+    """Return an objective on the model's own answers; `loss_of` says, by its params, how tokens become one loss."""
 
-    def count(params: Any, micros: Sequence[Batch]) -> float:
+    def terms(chosen: RolloutParams, policy: Policy, batch: Batch) -> LossTerms:
+        return policy_gradient_terms(chosen, policy, batch, loss_of(chosen))
+
+    def denominator(chosen: RolloutParams, micros: Sequence[Batch]) -> float:
+        loss = loss_of(chosen)
         if loss in ("dapo", "cispo"):
             return float(sum(micro.num_supervised for micro in micros))
         column = "budget_D" if loss == "dr_grpo" else "counted_D"
         return float(sum(float(micro.columns[column].sum()) for micro in micros))
 
-    return count
+    return ObjectiveSpec(
+        name=name,
+        params=params,
+        source="rollouts",
+        writes=True,
+        per_token=True,
+        denominator=denominator,
+        terms=terms,
+        columns=lambda chosen: ("ref_logprob_S",) if chosen.beta else (),  # the others come with the answers
+        figures=_figures,
+    )
 
 
-def figures_of(params: RolloutParams) -> dict[str, bool]:
+def _figures(params: RolloutParams) -> Mapping[str, bool]:
     """Return the figures and whether more is better; each reward has one of its own besides."""
     shares = ("clipped_low", "clipped_high", "sampler_gap", "truncated_answers", "unscored_answers", "equal_answers")
     known = dict.fromkeys(shares, False) | dict.fromkeys(("reward_total", "answer_logprob", "answer_tokens"), True)
     return known | ({"kl": False} if params.beta else {})
-
-
-def columns_of(params: RolloutParams) -> tuple[str, ...]:
-    """Return the columns that are filled before a step; the others come with the answers."""
-    return ("ref_logprob_S",) if params.beta else ()

@@ -7,17 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.policy_gradient import (
-    EPSILON,
-    RolloutParams,
-    columns_of,
-    denominator_of,
-    deviation,
-    figures_of,
-    policy_gradient_terms,
-)
-from distft.objectives.spec import ObjectiveSpec
+from distft.objectives.policy_gradient import EPSILON, RolloutParams, deviation, rollout_objective
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,18 +23,4 @@ class ReinforceParams(RolloutParams):
         return (reward_PN - np.nanmean(reward_PN)) / (deviation(reward_PN, None) + EPSILON)
 
 
-def _terms(params: ReinforceParams, policy: Policy, batch: Batch) -> LossTerms:
-    return policy_gradient_terms(params, policy, batch, "sum")
-
-
-SPEC = ObjectiveSpec(
-    name="reinforce",
-    params=ReinforceParams,
-    source="rollouts",
-    writes=True,
-    per_token=True,
-    denominator=denominator_of("sum"),
-    terms=_terms,
-    columns=columns_of,
-    figures=figures_of,
-)
+SPEC = rollout_objective("reinforce", ReinforceParams, lambda params: "sum")

@@ -8,16 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distft.core.types import Batch, LossTerms, Policy
-from distft.objectives.policy_gradient import (
-    RolloutParams,
-    columns_of,
-    denominator_of,
-    figures_of,
-    mean_of_each,
-    policy_gradient_terms,
-)
-from distft.objectives.spec import ObjectiveSpec
+from distft.objectives.policy_gradient import RolloutParams, mean_of_each, rollout_objective
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,18 +25,4 @@ class RlooParams(RolloutParams):
         return (reward_PN - mean_of_each(reward_PN)) * number / np.maximum(number - 1, 1)
 
 
-def _terms(params: RlooParams, policy: Policy, batch: Batch) -> LossTerms:
-    return policy_gradient_terms(params, policy, batch, "sum")
-
-
-SPEC = ObjectiveSpec(
-    name="rloo",
-    params=RlooParams,
-    source="rollouts",
-    writes=True,
-    per_token=True,
-    denominator=denominator_of("sum"),
-    terms=_terms,
-    columns=columns_of,
-    figures=figures_of,
-)
+SPEC = rollout_objective("rloo", RlooParams, lambda params: "sum")

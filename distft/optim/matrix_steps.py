@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class LowRankSettings:
     eps: float
 
 
-class LowRankStep(torch.optim.Optimizer):
+class LowRankStep(torch.optim.Optimizer, ABC):
     """Adam's moments of gradients that are projected to `rank` rows or columns; what is done with them, subclasses say.
 
     The shorter side is projected: [m, n] becomes [m, rank] where m >= n, else [rank, n]. Leading dimensions (experts in
@@ -88,13 +89,13 @@ class LowRankStep(torch.optim.Optimizer):
         projection = self._projection(gradient, state, number)
         return gradient @ projection.mT if _is_tall(gradient) else projection.mT @ gradient
 
+    @abstractmethod
     def _projection(self, gradient: Tensor, state: dict[str, Any], number: int) -> Tensor:
         """Return [..., rank, n] of a tall matrix, [..., m, rank] of a wide one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _update(self, gradient: Tensor, low: Tensor, normalised: Tensor, state: dict[str, Any], number: int) -> Tensor:
         """Return what is subtracted, before Adam's correction of its zero beginnings: the gradient's shape."""
-        raise NotImplementedError
 
 
 class GaloreStep(LowRankStep):

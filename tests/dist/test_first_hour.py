@@ -29,7 +29,9 @@ def measured(record: dict[str, Any]) -> dict[str, Any]:
     return {name: step["measured"] for name, step in record["steps"].items()}
 
 
-def killed_and_continued(out: Path, phases: list[str], killed_in: str, *, only: bool) -> dict[str, dict[str, Any]]:
+def killed_and_continued(
+    out: Path, phases: list[str], killed_in: str, *, shown: str, only: bool
+) -> dict[str, dict[str, Any]]:
     """Return the records of a run that was killed once; what was done before the kill is not done again."""
     chosen = [word for name in phases for word in ("--only", name)] if only else []
     with Launch(command(out, *chosen)) as first:
@@ -40,7 +42,7 @@ def killed_and_continued(out: Path, phases: list[str], killed_in: str, *, only: 
     before = records(out)
     assert list(before) == phases[: phases.index(killed_in) + 1]
     assert before[killed_in]["outcome"] == "begun"
-    assert ": done" in (out / "page.md").read_text(), "as it goes"
+    assert f"{shown}: done" in (out / "page.md").read_text(), "as it goes"
 
     done = run(command(out, *chosen), timeout_s=900)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -57,7 +59,9 @@ def killed_and_continued(out: Path, phases: list[str], killed_in: str, *, only: 
 
 @pytest.mark.slow
 def test_some_phases(tmp_path: Path) -> None:
-    after = killed_and_continued(tmp_path, ["rates", "parity", "oom"], "parity", only=True)
+    after = killed_and_continued(
+        tmp_path, ["rates", "parity", "oom"], "parity", shown="Rates of single kernels", only=True
+    )
     check_rates(after)
     check_parity(after)
     check_oom(after)
@@ -70,7 +74,9 @@ def test_some_phases(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_phase(tmp_path: Path) -> None:
     """Everything that is asserted here is of this one run, whose time is never short."""
-    after = killed_and_continued(tmp_path, PHASES, KILLED_IN, only=False)
+    after = killed_and_continued(
+        tmp_path, PHASES, KILLED_IN, shown="The device in bf16 against the CPU in fp32", only=False
+    )
     check_figures(after)
     check_page(tmp_path)
     refused_for_a_plan(tmp_path)

@@ -333,14 +333,15 @@ def base_alone(module: nn.Module) -> Iterator[None]:
     Raises:
         MachineError: something trained is read past PEFT's layers: an adapted head, layers trained whole, experts.
     """
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     lm: Any = module
     past = [layer for layer in layers if isinstance(layer, ParamWrapper)]
     past += [part for part in module.modules() if isinstance(part, ModulesToSaveWrapper)]
-    past += [lm.head] if isinstance(lm.head, LoraLayer) else []
+    past += [lm.head] if isinstance(lm.head, BaseTunerLayer) else []
     if past:
         raise MachineError(
             f"the base model alone cannot be computed beside {type(past[0]).__name__}: leave the head, experts and "

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from distft.core.errors import DistftError, MachineError, Problem, RecipeError
 from distft.core.registry import Params
-from distft.model.adapters.lora import ADAPTER, base_name, not_adapted
+from distft.model.adapters.lora import ADAPTER, base_alone, base_name, not_adapted
 from distft.model.adapters.spec import MethodSpec
 from distft.model.quant_params import QuantParams
 
@@ -352,27 +352,3 @@ def save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
         if first[id(param)] in tensors:
             state[name] = tensors[first[id(param)]]
     lm.save_pretrained(folder, state_dict=state)
-
-
-@contextlib.contextmanager
-def base_alone(module: nn.Module) -> Iterator[None]:
-    """Leave the adapters out of forwards; see `distft.model.adapters.lora.base_alone`.
-
-    Raises:
-        MachineError: a layer is trained whole, which is read past PEFT's layers.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    if any(isinstance(part, ModulesToSaveWrapper) for part in module.modules()):
-        raise MachineError(
-            "the base model alone cannot be computed beside layers that are trained whole: leave modules_to_save out"
-        )
-    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
