@@ -1,7 +1,8 @@
 """Records which phase of a run the main thread is in, so that the watchdog and injected faults can tell.
 
 Points of a run, in order: `rows` `fetch` `join` `model` `weights` `restore`; then per step `data` `agree` `forward`
-`backward` `update` `step`, with `columns` where an objective has some of the whole batch, `eval` and `save` in between;
+`backward` `update` `step`, with `columns` where an objective has some of the whole batch, `rewards` while answers are
+judged, `eval` and `save` in between;
 at the end `export`.
 """
 
