@@ -49,10 +49,11 @@ def evaluate_router(subject: Subject, world: int, say: Any) -> dict[str, Any]:
     ends = tuple(noted["stop_ids"]) if noted is not None else stop_ids(subject.router, tokenizer)
     generator: Any = RoutedGenerator(routed, tokenizer, ends, stop=STOP.requested)
     engine: Any = LocalEngine(routed.pool.model)
+    no_objective: Any = None  # there are no held-out rows that one would measure
     folder = RunFolder(subject.folder, writes=True)
     looks = Evaluator(
         engine=engine,
-        objective=_no_objective(),
+        objective=no_objective,
         held_out=(),
         held_out_sha256="",
         eval_sets=eval_sets,
@@ -76,11 +77,6 @@ def evaluate_router(subject: Subject, world: int, say: Any) -> dict[str, Any]:
         "chosen": generator.chosen,
         "summary": json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
     }
-
-
-def _no_objective() -> Any:
-    """Return what stands for an objective where no held-out rows are measured."""
-    return None
 
 
 def _mistake(message: str, fix: str) -> RecipeError:

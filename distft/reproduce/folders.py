@@ -157,9 +157,7 @@ def _refuse_damage(folder: Path, then: Mapping[str, str], now: Mapping[str, str]
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    return (
-        name for name in sorted({*then, *now}) if name != _EDITED and then.get(name) != now.get(name)
-    )  # fmt: skip
+    return (name for name in sorted({*then, *now}) if name != _EDITED and then.get(name) != now.get(name))
 
 
 def _say_versions(then: Mapping[str, str], say: Say) -> None:

@@ -252,8 +252,7 @@ def _refuse_same(train: Mapping[str, Requests], source: str) -> int:
         same = sum(ids in others for ids in rows)
         if same == len(rows):
             problem = f"[[adapters]] {name}: every request of its rows is another adapter's as well"
-            raise RecipeError(
-                source, [Problem(message=problem, fix="rows whose requests say which adapter is meant")]
-            )  # fmt: skip
+            fix = "rows whose requests say which adapter is meant"
+            raise RecipeError(source, [Problem(message=problem, fix=fix)])
         shared += same
     return shared
