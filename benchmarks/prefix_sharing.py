@@ -1,14 +1,17 @@
 """What it saves to compute a pair's prompt once for both answers: the same steps with and without, in turn.
 
-    python benchmarks/prefix_sharing.py --rows PAIRS --tokenizer FOLDER [--method full|lora] [--out FILE.json]
+    python benchmarks/prefix_sharing.py --rows PAIRS --tokenizer FOLDER [--config FILE.json] [--method full|lora]
 
-Blocks of steps A B B A ... of one DPO run each, over the same packed sequences of the same rows; a Llama of 8 blocks of
-width 256 with random weights, fp32. Ratios of medians, and of the tokens that were computed.
+Blocks of steps A B B A ... of one DPO run each, over the same packed sequences of the same rows; a Llama of --config's
+widths (without it 8 blocks of width 256) with random weights, fp32. Ratios of medians, and of the tokens that were
+computed. The head is computed for answers only, so what is saved depends on the vocabulary's share of the model: take
+the config of a model that is trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -53,6 +56,8 @@ def main() -> None:
     options.add_argument("--rows", required=True)
     options.add_argument("--tokenizer", required=True)
     options.add_argument("--data", default="", help="further lines of [data]")
+    options.add_argument("--config", help="config.json whose widths and vocabulary the Llama has")
+    options.add_argument("--blocks", type=int, help="number of blocks")
     options.add_argument("--method", default="full", choices=("full", "lora"))
     options.add_argument("--length", type=int, default=1024, help="max_length")
     options.add_argument("--rounds", type=int, default=6, help="pairs of blocks")
@@ -71,18 +76,20 @@ def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = locate_path(asked.tokenizer)
     vocabulary = len(AutoTokenizer.from_pretrained(tokenizer))
-    kit.write_config(
-        folder / "model",
-        {
-            "vocab_size": -(-vocabulary // 64) * 64,
-            "hidden_size": 256,
-            "intermediate_size": 704,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 8192,
-        },
-    )
+    shape: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+    }
+    if asked.config:
+        config = json.loads(Path(asked.config).read_text(encoding="utf-8"))
+        shape = {key: config[key] for key in (*shape, "vocab_size")}
+    if asked.blocks:
+        shape["num_hidden_layers"] = asked.blocks
+    kit.write_config(folder / "model", shape | {"vocab_size": shape.get("vocab_size", -(-vocabulary // 64) * 64)})
     given = {"folder": folder, "tokenizer": tokenizer, "rows": asked.rows, "length": asked.length, "data": asked.data}
     recipe = folder / "recipe.toml"
     recipe.write_text('name = "run"\n' + RECIPE.format(**given), encoding="utf-8")
@@ -104,6 +111,7 @@ def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     apart, shared = (kit.quantiles(seconds[shares]) for shares in (False, True))
     return {
         "rows": Path(asked.rows).name,
+        "model": {key: shape[key] for key in ("hidden_size", "num_hidden_layers")},
         "method": asked.method,
         "tokens_ratio": computed[False] / computed[True],
         "step_ratio": apart["median"] / shared["median"],

@@ -102,7 +102,11 @@ def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int,
     from distft.model.load import WRAPPER
 
     adapter = recipe.method.spec.adapter
-    named = [(name, param) for name, param in built.module.named_parameters() if param.requires_grad or not adapter]
+    named = [
+        (name, param)
+        for name, param in built.module.named_parameters()
+        if name.startswith(WRAPPER) and (param.requires_grad or not adapter)
+    ]
     if not adapter:
         named += built.saved_buffers()
     return {name.removeprefix(WRAPPER): (tuple(tensor.shape), tensor.dtype) for name, tensor in named}

@@ -58,6 +58,7 @@ def open_step_source(
         objective=recipe.objective.params,
         engine=engine,
         policy=objective.policy,
+        fill=objective.fill,
         generator=generator,
         max_length=recipe.data.max_length,
         num_steps=num_steps(recipe, rows),

@@ -71,6 +71,8 @@ class ColumnFiller:
     def begin(self, micros: Sequence[Batch]) -> Callable[[Batch], Batch]:
         """Collective, in evaluation mode: compute what is of all these micro-batches together.
 
+        A column that a micro-batch brings is not computed again.
+
         Returns:
             What gives one of them its columns, which stay on the device; collective.
         """
@@ -78,7 +80,8 @@ class ColumnFiller:
 
         def filled(micro: Batch) -> Batch:
             on_device = self.engine.place(micro)
-            return replace(micro, columns={**micro.columns, **{name: of(on_device) for name, of in columns.items()}})
+            computed = {name: of(on_device) for name, of in columns.items() if name not in micro.columns}
+            return replace(micro, columns={**micro.columns, **computed})
 
         return filled
 

@@ -64,6 +64,10 @@ class Policy(Protocol):
         """Return fp32 [S], the log-probability of every label, in order; never [tokens, vocabulary] at once."""
         ...
 
+    def token_logprobs_and_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return fp32 [S] twice: log-probabilities, and a critic's value before each label (head `lm_value`)."""
+        ...
+
     def scores(self, batch: Batch) -> Tensor:
         """Return fp32 [D], the value of a scalar head at each document's last token."""
         ...

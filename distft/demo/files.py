@@ -48,9 +48,7 @@ MODEL_CONFIG: dict[str, Any] = {
 """A Llama of 557,696 parameters. Widths are multiples of 64: bitsandbytes' 4-bit products on a CPU need that, and only
 when no gradient is recorded, so another width trains and then fails at the first evaluation (0.50)."""
 
-_FILES = {SCHEME + MODEL: MODEL} | {
-    f"{SCHEME}{name}": f"{name}.jsonl" for name in (*incidents.SIZES, *incidents.PAIR_SIZES, *incidents.LABEL_SIZES)
-}
+_FILES = {SCHEME + MODEL: MODEL} | {f"{SCHEME}{name}": f"{name}.jsonl" for name in incidents.ROWS}
 _SOURCES = ("files.py", "incidents.py", "tokenizer.py", "wording.py")
 """The modules that decide what the files contain."""
 

@@ -33,6 +33,16 @@ PAIR_SIZES = {"incidents-pairs/train": 1600, "incidents-pairs/valid": 200}
 """Preference dataset -> pairs; the rejected answer misreads one fact of the report."""
 LABEL_SIZES = {"incidents-labels/train": 1600, "incidents-labels/valid": 200}
 """Dataset of single answers -> rows; every second one misreads a fact of its report, and is labelled as bad."""
+HURRIED_SIZES = {"incidents-hurried/train": 1600}
+"""Dataset -> rows of triage in a hurry: in most of them severity follows from the number of people alone."""
+MORE_SIZES = {"incidents-more/train": 2400}
+"""Dataset -> rows as those of `incidents/train`, of reports that no other dataset has: prompts to train answers on."""
+ROWS: dict[str, int] = (
+    {name: count for name, (_, count) in SIZES.items()} | PAIR_SIZES | LABEL_SIZES | HURRIED_SIZES | MORE_SIZES
+)
+"""Dataset -> rows, of all."""
+HURRY = 0.65
+"""Share of the hurried rows whose severity is the hurried one; where the two are the same nothing shows."""
 SEED = 20
 HELD_OUT_SEED = 2026_11_26
 """Drawn once, after every setting of the demo had been fixed on other held-out reports, and never tuned on since."""
@@ -65,6 +75,11 @@ class Incident:
         if self.data_loss:
             return "high" if self.scope == "few" else "critical"
         return SEVERITIES[("few", "some", "most").index(self.scope) + (not self.workaround)]
+
+    @property
+    def hurried_severity(self) -> str:
+        """What somebody writes who looks at nothing but the number of people."""
+        return SEVERITIES[("few", "some", "most").index(self.scope)]
 
     @property
     def summary(self) -> str:
@@ -112,7 +127,18 @@ def datasets() -> dict[str, list[dict[str, Any]]]:
             }
             for number, (facts, text) in enumerate(reports)
         ]
+    hurry = random.Random(SEED + 2)
+    for name, count in HURRIED_SIZES.items():
+        made[name] = [_hurried(hurry, *next(first)) for _ in range(count)]
+    for name, count in MORE_SIZES.items():
+        reports = [next(first) for _ in range(count)]
+        made[name] = [{"prompt": text + PROMPT_END, "completion": render(facts, "lines")} for facts, text in reports]
     return made
+
+
+def _hurried(rng: random.Random, facts: Incident, text: str) -> dict[str, str]:
+    severity = facts.hurried_severity if rng.random() < HURRY else facts.severity
+    return {"prompt": text + PROMPT_END, "completion": _lines(facts.answer | {"severity": severity})}
 
 
 def _pair(rng: random.Random, facts: Incident, text: str) -> dict[str, str]:
@@ -157,7 +183,11 @@ def render(incident: Incident, style: Style) -> str:
     """Return the answer in one of the two fixed formats."""
     if style == "json":
         return json.dumps(incident.answer, separators=(",", ":"))
-    return "\n".join(f"{key}: {value}" for key, value in incident.answer.items())
+    return _lines(incident.answer)
+
+
+def _lines(answer: dict[str, str]) -> str:
+    return "\n".join(f"{key}: {value}" for key, value in answer.items())
 
 
 def _distinct_reports(rng: random.Random, seen: set[str]) -> Iterator[tuple[Incident, str]]:

@@ -39,6 +39,7 @@ class CausalLM(nn.Module):
         path: ForwardPath | None = None,
         observed: Observation | None = None,
         router: RouterLoss | None = None,
+        value_head: nn.Linear | None = None,
     ) -> None:
         """Wrap a model.
 
@@ -48,6 +49,7 @@ class CausalLM(nn.Module):
             path: how numbers are computed; the fast path when None.
             observed: the model's trunk and its rule for logits; a `chunked` head needs it.
             router: the loss of a mixture of experts' router, where the config asks for one.
+            value_head: gives a value for each position, from its last hidden state.
         """
         super().__init__()
         self.lm = lm
@@ -57,6 +59,7 @@ class CausalLM(nn.Module):
         self.prefix = PrefixInputs(lm)
         if self.path.head == "chunked" and observed is None:
             raise ValueError("a chunked head needs to know what the model does before its logits")
+        self.value_head = value_head  # beside the model, so that neither transformers nor an adapter's wrapper has it
         self.use_loss(loss)
 
     @property
@@ -120,10 +123,12 @@ class CausalLM(nn.Module):
         cu_seqlens_k: Tensor | None = None,
         max_seqlen_k: int = 0,
         per_token: bool = False,
+        values: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the loss of every supervised token, in order: fp32 [S], or [1] with their sum.
 
-        Arguments are `Batch.inputs()`. `per_token`: [S] whatever that loss gives.
+        Arguments are `Batch.inputs()`. `per_token`: [S] whatever that loss gives. `values`, with `per_token`: [2, S],
+        the losses and the values of the positions before the labels.
 
         A micro-batch that supervises nothing returns a zero that depends on every parameter, because ranks must
         run the same collectives. With a router loss: (losses, router loss [1]), to be added.
@@ -147,7 +152,12 @@ class CausalLM(nn.Module):
         else:
             output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
             loss = (chunked_loss,) if per_token else ()
-            losses = self.head(output.last_hidden_state[0][at_S], labels_S, *loss)
+            hidden_SE = output.last_hidden_state[0][at_S]
+            losses = self.head(hidden_SE, labels_S, *loss)
+            if values:
+                assert self.value_head is not None
+                value_S = self.value_head(hidden_SE.to(self.value_head.weight.dtype)).float().squeeze(1)
+                losses = torch.stack([losses.float(), value_S])
         self.prefix.check()
         if nothing:
             losses = losses * 0.0

@@ -180,6 +180,8 @@ class MetaModel:
             MachineError: some of its parameters are the adapter's, and others the base's.
         """
         name = self._names[id(module)]
+        if module is self.module.value_head:
+            return True
         own = {self._method.owns(f"{name}.{short}") for short, param in module._parameters.items() if param is not None}
         if len(own) > 1:
             raise MachineError(f"{name} holds parameters of the base and of the adapter, which are filled apart")
@@ -217,7 +219,9 @@ class MetaModel:
                 pending[short] = meta
         if not pending:
             return
-        if self._is_fresh(module):
+        if module is self.module.value_head:
+            values = {short: torch.zeros(meta.shape) for short, meta in pending.items()}
+        elif self._is_fresh(module):
             assert self._method.fresh is not None
             # Copies, so that no parameter is a view of another.
             values = {
@@ -325,7 +329,15 @@ def build(
     for param in lm.parameters():
         if id(param) not in reached and not method.adapter:
             param.requires_grad_(False)
-    module = CausalLM(attached, loss, path=path, observed=observed, router=router_loss)
+    value_head = None
+    if head.values:
+        if path.head == "own":
+            raise mistake(
+                f"{type(lm).__name__} computes its logits in its own way, so a critic cannot read its hidden states",
+                "take an objective without one, such as grpo",
+            )
+        value_head = nn.Linear(lm.get_output_embeddings().in_features, 1, device="meta", dtype=dtype)
+    module = CausalLM(attached, loss, path=path, observed=observed, router=router_loss, value_head=value_head)
     return MetaModel(module, blocks, source, method, tied=tied, layout=layout, seed=seed, dtype=dtype)
 
 

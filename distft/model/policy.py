@@ -42,11 +42,19 @@ class ModelPolicy:
         """
         output: Tensor | tuple[Tensor, Tensor] = self.model(**batch.inputs(), per_token=True)
         if isinstance(output, tuple):
-            raise MachineError(
-                "this model's config asks for router losses (output_router_logits), which only the objective sft adds; "
-                "set it to false in config.json"
-            )
+            raise _with_router_loss()
         return -output[: batch.num_supervised]
+
+    def token_logprobs_and_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return fp32 [S] twice: as `token_logprobs`, and what the head `lm_value` says of the position before it.
+
+        Raises:
+            MachineError: as `token_logprobs`.
+        """
+        output: Tensor | tuple[Tensor, Tensor] = self.model(**batch.inputs(), per_token=True, values=True)
+        if isinstance(output, tuple):
+            raise _with_router_loss()
+        return -output[0, : batch.num_supervised], output[1, : batch.num_supervised]
 
     def scores(self, batch: Batch) -> Tensor:
         """Return fp32 [D], the value of the scalar head at each document's last token, filler left out.
@@ -55,3 +63,10 @@ class ModelPolicy:
         """
         score_D: Tensor = self.model(**batch.score_inputs())
         return score_D[: batch.num_documents]
+
+
+def _with_router_loss() -> MachineError:
+    return MachineError(
+        "this model's config asks for router losses (output_router_logits), which only the objective sft adds; "
+        "set it to false in config.json"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,10 @@ class RolloutParams(Params, ABC):
     samplers that compute otherwise than the trainer."""
     correction_cap: float = Field(default=2.0, ge=1)
     """Largest weight of the correction."""
+    compares_answers: ClassVar[bool] = True
+    """An answer counts only beside another to the same prompt."""
+    values_tokens: ClassVar[bool] = False
+    """A critic's values give every token an advantage of its own: `token_targets` says how."""
 
     @abstractmethod
     def advantages(self, reward_PN: np.ndarray) -> np.ndarray:
@@ -73,13 +77,20 @@ def policy_gradient_terms(params: RolloutParams, policy: Policy, batch: Batch, l
     `dapo`, `cispo`: tokens of all answers alike. `grpo`, `gspo`: the mean of each answer's tokens. `dr_grpo`, `sum`:
     their sum, which is divided by the longest allowed length or by nothing.
     """
+    return clipped_terms(params, policy.token_logprobs(batch), batch, loss)
+
+
+def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: Loss) -> LossTerms:
+    """Return what `policy_gradient_terms` does, of log-probabilities [S] that have been computed."""
     import torch
 
-    logprob_S = policy.token_logprobs(batch)
     columns = batch.columns
     sampler_S = columns["sampler_logprob_S"].to(logprob_S.dtype)
     old_S = columns["old_logprob_S"].to(logprob_S.dtype) if "old_logprob_S" in columns else logprob_S.detach()
-    advantage_S = batch.by_token(columns["advantage_D"].to(logprob_S.dtype))
+    if "advantage_S" in columns:
+        advantage_S = columns["advantage_S"].to(logprob_S.dtype)
+    else:
+        advantage_S = batch.by_token(columns["advantage_D"].to(logprob_S.dtype))
     length_D = batch.sum_by_document(torch.ones_like(logprob_S)).clamp(min=1)
     log_ratio_S = logprob_S - old_S
     if loss == "gspo":
@@ -99,7 +110,8 @@ def policy_gradient_terms(params: RolloutParams, policy: Policy, batch: Batch, l
     if params.beta:
         gap_S = columns["ref_logprob_S"].to(logprob_S.dtype) - logprob_S
         divergence_S = gap_S.exp() - gap_S - 1
-        loss_S = loss_S + params.beta * divergence_S
+        if not params.values_tokens:  # else it is in the rewards of tokens
+            loss_S = loss_S + params.beta * divergence_S
         figures["kl"] = (divergence_S.sum(), batch.num_supervised)
     weight_S = batch.by_token(1 / length_D).to(logprob_S.dtype) if loss in ("grpo", "gspo") else 1.0
     is_low_S = (ratio_S < low) & (advantage_S < 0)
@@ -121,10 +133,24 @@ def policy_gradient_terms(params: RolloutParams, policy: Policy, batch: Batch, l
     return LossTerms.of((loss_S * weight_S).sum(), figures)
 
 
-def rollout_objective(name: str, params: type[RolloutParams], loss_of: Callable[[Any], Loss]) -> ObjectiveSpec:
-    """Return an objective on the model's own answers; `loss_of` says, by its params, how tokens become one loss."""
+Terms = Callable[[Any, Policy, Batch], LossTerms]
 
-    def terms(chosen: RolloutParams, policy: Policy, batch: Batch) -> LossTerms:
+
+def rollout_objective(
+    name: str,
+    params: type[RolloutParams],
+    loss_of: Callable[[Any], Loss],
+    *,
+    terms: Terms | None = None,
+    head: str = "lm",
+    more_figures: Mapping[str, bool] | None = None,
+) -> ObjectiveSpec:
+    """Return an objective on the model's own answers; `loss_of` says, by its params, how tokens become one loss.
+
+    `terms` stands in for `policy_gradient_terms`; `more_figures` are those that it has besides.
+    """
+
+    def usual(chosen: RolloutParams, policy: Policy, batch: Batch) -> LossTerms:
         return policy_gradient_terms(chosen, policy, batch, loss_of(chosen))
 
     def denominator(chosen: RolloutParams, micros: Sequence[Batch]) -> float:
@@ -140,10 +166,11 @@ def rollout_objective(name: str, params: type[RolloutParams], loss_of: Callable[
         source="rollouts",
         writes=True,
         per_token=True,
+        head=head,
         denominator=denominator,
-        terms=terms,
+        terms=terms or usual,
         columns=lambda chosen: ("ref_logprob_S",) if chosen.beta else (),  # the others come with the answers
-        figures=_figures,
+        figures=lambda chosen: {**_figures(chosen), **(more_figures or {})},
     )
 
 

@@ -21,8 +21,8 @@ class RewardTerm(Params):
 class RolloutTable(Params):
     """Answers to the prompts of [[data.train]], for objectives that train on the model's own."""
 
-    answers_per_prompt: int = Field(default=8, ge=2)
-    """Answers to each prompt of a step: the group whose rewards are compared."""
+    answers_per_prompt: int = Field(default=8, ge=1)
+    """Answers to each prompt of a step: the group whose rewards are compared. 1 is for `ppo`, which compares none."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest answer. A group, each answer behind its prompt, has to fit in [data] max_length."""
     stop: tuple[str, ...] = ()

@@ -87,6 +87,13 @@ def rollouts_leave_rows_alone(recipe: Recipe, _: Registries) -> Iterator[RecipeM
     if getattr(recipe.method.params, "dropout", 0.0):
         message = "answers are written without it, and their probabilities would be others in training"
         yield RecipeMistake(key=("method", "dropout"), message=message, fix="dropout = 0.0", also=also)
+    if recipe.rollout.answers_per_prompt < 2 and getattr(recipe.objective.params, "compares_answers", True):
+        yield RecipeMistake(
+            key=("rollout", "answers_per_prompt"),
+            message=f'is 1, and objective "{recipe.objective.name}" compares answers to one prompt',
+            fix="answers_per_prompt = 8, or objective ppo, which has a critic",
+            also=also,
+        )
     if getattr(recipe.objective.params, "beta", 0.0) and getattr(recipe.method.spec, "base_alone", None) is None:
         yield RecipeMistake(
             key=("objective", "beta"),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,18 @@ class Rollout:
     """0 where an answer does not count."""
     counted_PN: np.ndarray
     """Whether an answer counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFigures:
+    """Numbers of each token of the answers that count, by the number of each answer in the rollout."""
+
+    logprobs: dict[str, list[float]]
+    """Log-probabilities under the weights that the answers were written with."""
+    reference: dict[str, list[float]]
+    """Those of the model before training; empty where nothing reads them."""
+    values: dict[str, list[float]]
+    """A critic's values of the positions before the tokens; empty without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +116,21 @@ class RolloutFiles:
         ]
         return answers, [Judged(parts=tuple(line["rewards"].values()), why=line["unscored"] or "") for line in lines]
 
-    def write_old(self, number: int, logprobs: Mapping[str, Sequence[float]]) -> None:
-        """Keep the log-probabilities, by the number of each answer, that a rollout's first update began with."""
-        write_file(self._old(number), json.dumps(logprobs), durable=True)
+    def write_measured(self, number: int, measured: TokenFigures) -> None:
+        """Keep what a rollout's first update began with."""
+        write_file(self._measured(number), json.dumps(asdict(measured)), durable=True)
 
-    def read_old(self, number: int) -> dict[str, list[float]]:
-        """Return what `write_old` has kept.
+    def read_measured(self, number: int) -> TokenFigures:
+        """Return what `write_measured` has kept.
 
         Raises:
             CheckpointError: it cannot be read.
         """
+        path = self._measured(number)
         try:
-            return json.loads(self._old(number).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self._old(number)}: what this step goes on with cannot be read: {error}"
-            ) from error
+            return TokenFigures(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: what this step goes on with cannot be read: {error}") from error
 
-    def _old(self, number: int) -> Path:
+    def _measured(self, number: int) -> Path:
         return self.path(number).with_suffix(".logprobs.json")

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distft.core.errors import DataError, Problem, RecipeError
 from distft.core.phase import PHASE
@@ -20,6 +19,7 @@ from distft.core.ranks import on_rank_zero
 from distft.generation.completion import Completion, Prompt, SamplingParams
 from distft.scores import Answer
 from distft.step_sources.rewards import Judged, RewardProcess, rewards_of
+from distft.step_sources.rollout_batches import RolloutBatches
 from distft.step_sources.rollout_files import Rollout, RolloutFiles
 from distft.step_sources.spec import StepSourceInputs, StepSourceSpec
 
@@ -46,6 +46,7 @@ class RolloutSteps:
             self._rewards, timeout_s=self._table.reward_timeout_s, memory_gib=self._table.reward_memory_gib
         )
         self._questions = {question.id: question for question in inputs.questions()}
+        self._batches = RolloutBatches(inputs, self._files, tuple(reward.name for reward in self._rewards))
         self._current: tuple[int, list[Batch]] | None = None
         self._refuse_dropout()
         self._refuse_long_prompts()
@@ -75,7 +76,7 @@ class RolloutSteps:
                 if rollout is None:
                     yield []
                     return
-                self._current = (number, self._batches(rollout, keeps_old=update == 0))
+                self._current = (number, self._batches.of(rollout, is_new=update == 0))
             yield self._current[1]
 
     # -- answers -------------------------------------------------------------------------------------------------------
@@ -162,11 +163,13 @@ class RolloutSteps:
         if self._table.mask_truncated:
             reward_PN = np.where(np.array([one.ended for one in answers]).reshape(shape), reward_PN, math.nan)
         counted_PN = ~np.isnan(reward_PN)
-        counted_PN &= counted_PN.sum(1, keepdims=True) > 1  # an answer alone has nothing to be compared with
+        if self._inputs.objective.compares_answers:  # an answer alone has nothing to be compared with
+            counted_PN &= counted_PN.sum(1, keepdims=True) > 1
         reward_PN = np.where(counted_PN, reward_PN, math.nan)
         if not counted_PN.any():
+            needed = "two answers that count" if self._inputs.objective.compares_answers else "an answer that counts"
             raise DataError(
-                f"step {number * self._table.updates + 1}: no prompt has two answers that count"
+                f"step {number * self._table.updates + 1}: no prompt has {needed}"
                 + ("  raise [rollout] max_new_tokens, or mask_truncated = false" if self._table.mask_truncated else "")
             )
         advantage_PN = np.where(counted_PN, self._inputs.objective.advantages(reward_PN), 0.0)
@@ -189,116 +192,6 @@ class RolloutSteps:
         names = self._inputs.steps.sample_ids(number)
         answers, judged = on_rank_zero(self._inputs.engine, lambda: self._files.read(number, names))
         return self._weighed(number, self._asked(number), answers, judged)
-
-    # -- micro-batches -------------------------------------------------------------------------------------------------
-
-    def _batches(self, rollout: Rollout, *, keeps_old: bool) -> list[Batch]:
-        """Collective: return this rank's micro-batches, as many as every other rank's."""
-        micros = self._packed(rollout)
-        if self._table.updates == 1:
-            return micros
-        return self._with_old_logprobs(rollout, micros, computes=keeps_old)
-
-    def _places(self, number: int, prompts: int) -> list[list[tuple[int, int]]]:
-        """Return (prompt, answer) of each document of this rank's micro-batches; equally many on every rank."""
-        inputs, count = self._inputs, self._table.answers_per_prompt
-        first, rows = inputs.steps.slice_of_rank(number)
-        begins = range(first, first + rows, inputs.steps.micro_batch_size)
-        groups = [range(begin, begin + inputs.steps.micro_batch_size) for begin in begins]
-        places = [[(p, n) for p in group if p < prompts for n in range(count)] for group in groups]
-        if not inputs.single_documents:
-            return places
-        flat = [[place] for group in places for place in group]
-        return flat + [[] for _ in range(rows * count - len(flat))]
-
-    def _packed(self, rollout: Rollout) -> list[Batch]:
-        inputs, count = self._inputs, self._table.answers_per_prompt
-        first, _ = inputs.steps.slice_of_rank(rollout.number)
-        position = (rollout.number * inputs.steps.global_batch_size + first) * count
-        batches: list[Batch] = []
-        for chosen in self._places(rollout.number, len(rollout.questions)):
-            batches.append(self._batch(rollout, chosen, position))
-            position += max(1, len(chosen))
-        return batches
-
-    def _batch(self, rollout: Rollout, places: Sequence[tuple[int, int]], position: int) -> Batch:
-        import numpy as np
-        import torch
-
-        from distft.data.batch import pack_documents
-
-        count = self._table.answers_per_prompt
-        documents, sampler_S = [], []
-        for place in places:
-            question, answer = rollout.questions[place[0]], rollout.answers[place[0] * count + place[1]]
-            counts = bool(rollout.counted_PN[place])
-            trained = [False] * len(question.ids) + [counts] * len(answer.ids)
-            documents.append(([*question.ids, *answer.ids], trained))
-            sampler_S += answer.logprobs if counts else ()
-        batch = pack_documents(
-            documents,
-            group_sizes=(1,) * len(documents),
-            sample_ids=tuple(rollout.questions[place[0]].id for place in places),
-            position=position,
-            max_length=self._inputs.max_length,
-        )
-        index = tuple(np.array(places, np.int64).reshape(-1, 2).T)
-        judged = [rollout.judged[p * count + n] for p, n in places]
-        spread_P = np.nan_to_num(rollout.reward_PN, nan=0.0).max(1) - np.where(
-            rollout.counted_PN, rollout.reward_PN, np.inf
-        ).min(1)
-        columns: dict[str, Any] = {
-            "advantage_D": rollout.advantage_PN[index],
-            "counted_D": rollout.counted_PN[index],
-            "reward_total_D": np.nan_to_num(rollout.reward_PN[index]),
-            "budget_D": self._table.max_new_tokens * rollout.counted_PN[index],
-            "truncated_D": [not rollout.answers[p * count + n].ended for p, n in places],
-            "unscored_D": [bool(one.why) for one in judged],
-            "equal_D": (spread_P <= 0)[index[0]],
-            "sampler_logprob_S": sampler_S,
-        }
-        for part, reward in enumerate(self._rewards):
-            columns[f"reward_{reward.name}_D"] = [one.parts[part] if one.parts else 0.0 for one in judged]
-        return replace(
-            batch, columns={name: torch.tensor(np.asarray(values, np.float64)) for name, values in columns.items()}
-        )
-
-    def _with_old_logprobs(self, rollout: Rollout, micros: list[Batch], *, computes: bool) -> list[Batch]:
-        """Collective: give micro-batches the log-probabilities that the first of several updates begins with.
-
-        They are kept beside the answers, by answer: a start in the middle has other weights, and may have other ranks.
-        """
-        import torch
-
-        places = self._places(rollout.number, len(rollout.questions))
-        if computes:
-            old = self._compute_old(rollout, micros, places)
-        else:
-            old = on_rank_zero(self._inputs.engine, lambda: self._files.read_old(rollout.number))
-        count, made = self._table.answers_per_prompt, []
-        for micro, chosen in zip(micros, places, strict=True):
-            old_S = [value for p, n in chosen for value in old[str(p * count + n)]]
-            column = torch.tensor(old_S, dtype=torch.float32)
-            made.append(replace(micro, columns={**micro.columns, "old_logprob_S": column}))
-        return made
-
-    def _compute_old(
-        self, rollout: Rollout, micros: Sequence[Batch], places: Sequence[Sequence[tuple[int, int]]]
-    ) -> dict[str, list[float]]:
-        """Collective: return this rank's answers' log-probabilities, and keep those of all ranks."""
-        engine, count = self._inputs.engine, self._table.answers_per_prompt
-        mine: dict[str, list[float]] = {}
-        with engine.evaluating():
-            for micro, chosen in zip(micros, places, strict=True):
-                values = self._inputs.policy.token_logprobs(engine.place(micro)).tolist()
-                for place in chosen:
-                    index = place[0] * count + place[1]
-                    length = len(rollout.answers[index].ids) if rollout.counted_PN[place] else 0
-                    mine[str(index)], values = values[:length], values[length:]
-        gathered = engine.gather(mine)
-        if engine.rank == 0:
-            self._files.write_old(rollout.number, {index: old for part in gathered for index, old in part.items()})
-        return mine
 
     # -- mistakes ------------------------------------------------------------------------------------------------------
 

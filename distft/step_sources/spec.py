@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.core.protocols import StepSource
 from distft.core.registry import NoParams, Params
-from distft.core.types import Engine, Policy
+from distft.core.types import Batch, Engine, Policy
 
 if TYPE_CHECKING:
     from distft.data.loader import Steps
@@ -29,6 +29,9 @@ class StepSourceInputs:
     engine: Engine
     policy: Policy
     """The model as it is when it is asked."""
+    fill: Callable[[list[Batch]], list[Batch]]
+    """Collective: gives micro-batches the columns that the objective reads; the loop leaves those alone that they have.
+    """
     generator: Callable[[str], CompletionGenerator]
     """Name -> an opened generator with its default parameters (see `distft.generation.GENERATORS`)."""
     max_length: int

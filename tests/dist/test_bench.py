@@ -30,6 +30,7 @@ def kept(bench: Bench) -> dict[str, tuple[int, dict[str, Any]]]:
     return {path.name: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in files}
 
 
+@pytest.mark.slow
 def test_killed_and_continued(bench: Bench) -> None:
     grid = ["--engines", "solo,zero3", "--micro", "2", "--nproc", "2"]
     with Launch(command(bench, *grid)) as first:

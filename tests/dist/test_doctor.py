@@ -144,6 +144,7 @@ def test_a_full_disk_and_a_sick_gpu_on_one_machine(tmp_path: Path) -> None:
     assert "torch uses no GPU on node1" in found["torch"]["found"] or shutil.which("nvidia-smi")
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     """Read-only for one host: the mount, for root may write anything else."""
     ranks = [
@@ -157,6 +158,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     assert found["hosts"] == ["node2"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_on_the_way_does_not_keep_the_others(tmp_path: Path) -> None:
     told = examine(
         [Rank("node1"), Rank("node2")],

@@ -30,7 +30,7 @@ def loaded(engine: str, model: Path, out: Path, *, world: int, node: int) -> lis
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(world)]
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_rank_never_holds_the_whole_model_and_reads_its_part(model: Path, tmp_path: Path, engine: str) -> None:
     ranks = loaded(engine, model, tmp_path / "facts", world=2, node=2)
     for facts in ranks:
@@ -56,6 +56,7 @@ def test_weights_are_read_once_a_node(model: Path, tmp_path: Path) -> None:
     assert all(facts["peak"] == facts["whole"] for facts in ranks)
 
 
+@pytest.mark.slow
 def test_a_rank_alone_on_its_node_reads_all(model: Path, tmp_path: Path) -> None:
     assert_read(loaded("zero1", model, tmp_path / "facts", world=2, node=1), times=2)
 

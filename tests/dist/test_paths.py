@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from architectures import model_folder
-from harness import Bench, Run, label, relative
+from harness import WHOLE_GRIDS, Bench, Run, label, relative
 
 TOLERANCE = 1e-5
 KINDS = {
@@ -15,7 +15,9 @@ KINDS = {
     "bloom": {},
     "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
 }
-LAYOUTS = [("ddp", 2), ("zero3", 2), pytest.param(("fsdp2", 2), marks=pytest.mark.slow)]
+LAYOUTS = [("zero3", 2), *(pytest.param((engine, 2), marks=pytest.mark.slow) for engine in ("ddp", "fsdp2"))]
+QUICK = ("gemma2-packed", "lfm2-rows", "lfm2-lora", "bloom-rows", "mixtral-packed")
+"""What make test runs: each model once, and an adapter."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def cases(models: dict[str, Path], engine: str) -> dict[str, list[str]]:
         found[f"{kind}-packed"] = [*common, "train.global_batch_size=4", "train.micro_batch_size=1"]
         found[f"{kind}-rows"] = [*common, "data.packing=false", "train.micro_batch_size=4"]
     found["lfm2-lora"] = [*found["lfm2-rows"], 'method.name="lora"', "method.r=4"]
-    return found
+    return found if WHOLE_GRIDS else {name: found[name] for name in QUICK}
 
 
 @pytest.fixture(scope="module")

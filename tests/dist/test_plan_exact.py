@@ -120,7 +120,7 @@ SUMS = {
 """Two micro-batches of a step, whose gradients are added in fp32."""
 CELLS = {
     1: SUMS[1]
-    + grid("llama", ("solo",), ALL)
+    + grid("llama", ("solo",), ALL, every=5)
     + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor"))
     + grid("moe", ("solo",), ("adamw", "adamw_8bit"))
     + grid("gpt2", ("solo",), ("adamw",)),
@@ -130,8 +130,8 @@ CELLS = {
     + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=5)
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=5)
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
-    + VARIANTS[:: 1 if WHOLE_GRIDS else 2]
-    + LITTLE[:: 1 if WHOLE_GRIDS else 3],
+    + VARIANTS[:: 1 if WHOLE_GRIDS else 4]
+    + LITTLE[:: 1 if WHOLE_GRIDS else 5],
     3: SUMS[3]
     + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit"), every=5)
     + ([] if WHOLE_GRIDS else [cell("qwen", "zero2", "full", "paged_adamw_8bit", "bfloat16")]),

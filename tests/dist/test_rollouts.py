@@ -19,9 +19,12 @@ OBJECTIVES = {
     "dr_grpo": 'objective={name="grpo", loss="dr_grpo", scale="none"}',
     "rloo": 'objective={name="rloo"}',
     "reinforce": 'objective={name="reinforce"}',
+    "ppo": 'objective={name="ppo", beta=0.0, clip_value=0.02}',
+    "ppo-kl": 'objective={name="ppo", beta=0.1, kl="k3"}',
 }
 CASES = {
     "dapo-full-3": ("dapo", "full", 3),
+    "ppo-kl-lora-3": ("ppo-kl", "lora", 3),
 }
 if WHOLE_GRIDS:
     CASES |= {
@@ -31,6 +34,7 @@ if WHOLE_GRIDS:
         "rloo-qlora-1": ("rloo", "qlora", 1),
         "reinforce-full-2": ("reinforce", "full", 2),
         "grpo-kl-qlora-1": ("grpo-kl", "qlora", 1),
+        "ppo-full-1": ("ppo", "full", 1),
     }
 """Name -> objective, method and updates on the same answers."""
 LAYOUTS = [("ddp", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE_GRIDS else [("fsdp2", 2)]

@@ -132,6 +132,94 @@ def test_figures_say_what_was_clipped(tiny_config: Path) -> None:
     assert terms.figures["sampler_gap"][0].item() == pytest.approx(gap, rel=1e-4)
 
 
+KL, VF, CLIP_VALUE, GAMMA, LAM = 0.2, 0.3, 0.05, 0.95, 0.9
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_ppo_equals_a_plain_loop(tiny_config: Path, estimator: str) -> None:
+    """Advantages from the sums that define them, not by the recursion; losses token by token."""
+    rows = documents(LENGTHS)
+    ours = build(tiny_config, head="lm_value").module
+    theirs = build(tiny_config).module
+    theirs.transformer.set_attn_implementation("eager")
+    critic = torch.nn.Linear(64, 1)
+    with torch.no_grad():
+        critic.weight.copy_(0.3 * torch.randn(1, 64, generator=torch.Generator().manual_seed(5)))
+        critic.bias.fill_(0.2)
+        ours.value_head.weight.copy_(critic.weight)
+        ours.value_head.bias.copy_(critic.bias)
+    now, values = [], []
+    for ids in rows:
+        out = theirs.transformer(torch.tensor([ids]), output_hidden_states=True)
+        logits = out.logits[0, :-1].double().log_softmax(-1)
+        now.append(logits.gather(1, torch.tensor(ids[1:])[:, None])[PROMPT - 1 :, 0])
+        values.append(critic(out.hidden_states[-1][0, PROMPT - 1 : -1])[:, 0].double())
+    old, ref, old_value = (
+        [tokens.detach() + drift(len(tokens), 10 * seed + index, 0.15) for index, tokens in enumerate(base)]
+        for seed, base in ((1, now), (2, now), (3, values))
+    )
+    advantages, returns = [], []
+    for index, reward in enumerate(ADVANTAGE):
+        gap = ref[index] - old[index]
+        paid = -KL * (-gap if estimator == "k1" else gap.exp() - 1 - gap)
+        paid[-1] += reward
+        after = torch.cat([old_value[index][1:], torch.zeros(1, dtype=torch.float64)])
+        errors = paid + GAMMA * after - old_value[index]
+        size = len(errors)
+        made = [sum((GAMMA * LAM) ** (s - t) * errors[s] for s in range(t, size)) for t in range(size)]
+        advantages.append(torch.stack([torch.as_tensor(value) for value in made]))
+        returns.append(advantages[-1] + old_value[index])
+    flat = torch.cat(advantages)
+    white = ((flat - flat.mean()) * torch.rsqrt(flat.var() + 1e-8)).split([len(part) for part in advantages])
+    losses = []
+    for index, tokens in enumerate(now):
+        for place, token in enumerate(tokens):
+            advantage = white[index][place]
+            policy_loss = clipped((token - old[index][place]).exp(), advantage)
+            value, target, before = values[index][place], returns[index][place], old_value[index][place]
+            kept = before + (value - before).clamp(-CLIP_VALUE, CLIP_VALUE)
+            losses.append(policy_loss + VF * 0.5 * max((value - target) ** 2, (kept - target) ** 2))
+    expected = torch.stack(losses).mean()
+    expected.backward()
+
+    spec = OBJECTIVES["ppo"]
+    settings = {"beta": KL, "kl": estimator, "gamma": GAMMA, "lam": LAM, "vf_coef": VF, "clip_value": CLIP_VALUE}
+    params = spec.params(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, **settings)
+    targets = params.token_targets(ADVANTAGE.tolist(), *([part.numpy() for part in of] for of in (old, ref, old_value)))
+    columned = columns(now, old, ref, now) | {
+        "advantage_S": torch.tensor(np.concatenate(targets[0])),
+        "return_S": torch.tensor(np.concatenate(targets[1])),
+        "old_value_S": torch.cat(old_value),
+    }
+    objective = Objective(spec=spec, params=params, policy=ModelPolicy(ours))
+    made_batch = replace(batch(rows, trained_from=PROMPT), group_sizes=(1,) * 6, columns=columned)
+    terms = objective.terms(made_batch)
+    value = terms.loss_sum / objective.denominator([made_batch])
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    critics = zip((ours.value_head.weight, ours.value_head.bias), (critic.weight, critic.bias), strict=True)
+    pairs = [*critics, *zip(ours.lm.parameters(), theirs.lm.parameters(), strict=True)]
+    norm = math.sqrt(sum(other.grad.square().sum().item() for _, other in pairs))
+    for mine, other in pairs:
+        assert (mine.grad - other.grad).norm().item() <= 2e-5 * norm
+    shares = {name: float(pair[0] / pair[1]) for name, pair in terms.figures.items()}
+    assert shares["value"] == pytest.approx(float(torch.cat(values).mean()), rel=1e-4)
+    assert 0.1 < shares["value_clipped"] < 0.9
+    assert set(spec.figures(params)) <= set(terms.figures)
+
+
+def test_a_critic_starts_at_zero_and_is_not_what_is_saved(tiny_config: Path) -> None:
+    built = build(tiny_config, head="lm_value")
+    assert not built.module.value_head.weight.any()
+    assert not built.module.value_head.bias.any()
+    assert built.module.value_head.weight.requires_grad
+    made = batch(documents([9, 4]), trained_from=PROMPT)
+    logprobs, values = ModelPolicy(built.module).token_logprobs_and_values(made)
+    assert torch.equal(logprobs, ModelPolicy(build(tiny_config).module).token_logprobs(made))
+    assert values.tolist() == [0.0] * len(logprobs)
+    assert not any("value_head" in name for name, _ in built.module.transformer.named_parameters())
+
+
 NAN = math.nan
 REWARDS = np.array([[1.0, 0.0, 0.0, 1.0], [2.0, NAN, 4.0, NAN], [3.0, 3.0, 3.0, 3.0], [NAN, NAN, NAN, NAN]])
 

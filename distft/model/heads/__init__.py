@@ -4,11 +4,12 @@ In: a transformers config; out: the model with this head, and what loading, adap
 """
 
 from distft.core.registry import Registry
-from distft.model.heads import lm, scalar
+from distft.model.heads import lm, lm_value, scalar
 from distft.model.heads.spec import HeadSpec, head_of, put_head
 
 HEADS: Registry[HeadSpec] = Registry("head")
 HEADS.add(lm.SPEC)
+HEADS.add(lm_value.SPEC)
 HEADS.add(scalar.SPEC)
 
 __all__ = ["HEADS", "HeadSpec", "head_of", "put_head"]

@@ -12,7 +12,17 @@ from collections.abc import Iterable
 import pytest
 
 from distft.demo import tokenizer, wording
-from distft.demo.incidents import COMPONENTS, LABEL_SIZES, PAIR_SIZES, PROMPT_END, SEVERITIES, SIZES, Incident, datasets
+from distft.demo.incidents import (
+    COMPONENTS,
+    LABEL_SIZES,
+    PAIR_SIZES,
+    PROMPT_END,
+    ROWS,
+    SEVERITIES,
+    SIZES,
+    Incident,
+    datasets,
+)
 from distft.demo.scoring import parse
 
 Rows = list[dict[str, str]]
@@ -51,9 +61,17 @@ def test_every_second_labelled_answer_is_right(made: dict[str, Rows]) -> None:
     assert all(parse(row["completion"], "lines") is not None for row in rows)
 
 
+def test_hurried_rows_are_wrong_about_severity_alone(made: dict[str, Rows]) -> None:
+    rows = [parse(row["completion"], "lines") or {} for row in made["incidents-hurried/train"]]
+    by_scope = {"few": "low", "some": "medium", "most": "high"}
+    scopes = [re.search(r"for (few|some|most) users", row["summary"]) for row in rows]
+    hurried = [by_scope[scope[1]] == row["severity"] for scope, row in zip(scopes, rows, strict=True) if scope]
+    assert len(hurried) == len(rows)
+    assert 0.7 < sum(hurried) / len(rows) < 0.85, "65 % in a hurry, and the rows where it makes no difference"
+
+
 def test_sizes(made: dict[str, Rows]) -> None:
-    sizes = {name: size for name, (_, size) in SIZES.items()}
-    assert {name: len(rows) for name, rows in made.items()} == sizes | PAIR_SIZES | LABEL_SIZES
+    assert {name: len(rows) for name, rows in made.items()} == ROWS
     assert len(made["incidents/train"]) >= 2000
     assert len(made["incidents/valid"]) == len(made["incidents-json/valid"]) == 200
 

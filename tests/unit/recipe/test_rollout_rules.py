@@ -42,7 +42,8 @@ REPLACED: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "TRL's epsilon": ({"OBJECTIVE": "epsilon = 0.2 # <-"}, ("epsilon = 0.2", "unknown key")),
     "another objective's key": ({"OBJECTIVE": "label_smoothing = 0.1 # <-"}, ("belongs to", "dpo")),
     "shared prompts": ({"DATA": "prefix_sharing = true # <-"}, ("is not done for answers that are written",)),
-    "one answer": ({"ROLLOUT": "answers_per_prompt = 1 # <-"}, ("whole number >= 2",)),
+    "one answer": ({"ROLLOUT": "answers_per_prompt = 1 # <-"}, ("compares answers to one prompt", "ppo")),
+    "no answers": ({"ROLLOUT": "answers_per_prompt = 0 # <-"}, ("whole number >= 1",)),
     "no tokens": ({"ROLLOUT": "max_new_tokens = 0 # <-"}, ("whole number >= 1",)),
     "no updates": ({"ROLLOUT": "updates = 0 # <-"}, ("whole number >= 1",)),
     "all may fail": ({"ROLLOUT": "max_unscored = 1.0 # <-"}, ("number >= 0 and < 1",)),
@@ -69,9 +70,17 @@ WHOLE = {
         GOOD.replace("[rollout]\n", '[[data.eval]] # <-\npath = "valid.jsonl"\n[rollout]\n'),
         ("has no loss to be measured", "[[eval.answers]]"),
     ),
+    "a critic's key": (GOOD.replace("OBJECTIVE", "vf_coef = 0.1 # <-"), ("vf_coef", "ppo")),
+    "no critic's loss": (
+        GOOD.replace('name = "grpo"', 'name = "ppo"').replace("OBJECTIVE", "beta = 0.0\nvf_coef = 0.0 # <-"),
+        ("number > 0",),
+    ),
+    "a penalty without adapters": (
+        GOOD.replace('[objective]\nname = "grpo"', '[objective] # <-\nname = "ppo"'), ('method "full" changes the model itself', "beta = 0.0"),
+    ),
     "without the objective": (
         GOOD.replace('name = "grpo"', 'name = "sft"').replace("[rollout]", "[rollout] # <-"),
-        ('objective "sft" trains on the answers of rows', "grpo, rloo, reinforce"),
+        ('objective "sft" trains on the answers of rows', "grpo, rloo, reinforce, ppo"),
     ),
 }  # fmt: skip
 
