@@ -76,7 +76,8 @@ WHOLE = {
         ("number > 0",),
     ),
     "a penalty without adapters": (
-        GOOD.replace('[objective]\nname = "grpo"', '[objective] # <-\nname = "ppo"'), ('method "full" changes the model itself', "beta = 0.0"),
+        GOOD.replace('[objective]\nname = "grpo"', '[objective] # <-\nname = "ppo"'),
+        ('method "full" changes the model itself', "beta = 0.0"),
     ),
     "without the objective": (
         GOOD.replace('name = "grpo"', 'name = "sft"').replace("[rollout]", "[rollout] # <-"),
