@@ -73,6 +73,7 @@ def open_step_source(
         ),
         folder=folder.path / "rollouts",
         single_documents=layout.path.documents == "single",
+        stop=stop,
         seed=recipe.seed,
     )
     return STEP_SOURCES[recipe.objective.spec.source].open(inputs)

@@ -121,7 +121,7 @@ def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: 
         "clipped_low": (is_low_S.sum(), batch.num_supervised),
         "clipped_high": (is_high_S.sum(), batch.num_supervised),
         "sampler_gap": (gap_S.sum(), batch.num_supervised),
-        "answer_logprob": (logprob_S.sum(), batch.num_supervised),
+        "entropy": (-logprob_S.detach().sum(), batch.num_supervised),
         "answer_tokens": (batch.sum_by_document(torch.ones_like(logprob_S)).sum(), columns["counted_D"].sum()),
     }
     counted_D = columns["counted_D"]
@@ -130,6 +130,8 @@ def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: 
             figures[name.removesuffix("_D")] = ((column_D * counted_D).sum(), counted_D.sum())
     for name in ("truncated", "unscored", "equal"):
         figures[f"{name}_answers"] = (columns[f"{name}_D"].sum(), batch.num_documents)
+    for name in ("writing_s", "judging_s"):
+        figures[name] = (columns[f"{name}_D"].sum(), batch.num_documents)
     return LossTerms.of((loss_S * weight_S).sum(), figures)
 
 
@@ -176,6 +178,7 @@ def rollout_objective(
 
 def _figures(params: RolloutParams) -> Mapping[str, bool]:
     """Return the figures and whether more is better; each reward has one of its own besides."""
-    shares = ("clipped_low", "clipped_high", "sampler_gap", "truncated_answers", "unscored_answers", "equal_answers")
-    known = dict.fromkeys(shares, False) | dict.fromkeys(("reward_total", "answer_logprob", "answer_tokens"), True)
+    less = ("clipped_low", "clipped_high", "sampler_gap", "truncated_answers", "unscored_answers", "equal_answers")
+    known = dict.fromkeys((*less, "writing_s", "judging_s"), False)
+    known |= dict.fromkeys(("reward_total", "entropy", "answer_tokens"), True)
     return known | ({"kl": False} if params.beta else {})

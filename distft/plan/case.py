@@ -78,6 +78,8 @@ class PlanCase:
             "hours_predicted": fast.hours,
             "hours_per_billion_tokens_predicted": fast.hours_per_billion_tokens,
             "columns_s_predicted": fast.columns_s,
+            "rollout_s_predicted": fast.rollout_s,
+            "answers_at_once": None if self.memory.rollout is None else self.memory.rollout.rows,
             "reference_hours_per_billion_tokens_predicted": fast.reference_hours_per_billion_tokens,
             "flops_per_token": fast.flops_per_token,
             "rates": setup.machine.rates.source or "assumed",

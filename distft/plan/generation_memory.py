@@ -46,15 +46,20 @@ def generation_memory(inventory: Inventory, setup: Setup, kept: Activations, *, 
     """
     free = setup.machine.gpu.memory_bytes - held
     recipe = setup.recipe
-    asked = [(answers, recipe.data.max_length) for answers in recipe.eval.answers]
-    if recipe.objective.spec.writes:
-        rollout = recipe.rollout
-        longest = max(1, recipe.data.max_length // rollout.answers_per_prompt - rollout.max_new_tokens)
-        batch_size = "auto" if rollout.batch_size is None else rollout.batch_size
-        table = AnswersTable(name="rollout", max_new_tokens=rollout.max_new_tokens, batch_size=batch_size)
-        asked.append((table, longest))
-    needs = [_of(answers, longest, inventory, setup, kept, free) for answers, longest in asked]
+    needs = [_of(asked, recipe.data.max_length, inventory, setup, kept, free) for asked in recipe.eval.answers]
+    needs += [] if (written := rollout_memory(inventory, setup, kept, held=held)) is None else [written]
     return max(needs, key=lambda need: need.num_bytes, default=None)
+
+
+def rollout_memory(inventory: Inventory, setup: Setup, kept: Activations, *, held: int) -> GenerationMemory | None:
+    """Return the memory of writing the answers that are trained; None where they are rows'. Arguments as above."""
+    recipe, rollout = setup.recipe, setup.recipe.rollout
+    if not recipe.objective.spec.writes:
+        return None
+    longest = max(1, recipe.data.max_length // rollout.answers_per_prompt - rollout.max_new_tokens)
+    batch_size = "auto" if rollout.batch_size is None else rollout.batch_size
+    table = AnswersTable(name="rollout", max_new_tokens=rollout.max_new_tokens, batch_size=batch_size)
+    return _of(table, longest, inventory, setup, kept, setup.machine.gpu.memory_bytes - held)
 
 
 def _of(

@@ -14,7 +14,7 @@ from distft.core.accelerators import GIB
 from distft.engine.footprint import FP32, State, gib_text
 from distft.model.attention_shape import largest_attention
 from distft.plan import state as states
-from distft.plan.generation_memory import GenerationMemory, generation_memory
+from distft.plan.generation_memory import GenerationMemory, generation_memory, rollout_memory
 from distft.plan.inventory import Inventory
 from distft.plan.kernels import EAGER
 from distft.plan.setup import Setup
@@ -67,6 +67,8 @@ class Memory:
     """One checkpoint on disk, of all ranks."""
     final: int
     """final/ on disk."""
+    rollout: GenerationMemory | None
+    """Of writing the answers that are trained; None where they are rows'."""
     parts: tuple[Part, ...]
 
     @property
@@ -121,6 +123,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         host=HOST_PROCESS_BYTES + state.on_host + share,
         checkpoint=checkpoint,
         final=sum(param.numel * param.item_bytes for param in inventory.params if param.trained or not _adapter(setup)),
+        rollout=rollout_memory(inventory, setup, kept, held=lasting),
         parts=(
             *_state_parts(inventory, setup, state),
             Part(name="gathered layers and buckets", num_bytes=gathered.num_bytes, formula=gathered.formula),

@@ -92,6 +92,12 @@ def details(case: PlanCase, *, price: float | None, explain: bool) -> Iterator[s
         f"speed (predicted): {fast.tokens_per_s_per_gpu:,.0f} tokens/s per GPU, {fast.tokens_per_s:,.0f} in all, "
         f"MFU {fast.mfu:.0%}, {fast.step_s:.2f} s a step, {fast.flops_per_token / 1e9:.2f} GFLOP a token"
     )
+    if held.rollout is not None:
+        rows, step = held.rollout.rows, fast.step_s
+        yield (
+            f"answers (predicted): {rows} written at once on a GPU, {fast.rollout_s:.2f} s of a step "
+            f"({fast.rollout_s / step:.0%}) where each takes max_new_tokens"
+        )
     yield _length(case, price)
     yield f"rates: {machine.rates.source or 'assumed shares of the data sheet; distft plan --calibrate measures them'}"
     if explain:

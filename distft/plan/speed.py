@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from distft.engine.footprint import Sent
 from distft.model.attention_shape import attention_shapes
 from distft.model.cross_entropy import chunked_loss
+from distft.plan import rollout_time
 from distft.plan.inventory import Inventory
 from distft.plan.memory import Memory, Part
 from distft.plan.rates import Work, times
@@ -42,6 +43,8 @@ class Speed:
     hours: float | None
     """Hours of the run; None when the recipe gives epochs, whose tokens only the rows tell."""
     hours_per_billion_tokens: float
+    rollout_s: float
+    """Seconds of `step_s` in which answers are written and measured; 0 where they are rows'."""
     columns_s: float
     """Seconds of `step_s` in forwards without gradients for what the objective reads, such as a reference."""
     reference_hours_per_billion_tokens: float
@@ -95,7 +98,8 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         link_bytes_per_s=setup.machine.link_bytes_per_s,
     )
     columns_s = in_step * setup.micros_per_step * forward.micro_s
-    step_s = taken.step_s + columns_s
+    written = rollout_time.of_setup(inventory, setup, memory, forward_s=forward.micro_s)
+    step_s = taken.step_s + columns_s + written.total_s
     per_step = setup.micros_per_step * tokens * world
     needed = matmul + attention
     steps = setup.recipe.train.max_steps
@@ -109,6 +113,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         mfu=needed * per_step / step_s / world / gpu.bf16_flops,
         hours=None if steps is None else steps * step_s / 3600,
         hours_per_billion_tokens=1e9 / (per_step / step_s) / 3600,
+        rollout_s=written.total_s,
         columns_s=columns_s,
         reference_hours_per_billion_tokens=before * 1e9 * forward.micro_s / (tokens * world) / 3600,
         sent=sends,
@@ -153,6 +158,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
                 else "nothing",
             ),
             *_columns_parts(in_step, before, forward.micro_s, columns_s),
+            *written.parts,
         ),
     )
 

@@ -12,6 +12,7 @@ from distft.report.exports import how_to_run
 from distft.report.html import Child, Html, h, page
 from distft.report.preferences import Judged, accuracy, judged, margin, preferences, rows_judged
 from distft.report.results import results, verdict
+from distft.report.rollouts import rollouts
 from distft.report.run_setup import cost, environment, going_back, money, recipe
 from distft.report.tables import facts, section
 from distft.report.timeline import timeline
@@ -24,10 +25,11 @@ _STATES = {"complete": ("good", "● complete"), "failed": ("bad", "✕ failed")
 
 def run_page(run: RunRecord, status: Status, *, price: float | None = None, no_card: str = "") -> str:
     """Return one HTML document. `no_card`: why there is no data card."""
-    of_preferences, exports = list(preferences(run)), list(how_to_run(run))
+    of_preferences, of_rollouts, exports = list(preferences(run)), list(rollouts(run)), list(how_to_run(run))
     parts = {
         "results": ("Did it help?", list(results(run))),
         **({"preferences": ("Preferences", of_preferences)} if of_preferences else {}),
+        **({"rollouts": ("Its own answers", of_rollouts)} if of_rollouts else {}),
         "curves": ("Curves", list(curves(run))),
         "time": ("Time line", list(timeline(run))),
         "data": ("Data", list(data_card(run, no_card))),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from pydantic import Field
 
 from distft.core.errors import DataError, Problem, RecipeError
 from distft.core.registry import Params
-from distft.scores.spec import Answer, MetricInfo, Scorer, ScoreSpec, by_row
+from distft.scores.spec import Answer, MetricInfo, Scorer, ScoreResult, ScoreSpec, by_row
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,21 @@ class _RewardModel:
         return list(self.tokenizer.apply_chat_template(chat, tools=answer.tools, tokenize=True, return_dict=False))
 
 
+class _RewardScorer:
+    """A `Scorer` that loads its model once."""
+
+    def __init__(self, params: RewardModelParams) -> None:
+        self._model = functools.cache(lambda: _RewardModel(params))
+        self._score = by_row((FIGURE,), lambda answer: (self._model().reward(answer),))
+
+    def __call__(self, answers: Sequence[Answer]) -> ScoreResult:
+        return self._score(answers)
+
+    def load(self) -> None:
+        """Load the model now."""
+        self._model()
+
+
 def build(params: RewardModelParams) -> Scorer:
     """Look at the folder now; its weights are loaded when the first answers are judged.
 
@@ -84,8 +100,7 @@ def build(params: RewardModelParams) -> Scorer:
         RecipeError: the folder holds no model with a scalar head.
     """
     _refuse_other_models(params)
-    loaded = functools.cache(lambda: _RewardModel(params))
-    return by_row((FIGURE,), lambda answer: (loaded().reward(answer),))
+    return _RewardScorer(params)
 
 
 def _refuse_other_models(params: RewardModelParams) -> None:
@@ -115,4 +130,10 @@ def _mistake(params: RewardModelParams, message: str) -> RecipeError:
     return RecipeError("recipe", [Problem(message=f'score reward_model, path = "{params.path}": {message}', fix=fix)])
 
 
-SPEC = ScoreSpec(name="reward_model", params=RewardModelParams, figures=lambda params: (FIGURE,), build=build)
+def _load(scorer: _RewardScorer) -> None:
+    scorer.load()
+
+
+SPEC = ScoreSpec(
+    name="reward_model", params=RewardModelParams, figures=lambda params: (FIGURE,), build=build, load=_load
+)

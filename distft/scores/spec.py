@@ -98,6 +98,8 @@ class ScoreSpec:
     """(params) -> what it will give; known before anything is generated."""
     build: Callable[[Any], Scorer]
     """(params) -> the score. Raises RecipeError (params that cannot work), MachineError (a library is missing)."""
+    load: Callable[[Any], None] | None = None
+    """(what `build` gave) -> loads now what the first answers would wait for, such as a model; None: nothing."""
     choices: Callable[[Any, Answer], tuple[str, ...]] | None = None
     """(params, answer without text) -> the texts whose log-likelihoods it needs; None: it needs generated text."""
 

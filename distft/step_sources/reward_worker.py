@@ -38,7 +38,15 @@ def main() -> None:
     except DistftError as error:
         say({"failed": str(error)})
         return
-    say({"ready": True})
+    say({"built": True})
+    try:
+        for (settings, _), (scorer, _) in zip(chosen, scorers, strict=True):
+            if (load := SCORES[settings["name"]].load) is not None:
+                load(scorer)
+    except DistftError as error:
+        say({"failed": str(error)})
+        return
+    say({"loaded": True})
     for line in lines:
         say(_judged(scorers, Answer(**json.loads(line))))
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from distft.scores import SCORES, Answer
 
 START_S = 120.0
 """For a worker to import what its scores need."""
+LOAD_S = 1800.0
+"""For it to load what they judge with: a reward model's weights from a slow disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +70,26 @@ class RewardProcess:
         self._results = -1
         self._unread = b""
 
-    def judge(self, answers: Sequence[Answer]) -> list[Judged]:
-        """Return what each answer is worth, in order.
+    def judge(
+        self, answers: Sequence[Answer], *, most_unscored: int | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> list[Judged] | None:
+        """Return what each answer is worth, in order; None when `stop` says so meanwhile.
+
+        When more than `most_unscored` have no reward, the rest is not judged: the list ends there.
 
         Raises:
             RecipeError, DataError: the worker cannot be started with these rewards.
         """
-        return [self._judge(answer) for answer in answers]
+        judged: list[Judged] = []
+        unscored = 0
+        for answer in answers:
+            if stop():
+                return None
+            judged.append(self._judge(answer))
+            unscored += bool(judged[-1].why)
+            if most_unscored is not None and unscored > most_unscored:
+                break
+        return judged
 
     def _judge(self, answer: Answer) -> Judged:
         if self._process is None:
@@ -95,6 +110,8 @@ class RewardProcess:
         os.close(writing)
         self._results, self._unread = reading, b""
         said = self._ask(json.dumps([(reward.settings, reward.figure) for reward in self._rewards]), START_S)
+        if not isinstance(said, str) and "failed" not in said:
+            said = self._read(LOAD_S)
         if isinstance(said, str):
             self.close()
             raise DataError(f"[[rollout.rewards]]: the process that judges answers did not start: {said}")
@@ -111,6 +128,10 @@ class RewardProcess:
             self._process.stdin.flush()
         except BrokenPipeError:
             return self._end()
+        return self._read(limit_s)
+
+    def _read(self, limit_s: float) -> dict[str, Any] | str:
+        """Return the worker's next line, or why there is none."""
         deadline = time.monotonic() + limit_s
         while b"\n" not in self._unread:
             ready, _, _ = select.select([self._results], [], [], max(0.0, deadline - time.monotonic()))

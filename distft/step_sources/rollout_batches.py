@@ -103,6 +103,8 @@ class RolloutBatches:
             "truncated_D": [not rollout.answers[p * count + n].ended for p, n in places],
             "unscored_D": [bool(one.why) for one in judged],
             "equal_D": (spread_P <= 0)[index[0]],
+            "writing_s_D": [rollout.writing_s] * len(places),
+            "judging_s_D": [rollout.judging_s] * len(places),
             "sampler_logprob_S": sampler_S,
         }
         for part, reward in enumerate(self.rewards):

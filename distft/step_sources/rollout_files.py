@@ -38,6 +38,9 @@ class Rollout:
     """0 where an answer does not count."""
     counted_PN: np.ndarray
     """Whether an answer counts."""
+    writing_s: float = 0.0
+    """Seconds in which this rank wrote them; 0 where they have been read again."""
+    judging_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

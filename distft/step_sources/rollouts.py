@@ -10,7 +10,9 @@ Shape letters: P prompts of a step on all ranks, N answers to each.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from distft.core.errors import DataError, Problem, RecipeError
@@ -100,19 +102,27 @@ class RolloutSteps:
             batch_size=table.batch_size,
             logprobs=True,
         )
+        began = time.perf_counter()
         answers = self._generator.generate(prompts, how)
         if answers is None:
             return None
+        written = time.perf_counter()
         PHASE.enter("rewards", patient=True)
         judged = on_rank_zero(self._inputs.engine, lambda: self._judged(questions, answers))
+        if judged is None:
+            return None
         PHASE.enter("data")
-        rollout = self._weighed(number, questions, answers, judged)
+        rollout = replace(
+            self._weighed(number, questions, answers, judged),
+            writing_s=written - began,
+            judging_s=time.perf_counter() - written,
+        )
         if self._inputs.engine.rank == 0:
             self._files.write(rollout)
         return rollout
 
-    def _judged(self, questions: Sequence[Question], answers: Sequence[Completion]) -> list[Judged]:
-        """Return what each answer is worth.
+    def _judged(self, questions: Sequence[Question], answers: Sequence[Completion]) -> list[Judged] | None:
+        """Return what each answer is worth; None when this rank was asked to stop.
 
         Raises:
             DataError: too many of them could not be judged.
@@ -131,14 +141,18 @@ class RolloutSteps:
                 )
                 for index, answer in enumerate(answers)
                 for question in [questions[index // count]]
-            ]
+            ],
+            most_unscored=math.floor(self._table.max_unscored * len(answers)),
+            stop=self._inputs.stop,
         )
+        if judged is None:
+            return None
         reasons = [one.why for one in judged if one.why]
-        if len(reasons) > self._table.max_unscored * len(judged):
+        if len(reasons) > self._table.max_unscored * len(answers):
             shown = "; ".join(list(dict.fromkeys(reasons))[:3])
             raise DataError(
-                f"{len(reasons):,} of {len(judged):,} answers have no reward: {shown}  mend what is rewarded, or raise "
-                f"[rollout] max_unscored = {self._table.max_unscored:g}"
+                f"{len(reasons):,} of the first {len(judged):,} answers have no reward: {shown}  "
+                f"mend what is rewarded, or raise [rollout] max_unscored = {self._table.max_unscored:g}"
             )
         return judged
 

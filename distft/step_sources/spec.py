@@ -46,6 +46,8 @@ class StepSourceInputs:
     """Where a source keeps what it has made, in the run folder; need not exist."""
     single_documents: bool
     """The model takes one document in a forward."""
+    stop: Callable[[], bool]
+    """Whether this rank was asked to stop: what takes long should look."""
     seed: int
     """Of the run: what a source draws follows from it and from the step's number alone."""
 

@@ -197,6 +197,28 @@ class Made:
                 "notes": list(notes)}  # fmt: skip
         return self.write("data-card.json", told)
 
+    def rolled_out(self, *, hostile: str = "") -> Made:
+        """Two steps' own answers, the later ones better and longer; a fifth of the first without a reward."""
+        text = (self.folder / "recipe.toml").read_text()
+        self.write("recipe.toml", text.replace('name = "sft"', 'name = "grpo"'))
+        for step in (0, 20):
+            lines = []
+            for number in range(20):
+                reward = None if step == 0 and number % 5 == 4 else number / 20 + step / 40
+                line = {"id": f"train.jsonl row {number // 4 + 1}", "number": number % 4, "prompt": f"asked {hostile}"}
+                line |= {"answer": f"answer {step} {number} {hostile}", "ended": number != 3, "reward": reward}
+                line |= {"rewards": {"exact_match": reward, "length": -1.0}, "advantage": 0.0}
+                line |= {"unscored": "took longer than 1 s" if reward is None else None}
+                lines.append(line | {"ids": [1] * (number + step + 1), "logprobs": [-1.0] * (number + step + 1)})
+            self.lines(f"rollouts/step-{step:08d}.jsonl", lines)
+        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        for record in records:
+            share = record["step"] / 40
+            record |= {"reward_total": share, "reward_exact_match": share + 1, "reward_length": -1.0}
+            record |= {"truncated_answers": 0.05, "unscored_answers": 0.2 - share / 5, "equal_answers": share}
+            record |= {"writing_s": 0.5, "judging_s": 0.1}
+        return self.lines("metrics.jsonl", records)
+
     def whole(self) -> Made:
         """Nothing is missing."""
         made = self.recipe().metrics().events().ended().care("80 training rows: few")

@@ -84,3 +84,30 @@ def test_what_an_objective_reads_takes_forwards(llama8b: Path) -> None:
     full = objective("dpo", "full")
     assert full.columns_s == 0
     assert 0.2 < full.reference_hours_per_billion_tokens / full.hours_per_billion_tokens < 0.5
+
+
+def test_answers_take_time(llama8b: Path) -> None:
+    """Written token by token, each reading all weights; several updates share them; gathering pays most."""
+
+    def rollout(*overrides: str, objective: str = "grpo", world: int = 1, engine: str = "ddp") -> PlanCase:
+        beta = "objective.beta=0.0"
+        rewards = 'rollout.rewards=[{name="exact_match"}]'
+        return case(
+            llama8b, world, 'method.name="lora"', f'objective.name="{objective}"', beta, "data.packing=false", rewards,
+            "rollout.answers_per_prompt=8", "rollout.max_new_tokens=256", f'engine.name="{engine}"', *overrides,
+        )  # fmt: skip
+
+    once = rollout().speed
+    answers = 64 * 8
+    rows = rollout().memory.rollout.rows
+    weights_s = 2 * 8.03e9 / (0.85 * H200.memory_bytes_per_s)  # read once a token
+    assert once.rollout_s > -(-answers // rows) * 256 * weights_s * 0.9
+    assert once.rollout_s < once.step_s
+    assert case(llama8b, 1, 'method.name="lora"').speed.rollout_s == 0
+    longer = rollout("rollout.max_new_tokens=448").speed
+    assert 1.5 * once.rollout_s < longer.rollout_s
+    shared = rollout("rollout.updates=4").speed
+    assert once.rollout_s / 4 < shared.rollout_s < once.rollout_s / 2, "a quarter, and log-probabilities measured"
+    critic = rollout(objective="ppo").speed
+    assert once.rollout_s < critic.rollout_s, "log-probabilities and values are measured for every update"
+    assert rollout(world=8, engine="fsdp2").speed.rollout_s > 3 * rollout(world=8).speed.rollout_s

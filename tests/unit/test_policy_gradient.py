@@ -74,7 +74,8 @@ def columns(now: list[Tensor], old: list[Tensor], ref: list[Tensor], sampler: li
     ones = torch.ones(len(now), dtype=torch.float64)
     return {
         "advantage_D": ADVANTAGE, "counted_D": ones, "budget_D": BUDGET * ones, "reward_total_D": ADVANTAGE + 1,
-        "truncated_D": 0 * ones, "unscored_D": 0 * ones, "equal_D": 0 * ones, "old_logprob_S": torch.cat(old),
+        "truncated_D": 0 * ones, "unscored_D": 0 * ones, "equal_D": 0 * ones, "writing_s_D": ones, "judging_s_D": ones,
+        "old_logprob_S": torch.cat(old),
         "ref_logprob_S": torch.cat(ref), "sampler_logprob_S": torch.cat(sampler),
     }  # fmt: skip
 

@@ -36,9 +36,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     made_one = made(folder, "one").whole().evaluated([1, 1, 0], [0, 0, 1], hostile=hostile)
     one = made_one.judged(pairs, fallen, answer_tokens=(60, 90)).folder
     two = made(folder, "two").whole().folder
+    three = made(folder, "three").whole().rolled_out(hostile=hostile).folder
+    assert report([str(three), "--no-data"]) == 0
     assert report([str(one), "--no-data"]) == 0
     assert compare([str(one), str(two), "--out", str(folder / "compare.html")]) == 0
-    return [one / "report.html", folder / "compare.html"]
+    return [one / "report.html", three / "report.html", folder / "compare.html"]
 
 
 def opened(page: Path, folder: Path, *flags: str) -> tuple[str, dict, bytes]:
@@ -59,7 +61,7 @@ def asked(net: dict) -> list[str]:
     return [one["url"] for one in told if one.get("initiator", "not an origin") != "not an origin" and "url" in one]
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["report", "compare"])
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["report", "answers", "compare"])
 def test_it_opens_without_a_word_and_without_a_request(pages: list[Path], number: int, tmp_path: Path) -> None:
     said, net, picture = opened(pages[number], tmp_path, "--window-size=1280,2000")
     assert ":CONSOLE" not in said
@@ -79,7 +81,7 @@ def test_a_request_would_have_been_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags", [("--window-size=1280,2000",), ("--window-size=390,844", "--blink-settings=preferredColorScheme=0")]
 )
-@pytest.mark.parametrize("number", [0, 1], ids=["report", "compare"])
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["report", "answers", "compare"])
 def test_axe_finds_nothing(pages: list[Path], number: int, flags: tuple[str, ...], tmp_path: Path) -> None:
     """The page allows no script, so a copy without that rule carries axe-core and says in its title what it found."""
     axe = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")

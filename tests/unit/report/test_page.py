@@ -145,6 +145,22 @@ def test_a_preference_run_says_what_it_did(tmp_path: Path) -> None:
     assert not told.unclosed
 
 
+def test_a_run_on_its_own_answers_shows_them(tmp_path: Path) -> None:
+    told = page(made(tmp_path).whole().rolled_out(hostile="<script>bad()</script>"))
+    for said in (
+        "Its own answers", "answers 20 20", "mean reward 0.450 0.975", "mean tokens 10.50 30.50", "ended 95.0 % 95.0 %",
+        "no reward: took longer than 1 s 4 0", "21 to 25 5 0.600 80.0 %", "36 to 40 5 1.350 100.0 %",
+        "The best of the last answers", "train.jsonl row 5, answer 4: reward 1.450, 40 tokens",
+        "answer 20 19 <script>bad()</script>", "The worst of the first answers",
+    ):  # fmt: skip
+        assert said in told.words, said
+    assert names_of_charts(told) >= {"Reward", "Shares of the answers", "Time of a step"}
+    labels = [one.get("aria-label") or "" for one in told.all("div")]
+    assert any(label.startswith("Reward: total from") and "exact_match from" in label for label in labels)
+    assert "script" not in {tag for tag, _, _ in told.elements}
+    assert not told.unclosed
+
+
 def test_what_is_wrong_with_a_gain_is_said(tmp_path: Path) -> None:
     told = page(made(tmp_path).whole().judged(pairs(10, logprob=-1.0), pairs(17, logprob=-3.0)))
     assert "Warning: chosen answers have become unlikelier: -1.000 to -3.000 nats per token. What helps:" in told.words

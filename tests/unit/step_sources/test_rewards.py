@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_kit import save_tokenizer
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from distft.core.errors import DistftError
 from distft.recipe.rollout import RolloutTable
@@ -72,10 +74,42 @@ def test_every_fault_is_named_and_stops_no_other(tmp_path: Path, monkeypatch: py
     assert not any(b"left behind by a reward" in command for command in commands)
 
 
+def test_enough_faults_or_a_stop_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    judge = process([{"name": "function", "function": "my_rewards:judge", "figures": []}])
+    asked = []
+    try:
+        judged = judge.judge(answers(["raise", "right", "raise", "hang", "hang"]), most_unscored=1)
+        stopped = judge.judge(answers(["right"] * 4), stop=lambda: bool(asked) or asked.append(1))
+    finally:
+        judge.close()
+    assert judged is not None
+    assert [bool(one.why) for one in judged] == [True, False, True], "the rest is not waited for"
+    assert stopped is None
+
+
 def test_a_score_that_cannot_work_is_said_at_once() -> None:
     judge = process([{"name": "function", "function": "no_such_module:judge", "figures": []}])
     with pytest.raises(DistftError, match="no_such_module"):
         judge.judge(answers(["any"]))
+
+
+def test_a_reward_model_is_loaded_before_the_clock_runs(tmp_path: Path) -> None:
+    """Its library alone takes longer to import than an answer may take to judge."""
+    save_tokenizer(tmp_path)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_labels=1,
+        eos_token_id=1,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    judge = process([{"name": "reward_model", "path": str(tmp_path), "dtype": "float32", "device": "cpu"}])
+    try:
+        judged = judge.judge(answers(["right", "wrong"]))
+    finally:
+        judge.close()
+    assert [one.why for one in judged] == ["", ""]
+    assert judged[0].parts != judged[1].parts
 
 
 def test_names_weights_and_figures() -> None:
