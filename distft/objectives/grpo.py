@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from distft.objectives.policy_gradient import EPSILON, RolloutParams, deviation, mean_of_each, rollout_objective
+from distft.objectives.policy_gradient import EPSILON, PenaltyParams, deviation, mean_of_each, rollout_objective
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-class GrpoParams(RolloutParams):
+class GrpoParams(PenaltyParams):
     """TRL's names where it has them."""
 
     loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"

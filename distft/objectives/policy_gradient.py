@@ -49,6 +49,15 @@ class RolloutParams(Params, ABC):
         """Return float64 [P, N], the advantage of each of N answers to P prompts; NaN rewards are left out."""
 
 
+class PenaltyParams(RolloutParams, ABC):
+    """Of objectives whose penalty for leaving the model before training is part of the loss."""
+
+    unbiased_kl: bool = True
+    """Multiply the divergence by the ratio, so that its gradient is that of the divergence (DeepSeek-V3.2,
+    https://arxiv.org/abs/2512.02556; TRL's use_bias_correction_kl). false: as in the first GRPO paper, with a gradient
+    of another kind even where the ratio is 1."""
+
+
 def mean_of_each(reward_PN: np.ndarray) -> np.ndarray:
     """Return [P, 1], the mean reward of each prompt's answers; NaN where none has one."""
     import numpy as np
@@ -68,14 +77,15 @@ def deviation(reward: np.ndarray, axis: int | None) -> np.ndarray:
     return np.sqrt(np.nansum((reward - mean) ** 2, axis, keepdims=True) / np.maximum(number - 1, 1))
 
 
-Loss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sum"]
+Loss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sequence", "sum"]
 
 
 def policy_gradient_terms(params: RolloutParams, policy: Policy, batch: Batch, loss: Loss) -> LossTerms:
     """Return the loss summed as the denominator counts it, and what happened to the ratios.
 
     `dapo`, `cispo`: tokens of all answers alike. `grpo`, `gspo`: the mean of each answer's tokens. `dr_grpo`, `sum`:
-    their sum, which is divided by the longest allowed length or by nothing.
+    their sum, which is divided by the longest allowed length or by nothing. `sequence`: one ratio of the whole answer,
+    the product of its tokens'.
     """
     return clipped_terms(params, policy.token_logprobs(batch), batch, loss)
 
@@ -93,8 +103,9 @@ def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: 
         advantage_S = batch.by_token(columns["advantage_D"].to(logprob_S.dtype))
     length_D = batch.sum_by_document(torch.ones_like(logprob_S)).clamp(min=1)
     log_ratio_S = logprob_S - old_S
-    if loss == "gspo":
-        log_ratio_S = batch.by_token(batch.sum_by_document(log_ratio_S) / length_D).to(logprob_S.dtype)
+    if loss in ("gspo", "sequence"):
+        log_ratio_D = batch.sum_by_document(log_ratio_S) / (length_D if loss == "gspo" else 1.0)
+        log_ratio_S = batch.by_token(log_ratio_D).to(logprob_S.dtype)
     ratio_S = log_ratio_S.exp()
     low, high = 1 - params.clip_low, 1 + params.clip_high
     if loss == "cispo":
@@ -106,14 +117,17 @@ def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: 
         if params.correction == "sequence":
             log_weight_S = batch.by_token(batch.sum_by_document(log_weight_S)).to(logprob_S.dtype)
         loss_S = loss_S * log_weight_S.exp().clamp(max=params.correction_cap)
+    share_S = batch.by_token(1 / length_D).to(logprob_S.dtype)  # of its answer
+    if loss in ("grpo", "gspo", "sequence"):
+        loss_S = loss_S * share_S
     figures: dict[str, tuple[Tensor, float | Tensor]] = {}
     if params.beta:
         gap_S = columns["ref_logprob_S"].to(logprob_S.dtype) - logprob_S
         divergence_S = gap_S.exp() - gap_S - 1
-        if not params.values_tokens:  # else it is in the rewards of tokens
-            loss_S = loss_S + params.beta * divergence_S
+        if isinstance(params, PenaltyParams):
+            weighted_S = divergence_S * ratio_S if params.unbiased_kl else divergence_S
+            loss_S = loss_S + params.beta * weighted_S * (share_S if loss in ("grpo", "gspo") else 1.0)
         figures["kl"] = (divergence_S.sum(), batch.num_supervised)
-    weight_S = batch.by_token(1 / length_D).to(logprob_S.dtype) if loss in ("grpo", "gspo") else 1.0
     is_low_S = (ratio_S < low) & (advantage_S < 0)
     is_high_S = (ratio_S > high) & (advantage_S > 0)
     gap_S = (old_S - sampler_S).detach().abs()
@@ -132,7 +146,7 @@ def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: 
         figures[f"{name}_answers"] = (columns[f"{name}_D"].sum(), batch.num_documents)
     for name in ("writing_s", "judging_s"):
         figures[name] = (columns[f"{name}_D"].sum(), batch.num_documents)
-    return LossTerms.of((loss_S * weight_S).sum(), figures)
+    return LossTerms.of(loss_S.sum(), figures)
 
 
 Terms = Callable[[Any, Policy, Batch], LossTerms]

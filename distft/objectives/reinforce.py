@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distft.objectives.policy_gradient import EPSILON, RolloutParams, deviation, rollout_objective
+from distft.objectives.policy_gradient import EPSILON, PenaltyParams, deviation, rollout_objective
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-class ReinforceParams(RolloutParams):
+class ReinforceParams(PenaltyParams):
     """Nothing besides."""
 
     def advantages(self, reward_PN: np.ndarray) -> np.ndarray:

@@ -1,20 +1,20 @@
 """RLOO: an answer's advantage is its reward against the mean of the other answers to its prompt.
 
-Source: Ahmadian et al., https://arxiv.org/abs/2402.14740; the loss of an answer is the sum over its tokens, and the KL
-divergence is part of the loss.
+Source: Ahmadian et al., https://arxiv.org/abs/2402.14740. An answer is one action: its ratio is that of the whole text,
+clipped as in TRL. The KL divergence is part of the loss; TRL's RLOO takes it off the reward.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distft.objectives.policy_gradient import RolloutParams, mean_of_each, rollout_objective
+from distft.objectives.policy_gradient import PenaltyParams, mean_of_each, rollout_objective
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-class RlooParams(RolloutParams):
+class RlooParams(PenaltyParams):
     """Nothing besides."""
 
     def advantages(self, reward_PN: np.ndarray) -> np.ndarray:
@@ -25,4 +25,4 @@ class RlooParams(RolloutParams):
         return (reward_PN - mean_of_each(reward_PN)) * number / np.maximum(number - 1, 1)
 
 
-SPEC = rollout_objective("rloo", RlooParams, lambda params: "sum")
+SPEC = rollout_objective("rloo", RlooParams, lambda params: "sequence")

@@ -20,7 +20,7 @@ def micro(rows: list[list[int]], size: int, first: int) -> Batch:
     columns |= {"kl_D": 0 * numbers + 0.5, "shift_D": 0 * numbers - 0.3, "desirable_G": numbers[::size] % 2}
     columns |= {f"{name}_D": 0 * numbers + 1 for name in ("counted", "budget", "truncated", "unscored", "equal")}
     columns |= {"writing_s_D": 0 * numbers + 2, "judging_s_D": 0 * numbers}
-    columns |= {"advantage_D": numbers - 1.5, "reward_total_D": numbers}
+    columns |= {"advantage_D": numbers - 1.2, "reward_total_D": numbers}
     for name, base in (("sampler_logprob_S", -5.0), ("ref_logprob_S", -5.5), ("old_value_S", 1.5), ("return_S", 1.0)):
         columns[name] = torch.cat([torch.full((len(row) - 3,), base - i) for i, row in enumerate(rows, first)])
     return replace(batch(rows, trained_from=3), group_sizes=(size,) * (len(rows) // size), columns=columns)

@@ -36,7 +36,7 @@ def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
 
 
 def plain(
-    loss: str, now: list[Tensor], old: list[Tensor], ref: list[Tensor], sampler: list[Tensor], how: str
+    loss: str, now: list[Tensor], old: list[Tensor], ref: list[Tensor], sampler: list[Tensor], how: str, unbiased: bool
 ) -> Tensor:
     losses, count = [], sum(len(tokens) for tokens in now)
     for index, tokens in enumerate(now):
@@ -45,13 +45,16 @@ def plain(
             by_token = -gap.exp().detach().clamp(max=1 + CLIP_HIGH) * advantage * tokens
         elif loss == "gspo":
             by_token = clipped(gap.mean().exp().expand(len(tokens)), advantage)
+        elif loss == "sequence":
+            by_token = clipped(gap.sum().exp(), advantage) / len(tokens) * torch.ones_like(tokens)
         else:
             by_token = clipped(gap.exp(), advantage)
         weight = (old[index] - sampler[index]).detach()
         if how != "none":
             by_token = by_token * (weight if how == "token" else weight.sum()).exp().clamp(max=CAP)
         back = ref[index] - tokens
-        by_token = by_token + BETA * (back.exp() - 1 - back)
+        level = {"gspo": gap.mean(), "sequence": gap.sum()}.get(loss, gap)
+        by_token = by_token + BETA * (back.exp() - 1 - back) * (level.exp() if unbiased else 1.0)
         losses.append(
             by_token.sum() / count if loss in ("dapo", "cispo")
             else by_token.mean() / len(now) if loss in ("grpo", "gspo")
@@ -63,8 +66,9 @@ def plain(
 
 CASES = {
     **{f"grpo-{loss}": ("grpo", {"loss": loss}, loss, "none") for loss in ("grpo", "dapo", "dr_grpo", "gspo", "cispo")},
-    "rloo": ("rloo", {}, "sum", "none"),
+    "rloo": ("rloo", {}, "sequence", "none"),
     "reinforce": ("reinforce", {}, "sum", "none"),
+    "biased": ("grpo", {"loss": "dapo", "unbiased_kl": False}, "dapo", "none"),
     "token": ("grpo", {"loss": "dapo", "correction": "token", "correction_cap": CAP}, "dapo", "token"),
     "sequence": ("grpo", {"loss": "grpo", "correction": "sequence", "correction_cap": CAP}, "grpo", "sequence"),
 }
@@ -95,7 +99,7 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_config: Path, case: str) -> N
         [tokens.detach() + drift(len(tokens), 10 * seed + index, size) for index, tokens in enumerate(now)]
         for seed, size in ((1, 0.15), (2, 0.5), (3, 0.05))
     )
-    expected = plain(loss, now, old, ref, sampler, how)
+    expected = plain(loss, now, old, ref, sampler, how, params.get("unbiased_kl", True))
     expected.backward()
     settings: dict[str, Any] = {"beta": BETA, "clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, **params}
     objective = Objective(spec=spec, params=spec.params(**settings), policy=ModelPolicy(ours))

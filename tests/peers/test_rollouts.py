@@ -1,0 +1,109 @@
+"""An outsider agrees: the losses of TRL's GRPO and RLOO trainers on the same answers, weights and advantages.
+
+Optional: needs TRL in the environment; installs nothing. Where the two mean different things by one name, the settings
+make both the same: TRL's `epsilon_high` of cispo is the cap itself, and its KL of RLOO is taken off the reward.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_kit import save_tokenizer
+from tiny import batch, build, documents
+from torch import Tensor
+
+from distft.model.policy import ModelPolicy
+from distft.objectives import OBJECTIVES
+from distft.objectives.spec import Objective
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+
+PROMPT, LENGTHS, BUDGET, LOW, HIGH, BETA = 3, [30, 7, 18, 5, 12, 21], 40, 0.1, 0.15, 0.3
+ADVANTAGE = torch.tensor([1.2, -0.7, 0.4, -1.5, 2.0, 0.1])
+GRPO = {
+    "grpo": {"loss_type": "grpo"},
+    "dapo": {"loss_type": "dapo"},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1 + HIGH},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+}
+
+
+def near(length: int, seed: int, size: float) -> Tensor:
+    return size * torch.randn(length, generator=torch.Generator().manual_seed(seed))
+
+
+def trainer(kind: str, model: Any, tokenizer: Path, folder: Path, **settings: Any) -> Any:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), per_device_train_batch_size=len(LENGTHS), num_generations=len(LENGTHS), use_cpu=True,
+        max_completion_length=BUDGET, temperature=1.0, bf16=False, report_to=[], gradient_checkpointing=False,
+        **({"epsilon": LOW, "epsilon_high": HIGH} | settings),
+    )  # fmt: skip
+    made = getattr(trl, f"{kind}Trainer")(
+        model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a"}]),
+        processing_class=AutoTokenizer.from_pretrained(tokenizer),
+    )  # fmt: skip
+    made.current_gradient_accumulation_steps = 1
+    return made
+
+
+def padded(values: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*GRPO, "rloo"])
+def test_trl_has_the_same_loss_and_gradient(tiny_config: Path, tmp_path: Path, case: str) -> None:
+    rows = documents(LENGTHS)
+    ours, theirs = build(tiny_config).module, build(tiny_config).module
+    made: Any = replace(batch(rows, trained_from=PROMPT), group_sizes=(1,) * len(rows))
+    now = ModelPolicy(ours).token_logprobs(made).detach().split([length - PROMPT for length in LENGTHS])
+    old, ref = (
+        [tokens + near(len(tokens), 10 * seed + index, size) for index, tokens in enumerate(now)]
+        for seed, size in ((1, 0.1), (2, 0.5))
+    )
+    lm = theirs.transformer
+    lm.set_attn_implementation("eager")
+    save_tokenizer(tmp_path / "tokenizer")
+    kind = "RLOO" if case == "rloo" else "GRPO"
+    beta = 0.0 if kind == "RLOO" else BETA
+    made_by_trl = trainer(kind, lm, tmp_path / "tokenizer", tmp_path / "out", beta=0.0, **GRPO.get(case, {}))
+    made_by_trl.beta = beta  # at construction it would load a reference model, whose figures are injected here
+    answers = [torch.tensor(ids[PROMPT:]) for ids in rows]
+    mask = padded([torch.ones(len(ids), dtype=torch.long) for ids in answers])
+    prompts = torch.tensor([ids[:PROMPT] for ids in rows])
+    given = {
+        "prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "completion_ids": padded(answers),
+        "completion_mask": mask, "advantages": ADVANTAGE, "old_per_token_logps": padded(old),
+        "ref_per_token_logps": padded(ref), "num_items_in_batch": mask.sum(),
+        "old_logps": torch.stack([tokens.sum() for tokens in old]),
+    }  # fmt: skip
+    lm.train()
+    expected = made_by_trl._compute_loss(lm, given)
+    expected.backward()
+
+    ones = torch.ones(len(rows), dtype=torch.float64)
+    columns = {f"{name}_D": 0 * ones for name in ("truncated", "unscored", "equal", "writing_s", "judging_s")}
+    columns |= {"advantage_D": ADVANTAGE.double(), "counted_D": ones, "budget_D": BUDGET * ones}
+    columns |= {"reward_total_D": ones, "old_logprob_S": torch.cat(old), "ref_logprob_S": torch.cat(ref)}
+    columns |= {"sampler_logprob_S": torch.cat(old)}
+    spec = OBJECTIVES["rloo" if kind == "RLOO" else "grpo"]
+    chosen = {"clip_low": LOW, "clip_high": HIGH, "beta": beta} | ({} if kind == "RLOO" else {"loss": case})
+    objective = Objective(spec=spec, params=spec.params(**chosen), policy=ModelPolicy(ours))
+    filled = replace(made, columns=columns)
+    value = objective.terms(filled).loss_sum / objective.denominator([filled])
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    norm = math.sqrt(sum(param.grad.square().sum().item() for param in lm.parameters()))
+    assert norm > 1e-3
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad - other.grad).norm().item() <= 1e-4 * norm
