@@ -82,7 +82,8 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
         problem = Problem(
             message=f"[model] the tokenizer wrote token {rows.largest_id}, and the embedding has {num_embeddings} rows",
             line=recipe.line_of("model.tokenizer") or recipe.line_of("model.path"),
-            fix="use the tokenizer that belongs to the model, or a chat_template of tokens it knows",
+            fix="use the tokenizer that belongs to the model, or a chat_template of tokens it knows; your own "
+            "tokens are added by [model] add_tokens, beside the model's own tokenizer, and the embedding grows",
         )
         raise RecipeError(recipe.source, [problem])
     mode, why = activation_checkpointing.choose_checkpointing(

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
+from distft.model.adapters import token_rows
 from distft.model.adapters.lora_head import use_loss_with_adapter
+from distft.model.adapters.token_rows import use_loss_with_rows
 from distft.model.adapters.virtual_tokens import PrefixInputs
 from distft.model.cross_entropy import HeadLoss, chunked_loss, judged, likelihoods
 from distft.model.head import Observation
@@ -88,7 +90,8 @@ class CausalLM(nn.Module):
         head = self.head
         if not isinstance(head, nn.Linear):
             assert self.observed is not None
-            use_loss_with_adapter(head, loss, self.observed.rule)
+            of_head = use_loss_with_rows if token_rows.trains(head) else use_loss_with_adapter
+            of_head(head, loss, self.observed.rule)
             return
         assert self.observed is not None
         rule = self.observed.rule

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from distft.core.errors import MachineError
 from distft.core.phase import PHASE
 from distft.core.ranks import ReadGroup
-from distft.model import attention, cross_entropy, load_balancing, quantize, skeleton
-from distft.model.adapters import MethodSpec, trained
+from distft.model import attention, cross_entropy, load_balancing, new_rows, quantize, skeleton
+from distft.model.adapters import MethodSpec, token_rows, trained
 from distft.model.adapters.lora_inits import RESIDUAL
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
@@ -104,6 +104,7 @@ class MetaModel:
         layout: FileLayout,
         seed: int,
         dtype: torch.dtype,
+        row_starts: new_rows.RowStarts | None = None,
     ) -> None:
         """`tied`: module that has no weights of its own -> name and meta copy of the one whose weights it shares."""
         self.module = module
@@ -116,7 +117,7 @@ class MetaModel:
         self.blocks_are_atomic = not method.adapter and all(
             param.requires_grad for unit in (inputs, *blocks) for param in unit.parameters()
         )
-        self._source, self._method, self._seed = source, method, seed
+        self._source, self._method, self._seed, self._row_starts = source, method, seed, row_starts
         self._shared_reads: SharedReads | None = None
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
         self._tied = tied
@@ -229,7 +230,10 @@ class MetaModel:
         else:
             values = {}
             for base, requested in self._calls(module, pending):
-                values |= (self._shared_reads or self._source).values(base, requested, device)
+                read = (self._shared_reads or self._source).values(base, requested, device)
+                if self._row_starts is not None:
+                    read = {short: self._row_starts.of(base, value) for short, value in read.items()}
+                values |= read
         for short, meta in pending.items():
             module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
 
@@ -292,6 +296,11 @@ def build(
     dtype: torch.dtype = getattr(torch, table.dtype)
     head = head or HEADS["lm"]
     config = head.prepare(config or read_config(folder))
+    rows = new_rows.of_recipe(table, params, adapter=method.adapter)
+    of_files, rows_before = config, 0
+    if rows is not None:
+        config = copy.deepcopy(config)
+        rows_before = new_rows.grow(config, rows)
     attention.register()
     kernel = (
         path.attention
@@ -301,15 +310,23 @@ def build(
     # Buffers are real: rotary frequencies are computed in constructors and stored nowhere.
     with init_empty_weights(include_buffers=False):
         lm = head.auto_class(config).from_config(config, dtype=dtype, attn_implementation=kernel)
-    put_head(lm, head)
-    lm.tie_weights()
+        stored = lm if of_files is config else head.auto_class(of_files).from_config(of_files, dtype=dtype)
+    for each in {id(each): each for each in (lm, stored)}.values():
+        put_head(each, head)
+        each.tie_weights()
     tied, layout = _tied_modules(lm), FileLayout(lm)
     if head.generates and (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
     # What an adapter says of its base must lead there from any folder.
     is_folder = table.path.startswith((".", "/", "~")) or Path(table.path).exists()
     lm.name_or_path = os.path.abspath(folder) if is_folder else table.path
-    source = _source(table, folder, lm, seed, dtype, head) if weights else NoSource()
+    source = _source(table, folder, stored, seed, dtype, head) if weights else NoSource()
+    row_starts = None
+    if rows is not None:
+        row_starts = new_rows.RowStarts(lm, rows, rows_before, generates=head.generates)
+        if hasattr(stored, "_weight_conversions"):
+            lm._weight_conversions = stored._weight_conversions
+        token_rows.mark(lm, rows.trained)
     method = trained.continued(method, params, lm)
     quant = method.quant(params)
     if quant is not None:
@@ -325,8 +342,10 @@ def build(
     for param in lm.parameters():
         if id(param) not in reached and not method.adapter:
             param.requires_grad_(False)
+    new_rows.refuse_untrained(lm, row_starts, generates=head.generates)
     module = CausalLM(attached, loss, path=path, observed=observed, router=router_loss)
-    return MetaModel(module, blocks, source, method, tied=tied, layout=layout, seed=seed, dtype=dtype)
+    given = {"tied": tied, "layout": layout, "seed": seed, "dtype": dtype, "row_starts": row_starts}
+    return MetaModel(module, blocks, source, method, **given)
 
 
 def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:

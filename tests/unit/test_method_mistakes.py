@@ -9,6 +9,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from distft.catalog import REGISTRIES
 from distft.core.errors import RecipeError
+from distft.demo.files import locate_path
 from distft.recipe import parse_recipe
 from distft.trained_counts import trained_counts
 
@@ -101,6 +102,22 @@ READ = {
         '[method]\nname = "lora"\nrank_pattern = { down_proj = 0 } # <-',
         "down_proj = 0 is no rank: from 1 on",
     ),
+    "a token that is named twice": (
+        '[method]\nname = "full"\n[model]\nadd_tokens = ["<a>", "<a>"] # <-',
+        '"<a>" is named twice',
+    ),
+    "no token": (
+        '[method]\nname = "full"\n[model]\nadd_special_tokens = [" "] # <-',
+        '" " is no text for a token',
+    ),
+    "rows of no tokens": (
+        '[method]\nname = "full"\n[model]\nnew_rows = "mean" # <-',
+        'new_rows = "mean"  has no effect: no tokens are added',
+    ),
+    "padding that PEFT does not make": (
+        '[method]\nname = "lora"\n[model]\nadd_tokens = ["<a>"]\npad_vocabulary = 64 # <-',
+        "has no effect under adapters",
+    ),
     "no rate": ('[method]\nname = "lora"\nlora_plus_ratio = 0 # <-', "must be a number > 0"),
 }
 """Told when the recipe is read."""
@@ -138,6 +155,18 @@ COUNTED = {
         '[method]\nname = "lora"\nstart = "FOLDER/cache" # <-',
         "holds no adapter_config.json, nor does a final/ in it",
     ),
+    "a token that there is already": (
+        '[method]\nname = "lora"\n[model]\nadd_tokens = ["<b>", "login"] # <-',
+        'add_tokens: the tokenizer has "login" already, as token',
+    ),
+    "rows that nothing trains": (
+        '[method]\nname = "oft"\n[model]\nadd_tokens = ["<b>"] # <-',
+        "under this method the rows of new tokens would not be trained",
+    ),
+    "a token that there is not": (
+        '[method]\nname = "lora"\ntrainable_tokens = ["disk"] # <-',
+        '"disk" is no token of the tokenizer',
+    ),
     "an adapter of another base": (
         '[method]\nname = "lora"\nstart = "FOLDER/adapter" # <-',
         "start: it was trained on /another/base, and [model] path is",
@@ -157,6 +186,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, architectures=["GPT2LMHeadModel"]).save_pretrained(
         made / "gpt2"
     )
+    tokens = Path(locate_path("demo:tiny-llama"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (made / "llama" / name).write_bytes((tokens / name).read_bytes())
     (made / "cache").mkdir()
     (made / "adapter").mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": "/another/base", "r": 16}
@@ -166,7 +198,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def told(folder: Path, text: str) -> list[str]:
     """Read the recipe and look at its model; the one problem, and the line that the mark is in."""
-    text = (BASE + text).replace("FOLDER", str(folder))
+    method, _, model = text.partition("[model]\n")
+    text = (BASE.replace("[model]\n", f"[model]\n{model}\n" if model else "[model]\n") + method).replace(
+        "FOLDER", str(folder)
+    )
     marked = next(number for number, line in enumerate(text.splitlines(), start=1) if MARK in line)
     with pytest.raises(RecipeError) as caught:
         trained_counts(parse_recipe(text, source="r.toml", registries=REGISTRIES))

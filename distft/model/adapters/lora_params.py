@@ -40,7 +40,9 @@ class LoraParams(Params):
     """Alphas of layers, in the same way."""
     layers_to_transform: tuple[int, ...] = ()
     """Indices of the blocks that get adapters; none given: all."""
-
+    trainable_tokens: tuple[str, ...] = ()
+    """Tokens of the vocabulary whose rows of the embedding (and of the head) are trained too, such as "<|im_end|>".
+    Tokens that [model] adds are among them by themselves."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """The matrices B, which start at zero, learn with this many times the learning rate (LoRA+, which takes 16)."""
     start: str | None = None
