@@ -68,6 +68,11 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         message = f'objective "{recipe.objective.name}" trains a {recipe.objective.spec.head} head, which cannot answer'
         fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
         _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
+    if recipe.method.spec.penalty is not None and recipe.objective.name != "sft":
+        message = (
+            f'"{recipe.method.name}" adds to the loss of tokens, which objective "{recipe.objective.name}" has not'
+        )
+        _refuse(recipe, [RecipeMistake(key=("method", "name"), message=message, fix='name = "lora"')])
     _refuse(recipe, list(_exports_that_cannot_be(recipe)))
     _refuse(recipe, list(_references_that_cannot_be(recipe, folder)))
     _refuse_missing_head(recipe, folder)

@@ -7,6 +7,7 @@ next. Values come from `distft.model.weights`, so every engine, world size and o
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import weakref
@@ -343,7 +344,8 @@ def build(
         if id(param) not in reached and not method.adapter:
             param.requires_grad_(False)
     new_rows.refuse_untrained(lm, row_starts, generates=head.generates)
-    module = CausalLM(attached, loss, path=path, observed=observed, router=router_loss)
+    penalty = None if method.penalty is None else functools.partial(method.penalty, params)
+    module = CausalLM(attached, loss, path=path, observed=observed, router=router_loss, penalty=penalty)
     given = {"tied": tied, "layout": layout, "seed": seed, "dtype": dtype, "row_starts": row_starts}
     return MetaModel(module, blocks, source, method, **given)
 

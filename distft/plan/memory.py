@@ -12,6 +12,7 @@ from typing import Any
 from distft.checkpoint.intervals import CHUNK_BYTES
 from distft.core.accelerators import GIB
 from distft.engine.footprint import FP32, State, gib_text
+from distft.model.adapters.spec import optimizer_of
 from distft.model.attention_shape import largest_attention
 from distft.plan import state as states
 from distft.plan.generation_memory import GenerationMemory, generation_memory
@@ -82,7 +83,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     state = states.of_rank(
         inventory,
         setup.engine,
-        recipe.optim.spec,
+        _optimizer(setup),
         optim_params,
         world=setup.shards,
         offload=setup.offload,
@@ -181,8 +182,14 @@ def _load(inventory: Inventory, setup: Setup, state: State) -> int:
     return max(end, setup.footprint.load_bytes(inventory, state))
 
 
+def _optimizer(setup: Setup) -> Any:
+    """Return the spec of the optimizer that runs, with what the method keeps beside its state."""
+    recipe = setup.recipe
+    return optimizer_of(recipe.method.spec, recipe.method.params, recipe.optim.spec)
+
+
 def _update_workspace(inventory: Inventory, setup: Setup) -> int:
-    optim = setup.recipe.optim.spec
+    optim = _optimizer(setup)
     matrix = max((p.numel for p in inventory.params if states.is_block_matrix(p)), default=0)
     return optim.update_bytes * sum(p.numel for p in inventory.params if p.trained) + (
         optim.matrix_workspace_bytes * matrix
@@ -191,7 +198,7 @@ def _update_workspace(inventory: Inventory, setup: Setup) -> int:
 
 def _save_workspace(inventory: Inventory, setup: Setup) -> int:
     """Count 8-bit moments that become fp32 on the device, a block of the staging area at a time."""
-    size = setup.recipe.optim.spec.state_bytes
+    size = _optimizer(setup).state_bytes
     if size is None or size((2**20,)).per_tensor >= 2**20 * FP32:
         return 0
     local = -(-inventory.trained // setup.shards) if setup.footprint.shards_state else inventory.trained
@@ -200,7 +207,7 @@ def _save_workspace(inventory: Inventory, setup: Setup) -> int:
 
 def _checkpoint(inventory: Inventory, setup: Setup) -> int:
     """Return bytes of fp32 masters and moments of every trained element; 8-bit moments as the fp32 they stand for."""
-    optim, params = setup.recipe.optim.spec, setup.recipe.optim.params
+    optim, params = _optimizer(setup), setup.recipe.optim.params
     trained = [param for param in inventory.params if param.trained]
     masters = sum(FP32 * param.numel for param in trained)
     moments = 0

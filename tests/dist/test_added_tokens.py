@@ -104,7 +104,7 @@ def test_final_is_what_was_trained_to_whoever_reads_its_card(bench: Bench, solo:
         assert got["rows"] == {"full": 1040, "full-tied": 1088, "existing": 1024}.get(name, 1027)
         assert (len(got["text"]) < 4) == added
         assert ("region" in got["special"]) != added
-    assert found["far"]["id"] in found["far"]["written"], "a run that goes far enough writes a new token"
+    assert {1024, 1025} & {*found["far"]["written"]}, "a run that goes far enough writes a new token"
 
 
 @pytest.mark.slow

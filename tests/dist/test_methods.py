@@ -24,10 +24,13 @@ METHODS: dict[str, str] = {
     "vera": '{name="vera", r=8}',
     "oft": '{name="oft", oft_block_size=8}',
     "loha": '{name="loha", r=4}',
+    "adalora": '{name="adalora", init_r=4, target_r=2, tinit=1, tfinal=1}',
     "lokr": '{name="lokr", r=4, modules_to_save=["norm"]}',
 }
 FAST = ["prefix-projected", "bottleneck", "vera"]
 """What is tried in every run of the tests: something in each layer, beside each layer, and shared by all."""
+ONLY = {"adalora": ("solo", "ddp")}
+"""Engines that a method trains on, where these are not all."""
 RATES = {"pissa": 1e-3, "olora": 1e-3, "orthogonal": 1e-3, "ia3": 0.05, "vera": 0.02, "prompt": 0.05, "prefix": 0.05}
 
 
@@ -35,7 +38,7 @@ def cases(engine: str, names: list[str]) -> dict[str, list[str]]:
     return {
         name: [f"method={METHODS[name]}", f"optim.learning_rate={RATES.get(name, 3e-3)}", f'engine.name="{engine}"',
                'checkpoint.every_steps=3']
-        for name in names
+        for name in names if engine in ONLY.get(name, (engine,))
     }  # fmt: skip
 
 
@@ -60,9 +63,9 @@ def test_two_processes_train_some_as_one(bench: Bench) -> None:
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2", "ddp"])
 def test_two_processes_train_as_one(bench: Bench, solo: dict[str, Run], engine: str) -> None:
     runs = bench.launch(2, cases(engine, list(METHODS)), tag=f"m-{engine}")
-    worst = {name: apart(runs[name], solo[name]) for name in METHODS}
+    worst = {name: apart(runs[name], solo[name]) for name in cases(engine, list(METHODS))}
     assert max(worst.values()) < TOLERANCE, worst
-    for name in METHODS:
+    for name in worst:
         losses = runs[name].column("loss")
         assert losses[-1] < losses[0], name
 

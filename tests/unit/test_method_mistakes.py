@@ -118,6 +118,14 @@ READ = {
         '[method]\nname = "lora"\n[model]\nadd_tokens = ["<a>"]\npad_vocabulary = 64 # <-',
         "has no effect under adapters",
     ),
+    "experts that are meant already": (
+        '[method]\nname = "lora"\ntarget_parameters = ["experts.down_proj"] # <-',
+        'target_modules = "all-linear" means every expert tensor already',
+    ),
+    "ranks that nothing takes away": (
+        '[method]\nname = "adalora"\ntarget_r = 12 # <-',
+        "target_r: 12 is not less than init_r = 12: nothing is allocated",
+    ),
     "no rate": ('[method]\nname = "lora"\nlora_plus_ratio = 0 # <-', "must be a number > 0"),
 }
 """Told when the recipe is read."""

@@ -194,10 +194,11 @@ def _expert_targets(lm: Any, params: LoraParams) -> set[str]:
     suffixes = {".".join(name.rsplit(".", 3)[-3:]) for name in whole}
     if params.target_modules == "all-linear":
         return suffixes
+    wanted = {tensor for tensor in suffixes if any(_matches(tensor, name) for name in params.target_parameters)}
     if isinstance(params.target_modules, str):  # a regular expression, which fits whole names
         fits = {name for name in whole if re.fullmatch(params.target_modules, name)}
-        return {tensor for tensor in suffixes if any(name.endswith(tensor) for name in fits)}
-    return {tensor for tensor in suffixes if any(_matches(tensor, name) for name in params.target_modules)}
+        return wanted | {tensor for tensor in suffixes if any(name.endswith(tensor) for name in fits)}
+    return wanted | {tensor for tensor in suffixes if any(_matches(tensor, name) for name in params.target_modules)}
 
 
 def _matches(tensor: str, name: str) -> bool:

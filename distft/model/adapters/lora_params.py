@@ -22,6 +22,9 @@ class LoraParams(Params):
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: every linear layer but the head, name endings such as ["q_proj"], embeddings and the
     head among them, or a regular expression that fits whole names."""
+    target_parameters: tuple[str, ...] = ()
+    """Weights of all experts in one tensor that get an adapter, by the ends of their names, such as
+    "experts.down_proj". "all-linear" means them too; beside a list of target_modules they are named here or there."""
     rslora: bool = False
     """Scale by alpha / sqrt(r): higher ranks keep learning."""
     dora: bool = False
@@ -55,6 +58,8 @@ class LoraParams(Params):
             raise ValueError(f'init = "{self.init}" takes a part out of the base: leave dora and modules_to_save out')
         if self.start is not None and self.init != "default":
             raise ValueError("start goes on from an adapter, and init begins one: leave one of the two out")
+        if self.target_parameters and self.target_modules == "all-linear":
+            raise ValueError('target_parameters: target_modules = "all-linear" means every expert tensor already')
         if self.init == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values())):
             raise ValueError('init = "orthogonal" takes even ranks: r')
         wrong = [name for name, rank in self.rank_pattern.items() if rank < 1]

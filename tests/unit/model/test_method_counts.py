@@ -31,6 +31,7 @@ SUMS: list[tuple[str, dict[str, Any], int]] = [
     ("ia3", {}, (KV + KV + HIDDEN) * LAYERS),
     ("vera", {"r": 256}, LAYERS * sum(256 + outputs for _, outputs in LINEAR)),
     ("oft", {"oft_block_size": 32}, LAYERS * sum(inputs // 32 * (32 * 31 // 2) for inputs, _ in LINEAR)),
+    ("adalora", {"init_r": 12}, LAYERS * sum(12 * (inputs + outputs + 1) for inputs, outputs in LINEAR)),
     ("loha", {"r": 8}, LAYERS * sum(2 * 8 * (inputs + outputs) for inputs, outputs in LINEAR)),
     ("freeze", {"last_blocks": 2}, 2 * (sum(inputs * outputs for inputs, outputs in LINEAR) + 2 * D)),
     ("freeze", {"norms": True}, (2 * LAYERS + 1) * D),
