@@ -22,7 +22,7 @@ from distft.core.errors import MachineError
 from distft.core.phase import PHASE
 from distft.core.ranks import ReadGroup
 from distft.model import attention, cross_entropy, load_balancing, new_rows, quantize, skeleton
-from distft.model.adapters import MethodSpec, token_rows, trained
+from distft.model.adapters import MethodSpec, deploy_grids, token_rows, trained
 from distft.model.adapters.lora_inits import RESIDUAL
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
@@ -260,7 +260,8 @@ class MetaModel:
                     f"{self._names[id(module)]}.{short} has shape {tuple(value.shape)} in the "
                     f"weights and {tuple(meta.shape)} in the config"
                 )
-            real = nn.Parameter(value.to(device, meta.dtype), requires_grad=meta.requires_grad)
+            value = deploy_grids.rounded(module, value.to(device, meta.dtype), short)
+            real = nn.Parameter(value, requires_grad=meta.requires_grad)
         self._filled[id(meta)] = (meta, weakref.ref(real))  # keeps `meta` alive: its id must not be reused
         return real
 

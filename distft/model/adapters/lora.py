@@ -82,6 +82,14 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
     _compute_in_experts(wrapped)
     token_rows.install(wrapped)
     products.fuse(wrapped, ADAPTER)
+    if params.deploy is not None:
+        from distft.model.adapters import deploy
+
+        if tensors:
+            raise RecipeError("recipe", [Problem(message="[method] deploy: experts in one tensor are not rounded here",
+                                                 fix="leave deploy out")])  # fmt: skip
+        deploy.refuse_rows_of_tokens(params, config.trainable_token_indices)
+        deploy.install(wrapped, lm, params, ADAPTER)
     return wrapped
 
 
@@ -361,6 +369,13 @@ def base_alone(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def refuses(params: LoraParams, engine: str) -> str:
+    """Return why an engine cannot train with these settings; "" where it can."""
+    return "deploy cannot be trained under zero3: layers read each other's weights" if (
+        params.deploy is not None and engine == "zero3"
+    ) else ""  # fmt: skip
+
+
 SPEC = MethodSpec(
     name="lora",
     title="LoRA",
@@ -378,6 +393,7 @@ SPEC = MethodSpec(
     saved=saved_params,
     faster=starts_at_zero,
     lr_ratio=lr_ratio,
+    refuses=refuses,
     blocks_differ=blocks_differ,
     library="peft",
 )

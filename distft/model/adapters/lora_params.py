@@ -46,6 +46,10 @@ class LoraParams(Params):
     trainable_tokens: tuple[str, ...] = ()
     """Tokens of the vocabulary whose rows of the embedding (and of the head) are trained too, such as "<|im_end|>".
     Tokens that [model] adds are among them by themselves."""
+    deploy: Literal["q8_0", "q4_0", "nf4", "int4"] | None = None
+    """Low-bit format that the merged model will have: every forward computes with the weights as that format's writer
+    rounds them, so that the exported model is the one that was trained. q8_0 and q4_0: GGUF; nf4: bitsandbytes; int4:
+    compressed-tensors, groups of 128."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """The matrices B, which start at zero, learn with this many times the learning rate (LoRA+, which takes 16)."""
     start: str | None = None
@@ -65,6 +69,19 @@ class LoraParams(Params):
         wrong = [name for name, rank in self.rank_pattern.items() if rank < 1]
         if wrong:
             raise ValueError(f"rank_pattern: {wrong[0]} = {self.rank_pattern[wrong[0]]} is no rank: from 1 on")
+        return self
+
+    @model_validator(mode="after")
+    def _deployed_is_merged(self) -> Self:
+        if self.deploy is None:
+            return self
+        named = {"dropout": self.dropout, "dora": self.dora, "modules_to_save": self.modules_to_save,
+                 "target_parameters": self.target_parameters}  # fmt: skip
+        wrong = [key for key, value in named.items() if value]
+        if wrong:
+            raise ValueError(f"deploy: rounds W + BA in every forward, which {wrong[0]} does not leave as a sum")
+        if self.init in ("pissa", "olora", "loftq"):
+            raise ValueError(f'deploy: init = "{self.init}" starts from another base than the one that is merged into')
         return self
 
     @model_validator(mode="after")
