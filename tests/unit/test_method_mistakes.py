@@ -126,6 +126,18 @@ READ = {
         '[method]\nname = "adalora"\ntarget_r = 12 # <-',
         "target_r: 12 is not less than init_r = 12: nothing is allocated",
     ),
+    "dropout that a merged weight has not": (
+        '[method]\nname = "lora"\ndeploy = "q4_0" # <-\ndropout = 0.1',
+        "deploy: rounds W + BA in every forward, which dropout does not leave as a sum",
+    ),
+    "a format that there is not": (
+        '[method]\nname = "lora"\ndeploy = "q4_k" # <-',
+        'did you mean "q4_0"?',
+    ),
+    "another code than is stored": (
+        '[method]\nname = "qlora"\ndeploy = "nf4" # <-\nquant = { type = "fp4" }',
+        "constants that are quantised too",
+    ),
     "no rate": ('[method]\nname = "lora"\nlora_plus_ratio = 0 # <-', "must be a number > 0"),
 }
 """Told when the recipe is read."""
@@ -174,6 +186,11 @@ COUNTED = {
     "a token that there is not": (
         '[method]\nname = "lora"\ntrainable_tokens = ["disk"] # <-',
         '"disk" is no token of the tokenizer',
+    ),
+    "rows that a format does not cut": (
+        '[method]\nname = "lora"\ndeploy = "int4" # <-',
+        '"int4" stores 128 numbers of a row together',
+        'allowed: "q8_0", "q4_0", "nf4"',
     ),
     "an adapter of another base": (
         '[method]\nname = "lora"\nstart = "FOLDER/adapter" # <-',

@@ -28,7 +28,9 @@ class QloraParams(LoraParams):
     @model_validator(mode="after")
     def _deployed_as_stored(self) -> Self:
         if self.deploy == "nf4" and (self.quant.type, self.quant.double) != ("nf4", True):
-            raise ValueError('deploy: "nf4" has constants that are quantised too: quant = { type = "nf4", double = true }')
+            raise ValueError(
+                'deploy: "nf4" has constants that are quantised too: quant = { type = "nf4", double = true }'
+            )
         return self
 
 

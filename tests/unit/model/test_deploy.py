@@ -13,8 +13,10 @@ from tiny import batch, build
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 
 from distft.core.errors import DistftError
+from distft.export_formats import llm_compressor
 from distft.export_formats.gguf_levels import LEVELS
 from distft.export_formats.gguf_writer import write_gguf
+from distft.export_formats.llm_compressor import Rounding
 from distft.merging.merging import MergeSource, merge
 from distft.model.adapters import METHODS, deploy_grids
 from distft.model.adapters.deploy import deployed_weight
@@ -92,6 +94,8 @@ def exported(base: Path, model: Any, deploy: str, folder: Path) -> Any:
     own = {name: param.detach() for name, param in model.module.lm.named_parameters() if param.requires_grad}
     METHODS["lora"].save_adapter(model.module.lm, adapter, own)
     merge(MergeSource(adapter=adapter, base=base), merged, rows=None)
+    if deploy == "merged alone":
+        return None
     if deploy == "nf4":
         bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
@@ -105,6 +109,24 @@ def exported(base: Path, model: Any, deploy: str, folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file="m.gguf", dtype=torch.float32)
 
 
+def test_an_exported_int4_folder_is_the_trained_model(base: Path, tmp_path: Path) -> None:
+    """By llm-compressor, in an environment that has it (see CONTRIBUTING.md)."""
+    if reason := llm_compressor.missing():
+        pytest.skip(reason)
+    model = trained(base, "int4")
+    exported(base, model, "merged alone", tmp_path)
+    how = Rounding(method="nearest", bits=4, group_size=deploy_grids.INT4_GROUP)
+    (tmp_path / "int4").mkdir()
+    llm_compressor.round_model(tmp_path / "merged", tmp_path / "int4", how, ())
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.allclose(model.module(**EXAMPLE.inputs()).sum(), plain_loss(lm), rtol=1e-5)
+    layers = [name for name, layer in model.module.transformer.named_modules() if hasattr(layer, "lora_A")]
+    for name in layers:
+        ours, theirs = deployed(model.module.transformer.get_submodule(name), "int4"), lm.get_submodule(name).weight
+        assert torch.equal(ours, theirs), name
+
+
 @pytest.mark.parametrize("deploy", ["q8_0", "q4_0", "nf4"])
 def test_the_exported_model_is_the_trained_one(base: Path, tmp_path: Path, deploy: str) -> None:
     """Every weight bit for bit; what was trained without rounding is another model."""
@@ -113,7 +135,11 @@ def test_the_exported_model_is_the_trained_one(base: Path, tmp_path: Path, deplo
     modules = dict(model.module.transformer.named_modules())
     for name, param in lm.named_parameters():
         holder = modules[name.rpartition(".")[0]]
-        ours = deployed(holder, deploy) if hasattr(holder, "lora_A") else dict(holder.named_parameters())[name.rpartition(".")[2]]
+        ours = (
+            deployed(holder, deploy)
+            if hasattr(holder, "lora_A")
+            else dict(holder.named_parameters())[name.rpartition(".")[2]]
+        )
         theirs = functional.dequantize_4bit(param.data, param.quant_state) if hasattr(param, "quant_state") else param
         assert torch.equal(ours, theirs), name
     with torch.no_grad():
