@@ -141,6 +141,7 @@ def export(
         prefix=WRAPPER,
         layout=built.layout,
         method=recipe.method.spec,
+        starts=built.starts,
         write_config=write_config,
         write_beside=write_beside,
     )

@@ -33,7 +33,7 @@ from distft.model.random_weights import NoSource, RandomSource, seed_of
 from distft.model.shared_reads import SharedReads
 from distft.model.tensor_files import mistake
 from distft.model.towers import text_parameters
-from distft.model.weights import SafetensorsSource, WeightSource, meta_params
+from distft.model.weights import SafetensorsSource, WeightSource, digest, meta_params
 from distft.recipe.schema import ModelTable
 
 WRAPPER = "lm."
@@ -125,9 +125,13 @@ class MetaModel:
         # Weak: fsdp2 puts its shard in a parameter's place, and the whole one must not live on here.
         self._filled: dict[int, tuple[Tensor, weakref.ref[nn.Parameter]]] = {}
         self._buffers_read: set[int] = set()
-        lm = module.transformer
+        lm, lm_params = module.transformer, list(module.lm.named_parameters())
         kept = {*(lm._keep_in_fp32_modules or ()), *(getattr(lm, "_keep_in_fp32_modules_strict", None) or ())}
         self._in_fp32 = frozenset(kept)
+        self.starts: dict[str, str] = {}
+        """sha256 of what a method's parameters start as, by their names, where none of them starts at zero."""
+        own = [name for name, param in lm_params if param.requires_grad and method.owns(name)]
+        self._notes_starts = method.adapter and not any(method.starts_at_zero(name) for name in own)
         """Parts of names of buffers that transformers keeps in fp32 whatever the model's dtype."""
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
@@ -236,7 +240,9 @@ class MetaModel:
                     read = {short: self._row_starts.of(base, value) for short, value in read.items()}
                 values |= read
         for short, meta in pending.items():
-            module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
+            real = module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
+            if self._notes_starts and meta.requires_grad:
+                self.starts[f"{name}.{short}".removeprefix(".")] = digest(real)
 
     def _shared(self, name: str, meta: Tensor) -> nn.Parameter:
         """Return the parameter that was filled under another name."""

@@ -100,6 +100,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     block = _block_workspace(inventory, setup, kept)
     fixed = rates.context_bytes + (rates.nccl_bytes if world > 1 else 0)
     model = state.weights + state.quant_constants + state.master + state.optimizer + state.kept_gradients
+    model += inventory.own_buffers
     lasting = fixed + int((model + gathered.num_bytes) * (1 + rates.fragmentation))
     asks = generation_memory(inventory, setup, kept, held=lasting)
     phases = _phases(inventory, setup, state, kept, asks, gathered.num_bytes, block.num_bytes, fixed)
@@ -117,7 +118,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         state=state,
         activations=kept,
         gathered=gathered.num_bytes,
-        workspace=block.num_bytes + slack.num_bytes,
+        workspace=block.num_bytes + slack.num_bytes + inventory.own_buffers,
         phases=phases,
         host=HOST_PROCESS_BYTES + state.on_host + share,
         checkpoint=checkpoint,
@@ -127,10 +128,18 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
             Part(name="gathered layers and buckets", num_bytes=gathered.num_bytes, formula=gathered.formula),
             *_activation_parts(setup, kept),
             *_asking_part(asks),
+            *_buffers_part(inventory),
             block,
             slack,
         ),
     )
+
+
+def _buffers_part(inventory: Inventory) -> list[Part]:
+    if not inventory.own_buffers:
+        return []
+    formula = "what the method keeps beside its parameters, whole on every rank"
+    return [Part(name="the method's buffers", num_bytes=inventory.own_buffers, formula=formula)]
 
 
 def _adapter(setup: Setup) -> bool:
@@ -150,7 +159,7 @@ def _phases(
     block: int,
     fixed: int,
 ) -> Phases:
-    resident = state.weights + state.quant_constants + state.master
+    resident = state.weights + state.quant_constants + state.master + inventory.own_buffers
     during = setup.footprint.accumulating_bytes(inventory, setup.ranks, state)
     micro = gathered + max(
         # The last block's backward: everything is still saved, and the head's gradient is there, which the trace takes

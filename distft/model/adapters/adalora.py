@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, model_validator
 
 from distft.core.errors import Problem, RecipeError
+from distft.model.adapters.lora import ADAPTER
 from distft.model.adapters.peft_tuner import TunerParams, tuner_spec
-from distft.model.adapters.spec import file_key
 
 if TYPE_CHECKING:
     import torch
@@ -70,14 +70,17 @@ def _refuses(params: AdaloraParams, engine: str) -> str:
     return "" if engine in ("solo", "ddp") else f"adalora cannot be trained under {engine}: it looks at whole tensors"
 
 
-def _stored(weights: Any, name: str, meta: Tensor) -> Tensor | None:
-    """Return a saved tensor; the rank that scales the update is the one that layers started with."""
-    import torch
+def _attach(lm: Any, params: AdaloraParams, dtype: torch.dtype) -> nn.Module:
+    """Wrap a model; the rank that layers divide by, which PEFT has as a frozen parameter, is a number here."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
 
-    key = file_key(name)
-    if ".ranknum" in name:
-        return torch.full_like(meta, weights.get_tensor(key.replace("ranknum", "lora_E")).shape[0], device="cpu")
-    return weights.get_tensor(key) if key in weights.keys() else None  # noqa: SIM118
+    wrapped = _TUNER.attach(lm, params, dtype)
+    for module in wrapped.modules():
+        if isinstance(module, AdaLoraLayer):
+            layer: Any = module
+            del layer.ranknum
+            layer.ranknum = {ADAPTER: float(params.init_r)}
+    return wrapped
 
 
 def _optimizer(params: AdaloraParams, optim: Any, num_steps: int) -> Any:
@@ -131,10 +134,7 @@ def _penalty(params: AdaloraParams, model: nn.Module) -> Tensor:
     return params.orth_reg_weight * total / count
 
 
-SPEC = replace(
-    tuner_spec(name="adalora", title="AdaLoRA", params=AdaloraParams, config=_config, starts_at_zero=_starts_at_zero),
-    refuses=_refuses,
-    stored=_stored,
-    optimizer=_optimizer,
-    penalty=_penalty,
+_TUNER = tuner_spec(
+    name="adalora", title="AdaLoRA", params=AdaloraParams, config=_config, starts_at_zero=_starts_at_zero
 )
+SPEC = replace(_TUNER, attach=_attach, refuses=_refuses, optimizer=_optimizer, penalty=_penalty)

@@ -134,12 +134,9 @@ def test_the_exported_model_is_the_trained_one(base: Path, tmp_path: Path, deplo
     lm = exported(base, model, deploy, tmp_path).eval()
     modules = dict(model.module.transformer.named_modules())
     for name, param in lm.named_parameters():
-        holder = modules[name.rpartition(".")[0]]
-        ours = (
-            deployed(holder, deploy)
-            if hasattr(holder, "lora_A")
-            else dict(holder.named_parameters())[name.rpartition(".")[2]]
-        )
+        module, _, short = name.rpartition(".")
+        holder = modules[module]
+        ours = deployed(holder, deploy) if hasattr(holder, "lora_A") else holder.get_parameter(short)
         theirs = functional.dequantize_4bit(param.data, param.quant_state) if hasattr(param, "quant_state") else param
         assert torch.equal(ours, theirs), name
     with torch.no_grad():
@@ -189,9 +186,9 @@ def test_gradients_are_those_of_the_rounded_weight_passed_straight_through(base:
         del linear.weight
         linear.weight = whole + (grid.on(whole.detach()) - whole.detach())
     with torch.no_grad():
-        for table in {plain.get_input_embeddings(), plain.get_output_embeddings()}:
-            table.weight.copy_(model.module.transformer.get_input_embeddings().weight if table is plain.get_input_embeddings()
-                               else model.module.transformer.get_output_embeddings().weight)  # fmt: skip
+        ours = model.module.transformer
+        plain.get_input_embeddings().weight.copy_(ours.get_input_embeddings().weight)
+        plain.get_output_embeddings().weight.copy_(ours.get_output_embeddings().weight)
     plain_loss(plain).backward()
     for name, (a, b, layer) in factors.items():
         for mine, factor in ((layer.lora_A["default"].weight, a), (layer.lora_B["default"].weight, b)):

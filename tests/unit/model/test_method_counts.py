@@ -75,5 +75,9 @@ def test_figures_that_people_quote(llama: Path, tmp_path: Path) -> None:
     assert counted(llama, "bottleneck", {"size": 64, "bias": False}).trained == 33_554_432
     assert counted(llama, "ia3", {}).trained == 524_288
     assert counted(llama, "prompt_tuning", {"num_virtual_tokens": 20}).trained == 20 * 4096
+    assert counted(llama, "vera", {"r": 256}).own_buffers == 2 * 256 * (HIDDEN + HIDDEN), (
+        "in bf16, shared by all layers"
+    )
+    assert counted(llama, "prompt_tuning", {"num_virtual_tokens": 20}).own_buffers == 0
     without_groups = written(tmp_path, kv_heads=32)
     assert counted(without_groups, "prefix_tuning", {"num_virtual_tokens": 20}).trained == 20 * 2 * 4096 * 32

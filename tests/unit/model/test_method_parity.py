@@ -190,3 +190,26 @@ def test_every_method_is_compared() -> None:
     """Or is no module of PEFT's: what it trains is held against plain sources elsewhere."""
     elsewhere = {"full", "freeze", "bottleneck", "qlora"}
     assert {method for method, _, _ in METHOD.values()} | elsewhere == set(METHODS)
+
+
+def test_what_is_saved_of_adalora_is_what_peft_loads(base: Path, tmp_path: Path) -> None:
+    """With masked triplets, which stay in the file as zeros."""
+    model = build(base, "adalora", init="pretrained", params={"init_r": 4, "target_r": 2})
+    own = {name: param for name, param in model.module.lm.named_parameters() if param.requires_grad}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for param in own.values():
+            param.add_(0.1 * torch.randn_like(param))
+        for name, param in own.items():
+            if "lora_E" in name:
+                param[1] = 0.0
+    METHODS["adalora"].save_adapter(model.module.lm, tmp_path, {name: param.detach() for name, param in own.items()})
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    example = batch(TEXTS)
+    with torch.no_grad():
+        ours = model.module.eval()(**example.inputs()).sum() / example.num_supervised
+        assert torch.allclose(ours, plain_loss(loaded, 0), rtol=1e-5)
+        again = build(base, "adalora", init="pretrained",
+                      params={"init_r": 4, "target_r": 2, "start": str(tmp_path)}).module.eval()  # fmt: skip
+        assert torch.allclose(again(**example.inputs()).sum() / example.num_supervised, ours, rtol=1e-6)
