@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from distft.core.errors import DistftError
 from distft.demo.files import locate_path
+from distft.merging.merging import MergeSource, merge
 from distft.model import cross_entropy
 from distft.model.adapters import METHODS
 from distft.model.adapters.lora import base_alone
@@ -129,6 +130,11 @@ def test_rows_beside_lora_are_those_of_peft_in_a_plain_loop(
             alone = model.module(**EXAMPLE.inputs()).sum()
         assert torch.allclose(alone, plain_loss(grown(base, rows=1027)), rtol=1e-5)
     METHODS["lora"].save_adapter(model.module.lm, tmp_path, {name: param.detach() for name, param in ours.items()})
+    merge(MergeSource(adapter=tmp_path, base=base), tmp_path / "merged", rows=[EXAMPLE.input_ids_T.tolist()])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.get_input_embeddings().weight.shape[0] == 1027
+    with torch.no_grad():
+        assert torch.allclose(plain_loss(merged), trained, rtol=1e-5), "the base has grown"
     again = build(base, "lora", init="pretrained", **ADDED,
                   params={"r": 4, "trainable_tokens": ["Ġdisk"], "start": str(tmp_path)})  # fmt: skip
     with torch.no_grad():
