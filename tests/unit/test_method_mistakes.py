@@ -8,6 +8,7 @@ import pytest
 from transformers import GPT2Config, LlamaConfig
 
 from distft.catalog import REGISTRIES
+from distft.compatibility import refuse_misfits
 from distft.core.errors import RecipeError
 from distft.demo.files import locate_path
 from distft.recipe import parse_recipe
@@ -138,6 +139,10 @@ READ = {
         '[method]\nname = "qlora"\ndeploy = "nf4" # <-\nquant = { type = "fp4" }',
         "constants that are quantised too",
     ),
+    "a start from rows that is not there": (
+        '[method]\nname = "lora"\ninit = "eva" # <-',
+        "must be one of",
+    ),
     "no rate": ('[method]\nname = "lora"\nlora_plus_ratio = 0 # <-', "must be a number > 0"),
 }
 """Told when the recipe is read."""
@@ -192,6 +197,19 @@ COUNTED = {
         '"int4" stores 128 numbers of a row together',
         'allowed: "q8_0", "q4_0", "nf4"',
     ),
+    "an expression that fits nothing": (
+        '[method]\nname = "lora"\ntarget_modules = ".*q_prj" # <-',
+        "fits no module of the model: it must fit a whole name",
+        "did you mean",
+    ),
+    "a layer that there is not": (
+        '[method]\nname = "qlora"\ntarget_modules = ["q_proj", "v_prj"] # <-',
+        '"v_prj" is no module of the model  did you mean "v_proj"',
+    ),
+    "experts that there are not": (
+        '[method]\nname = "lora"\ntarget_modules = ["q_proj"]\ntarget_parameters = ["experts.down_proj"] # <-',
+        "is no weight of all experts in one tensor in this model  it has none: name its layers",
+    ),
     "an adapter of another base": (
         '[method]\nname = "lora"\nstart = "FOLDER/adapter" # <-',
         "start: it was trained on /another/base, and [model] path is",
@@ -221,6 +239,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def looked_at(text: str) -> None:
+    recipe = parse_recipe(text, source="r.toml", registries=REGISTRIES)
+    refuse_misfits(recipe)
+    trained_counts(recipe)
+
+
 def told(folder: Path, text: str) -> list[str]:
     """Read the recipe and look at its model; the one problem, and the line that the mark is in."""
     method, _, model = text.partition("[model]\n")
@@ -229,7 +253,7 @@ def told(folder: Path, text: str) -> list[str]:
     )
     marked = next(number for number, line in enumerate(text.splitlines(), start=1) if MARK in line)
     with pytest.raises(RecipeError) as caught:
-        trained_counts(parse_recipe(text, source="r.toml", registries=REGISTRIES))
+        looked_at(text)
     (problem,) = caught.value.problems
     assert problem.line == marked, str(problem)
     assert "pydantic" not in str(problem)
@@ -257,7 +281,5 @@ def test_a_mistake_is_named_before_anything_runs(folder: Path, text: str, parts:
 def test_vectors_of_another_architecture(folder: Path) -> None:
     """The default of ia3 has Llama's names."""
     text = (BASE + '[method]\nname = "ia3"\n').replace("FOLDER/llama", f"{folder}/gpt2").replace("FOLDER", str(folder))
-    from distft.compatibility import refuse_misfits
-
     with pytest.raises(RecipeError, match='"k_proj" is no module of the model'):
         refuse_misfits(parse_recipe(text, source="r.toml", registries=REGISTRIES))
