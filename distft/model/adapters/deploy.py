@@ -81,9 +81,7 @@ def weight_of(base: Any) -> Tensor:
         return base.weight
     if base.weight.is_meta:
         return torch.empty(base.out_features, base.in_features, device="meta", dtype=base.compute_dtype)
-    from bitsandbytes import functional
-
-    return functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    return quantize.value_of(base)
 
 
 @torch.no_grad()
