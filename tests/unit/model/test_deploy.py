@@ -17,10 +17,13 @@ from distft.export_formats import llm_compressor
 from distft.export_formats.gguf_levels import LEVELS
 from distft.export_formats.gguf_writer import write_gguf
 from distft.export_formats.llm_compressor import Rounding
+from distft.merging.base_model import TrainedIn4bit
 from distft.merging.merging import MergeSource, merge
 from distft.model.adapters import METHODS, deploy_grids
 from distft.model.adapters.deploy import deployed_weight
 from distft.model.adapters.lora import base_alone
+from distft.model.quant_params import QuantParams
+from distft.model.quantize import keep_layout
 
 EXAMPLE = batch([[5, 9, 300, 447, 17, 22, 900, 4], [8, 447, 77, 600]])
 
@@ -73,8 +76,8 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def trained(base: Path, deploy: str, **params: Any) -> Any:
-    model = build(base, "lora", init="pretrained", params={"r": 4, "deploy": deploy, **params})
+def trained(base: Path, deploy: str, method: str = "lora", **params: Any) -> Any:
+    model = build(base, method, init="pretrained", params={"r": 4, "deploy": deploy, **params})
     ours = [param for param in model.module.parameters() if param.requires_grad]
     step = torch.optim.AdamW(ours, lr=1e-2)
     losses = []
@@ -214,3 +217,16 @@ def test_what_no_writer_makes_is_refused(
     with pytest.raises((DistftError, ValueError), match=message):
         build(tmp_path if config else base, "lora", fill=False, init="pretrained" if not config else "random",
               params={"r": 4, **params})  # fmt: skip
+
+
+def test_beside_a_base_in_4_bits_it_is_what_merging_into_4_bits_writes(base: Path, tmp_path: Path) -> None:
+    model = trained(base, "nf4", method="qlora")
+    own = {name: param.detach() for name, param in model.module.lm.named_parameters() if param.requires_grad}
+    METHODS["qlora"].save_adapter(model.module.lm, tmp_path / "adapter", own)
+    in_4bit = TrainedIn4bit(params=QuantParams(), dtype=torch.float32)
+    source = MergeSource(adapter=tmp_path / "adapter", base=base, in_4bit=in_4bit)
+    merge(source, tmp_path / "merged", rows=None, quantize=True)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    keep_layout(lm)
+    with torch.no_grad():
+        assert torch.allclose(model.module(**EXAMPLE.inputs()).sum(), plain_loss(lm.eval()), rtol=1e-5)
