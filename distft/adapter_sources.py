@@ -10,10 +10,10 @@ import torch
 from distft.catalog import REGISTRIES
 from distft.core import hub
 from distft.core.errors import DataError, RecipeError
+from distft.core.tokenizer_files import tokenizer_folder
 from distft.data.prepare import prepare
 from distft.data.prepared_folder import cache_folder
 from distft.data.store import Prepared
-from distft.data.tokenizer import tokenizer_folder
 from distft.merging.adapter_config import CONFIG, WEIGHTS, adapter_mistake, read_adapter_config
 from distft.merging.base_model import TrainedIn4bit
 from distft.merging.comparison import MAX_ROWS

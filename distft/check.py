@@ -132,7 +132,7 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
     if has_config:
         compatibility.refuse_misfits(recipe)
     folder = cache_dir or cache_folder(recipe.data)
-    tokenizer, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
+    tokenizer, revision = compatibility.tokenizer_of(recipe)
     decode = load_decoder(tokenizer, revision) if samples else str
     virtual_tokens = recipe.method.spec.virtual_tokens(recipe.method.params)
 

@@ -68,6 +68,11 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         message = f'objective "{recipe.objective.name}" trains a {recipe.objective.spec.head} head, which cannot answer'
         fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
         _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
+    if recipe.method.spec.penalty is not None and recipe.objective.name != "sft":
+        message = (
+            f'"{recipe.method.name}" adds to the loss of tokens, which objective "{recipe.objective.name}" has not'
+        )
+        _refuse(recipe, [RecipeMistake(key=("method", "name"), message=message, fix='name = "lora"')])
     _refuse(recipe, list(_exports_that_cannot_be(recipe)))
     _refuse(recipe, list(_references_that_cannot_be(recipe, folder)))
     _refuse_missing_head(recipe, folder)
@@ -284,6 +289,23 @@ def _nearest(folder: Path) -> str:
     return f"did you mean {folder.parent / meant}?" if meant else ""
 
 
+def tokenizer_of(recipe: Recipe) -> tuple[str, str | None]:
+    """Return (path, revision) of the tokenizer: the model's unless the recipe names another, with added tokens.
+
+    Raises:
+        RecipeError: a token that is to be added is there already.
+        DataError: tokens are to be added, and there is no tokenizer.
+    """
+    model = recipe.model
+    path, revision = (model.path, model.revision) if model.tokenizer is None else (model.tokenizer, None)
+    if not any(model.added):
+        return path, revision
+    from distft.core.added_tokens import longer_tokenizer
+
+    with with_model_line(recipe):
+        return str(longer_tokenizer(path, revision, *model.added, cache_folder(recipe.data))), None
+
+
 @contextlib.contextmanager
 def with_model_line(recipe: Recipe) -> Iterator[None]:
     """Add the line of [model] path, or of what [method] says, to errors of the model, raised inside the context.
@@ -304,11 +326,15 @@ def with_model_line(recipe: Recipe) -> Iterator[None]:
 
 
 def _line(recipe: Recipe, message: str) -> int | None:
-    """Return the line of the key that a message begins with, `[method] key`, else of the method, or of the model."""
+    """Return the line of the key that a message begins with, such as `[method] key`; else of the method, or the model.
+
+    A list has the line that it begins in.
+    """
     table, _, rest = message.partition(" ")
+    key = rest.partition(" ")[0].rstrip(":")
     if table != "[method]":
-        return recipe.line_of("model.path")
-    return recipe.line_of(f"method.{rest.partition(' ')[0].rstrip(':')}") or recipe.line_of("method.name")
+        return (recipe.line_of(f"model.{key}") if table == "[model]" else None) or recipe.line_of("model.path")
+    return recipe.line_of(f"method.{key}") or recipe.line_of("method.name")
 
 
 def _refuse(recipe: Recipe, faults: list[RecipeMistake]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distft import compatibility
 from distft.core.files import replace_json
+from distft.core.tokenizer_files import TOKENIZER_FILES, tokenizer_folder
 from distft.data.prepared_folder import cache_folder
 from distft.model import skeleton
 from distft.recipe import Recipe
@@ -29,6 +30,10 @@ def trained_counts(recipe: Recipe) -> tuple[int, int]:
     method, head = recipe.method, recipe.objective.spec.head
     parts = [(folder / "config.json").read_bytes(), head.encode(), version("transformers").encode()]
     parts.append(json.dumps([method.name, method.params.model_dump(mode="json")], sort_keys=True).encode())
+    if any(recipe.model.added) or getattr(method.params, "trainable_tokens", ()):  # the ids are the tokenizer's
+        longer = Path(tokenizer_folder(*compatibility.tokenizer_of(recipe)))
+        parts += [(longer / name).read_bytes() for name in TOKENIZER_FILES if (longer / name).is_file()]
+        parts.append(json.dumps([recipe.model.new_rows, recipe.model.pad_vocabulary]).encode())
     parts += [file.read_bytes() for file in sorted(_SOURCES.rglob("*.py"))]
     kept = cache_folder(recipe.data) / "counts" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from distft.assemble.evaluation import load_row_renderer
 from distft.assemble.step_source import num_steps
-from distft.assemble.training_data import Data, Say, tokenizer_of
+from distft.assemble.training_data import Data, Say
+from distft.compatibility import tokenizer_of
 from distft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def export(
         prefix=WRAPPER,
         layout=built.layout,
         method=recipe.method.spec,
+        starts=built.starts,
         write_config=write_config,
         write_beside=write_beside,
     )

@@ -32,6 +32,7 @@ def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
         MachineError: it cannot run here, or the launcher was configured for another.
     """
     from distft.engine.auto import choose
+    from distft.model.adapters.spec import optimizer_of
 
     params: Any = recipe.engine.params
     offload = getattr(params, "offload", "none")
@@ -40,7 +41,7 @@ def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
         REGISTRIES.engine,
         processes,
         trains_all=not recipe.method.spec.adapter,
-        elementwise=recipe.optim.spec.elementwise,
+        elementwise=optimizer_of(recipe.method.spec, recipe.method.params, recipe.optim.spec).elementwise,
         offload=offload,
     )
     why_not = recipe.method.spec.refuses(recipe.method.params, name)
@@ -82,7 +83,8 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
         problem = Problem(
             message=f"[model] the tokenizer wrote token {rows.largest_id}, and the embedding has {num_embeddings} rows",
             line=recipe.line_of("model.tokenizer") or recipe.line_of("model.path"),
-            fix="use the tokenizer that belongs to the model, or a chat_template of tokens it knows",
+            fix="use the tokenizer that belongs to the model, or a chat_template of tokens it knows; your own "
+            "tokens are added by [model] add_tokens, beside the model's own tokenizer, and the embedding grows",
         )
         raise RecipeError(recipe.source, [problem])
     mode, why = activation_checkpointing.choose_checkpointing(
@@ -115,20 +117,24 @@ def set_up_engine(recipe: Recipe, engine: Engine, built: MetaModel, layout: Layo
 def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
     """Return the optimizer, schedule and clipping."""
     from distft.core.types import UpdateRule
+    from distft.model.adapters.spec import optimizer_of
 
     optim, clip = recipe.optim, recipe.train.max_grad_norm
     params: Any = optim.params
     factor = recipe.schedule.spec.build(recipe.schedule.params, num_steps)
     method, ratio = recipe.method.spec, recipe.method.spec.lr_ratio(recipe.method.params)
     named = dict(built.module.named_parameters())
+    with compatibility.with_model_line(recipe):
+        spec = optimizer_of(method, recipe.method.params, optim.spec, num_steps)
     return UpdateRule(
-        build=lambda groups: optim.spec.build(params, groups),
+        build=lambda groups: spec.build(params, groups),
         lr_at=lambda step: params.learning_rate * factor(step),
         weight_decay=getattr(params, "weight_decay", 0.0),
         decayed=frozenset(name for name, param in named.items() if param.ndim >= 2),
         max_grad_norm=None if clip == "off" else float(clip),
         matrices=_matrices(recipe, built),
-        per_tensor=optim.spec.per_tensor,
+        per_tensor=spec.per_tensor,
+        named=method.optimizer is not None,
         faster=frozenset(name for name in named if method.faster(name)) if ratio != 1.0 else frozenset(),
         lr_ratio=ratio,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from distft.assemble.training_data import HeldOut, Preparing, Say, tokenizer_of
+from distft.assemble.training_data import HeldOut, Preparing, Say
+from distft.compatibility import tokenizer_of
 from distft.core.errors import Problem, RecipeError
 from distft.recipe import Recipe
 from distft.recipe.eval_rules import EVAL_LOSS

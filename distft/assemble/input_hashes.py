@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.assemble.training_data import tokenizer_of
+from distft.compatibility import tokenizer_of
 from distft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def weights(recipe: Recipe) -> dict[str, Any]:
         RecipeError: the model is not there.
         DataError: the tokenizer is not.
     """
+    from distft.core.tokenizer_files import TOKENIZER_FILES, tokenizer_folder
     from distft.data.prepared_folder import cache_folder
-    from distft.data.tokenizer import TOKENIZER_FILES, tokenizer_folder
     from distft.model.load import find_folder
 
     memory = cache_folder(recipe.data) / "hashes"

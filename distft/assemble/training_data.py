@@ -211,7 +211,7 @@ def load_held_out(
 def _common(recipe: Recipe, say: Say) -> dict[str, Any]:
     from distft.data.prepared_folder import cache_folder
 
-    tokenizer, revision = tokenizer_of(recipe)
+    tokenizer, revision = compatibility.tokenizer_of(recipe)
     common: dict[str, Any] = {"tokenizer": tokenizer, "revision": revision, "cache_dir": cache_folder(recipe.data)}
     common["virtual_tokens"] = recipe.method.spec.virtual_tokens(recipe.method.params)
     common["progress"] = Preparing(say)
@@ -251,9 +251,3 @@ class Preparing:
         if time.monotonic() - self._said_at >= PREPARING_SAYS_S:
             self._said_at = time.monotonic()
             self._say(f"preparing rows: {rows:,}")
-
-
-def tokenizer_of(recipe: Recipe) -> tuple[str, str | None]:
-    """Return (path, revision) of the tokenizer: the model's unless the recipe names another."""
-    model = recipe.model
-    return (model.path, model.revision) if model.tokenizer is None else (model.tokenizer, None)

@@ -10,6 +10,7 @@ from distft.bench.cases import BenchCase
 from distft.core import accelerators
 from distft.core.accelerators import GIB
 from distft.core.errors import DistftError
+from distft.model.adapters.spec import optimizer_of
 
 STATE = ("weights", "quant_constants", "gradients", "master", "optimizer", "pageable")
 
@@ -71,7 +72,7 @@ class Planning:
             state.of_rank(
                 inventory,
                 ran["engine"],
-                recipe.optim.spec,
+                optimizer_of(recipe.method.spec, recipe.method.params, recipe.optim.spec),
                 recipe.optim.params,
                 world=predicted.setup.shards,
                 rank=rank % predicted.setup.shards,

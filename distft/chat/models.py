@@ -52,7 +52,7 @@ class ChatModels:
         Raises:
             RecipeError: there is no such model, it writes no text, or an adapter does not fit the base.
         """
-        from distft.data.tokenizer import load_tokenizer
+        from distft.core.tokenizer_files import load_tokenizer
 
         self._routed: RoutedPool | None = None
         self._pool: AdapterPool | None = None
@@ -74,7 +74,7 @@ class ChatModels:
 
     def _load_router(self, folder: Path, adapters: Mapping[str, Path]) -> None:
         """Load what a router chooses among: `tuned` is its choice, and each adapter can be asked by its name."""
-        from distft.data.tokenizer import load_tokenizer
+        from distft.core.tokenizer_files import load_tokenizer
         from distft.routing.router import RoutedPool
 
         if adapters:

@@ -251,6 +251,8 @@ class UpdateRule:
     """The optimizer may step some tensors before others: `step()` changes those that have a gradient, each from its own
     state alone. False: it gets all gradients at once."""
 
+    named: bool = False
+    """Groups have the `names` of their tensors."""
     faster: frozenset[str] = frozenset()
     """Names of parameters whose learning rate is `lr_ratio` times that of the others."""
     lr_ratio: float = 1.0
@@ -262,19 +264,20 @@ class UpdateRule:
         these the faster ones come last, with `lr_ratio`, which engines multiply their rate by.
         """
         kinds = {
-            (is_matrix, decays, is_faster): list["Tensor"]()
+            (is_matrix, decays, is_faster): list[tuple[str, "Tensor"]]()
             for is_matrix, decays in ((True, True), (False, True), (False, False))
             for is_faster in (False, True)
         }
         for name, tensor in named:
             is_matrix = self.matrices is not None and name in self.matrices
-            kinds[is_matrix, is_matrix or name in self.decayed, name in self.faster].append(tensor)
+            kinds[is_matrix, is_matrix or name in self.decayed, name in self.faster].append((name, tensor))
         return [
-            {"params": tensors, "weight_decay": self.weight_decay if decays else 0.0}
+            {"params": [tensor for _, tensor in members], "weight_decay": self.weight_decay if decays else 0.0}
             | ({"matrix": True} if is_matrix else {})
             | ({"lr_ratio": self.lr_ratio} if is_faster else {})
-            for (is_matrix, decays, is_faster), tensors in kinds.items()
-            if tensors
+            | ({"names": [name for name, _ in members]} if self.named else {})
+            for (is_matrix, decays, is_faster), members in kinds.items()
+            if members
         ]
 
 

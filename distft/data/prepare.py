@@ -25,6 +25,7 @@ import numpy as np
 
 from distft.core.errors import DataError, FileSystemError
 from distft.core.file_lock import locked_once
+from distft.core.tokenizer_files import MORE_TEMPLATES, TOKENIZER_FILES, tokenizer_folder
 from distft.data.fingerprint import cache_key, today
 from distft.data.preparation_report import SHOWN_FAULTS, PrepareReport, SourceReport
 from distft.data.readers import Payload
@@ -32,7 +33,6 @@ from distft.data.rows import Made, RowMaker, group_size_of
 from distft.data.samples import FormatSpec
 from distft.data.sources import RowSource, decide_format, find
 from distft.data.store import Prepared, Writer
-from distft.data.tokenizer import MORE_TEMPLATES, TOKENIZER_FILES, tokenizer_folder
 
 if TYPE_CHECKING:
     from distft.recipe.schema import DataTable, SourceTable

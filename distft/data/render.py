@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import DataError
+from distft.core.tokenizer_files import load_tokenizer
 from distft.core.virtual_tokens import virtual_ids
 from distft.data.chat_rendering import TemplateDrawing
 from distft.data.chat_template import ChatTemplate, LossOn
@@ -22,7 +23,6 @@ from distft.data.rendered import Rendered
 from distft.data.samples import Conversation, Document, Message, PromptCompletion, RowError, Sample
 from distft.data.special_tokens import MARKED, TYPED, Typed, control_tokens, kept_text, without_marks
 from distft.data.templates import BUILT_IN, read_template
-from distft.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from distft.recipe.schema import DataTable

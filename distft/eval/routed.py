@@ -21,8 +21,8 @@ def evaluate_router(subject: Subject, world: int, say: Any) -> dict[str, Any]:
 
     from distft import assemble
     from distft.assemble.evaluation import base_key
+    from distft.core.tokenizer_files import load_tokenizer
     from distft.core.types import TrainState
-    from distft.data.tokenizer import load_tokenizer
     from distft.evaluation.answer_records import AnswerRecords
     from distft.evaluator import EvalSchedule, Evaluator
     from distft.export_formats.source import stop_ids

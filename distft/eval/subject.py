@@ -12,6 +12,7 @@ from typing import Any
 from distft.assemble import with_date
 from distft.catalog import REGISTRIES
 from distft.checkpoint.folders import Folders
+from distft.compatibility import tokenizer_of
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import NoParams
 from distft.recipe import Choice, Recipe, load_recipe
@@ -115,8 +116,10 @@ def trained_rows(subject: Subject) -> dict[str, Any] | None:
 def _whole(recipe: Recipe, place: Path) -> Recipe:
     """Return the recipe on a trained model instead of its base; the tokenizer stays, or other tokens would be asked."""
     spec = REGISTRIES.method["full"]
-    tokenizer = recipe.model.tokenizer or recipe.model.path
-    model = recipe.model.model_copy(update={"path": str(place), "init": "pretrained", "tokenizer": tokenizer})
+    tokenizer, _ = tokenizer_of(recipe)
+    changes = {"path": str(place), "init": "pretrained", "tokenizer": tokenizer}
+    grown = {"add_tokens": None, "add_special_tokens": None, "new_rows": None, "pad_vocabulary": None}
+    model = recipe.model.model_copy(update=changes | grown)
     return replace(recipe, model=model, method=Choice[Any](name="full", params=NoParams(), spec=spec))
 
 

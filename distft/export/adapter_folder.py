@@ -26,6 +26,7 @@ def _write(params: NoParams, inputs: ExportInputs, folder: Path) -> None:
         inputs.shapes,
         prefix=inputs.prefix,
         starts_at_zero=inputs.method.starts_at_zero,
+        starts=inputs.starts,
         save_adapter=lambda target, tensors: inputs.method.save_adapter(inputs.lm, target, tensors),
         save_rest=inputs.write_beside,
     )

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from distft.core.errors import DistftError
 from distft.core.types import Engine
 from distft.export.spec import Shapes
 from distft.model.layout import FileLayout
+from distft.model.weights import digest
 
 MAX_FILE_BYTES = 4 * 2**30
 """Weights are split into files of at most this size, so no more than one file's worth is ever held."""
@@ -68,6 +69,7 @@ def write_adapter(
     *,
     prefix: str,
     starts_at_zero: Callable[[str], bool],
+    starts: Mapping[str, str] | None = None,
     save_adapter: Callable[[Path, dict[str, Tensor]], None],
     save_rest: Callable[[Path], None],
 ) -> None:
@@ -83,7 +85,9 @@ def write_adapter(
         for name, tensor in tensors.items():
             _require(name, tensor, shapes[name][0])
         zeros = [tensor for name, tensor in tensors.items() if starts_at_zero(name)]
-        if zeros and not any(tensor.any() for tensor in zeros):
+        noted = {name: tensor for name, tensor in tensors.items() if name in (starts or {})}
+        same = noted and all(digest(tensor) == (starts or {})[name] for name, tensor in noted.items())
+        if same or (zeros and not any(tensor.any() for tensor in zeros)):
             raise DistftError("the adapter is still its initial value: nothing was trained, so nothing is saved")
         save_adapter(aside, tensors)
         save_rest(aside)

@@ -231,6 +231,9 @@ def _use(run: RunRecord, folder: Path) -> Iterator[str]:
     if _is_reward_model(run):
         yield "The reward is read at the last token, the end of the answer. Rewards compare answers to one prompt."
         yield ""
+    if deploy := run.table("method").get("deploy"):
+        yield f"It was trained as `{_plain(str(deploy))}` rounds it: export it so. Unrounded it is another model."
+        yield ""
     if run.is_adapter:
         yield f"The adapter needs its base, `{_code(run.base)}`, which adapter_config.json names."
         yield ""

@@ -36,6 +36,8 @@ class ExportInputs:
     layout: FileLayout
     """How the hub's files name and split the tensors."""
     method: MethodSpec
+    starts: Mapping[str, str]
+    """sha256 of what parameters of a method that starts with no zeros started as (see `MetaModel.starts`)."""
     write_config: Callable[[Path], None]
     """Writes config.json into a folder."""
     write_beside: Callable[[Path], None]

@@ -45,7 +45,7 @@ class SourceReference:
         Raises:
             DataError: it has none that can be loaded.
         """
-        from distft.data.tokenizer import load_tokenizer
+        from distft.core.tokenizer_files import load_tokenizer
 
         return load_tokenizer(self.source.folder)
 

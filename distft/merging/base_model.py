@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,15 +43,30 @@ class TrainedIn4bit:
 class BaseModel:
     """Names, shapes and values of a model's folder."""
 
-    def __init__(self, folder: Path, *, head: HeadSpec | None = None, in_4bit: TrainedIn4bit | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        head: HeadSpec | None = None,
+        in_4bit: TrainedIn4bit | None = None,
+        new_tokens: Iterable[int] = (),
+    ) -> None:
         """Read config and headers.
+
+        `new_tokens`: ids whose rows an adapter brings. Where they go on behind the vocabulary's last row without a gap,
+        embedding and head have rows for them, which hold the mean of the others.
 
         Raises:
             RecipeError: the folder is no model that transformers knows, or its files do not fit its config.
         """
         self.folder, self.head = folder, head or HEADS["lm"]
         self.config = self.head.prepare(load.read_config(folder))
-        self.lm = skeleton(self.config, self.head)
+        stored = self.lm = skeleton(self.config, self.head)
+        rows, ids = self.config.get_text_config(decoder=True).vocab_size, set(new_tokens)
+        if ids and max(ids) >= rows and ids >= set(range(rows, max(ids) + 1)):
+            self.config = copy.deepcopy(self.config)
+            self.config.get_text_config(decoder=True).vocab_size = max(ids) + 1
+            self.lm = skeleton(self.config, self.head)
         self.layout = FileLayout(self.lm)
         self.tied: Mapping[str, str] = dict(getattr(self.lm, "all_tied_weights_keys", None) or {})
         """Tensor that shares another's values -> that other."""
@@ -62,7 +77,7 @@ class BaseModel:
         self.buffers = tuple(_saved_buffers(self.lm))
         self.kinds = {name: _kind(module) for name, module in self.lm.named_modules() if name}
         fresh = RandomSource(self.lm, 0, torch.float32)
-        self._source = SafetensorsSource(folder, self.lm, torch.float32, head=self.head, fresh=fresh)
+        self._source = SafetensorsSource(folder, stored, torch.float32, head=self.head, fresh=fresh)
         self._in_4bit, self._mapped_bytes = in_4bit, 0
         self._marked: dict[str, tuple[nn.Module, str]] = {}
         if in_4bit is not None:
@@ -111,6 +126,9 @@ class BaseModel:
         if self._mapped_bytes > _MAPPED_BYTES:  # pages of mapped files count as this process's until they are unmapped
             self._source.close()
             self._mapped_bytes = 0
+        wanted = self.parameters[self.tied.get(name, name)].shape
+        if wanted and (more := wanted[0] - value.shape[0]) > 0:
+            value = torch.cat([value, value.mean(0, keepdim=True).expand(more, *value.shape[1:])])
         if name in self._marked:
             assert self._in_4bit is not None
             holder, holder_short = self._marked[name]

@@ -80,7 +80,9 @@ def open_base(source: MergeSource, config: AdapterConfig) -> BaseModel:
     if task not in _HEADS:
         allowed = ", ".join(name for name in _HEADS if name)
         raise adapter_mistake(config.folder, f"task_type {task} is not understood here", f"understood are {allowed}")
-    return BaseModel(source.base, head=HEADS[_HEADS[task]], in_4bit=source.in_4bit)
+    brought = [set(ids) for ids in config.token_indices.values()]
+    new = set.intersection(*brought) if brought else ()
+    return BaseModel(source.base, head=HEADS[_HEADS[task]], in_4bit=source.in_4bit, new_tokens=new)
 
 
 def merge(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.core.types import IGNORE
+from distft.model.adapters import token_rows
 from distft.model.adapters.lora_head import use_loss_with_adapter
+from distft.model.adapters.token_rows import use_loss_with_rows
 from distft.model.adapters.virtual_tokens import PrefixInputs
 from distft.model.cross_entropy import HeadLoss, chunked_loss, judged, likelihoods
 from distft.model.head import Observation
@@ -40,6 +43,7 @@ class CausalLM(nn.Module):
         observed: Observation | None = None,
         router: RouterLoss | None = None,
         value_head: nn.Linear | None = None,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
     ) -> None:
         """Wrap a model.
 
@@ -50,12 +54,14 @@ class CausalLM(nn.Module):
             observed: the model's trunk and its rule for logits; a `chunked` head needs it.
             router: the loss of a mixture of experts' router, where the config asks for one.
             value_head: gives a value for each position, from its last hidden state.
+            penalty: what a method adds to the loss of every supervised token, of `lm`.
         """
         super().__init__()
         self.lm = lm
         self.path = path or ForwardPath()
         self.observed = observed
         self.router = router
+        self.penalty = penalty
         self.prefix = PrefixInputs(lm)
         if self.path.head == "chunked" and observed is None:
             raise ValueError("a chunked head needs to know what the model does before its logits")
@@ -91,7 +97,8 @@ class CausalLM(nn.Module):
         head = self.head
         if not isinstance(head, nn.Linear):
             assert self.observed is not None
-            use_loss_with_adapter(head, loss, self.observed.rule)
+            of_head = use_loss_with_rows if token_rows.trains(head) else use_loss_with_adapter
+            of_head(head, loss, self.observed.rule)
             return
         assert self.observed is not None
         rule = self.observed.rule
@@ -105,7 +112,7 @@ class CausalLM(nn.Module):
 
         head.forward = types.MethodType(forward, head)
 
-    def forward(self, *batch: Any, **inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, *batch: Any, **inputs: Any) -> Tensor | tuple[Tensor, ...]:
         """Run `losses`, `scores` or `answer`, whichever takes these inputs: engines gather around this one call."""
         if "ends_D" in inputs:
             return self.scores(**inputs)
@@ -124,14 +131,15 @@ class CausalLM(nn.Module):
         max_seqlen_k: int = 0,
         per_token: bool = False,
         values: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Return the loss of every supervised token, in order: fp32 [S], or [1] with their sum.
 
         Arguments are `Batch.inputs()`. `per_token`: [S] whatever that loss gives. `values`, with `per_token`: [2, S],
         the losses and the values of the positions before the labels.
 
         A micro-batch that supervises nothing returns a zero that depends on every parameter, because ranks must
-        run the same collectives. With a router loss: (losses, router loss [1]), to be added.
+        run the same collectives. With a router loss: (losses, router loss [1]), to be added; in
+        training with a method's penalty: (losses, router loss [1], penalty [1]).
         """
         inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen, keys_K, cu_seqlens_k, max_seqlen_k)
         inputs |= self.prefix.of_ids(input_ids_T[None])
@@ -161,9 +169,11 @@ class CausalLM(nn.Module):
         self.prefix.check()
         if nothing:
             losses = losses * 0.0
-        if self.router is None:
-            return losses
-        return losses, self.router(output.router_logits, labels_T, cu_seqlens)
+        router = None if self.router is None else self.router(output.router_logits, labels_T, cu_seqlens)
+        if self.penalty is None or not self.training:
+            return losses if router is None else (losses, router)
+        penalty_1 = (num_supervised * self.penalty(self.lm)).reshape(1)
+        return losses, torch.zeros_like(penalty_1) if router is None else router, penalty_1
 
     def scores(
         self,

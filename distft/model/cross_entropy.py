@@ -200,20 +200,38 @@ def with_adapter(
 ) -> Tensor:
     """Compute `loss` of a head whose product is hidden @ weight.T + inner @ up.T: `likelihoods`, else losses.
 
-    R is the adapter's rank. In chunks as `chunked_loss`, and recomputed in the backward pass like those. The rule's
-    `hidden_scale` has been applied to both inputs.
+    R is the adapter's rank. The rule's `hidden_scale` has been applied to both inputs.
+    """
+
+    def product(hidden_CE: Tensor, inner_CR: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(hidden_CE, weight, bias) + F.linear(inner_CR, up)
+
+    shared = (weight_VE, up_VR) if bias_V is None else (weight_VE, up_VR, bias_V)
+    return with_product(loss, product, (hidden_SE, inner_SR), shared, labels_S, rule)
+
+
+def with_product(
+    loss: HeadLoss,
+    product: Callable[..., Tensor],
+    rows: tuple[Tensor, ...],
+    shared: tuple[Tensor, ...],
+    labels_S: Tensor,
+    rule: LogitRule = PLAIN,
+) -> Tensor:
+    """Compute `loss` of a head whose product [C, V] of a chunk of `rows` is product(*rows, *shared).
+
+    In chunks as `chunked_loss`, and recomputed in the backward pass like those: `likelihoods`, else losses. The first
+    of `shared` is the head's weight [V, E]; the rule's `hidden_scale` has been applied.
     """
     chunk_loss = judged if loss is likelihoods else functools.partial(F.cross_entropy, reduction="none")
 
-    def of_chunk(
-        hidden_CE: Tensor, inner_CR: Tensor, labels_C: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor
-    ) -> Tensor:
-        return chunk_loss(rule.finish((F.linear(hidden_CE, weight, bias) + F.linear(inner_CR, up)).float()), labels_C)
+    def of_chunk(labels_C: Tensor, *given: Tensor) -> Tensor:
+        return chunk_loss(rule.finish(product(*given).float()), labels_C)
 
-    size, rows, shared = chunk_tokens(weight_VE.shape[0]), (hidden_SE, inner_SR, labels_S), (weight_VE, bias_V, up_VR)
+    size = chunk_tokens(shared[0].shape[0])
     if len(labels_S) <= size:
-        return of_chunk(*rows, *shared)
-    return _chunked(of_chunk, size, *rows, shared=shared)
+        return of_chunk(labels_S, *rows, *shared)
+    return _chunked(of_chunk, size, labels_S, *rows, shared=shared)
 
 
 def chunked_sum(

@@ -7,6 +7,7 @@ next. Values come from `distft.model.weights`, so every engine, world size and o
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import weakref
@@ -20,19 +21,19 @@ from torch import Tensor, nn
 from distft.core.errors import MachineError
 from distft.core.phase import PHASE
 from distft.core.ranks import ReadGroup
-from distft.model import attention, cross_entropy, load_balancing, quantize, skeleton
-from distft.model.adapters import MethodSpec, trained
+from distft.model import attention, cross_entropy, load_balancing, new_rows, quantize, skeleton
+from distft.model.adapters import MethodSpec, deploy_grids, token_rows, trained
 from distft.model.adapters.lora_inits import RESIDUAL
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
-from distft.model.heads import HEADS, HeadSpec, put_head
+from distft.model.heads import HEADS, HeadSpec, lm_value, put_head
 from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
 from distft.model.random_weights import NoSource, RandomSource, seed_of
 from distft.model.shared_reads import SharedReads
 from distft.model.tensor_files import mistake
 from distft.model.towers import text_parameters
-from distft.model.weights import SafetensorsSource, WeightSource, meta_params
+from distft.model.weights import SafetensorsSource, WeightSource, digest, meta_params
 from distft.recipe.schema import ModelTable
 
 WRAPPER = "lm."
@@ -104,6 +105,7 @@ class MetaModel:
         layout: FileLayout,
         seed: int,
         dtype: torch.dtype,
+        row_starts: new_rows.RowStarts | None = None,
     ) -> None:
         """`tied`: module that has no weights of its own -> name and meta copy of the one whose weights it shares."""
         self.module = module
@@ -116,16 +118,20 @@ class MetaModel:
         self.blocks_are_atomic = not method.adapter and all(
             param.requires_grad for unit in (inputs, *blocks) for param in unit.parameters()
         )
-        self._source, self._method, self._seed = source, method, seed
+        self._source, self._method, self._seed, self._row_starts = source, method, seed, row_starts
         self._shared_reads: SharedReads | None = None
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
         self._tied = tied
         # Weak: fsdp2 puts its shard in a parameter's place, and the whole one must not live on here.
         self._filled: dict[int, tuple[Tensor, weakref.ref[nn.Parameter]]] = {}
         self._buffers_read: set[int] = set()
-        lm = module.transformer
+        lm, lm_params = module.transformer, list(module.lm.named_parameters())
         kept = {*(lm._keep_in_fp32_modules or ()), *(getattr(lm, "_keep_in_fp32_modules_strict", None) or ())}
         self._in_fp32 = frozenset(kept)
+        self.starts: dict[str, str] = {}
+        """sha256 of what a method's parameters start as, by their names, where none of them starts at zero."""
+        own = [name for name, param in lm_params if param.requires_grad and method.owns(name)]
+        self._notes_starts = method.adapter and not any(method.starts_at_zero(name) for name in own)
         """Parts of names of buffers that transformers keeps in fp32 whatever the model's dtype."""
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
@@ -233,9 +239,14 @@ class MetaModel:
         else:
             values = {}
             for base, requested in self._calls(module, pending):
-                values |= (self._shared_reads or self._source).values(base, requested, device)
+                read = (self._shared_reads or self._source).values(base, requested, device)
+                if self._row_starts is not None:
+                    read = {short: self._row_starts.of(base, value) for short, value in read.items()}
+                values |= read
         for short, meta in pending.items():
-            module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
+            real = module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
+            if self._notes_starts and meta.requires_grad:
+                self.starts[f"{name}.{short}".removeprefix(".")] = digest(real)
 
     def _shared(self, name: str, meta: Tensor) -> nn.Parameter:
         """Return the parameter that was filled under another name."""
@@ -259,7 +270,8 @@ class MetaModel:
                     f"{self._names[id(module)]}.{short} has shape {tuple(value.shape)} in the "
                     f"weights and {tuple(meta.shape)} in the config"
                 )
-            real = nn.Parameter(value.to(device, meta.dtype), requires_grad=meta.requires_grad)
+            value = deploy_grids.rounded(module, value.to(device, meta.dtype), short)
+            real = nn.Parameter(value, requires_grad=meta.requires_grad)
         self._filled[id(meta)] = (meta, weakref.ref(real))  # keeps `meta` alive: its id must not be reused
         return real
 
@@ -296,6 +308,11 @@ def build(
     dtype: torch.dtype = getattr(torch, table.dtype)
     head = head or HEADS["lm"]
     config = head.prepare(config or read_config(folder))
+    rows = new_rows.of_recipe(table, params, adapter=method.adapter)
+    of_files, rows_before = config, 0
+    if rows is not None:
+        config = copy.deepcopy(config)
+        rows_before = new_rows.grow(config, rows)
     attention.register()
     kernel = (
         path.attention
@@ -305,15 +322,23 @@ def build(
     # Buffers are real: rotary frequencies are computed in constructors and stored nowhere.
     with init_empty_weights(include_buffers=False):
         lm = head.auto_class(config).from_config(config, dtype=dtype, attn_implementation=kernel)
-    put_head(lm, head)
-    lm.tie_weights()
+        stored = lm if of_files is config else head.auto_class(of_files).from_config(of_files, dtype=dtype)
+    for each in {id(each): each for each in (lm, stored)}.values():
+        put_head(each, head)
+        each.tie_weights()
     tied, layout = _tied_modules(lm), FileLayout(lm)
     if head.generates and (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
     # What an adapter says of its base must lead there from any folder.
     is_folder = table.path.startswith((".", "/", "~")) or Path(table.path).exists()
     lm.name_or_path = os.path.abspath(folder) if is_folder else table.path
-    source = _source(table, folder, lm, seed, dtype, head) if weights else NoSource()
+    source = _source(table, folder, stored, seed, dtype, head) if weights else NoSource()
+    row_starts = None
+    if rows is not None:
+        row_starts = new_rows.RowStarts(lm, rows, rows_before, generates=head.generates)
+        if hasattr(stored, "_weight_conversions"):
+            lm._weight_conversions = stored._weight_conversions
+        token_rows.mark(lm, rows.trained)
     method = trained.continued(method, params, lm)
     quant = method.quant(params)
     if quant is not None:
@@ -329,16 +354,14 @@ def build(
     for param in lm.parameters():
         if id(param) not in reached and not method.adapter:
             param.requires_grad_(False)
-    value_head = None
-    if head.values:
-        if path.head == "own":
-            raise mistake(
-                f"{type(lm).__name__} computes its logits in its own way, so a critic cannot read its hidden states",
-                "take an objective without one, such as grpo",
-            )
-        value_head = nn.Linear(lm.get_output_embeddings().in_features, 1, device="meta", dtype=dtype)
-    module = CausalLM(attached, loss, path=path, observed=observed, router=router_loss, value_head=value_head)
-    return MetaModel(module, blocks, source, method, tied=tied, layout=layout, seed=seed, dtype=dtype)
+    new_rows.refuse_untrained(lm, row_starts, generates=head.generates)
+    penalty = None if method.penalty is None else functools.partial(method.penalty, params)
+    value_head = lm_value.build(lm, path, dtype) if head.values else None
+    module = CausalLM(
+        attached, loss, path=path, observed=observed, router=router_loss, penalty=penalty, value_head=value_head
+    )
+    given = {"tied": tied, "layout": layout, "seed": seed, "dtype": dtype, "row_starts": row_starts}
+    return MetaModel(module, blocks, source, method, **given)
 
 
 def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:

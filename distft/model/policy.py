@@ -20,16 +20,20 @@ class ModelPolicy:
     model: nn.Module
 
     def loss_sum(self, batch: Batch) -> LossTerms:
-        """Return the cross-entropy summed over the supervised tokens, and a router's loss where there is one.
+        """Return the cross-entropy summed over the supervised tokens, with a router's loss and a method's penalty.
 
-        The figure `router_loss` is its part of the loss, per supervised token.
+        The figures `router_loss` and `penalty` are their parts of the loss, per supervised token.
         """
-        output: Tensor | tuple[Tensor, Tensor] = self.model(**batch.inputs())
+        output: Tensor | tuple[Tensor, ...] = self.model(**batch.inputs())
         if not isinstance(output, tuple):
             return LossTerms(loss_sum=output.sum())
-        losses, router_loss_1 = output
-        figures = {"router_loss": (router_loss_1.sum(), batch.num_supervised)}
-        return LossTerms.of(losses.sum() + router_loss_1.sum(), figures)
+        losses, *added = output
+        names = ("router_loss",) if len(added) == 1 else ("router_loss", "penalty")
+        figures = {name: (part.sum(), batch.num_supervised) for name, part in zip(names, added, strict=True)}
+        total = losses.sum()
+        for part in added:
+            total = total + part.sum()
+        return LossTerms.of(total, figures)
 
     def token_logprobs(self, batch: Batch) -> Tensor:
         """Return fp32 [S], the log-probability of every label, in order.
@@ -40,9 +44,9 @@ class ModelPolicy:
         Raises:
             MachineError: the model's router has a loss of its own, which would be left out.
         """
-        output: Tensor | tuple[Tensor, Tensor] = self.model(**batch.inputs(), per_token=True)
+        output: Tensor | tuple[Tensor, ...] = self.model(**batch.inputs(), per_token=True)
         if isinstance(output, tuple):
-            raise _with_router_loss()
+            raise _with_other_losses()
         return -output[: batch.num_supervised]
 
     def token_logprobs_and_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -51,9 +55,9 @@ class ModelPolicy:
         Raises:
             MachineError: as `token_logprobs`.
         """
-        output: Tensor | tuple[Tensor, Tensor] = self.model(**batch.inputs(), per_token=True, values=True)
+        output: Tensor | tuple[Tensor, ...] = self.model(**batch.inputs(), per_token=True, values=True)
         if isinstance(output, tuple):
-            raise _with_router_loss()
+            raise _with_other_losses()
         return -output[0, : batch.num_supervised], output[1, : batch.num_supervised]
 
     def scores(self, batch: Batch) -> Tensor:
@@ -65,8 +69,8 @@ class ModelPolicy:
         return score_D[: batch.num_documents]
 
 
-def _with_router_loss() -> MachineError:
+def _with_other_losses() -> MachineError:
     return MachineError(
-        "this model's config asks for router losses (output_router_logits), which only the objective sft adds; "
-        "set it to false in config.json"
+        "only the objective sft adds losses beside its own: this model's config asks for router losses "
+        "(set output_router_logits to false in config.json), or its method has a penalty"
     )

@@ -247,6 +247,14 @@ def round_trip(module: Any, short: str, whole: Tensor) -> Tensor:
     return value if module.plain_class is nn.Linear else value.T.contiguous()
 
 
+@torch.no_grad()
+def value_of(layer: Any) -> Tensor:
+    """Return the weight [O, I] that a filled layer in 4 bits computes with."""
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
 def keep_layout(model: nn.Module) -> None:
     """Keep bitsandbytes from packing a loaded model's weights anew for AVX-512, see `_swap_linears`.
 

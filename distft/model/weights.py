@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -352,3 +353,9 @@ def meta_params(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for short, param in module._parameters.items():
         if param is not None and param.is_meta:
             yield short, param
+
+
+def digest(tensor: Tensor) -> str:
+    """Return the sha256 of a tensor's type and bytes."""
+    values = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(str(values.dtype).encode() + values.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

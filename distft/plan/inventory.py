@@ -117,6 +117,8 @@ class Inventory:
     """(weights, trained) of each linear layer: what takes part in matrix products."""
     path: ForwardPath
     """How the model's numbers are computed."""
+    own_buffers: int = 0
+    """Bytes of the method's buffers, such as VeRA's random matrices, which every rank has whole."""
 
     @property
     def item_bytes(self) -> int:
@@ -191,7 +193,17 @@ def read(
         atomic=deepest.blocks_are_atomic,
         linears=tuple(_linears(deepest, num_blocks - depths[-1])),
         path=path or _unproven(table, deepest),
+        own_buffers=_own_buffers(samples, depths, num_blocks, method),
     )
+
+
+def _own_buffers(samples: list[MetaModel], depths: tuple[int, ...], num_blocks: int, method: MethodSpec) -> int:
+    """Return the bytes of buffers that belong to the method, those that layers share once."""
+    sizes = []
+    for sample in samples:
+        own = {id(buffer): buffer for name, buffer in sample.module.lm.named_buffers() if method.owns(name)}
+        sizes.append(sum(buffer.numel() * buffer.element_size() for buffer in own.values()))
+    return sizes[-1] + (sizes[-1] - sizes[0]) * (num_blocks - depths[-1])
 
 
 def _unproven(table: ModelTable, built: MetaModel) -> ForwardPath:

@@ -12,6 +12,7 @@ from typing import Any
 from distft.checkpoint.intervals import CHUNK_BYTES
 from distft.core.accelerators import GIB
 from distft.engine.footprint import FP32, State, gib_text
+from distft.model.adapters.spec import optimizer_of
 from distft.model.attention_shape import largest_attention
 from distft.plan import state as states
 from distft.plan.generation_memory import GenerationMemory, generation_memory, rollout_memory
@@ -84,7 +85,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     state = states.of_rank(
         inventory,
         setup.engine,
-        recipe.optim.spec,
+        _optimizer(setup),
         optim_params,
         world=setup.shards,
         offload=setup.offload,
@@ -101,6 +102,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     block = _block_workspace(inventory, setup, kept)
     fixed = rates.context_bytes + (rates.nccl_bytes if world > 1 else 0)
     model = state.weights + state.quant_constants + state.master + state.optimizer + state.kept_gradients
+    model += inventory.own_buffers
     lasting = fixed + int((model + gathered.num_bytes) * (1 + rates.fragmentation))
     asks = generation_memory(inventory, setup, kept, held=lasting)
     phases = _phases(inventory, setup, state, kept, asks, gathered.num_bytes, block.num_bytes, fixed)
@@ -118,7 +120,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         state=state,
         activations=kept,
         gathered=gathered.num_bytes,
-        workspace=block.num_bytes + slack.num_bytes,
+        workspace=block.num_bytes + slack.num_bytes + inventory.own_buffers,
         phases=phases,
         host=HOST_PROCESS_BYTES + state.on_host + share,
         checkpoint=checkpoint,
@@ -129,10 +131,18 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
             Part(name="gathered layers and buckets", num_bytes=gathered.num_bytes, formula=gathered.formula),
             *_activation_parts(setup, kept),
             *_asking_part(asks),
+            *_buffers_part(inventory),
             block,
             slack,
         ),
     )
+
+
+def _buffers_part(inventory: Inventory) -> list[Part]:
+    if not inventory.own_buffers:
+        return []
+    formula = "what the method keeps beside its parameters, whole on every rank"
+    return [Part(name="the method's buffers", num_bytes=inventory.own_buffers, formula=formula)]
 
 
 def _adapter(setup: Setup) -> bool:
@@ -152,7 +162,7 @@ def _phases(
     block: int,
     fixed: int,
 ) -> Phases:
-    resident = state.weights + state.quant_constants + state.master
+    resident = state.weights + state.quant_constants + state.master + inventory.own_buffers
     during = setup.footprint.accumulating_bytes(inventory, setup.ranks, state)
     micro = gathered + max(
         # The last block's backward: everything is still saved, and the head's gradient is there, which the trace takes
@@ -184,8 +194,14 @@ def _load(inventory: Inventory, setup: Setup, state: State) -> int:
     return max(end, setup.footprint.load_bytes(inventory, state))
 
 
+def _optimizer(setup: Setup) -> Any:
+    """Return the spec of the optimizer that runs, with what the method keeps beside its state."""
+    recipe = setup.recipe
+    return optimizer_of(recipe.method.spec, recipe.method.params, recipe.optim.spec)
+
+
 def _update_workspace(inventory: Inventory, setup: Setup) -> int:
-    optim = setup.recipe.optim.spec
+    optim = _optimizer(setup)
     matrix = max((p.numel for p in inventory.params if states.is_block_matrix(p)), default=0)
     return optim.update_bytes * sum(p.numel for p in inventory.params if p.trained) + (
         optim.matrix_workspace_bytes * matrix
@@ -194,7 +210,7 @@ def _update_workspace(inventory: Inventory, setup: Setup) -> int:
 
 def _save_workspace(inventory: Inventory, setup: Setup) -> int:
     """Count 8-bit moments that become fp32 on the device, a block of the staging area at a time."""
-    size = setup.recipe.optim.spec.state_bytes
+    size = _optimizer(setup).state_bytes
     if size is None or size((2**20,)).per_tensor >= 2**20 * FP32:
         return 0
     local = -(-inventory.trained // setup.shards) if setup.footprint.shards_state else inventory.trained
@@ -203,7 +219,7 @@ def _save_workspace(inventory: Inventory, setup: Setup) -> int:
 
 def _checkpoint(inventory: Inventory, setup: Setup) -> int:
     """Return bytes of fp32 masters and moments of every trained element; 8-bit moments as the fp32 they stand for."""
-    optim, params = setup.recipe.optim.spec, setup.recipe.optim.params
+    optim, params = _optimizer(setup), setup.recipe.optim.params
     trained = [param for param in inventory.params if param.trained]
     masters = sum(FP32 * param.numel for param in trained)
     moments = 0

@@ -17,7 +17,7 @@ from distft.engine.footprint import EngineSetup, Footprint
 from distft.engine.groups import group_size
 from distft.engine.processes import Processes
 from distft.model import cross_entropy
-from distft.model.adapters.spec import leaves_base_alone
+from distft.model.adapters.spec import leaves_base_alone, optimizer_of
 from distft.model.cross_entropy import HeadLoss
 from distft.model.paths import ForwardPath
 from distft.plan import kernels
@@ -219,7 +219,7 @@ def resolve_engine(recipe: Recipe, machine: Machine, *, wants: str = "") -> str:
         ENGINES,
         there,
         trains_all=not recipe.method.spec.adapter,
-        elementwise=recipe.optim.spec.elementwise,
+        elementwise=optimizer_of(recipe.method.spec, recipe.method.params, recipe.optim.spec).elementwise,
         offload=getattr(recipe.engine.params, "offload", "none"),
     )
     return name

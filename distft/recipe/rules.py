@@ -14,6 +14,7 @@ from distft.recipe.explain import did_you_mean
 from distft.recipe.origin import RecipeMistake
 from distft.recipe.rollout_rules import ROLLOUT_RULES
 from distft.recipe.schema import Recipe, Registries, SourceTable
+from distft.recipe.token_rules import TOKEN_RULES
 from distft.recipe.toml_text import toml_value
 
 Rule = Callable[[Recipe, Registries], Iterator[RecipeMistake]]
@@ -353,6 +354,7 @@ RULES: tuple[Rule, ...] = (
     adapters_recompute_outside_gathers,
     *ANSWER_RULES,
     *ROLLOUT_RULES,
+    *TOKEN_RULES,
 )
 
 

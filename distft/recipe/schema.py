@@ -56,6 +56,21 @@ class ModelTable(Params):
     """random = build from the config without reading weights: benchmarks and tests."""
     cross_entropy: Free[Literal["auto", "fused", "chunked", "full"]] = "auto"
     """fused = Liger; chunked = never tokens x vocabulary at once; full = plain logits."""
+    add_tokens: Fixed[tuple[str, ...] | None] = Field(default=None, min_length=1, examples=[["<tool>", "</tool>"]])
+    """Tokens that the tokenizer gets; the embedding and the head get rows for them, which are trained."""
+    add_special_tokens: Fixed[tuple[str, ...] | None] = Field(default=None, min_length=1)
+    """The same for control tokens: left out of decoded answers, and in chats written by the template alone."""
+    new_rows: Fixed[Literal["pieces", "mean"] | None] = None
+    """What the rows of added tokens start as: the mean of the tokens that their text was split into (pieces, unless
+    set), or of the whole vocabulary (mean)."""
+    pad_vocabulary: Fixed[int | None] = Field(default=None, ge=1)
+    """The embedding grows to a multiple of this; 64 unless set. Under adapters to the tokenizer's length, as when PEFT
+    loads them."""
+
+    @property
+    def added(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Tokens that are added: plain ones, special ones."""
+        return self.add_tokens or (), self.add_special_tokens or ()
 
 
 class TrainSourceTable(SourceTable):

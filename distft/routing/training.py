@@ -91,7 +91,7 @@ def train_router(recipe: RouterRecipe, source: str, say: Say, *, min_accuracy: f
     }  # fmt: skip
     with whole_folder(recipe.folder, 1 << 20) as aside:
         write_router(aside, weights, config)
-        from distft.data.tokenizer import load_tokenizer
+        from distft.core.tokenizer_files import load_tokenizer
 
         load_tokenizer(folders[names[0]]).save_pretrained(aside)
         generation = folders[names[0]] / "generation_config.json"

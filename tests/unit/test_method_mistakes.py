@@ -8,7 +8,9 @@ import pytest
 from transformers import GPT2Config, LlamaConfig
 
 from distft.catalog import REGISTRIES
+from distft.compatibility import refuse_misfits
 from distft.core.errors import RecipeError
+from distft.demo.files import locate_path
 from distft.recipe import parse_recipe
 from distft.trained_counts import trained_counts
 
@@ -101,6 +103,46 @@ READ = {
         '[method]\nname = "lora"\nrank_pattern = { down_proj = 0 } # <-',
         "down_proj = 0 is no rank: from 1 on",
     ),
+    "a token that is named twice": (
+        '[method]\nname = "full"\n[model]\nadd_tokens = ["<a>", "<a>"] # <-',
+        '"<a>" is named twice',
+    ),
+    "no token": (
+        '[method]\nname = "full"\n[model]\nadd_special_tokens = [" "] # <-',
+        '" " is no text for a token',
+    ),
+    "rows of no tokens": (
+        '[method]\nname = "full"\n[model]\nnew_rows = "mean" # <-',
+        'new_rows = "mean"  has no effect: no tokens are added',
+    ),
+    "padding that PEFT does not make": (
+        '[method]\nname = "lora"\n[model]\nadd_tokens = ["<a>"]\npad_vocabulary = 64 # <-',
+        "has no effect under adapters",
+    ),
+    "experts that are meant already": (
+        '[method]\nname = "lora"\ntarget_parameters = ["experts.down_proj"] # <-',
+        'target_modules = "all-linear" means every expert tensor already',
+    ),
+    "ranks that nothing takes away": (
+        '[method]\nname = "adalora"\ntarget_r = 12 # <-',
+        "target_r: 12 is not less than init_r = 12: nothing is allocated",
+    ),
+    "dropout that a merged weight has not": (
+        '[method]\nname = "lora"\ndeploy = "q4_0" # <-\ndropout = 0.1',
+        "deploy: rounds W + BA in every forward, which dropout does not leave as a sum",
+    ),
+    "a format that there is not": (
+        '[method]\nname = "lora"\ndeploy = "q4_k" # <-',
+        'did you mean "q4_0"?',
+    ),
+    "another code than is stored": (
+        '[method]\nname = "qlora"\ndeploy = "nf4" # <-\nquant = { type = "fp4" }',
+        "constants that are quantised too",
+    ),
+    "a start from rows that is not there": (
+        '[method]\nname = "lora"\ninit = "eva" # <-',
+        "must be one of",
+    ),
     "no rate": ('[method]\nname = "lora"\nlora_plus_ratio = 0 # <-', "must be a number > 0"),
 }
 """Told when the recipe is read."""
@@ -138,6 +180,36 @@ COUNTED = {
         '[method]\nname = "lora"\nstart = "FOLDER/cache" # <-',
         "holds no adapter_config.json, nor does a final/ in it",
     ),
+    "a token that there is already": (
+        '[method]\nname = "lora"\n[model]\nadd_tokens = ["<b>", "login"] # <-',
+        'add_tokens: the tokenizer has "login" already, as token',
+    ),
+    "rows that nothing trains": (
+        '[method]\nname = "oft"\n[model]\nadd_tokens = ["<b>"] # <-',
+        "under this method the rows of new tokens would not be trained",
+    ),
+    "a token that there is not": (
+        '[method]\nname = "lora"\ntrainable_tokens = ["disk"] # <-',
+        '"disk" is no token of the tokenizer',
+    ),
+    "rows that a format does not cut": (
+        '[method]\nname = "lora"\ndeploy = "int4" # <-',
+        '"int4" stores 128 numbers of a row together',
+        'allowed: "q8_0", "q4_0", "nf4"',
+    ),
+    "an expression that fits nothing": (
+        '[method]\nname = "lora"\ntarget_modules = ".*q_prj" # <-',
+        "fits no module of the model: it must fit a whole name",
+        "did you mean",
+    ),
+    "a layer that there is not": (
+        '[method]\nname = "qlora"\ntarget_modules = ["q_proj", "v_prj"] # <-',
+        '"v_prj" is no module of the model  did you mean "v_proj"',
+    ),
+    "experts that there are not": (
+        '[method]\nname = "lora"\ntarget_modules = ["q_proj"]\ntarget_parameters = ["experts.down_proj"] # <-',
+        "is no weight of all experts in one tensor in this model  it has none: name its layers",
+    ),
     "an adapter of another base": (
         '[method]\nname = "lora"\nstart = "FOLDER/adapter" # <-',
         "start: it was trained on /another/base, and [model] path is",
@@ -157,6 +229,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, architectures=["GPT2LMHeadModel"]).save_pretrained(
         made / "gpt2"
     )
+    tokens = Path(locate_path("demo:tiny-llama"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (made / "llama" / name).write_bytes((tokens / name).read_bytes())
     (made / "cache").mkdir()
     (made / "adapter").mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": "/another/base", "r": 16}
@@ -164,12 +239,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def looked_at(text: str) -> None:
+    recipe = parse_recipe(text, source="r.toml", registries=REGISTRIES)
+    refuse_misfits(recipe)
+    trained_counts(recipe)
+
+
 def told(folder: Path, text: str) -> list[str]:
     """Read the recipe and look at its model; the one problem, and the line that the mark is in."""
-    text = (BASE + text).replace("FOLDER", str(folder))
+    method, _, model = text.partition("[model]\n")
+    text = (BASE.replace("[model]\n", f"[model]\n{model}\n" if model else "[model]\n") + method).replace(
+        "FOLDER", str(folder)
+    )
     marked = next(number for number, line in enumerate(text.splitlines(), start=1) if MARK in line)
     with pytest.raises(RecipeError) as caught:
-        trained_counts(parse_recipe(text, source="r.toml", registries=REGISTRIES))
+        looked_at(text)
     (problem,) = caught.value.problems
     assert problem.line == marked, str(problem)
     assert "pydantic" not in str(problem)
@@ -197,7 +281,5 @@ def test_a_mistake_is_named_before_anything_runs(folder: Path, text: str, parts:
 def test_vectors_of_another_architecture(folder: Path) -> None:
     """The default of ia3 has Llama's names."""
     text = (BASE + '[method]\nname = "ia3"\n').replace("FOLDER/llama", f"{folder}/gpt2").replace("FOLDER", str(folder))
-    from distft.compatibility import refuse_misfits
-
     with pytest.raises(RecipeError, match='"k_proj" is no module of the model'):
         refuse_misfits(parse_recipe(text, source="r.toml", registries=REGISTRIES))

@@ -2,6 +2,7 @@
 
 from distft.core.registry import Registry
 from distft.model.adapters import (
+    adalora,
     bottleneck,
     freeze,
     full,
@@ -23,6 +24,7 @@ METHODS: Registry[MethodSpec] = Registry("method")
 METHODS.add(full.SPEC)
 METHODS.add(lora.SPEC)
 METHODS.add(qlora.SPEC)
+METHODS.add(adalora.SPEC)
 METHODS.add(freeze.SPEC)
 METHODS.add(bottleneck.SPEC)
 METHODS.add(prompt_tuning.SPEC)

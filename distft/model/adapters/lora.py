@@ -14,7 +14,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import MachineError, Problem, RecipeError
-from distft.model.adapters import products, targets
+from distft.model.adapters import products, targets, token_rows
 from distft.model.adapters.dora_on_4bit import magnitudes_later
 from distft.model.adapters.lora_params import LoraParams, blocks_differ
 from distft.model.adapters.spec import MethodSpec
@@ -54,6 +54,7 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
         use_rslora=params.rslora,
         use_dora=params.dora,
         modules_to_save=whole or None,
+        trainable_token_indices=token_rows.indices(lm, params),
         task_type=head.task_type if head else "CAUSAL_LM",
     )
     lm.requires_grad_(False)
@@ -79,7 +80,16 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
 
         lora_inits.keep_residuals(wrapped)
     _compute_in_experts(wrapped)
+    token_rows.install(wrapped)
     products.fuse(wrapped, ADAPTER)
+    if params.deploy is not None:
+        from distft.model.adapters import deploy
+
+        if tensors:
+            raise RecipeError("recipe", [Problem(message="[method] deploy: experts in one tensor are not rounded here",
+                                                 fix="leave deploy out")])  # fmt: skip
+        deploy.refuse_rows_of_tokens(params, config.trainable_token_indices)
+        deploy.install(wrapped, lm, params, ADAPTER)
     return wrapped
 
 
@@ -192,10 +202,11 @@ def _expert_targets(lm: Any, params: LoraParams) -> set[str]:
     suffixes = {".".join(name.rsplit(".", 3)[-3:]) for name in whole}
     if params.target_modules == "all-linear":
         return suffixes
+    wanted = {tensor for tensor in suffixes if any(_matches(tensor, name) for name in params.target_parameters)}
     if isinstance(params.target_modules, str):  # a regular expression, which fits whole names
         fits = {name for name in whole if re.fullmatch(params.target_modules, name)}
-        return {tensor for tensor in suffixes if any(name.endswith(tensor) for name in fits)}
-    return {tensor for tensor in suffixes if any(_matches(tensor, name) for name in params.target_modules)}
+        return wanted | {tensor for tensor in suffixes if any(name.endswith(tensor) for name in fits)}
+    return wanted | {tensor for tensor in suffixes if any(_matches(tensor, name) for name in params.target_modules)}
 
 
 def _matches(tensor: str, name: str) -> bool:
@@ -273,8 +284,8 @@ def adapted_layers(model: nn.Module) -> tuple[int, int]:
 
 
 def owns(name: str) -> bool:
-    """Return whether a name is one of LoRA's own matrices and magnitudes."""
-    return ".lora_" in name
+    """Return whether a name is one of LoRA's own matrices, magnitudes and rows of tokens."""
+    return ".lora_" in name or token_rows.owns(name)
 
 
 def starts_at_zero(name: str) -> bool:
@@ -297,6 +308,8 @@ def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator)
     """
     import torch
 
+    if token_rows.owns(name):
+        return token_rows.fresh(name, model)
     init: Any = getattr(model, _INIT)
     if init != "default" and (".lora_A." in name or ".lora_B." in name):
         from distft.model.adapters import lora_inits
@@ -320,7 +333,7 @@ def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator)
 
 def base_name(name: str) -> str:
     """Strip PEFT's wrapper, the `base_layer` it hides a weight behind, and the copies of modules_to_save."""
-    name = re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
+    name = re.sub(r"(\.token_adapter)?(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
     return name.replace(".original_module.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
 
 
@@ -356,6 +369,13 @@ def base_alone(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def refuses(params: LoraParams, engine: str) -> str:
+    """Return why an engine cannot train with these settings; "" where it can."""
+    return "deploy cannot be trained under zero3: layers read each other's weights" if (
+        params.deploy is not None and engine == "zero3"
+    ) else ""  # fmt: skip
+
+
 SPEC = MethodSpec(
     name="lora",
     title="LoRA",
@@ -373,6 +393,7 @@ SPEC = MethodSpec(
     saved=saved_params,
     faster=starts_at_zero,
     lr_ratio=lr_ratio,
+    refuses=refuses,
     blocks_differ=blocks_differ,
     library="peft",
 )

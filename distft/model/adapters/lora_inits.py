@@ -86,7 +86,7 @@ def save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
     """Save as PEFT does; where a part of the base was taken out, an adapter of twice the rank that fits it whole."""
     starts: dict[str, tuple[Tensor, Tensor]] = lm.__dict__.get(_STARTS, {})
     if not starts:
-        lm.save_pretrained(folder, state_dict=tensors)
+        lm.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
         return
     doubled = {}
     for name, tensor in tensors.items():
@@ -97,7 +97,7 @@ def save(lm: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
     config = lm.peft_config["default"]
     lm.peft_config["default"] = _doubled(config)
     try:
-        lm.save_pretrained(folder, state_dict=doubled)
+        lm.save_pretrained(folder, state_dict=doubled, save_embedding_layers=False)
     finally:
         lm.peft_config["default"] = config
 

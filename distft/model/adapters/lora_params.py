@@ -22,6 +22,9 @@ class LoraParams(Params):
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: every linear layer but the head, name endings such as ["q_proj"], embeddings and the
     head among them, or a regular expression that fits whole names."""
+    target_parameters: tuple[str, ...] = ()
+    """Weights of all experts in one tensor that get an adapter, by the ends of their names, such as
+    "experts.down_proj". "all-linear" means them too; beside a list of target_modules they are named here or there."""
     rslora: bool = False
     """Scale by alpha / sqrt(r): higher ranks keep learning."""
     dora: bool = False
@@ -40,7 +43,13 @@ class LoraParams(Params):
     """Alphas of layers, in the same way."""
     layers_to_transform: tuple[int, ...] = ()
     """Indices of the blocks that get adapters; none given: all."""
-
+    trainable_tokens: tuple[str, ...] = ()
+    """Tokens of the vocabulary whose rows of the embedding (and of the head) are trained too, such as "<|im_end|>".
+    Tokens that [model] adds are among them by themselves."""
+    deploy: Literal["q8_0", "q4_0", "nf4", "int4"] | None = None
+    """Low-bit format that the merged model will have: every forward computes with the weights as that format's writer
+    rounds them, so that the exported model is the one that was trained. q8_0 and q4_0: GGUF; nf4: bitsandbytes; int4:
+    compressed-tensors, groups of 128."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """The matrices B, which start at zero, learn with this many times the learning rate (LoRA+, which takes 16)."""
     start: str | None = None
@@ -53,11 +62,26 @@ class LoraParams(Params):
             raise ValueError(f'init = "{self.init}" takes a part out of the base: leave dora and modules_to_save out')
         if self.start is not None and self.init != "default":
             raise ValueError("start goes on from an adapter, and init begins one: leave one of the two out")
+        if self.target_parameters and self.target_modules == "all-linear":
+            raise ValueError('target_parameters: target_modules = "all-linear" means every expert tensor already')
         if self.init == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values())):
             raise ValueError('init = "orthogonal" takes even ranks: r')
         wrong = [name for name, rank in self.rank_pattern.items() if rank < 1]
         if wrong:
             raise ValueError(f"rank_pattern: {wrong[0]} = {self.rank_pattern[wrong[0]]} is no rank: from 1 on")
+        return self
+
+    @model_validator(mode="after")
+    def _deployed_is_merged(self) -> Self:
+        if self.deploy is None:
+            return self
+        named = {"dropout": self.dropout, "dora": self.dora, "modules_to_save": self.modules_to_save,
+                 "target_parameters": self.target_parameters}  # fmt: skip
+        wrong = [key for key, value in named.items() if value]
+        if wrong:
+            raise ValueError(f"deploy: rounds W + BA in every forward, which {wrong[0]} does not leave as a sum")
+        if self.init in ("pissa", "olora", "loftq"):
+            raise ValueError(f'deploy: init = "{self.init}" starts from another base than the one that is merged into')
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OWN_METHODS = {
     "LORA": "lora",
+    "ADALORA": "adalora",
     "IA3": "ia3",
     "VERA": "vera",
     "OFT": "oft",
@@ -36,7 +37,6 @@ OWN_METHODS = {
 _DECOMPOSED = "it starts from a decomposition of the base's weights, which engines fill later, block by block"
 _TASKS = "its forward wants the task of every row, which rows do not say"
 REFUSED = {
-    "ADALORA": "its ranks are allotted from every step's gradients, which engines add up and cut",
     "LN_TUNING": 'it trains norms; name = "freeze", norms = true does',
     "XLORA": "it mixes adapters that were trained before, in two forwards for each",
     "POLY": _TASKS,

@@ -5,9 +5,9 @@ Source: https://arxiv.org/abs/2305.14314
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distft.model.adapters import lora
 from distft.model.adapters.lora_params import LoraParams, blocks_differ
@@ -25,6 +25,14 @@ class QloraParams(LoraParams):
     quant: QuantParams = Field(default=QuantParams())
     """How base weights are stored."""
 
+    @model_validator(mode="after")
+    def _deployed_as_stored(self) -> Self:
+        if self.deploy == "nf4" and (self.quant.type, self.quant.double) != ("nf4", True):
+            raise ValueError(
+                'deploy: "nf4" has constants that are quantised too: quant = { type = "nf4", double = true }'
+            )
+        return self
+
 
 def _attach(lm: object, params: QloraParams, dtype: torch.dtype) -> nn.Module:
     return lora.attach(lm, params, dtype)
@@ -32,7 +40,9 @@ def _attach(lm: object, params: QloraParams, dtype: torch.dtype) -> nn.Module:
 
 def _refuses(params: QloraParams, engine: str) -> str:
     """Refuse DoRA under ZeRO-3: PEFT copies the packed weight, which is cut over ranks there."""
-    return "dora beside 4 bits cannot be trained under zero3" if params.dora and engine == "zero3" else ""
+    if params.dora and engine == "zero3":
+        return "dora beside 4 bits cannot be trained under zero3"
+    return lora.refuses(params, engine)
 
 
 def _quant(params: QloraParams) -> QuantParams:

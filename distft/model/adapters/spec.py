@@ -118,8 +118,20 @@ class MethodSpec:
     `model`."""
     refuses: Callable[[Any, str], str] = _never
     """(params, name of an engine) -> why it cannot be trained under that engine; "" where it can."""
+    optimizer: Callable[[Any, Any, int], Any] | None = None
+    """(params, the recipe's `OptimizerSpec`, updates of the run or 0 for a plan) -> the spec of an optimizer around it
+    that keeps state of the method's and changes weights after each update. Its parameter groups have the `names` of
+    their tensors, which are whole: `refuses` has to name the engines that cut them."""
+    penalty: Callable[[Any, nn.Module], Tensor] | None = None
+    """(params, attached model) -> fp32 [], added to the loss of every supervised token. It reads parameters outside
+    their modules' forwards, so they are whole here too."""
     library: str | None = None
     """Importable name of the package it needs beyond torch and transformers."""
+
+
+def optimizer_of(method: MethodSpec, params: Any, optim: Any, num_steps: int = 0) -> Any:
+    """Return the `OptimizerSpec` that a method trains with: the recipe's, or one around it."""
+    return optim if method.optimizer is None else method.optimizer(params, optim, num_steps)
 
 
 def leaves_base_alone(spec: MethodSpec, params: Any) -> bool:

@@ -31,7 +31,8 @@ def _saved(params: Any) -> tuple[str, ...]:
 
 def are_named(params: Any) -> bool:
     """Return whether a method's settings name any module, so that there is something to look for in the model."""
-    return getattr(params, "target_modules", ALL_LINEAR) != ALL_LINEAR or bool(_saved(params))
+    tensors = getattr(params, "target_parameters", ())
+    return getattr(params, "target_modules", ALL_LINEAR) != ALL_LINEAR or bool(_saved(params)) or bool(tensors)
 
 
 def name_blocks(params: Any) -> bool:
@@ -155,7 +156,7 @@ def faults(listed: Listing, params: Any) -> list[RecipeMistake]:
     if not hasattr(params, "target_modules"):
         return []
     names = _Names(listed, bool(getattr(params, "quant", None)))
-    mistakes = [*_of_targets(names, params), *_of_saved(names, params)]
+    mistakes = [*_of_targets(names, params), *_of_tensors(listed, params), *_of_saved(names, params)]
     return mistakes or list(_of_both(names, params))
 
 
@@ -285,6 +286,17 @@ def _of_kinds(names: _Names, key: Any, subject: str, meant: list[str], *, dora: 
             key=key, message=f"{subject} means {without_dora[0]}: embeddings and the head take no DoRA",
             fix="leave it out, or dora = false", also=(("method", "dora"),),
         )  # fmt: skip
+
+
+def _of_tensors(listed: Listing, params: Any) -> Iterator[RecipeMistake]:
+    """Report names of `target_parameters` that are no weights of all experts in one tensor."""
+    for index, name in enumerate(getattr(params, "target_parameters", ())):
+        if name.rpartition(".")[2] not in listed.experts:
+            has = f"it has {', '.join(listed.experts)}" if listed.experts else "it has none: name its layers"
+            yield RecipeMistake(
+                key=("method", "target_parameters", index),
+                message=f'"{name}" is no weight of all experts in one tensor in this model', fix=has,
+            )  # fmt: skip
 
 
 def _of_saved(names: _Names, params: Any) -> Iterator[RecipeMistake]:

@@ -162,3 +162,28 @@ def test_an_adapter_that_learnt_nothing_is_refused(source: Path, tmp_path: Path,
         assert len(list(file.keys())) == len(shapes)
         assert file.get_tensor(trained.replace(".default", ""))[0, 0] == 1.0
     assert (tmp_path / "final/adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("method", "params"), [("prompt_tuning", {}), ("p_tuning", {}), ("prefix_tuning", {}), ("ia3", {})]
+)
+def test_an_adapter_that_starts_with_no_zeros_has_to_differ_from_its_start(
+    source: Path, tmp_path: Path, method: str, params: dict
+) -> None:
+    engine, model, shapes = opened(source, method, params=params)
+    assert model.starts.keys() == shapes.keys()
+
+    def save() -> None:
+        final.write_adapter(
+            tmp_path / "final", engine, shapes, prefix=WRAPPER, starts_at_zero=METHODS[method].starts_at_zero,
+            starts=model.starts, save_rest=lambda folder: None,
+            save_adapter=lambda folder, tensors: METHODS[method].save_adapter(model.module.lm, folder, tensors),
+        )  # fmt: skip
+
+    with pytest.raises(DistftError, match="the adapter is still its initial value: nothing was trained, so nothing is"):
+        save()
+    assert not (tmp_path / "final").exists()
+    with torch.no_grad():
+        engine.model.get_parameter(WRAPPER + next(iter(shapes))).view(-1)[0] += 1.0
+    save()
+    assert (tmp_path / "final/adapter_config.json").is_file()

@@ -31,6 +31,7 @@ SUMS: list[tuple[str, dict[str, Any], int]] = [
     ("ia3", {}, (KV + KV + HIDDEN) * LAYERS),
     ("vera", {"r": 256}, LAYERS * sum(256 + outputs for _, outputs in LINEAR)),
     ("oft", {"oft_block_size": 32}, LAYERS * sum(inputs // 32 * (32 * 31 // 2) for inputs, _ in LINEAR)),
+    ("adalora", {"init_r": 12}, LAYERS * sum(12 * (inputs + outputs + 1) for inputs, outputs in LINEAR)),
     ("loha", {"r": 8}, LAYERS * sum(2 * 8 * (inputs + outputs) for inputs, outputs in LINEAR)),
     ("freeze", {"last_blocks": 2}, 2 * (sum(inputs * outputs for inputs, outputs in LINEAR) + 2 * D)),
     ("freeze", {"norms": True}, (2 * LAYERS + 1) * D),
@@ -74,5 +75,9 @@ def test_figures_that_people_quote(llama: Path, tmp_path: Path) -> None:
     assert counted(llama, "bottleneck", {"size": 64, "bias": False}).trained == 33_554_432
     assert counted(llama, "ia3", {}).trained == 524_288
     assert counted(llama, "prompt_tuning", {"num_virtual_tokens": 20}).trained == 20 * 4096
+    assert counted(llama, "vera", {"r": 256}).own_buffers == 2 * 256 * (HIDDEN + HIDDEN), (
+        "in bf16, shared by all layers"
+    )
+    assert counted(llama, "prompt_tuning", {"num_virtual_tokens": 20}).own_buffers == 0
     without_groups = written(tmp_path, kv_heads=32)
     assert counted(without_groups, "prefix_tuning", {"num_virtual_tokens": 20}).trained == 20 * 2 * 4096 * 32

@@ -437,6 +437,8 @@ def test_which_experts_get_adapters(saved: Callable[..., Path]) -> None:
     assert adapted("gpt_oss") == (8, 4)
     assert adapted("gpt_oss", target_modules=["q_proj", "v_proj"]) == (4, 0), "attention alone, if the recipe says so"
     assert adapted("gpt_oss", target_modules=["q_proj", "experts.down_proj"]) == (2, 2)
+    named = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    assert adapted("gpt_oss", **named) == (2, 2), "by a key of its own"
     assert adapted("qwen3_moe") == (10, 4), "with the routers, as PEFT does by default"
     assert adapted("mixtral", target_modules=["q_proj"]) == (2, 0)
     assert adapted("granitemoe")[1] == 4
