@@ -140,6 +140,24 @@ def save_adapter(folder: Path, base: Path, *, seed: int = 0, **config: Any) -> P
     return folder
 
 
+def save_reward_adapter(folder: Path, base: Path, *, seed: int = 0, **config: Any) -> Path:
+    """Write a LoRA of a reward model with a head of its own, with the base's tokenizer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(seed)
+    given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "SEQ_CLS"}
+    lm = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    made = get_peft_model(lm, LoraConfig(**(given | config)))
+    with torch.no_grad():
+        for name, param in made.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                param.normal_(0, 0.1)
+    made.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 def export(source: Path, out: Path, *words: str) -> dict[str, Any]:
     """Run `distft export` in this process and return its certificate; raises what the command would report."""
     from distft.export_formats.command import export as run
