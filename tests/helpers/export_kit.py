@@ -57,6 +57,30 @@ def byte_fallback(*, prefix: bool = True, bos: bool = True, size: int = 420) -> 
     return made
 
 
+def gemma_like() -> Tokenizer:
+    """Return a tokenizer of the kind of Gemma's: no space before the text, and tokens of its own for runs and tags.
+
+    As its tokenizer.json has them: spaces become U+2581 and a split finds none; runs of line ends, runs of U+2581 and
+    HTML tags are added tokens that are not special and match before anything is replaced; merges make runs of U+2581.
+    """
+    content = json.loads(byte_fallback(prefix=False).to_str())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    runs = ["\n" * count for count in range(1, 9)] + ["▁" * count for count in range(2, 9)]
+    tags = ["<table>", "</table>", "<h1>", "</h1>", "<code>", "<strong>"]
+    for text in [*runs, *tags]:
+        vocabulary.setdefault(text, len(vocabulary))
+    pairs = [["▁" * left, "▁" * (count - left)] for count in range(2, 9) for left in range(1, count)]
+    content["model"]["merges"] = (
+        pairs + merges
+    )  # every pair that makes a token, as conversion from SentencePiece has them
+    content["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+    }  # fmt: skip
+    made = Tokenizer.from_str(json.dumps(content))
+    made.add_tokens([AddedToken(text, normalized=False) for text in [*runs[1:], *tags]])
+    return made
+
+
 def byte_level(split: str | None = QWEN_SPLIT, *, digits: bool = False, ignore_merges: bool = False) -> Tokenizer:
     """Return a BPE on bytes within pieces: as GPT-2's (None), Qwen's and Llama 3's."""
     made = Tokenizer(models.BPE(ignore_merges=ignore_merges))
