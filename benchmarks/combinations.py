@@ -68,6 +68,8 @@ format = "prompt_completion"
 max_new_tokens = {most}
 scores = [{{ name = "field_match", fields = {fields} }}]
 """
+ASKED_BY = "tool"
+"""Run whose recipe asks the questions of both tasks, of every model."""
 STEPS = {"tool": 250, "incident": 500, "both": 400}
 WAYS: dict[str, tuple[list[str], list[str]]] = {
     "linear": (["tool", "incident"], ["--weights", "1", "1"]),
@@ -159,30 +161,30 @@ def measure(folder: Path) -> Iterator[dict[str, Any]]:
     for name in STEPS:
         if not (folder / f"runs/{name}/final").is_dir():
             run("train", str(folder / f"{name}.toml"))
-    yield row(folder, "base", "both", "before", None)
+    yield row(folder, "base", "before", None)
     for name in STEPS:
-        label = "after" if name == "both" else name  # all are asked by the recipe of `both`
-        if not (folder / f"runs/both/eval/{label}").is_dir():
-            run("eval", str(folder / "runs/both"), "--model", str(folder / f"runs/{name}/final"), "--label", label)
-        yield row(folder, name, "both", label, None)
+        label = "after" if name == ASKED_BY else name
+        if not (folder / f"runs/{ASKED_BY}/eval/{label}").is_dir():
+            run("eval", str(folder / "runs" / ASKED_BY), "--model", str(folder / f"runs/{name}/final"), "--label", label)
+        yield row(folder, name, label, None)
     for name, (parts, flags) in WAYS.items():
         slug = name.replace(" ", "").replace(".", "")
         out = folder / "combined" / slug
         if not out.is_dir():
             how = "cat" if "-" in name else name.split()[0]
             places = [folder / "runs" / part if part in STEPS else folder / "combined" / part for part in parts]
-            base = json.loads((folder / "runs/both/manifest.json").read_text(encoding="utf-8"))["model"]["folder"]
+            base = json.loads((folder / "runs/tool/manifest.json").read_text(encoding="utf-8"))["model"]["folder"]
             run("adapters", "combine", *map(str, places), "--base", base, "--how", how, *flags, "--out", str(out))
-        if not (folder / f"runs/both/eval/{slug}").is_dir():
-            run("eval", str(folder / "runs/both"), "--model", str(out), "--label", slug)
+        if not (folder / f"runs/{ASKED_BY}/eval/{slug}").is_dir():
+            run("eval", str(folder / "runs" / ASKED_BY), "--model", str(out), "--label", slug)
         report = json.loads((out / "combine.json").read_text(encoding="utf-8"))
-        yield row(folder, " ".join([name, *flags]), "both", slug, (report["rank"], report["relative_error"]))
+        yield row(folder, " ".join([name, *flags]), slug, (report["rank"], report["relative_error"]))
 
 
-def row(folder: Path, name: str, run_name: str, label: str, kept: tuple[int, float] | None) -> dict[str, Any]:
+def row(folder: Path, name: str, label: str, kept: tuple[int, float] | None) -> dict[str, Any]:
     """Return one row of the table."""
-    scores = {task: figure(folder, run_name, label, task) for task in TASKS}
-    return {"name": name, **scores, "loss": held_out(folder, run_name, label), "rank and error": kept}
+    scores = {task: figure(folder, ASKED_BY, label, task) for task in TASKS}
+    return {"name": name, **scores, "loss": held_out(folder, ASKED_BY, label), "rank and error": kept}
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
