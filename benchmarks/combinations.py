@@ -165,7 +165,9 @@ def measure(folder: Path) -> Iterator[dict[str, Any]]:
     for name in STEPS:
         label = "after" if name == ASKED_BY else name
         if not (folder / f"runs/{ASKED_BY}/eval/{label}").is_dir():
-            run("eval", str(folder / "runs" / ASKED_BY), "--model", str(folder / f"runs/{name}/final"), "--label", label)
+            run(
+                "eval", str(folder / "runs" / ASKED_BY), "--model", str(folder / f"runs/{name}/final"), "--label", label
+            )
         yield row(folder, name, label, None)
     for name, (parts, flags) in WAYS.items():
         slug = name.replace(" ", "").replace(".", "")

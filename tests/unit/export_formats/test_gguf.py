@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from tokenizers import Tokenizer
 
 from distft.core.errors import NumericError
-from distft.export_formats import gguf_architecture, gguf_vocabulary, gguf_writer
+from distft.export_formats import gguf_architecture, gguf_vocabulary, gguf_writer, table
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
@@ -67,6 +67,9 @@ def test_a_level_is_rounded_as_it_says_and_the_folder_is_whole(tmp_path: Path) -
     assert by_level["F32"]["bytes"] > 1.6 * by_level["F16"]["bytes"] > 2.2 * by_level["Q8_0"]["bytes"]
     assert set(made["left_out"]) == {"Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K"}
     assert all("no multiple of 256" in reason for reason in made["left_out"].values())
+    exact = by_level["F32"]["figures"]["perplexity"]
+    good = [entry for entry in made["levels"] if entry["figures"]["perplexity"] <= 1.02 * exact]
+    assert made["take"] == min(good, key=lambda entry: entry["bytes"])["level"]
     types = {tensor.tensor_type.name for tensor in GGUFReader(out / "model-Q8_0.gguf").tensors}
     assert types == {"Q8_0", "F32"}
     written = json.loads((out / "certificate.json").read_text())
@@ -74,6 +77,25 @@ def test_a_level_is_rounded_as_it_says_and_the_folder_is_whole(tmp_path: Path) -
     card = (out / "README.md").read_text()
     assert "## How to run it" in card
     assert "llama-server -m PATH/model-Q4_0.gguf" in card
+
+
+def test_the_smallest_level_that_keeps_the_gain_is_advised() -> None:
+    def entry(level: str, size: int, perplexity: float, **lost: float) -> dict[str, Any]:
+        task = [
+            {"name": f"qa.{name}", "before": 0.0, "tuned": 0.9 if name == "right" else 0.1, "level": 0.0, "lost": value}
+            for name, value in lost.items()
+        ]
+        return {"level": level, "bytes": size, "figures": {"perplexity": perplexity}, "task": task}
+
+    levels = [entry("F32", 40, 10.0, right=0.0, rare=0.0), entry("Q8", 10, 10.1, right=0.04, rare=0.5),
+              entry("Q5", 6, 10.1, right=0.06, rare=0.0), entry("Q4", 5, 10.3, right=0.0, rare=0.0)]  # fmt: skip
+    assert table.advised(levels) == "Q8", "Q5 loses of the gain, Q4 of perplexity; the rare figure is not looked at"
+    shown = list(table.lines({"levels": levels}))
+    assert shown[1].split()[-1] == "0%"
+    assert shown[-1].startswith("take Q8: the smallest that keeps 95% of the gain and perplexity within 2%")
+    assert "rare" not in "".join(shown)
+    assert table.advised(levels[:1]) is None
+    assert table.advised([entry("Q4", 5, 10.0), {"level": "Q2", "bytes": 3, "figures": {}, "task": []}]) is None
 
 
 def test_a_merged_adapter_is_compared_with_the_adapter_beside_its_base(tmp_path: Path) -> None:
