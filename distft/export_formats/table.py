@@ -22,7 +22,8 @@ def lines(certificate: Mapping[str, Any]) -> Iterator[str]:
         yield from _aligned([_cells(entry) for entry in levels])
     if (take := advised(certificate["levels"])) is not None:
         kept = f"{1 - MOST_LOST:.0%} of the gain and " if any(entry["task"] for entry in levels) else ""
-        yield f"take {take}: the smallest that keeps {kept}perplexity within {MOST_PERPLEXITY - 1:.0%} of the most exact"
+        near = f"perplexity within {MOST_PERPLEXITY - 1:.0%} of the most exact"
+        yield f"take {take}: the smallest that keeps {kept}{near}"
     left_out: dict[str, list[str]] = {}
     for level, reason in certificate.get("left_out", {}).items():
         left_out.setdefault(reason, []).append(level)
