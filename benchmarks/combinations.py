@@ -178,7 +178,11 @@ def measure(folder: Path) -> Iterator[dict[str, Any]]:
             base = json.loads((folder / "runs/tool/manifest.json").read_text(encoding="utf-8"))["model"]["folder"]
             run("adapters", "combine", *map(str, places), "--base", base, "--how", how, *flags, "--out", str(out))
         if not (folder / f"runs/{ASKED_BY}/eval/{slug}").is_dir():
-            run("eval", str(folder / "runs" / ASKED_BY), "--model", str(out), "--label", slug)
+            # Merged: the recipe has another rank and scale than the combined adapter.
+            merged, rows = folder / "merged" / slug, str(folder / "incident-valid.jsonl")
+            if not merged.is_dir():
+                run("merge", str(out), "--out", str(merged), "--dtype", "float32", "--rows", rows)
+            run("eval", str(folder / "runs" / ASKED_BY), "--model", str(merged), "--label", slug)
         report = json.loads((out / "combine.json").read_text(encoding="utf-8"))
         yield row(folder, " ".join([name, *flags]), slug, (report["rank"], report["relative_error"]))
 
