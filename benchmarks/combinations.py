@@ -174,7 +174,7 @@ def measure(folder: Path) -> Iterator[dict[str, Any]]:
         out = folder / "combined" / slug
         if not out.is_dir():
             how = "cat" if "-" in name else name.split()[0]
-            places = [folder / "runs" / part if part in STEPS else folder / "combined" / part for part in parts]
+            places = [folder / "runs" / part if (folder / "runs" / part).is_dir() else folder / "combined" / part for part in parts]
             base = json.loads((folder / "runs/tool/manifest.json").read_text(encoding="utf-8"))["model"]["folder"]
             run("adapters", "combine", *map(str, places), "--base", base, "--how", how, *flags, "--out", str(out))
         if not (folder / f"runs/{ASKED_BY}/eval/{slug}").is_dir():
