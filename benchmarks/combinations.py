@@ -1,6 +1,6 @@
 """Two adapters of one pretrained model, combined in each way: the scores of both tasks, with intervals.
 
-    python benchmarks/combinations.py FOLDER ASSETS      # about 15 minutes on one core; ASSETS as for DISTFT_ASSETS
+    python benchmarks/combinations.py FOLDER ASSETS      # about half an hour on one busy core; ASSETS as for DISTFT_ASSETS
 
 `tool` answers a request with the call of a function (Glaive's demo chats), `incident` an incident report with four
 lines of triage (the demo's reports); `both` is one adapter trained on the rows of both. The base is stories260k, which
@@ -84,9 +84,6 @@ WAYS: dict[str, tuple[list[str], list[str]]] = {
     "della": (["tool", "incident"], ["--density", "0.7", "--seed", "0", "--weights", "0.5", "0.5"]),
     "both - 0.3 tool": (["both", "tool"], ["--weights", "1", "-0.3"]),
     "both - 0.5 tool": (["both", "tool"], ["--weights", "1", "-0.5"]),
-    "both - 0.3 incident": (["both", "incident"], ["--weights", "1", "-0.3"]),
-    "both - 0.5 incident": (["both", "incident"], ["--weights", "1", "-0.5"]),
-    "cat - tool": (["cat", "tool"], ["--weights", "1", "-1"]),
 }
 """Row -> (what is combined, flags); the way is the row's first word, and `cat` where adapters are subtracted."""
 
@@ -174,7 +171,10 @@ def measure(folder: Path) -> Iterator[dict[str, Any]]:
         out = folder / "combined" / slug
         if not out.is_dir():
             how = "cat" if "-" in name else name.split()[0]
-            places = [folder / "runs" / part if (folder / "runs" / part).is_dir() else folder / "combined" / part for part in parts]
+            places = [
+                folder / "runs" / part if (folder / "runs" / part).is_dir() else folder / "combined" / part
+                for part in parts
+            ]
             base = json.loads((folder / "runs/tool/manifest.json").read_text(encoding="utf-8"))["model"]["folder"]
             run("adapters", "combine", *map(str, places), "--base", base, "--how", how, *flags, "--out", str(out))
         if not (folder / f"runs/{ASKED_BY}/eval/{slug}").is_dir():
