@@ -1,6 +1,6 @@
 """Two adapters of one pretrained model, combined in each way: the scores of both tasks, with intervals.
 
-    python benchmarks/combinations.py FOLDER ASSETS      # about half an hour on one busy core; ASSETS as for DISTFT_ASSETS
+    python benchmarks/combinations.py FOLDER ASSETS   # half an hour on one busy core; ASSETS as DISTFT_ASSETS
 
 `tool` answers a request with the call of a function (Glaive's demo chats), `incident` an incident report with four
 lines of triage (the demo's reports); `both` is one adapter trained on the rows of both. The base is stories260k, which
