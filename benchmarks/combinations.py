@@ -82,6 +82,9 @@ WAYS: dict[str, tuple[list[str], list[str]]] = {
     "dare_linear": (["tool", "incident"], ["--density", "0.8", "--seed", "0", "--weights", "0.5", "0.5"]),
     "dare_ties": (["tool", "incident"], ["--density", "0.8", "--seed", "0", "--weights", "0.5", "0.5"]),
     "della": (["tool", "incident"], ["--density", "0.7", "--seed", "0", "--weights", "0.5", "0.5"]),
+    "cat 0.85": (["tool", "incident"], ["--weights", "0.85", "0.15"]),
+    "cat 0.15": (["tool", "incident"], ["--weights", "0.15", "0.85"]),
+    "both - 0.15 tool": (["both", "tool"], ["--weights", "1", "-0.15"]),
     "both - 0.3 tool": (["both", "tool"], ["--weights", "1", "-0.3"]),
     "both - 0.5 tool": (["both", "tool"], ["--weights", "1", "-0.5"]),
 }
