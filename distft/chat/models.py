@@ -114,6 +114,8 @@ class ChatModels:
 
         text = _Pieces(self.tokenizer, self._stop_ids, say)
         asked = self._ids(messages)
+        if self._routed is not None and name == TUNED and self._routed.how.per == "token":
+            return self._reply_by_tokens(asked, messages, how, text)
         chosen = self._routed.choose(asked) if self._routed is not None and name == TUNED else None
         with self._turned_on(name, chosen) as lm:
             generator = local_generator(lm, self.tokenizer, self._stop_ids, heard=text.hear)
@@ -126,6 +128,27 @@ class ChatModels:
         return Reply(
             model=name, text=made[0].text, num_tokens=made[0].num_tokens, ended=made[0].ended, seconds=seconds,
             chosen="" if chosen is None else "+".join(chosen) or BASE,
+        )  # fmt: skip
+
+    def _reply_by_tokens(
+        self, asked: list[int], messages: Sequence[Mapping[str, str]], how: SamplingParams, text: _Pieces
+    ) -> Reply:
+        """Return an answer whose tokens each have their own choice; `chosen` says how many each has written."""
+        from distft.generation.local import local_generator
+        from distft.routing.token_generator import TokenRoutedGenerator
+
+        assert self._routed is not None
+        generator = TokenRoutedGenerator(self._routed, self.tokenizer, self._stop_ids, heard=text.hear)
+        whole = local_generator(self._routed.pool.model, self.tokenizer, self._stop_ids)
+        ids = whole.truncate_prompt(asked, how.max_new_tokens)
+        made = generator.generate([Prompt(seed_key=f"{TUNED} {len(messages)}", ids=ids)], how)
+        assert made is not None
+        text.finish(made[0].text)
+        counts = sorted(generator.chosen.items(), key=lambda pair: -pair[1])
+        chosen = ", ".join(f"{label} {count}" for label, count in counts) if len(counts) > 1 else counts[0][0]
+        return Reply(
+            model=TUNED, text=made[0].text, num_tokens=made[0].num_tokens, ended=made[0].ended,
+            seconds=generator.seconds, chosen=chosen,
         )  # fmt: skip
 
     def _ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -106,9 +106,9 @@ def _held(
 
     recipe = subject.built
     if subject.adapter is not None:
-        from distft.model.adapters.trained import from_folder
+        from distft.model.adapters.trained import evaluated
 
-        spec = from_folder(recipe.method.spec, subject.adapter)
+        spec = evaluated(recipe.method.spec, subject.adapter)
         recipe = replace(recipe, method=replace(recipe.method, spec=spec))
     model = assemble.build_model(recipe, processes, layout, rows, say)
     if subject.checkpoint is None:

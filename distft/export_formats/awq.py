@@ -12,10 +12,13 @@ class AwqParams(Params):
 
     group_size: int = Field(default=128, ge=16)
     """Numbers of a row that share a scale."""
+    symmetric: bool = True
+    """False: groups have a zero point as well, which loses less. vLLM's format has it; transformers 5.23 loads such a
+    folder with `quantization_config=CompressedTensorsConfig(dequantize=True)` alone."""
 
 
 def _rounding(params: AwqParams, level: str) -> Rounding:
-    return Rounding(method="awq", bits=4, group_size=params.group_size)
+    return Rounding(method="awq", bits=4, group_size=params.group_size, symmetric=params.symmetric)
 
 
 SPEC = compressed_spec(

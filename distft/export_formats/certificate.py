@@ -55,6 +55,7 @@ def write(
             "label": source.label,
             "adapter": source.is_adapter,
             "files": hashes(source.folder),
+            "base": _base(source),
         },
         "options": dict(options),
         "rows": dict(rows),
@@ -65,6 +66,17 @@ def write(
     }
     replace_json(folder / FILE, content, indent=1, ensure_ascii=False)
     return content
+
+
+def _base(source: ModelSource) -> dict[str, Any] | None:
+    """Return folder and hashes of an adapter's base; None for a whole model."""
+    if not source.is_adapter:
+        return None
+    from distft.merging.base_model import base_hashes
+    from distft.model.adapters.whole import base_of
+
+    folder = base_of(source.folder)
+    return {"path": str(folder), "files": base_hashes(folder)}
 
 
 def _level(record: LevelRecord) -> dict[str, Any]:

@@ -188,7 +188,9 @@ def _exported(
     made = certificate.write(
         aside, format_name=spec.name, source=source, rows=about, levels=records, options=options_of(given)
     )
-    return made | ({"left_out": left_out} if left_out else {}), source
+    take = table.advised(made["levels"])
+    more = ({"left_out": left_out} if left_out else {}) | ({"take": take} if take else {})
+    return made | more, source
 
 
 def _levels(given: argparse.Namespace, spec: ExportFormatSpec) -> tuple[str, ...]:

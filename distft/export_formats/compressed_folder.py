@@ -30,6 +30,12 @@ RoundingOf = Callable[[Any, str], Rounding]
 """(params, level) -> how layers are stored."""
 
 
+_LOAD = (
+    'python -c "from transformers import AutoModelForCausalLM as M, CompressedTensorsConfig as C; '
+    "print(M.from_pretrained('PATH/{}', quantization_config=C(dequantize=True)))\""
+)
+
+
 def compressed_spec(
     *, name: str, title: str, levels: tuple[str, ...], rounding: RoundingOf, params: type[Params]
 ) -> ExportFormatSpec:
@@ -51,7 +57,7 @@ def compressed_spec(
         name=name,
         title=title,
         write=write,
-        prove=lambda given, inputs, folder, level: _prove(inputs, folder / level, level),
+        prove=lambda given, inputs, folder, level: _prove(inputs, folder / level, level, rounding(given, level)),
         params=params,
         levels=levels,
         default_level=levels[-1],
@@ -101,12 +107,12 @@ def _write(inputs: FormatInputs, folder: Path, level: str, how: Rounding) -> Exp
     names = sorted(f"{level}/{path.name}" for path in folder.iterdir())
     return Exported(
         files=tuple(names),
-        commands=(f"vllm serve PATH/{level}",),
+        commands=(f"vllm serve PATH/{level}",) if how.symmetric else (f"vllm serve PATH/{level}", _LOAD.format(level)),
         calibrated_on={} if rows is None else rows.to_json(),
     )
 
 
-def _prove(inputs: FormatInputs, folder: Path, level: str) -> Proof:
+def _prove(inputs: FormatInputs, folder: Path, level: str, how: Rounding) -> Proof:
     import transformers
 
     from distft.export_formats import comparing
@@ -115,7 +121,9 @@ def _prove(inputs: FormatInputs, folder: Path, level: str) -> Proof:
 
     reference, rows = inputs.reference(), inputs.rows()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = models.load_model(folder, transformers).to(reference.model.device)
+    # Its layers of packed weights take packed zero points for whole ones (compressed-tensors 0.20.1, on meta tensors).
+    given: Any = {} if how.symmetric else {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    model = models.load_model(folder, transformers, **given).to(reference.model.device)
 
     def encode(text: str, special: bool) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special)["input_ids"])

@@ -31,6 +31,8 @@ class Rounding:
     type: Literal["int", "float"] = "int"
     group_size: int | None = None
     """Numbers of a row that share a scale; None: the whole row."""
+    symmetric: bool = True
+    """Zero is stored as zero; false: each group has a zero point."""
     rounds_activations: bool = False
     """What goes into a layer is rounded in the same way, with a scale for each token, while the model runs."""
 
@@ -94,7 +96,7 @@ def _recipe(how: Rounding) -> list[Any]:
     weights = formats.QuantizationArgs(
         num_bits=how.bits,
         type=how.type,
-        symmetric=True,  # transformers 5.23 takes packed zero points for others, and refuses the folder
+        symmetric=how.symmetric,
         strategy="channel" if how.group_size is None else "group",
         group_size=how.group_size,
     )

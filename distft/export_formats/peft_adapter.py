@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params
+from distft.export_formats.rewards import REWARD_BOUND, compare_rewards
 from distft.export_formats.spec import Comparison, Exported, ExportFormatSpec, FormatInputs, Proof
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank."""
+HEADS = {"score", "classifier"}
+"""Modules of a reward model that PEFT saves whole beside the adapter; a model has one of them."""
 VLLM_RULES = "vllm/lora/peft_helper.py; names and ranks from memory"
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -45,6 +48,10 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),
 }
 """Keys of adapter_config.json -> values with which the adapter is nothing but B @ A on linear layers of its base."""
+_LOAD_REWARDS = (
+    'python -c "from peft import AutoPeftModelForSequenceClassification as M; '
+    "print(M.from_pretrained('PATH', num_labels=1))\""
+)
 _INERT = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
@@ -67,13 +74,12 @@ class PeftParams(Params):
 def _refuses(params: PeftParams, source: ModelSource) -> str:
     if not source.is_adapter:
         return "it is a whole model, and this format holds adapters"
-    if source.kind == "reward":
-        return "a reward model's head goes with its adapter, and servers of adapters read no heads"
     config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         return f"peft_type {config.get('peft_type')}: servers read LORA alone; export it as safetensors"
     for key, allowed in _REFUSED.items():
-        if key in config and config[key] not in allowed:
+        is_head = key == "modules_to_save" and source.kind == "reward" and set(config.get(key) or ()) <= HEADS
+        if key in config and config[key] not in allowed and not is_head:
             return f"{key} = {config[key]!r}: servers read no such adapter; merge it: --as safetensors"
     unknown = sorted(key for key in config if key not in _INERT and key not in _REFUSED and config[key])
     if unknown:
@@ -83,6 +89,7 @@ def _refuses(params: PeftParams, source: ModelSource) -> str:
 
 def _write(params: PeftParams, inputs: FormatInputs, folder: Path, level: str) -> Exported:
     import torch
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     from distft.model.adapters.whole import low_rank_parts
@@ -91,7 +98,9 @@ def _write(params: PeftParams, inputs: FormatInputs, folder: Path, level: str) -
     parts = low_rank_parts(reference.model)
     named = _tensor_names(source.folder)
     others = sorted(set(named) - {f"{PREFIX}{name}.lora_{side}.weight" for name in parts for side in "AB"})
-    if others:
+    heads = [name for name in others if source.kind == "reward" and name.rpartition(".")[0] in _head_names()]
+    if others != heads:
+        others = [name for name in others if name not in heads]
         problem = f"{others[0]} is no LoRA of a linear layer, which is all that servers read"
         raise RecipeError(source.given, [Problem(message=problem, fix="merge it: --as safetensors")])
     rank = max(down.shape[0] for _, down, _ in parts.values())
@@ -107,6 +116,8 @@ def _write(params: PeftParams, inputs: FormatInputs, folder: Path, level: str) -
         up_OR[:, : up.shape[1]] = up.cpu() * (own / scale)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = down_RI.to(getattr(torch, stored)).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = up_OR.to(getattr(torch, stored)).contiguous()
+    with safe_open(source.folder / WEIGHTS, framework="pt") as file:
+        tensors |= {name: file.get_tensor(name).to(getattr(torch, stored)).contiguous() for name in heads}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)
     config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
@@ -115,13 +126,21 @@ def _write(params: PeftParams, inputs: FormatInputs, folder: Path, level: str) -
     config |= {"rank_pattern": {}, "alpha_pattern": {}, "inference_mode": True, "exclude_modules": None}
     config |= {"layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True}
     config["target_modules"] = _targets(reference.model, parts)
+    if heads:
+        config["modules_to_save"] = sorted({name.removeprefix(PREFIX).rpartition(".")[0] for name in heads})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     from distft.export_formats.safetensors_folder import write_beside
 
     write_beside(reference, folder)
+    if heads:
+        return Exported(files=(CONFIG, WEIGHTS), commands=(_LOAD_REWARDS,))
     largest = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
     serve = f"vllm serve {config['base_model_name_or_path']} --enable-lora --max-lora-rank {largest}"
     return Exported(files=(CONFIG, WEIGHTS), commands=(f"{serve} --lora-modules {source.name}=PATH",))
+
+
+def _head_names() -> set[str]:
+    return {f"{PREFIX}{name}" for name in HEADS}
 
 
 def _tensor_names(folder: Path) -> dict[str, str]:
@@ -153,8 +172,12 @@ def _prove(params: PeftParams, inputs: FormatInputs, folder: Path, level: str) -
     reference, rows = inputs.reference(), inputs.rows()
     loaded = load_beside(folder, dtype=torch.float32).to(reference.model.device)
     prompts = comparing.prompts_of(reference, rows, reference.model.config.max_position_embeddings)
-    wanted = [reference.greedy(prompt, comparing.GREEDY_TOKENS) for prompt in prompts]
     exact = params.dtype in ("source", "float32")
+    if inputs.source.kind == "reward":
+        rewards = compare_rewards(inputs, loaded, prompts, REWARD_BOUND["float32" if exact else params.dtype])
+        checks = [_products(inputs, folder, 1e-5 if exact else 2e-2), rewards]
+        return Proof(runtime=f"peft {importlib.metadata.version('peft')}", checks=checks)
+    wanted = [reference.greedy(prompt, comparing.GREEDY_TOKENS) for prompt in prompts]
     check, figures = comparing.divergence(
         reference,
         comparing.passages(prompts, wanted),

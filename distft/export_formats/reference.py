@@ -95,8 +95,8 @@ class SourceReference:
         return render(self.tokenizer, messages)
 
 
-def load_model(folder: Path, transformers: Any, *, rewards: bool = False) -> Any:
-    """Return the model of a folder in fp32 for inference.
+def load_model(folder: Path, transformers: Any, *, rewards: bool = False, **how: Any) -> Any:
+    """Return the model of a folder in fp32 for inference; `how`: more for from_pretrained.
 
     Raises:
         DataError: transformers cannot load it, or it lacks weights.
@@ -104,7 +104,7 @@ def load_model(folder: Path, transformers: Any, *, rewards: bool = False) -> Any
     kind = transformers.AutoModelForSequenceClassification if rewards else transformers.AutoModelForCausalLM
     try:
         model, found = kind.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **how
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DataError(f"{folder}: transformers cannot load it: {(str(error).splitlines() or [''])[0]}") from error

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.export_formats.rewards import REWARD_BOUND, compare_rewards
 from distft.export_formats.spec import Comparison, Exported, ExportFormatSpec, FormatInputs, Proof
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 4 * 2**30
 KL_BOUND = {"float32": 1e-6, "bfloat16": 5e-3, "float16": 1e-3}
 """By the type that weights are stored in: merged weights are rounded to it once."""
-REWARD_BOUND = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 
 
 def _write(params: NoParams, inputs: FormatInputs, folder: Path, level: str) -> Exported:
@@ -41,7 +41,7 @@ def _write(params: NoParams, inputs: FormatInputs, folder: Path, level: str) -> 
     shutil.copyfile(model / "config.json", folder / "config.json")
     write_beside(reference, folder)
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
-    run = "vllm serve PATH" if inputs.source.kind == "text" else "vllm serve PATH --task classify"
+    run = "vllm serve PATH" if inputs.source.kind == "text" else "vllm serve PATH --runner pooling"
     return Exported(
         files=tuple(names), commands=(run, "transformers chat PATH")[: 2 if inputs.source.kind == "text" else 1]
     )
@@ -117,7 +117,7 @@ def _prove(params: NoParams, inputs: FormatInputs, folder: Path, level: str) -> 
     stored = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32")
     prompts = comparing.prompts_of(reference, rows, reference.model.config.max_position_embeddings)
     if inputs.source.kind == "reward":
-        checks.append(_rewards(reference, model, prompts, REWARD_BOUND.get(stored, 1e-3)))
+        checks.append(compare_rewards(inputs, model, prompts, REWARD_BOUND.get(stored, 1e-3)))
         return Proof(runtime=runtime, checks=checks)
     stops = model.generation_config.eos_token_id
     ends = {stops} if isinstance(stops, int) else set(stops or ())
@@ -144,17 +144,6 @@ def _logits(reference: SourceReference, model: Any, read: list[tuple[list[int], 
     return Comparison(
         name="logits", compared=f"largest difference of a log-probability, stored in {stored}", count=len(read),
         value=largest, bound=f"at most {bound:g}", ok=largest <= bound,
-    )  # fmt: skip
-
-
-def _rewards(reference: SourceReference, model: Any, prompts: list[list[int]], bound: float) -> Comparison:
-    from distft.export_formats import reference as models
-
-    ends = [[*ids, reference.stop_ids[0]] for ids in prompts]
-    gaps = [abs(models.reward(reference.model, ids) - models.reward(model, ids)) for ids in ends]
-    return Comparison(
-        name="rewards", compared="largest difference of a reward", count=len(gaps), value=max(gaps),
-        bound=f"at most {bound:g}", ok=max(gaps) <= bound,
     )  # fmt: skip
 
 

@@ -11,15 +11,52 @@ from distft.export_formats.certificate import LevelRecord
 HEAD = ("level", "MB", "KL nats", "perplexity", "tokens/s", "task", "of the gain lost")
 
 
+MOST_LOST, MOST_PERPLEXITY = 0.05, 1.02
+"""What an advised level may lose of a gain, and its perplexity over that of the most exact level."""
+
+
 def lines(certificate: Mapping[str, Any]) -> Iterator[str]:
     """Yield the table of a certificate; nothing where there are no levels."""
     levels = [entry for entry in certificate["levels"] if entry["level"]]
     if levels:
         yield from _aligned([_cells(entry) for entry in levels])
+    if (take := advised(certificate["levels"])) is not None:
+        kept = f"{1 - MOST_LOST:.0%} of the gain and " if any(entry["task"] for entry in levels) else ""
+        near = f"perplexity within {MOST_PERPLEXITY - 1:.0%} of the most exact"
+        yield f"take {take}: the smallest that keeps {kept}{near}"
     left_out: dict[str, list[str]] = {}
     for level, reason in certificate.get("left_out", {}).items():
         left_out.setdefault(reason, []).append(level)
     yield from (f"left out: {', '.join(names)}: {reason}" for reason, names in left_out.items())
+
+
+def advised(levels: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the smallest level that loses next to nothing; None where there are not several, or none was run."""
+    run = [entry for entry in levels if entry["level"] and "perplexity" in entry["figures"]]
+    if len(run) < 2:
+        return None
+    exact = run[0]["figures"]["perplexity"]
+    good = [
+        entry
+        for entry in run
+        if entry["figures"]["perplexity"] <= MOST_PERPLEXITY * exact
+        and all(figure["lost"] <= MOST_LOST for figure in _shown(entry))
+    ]
+    return min(good, key=lambda entry: entry["bytes"])["level"] if good else None
+
+
+def _shown(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return of each set the figure that gained most: a score may have many, and the others are in the certificate."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for figure in entry["task"]:
+        name = figure["name"].partition(".")[0]
+        if name not in best or _gain(figure) > _gain(best[name]):
+            best[name] = figure
+    return list(best.values())
+
+
+def _gain(figure: Mapping[str, Any]) -> float:
+    return abs(figure["tuned"] - figure["before"])
 
 
 def line(record: LevelRecord) -> str:
@@ -61,9 +98,9 @@ def as_entry(record: LevelRecord) -> dict[str, Any]:
 def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
     figures = entry["figures"]
     task = "; ".join(
-        f"{one['name']} {one['level']:.4g} ({one['before']:.4g} → {one['tuned']:.4g})" for one in entry["task"]
+        f"{one['name']} {one['level']:.4g} ({one['before']:.4g} → {one['tuned']:.4g})" for one in _shown(entry)
     )
-    lost = "; ".join(f"{one['lost']:.0%}" for one in entry["task"])
+    lost = "; ".join(f"{one['lost']:.0%}" for one in _shown(entry))
     shown = [f"{figures[name]:.4g}" if name in figures else "" for name in ("kl_nats", "perplexity", "tokens_per_s")]
     return (entry["level"], f"{entry['bytes'] / 1e6:.2f}", *shown, task, lost)
 

@@ -7,6 +7,7 @@ the run had its base in 4 bits they are the values that the run's forwards compu
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,24 @@ if TYPE_CHECKING:
 ModuleKind = Literal["linear", "conv1d", "embedding", "other"]
 CPU = torch.device("cpu")
 _MAPPED_BYTES = 2**29
+_HASHED = ("*.safetensors", "*.safetensors.index.json", "config.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def base_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file that a base's values come from.
+
+    Files of the hub's cache are called by their sha256 there, and taken at their word.
+    """
+    return {file.name: _sha256(file) for pattern in _HASHED for file in sorted(folder.glob(pattern))}
+
+
+def _sha256(file: Path) -> str:
+    real = file.resolve()
+    if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
+        return real.name
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from distft.merging import comparison
 from distft.merging.adapter_config import AdapterConfig, adapter_mistake
 from distft.merging.adapter_folder import AdapterFolder
-from distft.merging.base_model import BaseModel, TrainedIn4bit
+from distft.merging.base_model import BaseModel, TrainedIn4bit, base_hashes
 from distft.merging.bound_adapter import BoundAdapter
 from distft.merging.changes import Change, ExpertsChange, LowRankChange
 from distft.merging.comparison import MergeComparison
@@ -49,6 +49,8 @@ class MergeReport:
     base: str
     named_base: str | None
     """What the adapter's own config calls its base."""
+    base_sha256: dict[str, str]
+    """Files of the base's weights, and its config."""
     adapter_sha256: str
     files_sha256: dict[str, str]
     """Files of weights that were written; the same inputs and library versions give the same ones."""
@@ -142,6 +144,7 @@ def merge(
             source=str(source.adapter),
             base=str(source.base),
             named_base=adapter.config.base,
+            base_sha256=base_hashes(source.base),
             adapter_sha256=adapter.digest(),
             files_sha256=hashes,
             formulas=counted.formulas,

@@ -53,3 +53,16 @@ def _shape(layer: Any) -> AttentionShape | None:
     kv_heads = getattr(layer, "num_key_value_heads", None) or heads
     head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
     return AttentionShape(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def head_size(config: Any) -> int:
+    """Return the size of a query head of a config's text model, the largest of its layers; 0 where it does not say."""
+    text = config.get_text_config()
+    if getattr(text, "is_heterogeneous", False):  # then the config itself refuses to say (Gemma 4)
+        return max(head_size(layer) for layer in text.per_layer_config)
+    latent = (getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0)
+    size = latent or getattr(text, "head_dim", None)
+    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    if isinstance(size, int) and size:
+        return size
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0

@@ -24,6 +24,7 @@ from distft.core.ranks import ReadGroup
 from distft.model import attention, cross_entropy, load_balancing, new_rows, quantize, skeleton
 from distft.model.adapters import MethodSpec, deploy_grids, token_rows, trained
 from distft.model.adapters.lora_inits import RESIDUAL
+from distft.model.attention_shape import head_size
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
 from distft.model.heads import HEADS, HeadSpec, lm_value, put_head
@@ -128,11 +129,11 @@ class MetaModel:
         lm, lm_params = module.transformer, list(module.lm.named_parameters())
         kept = {*(lm._keep_in_fp32_modules or ()), *(getattr(lm, "_keep_in_fp32_modules_strict", None) or ())}
         self._in_fp32 = frozenset(kept)
+        """Parts of names of buffers that transformers keeps in fp32 whatever the model's dtype."""
         self.starts: dict[str, str] = {}
         """sha256 of what a method's parameters start as, by their names, where none of them starts at zero."""
         own = [name for name, param in lm_params if param.requires_grad and method.owns(name)]
         self._notes_starts = method.adapter and not any(method.starts_at_zero(name) for name in own)
-        """Parts of names of buffers that transformers keeps in fp32 whatever the model's dtype."""
 
     def fill(self, unit: nn.Module, device: torch.device) -> None:
         """Give every parameter below `unit` that is still meta its value on `device`; tied tensors stay tied."""
@@ -374,19 +375,6 @@ def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:
         stand_in._parameters = dict(owner._parameters)
         tied[shared] = (name, stand_in)
     return tied
-
-
-def head_size(config: Any) -> int:
-    """Return the size of a query head of a config's text model, the largest of its layers; 0 where it does not say."""
-    text = config.get_text_config()
-    if getattr(text, "is_heterogeneous", False):  # then the config itself refuses to say (Gemma 4)
-        return max(head_size(layer) for layer in text.per_layer_config)
-    latent = (getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0)
-    size = latent or getattr(text, "head_dim", None)
-    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
-    if isinstance(size, int) and size:
-        return size
-    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
 
 
 def untrained(config: Any, kernel: str, head: HeadSpec | None = None) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distft.core.errors import Problem, RecipeError
+from distft.model.attention_shape import head_size
 from distft.model.heads import HEADS
 from distft.model.paths import ForwardPath
 from distft.model.proof_verdict import ProofVerdict, cache_key, kept
@@ -54,7 +55,7 @@ def verdict_on(
         where, dtype = torch.device("cpu" if device == "cpu" else "cuda"), getattr(torch, table.dtype)
         config = load.read_config(folder)
         wanted = "varlen" if shared_prefixes and table.attention == "auto" else table.attention
-        names = proof.attentions(wanted, where, dtype, head_size=load.head_size(config))
+        names = proof.attentions(wanted, where, dtype, head_size=head_size(config))
         given = {"device": where, "dtype": dtype, "max_length": max_length, "compiled": compiled}
         given["shared_prefixes"] = shared_prefixes
         verdict = proof.prove(config, load.untrained, attentions=names, **given)

@@ -68,7 +68,9 @@ def _merge(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: boo
     say(f"{folder}: merged from {report['source']} and {report['base']}")
     if AdapterFolder(source.adapter).digest() != report["adapter_sha256"]:
         say(f"  ! {report['source']}: another adapter than was merged; there is nothing to reproduce")
-        return {"folder": str(folder), "verdict": "other inputs"}, OTHER_WEIGHTS
+        return {"folder": str(folder), "verdict": "other inputs", "changed": []}, OTHER_WEIGHTS
+    if changed := _changed_base(source.base, report.get("base_sha256"), say):
+        return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
     _say_versions(report.get("versions") or {}, say)
     if only_check:
         return {"folder": str(folder), "verdict": "inputs as they were"}, DONE
@@ -89,6 +91,7 @@ def _export(folder: Path, content: Mapping[str, Any], say: Say, *, only_check: b
     from distft.export_formats.command import make_inputs
     from distft.export_formats.noted_options import given_of
     from distft.export_formats.source import open_source
+    from distft.model.adapters.whole import base_of
 
     PLUGINS.load()
     then = {name: entry["sha256"] for name, entry in content["files"].items()}
@@ -107,6 +110,10 @@ def _export(folder: Path, content: Mapping[str, Any], say: Say, *, only_check: b
         if changed:
             say(f"  ! {changed[0]} of {options.source} is not what was exported; there is nothing to reproduce")
             return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
+        if source.is_adapter:
+            then_base = (content["source"].get("base") or {}).get("files")
+            if changed := _changed_base(base_of(source.folder), then_base, say):
+                return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
         _say_versions(content.get("versions") or {}, say)
         if only_check:
             return {"folder": str(folder), "verdict": "inputs as they were"}, DONE
@@ -125,6 +132,19 @@ def _export(folder: Path, content: Mapping[str, Any], say: Say, *, only_check: b
             files += spec.write(params, inputs, again, level["level"]).files
         wanted = {file: then[file] for level in content["levels"] for file in level["files"] if file in then}
         return _held_against(folder, wanted, _hashes(again, files), say)
+
+
+def _changed_base(base: Path, then: Mapping[str, str] | None, say: Say) -> list[str]:
+    """Return names of files of an adapter's base that are not as they were, and say the first."""
+    from distft.merging.base_model import base_hashes
+
+    if not then:
+        say(f"  ~ {base}: no hash of the base was written; another one shows in what comes out")
+        return []
+    changed = list(_changed(then, base_hashes(base)))
+    if changed:
+        say(f"  ! {base / changed[0]}: the base is not what it was; there is nothing to reproduce")
+    return [str(base / name) for name in changed]
 
 
 def _was_in(content: Mapping[str, Any]) -> Path:

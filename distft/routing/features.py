@@ -39,6 +39,51 @@ def request_features(
     return torch.stack(found)
 
 
+@torch.no_grad()
+def token_features(
+    pool: AdapterPool,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    layers: Sequence[float],
+    pooling: Literal["mean", "last"],
+) -> Tensor:
+    """Return the base's hidden states at positions of rows, pooled over all up to there, fp32 [positions, layers, D].
+
+    Args:
+        pool: base and adapters; only the base computes.
+        rows: (token ids, positions) of each.
+        layers: depths, as shares of the layers.
+        pooling: mean over the tokens up to the position, or the position alone.
+    """
+    found = []
+    with pool.using(None) as model:
+        core = model.get_base_model()
+        device = next(model.parameters()).device
+        for ids, positions in rows:
+            states = core(input_ids=torch.tensor([list(ids)], device=device), output_hidden_states=True).hidden_states
+            chosen_L = torch.tensor(list(positions), device=device)
+            at_layers = [pooled(states[round(layer * (len(states) - 1))][0].float(), pooling) for layer in layers]
+            found.append(torch.stack([state_LD[chosen_L] for state_LD in at_layers], 1).cpu())
+    return torch.cat(found)
+
+
+def pooled(
+    state_LD: Tensor, pooling: Literal["mean", "last"], before_D: Tensor | None = None, count: int = 0
+) -> Tensor:
+    """Return the features at each position [L, D]: its state, or the mean of the states up to it.
+
+    Args:
+        state_LD: hidden states.
+        pooling: which of the two.
+        before_D: sum of the states of `count` positions before these.
+        count: how many.
+    """
+    if pooling == "last":
+        return state_LD
+    sum_LD = state_LD.cumsum(0) if before_D is None else state_LD.cumsum(0) + before_D
+    return sum_LD / torch.arange(count + 1, count + len(state_LD) + 1, device=state_LD.device)[:, None]
+
+
 def arrow_prototypes(pool: AdapterPool) -> dict[str, dict[str, Tensor]]:
     """Return for each adapter the input direction that it changes most, fp32 [I] of length one for each layer.
 

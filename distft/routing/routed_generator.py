@@ -9,6 +9,7 @@ from distft.core.errors import Problem, RecipeError
 from distft.generation.completion import Completion, Prompt, SamplingParams
 from distft.generation.local import local_generator
 from distft.routing.router import RoutedPool
+from distft.routing.token_generator import TokenRoutedGenerator
 
 
 class RoutedGenerator:
@@ -19,9 +20,10 @@ class RoutedGenerator:
     ) -> None:
         self._routed = routed
         self._inner = local_generator(routed.pool.model, tokenizer, stop_ids, stop=stop)
+        self._by_token = TokenRoutedGenerator(routed, tokenizer, stop_ids, stop=stop)
         self.seconds = 0.0
         self.chosen: dict[str, int] = {}
-        """How often each adapter, or sum of adapters, was chosen."""
+        """How often each adapter, or sum of adapters, was chosen: for requests, or for tokens."""
 
     @property
     def share(self) -> float:
@@ -34,6 +36,10 @@ class RoutedGenerator:
 
     def generate(self, prompts: Sequence[Prompt], how: SamplingParams) -> list[Completion] | None:
         """Generate an answer to each prompt, in order; None when it was asked to stop before the end."""
+        if self._routed.how.per == "token":
+            made = self._by_token.generate(prompts, how)
+            self.seconds, self.chosen = self._by_token.seconds, self._by_token.chosen
+            return made
         groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
         for place, prompt in enumerate(prompts):
             weights = tuple(sorted(self._routed.choose(prompt.ids).items()))

@@ -18,7 +18,7 @@ from torch import Tensor
 from distft.core.errors import Problem, RecipeError
 from distft.core.files import read_json_object
 from distft.model.adapters.pool import FIRST, AdapterPool
-from distft.routing.features import request_features
+from distft.routing.features import arrow_prototypes, arrow_similarities, request_features
 from distft.routing.router_recipe import RouterTable
 
 CONFIG, WEIGHTS = "router.json", "router.safetensors"
@@ -82,9 +82,7 @@ class RoutedPool:
         try:
             entries = {str(entry["name"]): entry for entry in self.config["adapters"]}
             self.how = RouterTable(**self.config["router"])
-            tensors = load_file(folder / WEIGHTS)
-            fields = RouterWeights.__dataclass_fields__
-            self.weights = RouterWeights(**{name: tensors.get(name) for name in fields})  # pyright: ignore[reportArgumentType]
+            self._weights = None if self.how.classifier == "arrow" else _weights(load_file(folder / WEIGHTS))
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise _mistake(folder, f"is no whole router: {type(error).__name__}: {error}", "train it again") from None
         for name, entry in entries.items():
@@ -94,12 +92,26 @@ class RoutedPool:
                 )
         self.names = tuple(entries)
         self.pool = open_pool({name: Path(entry["path"]) for name, entry in entries.items()}, dtype, device)
+        self._prototypes = arrow_prototypes(self.pool) if self._weights is None else {}
+
+    @property
+    def layer(self) -> float:
+        """Depth of the base that is looked at, as a share of its layers."""
+        assert self.how.layer != "auto", "what is stored names the layer"
+        return self.how.layer
 
     def choose(self, ids: Sequence[int]) -> dict[str, float]:
         """Return the weight of each adapter that should answer these tokens; empty: the base."""
-        assert self.how.layer != "auto", "what is stored names the layer"
-        features = request_features(self.pool, [ids], layers=[self.how.layer], pooling=self.how.pooling)
-        return choice(torch.softmax(self.weights.scores(features[:, 0])[0], dim=0), self.names, self.how)
+        if self._weights is None:
+            similar_N = arrow_similarities(self.pool, self._prototypes, [ids])[0]
+            return {self.names[int(similar_N.argmax())]: 1.0}  # prototypes are in the pool's order, which is ours
+        features = request_features(self.pool, [ids], layers=[self.layer], pooling=self.how.pooling)
+        return self.choose_by(features[0, 0])
+
+    def choose_by(self, features_D: Tensor) -> dict[str, float]:
+        """Return the weight of each adapter, of what is known at one position; empty: the base."""
+        assert self._weights is not None, "Arrow chooses by whole requests"
+        return choice(torch.softmax(self._weights.scores(features_D[None])[0], dim=0), self.names, self.how)
 
     def using(self, weights: Mapping[str, float]) -> Any:
         """Return the context in which the model computes with what `choose` said."""
@@ -113,6 +125,11 @@ class RoutedPool:
     def inside(self, name: str) -> str:
         """Return the pool's name of an adapter."""
         return FIRST if name == self.names[0] else name
+
+
+def _weights(tensors: Mapping[str, Tensor]) -> RouterWeights:
+    fields = RouterWeights.__dataclass_fields__
+    return RouterWeights(**{name: tensors.get(name) for name in fields})  # pyright: ignore[reportArgumentType]
 
 
 def open_pool(folders: Mapping[str, Path], dtype: torch.dtype, device: str) -> AdapterPool:
@@ -143,12 +160,13 @@ def adapter_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write_router(folder: Path, weights: RouterWeights, config: Mapping[str, Any]) -> None:
-    """Write a router into a folder that exists."""
+def write_router(folder: Path, weights: RouterWeights | None, config: Mapping[str, Any]) -> None:
+    """Write a router into a folder that exists; weights None: it is not trained."""
     from safetensors.torch import save_file
 
-    save_file({name: value.contiguous() for name, value in weights.tensors().items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)
+    if weights is not None:
+        save_file({name: value.contiguous() for name, value in weights.tensors().items()}, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(0o644)
     (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

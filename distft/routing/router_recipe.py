@@ -17,6 +17,10 @@ from distft.recipe.lines import find_lines
 class RouterTable(Params):
     """How a request is looked at, and the classifier trained."""
 
+    classifier: Literal["trained", "arrow"] = "trained"
+    """Trained on the rows; or Arrow, not trained: the adapter whose own directions a request has most of."""
+    per: Literal["request", "token"] = "request"
+    """One choice for a whole answer, or a new one before each of its tokens, from all that is there by then."""
     layer: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = "auto"
     """Depth of the base whose hidden state is looked at, as a share of its layers: 0 the embedding, 1 the last; auto:
     the one of five that chooses best on a fifth of the training rows, the deepest of equals."""
@@ -36,6 +40,10 @@ class RouterTable(Params):
     weight_decay: float = Field(default=0.01, ge=0.0)
     held_out_share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """Of an adapter's rows, where it has no eval_rows."""
+
+
+_OF_ARROW = frozenset({"classifier", "held_out_share"})
+"""Keys of [router] that have an effect where nothing is trained."""
 
 
 class RoutedAdapter(Params):
@@ -95,6 +103,15 @@ def load_router_recipe(file: Path) -> RouterRecipe:
         problems.append(
             Problem(message='[router] top_k: has no effect with choose = "one"', line=line, fix="remove it")
         )
+    if made.router.classifier == "arrow":
+        problems += [
+            Problem(
+                message=f'[router] {key}: has no effect with classifier = "arrow"',
+                line=lines.get(("router", key)),
+                fix="remove it: Arrow is not trained, and chooses one adapter for a request",
+            )
+            for key in sorted(made.router.model_fields_set - _OF_ARROW)
+        ]
     if problems:
         raise RecipeError(str(file), problems)
     return made

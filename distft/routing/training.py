@@ -6,7 +6,7 @@ import importlib.metadata
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,37 @@ import torch
 from torch import Tensor
 
 from distft.core.errors import DataError, NumericError, Problem, RecipeError
-from distft.routing.features import arrow_prototypes, arrow_similarities, request_features
+from distft.model.adapters.pool import AdapterPool
+from distft.routing.features import arrow_prototypes, arrow_similarities, request_features, token_features
 from distft.routing.router import FIRST, RouterWeights, adapter_digest, open_pool, write_router
 from distft.routing.router_recipe import RoutedAdapter, RouterRecipe, RouterTable
 
-Requests = list[tuple[int, ...]]
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of an adapter: its request, and what it is answered with."""
+
+    ids: tuple[int, ...]
+    request: int
+    """Tokens of the request, which come first."""
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The request alone."""
+        return self.ids[: self.request]
+
+    @property
+    def positions(self) -> list[int]:
+        """Where a choice for each token looks: behind the request, and behind tokens of the answer, spread over it."""
+        places = range(self.request - 1, max(self.request, len(self.ids) - 1))
+        stride = max(1, len(places) // POSITIONS)
+        return list(places[::stride][:POSITIONS])
+
+
+Rows = list[Row]
 Say = Callable[[str], None]
+POSITIONS = 8
+"""Of a row that a router of tokens is trained on and measured at."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Layers that `layer = "auto"` looks at, all in one forward."""
 
@@ -49,23 +74,15 @@ def train_router(recipe: RouterRecipe, source: str, say: Say, *, min_accuracy: f
         train[adapter.name], held_out[adapter.name] = _rows(adapter, folders[adapter.name], recipe, source)
     shared = _refuse_same(train, source)
     pool = open_pool(folders, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
-    names, how = list(folders), recipe.router
-    layers = DEPTHS if how.layer == "auto" else (how.layer,)
-    about = {"layers": layers, "pooling": how.pooling}
-    x_train, y_train = _labelled({name: request_features(pool, rows, **about) for name, rows in train.items()})
-    x_held, y_held = _labelled({name: request_features(pool, rows, **about) for name, rows in held_out.items()})
-    say(f"{len(y_train):,} requests of {len(names)} adapters, {len(y_held):,} held out")
-    place = 0 if len(layers) == 1 else _best_layer(x_train, y_train, len(names), how, recipe.seed)
-    how = how.model_copy(update={"layer": layers[place]})
-    weights, losses = fit(x_train[:, place], y_train, len(names), how)
-    chosen = weights.scores(x_held[:, place]).argmax(1)
-    figures = _figures(chosen, y_held, names)
-    prototypes = {names[0] if name == FIRST else name: value for name, value in arrow_prototypes(pool).items()}
-    similar = torch.cat([arrow_similarities(pool, prototypes, held_out[name]) for name in names])
-    arrow = _figures(similar.argmax(1), y_held, names)
-    for label, found in (("router", figures), ("Arrow, not trained", arrow)):
-        low, high = found["low"], found["high"]
-        say(f"{label}: chooses right in {found['accuracy']:.1%} of {found['num_rows']} [{low:.1%}, {high:.1%}]")
+    names = list(folders)
+    num_rows = {label: sum(map(len, rows.values())) for label, rows in (("train", train), ("held out", held_out))}
+    say(f"{num_rows['train']:,} requests of {len(names)} adapters, {num_rows['held out']:,} held out")
+    arrow = _arrow(pool, names, held_out)
+    how, weights, losses, figures = recipe.router, None, [], arrow
+    if how.classifier == "trained":
+        how, weights, losses, figures = _trained(pool, names, train, held_out, how, recipe.seed)
+        say(_line("router", figures))
+    say(_line("Arrow, not trained", arrow))
     if min_accuracy is not None and figures["accuracy"] < min_accuracy:
         raise NumericError(
             f"the router chooses right in {figures['accuracy']:.1%} of {figures['num_rows']} held-out requests, less "
@@ -83,7 +100,7 @@ def train_router(recipe: RouterRecipe, source: str, say: Say, *, min_accuracy: f
         ],
         "held_out": figures,
         "arrow": arrow,
-        "loss": {"first": losses[0], "last": losses[-1]},
+        "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
         "shared_requests": shared,
         "seed": recipe.seed,
         "seconds": round(time.monotonic() - began, 1),
@@ -98,6 +115,40 @@ def train_router(recipe: RouterRecipe, source: str, say: Say, *, min_accuracy: f
         if generation.is_file():
             (aside / generation.name).write_bytes(generation.read_bytes())
     return config
+
+
+def _trained(
+    pool: AdapterPool,
+    names: Sequence[str],
+    train: Mapping[str, Rows],
+    held_out: Mapping[str, Rows],
+    how: RouterTable,
+    seed: int,
+) -> tuple[RouterTable, RouterWeights, list[float], dict[str, Any]]:
+    """Return (settings with the layer that was chosen, weights, losses, figures on the held-out rows)."""
+    layers = DEPTHS if how.layer == "auto" else (how.layer,)
+    x_train, y_train, row_train = _labelled(pool, train, how, layers)
+    x_held, y_held, row_held = _labelled(pool, held_out, how, layers)
+    place = 0 if len(layers) == 1 else _best_layer(x_train, y_train, row_train, len(names), how, seed)
+    how = how.model_copy(update={"layer": layers[place]})
+    weights, losses = fit(x_train[:, place], y_train, len(names), how)
+    chosen = weights.scores(x_held[:, place]).argmax(1)
+    return how, weights, losses, _figures(chosen, y_held, names, row_held if how.per == "token" else None)
+
+
+def _arrow(pool: AdapterPool, names: Sequence[str], held_out: Mapping[str, Rows]) -> dict[str, Any]:
+    """Return how often Arrow chooses right, request by request."""
+    prototypes = {names[0] if name == FIRST else name: value for name, value in arrow_prototypes(pool).items()}
+    similar = [arrow_similarities(pool, prototypes, [row.asked for row in held_out[name]]) for name in names]
+    labels = torch.cat([torch.full((len(held_out[name]),), place) for place, name in enumerate(names)])
+    return _figures(torch.cat(similar).argmax(1), labels, names)
+
+
+def _line(label: str, found: Mapping[str, Any]) -> str:
+    low, high, per = found["low"], found["high"], found["per"]
+    rows = found["num_rows"]
+    counted = f"{rows}" if per == "request" else f"the tokens of {rows}"
+    return f"{label}: chooses right in {found['accuracy']:.1%} of {counted} [{low:.1%}, {high:.1%}]"
 
 
 def fit(features: Tensor, labels: Tensor, num_adapters: int, how: RouterTable) -> tuple[RouterWeights, list[float]]:
@@ -137,10 +188,11 @@ def fit(features: Tensor, labels: Tensor, num_adapters: int, how: RouterTable) -
     return RouterWeights(**{"hidden_HD": None, "hidden_H": None} | tensors), losses  # pyright: ignore[reportArgumentType]
 
 
-def _best_layer(features: Tensor, labels: Tensor, num_adapters: int, how: RouterTable, seed: int) -> int:
-    """Return the place of the layer, of [rows, layers, D], that chooses best on a fifth of the rows."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    tried, fitted = order[: len(labels) // 5], order[len(labels) // 5 :]
+def _best_layer(features: Tensor, labels: Tensor, row: Tensor, num_adapters: int, how: RouterTable, seed: int) -> int:
+    """Return the place of the layer, of [places, layers, D], that chooses best on a fifth of the rows."""
+    order = torch.randperm(int(row.max()) + 1, generator=torch.Generator().manual_seed(seed))
+    is_tried = torch.isin(row, order[: len(order) // 5])
+    tried, fitted = is_tried.nonzero().flatten(), (~is_tried).nonzero().flatten()
     best, most = 0, -1
     for place in range(features.shape[1]):
         weights, _ = fit(features[fitted, place], labels[fitted], num_adapters, how)
@@ -150,16 +202,39 @@ def _best_layer(features: Tensor, labels: Tensor, num_adapters: int, how: Router
     return best
 
 
-def _labelled(features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    labels = [torch.full((len(value),), place) for place, value in enumerate(features.values())]
-    return torch.cat(list(features.values())), torch.cat(labels)
+def _labelled(
+    pool: AdapterPool, rows: Mapping[str, Rows], how: RouterTable, layers: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features [places, layers, D], the adapter of each place, and the row that it belongs to."""
+    about: Any = {"layers": layers, "pooling": how.pooling}
+    features, labels, owners = [], [], []
+    for label, own in enumerate(rows.values()):
+        if how.per == "token":
+            features.append(token_features(pool, [(row.ids, row.positions) for row in own], **about))
+            counts = torch.tensor([len(row.positions) for row in own])
+        else:
+            features.append(request_features(pool, [row.asked for row in own], **about))
+            counts = torch.ones(len(own), dtype=torch.long)
+        labels.append(torch.full((len(features[-1]),), label))
+        owners.append(
+            torch.repeat_interleave(torch.arange(len(own)), counts) + sum(map(len, list(rows.values())[:label]))
+        )
+    return torch.cat(features), torch.cat(labels), torch.cat(owners)
 
 
-def _figures(chosen: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    from distft.scores.confidence_intervals import of_share
+def _figures(chosen: Tensor, labels: Tensor, names: Sequence[str], row: Tensor | None = None) -> dict[str, Any]:
+    """Return the share of right choices with its interval, and the table; `row`: the row of each place, of tokens.
 
-    right = int((chosen == labels).sum())
-    interval = asdict(of_share(right, len(labels)))
+    Places of one row are not independent: there the interval is that of rows' own shares.
+    """
+    from distft.scores.confidence_intervals import of_mean, of_share
+
+    right = chosen == labels
+    if row is None:
+        interval = of_share(int(right.sum()), len(labels))
+    else:
+        shares = torch.zeros(int(row.max()) + 1).index_add_(0, row, right.float()) / torch.bincount(row)
+        interval = of_mean(shares.tolist())
     table = {
         name: {
             other: int(((labels == place) & (chosen == other_place)).sum()) for other_place, other in enumerate(names)
@@ -167,8 +242,8 @@ def _figures(chosen: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, 
         for place, name in enumerate(names)
     }
     return {
-        "accuracy": right / len(labels), "low": interval["low"], "high": interval["high"], "num_rows": len(labels),
-        "chosen": table,
+        "per": "request" if row is None else "token", "accuracy": interval.value, "low": interval.low,
+        "high": interval.high, "num_rows": interval.num_rows, "chosen": table,
     }  # fmt: skip
 
 
@@ -181,8 +256,8 @@ def _folder(adapter: RoutedAdapter, source: str) -> Path:
     return place
 
 
-def _rows(adapter: RoutedAdapter, folder: Path, recipe: RouterRecipe, source: str) -> tuple[Requests, Requests]:
-    """Return (training, held-out) requests of an adapter.
+def _rows(adapter: RoutedAdapter, folder: Path, recipe: RouterRecipe, source: str) -> tuple[Rows, Rows]:
+    """Return (training, held-out) rows of an adapter.
 
     Raises:
         RecipeError: it has no rows.
@@ -199,17 +274,17 @@ def _rows(adapter: RoutedAdapter, folder: Path, recipe: RouterRecipe, source: st
     plain = DataTable(max_length=4096, packing=False, train=(TrainSourceTable(path=adapter.rows or "-"),))
     table = plain if run is None or adapter.rows is not None else run.data
 
-    def read(given: str | None, own: Sequence[Any]) -> Requests:
+    def read(given: str | None, own: Sequence[Any]) -> Rows:
         sources = tuple(own) if given is None else (SourceTable(path=given),)
-        return _requests(table, sources, folder, adapter)
+        return _prepared(table, sources, folder, adapter)
 
     train = read(adapter.rows, () if run is None else run.data.train)
     if adapter.eval_rows is not None or (adapter.rows is None and run is not None and run.data.eval):
         held_out = read(adapter.eval_rows, () if run is None else run.data.eval)
-        seen = set(train)
-        held_out = [ids for ids in held_out if ids not in seen]
+        seen = {row.asked for row in train}
+        held_out = [row for row in held_out if row.asked not in seen]
     else:
-        unique = list(dict.fromkeys(train))
+        unique = list({row.asked: row for row in reversed(train)}.values())[::-1]  # the first of each
         random.Random(f"{recipe.seed} {adapter.name}").shuffle(unique)
         count = max(1, round(recipe.router.held_out_share * len(unique)))
         held_out, train = unique[:count], unique[count:]
@@ -221,8 +296,8 @@ def _rows(adapter: RoutedAdapter, folder: Path, recipe: RouterRecipe, source: st
     return train, held_out
 
 
-def _requests(table: Any, sources: Sequence[Any], folder: Path, adapter: RoutedAdapter) -> Requests:
-    """Return what comes before the first trained token of each row."""
+def _prepared(table: Any, sources: Sequence[Any], folder: Path, adapter: RoutedAdapter) -> Rows:
+    """Return rows with what comes before the first trained token as their request."""
     from distft.data.prepare import prepare
     from distft.data.prepared_folder import cache_folder
 
@@ -232,15 +307,15 @@ def _requests(table: Any, sources: Sequence[Any], folder: Path, adapter: RoutedA
     ]
     alone = table.model_copy(update={"packing": False, "eval": ()})
     prepared = prepare(alone, tuple(limited), split="eval", tokenizer=str(folder), cache_dir=cache_folder(alone))
-    found: Requests = []
-    for row in range(prepared.num_rows):
-        ids, trained = prepared.row(row)
+    found: Rows = []
+    for number in range(prepared.num_rows):
+        ids, trained = prepared.row(number)
         first = int(trained.argmax()) if trained.any() else len(ids)
-        found.append(tuple(int(token) for token in (ids[:first] if first else ids)))
+        found.append(Row(ids=tuple(int(token) for token in ids), request=first or len(ids)))
     return found[: adapter.max_rows]
 
 
-def _refuse_same(train: Mapping[str, Requests], source: str) -> int:
+def _refuse_same(train: Mapping[str, Rows], source: str) -> int:
     """Return how many requests belong to two adapters.
 
     Raises:
@@ -248,8 +323,8 @@ def _refuse_same(train: Mapping[str, Requests], source: str) -> int:
     """
     shared = 0
     for name, rows in train.items():
-        others = {ids for other, more in train.items() if other != name for ids in more}
-        same = sum(ids in others for ids in rows)
+        others = {row.asked for other, more in train.items() if other != name for row in more}
+        same = sum(row.asked in others for row in rows)
         if same == len(rows):
             problem = f"[[adapters]] {name}: every request of its rows is another adapter's as well"
             fix = "rows whose requests say which adapter is meant"

@@ -57,6 +57,30 @@ def byte_fallback(*, prefix: bool = True, bos: bool = True, size: int = 420) -> 
     return made
 
 
+def gemma_like() -> Tokenizer:
+    """Return a tokenizer of the kind of Gemma's: no space before the text, and tokens of its own for runs and tags.
+
+    As its tokenizer.json has them: spaces become U+2581 and a split finds none; runs of line ends, runs of U+2581 and
+    HTML tags are added tokens that are not special and match before anything is replaced; merges make runs of U+2581.
+    """
+    content = json.loads(byte_fallback(prefix=False).to_str())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    runs = ["\n" * count for count in range(1, 9)] + ["▁" * count for count in range(2, 9)]
+    tags = ["<table>", "</table>", "<h1>", "</h1>", "<code>", "<strong>"]
+    for text in [*runs, *tags]:
+        vocabulary.setdefault(text, len(vocabulary))
+    pairs = [["▁" * left, "▁" * (count - left)] for count in range(2, 9) for left in range(1, count)]
+    content["model"]["merges"] = (
+        pairs + merges
+    )  # every pair that makes a token, as conversion from SentencePiece has them
+    content["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+    }  # fmt: skip
+    made = Tokenizer.from_str(json.dumps(content))
+    made.add_tokens([AddedToken(text, normalized=False) for text in [*runs[1:], *tags]])
+    return made
+
+
 def byte_level(split: str | None = QWEN_SPLIT, *, digits: bool = False, ignore_merges: bool = False) -> Tokenizer:
     """Return a BPE on bytes within pieces: as GPT-2's (None), Qwen's and Llama 3's."""
     made = Tokenizer(models.BPE(ignore_merges=ignore_merges))
@@ -137,6 +161,24 @@ def save_adapter(folder: Path, base: Path, *, seed: int = 0, **config: Any) -> P
     made.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     (folder / "generation_config.json").write_text((base / "generation_config.json").read_text())
+    return folder
+
+
+def save_reward_adapter(folder: Path, base: Path, *, seed: int = 0, **config: Any) -> Path:
+    """Write a LoRA of a reward model with a head of its own, with the base's tokenizer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(seed)
+    given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "SEQ_CLS"}
+    lm = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    made = get_peft_model(lm, LoraConfig(**(given | config)))
+    with torch.no_grad():
+        for name, param in made.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                param.normal_(0, 0.1)
+    made.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
 

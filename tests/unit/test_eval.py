@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import export_kit
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from distft import load_recipe
 from distft.core.errors import RecipeError
 from distft.eval.subject import Subject, choose, read
+from distft.model.adapters import METHODS
+from distft.model.adapters.trained import evaluated
 
 RECIPE = """\
 name = "run"
@@ -104,3 +109,30 @@ def test_a_recipe_stands_for_its_run_folder(tmp_path: Path) -> None:
     assert folder == tmp_path / "run"
     _, folder = read(str(file), ['name="other"'], str(tmp_path / "runs"))
     assert folder == tmp_path / "runs/other"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, ""),
+        ({"lora_alpha": 16}, "lora_alpha: 16 there, 8.0 here"),
+        ({"use_rslora": True}, "use_rslora: true there, false here"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern: "),
+        ({"r": 2, "lora_alpha": 4}, "r: 2 there, 4 here"),
+    ],
+)
+def test_an_adapter_of_another_scale_is_not_computed_by_the_recipes(
+    config: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    """A combined adapter has scale 1 whatever the recipe says; with the recipe's it would be another adapter."""
+    base = export_kit.save_model(tmp_path / "base")
+    adapter = export_kit.save_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "v_proj"], **config)
+    lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    method = METHODS["lora"]
+    params = method.params(r=4, alpha=8, target_modules=("q_proj", "v_proj"))
+    if not said:
+        evaluated(method, adapter).attach(lm, params, torch.float32)
+        return
+    with pytest.raises(RecipeError, match=r"distft merge .* --out DIR") as caught:
+        evaluated(method, adapter).attach(lm, params, torch.float32)
+    assert said in str(caught.value)

@@ -24,6 +24,10 @@ _MAY_DIFFER = frozenset(
 """Keys of PEFT's configs (and of ours) that a continued adapter may have other values of."""
 
 
+_NUMBERS = frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"})
+"""Keys of PEFT's configs that decide what the tensors of a LoRA are multiplied with."""
+
+
 def from_folder(method: MethodSpec, folder: Path) -> MethodSpec:
     """Return `method` with its own parameters filled from `folder`.
 
@@ -56,6 +60,30 @@ def from_folder(method: MethodSpec, folder: Path) -> MethodSpec:
         return tensor
 
     return replace(method, owns=owns, attach=attach, fresh=stored, filled_from=folder)
+
+
+def evaluated(method: MethodSpec, folder: Path) -> MethodSpec:
+    """Return `method` filled from a folder whose numbers mean there what they mean under the recipe.
+
+    Raises:
+        RecipeError: as `from_folder`; later, when it is attached: the folder has another rank or scale, so that the
+            recipe would compute another adapter than the one in it (a combined one, say).
+    """
+    filled = from_folder(method, folder)
+    try:
+        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(str(folder), [Problem(message=f"{CONFIG} cannot be read: {error}")]) from None
+
+    def attach(lm: Any, params: Any, dtype: torch.dtype) -> nn.Module:
+        attached = filled.attach(lm, params, dtype)
+        if differ := _other_settings(saved, attached, _NUMBERS):
+            message = f"its settings are not the recipe's: {'; '.join(differ)}"
+            fix = f"distft merge {folder} --out DIR, and look at DIR; or an adapter of this recipe"
+            raise RecipeError(str(folder), [Problem(message=message, fix=fix)])
+        return attached
+
+    return replace(filled, attach=attach)
 
 
 def start_folder(start: str) -> Path:
@@ -119,6 +147,12 @@ def continued(method: MethodSpec, params: Any, lm: Any) -> MethodSpec:
 
 def _refuse_other_settings(saved: dict[str, Any], attached: Any) -> None:
     """Compare the config of the saved adapter with that of the one that was attached."""
+    if differ := _other_settings(saved, attached):
+        raise _mistake(f"its settings are not the recipe's: {'; '.join(differ[:4])}", "take over what it has")
+
+
+def _other_settings(saved: dict[str, Any], attached: Any, keys: frozenset[str] | None = None) -> list[str]:
+    """Return the settings in which they differ; `keys`: of these alone."""
     own = getattr(attached, "peft_config", None)
     if own is None:
         here = attached.__dict__.get("bottleneck_config", {})
@@ -126,12 +160,12 @@ def _refuse_other_settings(saved: dict[str, Any], attached: Any) -> None:
         here = json.loads(json.dumps(own[ADAPTER].to_dict(), default=lambda value: sorted(value)))
     differ = []
     is_other_type = here.get("peft_type") != saved.get("peft_type") and "peft_type" in here
-    for key in ["peft_type"] if is_other_type else sorted(here.keys() & saved.keys() - _MAY_DIFFER):
+    both = here.keys() & saved.keys() - _MAY_DIFFER
+    for key in ["peft_type"] if is_other_type else sorted(both if keys is None else both & keys):
         there, mine = (sorted(value) if isinstance(value, list) else value for value in (saved[key], here[key]))
         if there != mine and (there or mine):
             differ.append(f"{key}: {_short(there)} there, {_short(mine)} here")
-    if differ:
-        raise _mistake(f"its settings are not the recipe's: {'; '.join(differ[:4])}", "take over what it has")
+    return differ
 
 
 def _short(value: Any) -> str:

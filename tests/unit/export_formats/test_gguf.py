@@ -8,9 +8,10 @@ from typing import Any
 import export_kit as kit
 import pytest
 from gguf import GGUFReader
+from tokenizers import Tokenizer
 
 from distft.core.errors import NumericError
-from distft.export_formats import gguf_architecture, gguf_vocabulary, gguf_writer
+from distft.export_formats import gguf_architecture, gguf_vocabulary, gguf_writer, table
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
@@ -29,7 +30,7 @@ FAMILIES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "mistral": ("mistral", kit.byte_fallback, {"sliding_window": None}),
     "qwen2": ("qwen2", kit.byte_level, {"head_dim": 16}),
     "qwen3, untied": ("qwen3", kit.byte_level, {"tie_word_embeddings": False}),
-    "gemma": ("gemma", lambda: kit.byte_fallback(prefix=False), GEMMA),
+    "gemma": ("gemma", kit.gemma_like, GEMMA | {"vocab_size": 480}),
     "gemma2": ("gemma2", lambda: kit.byte_fallback(prefix=False), {"query_pre_attn_scalar": 32, "sliding_window": 16}),
     "gemma3": (
         "gemma3_text",
@@ -48,7 +49,7 @@ def test_llama_cpp_does_what_transformers_does(name: str, tmp_path: Path) -> Non
     assert all(check["ok"] for check in found.values()), found
     assert found["tokenisation"]["count"] >= 400
     assert found["chat template"]["count"] >= 5
-    assert found["stop tokens"]["count"] == 5
+    assert found["stop tokens"]["count"] == (25 if name == "gemma" else 5), "added tokens"
     assert found["greedy tokens"]["compared"].startswith("256 tokens behind 4 prompts: 4 of 4 equal")
     assert found["distributions"]["value"] < 1e-8
     assert made["proven"]
@@ -66,6 +67,9 @@ def test_a_level_is_rounded_as_it_says_and_the_folder_is_whole(tmp_path: Path) -
     assert by_level["F32"]["bytes"] > 1.6 * by_level["F16"]["bytes"] > 2.2 * by_level["Q8_0"]["bytes"]
     assert set(made["left_out"]) == {"Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K"}
     assert all("no multiple of 256" in reason for reason in made["left_out"].values())
+    exact = by_level["F32"]["figures"]["perplexity"]
+    good = [entry for entry in made["levels"] if entry["figures"]["perplexity"] <= 1.02 * exact]
+    assert made["take"] == min(good, key=lambda entry: entry["bytes"])["level"]
     types = {tensor.tensor_type.name for tensor in GGUFReader(out / "model-Q8_0.gguf").tensors}
     assert types == {"Q8_0", "F32"}
     written = json.loads((out / "certificate.json").read_text())
@@ -73,6 +77,25 @@ def test_a_level_is_rounded_as_it_says_and_the_folder_is_whole(tmp_path: Path) -
     card = (out / "README.md").read_text()
     assert "## How to run it" in card
     assert "llama-server -m PATH/model-Q4_0.gguf" in card
+
+
+def test_the_smallest_level_that_keeps_the_gain_is_advised() -> None:
+    def entry(level: str, size: int, perplexity: float, **lost: float) -> dict[str, Any]:
+        task = [
+            {"name": f"qa.{name}", "before": 0.0, "tuned": 0.9 if name == "right" else 0.1, "level": 0.0, "lost": value}
+            for name, value in lost.items()
+        ]
+        return {"level": level, "bytes": size, "figures": {"perplexity": perplexity}, "task": task}
+
+    levels = [entry("F32", 40, 10.0, right=0.0, rare=0.0), entry("Q8", 10, 10.1, right=0.04, rare=0.5),
+              entry("Q5", 6, 10.1, right=0.06, rare=0.0), entry("Q4", 5, 10.3, right=0.0, rare=0.0)]  # fmt: skip
+    assert table.advised(levels) == "Q8", "Q5 loses of the gain, Q4 of perplexity; the rare figure is not looked at"
+    shown = list(table.lines({"levels": levels}))
+    assert shown[1].split()[-1] == "0%"
+    assert shown[-1].startswith("take Q8: the smallest that keeps 95% of the gain and perplexity within 2%")
+    assert "rare" not in "".join(shown)
+    assert table.advised(levels[:1]) is None
+    assert table.advised([entry("Q4", 5, 10.0), {"level": "Q2", "bytes": 3, "figures": {}, "task": []}]) is None
 
 
 def test_a_merged_adapter_is_compared_with_the_adapter_beside_its_base(tmp_path: Path) -> None:
@@ -111,6 +134,18 @@ def test_a_wrong_scale_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(AdapterConfig, "scale_of", without_root)
     assert "distributions: " in refused(tmp_path, adapter, *GGUF)
     assert "logits: " in refused(tmp_path, adapter, "--as", "safetensors", "--num-rows", "3")
+
+
+@pytest.mark.slow
+def test_merges_that_llama_cpp_makes_and_the_tokenizer_does_not(tmp_path: Path) -> None:
+    """llama.cpp joins any two tokens whose text is one; a tokenizer may lack that merge, and then cuts otherwise."""
+    content = json.loads(kit.gemma_like().to_str())
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = [pair for pair in merges if "▁▁" not in pair or pair[1] == "▁"]
+    model = kit.save_model(tmp_path / "model", tokenizer=Tokenizer.from_str(json.dumps(content)), vocab_size=480)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "x  y   z     end"}))
+    assert "tokenisation: " in refused(tmp_path, model, *GGUF, "--rows", str(rows))
 
 
 def test_a_wrong_template_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import export_kit as kit
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distft.core.errors import DataError, NumericError, RecipeError
@@ -68,9 +68,50 @@ def test_a_reward_model_is_compared_by_its_rewards(tmp_path: Path) -> None:
     made.save_pretrained(model)
     certificate = kit.export(model, tmp_path / "out", "--as", "safetensors", "--num-rows", "3")
     assert kit.checks(certificate)["rewards"] | {"detail": ""} == {
-        "name": "rewards", "compared": "largest difference of a reward", "count": 3, "value": 0.0,
+        "name": "rewards", "compared": "largest difference of a reward of prompts", "count": 3, "value": 0.0,
         "bound": "at most 0.001", "ok": True, "detail": "",
     }  # fmt: skip
+
+
+def test_an_adapter_of_a_reward_model_keeps_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PEFT's own folder says it: rank-stabilised, the head saved whole; merged, and beside its base."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification as Rewards
+
+    base = kit.save_model(tmp_path / "base")
+    adapter = kit.save_reward_adapter(tmp_path / "adapter", base, use_rslora=True)
+    fresh = Rewards.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    want = logits(PeftModel.from_pretrained(fresh, adapter).eval())
+
+    whole = kit.export(adapter, tmp_path / "whole", "--as", "safetensors", "--num-rows", "3")
+    torch.testing.assert_close(logits(Rewards.from_pretrained(tmp_path / "whole")), want, atol=1e-5, rtol=1e-4)
+    beside = kit.export(adapter, tmp_path / "beside", "--as", "peft", "--num-rows", "3")
+    fresh = Rewards.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(fresh, tmp_path / "beside")), want)
+    config = json.loads((tmp_path / "beside/adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["use_rslora"], config["task_type"]) == (["score"], False, "SEQ_CLS")
+    for made in (whole, beside):
+        found = kit.checks(made)["rewards"]
+        assert (found["ok"], found["count"]) == (True, 3)
+        assert found["value"] < 1e-5
+    for words in (("--as", "gguf"), ("--as", "ollama"), ("--as", "fp8"), ("--as", "awq")):
+        with pytest.raises(RecipeError, match="a reward model gives a number"):
+            kit.export(adapter, tmp_path / "no", *words)
+
+    write = peft_adapter._write
+
+    def with_another_head(params: Any, inputs: Any, folder: Path, level: str) -> Any:
+        done = write(params, inputs, folder, level)
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors["base_model.model.score.weight"] *= 1.01
+        save_file(tensors, file, metadata={"format": "pt"})
+        return done
+
+    planted = {"peft": replace(peft_adapter.SPEC, write=with_another_head)}
+    monkeypatch.setattr("distft.export_formats.EXPORT_FORMATS._specs", planted)
+    with pytest.raises(NumericError, match=r"rewards: .* allowed at most 0\.001"):
+        kit.export(adapter, tmp_path / "out", "--as", "peft", "--num-rows", "2")
 
 
 # -- adapters ------------------------------------------------------------------------------------------------------

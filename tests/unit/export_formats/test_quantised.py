@@ -64,6 +64,39 @@ def test_a_rounded_folder_is_loaded_and_compared(name: str, tmp_path: Path) -> N
 
 @needs_library
 @pytest.mark.slow
+def test_groups_with_a_zero_point(tmp_path: Path) -> None:
+    """transformers loads them dequantised; the day it loads them as they are, this says so and the guide can."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    model = kit.save_model(tmp_path / "model", **WIDE)
+    out = tmp_path / "out"
+    made = kit.export(model, out, *words("awq", tmp_path), "--set", "symmetric=false")
+    assert all(check["ok"] for check in kit.checks(made).values())
+    stored = load_file(out / "W4A16/model.safetensors")
+    points = {name: tensor for name, tensor in stored.items() if name.endswith("weight_zero_point")}
+    assert len(points) == 14
+    assert all(tensor.dtype == torch.int32 for tensor in points.values()), "eight to a number"
+    assert "CompressedTensorsConfig as C" in made["levels"][0]["commands"][1]
+    how = CompressedTensorsConfig(dequantize=True)
+    lm: Any = AutoModelForCausalLM.from_pretrained(out / "W4A16", dtype=torch.float32, quantization_config=how)
+    name = "model.layers.0.mlp.up_proj"  # by hand: (q - zero) * scale, the lowest four bits first
+    q_OI, scale_OG = unpacked(stored[f"{name}.weight_packed"]), stored[f"{name}.weight_scale"]
+    zero_OG = unpacked(points[f"{name}.weight_zero_point"].T.contiguous()).T
+    spread = q_OI.shape[1] // scale_OG.shape[1]
+    want = (q_OI - zero_OG.repeat_interleave(spread, 1)) * scale_OG.repeat_interleave(spread, 1)
+    torch.testing.assert_close(lm.get_submodule(name).weight.detach(), want, atol=1e-6, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(out / "W4A16", dtype=torch.float32)
+
+
+def unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """Return the four-bit numbers of a row of int32, -8 to 7."""
+    nibbles = torch.stack([(packed >> shift) & 15 for shift in range(0, 32, 4)], -1)
+    return nibbles.flatten(1).float() - 8
+
+
+@needs_library
+@pytest.mark.slow
 def test_an_adapter_is_merged_and_then_rounded(tmp_path: Path) -> None:
     base = kit.save_model(tmp_path / "base", **WIDE)
     adapter = kit.save_adapter(tmp_path / "adapter", base, use_rslora=True)

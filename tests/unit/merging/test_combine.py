@@ -373,39 +373,3 @@ def test_a_rank_beyond_what_is_there_is_zeros() -> None:
 
 def test_flags_name_every_way() -> None:
     assert tuple(HOWS) == HOW_FLAGS
-
-
-@pytest.mark.parametrize("how", ["linear", "ties", "task_arithmetic"])
-def test_mergekit_makes_the_same_models(how: str, base: Path, tmp_path: Path) -> None:
-    """An outside reference, where it is installed (it is not in CI)."""
-    pytest.importorskip("mergekit")
-    import yaml
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
-    folders = []
-    for seed in (1, 2):
-        model = AutoModelForCausalLM.from_pretrained(base)
-        torch.manual_seed(seed)
-        for param in model.parameters():
-            param.data += 0.05 * torch.randn_like(param)
-        model.save_pretrained(tmp_path / f"full{seed}")
-        folders.append(tmp_path / f"full{seed}")
-    density = {"density": 0.5} if how == "ties" else {}
-    models = [
-        {"model": str(folder), "parameters": {"weight": weight} | density}
-        for folder, weight in zip(folders, WEIGHTS, strict=True)
-    ]
-    method = "task_arithmetic" if how == "linear" else how
-    config = {"merge_method": method, "base_model": str(base), "models": models, "dtype": "float32"}
-    config["parameters"] = {"normalize": how == "ties"}
-    run_merge(
-        MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(config))), str(tmp_path / "theirs"),
-        MergeOptions(copy_tokenizer=False, quiet=True),
-    )  # fmt: skip
-    ours = "ties" if how == "ties" else "linear"
-    combine(folders, base, tmp_path / "ours", options(ours, **density))
-    theirs, mine = tensors(tmp_path / "theirs"), tensors(tmp_path / "ours")
-    assert theirs.keys() == mine.keys()
-    for name in theirs:
-        torch.testing.assert_close(mine[name], theirs[name], atol=1e-6, rtol=0)

@@ -43,6 +43,13 @@ def test_an_export_is_made_again(
     kit.save_adapter(adapter, base, seed=5)
     code, told = reproduce(out, capsys)
     assert (code, told["verdict"], told["changed"]) == (4, "other inputs", ["adapter_model.safetensors"])
+    kit.save_adapter(adapter, base)
+    before = (base / "config.json").read_bytes()
+    (base / "config.json").write_bytes(before + b" ")
+    code, told = reproduce(out, capsys)
+    assert (code, told["verdict"], told["changed"]) == (4, "other inputs", [str(base / "config.json")])
+    (base / "config.json").write_bytes(before)
+    kit.save_adapter(adapter, base, seed=5)
     with (out / "adapter-Q8_0.gguf").open("ab") as file:
         file.write(b"x")
     assert main([str(out)]) == 4
@@ -60,8 +67,21 @@ def test_a_merge_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert merge([str(adapter), "--out", str(out), "--rows", "none", "--dtype", "bfloat16"]) == 0
     code, told = reproduce(out, capsys)
     assert (code, told["verdict"], told["files"]) == (0, "equal", 1)
-    kit.save_model(base, seed=9)  # the base is not hashed, so it shows in what comes out
-    assert reproduce(out, capsys)[1]["different"] == ["model.safetensors"]
+    first_base = {file: file.read_bytes() for file in base.iterdir()}
+    kit.save_model(base, seed=9)  # under the same path
+    code, told = reproduce(out, capsys)
+    assert (code, told["verdict"], told["changed"]) == (4, "other inputs", [str(base / "model.safetensors")])
+    assert main([str(out)]) == 4
+    assert f"! {base}/model.safetensors: the base is not what it was" in capsys.readouterr().out
+    report = json.loads((out / "merge.json").read_text())
+    (out / "merge.json").write_text(json.dumps(report | {"base_sha256": {}}))  # as folders of before have it
+    assert reproduce(out, capsys)[1]["different"] == ["model.safetensors"], "it shows in what comes out"
+    assert main([str(out)]) == 1
+    assert "no hash of the base was written" in capsys.readouterr().out
+    (out / "merge.json").write_text(json.dumps(report))
+    for file, content in first_base.items():
+        file.write_bytes(content)
+    assert reproduce(out, capsys)[1]["verdict"] == "equal"
     kit.save_adapter(adapter, base, seed=5)
     code, told = reproduce(out, capsys)
     assert (code, told["verdict"]) == (4, "other inputs")

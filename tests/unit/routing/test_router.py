@@ -157,6 +157,85 @@ def test_one_a_mixture_or_the_base() -> None:
     assert choice(shares, names, RouterTable(min_confidence=0.6)) == {}
 
 
+def test_a_choice_for_each_token(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against PEFT's own switching with one cache, and the base's states read at once."""
+    from distft.chat.models import ChatModels
+    from distft.generation.completion import Prompt, SamplingParams
+    from distft.routing.token_generator import TokenRoutedGenerator
+
+    text = (world / "router.toml").read_text().replace(f'output_dir = "{world}"', f'output_dir = "{tmp_path}"')
+    (tmp_path / "router.toml").write_text(text.replace("[[adapters]]", '[router]\nper = "token"\n[[adapters]]', 1))
+    assert main(["train", str(tmp_path / "router.toml"), "--min-accuracy", "0.9"]) == 0
+    told = json.loads((tmp_path / "router/router.json").read_text())["held_out"]
+    assert (told["per"], told["num_rows"]) == ("token", 90)
+    assert 0 < told["low"] <= told["accuracy"] <= told["high"] <= 1
+
+    routed = RoutedPool(tmp_path / "router", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "router")
+    base: Any = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+    beside: Any = PeftModel.from_pretrained(base, world / "red", adapter_name="red").eval()
+    for name in ("dog", "rain"):
+        beside.load_adapter(world / name, adapter_name=name)
+    order = ["red", "dog", "dog", "rain", "red", "rain", "dog", "red"]
+    looked: list[torch.Tensor] = []
+
+    def in_turn(features_D: torch.Tensor) -> dict[str, float]:
+        looked.append(features_D)
+        return {order[len(looked) - 1]: 1.0}
+
+    monkeypatch.setattr(routed, "choose_by", in_turn)
+    prompt = tokenizer("a girl named Lily saw the")["input_ids"]
+    heard: list[int] = []
+    made = TokenRoutedGenerator(routed, tokenizer, [], heard=lambda row, token: heard.append(token)).generate(
+        [Prompt(seed_key="a", ids=prompt)], SamplingParams(max_new_tokens=8, logprobs=True)
+    )
+    assert made is not None
+    ids, cache, wanted, logprobs = list(prompt), None, list[int](), list[float]()
+    with torch.no_grad():
+        for name in order:
+            beside.set_adapter(name)
+            out = beside(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
+            logprobs.append(float(out.logits[0, -1].log_softmax(-1)[token]))
+            wanted.append(token)
+            ids = [token]
+        assert list(made[0].ids) == wanted == heard
+        assert made[0].logprobs == pytest.approx(logprobs, abs=1e-4)
+        with beside.disable_adapter():
+            whole = torch.tensor([[*prompt, *wanted[:-1]]])
+            states = beside(input_ids=whole, output_hidden_states=True).hidden_states
+    state_LD = states[round(routed.layer * (len(states) - 1))][0]
+    for number, features_D in enumerate(looked):
+        mean_D = state_LD[: len(prompt) + number].mean(0)
+        torch.testing.assert_close(features_D, mean_D, atol=1e-5, rtol=1e-4)
+
+    models = ChatModels(str(tmp_path / "router"), {}, tmp_path, with_base=False)
+    pieces: list[str] = []
+    messages = [{"role": "user", "content": "the little dog"}]
+    reply = models.reply("tuned", messages, SamplingParams(max_new_tokens=8), pieces.append)
+    if reply.chosen == "dog":
+        alone = models.reply("dog", messages, SamplingParams(max_new_tokens=8), lambda piece: None)
+        assert reply.text == alone.text
+    assert "dog" in reply.chosen
+    assert "".join(pieces) == reply.text
+
+
+def test_arrow_chooses_without_training(world: Path, tmp_path: Path) -> None:
+    text = (world / "router.toml").read_text().replace(f'output_dir = "{world}"', f'output_dir = "{tmp_path}"')
+    (tmp_path / "router.toml").write_text(
+        text.replace("[[adapters]]", '[router]\nclassifier = "arrow"\n[[adapters]]', 1)
+    )
+    assert main(["train", str(tmp_path / "router.toml")]) == 0
+    told = json.loads((tmp_path / "router/router.json").read_text())
+    assert told["held_out"] == told["arrow"]
+    assert (told["loss"], (tmp_path / "router/router.safetensors").exists()) == (None, False)
+    routed = RoutedPool(tmp_path / "router", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "router")
+    chosen = [routed.choose(tokenizer(row["prompt"])["input_ids"]) for row in requests("dog", 30, 1)]
+    counts = {name: sum(weights == {name: 1.0} for weights in chosen) for name in ASKS}
+    assert counts == told["arrow"]["chosen"]["dog"], "as on the held-out rows, which are these"
+
+
 MISTAKES: dict[str, tuple[Any, tuple[str, ...], int]] = {
     "an unknown key": (
         ("[[adapters]]", "[router]\nlayr = 0.5\n[[adapters]]"), ("line 4", "layr", "did you mean layer?"), 2
@@ -166,6 +245,10 @@ MISTAKES: dict[str, tuple[Any, tuple[str, ...], int]] = {
     "no adapter there": (("/dog\"", "/nowhere\""), ("nowhere\" holds no adapter", "in PEFT's form"), 2),
     "no rows": (("rows = ", "# rows = "), ("red: belongs to no run, and has no rows",), 2),
     "a setting without effect": (("[[adapters]]", "[router]\ntop_k = 3\n[[adapters]]"), ("top_k: has no effect",), 2),
+    "a setting of training for Arrow": (
+        ("[[adapters]]", '[router]\nclassifier = "arrow"\nlayer = 0.5\n[[adapters]]'),
+        ("line 5", '[router] layer: has no effect with classifier = "arrow"'), 2,
+    ),
     "the same rows for two": (("dog.jsonl", "red.jsonl"), ("every request of its rows is another adapter's",), 2),
 }  # fmt: skip
 
