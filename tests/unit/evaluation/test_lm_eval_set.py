@@ -68,16 +68,17 @@ def taken(eval_set: EvalSet, engine: SoloEngine, renderer: Renderer) -> EvalResu
     return found
 
 
-@pytest.mark.parametrize("as_chat", [False, True])
-@pytest.mark.parametrize("task", ["write", "choose", "text"])
+CASES = [("write", False), ("choose", True)]
+SLOW = [("write", True), ("choose", False), ("text", False)]  # a text is no chat
+
+
+@pytest.mark.parametrize(("task", "as_chat"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_as_the_librarys_own_model(
     folder: Path, engine: SoloEngine, renderer: Renderer, task: str, as_chat: bool
 ) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    if as_chat and task == "text":
-        return  # a whole text is no chat
     eval_set = asked(folder, renderer, task, ask_as="chat" if as_chat else "text")
     found = taken(eval_set, engine, renderer)
 

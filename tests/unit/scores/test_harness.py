@@ -87,6 +87,7 @@ def test_generation_with_filters(task) -> None:
     assert (asked["stop"], asked["max_new_tokens"], asked["temperature"]) == (("\n\n", "Q:"), 32, 0.0)
 
 
+@pytest.mark.slow
 def test_two_models_are_compared_like_any_two_scores(task) -> None:
     before, after = (run(Knows(limit), sums(task)) for limit in (2, 20))
     change = compare(before, after)[0]
