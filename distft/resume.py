@@ -6,15 +6,15 @@ Tensors are the engine's business (`distft.engine.fragments`), files the checkpo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from distft.core.errors import CheckpointError, DataError, NumericError
 from distft.core.phase import PHASE
 from distft.recipe.resume_policy import STRICTEST_FIRST, Policy, ResumePolicy
-from distft.recipe.schema import Recipe, RunKeys, fixed_tables
+from distft.recipe.schema import Choice, Recipe, RunKeys, fixed_tables
 
 if TYPE_CHECKING:
     from distft.checkpoint.commit import Saved
@@ -163,8 +163,12 @@ def about(recipe: Recipe, fingerprint: dict[str, str], base: str, num_steps: int
     return {"recipe": recipe.resolved(), "data": fingerprint, "mix": mix, "base": base, "num_steps": num_steps}
 
 
-def check_fits(saved: dict[str, Any], now: dict[str, Any], where: Path, *, allow_changes: bool) -> list[str]:
+def check_fits(
+    saved: dict[str, Any], now: dict[str, Any], where: Path, *, defaults: Mapping[str, Any], allow_changes: bool
+) -> list[str]:
     """Compare a checkpoint's record of its run with the run that is to continue it.
+
+    `defaults` (`default_values`): what a checkpoint means that was written before there was a key.
 
     Returns:
         Changes that were allowed, for the log.
@@ -184,7 +188,7 @@ def check_fits(saved: dict[str, Any], now: dict[str, Any], where: Path, *, allow
     refused, to_confirm, harmless = [], [], []
     if saved["mix"] != now["mix"]:
         refused.append(f"weight and share of [[data.train]]: {saved['mix']} -> {now['mix']}")
-    for key, before, after in _changes(saved["recipe"], now["recipe"]):
+    for key, before, after in _changes(saved["recipe"], now["recipe"], defaults):
         kinds = {"free": harmless, "ask": to_confirm, "fixed": refused}
         kinds[resume_policy(key)].append(f"{key}: {before!r} -> {after!r}")
     if refused:
@@ -202,21 +206,31 @@ def check_fits(saved: dict[str, Any], now: dict[str, Any], where: Path, *, allow
     return harmless + to_confirm
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _changes(
+    before: dict[str, Any], after: dict[str, Any], defaults: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, f"{prefix}{key}.")
-        elif old != new and not (key not in before and new == _default(f"{prefix}{key}")):
+            yield from _changes(old, new, defaults, f"{prefix}{key}.")
+        elif old != new and not (key not in before and new == defaults.get(f"{prefix}{key}")):
             yield f"{prefix}{key}", old, new
 
 
-def _default(key: str) -> Any:
-    """Return the default of `table.key`: what a checkpoint means that was written before there was the key."""
-    table, _, name = key.partition(".")
-    hint = get_type_hints(Recipe).get(table)
-    known_field = getattr(hint, "model_fields", {}).get(name)
-    return None if known_field is None else known_field.get_default(call_default_factory=True)
+def default_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the default of every key of the recipe's tables and of the parts that it has chosen, by `table.key`.
+
+    They have the form of `Recipe.resolved`; keys without a default are left out.
+    """
+    found: dict[str, Any] = {}
+    for table in fields(recipe):
+        value = getattr(recipe, table.name)
+        params = value.params if isinstance(value, Choice) else value
+        for name, known_field in getattr(type(params), "model_fields", {}).items():
+            if not known_field.is_required():
+                default = known_field.get_default(call_default_factory=True)
+                found[f"{table.name}.{name}"] = list(default) if isinstance(default, tuple) else default
+    return found
 
 
 def resume_policy(key: str) -> Policy:

@@ -7,7 +7,7 @@ import pytest
 
 from distft import load_recipe
 from distft.core.errors import CheckpointError, DataError
-from distft.resume import about, check_fits
+from distft.resume import about, check_fits, default_values
 
 WHERE = Path("runs/run/checkpoints/step-00000004")
 ROWS = {"train": "ab" * 32}
@@ -22,9 +22,14 @@ def says(tmp_path: Path) -> Says:
     path.write_text(f'name = "run"\n[model]\npath = "base"\n{sources}')
 
     def of(*overrides: str, rows: dict[str, str] = ROWS, base: str = "") -> dict:
-        return about(load_recipe(path, overrides=overrides), rows, base, 10)
+        recipe = load_recipe(path, overrides=overrides)
+        return about(recipe, rows, base, 10) | {"defaults": default_values(recipe)}
 
     return of
+
+
+def fits(saved: dict, now: dict, *, allow_changes: bool = False) -> list[str]:
+    return check_fits(saved, now, WHERE, defaults=now["defaults"], allow_changes=allow_changes)
 
 
 @pytest.mark.row(18)
@@ -40,7 +45,7 @@ def says(tmp_path: Path) -> Says:
 )
 def test_what_would_break_the_run_is_refused_even_when_asked_for(says: Says, change: str, line: str) -> None:
     with pytest.raises(CheckpointError) as refused:
-        check_fits(says(), says(change), WHERE, allow_changes=True)
+        fits(says(), says(change), allow_changes=True)
     assert "the recipe has changed in a way that this checkpoint cannot continue" in str(refused.value)
     assert f"\n  {line}" in str(refused.value)
     assert "--resume never" in str(refused.value)
@@ -51,19 +56,19 @@ def test_what_would_break_the_run_is_refused_even_when_asked_for(says: Says, cha
 def test_what_may_change_needs_a_flag_and_is_then_told(says: Says) -> None:
     changed = says("optim.learning_rate=1e-5", "train.max_grad_norm=0.5", "schedule.warmup_steps=3")
     with pytest.raises(CheckpointError, match="if that is meant, say --allow-changes") as asked:
-        check_fits(says(), changed, WHERE, allow_changes=False)
+        fits(says(), changed, allow_changes=False)
     for key in ("optim.learning_rate", "train.max_grad_norm", "schedule.warmup_steps"):
         assert f"\n  {key}: " in str(asked.value)
-    told = check_fits(says(), changed, WHERE, allow_changes=True)
+    told = fits(says(), changed, allow_changes=True)
     assert [line.partition(":")[0] for line in told if "learning_rate" in line] == ["optim.learning_rate"]
 
 
 @pytest.mark.row(18)
 def test_what_changes_no_number_is_let_through(says: Says) -> None:
     changed = says('engine.name="zero3"', "train.micro_batch_size=2", "log.every_steps=5", "checkpoint.keep=5")
-    told = check_fits(says(), changed, WHERE, allow_changes=False)
+    told = fits(says(), changed, allow_changes=False)
     assert {line.partition(":")[0] for line in told} >= {"engine.name", "train.micro_batch_size", "log.every_steps"}
-    assert check_fits(says(), says(), WHERE, allow_changes=False) == []
+    assert fits(says(), says(), allow_changes=False) == []
 
 
 @pytest.mark.row(19)
@@ -71,13 +76,13 @@ def test_other_rows_are_a_fault_of_the_data(says: Says) -> None:
     with pytest.raises(
         DataError, match=r"was trained on other rows \(sha256 abababababab…, now cdcdcdcdcdcd…\)"
     ) as said:
-        check_fits(says(), says(rows={"train": "cd" * 32}), WHERE, allow_changes=True)
+        fits(says(), says(rows={"train": "cd" * 32}), allow_changes=True)
     assert said.value.exit_code == 3
 
 
 def test_an_adapter_belongs_to_its_base(says: Says) -> None:
     with pytest.raises(CheckpointError, match="its adapter belongs to other base weights"):
-        check_fits(says(base="one"), says(base="another"), WHERE, allow_changes=True)
+        fits(says(base="one"), says(base="another"), allow_changes=True)
 
 
 def test_a_checkpoint_from_before_a_key_is_continued(says: Says) -> None:
@@ -85,8 +90,18 @@ def test_a_checkpoint_from_before_a_key_is_continued(says: Says) -> None:
     old, now = says(), says("data.date='2026-01-31'", "data.merge_turns=true")
     for key in ("special_tokens_in_content", "merge_turns", "prefix_sharing"):
         del old["recipe"]["data"][key]
-    told = check_fits(old, now, WHERE, allow_changes=False)
+    told = fits(old, now, allow_changes=False)
     assert [line.partition(":")[0] for line in told] == ["data.date", "data.merge_turns"]
     now["recipe"]["data"]["prefix_sharing"] = True
     with pytest.raises(CheckpointError, match=r"data\.prefix_sharing: None -> True"):
-        check_fits(old, now, WHERE, allow_changes=True)
+        fits(old, now, allow_changes=True)
+
+
+def test_so_is_one_from_before_a_key_of_its_method(says: Says) -> None:
+    lora = 'method={name="lora", r=8}'
+    old, now = says(lora), says(lora)
+    for key in ("trainable_tokens", "rank_pattern", "rslora", "init"):
+        del old["recipe"]["method"][key]
+    assert fits(old, now) == []
+    with pytest.raises(CheckpointError, match=r"method\.rslora: None -> True"):
+        fits(old, says('method={name="lora", r=8, rslora=true}'), allow_changes=True)
