@@ -88,6 +88,7 @@ def test_a_wrong_interface_stops_before_anybody_waits(tmp_path: Path) -> None:
     assert "link" not in {row["check"] for row in told.report["findings"]}, "nothing was measured"
 
 
+@pytest.mark.slow
 def test_who_did_come_is_said_when_somebody_does_not(tmp_path: Path) -> None:
     ranks = [Rank("node1"), Rank("node2"), Rank("node3", absent=True)]
     told = examine(ranks, "--output-dir", str(tmp_path), "--join-s", "6")
@@ -97,6 +98,7 @@ def test_who_did_come_is_said_when_somebody_does_not(tmp_path: Path) -> None:
     assert "--machine_rank" in found["fix"]
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_rank(tmp_path: Path) -> None:
     """As when two machines are given the same --machine_rank."""
     ranks = [Rank("node1"), Rank("node2"), Rank("node3", env={"RANK": "1"})]

@@ -76,6 +76,7 @@ def sums(task) -> dict[str, Any]:
     )
 
 
+@pytest.mark.slow
 def test_generation_with_filters(task) -> None:
     model = Knows(10)
     scored = run(model, sums(task))
@@ -133,6 +134,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         LmEvalTasks("gsm8k")
 
 
+@pytest.mark.slow
 def test_a_groups_rows_are_taken_together(task, tmp_path: Path) -> None:
     """`acc` counts every row alike, `acc_norm` every task: there the library's total has no interval over rows."""
     for name, rows in (("one", 6), ("two", 2)):
