@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kit
+
 from distft.demo import incidents
 
 TASKS = {"tool": "field_match", "incident": "fields_right"}
@@ -29,36 +31,6 @@ FIELDS = {"tool": ["tool"], "incident": ["severity", "component", "summary"]}
 MOST_TOKENS = {"tool": 40, "incident": 120}
 TRAINED_CHATS = 200
 """Of the 300; held-out calls are of other chats."""
-RECIPE = """
-name = "{name}"
-output_dir = "{folder}/runs"
-[model]
-path = "{base}"
-dtype = "float32"
-[method]
-name = "lora"
-r = 16
-alpha = 32
-[data]
-max_length = 512
-loss_on = "completion"
-{train}
-{valid}
-[optim]
-name = "adamw"
-learning_rate = 5e-3
-betas = [0.9, 0.95]
-[schedule]
-name = "linear"
-warmup_ratio = 0.05
-[train]
-max_steps = {steps}
-global_batch_size = 8
-micro_batch_size = 4
-[engine]
-name = "solo"
-{answers}
-"""
 SOURCE = '[[data.{split}]]\npath = "{folder}/{task}-{file}.jsonl"\nformat = "prompt_completion"\n'
 ANSWERS = """
 [[eval.answers]]
@@ -132,9 +104,10 @@ def write(folder: Path, assets: Path) -> None:
             for task in TASKS
         )
         base = assets / "stories260k-hf"
-        text = RECIPE.format(
-            name=name, folder=folder, base=base, steps=steps, train=train, valid=valid, answers=answers
-        )
+        text = kit.ADAPTER_RECIPE.format(
+            name=name, folder=folder, base=base, max_length=512, learning_rate="5e-3", duration=f"max_steps = {steps}",
+            train=train, valid=valid, answers=answers,
+        )  # fmt: skip
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
 
 

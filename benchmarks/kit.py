@@ -170,3 +170,37 @@ class Run:
         self._around["meters"].close()
         self._around["checkpoints"].close()
         self.engine.close()
+
+
+ADAPTER_RECIPE = """
+name = "{name}"
+output_dir = "{folder}/runs"
+[model]
+path = "{base}"
+dtype = "float32"
+[method]
+name = "lora"
+r = 16
+alpha = 32
+[data]
+max_length = {max_length}
+loss_on = "completion"
+{train}
+{valid}
+[optim]
+name = "adamw"
+learning_rate = {learning_rate}
+betas = [0.9, 0.95]
+[schedule]
+name = "linear"
+warmup_ratio = 0.05
+[train]
+{duration}
+global_batch_size = 8
+micro_batch_size = 4
+[engine]
+name = "solo"
+{answers}
+"""
+"""LoRA on rows of prompts and completions, for benchmarks of what is done with adapters; {train}, {valid} and {answers}
+are tables, {duration} is the first line of [train]."""

@@ -14,6 +14,8 @@ import random
 import sys
 from pathlib import Path
 
+import kit
+
 from distft.demo import incidents
 
 ASKS = {
@@ -21,36 +23,6 @@ ASKS = {
     "json": ("Triage as JSON:", "For the ticket api:", "Give the fields as an object:"),
     "note": ("Write a note:", "Tell the owner:", "In one sentence:"),
 }
-RECIPE = """
-name = "{name}"
-output_dir = "{folder}/runs"
-[model]
-path = "{base}"
-dtype = "float32"
-[method]
-name = "lora"
-r = 16
-alpha = 32
-[data]
-max_length = 384
-loss_on = "completion"
-{train}
-{valid}
-[optim]
-name = "adamw"
-learning_rate = 1e-2
-betas = [0.9, 0.95]
-[schedule]
-name = "linear"
-warmup_ratio = 0.05
-[train]
-epochs = 3
-global_batch_size = 8
-micro_batch_size = 4
-[engine]
-name = "solo"
-{answers}
-"""
 ANSWERS = """
 [[eval.answers]]
 name = "{name}"
@@ -89,8 +61,10 @@ def write(folder: Path, base: str, num_train: int = 1200, num_valid: int = 100) 
     for name in (*ASKS, "all"):
         names = tuple(ASKS) if name == "all" else (name,)
         answers = "".join(ANSWERS.format(name=each, folder=folder) for each in ASKS)
-        text = RECIPE.format(name=name, folder=folder, base=base, train=tables("train", names),
-                             valid=tables("eval", names), answers=answers)  # fmt: skip
+        text = kit.ADAPTER_RECIPE.format(
+            name=name, folder=folder, base=base, max_length=384, learning_rate="1e-2", duration="epochs = 3",
+            train=tables("train", names), valid=tables("eval", names), answers=answers,
+        )  # fmt: skip
         (folder / f"{name}.toml").write_text(text)
 
 

@@ -4,12 +4,11 @@ from distft.core.registry import NoParams
 from distft.export_formats.compressed_folder import compressed_spec
 from distft.export_formats.llm_compressor import Rounding
 
-GROUP_SIZE = 128
-"""Numbers of a row that share a scale: those of `distft.model.adapters.deploy_grids`."""
-
 
 def _rounding(params: NoParams, level: str) -> Rounding:
-    return Rounding(method="nearest", bits=4, group_size=GROUP_SIZE)
+    from distft.model.adapters.deploy_grids import INT4_GROUP  # imports torch
+
+    return Rounding(method="nearest", bits=4, group_size=INT4_GROUP)
 
 
 SPEC = compressed_spec(

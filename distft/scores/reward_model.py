@@ -130,10 +130,10 @@ def _mistake(params: RewardModelParams, message: str) -> RecipeError:
     return RecipeError("recipe", [Problem(message=f'score reward_model, path = "{params.path}": {message}', fix=fix)])
 
 
-def _load(scorer: _RewardScorer) -> None:
-    scorer.load()
-
-
 SPEC = ScoreSpec(
-    name="reward_model", params=RewardModelParams, figures=lambda params: (FIGURE,), build=build, load=_load
+    name="reward_model",
+    params=RewardModelParams,
+    figures=lambda params: (FIGURE,),
+    build=build,
+    load=_RewardScorer.load,
 )

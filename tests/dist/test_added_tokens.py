@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from final_cards import LOSSES
 from harness import Bench, Run, relative, run
 from safetensors.torch import load_file
 
@@ -59,25 +60,9 @@ def test_two_processes_train_as_one(bench: Bench, solo: dict[str, Run], engine: 
     assert max(worst.values()) < TOLERANCE, worst
 
 
-LOADED = """
-import contextlib, io, json, pathlib, sys
-import torch
-runs, rows, found = json.loads(sys.argv[1]), [json.loads(line) for line in open(sys.argv[2])], {}
-for name, final in runs.items():
-    code = pathlib.Path(final, "README.md").read_text().split("```python\\n")[1].partition("\\ninputs = ")[0]
-    scope = {}
-    with contextlib.redirect_stderr(io.StringIO()):
-        exec(code, scope)
-    model, tokenizer, loss, count = scope["model"].eval(), scope["tokenizer"], 0.0, 0
-    for row in rows:
-        alone, ids = tokenizer(row["prompt"])["input_ids"], tokenizer(row["prompt"] + row["completion"])["input_ids"]
-        ids = [*ids, tokenizer.eos_token_id]
-        start = next((at for at, pair in enumerate(zip(alone, ids)) if len({*pair}) > 1), len(alone))
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-        taken = logits[start - 1 : -1].gather(1, torch.tensor(ids[start:])[:, None])
-        loss, count = loss - taken.sum().item(), count + len(ids) - start
-    prompt = tokenizer("disk:", return_tensors="pt", return_token_type_ids=False)
+LOADED = (
+    LOSSES
+    + """    prompt = tokenizer("disk:", return_tensors="pt", return_token_type_ids=False)
     written = model.generate(**prompt, max_new_tokens=8, do_sample=False, min_new_tokens=8)
     token = tokenizer.convert_tokens_to_ids("timeout")
     found[name] = {"loss": loss / count, "rows": model.get_input_embeddings().weight.shape[0],
@@ -86,6 +71,7 @@ for name, final in runs.items():
                    "special": tokenizer.decode(tokenizer("<|region|> disk")["input_ids"], skip_special_tokens=True)}
 print(json.dumps(found))
 """
+)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from final_cards import LOSSES
 from harness import Bench, Run, relative, run
 
 TOLERANCE = 1e-5
@@ -73,27 +74,7 @@ def test_two_processes_train_as_one(bench: Bench, solo: dict[str, Run], engine: 
         assert losses[-1] < losses[0], name
 
 
-LOADED = """
-import contextlib, io, json, pathlib, sys
-import torch
-runs, rows, found = json.loads(sys.argv[1]), [json.loads(line) for line in open(sys.argv[2])], {}
-for name, final in runs.items():
-    code = pathlib.Path(final, "README.md").read_text().split("```python\\n")[1].partition("\\ninputs = ")[0]
-    scope = {}
-    with contextlib.redirect_stderr(io.StringIO()):
-        exec(code, scope)
-    model, tokenizer, loss, count = scope["model"].eval(), scope["tokenizer"], 0.0, 0
-    for row in rows:
-        alone, ids = tokenizer(row["prompt"])["input_ids"], tokenizer(row["prompt"] + row["completion"])["input_ids"]
-        ids = [*ids, tokenizer.eos_token_id]
-        start = next((at for at, pair in enumerate(zip(alone, ids)) if len({*pair}) > 1), len(alone))
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids):].float().log_softmax(-1)
-        taken = logits[start - 1 : -1].gather(1, torch.tensor(ids[start:])[:, None])
-        loss, count = loss - taken.sum().item(), count + len(ids) - start
-    found[name] = loss / count
-print(json.dumps(found))
-"""
+LOADED = LOSSES + "    found[name] = loss / count\nprint(json.dumps(found))\n"
 
 
 def later(run: Run) -> list[tuple[float, float]]:

@@ -19,15 +19,6 @@ TEXTS = documents([30, 12])
 EXAMPLE = batch(TEXTS)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    lm = build(tiny_config).module.transformer
-    lm.set_attn_implementation("sdpa")
-    lm.save_pretrained(folder)
-    return folder
-
-
 def losses(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.module.eval()(**EXAMPLE.inputs())

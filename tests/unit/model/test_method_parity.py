@@ -66,15 +66,6 @@ METHOD: dict[str, tuple[str, dict[str, Any], Any]] = {
 PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    lm = build(tiny_config).module.transformer
-    lm.set_attn_implementation("sdpa")
-    lm.save_pretrained(folder)
-    return folder
-
-
 def plain_loss(model: Any, tokens: int) -> torch.Tensor:
     """The mean over supervised tokens, a text at a time; where PEFT adds to a model's loss, that once."""
     total, count = torch.zeros(()), 0

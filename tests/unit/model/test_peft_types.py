@@ -40,15 +40,6 @@ def registered() -> Iterator[None]:
         scale_type.unregister()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    lm = build(tiny_config).module.transformer
-    lm.set_attn_implementation("sdpa")
-    lm.save_pretrained(folder)
-    return folder
-
-
 def losses(model: Any) -> torch.Tensor:
     return model.module(**EXAMPLE.inputs())
 

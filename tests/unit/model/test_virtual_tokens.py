@@ -29,15 +29,6 @@ METHODS_HERE: list[tuple[str, dict[str, Any]]] = [
 TEXTS = documents([30, 12, 19])
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    lm = build(tiny_config).module.transformer
-    lm.set_attn_implementation("sdpa")
-    lm.save_pretrained(folder)
-    return folder
-
-
 def trained(folder: Path, method: str, params: dict[str, Any], **more: Any) -> Any:
     model = build(folder, method, params={"num_virtual_tokens": COUNT, **params}, init="pretrained", **more)
     torch.manual_seed(0)
