@@ -68,7 +68,7 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         message = f'objective "{recipe.objective.name}" trains a {recipe.objective.spec.head} head, which cannot answer'
         fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
         _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
-    if recipe.method.spec.penalty is not None and recipe.objective.name != "sft":
+    if recipe.method.spec.penalty is not None and not recipe.objective.spec.perplexity:
         message = (
             f'"{recipe.method.name}" adds to the loss of tokens, which objective "{recipe.objective.name}" has not'
         )

@@ -210,6 +210,10 @@ COUNTED = {
         '[method]\nname = "lora"\ntarget_modules = ["q_proj"]\ntarget_parameters = ["experts.down_proj"] # <-',
         "is no weight of all experts in one tensor in this model  it has none: name its layers",
     ),
+    "a penalty that preferences have no place for": (
+        '[method]\nname = "adalora" # <-\n[objective]\nname = "dpo"',
+        '"adalora" adds to the loss of tokens, which objective "dpo" has not',
+    ),
     "an adapter of another base": (
         '[method]\nname = "lora"\nstart = "FOLDER/adapter" # <-',
         "start: it was trained on /another/base, and [model] path is",
