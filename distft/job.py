@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from distft import assemble, compatibility
 from distft.catalog import REGISTRIES
 from distft.core.ending import exit_code, report_error
-from distft.core.errors import DONE
+from distft.core.errors import DONE, RecipeError
 from distft.core.hard_exit import keep_alive, plan_hard_exit
 from distft.core.log import quiet_libraries
 from distft.core.phase import PHASE
@@ -62,7 +62,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
     _, rank, _, _ = processes.detect_launcher(os.environ)
     say = print_line if rank == 0 else print_nothing
     folder = RunFolder(recipe.run_dir, writes=rank == 0)
-    if resume == "auto" and (done := folder.finished(recipe.digest())) is not None:
+    if resume == "auto" and (done := folder.finished(functools.partial(_is_written_in, recipe))) is not None:
         say(f"run {recipe.name} is already complete: {folder.final}")
         return Result(folder=folder.path, final=folder.final, state=done)
     recipe = assemble.with_date(recipe, folder.path, resume)
@@ -175,6 +175,14 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
                 trainer.export(state, write, saves=False)
             say(f"done: {folder.final}")
     return Result(folder=folder.path, final=folder.final, state=state)
+
+
+def _is_written_in(recipe: Recipe, file: Path) -> bool:
+    """Return whether a run folder's recipe.toml, whatever version wrote it, reads as `recipe`."""
+    try:
+        return load_recipe(file, registries=REGISTRIES).resolved() == recipe.resolved()
+    except RecipeError:
+        return False
 
 
 def run(options: Namespace) -> int:

@@ -6,15 +6,17 @@ Tensors are the engine's business (`distft.engine.fragments`), files the checkpo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from distft.core.errors import CheckpointError, DataError, NumericError
+from distft.core.errors import CheckpointError, DataError, NumericError, RecipeError
 from distft.core.phase import PHASE
+from distft.recipe import parse_recipe
 from distft.recipe.resume_policy import STRICTEST_FIRST, Policy, ResumePolicy
-from distft.recipe.schema import Choice, Recipe, RunKeys, fixed_tables
+from distft.recipe.schema import Recipe, Registries, RunKeys, fixed_tables
+from distft.recipe.toml_text import toml_text
 
 if TYPE_CHECKING:
     from distft.checkpoint.commit import Saved
@@ -164,11 +166,11 @@ def about(recipe: Recipe, fingerprint: dict[str, str], base: str, num_steps: int
 
 
 def check_fits(
-    saved: dict[str, Any], now: dict[str, Any], where: Path, *, defaults: Mapping[str, Any], allow_changes: bool
+    saved: dict[str, Any], now: dict[str, Any], where: Path, *, registries: Registries, allow_changes: bool
 ) -> list[str]:
     """Compare a checkpoint's record of its run with the run that is to continue it.
 
-    `defaults` (`default_values`): what a checkpoint means that was written before there was a key.
+    A checkpoint from before there was a key means the key's default.
 
     Returns:
         Changes that were allowed, for the log.
@@ -188,7 +190,11 @@ def check_fits(
     refused, to_confirm, harmless = [], [], []
     if saved["mix"] != now["mix"]:
         refused.append(f"weight and share of [[data.train]]: {saved['mix']} -> {now['mix']}")
-    for key, before, after in _changes(saved["recipe"], now["recipe"], defaults):
+    try:
+        earlier = parse_recipe(toml_text(saved["recipe"]), source=str(where), registries=registries).resolved()
+    except RecipeError as error:
+        raise CheckpointError(f"{where}: was written under a recipe that this version does not read\n{error}") from None
+    for key, before, after in _changes(earlier, now["recipe"]):
         kinds = {"free": harmless, "ask": to_confirm, "fixed": refused}
         kinds[resume_policy(key)].append(f"{key}: {before!r} -> {after!r}")
     if refused:
@@ -206,31 +212,13 @@ def check_fits(
     return harmless + to_confirm
 
 
-def _changes(
-    before: dict[str, Any], after: dict[str, Any], defaults: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, defaults, f"{prefix}{key}.")
-        elif old != new and not (key not in before and new == defaults.get(f"{prefix}{key}")):
+            yield from _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
             yield f"{prefix}{key}", old, new
-
-
-def default_values(recipe: Recipe) -> dict[str, Any]:
-    """Return the default of every key of the recipe's tables and of the parts that it has chosen, by `table.key`.
-
-    They have the form of `Recipe.resolved`; keys without a default are left out.
-    """
-    found: dict[str, Any] = {}
-    for table in fields(recipe):
-        value = getattr(recipe, table.name)
-        params = value.params if isinstance(value, Choice) else value
-        for name, known_field in getattr(type(params), "model_fields", {}).items():
-            if not known_field.is_required():
-                default = known_field.get_default(call_default_factory=True)
-                found[f"{table.name}.{name}"] = list(default) if isinstance(default, tuple) else default
-    return found
 
 
 def resume_policy(key: str) -> Policy:

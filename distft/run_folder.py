@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,8 +154,10 @@ class RunFolder:
                 return True
         return False
 
-    def finished(self, recipe_sha256: str) -> TrainState | None:
+    def finished(self, is_this: Callable[[Path], bool]) -> TrainState | None:
         """Return where the run ended, if an earlier start of this very recipe ended well and its final/ is there.
+
+        `is_this` is asked whether a file holds the recipe.
 
         Raises:
             RecipeError: it ended well under another recipe of the same name.
@@ -167,7 +170,7 @@ class RunFolder:
             return None
         if record.get("code") != 0 or not self.final.is_dir():
             return None
-        if record.get("recipe_sha256") != recipe_sha256:
+        if not is_this(self.path / "recipe.toml"):
             message = f"{self.path} holds a finished run of another recipe with this name"
             raise RecipeError("recipe", [Problem(message=message, fix="change name, or say --resume never")])
         return TrainState(**record["state"])

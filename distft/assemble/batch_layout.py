@@ -17,7 +17,6 @@ from distft.recipe import Recipe, check_world
 if TYPE_CHECKING:
     from distft.core.types import Engine
     from distft.memory_preflight import LargestMicroBatch
-    from distft.model.proof_verdict import ProofVerdict
     from distft.plan.setup import Machine
 
 
@@ -62,22 +61,18 @@ def forward_path(recipe: Recipe, say: Say) -> ForwardPath:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     model, line = recipe.model, recipe.line_of("model.path")
     # Rows alone are of any length, and compiled graphs want one: filling up would cost more than compiling saves.
-    shares = recipe.data.prefix_sharing
-    tries = recipe.train.compile == "auto" and device != "cpu" and recipe.data.packing and not shares
+    tries = recipe.train.compile == "auto" and device != "cpu" and recipe.data.packing
     verdict = verdict_on(
         model,
         find_folder(model),
         max_length=recipe.data.max_length,
         device=device,
         compiled=tries,
-        shared_prefixes=shares,
         head=recipe.objective.spec.head,
         waiting=lambda: PHASE.enter("rows", patient=True),
     )
     path = path_of(verdict, source=recipe.source, line=line, attention=model.attention)
     say(verdict.describe())
-    if shares:
-        _refuse_unshared(recipe, verdict)
     if recipe.train.compile == "auto":
         if tries:
             reasons = [attempt.difference for attempt in verdict.attempts if attempt.path == "compiled"]
@@ -92,25 +87,6 @@ def forward_path(recipe: Recipe, say: Say) -> ForwardPath:
         )
         raise RecipeError(recipe.source, [problem])
     return path
-
-
-def _refuse_unshared(recipe: Recipe, verdict: ProofVerdict) -> None:
-    """Check that prompts that are to be computed once can be.
-
-    Raises:
-        RecipeError: the rows have no common prompts, the model gives other numbers, or its blocks are to be compiled.
-    """
-    from distft.model.proof import SHARED_PREFIXES
-
-    why = next((attempt.difference for attempt in verdict.attempts if attempt.path == SHARED_PREFIXES), "")
-    if recipe.objective.spec.group_size == 1:
-        why = f'rows of objective "{recipe.objective.name}" have one answer each, and share no prompt'
-    elif recipe.train.compile is True:
-        why = "compiled blocks want micro-batches of one length: what is saved would be filled up again"
-    if why:
-        line = recipe.line_of("data.prefix_sharing")
-        message = f"[data] prefix_sharing = true: {why}"
-        raise RecipeError(recipe.source, [Problem(message=message, line=line, fix="prefix_sharing = false")])
 
 
 def choose_layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> Layout:

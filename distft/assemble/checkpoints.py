@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distft.assemble.evaluation import load_row_renderer
 from distft.assemble.step_source import num_steps
 from distft.assemble.training_data import Data, Say
+from distft.catalog import REGISTRIES
 from distft.compatibility import tokenizer_of
 from distft.recipe import Recipe
 
@@ -40,7 +41,7 @@ def open_checkpoints(
     """
     from distft.checkpoint.store import CheckpointStore
     from distft.core.types import TrainState
-    from distft.resume import CheckpointManager, about, check_fits, default_values
+    from distft.resume import CheckpointManager, about, check_fits
 
     base = weights_hash(recipe, engine) if recipe.method.spec.adapter else ""
     says = about(recipe, rows.fingerprint, base, num_steps(recipe, rows)) | {"date": recipe.data.date}
@@ -66,7 +67,7 @@ def open_checkpoints(
         return keeper, TrainState(), None
     for rejected in loaded.rejected:
         say(f"passed over {rejected}")
-    changed = check_fits(loaded.state, says, loaded.path, defaults=default_values(recipe), allow_changes=allow_changes)
+    changed = check_fits(loaded.state, says, loaded.path, registries=REGISTRIES, allow_changes=allow_changes)
     state = TrainState(**loaded.state["train"])
     was = f"{loaded.manifest.engine} x {loaded.manifest.world}"
     say(f"continuing {loaded.path} at step {state.step} of {num_steps(recipe, rows)} (saved under {was})")

@@ -82,7 +82,6 @@ def load_data(recipe: Recipe, layout: Layout, rank: int, world: int, say: Say) -
         "rank": rank,
         "world": world,
         "single_documents": layout.single,
-        "share_prefixes": layout.path.shared_prefixes,
     }
     slice_["pad_to"] = micro * table.max_length if layout.path.compiled else None
     if table.overlap == "error":
@@ -198,7 +197,7 @@ def load_held_out(
     compatibility.refuse_other_rows(recipe, rows.report, "eval")
     compatibility.refuse_long_rows(recipe, rows.longest_document, "eval")
     slice_: dict[str, Any] = {"micro_batch_size": layout.micro_batch_size, "rank": rank, "world": world}
-    slice_ |= {"single_documents": layout.single, "share_prefixes": layout.path.shared_prefixes}
+    slice_["single_documents"] = layout.single
     return HeldOut(
         eval_steps=EvalSteps(rows, table, **slice_),
         row_passes=(_row_pass(rows, table, slice_, None),),

@@ -1,7 +1,6 @@
 """One micro-batch of documents, and what objectives ask of it.
 
-Shape letters: T tokens of one micro-batch, all its documents laid end to end; S of them supervised; D documents in it;
-K positions that are attended to, G groups of documents.
+Shape letters: T tokens of one micro-batch, all its documents laid end to end; S of them supervised; D documents in it.
 """
 
 from __future__ import annotations
@@ -37,15 +36,6 @@ class Batch:
     """Positions with a label."""
     num_tokens: int
     """Real tokens: T without filler."""
-    keys_K: Tensor | None = None
-    """int64 [K]; under shared prefixes the positions that each segment attends to, segment by segment: those of its
-    prompt, which lies before it, and its own. `cu_seqlens` then borders segments, of which a document is the last."""
-    cu_seqlens_k: Tensor | None = None
-    """int32 [segments + 1]; which of `keys_K` are each segment's."""
-    max_seqlen_k: int = 0
-    """The most positions that a segment attends to."""
-    document_of: Tensor | None = None
-    """int64 [segments]; the document that ends with each segment, -1 for a shared prompt and for filler."""
     sample_ids: tuple[str, ...] = ()
     """`file row N` of each document, for messages."""
     position: int = 0
@@ -78,18 +68,15 @@ class Batch:
         import torch
 
         at_S = torch.nonzero_static(self.labels_T != IGNORE, size=self.num_supervised).squeeze(1)
-        document_S = torch.searchsorted(self.cu_seqlens, at_S.to(self.cu_seqlens.dtype), right=True) - 1
-        return document_S if self.document_of is None else self.document_of[document_S]
+        return torch.searchsorted(self.cu_seqlens, at_S.to(self.cu_seqlens.dtype), right=True) - 1
 
     @property
     def squared_lengths(self) -> Tensor:
-        """fp64 []: twice the pairs of positions that attend to each other, the squares of documents' lengths added up.
+        """fp64 []: the squares of documents' lengths added up, filler too.
 
         Where the batch lies, which is on the host until an engine places it.
         """
-        queries = self.cu_seqlens.diff().double()
-        keys = queries if self.cu_seqlens_k is None else self.cu_seqlens_k.diff().double()
-        return (2 * queries * keys - queries.square()).sum()
+        return self.cu_seqlens.diff().double().square().sum()
 
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of the model's forward: plain tensors and ints, as engines look for tensors in them."""
@@ -97,20 +84,12 @@ class Batch:
 
     def _documents(self) -> dict[str, Any]:
         """Return tokens and borders."""
-        names = ["input_ids_T", "position_ids_T", "cu_seqlens", "max_seqlen"]
-        if self.keys_K is not None:
-            names += ["keys_K", "cu_seqlens_k", "max_seqlen_k"]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("input_ids_T", "position_ids_T", "cu_seqlens", "max_seqlen")}
 
     def score_inputs(self) -> dict[str, Any]:
         """Return what the forward of a model with a scalar head takes: `ends_D` is each document's last position.
 
         A micro-batch without documents gives one end, so that all ranks run the same forward.
         """
-        import torch
-
         ends_D = self.cu_seqlens[1:].long() - 1
-        if self.document_of is None:
-            return self._documents() | {"ends_D": ends_D[: max(1, self.num_documents)]}
-        last_D = torch.nonzero_static(self.document_of >= 0, size=self.num_documents).squeeze(1)
-        return self._documents() | {"ends_D": ends_D[last_D]}
+        return self._documents() | {"ends_D": ends_D[: max(1, self.num_documents)]}

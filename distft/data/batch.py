@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from distft.core.types import IGNORE, Batch
-from distft.data.shared_prefixes import Segment, keys_of, segments_of
 from distft.data.store import Prepared
 
 TokenDocument = tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]
@@ -23,13 +21,7 @@ FILLER_ID = 0
 
 
 def build_batch(
-    prepared: Prepared,
-    rows: Sequence[int],
-    *,
-    position: int,
-    pad_to: int | None = None,
-    max_length: int,
-    share_prefixes: bool = False,
+    prepared: Prepared, rows: Sequence[int], *, position: int, pad_to: int | None = None, max_length: int
 ) -> Batch:
     """Return the micro-batch of these rows, in this order.
 
@@ -40,7 +32,6 @@ def build_batch(
         position: see `Batch.position`.
         pad_to: fill up to this many tokens, in filler documents of at most `max_length`, for compiled graphs.
         max_length: tokens in a sequence.
-        share_prefixes: see `pack_documents`.
 
     Raises:
         ValueError: the rows hold more than `pad_to` tokens.
@@ -60,7 +51,6 @@ def build_batch(
         position=position,
         pad_to=pad_to,
         max_length=max_length,
-        share_prefixes=share_prefixes,
     )
     values = prepared.values(rows) if prepared.report.values else {}
     columns = {name: torch.from_numpy(column) for name, column in values.items()}
@@ -75,7 +65,6 @@ def pack_documents(
     position: int,
     pad_to: int | None = None,
     max_length: int,
-    share_prefixes: bool = False,
 ) -> Batch:
     """Return the micro-batch of these documents, in this order.
 
@@ -86,8 +75,6 @@ def pack_documents(
         position: see `Batch.position`.
         pad_to: fill up to this many tokens, in filler documents of at most `max_length`.
         max_length: tokens in a sequence.
-        share_prefixes: lay what all documents of a group begin with, before the first token whose successor is
-            supervised in one of them, once before them.
 
     Raises:
         ValueError: the documents hold more than `pad_to` tokens.
@@ -101,20 +88,18 @@ def pack_documents(
         labels_T[:-1] = np.where(np.asarray(supervised, bool)[1:], ids_T[1:], IGNORE)
         ids.append(ids_T)
         labels.append(labels_T)
-    pieces = list(zip(ids, labels, strict=True))
-    segments = segments_of(pieces, group_sizes if share_prefixes else (1,) * len(pieces))
-    lengths = [len(segment.ids_T) for segment in segments]
+    lengths = [len(ids_T) for ids_T in ids]
     num_tokens = sum(lengths)
     filler = _filler(num_tokens, pad_to, max_length)
+    ids.append(np.full(sum(filler), FILLER_ID))
+    labels.append(np.full(sum(filler), IGNORE))
     lengths_D = np.array([*lengths, *filler], np.int64)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths_D)])
-    ids_T = np.concatenate([*(segment.ids_T for segment in segments), np.full(sum(filler), FILLER_ID)])
-    labels_T = np.concatenate([*(segment.labels_T for segment in segments), np.full(sum(filler), IGNORE)])
-    starts_D = np.array([*(segment.start for segment in segments), *(0 for _ in filler)], np.int64)
-    positions_T = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1] - starts_D, lengths_D)
+    labels_T = np.concatenate(labels).astype(np.int64)
+    positions_T = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths_D)
     return Batch(
-        input_ids_T=torch.from_numpy(ids_T.astype(np.int64)),
-        labels_T=torch.from_numpy(labels_T.astype(np.int64)),
+        input_ids_T=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
+        labels_T=torch.from_numpy(labels_T),
         position_ids_T=torch.from_numpy(positions_T),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(lengths_D.max()),
@@ -123,26 +108,7 @@ def pack_documents(
         sample_ids=sample_ids,
         position=position,
         group_sizes=group_sizes,
-        **(_sharing(segments, cu_seqlens) if share_prefixes else {}),
     )
-
-
-def _sharing(segments: Sequence[Segment], bounds: np.ndarray) -> dict[str, Any]:
-    """Return the fields of a `Batch` whose documents share prompts; none where no prompt is shared."""
-    import torch
-
-    if all(segment.prompt is None for segment in segments):
-        return {}
-    keys_K, bounds_of_keys = keys_of(segments, bounds)
-    document_of = np.full(len(bounds) - 1, -1, np.int64)
-    ends = np.array([segment.is_document for segment in segments])
-    document_of[: len(segments)][ends] = np.arange(ends.sum())
-    return {
-        "keys_K": torch.from_numpy(keys_K),
-        "cu_seqlens_k": torch.from_numpy(bounds_of_keys),
-        "max_seqlen_k": int(np.diff(bounds_of_keys).max()),
-        "document_of": torch.from_numpy(document_of),
-    }
 
 
 def _filler(num_tokens: int, pad_to: int | None, max_length: int) -> list[int]:

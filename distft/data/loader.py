@@ -39,7 +39,6 @@ class Steps:
         world: int = 1,
         pad_to: int | None = None,
         single_documents: bool = False,
-        share_prefixes: bool = False,
         prefetch: int = 2,
     ) -> None:
         """Cut the stream into steps and keep this rank's part of each.
@@ -56,7 +55,6 @@ class Steps:
             world: number of ranks.
             pad_to: tokens of every micro-batch, see `build_batch`.
             single_documents: each document is a micro-batch of its own; steps hold the same rows as without.
-            share_prefixes: see `pack_documents`; steps hold the same rows as without.
             prefetch: steps built ahead by a thread; 0 builds each when it is asked for.
 
         Raises:
@@ -69,7 +67,6 @@ class Steps:
         self.global_batch_size = global_batch_size
         self._prepared = prepared
         self._max_length = table.max_length
-        self._form = {"max_length": table.max_length, "share_prefixes": share_prefixes}
         self._micro = micro_batch_size
         self._slice = global_batch_size // world
         self._rank = rank
@@ -158,7 +155,9 @@ class Steps:
         micros = []
         for position in range(begin, begin + self._slice, self._micro):
             rows = self._rows(position, self._micro)
-            micros.append(build_batch(self._prepared, rows, position=position, pad_to=self._pad_to, **self._form))
+            micros.append(
+                build_batch(self._prepared, rows, position=position, pad_to=self._pad_to, max_length=self._max_length)
+            )
         return micros
 
     def _rows(self, begin: int, count: int) -> list[int]:
@@ -176,7 +175,8 @@ class Steps:
         mine += [[]] * (max(map(len, by_rank)) - len(mine))
         first = (begin + self._rank * self._slice) * self._max_length  # a sequence has at most as many documents
         return [
-            build_batch(self._prepared, rows, position=first + number, **self._form) for number, rows in enumerate(mine)
+            build_batch(self._prepared, rows, position=first + number, max_length=self._max_length)
+            for number, rows in enumerate(mine)
         ]
 
 
@@ -193,7 +193,6 @@ class EvalSteps(Sequence["Batch"]):
         world: int = 1,
         pad_to: int | None = None,
         single_documents: bool = False,
-        share_prefixes: bool = False,
         only: np.ndarray | None = None,
     ) -> None:
         """Arguments as for `Steps`; `only`: indices of the rows, all when None."""
@@ -212,7 +211,7 @@ class EvalSteps(Sequence["Batch"]):
         self._prepared = prepared
         self._epoch = order.epoch(0)
         self._micro, self._rank, self._world = micro_batch_size, rank, world
-        self._pad_to, self._form = pad_to, {"max_length": table.max_length, "share_prefixes": share_prefixes}
+        self._pad_to, self._max_length = pad_to, table.max_length
         self.num_samples = len(self._epoch)
         """Sequences on all ranks."""
 
@@ -235,4 +234,4 @@ class EvalSteps(Sequence["Batch"]):
         begin = (index % len(self) * self._world + self._rank) * self._micro
         real = range(begin, min(begin + self._micro, self.num_samples))
         rows = [row for sequence in real for row in self._epoch.sequence(sequence)]
-        return build_batch(self._prepared, rows, position=begin, pad_to=self._pad_to, **self._form)
+        return build_batch(self._prepared, rows, position=begin, pad_to=self._pad_to, max_length=self._max_length)

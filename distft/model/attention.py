@@ -88,7 +88,7 @@ def _why_no_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> 
 
 _BESIDE = frozenset(
     {
-        "cu_seq_lens_k",  # those of the queries, unless `key_positions` comes with them
+        "cu_seq_lens_k",  # equal to cu_seq_lens_q without a cache
         "max_length_k",
         "position_ids",  # rotary embeddings have been applied by now
         "use_cache",
@@ -113,10 +113,7 @@ def varlen_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
-    max_length_k: int | None = None,
-    key_positions: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -133,11 +130,7 @@ def varlen_attention(
         scaling: of the scores; 1 / sqrt(D) when None.
         dropout: on the probabilities.
         cu_seq_lens_q: where documents begin, and T.
-        cu_seq_lens_k: where each document's keys begin among `key_positions`; without them as `cu_seq_lens_q`.
         max_length_q: tokens in the longest document.
-        max_length_k: keys of the document with the most.
-        key_positions: [K], the positions that each document attends to, document by document, its own last: those of a
-            prompt that several answers share come first (`Batch.keys_K`).
         sliding_window: a position sees itself and this many less one before it.
         softcap: scores become softcap · tanh(score / softcap) (Gemma 2).
         s_aux: [H], a learned score of a sink that takes probability and gives no value (gpt-oss).
@@ -158,20 +151,14 @@ def varlen_attention(
     if query_BHTD.is_cuda and not plain:
         # Document by document this would hold scores of [H, L, L]; transformers' FlexAttention does it in blocks.
         raise ValueError(f"{VARLEN} has neither caps nor sinks on a GPU")
-    if key_positions is None:
-        cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
-    else:  # keys of a shared prompt once for each of its answers: what flash kernels ask for
-        key_BGTD, value_BGTD = (heads.index_select(2, key_positions) for heads in (key_BGTD, value_BGTD))
-        assert cu_seq_lens_k is not None
     if query_BHTD.is_cuda and query_BHTD.dtype in _HALF and dropout == 0.0:
-        bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
-        return flash(query_BHTD, key_BGTD, value_BGTD, bounds, longest, scaling, sliding_window), None
+        return flash(query_BHTD, key_BGTD, value_BGTD, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     pieces = []
+    bounds = cu_seq_lens_q.tolist()
     if query_BHTD.is_cuda:
         key_BGTD, value_BGTD = (_repeated(x, query_BHTD.shape[1]) for x in (key_BGTD, value_BGTD))
-    bounds_of_keys = pairwise(cu_seq_lens_k.tolist())
-    for (start, end), (first, last) in zip(pairwise(cu_seq_lens_q.tolist()), bounds_of_keys, strict=True):
-        q, k, v = query_BHTD[:, :, start:end], key_BGTD[:, :, first:last], value_BGTD[:, :, first:last]
+    for start, end in pairwise(bounds):
+        q, k, v = (x[:, :, start:end] for x in (query_BHTD, key_BGTD, value_BGTD))
         pieces.append(one_document(q, k, v, scaling, dropout, sliding_window, softcap, s_aux))
     # Laid out as [B, T, H, D], as transformers' own: some models view what they get as [T, H · D].
     return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1), None
@@ -198,19 +185,14 @@ def one_document(
     softcap: float | None,
     sink_H: Tensor | None,
 ) -> Tensor:
-    """Return [B, H, L, D] of the last L tokens of a document; arguments as for `varlen_attention`."""
+    """Return [B, H, L, D] of one document of L tokens; arguments as for `varlen_attention`."""
     if softcap is not None or sink_H is not None:
         return _capped(query_BHLD, key_BGLD, value_BGLD, scaling, dropout, window, softcap, sink_H)
-    length, num_keys = query_BHLD.shape[2], key_BGLD.shape[2]
-    padded = num_keys - length if (window is None or num_keys <= window) and num_keys < 2 * length else 0
-    if padded:  # a written mask is computed whole, the plain causal one by half: queries that nobody asked cost less
-        query_BHLD = F.pad(query_BHLD, (0, 0, padded, 0))
-    mask = _mask(length + padded, num_keys, window, query_BHLD.device)
+    mask = _window_mask(query_BHLD.shape[2], window, query_BHLD.device)
     given: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
     given["enable_gqa"] = query_BHLD.shape[1] != key_BGLD.shape[1]
     with _no_scores(query_BHLD.device):
-        answer_BHLD = F.scaled_dot_product_attention(query_BHLD, key_BGLD, value_BGLD, **given)
-    return answer_BHLD[:, :, padded:] if padded else answer_BHLD
+        return F.scaled_dot_product_attention(query_BHLD, key_BGLD, value_BGLD, **given)
 
 
 def _repeated(heads_BGTD: Tensor, count: int) -> Tensor:
@@ -266,51 +248,42 @@ def _capped(
 
     Sources: https://arxiv.org/abs/2408.00118, section 2 (caps); https://arxiv.org/abs/2309.17453 (sinks)
     """
-    length, heads, num_keys = query_BHLD.shape[2], query_BHLD.shape[1], key_BGLD.shape[2]
+    length, heads = query_BHLD.shape[2], query_BHLD.shape[1]
     key_BHLD, value_BHLD = (_repeated(x, heads) for x in (key_BGLD, value_BGLD))
     scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
     scores_BHLL = query_BHLD @ key_BHLD.transpose(2, 3) * scale
     if softcap is not None:
         scores_BHLL = softcap * torch.tanh(scores_BHLL / softcap)
-    visible_LL = _mask(length, num_keys, window, scores_BHLL.device)
+    visible_LL = _window_mask(length, window, scores_BHLL.device)
     if visible_LL is None:
         visible_LL = torch.ones(length, length, dtype=torch.bool, device=scores_BHLL.device).tril()
     scores_BHLL = scores_BHLL.float().masked_fill(~visible_LL, float("-inf"))
     if sink_H is not None:
         sink_BHL1 = sink_H.float().reshape(1, -1, 1, 1).expand(scores_BHLL.shape[0], -1, length, 1)
         scores_BHLL = torch.cat([scores_BHLL, sink_BHL1], dim=-1)
-    probabilities_BHLL = scores_BHLL.softmax(-1)[..., :num_keys].to(value_BHLD.dtype)
+    probabilities_BHLL = scores_BHLL.softmax(-1)[..., :length].to(value_BHLD.dtype)
     return F.dropout(probabilities_BHLL, dropout) @ value_BHLD
 
 
-def _mask(length: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return the causal mask [length, num_keys] of the last `length` of a document's `num_keys` tokens.
-
-    None where it is the plain one: all tokens are looked from, and a sliding window holds them.
-    """
-    if window is not None and num_keys <= window:
-        window = None
-    if window is None and length == num_keys:
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return the [length, length] causal mask of a sliding window; None when the whole document fits in it."""
+    if window is None or length <= window:
         return None
-    positions = torch.arange(num_keys, device=device)
-    back = positions[num_keys - length :, None] - positions[None, :]
-    return back >= 0 if window is None else (back >= 0) & (back < window)
+    positions = torch.arange(length, device=device)
+    back = positions[:, None] - positions[None, :]
+    return (back >= 0) & (back < window)
 
 
 def flash(
     query_BHTD: Tensor,
     key_BGTD: Tensor,
     value_BGTD: Tensor,
-    bounds: tuple[Tensor, Tensor],
-    longest: tuple[int | None, int | None],
+    bounds: Tensor,
+    longest: int | None,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Run torch's varlen FlashAttention, [B, T, H, D]; a plan runs it on meta too, for what it saves.
-
-    `bounds` and `longest` are those of queries and of keys; where a document has fewer queries, they are its last ones.
-    Source: flash-attention's README, "causal ... aligned to the bottom right corner"
-    """
+    """Run torch's varlen FlashAttention, [B, T, H, D]; a plan runs it on meta too, for what it saves."""
     from torch.nn.attention import varlen
 
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query_BHTD, key_BGTD, value_BGTD))  # [T, heads, D]
@@ -322,7 +295,7 @@ def flash(
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     window_size = (-1 if window is None else window - 1, 0)
     varlen_attn: Any = varlen.varlen_attn
-    out = varlen_attn(q, k, v, *bounds, *longest, scale=scaling, window_size=window_size, **grouped)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window_size, **grouped)
     return out.unsqueeze(0)
 
 

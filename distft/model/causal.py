@@ -126,9 +126,6 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         num_supervised: int,
-        keys_K: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_k: int = 0,
         per_token: bool = False,
         values: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
@@ -141,11 +138,9 @@ class CausalLM(nn.Module):
         run the same collectives. With a router loss: (losses, router loss [1]), to be added; in
         training with a method's penalty: (losses, router loss [1], penalty [1]).
         """
-        inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen, keys_K, cu_seqlens_k, max_seqlen_k)
+        inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen)
         inputs |= self.prefix.of_ids(input_ids_T[None])
         if self.router is not None:
-            if keys_K is not None:
-                raise ValueError("a router's loss counts every document's tokens, and a shared prompt has them once")
             inputs["output_router_logits"] = True
         self._forget_longer_documents()
         # The count is known on the host, so finding the positions needs no sync.
@@ -176,21 +171,13 @@ class CausalLM(nn.Module):
         return losses, torch.zeros_like(penalty_1) if router is None else router, penalty_1
 
     def scores(
-        self,
-        input_ids_T: Tensor,
-        position_ids_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        ends_D: Tensor,
-        keys_K: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_k: int = 0,
+        self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, ends_D: Tensor
     ) -> Tensor:
         """Return fp32 [D], a scalar head's value at the positions `ends_D`: each document's last token.
 
         Arguments are `Batch.score_inputs()`.
         """
-        inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen, keys_K, cu_seqlens_k, max_seqlen_k)
+        inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen)
         inputs |= self.prefix.of_ids(input_ids_T[None])
         self._forget_longer_documents()
         output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
@@ -198,23 +185,10 @@ class CausalLM(nn.Module):
         head = self.head
         return head(output.last_hidden_state[0][ends_D].to(head.weight.dtype)).float().squeeze(1)
 
-    def _documents(
-        self,
-        position_ids_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        keys_K: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        max_seqlen_k: int,
-    ) -> dict[str, Any]:
+    def _documents(self, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
         """Return what tells the model where documents begin and end."""
         inputs: dict[str, Any] = {"position_ids": position_ids_T[None]}
-        if keys_K is not None:
-            if not self.path.shared_prefixes:
-                raise ValueError("shared prompts have not been proven for this model")
-            inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens_k, "key_positions": keys_K}
-            inputs |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen_k}
-        elif self.path.documents == "packed":
+        if self.path.documents == "packed":
             inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             inputs |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
         elif len(cu_seqlens) != 2:

@@ -33,8 +33,6 @@ class ForwardPath:
     by row, everything read again for each token."""
     generation_attention: str = "sdpa"
     """Attention while answering, which must take masks and a cache."""
-    shared_prefixes: bool = False
-    """A prompt that stands before several answers is computed once (`Batch.keys_K`)."""
     compiled: bool = False
     """Each block runs as torch.compile makes it."""
 
@@ -51,8 +49,6 @@ class ForwardPath:
             notes.append("the model's own head")
         if self.attention in ("sdpa", "eager", "flex_attention"):
             notes.append(f"attention {self.attention}")
-        if self.shared_prefixes:
-            notes.append("a shared prompt computed once")
         if self.generation != "batched":
             notes.append("answers row by row" + (" without a cache" if self.generation == "uncached" else ""))
         return ", ".join(notes)

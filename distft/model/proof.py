@@ -39,7 +39,6 @@ def prove(
     max_length: int,
     precision: torch.dtype | None = None,
     compiled: bool = False,
-    shared_prefixes: bool = False,
 ) -> ProofVerdict:
     """Find the first path whose numbers are those of transformers' own model.
 
@@ -52,7 +51,6 @@ def prove(
         max_length: tokens in the run's longest document.
         precision: of the comparison; by default float64 on a CPU where the model runs in it, else float32.
         compiled: try the path that is found with its blocks compiled as well, and take that where it is equal.
-        shared_prefixes: the same with prompts that several documents share computed once.
     """
     half = dtype if device.type == "cuda" and dtype != torch.float32 else None
     precisions = [torch.float64, torch.float32] if device.type == "cpu" else [torch.float32]
@@ -64,8 +62,6 @@ def prove(
             copies = list(small_models(config, build, max_length))
             reference = _reference(copies, build, device, precisions if precision is None else [precision])
             path, attempts, reason = _first_path(reference, tuple(attentions), half)
-            if shared_prefixes and path is not None:
-                path = _sharing(reference, path, half, attempts)
             if compiled and path is not None:
                 path = _compiled(reference, path, half, attempts)
         except MachineError as error:
@@ -125,20 +121,6 @@ def _first_path(
                 return answers, attempts, ""
             attempts.append(Attempt(path=f"answers {mode}, {kernel}", difference=difference))
     return None, attempts, attempts[-1].difference
-
-
-SHARED_PREFIXES = "shared prefixes"
-"""What an attempt with prompts computed once is called."""
-
-
-def _sharing(reference: Reference, path: ForwardPath, half: torch.dtype | None, attempts: list[Attempt]) -> ForwardPath:
-    """Return the path with shared prompts computed once, or as it is where that gives other numbers."""
-    difference = f"attention {path.attention} has no keys of a prompt that lies elsewhere"
-    if path.documents == "packed" and path.attention == VARLEN:
-        difference = difference_of(lambda: reference.hold_training(replace(path, shared_prefixes=True), half))
-    if difference:
-        attempts.append(Attempt(path=SHARED_PREFIXES, difference=difference))
-    return replace(path, shared_prefixes=not difference)
 
 
 def _compiled(

@@ -102,7 +102,6 @@ def cache_key(
     dtype: str,
     max_length: int,
     compiled: bool = False,
-    shared_prefixes: bool = False,
     head: str = "lm",
 ) -> str:
     """Return a name for a proof: everything that its verdict depends on, the code of this room included.
@@ -114,22 +113,10 @@ def cache_key(
         dtype: of the run.
         max_length: tokens in the run's longest document.
         compiled: whether compiled blocks are tried.
-        shared_prefixes: whether prompts computed once are tried.
         head: what stands on the hidden states.
     """
     versions = {name: _version(name) for name in _LIBRARIES}
-    facts = [
-        config_json,
-        list(attentions),
-        device,
-        dtype,
-        max_length,
-        compiled,
-        shared_prefixes,
-        head,
-        versions,
-        _code(),
-    ]
+    facts = [config_json, list(attentions), device, dtype, max_length, compiled, head, versions, _code()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
 

@@ -22,7 +22,6 @@ def verdict_on(
     max_length: int,
     device: str = "cpu",
     compiled: bool = False,
-    shared_prefixes: bool = False,
     head: str = "lm",
     waiting: Callable[[], None] = lambda: None,
 ) -> ProofVerdict:
@@ -34,7 +33,6 @@ def verdict_on(
         max_length: tokens in the run's longest document.
         device: "cpu", or the product name of this process's accelerator.
         compiled: try it with compiled blocks as well.
-        shared_prefixes: try it with prompts that several documents share computed once.
         head: name of what stands on the hidden states; another than "lm" is compared under the path of the model's own.
         waiting: called now and then while another process finds it out.
 
@@ -54,10 +52,8 @@ def verdict_on(
         attention.register()
         where, dtype = torch.device("cpu" if device == "cpu" else "cuda"), getattr(torch, table.dtype)
         config = load.read_config(folder)
-        wanted = "varlen" if shared_prefixes and table.attention == "auto" else table.attention
-        names = proof.attentions(wanted, where, dtype, head_size=head_size(config))
+        names = proof.attentions(table.attention, where, dtype, head_size=head_size(config))
         given = {"device": where, "dtype": dtype, "max_length": max_length, "compiled": compiled}
-        given["shared_prefixes"] = shared_prefixes
         verdict = proof.prove(config, load.untrained, attentions=names, **given)
         path = verdict.path
         if path is not None and (hold := HEADS[head].hold) is not None:
@@ -73,7 +69,6 @@ def verdict_on(
         dtype=table.dtype,
         max_length=max_length,
         compiled=compiled,
-        shared_prefixes=shared_prefixes,
         head=head,
     )
     return kept(key, find, waiting=waiting)

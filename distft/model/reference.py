@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distft.core.types import IGNORE
 from distft.model import cross_entropy, head, load_balancing
 from distft.model.activation_checkpointing import compile_blocks
 from distft.model.blocks import blocks_of
@@ -26,7 +27,6 @@ from distft.model.causal import CausalLM
 from distft.model.inference import generation_mode, new_cache
 from distft.model.paths import ForwardPath
 from distft.model.precision import in_double
-from distft.model.probe_batches import in_two, probe_batch
 from distft.model.shrink import PROBE_LENGTHS, VOCABULARY
 from distft.model.towers import text_parameters
 
@@ -255,8 +255,7 @@ class Reference:
             batches = [[ids] for ids in self.probes]
             expected = self.right.losses
         for documents, right in zip(batches, expected, strict=True):
-            batch = probe_batch(documents)
-            losses = module(**(in_two(batch) if path.shared_prefixes else batch))
+            losses = module(**probe_batch(documents))
             loss_sum = losses[0].sum() + losses[1].sum() if isinstance(losses, tuple) else losses.sum()
             _hold("loss", float(loss_sum), right, rtol)
             torch.autograd.backward(loss_sum / count)
@@ -353,6 +352,24 @@ def _small_chunks(
     size = max(1, len(labels_S) // 2)
     pieces = zip(hidden_SE.split(size), labels_S.split(size), strict=True)
     return torch.cat([loss(hidden_CE, weight_VE, bias_V, labels_C, rule).reshape(-1) for hidden_CE, labels_C in pieces])
+
+
+def probe_batch(documents: Sequence[Tensor]) -> dict[str, Any]:
+    """Return `Batch.inputs()` of documents laid end to end, every token but each first one a label."""
+    device = documents[0].device
+    lengths = [len(ids) for ids in documents]
+    labels = [torch.cat([ids[1:], ids.new_full((1,), IGNORE)]) for ids in documents]
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    return {
+        "input_ids_T": torch.cat(list(documents)),
+        "labels_T": torch.cat(labels),
+        "position_ids_T": torch.cat([torch.arange(length, device=device) for length in lengths]),
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=device),
+        "max_seqlen": max(lengths),
+        "num_supervised": sum(lengths) - len(lengths),
+    }
 
 
 def drawn_weights(lm: nn.Module, only: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:

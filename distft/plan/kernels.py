@@ -90,8 +90,7 @@ def flash_attention(
             scale_BTH = torch.sigmoid(out_BTHD.new_empty(out_BTHD.shape[:3], dtype=torch.float32) - s_aux)
             out_BTHD = out_BTHD * scale_BTH[..., None].to(out_BTHD.dtype)
         return out_BTHD, None
-    bounds = (cu_seq_lens_q, cu_seq_lens_q)
-    return attention.flash(*heads, bounds, (longest, longest), scaling, sliding_window), None
+    return attention.flash(*heads, cu_seq_lens_q, longest, scaling, sliding_window), None
 
 
 class _Flex(torch.autograd.Function):

@@ -18,6 +18,7 @@ from distft.recipe.explain import did_you_mean, read_table
 from distft.recipe.lines import KeyPath, find_lines
 from distft.recipe.origin import Origin, RecipeMistake, shown
 from distft.recipe.overrides import apply_overrides
+from distft.recipe.removed_keys import is_what_happens
 from distft.recipe.rollout import RewardTerm, RolloutTable
 from distft.recipe.rules import broken_rules
 from distft.recipe.schema import (
@@ -93,7 +94,14 @@ class _Reader:
         self.registries = registries
         self.faults = list(_unusable_values(origin.raw, ()))
         bad = {fault.key for fault in self.faults}
-        self.raw: dict[str, Any] = _without(origin.raw, bad, ())
+        gone = {
+            (table, key)
+            for table, keys in origin.raw.items()
+            if is_table(keys)
+            for key, value in keys.items()
+            if is_what_happens(f"{table}.{key}", value)
+        }
+        self.raw: dict[str, Any] = _without(origin.raw, bad | gone, ())
         fill_dependent_defaults(self.raw)
 
     def recipe(self, source: str) -> Recipe:

@@ -68,9 +68,6 @@ def rollouts_leave_rows_alone(recipe: Recipe, _: Registries) -> Iterator[RecipeM
     if recipe.data.packing:
         message = "a step's sequences are prompts, one each, and are not packed"
         yield RecipeMistake(key=("data", "packing"), message=message, fix="packing = false", also=also)
-    if recipe.data.prefix_sharing:
-        message = "is not done for answers that are written while training"
-        yield RecipeMistake(key=("data", "prefix_sharing"), message=message, fix="remove it", also=also)
     if recipe.data.eval:
         yield RecipeMistake(
             key=("data", "eval"),

@@ -89,8 +89,6 @@ class DataTable(Params):
     """Tokens in a sequence, packed or not."""
     packing: Fixed[bool] = True
     """Best-fit packing of documents into sequences; they never attend to each other."""
-    prefix_sharing: Fixed[bool] = False
-    """Compute the prompt that a row's answers share once for all of them, where that is proven for the model."""
     loss_on: Fixed[Literal["assistant", "completion", "last_turn", "all"]] = "assistant"
     """Which tokens are trained; `all` by default when every source has format = "text"."""
     chat_template: Fixed[str] = Field(default="auto", min_length=1)

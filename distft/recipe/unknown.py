@@ -6,6 +6,7 @@ from distft.core.registry import Params, nearest
 from distft.recipe.lines import KeyPath
 from distft.recipe.origin import RecipeMistake
 from distft.recipe.other_words import OTHER_WORDS
+from distft.recipe.removed_keys import REMOVED_KEYS
 from distft.recipe.schema import (
     Registries,
     RunKeys,
@@ -56,6 +57,9 @@ def _homes_of(word: str, registries: Registries) -> list[str]:
 
 def _stray(key: KeyPath, allowed_keys: list[str], registries: Registries, allowed: str) -> RecipeMistake:
     word = str(key[-1])
+    if removed := REMOVED_KEYS.get(".".join(map(str, key))):
+        message = f"is gone, and means {toml_value(removed.meant)}: {removed.why}"
+        return RecipeMistake(key=key, message=message, fix="remove it")
     if word in OTHER_WORDS:
         hint = f"unknown key, here it is called {OTHER_WORDS[word]}"
     elif near := nearest(word, allowed_keys):

@@ -40,8 +40,6 @@ REFERENCES = {
     "back-full-true-1": ("full", "other", "model"),
 }
 """Case -> method, trained model and the reference that is named: a copy of the trained one, or another."""
-SHARING = ("dpo-full", "reward-lora")
-"""Cases whose prompts are computed once as well."""
 LIMIT_S = 3600.0 if WHOLE_GRIDS else 600.0
 FIGURES = ("loss", "grad_norm", "reward_chosen", "reward_rejected", "reward_accuracy", "tokens")
 
@@ -95,8 +93,6 @@ def cases(engine: str, world: int, folder: Path, *settings: str) -> dict[str, li
                         f'data.eval.0.format="{form}"', f'data.cache_dir="{folder}/cache-{engine}"',
                         *(SETTINGS[name] for name in settings),
                     ]  # fmt: skip
-    for name in SHARING:
-        out[f"shared-{name}"] = [*out[f"{name}-true-1"], "data.prefix_sharing=true"]
     for name, (method, model, reference) in REFERENCES.items():
         out[name] = [
             *out[f"dpo-{method}-true-1"],
@@ -124,7 +120,7 @@ def layout(request: pytest.FixtureRequest, pairs: Bench, solo: dict[str, Run]) -
 def test_loss_norm_and_figures_equal_solo(layout: dict[str, Run], solo: dict[str, Run]) -> None:
     worst: dict[str, float] = {}
     for name, run in layout.items():
-        reference = solo[name if name.startswith("shared") else name.rsplit("-", 1)[0] + "-1"]
+        reference = solo[name.rsplit("-", 1)[0] + "-1"]
         margin = [] if name.startswith(SINGLE) else ["reward_margin"]
         for figure in (*FIGURES, *margin):
             mine, theirs = run.column(figure), reference.column(figure)
@@ -150,16 +146,6 @@ def test_identical_policies_give_ln_2_and_it_learns(solo: dict[str, Run]) -> Non
             assert run.column("kl")[0] == pytest.approx(0, abs=1e-5)
             assert max(run.column("kl")) > 0.001, (name, "the policy moves away from its reference")
         assert run.evals[-1]["eval_loss"] < run.evals[0]["eval_loss"], name
-
-
-def test_prompts_that_are_computed_once_change_nothing(layout: dict[str, Run]) -> None:
-    for name in SHARING:
-        shared, apart = layout[f"shared-{name}"], layout[f"{name}-true-1"]
-        for figure in ("loss", "grad_norm", "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy"):
-            mine, theirs = shared.column(figure), apart.column(figure)
-            assert mine == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE), (name, figure)
-        assert shared.evals[-1]["eval_loss"] == pytest.approx(apart.evals[-1]["eval_loss"], rel=TOLERANCE)
-        assert sum(shared.column("tokens")) < 0.95 * sum(apart.column("tokens")), "fewer tokens are computed"
 
 
 def test_another_model_is_the_reference(layout: dict[str, Run]) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from distft import load_recipe
+from distft.catalog import REGISTRIES
 from distft.core.errors import CheckpointError, DataError
-from distft.resume import about, check_fits, default_values
+from distft.resume import about, check_fits
 
 WHERE = Path("runs/run/checkpoints/step-00000004")
 ROWS = {"train": "ab" * 32}
@@ -23,13 +24,13 @@ def says(tmp_path: Path) -> Says:
 
     def of(*overrides: str, rows: dict[str, str] = ROWS, base: str = "") -> dict:
         recipe = load_recipe(path, overrides=overrides)
-        return about(recipe, rows, base, 10) | {"defaults": default_values(recipe)}
+        return about(recipe, rows, base, 10)
 
     return of
 
 
 def fits(saved: dict, now: dict, *, allow_changes: bool = False) -> list[str]:
-    return check_fits(saved, now, WHERE, defaults=now["defaults"], allow_changes=allow_changes)
+    return check_fits(saved, now, WHERE, registries=REGISTRIES, allow_changes=allow_changes)
 
 
 @pytest.mark.row(18)
@@ -88,12 +89,22 @@ def test_an_adapter_belongs_to_its_base(says: Says) -> None:
 def test_a_checkpoint_from_before_a_key_is_continued(says: Says) -> None:
     """It means the key's default: a key that decides about numbers is refused with another value alone."""
     old, now = says(), says("data.date='2026-01-31'", "data.merge_turns=true")
-    for key in ("special_tokens_in_content", "merge_turns", "prefix_sharing"):
+    for key in ("special_tokens_in_content", "merge_turns", "packing"):
         del old["recipe"]["data"][key]
+    del old["recipe"]["data"]["train"][0]["weight"]
     told = fits(old, now, allow_changes=False)
     assert [line.partition(":")[0] for line in told] == ["data.date", "data.merge_turns"]
-    now["recipe"]["data"]["prefix_sharing"] = True
-    with pytest.raises(CheckpointError, match=r"data\.prefix_sharing: None -> True"):
+    now["recipe"]["data"]["packing"] = False
+    with pytest.raises(CheckpointError, match=r"data\.packing: True -> False"):
+        fits(old, now, allow_changes=True)
+
+
+def test_one_from_before_a_key_was_removed_is_continued_where_it_says_what_happens_now(says: Says) -> None:
+    old, now = says(), says()
+    old["recipe"]["data"]["prefix_sharing"] = False
+    assert fits(old, now) == []
+    old["recipe"]["data"]["prefix_sharing"] = True
+    with pytest.raises(CheckpointError, match=r"(?s)does not read.*prefix_sharing = true.*is gone, and means false"):
         fits(old, now, allow_changes=True)
 
 
@@ -103,5 +114,5 @@ def test_so_is_one_from_before_a_key_of_its_method(says: Says) -> None:
     for key in ("trainable_tokens", "rank_pattern", "rslora", "init"):
         del old["recipe"]["method"][key]
     assert fits(old, now) == []
-    with pytest.raises(CheckpointError, match=r"method\.rslora: None -> True"):
+    with pytest.raises(CheckpointError, match=r"method\.rslora: False -> True"):
         fits(old, says('method={name="lora", r=8, rslora=true}'), allow_changes=True)

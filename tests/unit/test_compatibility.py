@@ -333,33 +333,3 @@ def test_a_reference_is_the_trained_model_with_other_weights(
 def test_an_objective_without_a_reference_takes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = f'[objective]\nname = "orpo"\nreference = "{tmp_path}/other"\n'
     says(VERBS["check"], recipe(tmp_path, more=more), capsys, "it belongs to dpo, kto, bco  remove it", "line 18")
-
-
-# -- prompts that are computed once ------------------------------------------------------------------------------------
-
-DPO = '[objective]\nname = "dpo"\n'
-SHARED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "one answer to a row": ({}, "", 'rows of objective "sft" have one answer each, and share no prompt'),
-    "compiled blocks": ({}, DPO + "[train]\ncompile = true\n", "compiled blocks want micro-batches of one length"),
-    "another attention": (
-        {},
-        DPO,
-        "attention sdpa has no keys of a prompt that lies elsewhere",
-    ),
-    "a model that looks back otherwise": (
-        {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "state_size": 8},
-        DPO,
-        "has no keys of a prompt that lies elsewhere",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", SHARED)
-def test_prompts_that_cannot_be_computed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
-    config, more, message = SHARED[case]
-    path = recipe(tmp_path, config=config, more=more)
-    text = Path(path).read_text().replace("packing = false", "prefix_sharing = true")
-    if case == "another attention":
-        text = text.replace('dtype = "float32"', 'dtype = "float32"\nattention = "sdpa"', 1)
-    Path(path).write_text(text)
-    says(VERBS["train"], path, capsys, message, "line 12" if case == "another attention" else "line 11")

@@ -95,9 +95,8 @@ def _hold(config: Any, path: ForwardPath, device: torch.device, max_length: int)
     from distft.model.causal import CausalLM
     from distft.model.cross_entropy import chunked_sum
     from distft.model.precision import in_double
-    from distft.model.probe_batches import probe_batch
     from distft.model.proof import small_models
-    from distft.model.reference import GRADIENT, LOSS, NotEqualError, drawn_weights
+    from distft.model.reference import GRADIENT, LOSS, NotEqualError, drawn_weights, probe_batch
 
     def build(small: Any, kernel: str) -> Any:
         made = _prepare(small)

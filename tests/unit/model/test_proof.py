@@ -137,7 +137,7 @@ FAULTS: list[tuple[str, Any, str, Any, dict[str, Any]]] = [
     ("llama", attention, "varlen_attention", leaking, {}),
     ("apertus", attention, "varlen_attention", leaking, {}),
     ("hrm_text", attention, "varlen_attention", leaking, {}),
-    ("mistral", attention, "_mask", lambda length, num_keys, window, device: None, {"sliding_window": 8}),
+    ("mistral", attention, "_window_mask", lambda length, window, device: None, {"sliding_window": 8}),
 ]
 
 
@@ -169,10 +169,10 @@ def test_a_mistake_of_our_own_is_no_reason_to_refuse_a_model(tmp_path: Path, mon
     folder = model_folder("llama", tmp_path / "llama")
     table = ModelTable(path=str(folder), dtype="float32")
     with monkeypatch.context() as planted:
-        planted.delattr(attention, "_mask")
-        with pytest.raises(NameError, match="_mask"):
+        planted.delattr(attention, "_window_mask")
+        with pytest.raises(NameError, match="_window_mask"):
             verdict_on(table, folder, max_length=256)
-        planted.setattr(attention, "_mask", None, raising=False)
+        planted.setattr(attention, "_window_mask", None, raising=False)
         with pytest.raises(TypeError, match="not callable"):
             verdict_on(table, folder, max_length=256)
     with monkeypatch.context() as planted:

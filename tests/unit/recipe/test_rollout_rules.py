@@ -41,7 +41,6 @@ REPLACED: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "a cap below 1": ({"OBJECTIVE": 'correction = "token"\ncorrection_cap = 0.5 # <-'}, ("number >= 1",)),
     "TRL's epsilon": ({"OBJECTIVE": "epsilon = 0.2 # <-"}, ("epsilon = 0.2", "unknown key")),
     "another objective's key": ({"OBJECTIVE": "label_smoothing = 0.1 # <-"}, ("belongs to", "dpo")),
-    "shared prompts": ({"DATA": "prefix_sharing = true # <-"}, ("is not done for answers that are written",)),
     "one answer": ({"ROLLOUT": "answers_per_prompt = 1 # <-"}, ("compares answers to one prompt", "ppo")),
     "no answers": ({"ROLLOUT": "answers_per_prompt = 0 # <-"}, ("whole number >= 1",)),
     "no tokens": ({"ROLLOUT": "max_new_tokens = 0 # <-"}, ("whole number >= 1",)),
