@@ -186,7 +186,7 @@ def check_fits(
             "restore the data, or start anew with --resume never or another name"
         )
     if saved["base"] and now["base"] and saved["base"] != now["base"]:
-        raise CheckpointError(f"{where}: its adapter belongs to other base weights than [model] path now names")
+        raise CheckpointError(f"{where}: belongs to other base weights than [model] path now names")
     refused, to_confirm, harmless = [], [], []
     if saved["mix"] != now["mix"]:
         refused.append(f"weight and share of [[data.train]]: {saved['mix']} -> {now['mix']}")

@@ -10,6 +10,7 @@ from distft.assemble.evaluation import load_row_renderer
 from distft.assemble.step_source import num_steps
 from distft.assemble.training_data import Data, Say
 from distft.catalog import REGISTRIES
+from distft.columns import keeps_reference
 from distft.compatibility import tokenizer_of
 from distft.recipe import Recipe
 
@@ -43,7 +44,7 @@ def open_checkpoints(
     from distft.core.types import TrainState
     from distft.resume import CheckpointManager, about, check_fits
 
-    base = weights_hash(recipe, engine) if recipe.method.spec.adapter else ""
+    base = weights_hash(recipe, engine) if recipe.method.spec.adapter or keeps_reference(recipe) else ""
     says = about(recipe, rows.fingerprint, base, num_steps(recipe, rows)) | {"date": recipe.data.date}
     root = folder.path / "checkpoints"
     if resume == "never" and engine.rank == 0:

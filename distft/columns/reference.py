@@ -1,13 +1,14 @@
 """The log-probability that the model gave each document's supervised tokens before it was trained.
 
-The reference of preference objectives. Under a method that leaves the base as it is (LoRA, QLoRA) it is the trained
-model with the adapters left out; else it is computed once, before the first update, and kept. No second model stands in
-memory.
+The reference of preference objectives and of KL penalties. Under a method that leaves the base as it is (LoRA, QLoRA)
+it is the trained model with the adapters left out. Else it is computed once, before the first update, and kept; no
+second model stands in memory. Where what is trained is written during training, nothing can be computed before: then
+each rank keeps a copy of its part of the trained weights, which take their place for the reference's forwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,18 +49,15 @@ class ReferenceModel:
         """Collective: return what gives [S], the log-probability of every supervised token of a micro-batch.
 
         Raises:
-            MachineError, FileSystemError, Preempted: see `stored_logprobs`; or the model before training is needed
-                beside the trained one.
+            MachineError, FileSystemError, Preempted: see `stored_logprobs`.
         """
         alone = self.base_alone
         if alone is None or not _can_be_left(alone):
-            if self.written_meanwhile:
-                raise MachineError(
-                    "the model before training is not to be had beside this one: adapters that start from others, "
-                    "change the base or train whole modules cannot be left out of a forward  [objective] beta = 0.0, "
-                    "or plain adapters"
-                )
-            return self._from_files()
+            if not self.written_meanwhile:
+                return self._from_files()
+            if self.is_trained:
+                raise MachineError("the model before training is needed, and only the trained one is here")
+            return FrozenReference(policy=self.policy, engine=self.engine, frozen=self.engine.frozen_weights())
 
         def by_leaving_out(batch: Batch) -> Tensor:
             with alone():
@@ -92,6 +90,38 @@ class ReferenceModel:
         return from_file
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrozenReference:
+    """Gives log-probabilities under weights that were copied before training."""
+
+    policy: Policy
+    engine: Engine
+    frozen: Callable[[], AbstractContextManager[None]]
+    """Context in which the engine's model has them (`Engine.frozen_weights`)."""
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Collective: return [S], those of a micro-batch on the device."""
+        with self.frozen():
+            return self.policy.token_logprobs(batch)
+
+    def of_all(self, micros: Sequence[Batch]) -> Callable[[Batch], Tensor]:
+        """Collective: compute those of all micro-batches, so that weights change places twice a step.
+
+        Returns:
+            What gives them, micro-batch by micro-batch in this order.
+        """
+        with self.frozen():
+            computed = [self.policy.token_logprobs(self.engine.place(micro)) for micro in micros]
+        values = zip(micros, computed, strict=True)
+
+        def next_one(batch: Batch) -> Tensor:
+            micro, logprobs_S = next(values)
+            assert (micro.position, micro.num_supervised) == (batch.position, batch.num_supervised), "out of order"
+            return logprobs_S
+
+        return next_one
+
+
 def _can_be_left(alone: Callable[[], AbstractContextManager[None]]) -> bool:
     """Return whether every trained part is one that forwards can do without (`MethodSpec.base_alone`)."""
     try:
@@ -101,11 +131,16 @@ def _can_be_left(alone: Callable[[], AbstractContextManager[None]]) -> bool:
         return False
 
 
+def _by_token(inputs: ColumnInputs) -> Supplier:
+    reference = inputs.reference()
+    return reference.of_all if isinstance(reference, FrozenReference) else of_each(reference)
+
+
 def _by_document(inputs: ColumnInputs) -> Supplier:
     by_token = inputs.reference()
     return of_each(lambda batch: batch.sum_by_document(by_token(batch)))
 
 
 _READS: dict[str, Any] = {"reads_reference": True, "reference_forwards": 1}
-BY_TOKEN = ColumnSpec(name="ref_logprob_S", open=lambda inputs: of_each(inputs.reference()), **_READS)
+BY_TOKEN = ColumnSpec(name="ref_logprob_S", open=_by_token, **_READS)
 BY_DOCUMENT = ColumnSpec(name="ref_logprob_D", open=_by_document, **_READS)

@@ -76,7 +76,11 @@ class ColumnFiller:
         Returns:
             What gives one of them its columns, which stay on the device; collective.
         """
-        columns = {name: supplier(micros) for name, supplier in self.suppliers.items()}
+        columns = {
+            name: supplier(micros)
+            for name, supplier in self.suppliers.items()
+            if not all(name in micro.columns for micro in micros)
+        }
 
         def filled(micro: Batch) -> Batch:
             on_device = self.engine.place(micro)

@@ -342,6 +342,13 @@ class Engine(Ranks, Protocol):
         """Surround forwards without gradients, dropout off."""
         ...
 
+    def frozen_weights(self) -> Callable[[], AbstractContextManager[None]]:
+        """Copy the trained weights, each rank its part; return a context in which forwards compute with the copies.
+
+        Entering and leaving it is collective. Inside, no update is made and nothing is saved.
+        """
+        ...
+
     def full_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Collective: whole tensors one at a time, on the CPU of rank 0; other ranks get empty ones."""
         ...

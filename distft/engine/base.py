@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,40 @@ class BaseEngine(ProcessRanks):
                 yield
         finally:
             self.model.train(training)
+
+    def frozen_weights(self) -> Callable[[], AbstractContextManager[None]]:
+        """Copy this rank's part of the trained weights; return a context in which the model has them again.
+
+        Inside, no update is made and nothing is saved. Weights and copies change places tensor by tensor, so that both
+        keep their memory, and with it everything that refers to it.
+        """
+        weights = list(self._weights_here())
+        copies = [weight.clone() for weight in weights]
+
+        @contextlib.contextmanager
+        def frozen() -> Iterator[None]:
+            self._exchange(weights, copies)
+            try:
+                yield
+            finally:
+                self._exchange(weights, copies)
+
+        return frozen
+
+    def _weights_here(self) -> Iterator[Tensor]:
+        """Yield what forwards read of trained parameters, of each the part that this rank stores."""
+        raise NotImplementedError
+
+    def _forget_gathered(self) -> None:
+        """Drop what was gathered of sharded weights, so that the next forward gathers again."""
+
+    def _exchange(self, weights: list[Tensor], copies: list[Tensor]) -> None:
+        self._forget_gathered()
+        with torch.no_grad():
+            for weight, copied in zip(weights, copies, strict=True):
+                kept = weight.clone()
+                weight.copy_(copied)
+                copied.copy_(kept)
 
     def close(self) -> None:
         """Leave the process group, unless the caller made it."""

@@ -203,6 +203,17 @@ class ZeroEngine(BaseEngine):
             params[fragment.name].ds_tensor.data[: fragment.length].copy_(fragment.of(fragment.flat.detach()))
         self._optimizer.invalidate_secondary_tensor()  # else hpZ computes with the copies of before
 
+    def _weights_here(self) -> Iterator[Tensor]:
+        for raw in self._wrapped.module.parameters():
+            param: Any = raw
+            if param.requires_grad:
+                yield param.ds_tensor.data if self._stage == 3 else param.data
+
+    def _forget_gathered(self) -> None:
+        if self._stage == 3:
+            self._optimizer._partition_all_parameters()
+            self._optimizer.invalidate_secondary_tensor()  # else hpZ computes with the copies of before
+
     def _flats(self) -> list[Tensor]:
         optimizer = self._optimizer
         return optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups

@@ -94,6 +94,9 @@ class Fsdp2Engine(SoloEngine):
         """Give weights back at the end: a forward without a backward leaves them gathered."""
         with super().evaluating():
             yield
+        self._forget_gathered()
+
+    def _forget_gathered(self) -> None:
         for part in self.model.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()

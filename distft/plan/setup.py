@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distft.columns import COLUMNS
+from distft.columns import COLUMNS, keeps_reference
 from distft.core.accelerators import Accelerator
 from distft.core.registry import Params
 from distft.engine import ENGINES, EngineSpec
@@ -135,7 +135,13 @@ class Setup:
         """The reference's log-probabilities are computed once: the method changes the base itself, or it is another."""
         objective = self.recipe.objective
         another = objective.spec.reference(objective.params) is not None
-        return another or not leaves_base_alone(self.recipe.method.spec, self.recipe.method.params)
+        apart = leaves_base_alone(self.recipe.method.spec, self.recipe.method.params)
+        return another or not (apart or objective.spec.writes)
+
+    @property
+    def keeps_reference(self) -> bool:
+        """The weights of before training stay beside the trained ones (`Engine.frozen_weights`)."""
+        return keeps_reference(self.recipe)
 
     @property
     def column_forwards(self) -> tuple[int, int]:

@@ -91,13 +91,6 @@ def rollouts_leave_rows_alone(recipe: Recipe, _: Registries) -> Iterator[RecipeM
             fix="answers_per_prompt = 8, or objective ppo, which has a critic",
             also=also,
         )
-    if getattr(recipe.objective.params, "beta", 0.0) and getattr(recipe.method.spec, "base_alone", None) is None:
-        yield RecipeMistake(
-            key=("objective", "beta"),
-            message=f'method "{recipe.method.name}" changes the model itself, so that none is left to compare with',
-            fix="beta = 0.0, or a method with adapters",
-            also=(("method", "name"),),
-        )
 
 
 def _writes(objective: Any) -> bool:

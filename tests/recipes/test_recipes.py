@@ -89,8 +89,7 @@ ROLLOUTS = ["data.packing=false", 'rollout.rewards=[{name="exact_match"}]']
 NEEDS = {
     "peft": ['method.type="HRA"'],
     "freeze": ["method.last_blocks=1"],
-    **dict.fromkeys(("grpo", "rloo", "reinforce"), ROLLOUTS),
-    "ppo": [*ROLLOUTS, "method.name=lora"],  # its default beta leaves adapters out
+    **dict.fromkeys(("grpo", "rloo", "reinforce", "ppo"), ROLLOUTS),
 }
 """What parts have no default of."""
 LEAST = 'name = "run"\n[model]\npath = "base"\n[[data.train]]\npath = "train.jsonl"\n'

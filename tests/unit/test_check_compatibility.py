@@ -82,7 +82,7 @@ def test_other_rows_are_a_fault_of_the_data(says: Says) -> None:
 
 
 def test_an_adapter_belongs_to_its_base(says: Says) -> None:
-    with pytest.raises(CheckpointError, match="its adapter belongs to other base weights"):
+    with pytest.raises(CheckpointError, match="belongs to other base weights"):
         fits(says(base="one"), says(base="another"), allow_changes=True)
 
 

@@ -180,3 +180,38 @@ def test_dropout_depends_on_the_micro_batchs_seed_only(tiny_config: Path) -> Non
         off = [engine.model(**micro.inputs()).sum().item() for _ in range(2)]
     assert off[0] == off[1] != first
     assert engine.model.training, "dropout is on again after an evaluation"
+
+
+# -- weights of before, beside the trained ones ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("full", "float32"), ("full", "bfloat16"), ("lora", "float32")])
+def test_frozen_weights_stand_in_and_go_again(tiny_config: Path, method: str, dtype: str) -> None:
+    engine, micro = opened(tiny_config, method, dtype=dtype), batch(documents([9, 5]))
+
+    def losses() -> torch.Tensor:
+        with engine.evaluating():
+            return engine.model(**engine.place(micro).inputs(), per_token=True)
+
+    def train(step: int) -> None:
+        forward_backward(engine, micro, weight=12)
+        engine.step(TrainState(step=step), 12, lambda loss: True)
+
+    before, frozen = losses(), engine.frozen_weights()
+    train(0)
+    after, weights = losses(), bits(engine)
+    assert not torch.equal(before, after)
+    with frozen():
+        assert torch.equal(losses(), before)
+    with pytest.raises(TypeError), frozen():
+        engine.model(None)
+    assert all(torch.equal(new, weights[name]) for name, new in bits(engine).items())
+    assert torch.equal(losses(), after)
+    with frozen():
+        assert torch.equal(losses(), before), "a second time, too"
+    train(1)
+    again = opened(tiny_config, method, dtype=dtype)
+    for step in range(2):
+        forward_backward(again, micro, weight=12)
+        again.step(TrainState(step=step), 12, lambda loss: True)
+    assert all(torch.equal(new, bits(again)[name]) for name, new in bits(engine).items()), "training never noticed"

@@ -34,9 +34,6 @@ PLACES = ("METHOD", "OBJECTIVE", "DATA", "ROLLOUT", "REWARD", "TRAIN")
 REPLACED: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "an unknown loss": ({"OBJECTIVE": 'loss = "ppo" # <-'}, ('must be one of "grpo", "dapo"',)),
     "a negative beta": ({"OBJECTIVE": "beta = -0.1 # <-"}, ("beta = -0.1", "number >= 0")),
-    "beta without adapters": (
-        {"OBJECTIVE": "beta = 0.1 # <-"}, ('method "full" changes the model itself', "beta = 0.0, or a method with"),
-    ),
     "a clip above 1": ({"OBJECTIVE": "clip_low = 1.5 # <-"}, ("number > 0 and < 1",)),
     "a cap below 1": ({"OBJECTIVE": 'correction = "token"\ncorrection_cap = 0.5 # <-'}, ("number >= 1",)),
     "TRL's epsilon": ({"OBJECTIVE": "epsilon = 0.2 # <-"}, ("epsilon = 0.2", "unknown key")),
@@ -73,10 +70,6 @@ WHOLE = {
     "no critic's loss": (
         GOOD.replace('name = "grpo"', 'name = "ppo"').replace("OBJECTIVE", "beta = 0.0\nvf_coef = 0.0 # <-"),
         ("number > 0",),
-    ),
-    "a penalty without adapters": (
-        GOOD.replace('[objective]\nname = "grpo"', '[objective] # <-\nname = "ppo"'),
-        ('method "full" changes the model itself', "beta = 0.0"),
     ),
     "without the objective": (
         GOOD.replace('name = "grpo"', 'name = "sft"').replace("[rollout]", "[rollout] # <-"),
