@@ -7,8 +7,11 @@ or two instead of ten, so that a run can be killed at every point there is.
 from __future__ import annotations
 
 import functools
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import socket
@@ -93,20 +96,35 @@ def shared() -> Forks:
 
 def main() -> None:
     """Read starts, a JSON object a line, and print the exit codes of each."""
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-    import torch  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import distft.assemble
-    import distft.job  # noqa: F401
-
+    import_all()
     for line in sys.stdin:
         start = json.loads(line)
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
         ranks = [fork(rank, port, start) for rank in range(start["world"])]
         print(json.dumps(codes_of(ranks, start["limit_s"], together="command" in start)), flush=True)
+
+
+def import_all() -> None:
+    """Import what ranks import, and let their garbage collectors pass over it: each would look at it again."""
+    import deepspeed.runtime.superoffload.superoffload_stage3
+    import peft.tuners.lora.bnb
+    import rich.progress
+    import setuptools  # what compiles and loads DeepSpeed's operators asks for it
+    import torch.utils.cpp_extension
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    import distft
+    from distft.cli import VERBS
+
+    commands = {f"distft.{verb}" for verb in VERBS}
+    for module in pkgutil.walk_packages(distft.__path__, "distft."):
+        if module.name not in commands and not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    get_checkpoint_conversion_mapping("llama")  # compiles the patterns of every architecture, and keeps them
+    gc.collect()
+    gc.freeze()
 
 
 def fork(rank: int, port: int, start: dict) -> int:
