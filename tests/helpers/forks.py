@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 WORLD = 2
 LIMIT_S = 120.0
 """A start that takes longer hangs."""
+LIBRARIES = (
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "peft.tuners.lora.bnb",
+    "rich.progress",
+    "setuptools",  # what compiles and loads DeepSpeed's operators asks for it
+    "torch.utils.cpp_extension",
+    "transformers.models.llama.modeling_llama",
+)
+"""What ranks import late."""
 
 
 class Forks:
@@ -107,21 +116,15 @@ def main() -> None:
 
 def import_all() -> None:
     """Import what ranks import, and let their garbage collectors pass over it: each would look at it again."""
-    import deepspeed.runtime.superoffload.superoffload_stage3
-    import peft.tuners.lora.bnb
-    import rich.progress
-    import setuptools  # what compiles and loads DeepSpeed's operators asks for it
-    import torch.utils.cpp_extension
-    import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import distft
     from distft.cli import VERBS
 
-    commands = {f"distft.{verb}" for verb in VERBS}
-    for module in pkgutil.walk_packages(distft.__path__, "distft."):
-        if module.name not in commands and not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+    own = {module.name for module in pkgutil.walk_packages(distft.__path__, "distft.")}
+    commands = {f"distft.{verb}" for verb in VERBS} | {name for name in own if name.endswith("__main__")}
+    for name in (*LIBRARIES, *sorted(own - commands)):
+        importlib.import_module(name)
     get_checkpoint_conversion_mapping("llama")  # compiles the patterns of every architecture, and keeps them
     gc.collect()
     gc.freeze()
