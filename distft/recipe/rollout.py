@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from distft.core.registry import Params
+from distft.recipe.resume_policy import Free
 
 
 class RewardTerm(Params):
@@ -31,6 +32,8 @@ class RolloutTable(Params):
     """Optimizer steps taken on the same answers; above 1, probabilities are compared with those of the first."""
     mask_truncated: bool = False
     """Leave out answers that did not end within max_new_tokens."""
+    generator: Free[str | dict[str, Any]] = Field(default={"name": "engine"}, examples=["vllm"])
+    """What writes the answers: "engine", the model as it is trained; or "vllm", a server, or its name and settings."""
     batch_size: int | None = Field(default=None, ge=1)
     """Answers written at a time on one GPU; as many as fit unless set. It changes no answer."""
     rewards: tuple[dict[str, Any], ...] = Field(default=(), examples=[[{"name": "exact_match", "weight": 1.0}]])

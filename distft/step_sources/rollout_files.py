@@ -87,6 +87,7 @@ class RolloutFiles:
                 "rewards": dict(zip(self.rewards, judged.parts, strict=False)),
                 "advantage": float(rollout.advantage_PN[place]),
                 "unscored": judged.why or None,
+                **({"policy": answer.policy} if answer.policy else {}),
                 "ids": answer.ids,
                 "logprobs": answer.logprobs,
             }
@@ -114,6 +115,7 @@ class RolloutFiles:
                 logprobs=tuple(line["logprobs"]),
                 num_tokens=len(line["ids"]),
                 ended=line["ended"],
+                policy=line.get("policy", ""),
             )
             for line in lines
         ]

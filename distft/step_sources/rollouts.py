@@ -37,7 +37,7 @@ class RolloutSteps:
     def __init__(self, inputs: StepSourceInputs) -> None:
         self._inputs, self._table = inputs, inputs.rollout
         self._rewards = rewards_of(self._table)
-        self._generator = inputs.generator("engine")
+        self._generator = inputs.generator()
         self._files = RolloutFiles(
             folder=inputs.folder,
             rewards=tuple(reward.name for reward in self._rewards),

@@ -32,8 +32,8 @@ class StepSourceInputs:
     fill: Callable[[list[Batch]], list[Batch]]
     """Collective: gives micro-batches the columns that the objective reads; the loop leaves those alone that they have.
     """
-    generator: Callable[[str], CompletionGenerator]
-    """Name -> an opened generator with its default parameters (see `distft.generation.GENERATORS`)."""
+    generator: Callable[[], CompletionGenerator]
+    """Opens the generator that [rollout] names (see `distft.generation.GENERATORS`); collective."""
     max_length: int
     """Tokens of a document at most."""
     num_steps: int

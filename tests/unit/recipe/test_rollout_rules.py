@@ -54,6 +54,28 @@ REPLACED: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "choices": ({"REWARD": '[[rollout.rewards]]\nname = "multiple_choice" # <-'}, ("weighs choices",)),
     "a figure that is not there": ({"REWARD": 'figure = "rouge1" # <-'}, ('"rouge1" is no figure', "exact_match")),
     "a weight of text": ({"REWARD": 'weight = "much" # <-'}, ("weight", "must be a number")),
+    "a server for a whole model": (
+        {"ROLLOUT": 'generator = "vllm" # <-'}, ("trains the model itself", "use lora or qlora"),
+    ),
+    "a server for DoRA": (
+        {"METHOD": 'lora"\ndora = true\n#"', "ROLLOUT": 'generator = "vllm" # <-'}, ("without [method] dora",),
+    ),
+    "a server for another adapter": (
+        {"METHOD": "loha", "ROLLOUT": 'generator = { name = "vllm" } # <-'}, ('not the adapter of "loha"',),
+    ),
+    "a server's batches": (
+        {"METHOD": "lora", "ROLLOUT": 'generator = "vllm"\nbatch_size = 4 # <-'}, ("has no effect", "remove it"),
+    ),
+    "an unknown generator": ({"ROLLOUT": 'generator = "sglang" # <-'}, ("unknown generator", "engine, vllm")),
+    "a server without a scheme": (
+        {"METHOD": "lora", "ROLLOUT": 'generator = { name = "vllm", url = "host:8000" } # <-'}, ("url", "https?://"),
+    ),
+    "a key that no server has": (
+        {"METHOD": "lora", "ROLLOUT": 'generator = { name = "vllm", port = 8000 } # <-'}, ("port", "unknown key"),
+    ),
+    "a key of servers for the engine": (
+        {"ROLLOUT": 'generator = { name = "engine", url = "http://a" } # <-'}, ("url", "unknown key"),
+    ),
     "a rehearsal": ({"TRAIN": "rehearse = true # <-"}, ("answers have not been written yet",)),
     "compiled": ({"TRAIN": "compile = true # <-"}, ("micro-batches of one length",)),
     "dropout": (
