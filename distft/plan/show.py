@@ -98,6 +98,7 @@ def details(case: PlanCase, *, price: float | None, explain: bool) -> Iterator[s
         yield (
             f"answers (predicted): {rows} written at once on a GPU, {fast.rollout_s:.2f} s of a step "
             f"({fast.rollout_s / step:.0%}) where each takes max_new_tokens"
+            + (f"; {1 + more} times as long where refill replaces all" if (more := setup.recipe.rollout.refill) else "")
         )
     if is_written_elsewhere(setup.recipe):
         yield "answers: a server writes them, whose memory and time are not counted here"

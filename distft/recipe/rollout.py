@@ -32,6 +32,9 @@ class RolloutTable(Params):
     """Optimizer steps taken on the same answers; above 1, probabilities are compared with those of the first."""
     mask_truncated: bool = False
     """Leave out answers that did not end within max_new_tokens."""
+    refill: int = Field(default=0, ge=0)
+    """Times that prompts whose answers are all worth the same, which teach nothing, are replaced by others from
+    elsewhere in the run (DAPO's dynamic sampling); those that are left then stay. 0: no prompt is replaced."""
     generator: Free[str | dict[str, Any]] = Field(default={"name": "engine"}, examples=["vllm"])
     """What writes the answers: "engine", the model as it is trained; or "vllm", a server, or its name and settings."""
     batch_size: int | None = Field(default=None, ge=1)

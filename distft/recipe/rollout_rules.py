@@ -94,6 +94,13 @@ def rollouts_leave_rows_alone(recipe: Recipe, _: Registries) -> Iterator[RecipeM
             fix="answers_per_prompt = 8, or objective ppo, which has a critic",
             also=also,
         )
+    if recipe.rollout.refill and not getattr(recipe.objective.params, "equal_teaches_nothing", False):
+        yield RecipeMistake(
+            key=("rollout", "refill"),
+            message=f'objective "{recipe.objective.name}" learns from prompts whose answers are all worth the same',
+            fix="remove it, or take grpo or rloo, which compare answers to one prompt alone",
+            also=also,
+        )
     if getattr(recipe.objective.params, "beta", 0.0) and getattr(recipe.method.spec, "base_alone", None) is None:
         yield RecipeMistake(
             key=("objective", "beta"),

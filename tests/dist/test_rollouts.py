@@ -8,6 +8,9 @@ from harness import STEPS, WHOLE_GRIDS, Bench, Run, label
 
 REWARD = 'rollout={answers_per_prompt=4, max_new_tokens=12, updates=UPDATES, rewards=[{name="function", function='
 REWARD += '"reward_of_letters:judge"}, {name="regex", pattern="[aeiou]", weight=0.25}]}'
+REFILL = 'rollout={answers_per_prompt=2, max_new_tokens=12, updates=UPDATES, refill=2, rewards=[{name="regex", '
+REFILL += 'pattern="[aeiou]"}]}'
+"""Rewards of 0 and 1, which are often equal."""
 METHODS = {
     "full": ['method.name="full"'],
     "lora": ['method={name="lora", r=4}'],
@@ -35,6 +38,7 @@ if WHOLE_GRIDS:
         "reinforce-full-2": ("reinforce", "full", 2),
         "grpo-kl-qlora-1": ("grpo-kl", "qlora", 1),
         "ppo-full-1": ("ppo", "full", 1),
+        "refill-full-3": ("dapo", "full", 3),
     }
 """Name -> objective, method and updates on the same answers."""
 LAYOUTS = [("ddp", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE_GRIDS else [("fsdp2", 2)]
@@ -45,7 +49,8 @@ CUT = 4
 def overrides(engine: str, case: str, *more: str, micro: int = 1) -> list[str]:
     objective, method, updates = CASES[case]
     return [
-        f'engine.name="{engine}"', *METHODS[method], OBJECTIVES[objective], REWARD.replace("UPDATES", str(updates)),
+        f'engine.name="{engine}"', *METHODS[method], OBJECTIVES[objective],
+        (REFILL if case.startswith("refill") else REWARD).replace("UPDATES", str(updates)),
         "data.packing=false", "data.eval=[]", "data.max_length=272", f"train.max_steps={STEPS}",
         f"train.micro_batch_size={micro}", 'checkpoint.every_steps="off"', "optim.learning_rate=3e-3", *more,
     ]  # fmt: skip

@@ -158,8 +158,6 @@ def test_a_run_on_a_servers_answers(bench: Bench, server: Server) -> None:
         assert len(line["ids"]) == len(line["logprobs"]) <= 12
     assert max(killed.column("sampler_gap")) < 1e-3, "what is trained is what has written"
     assert max(map(abs, killed.column("loss")[1::2])) > 1e-4, "the second update is no first one"
-    reward = killed.column("reward_total")
-    assert reward[-1] > reward[0], reward
     # Its answers are drawn from seeds: those of the run that was stopped and went on are the same, where the server
     # computes a row alike whatever stands beside it.
     if server.kind == "stand-in":

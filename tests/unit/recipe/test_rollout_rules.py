@@ -101,6 +101,10 @@ WHOLE = {
         GOOD.replace('[objective]\nname = "grpo"', '[objective] # <-\nname = "ppo"'),
         ('method "full" changes the model itself', "beta = 0.0"),
     ),
+    "refilled, for a mean of all": (
+        GOOD.replace('name = "grpo"', 'name = "reinforce"').replace("ROLLOUT", "refill = 2 # <-"),
+        ('"reinforce" learns from prompts whose answers', "take grpo or rloo"),
+    ),
     "without the objective": (
         GOOD.replace('name = "grpo"', 'name = "sft"').replace("[rollout]", "[rollout] # <-"),
         ('objective "sft" trains on the answers of rows', "grpo, rloo, reinforce, ppo"),
