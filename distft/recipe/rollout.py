@@ -26,6 +26,9 @@ class RolloutTable(Params):
     """Answers to each prompt of a step: the group whose rewards are compared. 1 is for `ppo`, which compares none."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest answer. A group, each answer behind its prompt, has to fit in [data] max_length."""
+    temperature: float = Field(default=1.0, gt=0)
+    """What logits are divided by: in draws, and in the log-probabilities of the policy, of the one before an update and
+    of the reference alike."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, besides the model's end tokens."""
     updates: int = Field(default=1, ge=1)

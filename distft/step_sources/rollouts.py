@@ -131,7 +131,7 @@ class RolloutSteps:
         ]
         how = SamplingParams(
             max_new_tokens=table.max_new_tokens,
-            temperature=1.0,
+            temperature=table.temperature,
             stop=table.stop,
             seed=self._inputs.seed,
             batch_size=table.batch_size,

@@ -25,6 +25,8 @@ OBJECTIVES = {
     "ppo": 'objective={name="ppo", beta=0.0, clip_value=0.02}',
     "ppo-kl": 'objective={name="ppo", beta=0.1, kl="k3"}',
 }
+AT_TEMPERATURE = ("ppo-kl", "grpo-kl")
+"""With a reference, whose log-probabilities are at it too."""
 CASES = {
     "dapo-full-3": ("dapo", "full", 3),
     "ppo-kl-lora-3": ("ppo-kl", "lora", 3),
@@ -51,6 +53,7 @@ def overrides(engine: str, case: str, *more: str, micro: int = 1) -> list[str]:
     return [
         f'engine.name="{engine}"', *METHODS[method], OBJECTIVES[objective],
         (REFILL if case.startswith("refill") else REWARD).replace("UPDATES", str(updates)),
+        *(["rollout.temperature=0.8"] if objective in AT_TEMPERATURE else []),
         "data.packing=false", "data.eval=[]", "data.max_length=272", f"train.max_steps={STEPS}",
         f"train.micro_batch_size={micro}", 'checkpoint.every_steps="off"', "optim.learning_rate=3e-3", *more,
     ]  # fmt: skip
