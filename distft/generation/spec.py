@@ -58,5 +58,7 @@ class GeneratorSpec:
     params: type[Params] = NoParams
     refuses: Callable[[Any, Any, Any], str] = _never
     """(params, `MethodSpec`, the method's params) -> why it cannot have what that method trains; "" where it can."""
+    look: Callable[[Any], str] | None = None
+    """params -> what of it there is to say before a run, for the doctor. Raises MachineError: it cannot be used."""
     on_this_machine: bool = True
     """It writes with the trained model beside the training: a plan counts its cache and its time."""

@@ -24,7 +24,7 @@ from distft.core.ranks import on_rank_zero
 from distft.core.registry import Params
 from distft.generation.completion import Completion, Prompt, SamplingParams, completion_of, seed_digest
 from distft.generation.spec import GeneratorInputs, GeneratorSpec
-from distft.generation.vllm_server import ServerAnswer, ServerGoneError, VllmServer
+from distft.generation.vllm_server import ServerAnswer, ServerGoneError, VllmServer, model_of
 
 if TYPE_CHECKING:
     from distft.generation.generator import Generator
@@ -82,10 +82,7 @@ class VllmGenerator:
         self._params, self._inputs, self._weigher = params, inputs, weigher
         self._write = inputs.write_adapter
         self._folder = (Path(params.folder) if params.folder else inputs.folder / "policy").absolute()
-        key = None
-        if params.api_key_env is not None and not (key := os.environ.get(params.api_key_env)):
-            raise MachineError(f"[rollout] generator.api_key_env: {params.api_key_env} is not set or empty")
-        self._server = VllmServer(url=params.url.rstrip("/"), timeout_s=params.timeout_s, key=key)
+        self._server = _server(params, timeout_s=params.timeout_s)
         self._pushed = ""
         """The adapter that the server was given and has proven."""
         self._why = ""
@@ -311,6 +308,32 @@ class VllmGenerator:
             )
 
 
+def _server(params: VllmParams, *, timeout_s: float) -> VllmServer:
+    key = None
+    if params.api_key_env is not None and not (key := os.environ.get(params.api_key_env)):
+        raise MachineError(f"[rollout] generator.api_key_env: {params.api_key_env} is not set or empty")
+    return VllmServer(url=params.url.rstrip("/"), timeout_s=timeout_s, key=key)
+
+
+def _look(params: VllmParams) -> str:
+    """Return what the server serves.
+
+    Raises:
+        MachineError: it does not answer, or loads no adapters.
+    """
+    server = _server(params, timeout_s=10.0)
+    try:
+        served = model_of(server.models())
+        if not server.loads_adapters():
+            raise MachineError(
+                f"{params.url}: the server loads no adapters while it runs  start it with --enable-lora and "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
+            )
+    except ServerGoneError as error:
+        raise MachineError(f"{params.url}: no vLLM server answers ({error})  start it before the run") from error
+    return f"{params.url} serves {', '.join(served)} and loads adapters"
+
+
 def _refuses(params: VllmParams, method: Any, method_params: Any) -> str:
     """Return why the server cannot have what this method trains."""
     if not method.adapter:
@@ -334,4 +357,4 @@ def _open(params: VllmParams, inputs: GeneratorInputs) -> VllmGenerator:
     return VllmGenerator(params, inputs, engine_generator(inputs))
 
 
-SPEC = GeneratorSpec(name="vllm", params=VllmParams, open=_open, refuses=_refuses, on_this_machine=False)
+SPEC = GeneratorSpec(name="vllm", params=VllmParams, open=_open, refuses=_refuses, on_this_machine=False, look=_look)

@@ -81,6 +81,22 @@ class VllmServer:
         listed = self._ask("GET", "/v1/models")["data"]
         return {card["id"]: (card.get("root") or "") if card.get("parent") else "" for card in listed}
 
+    def loads_adapters(self) -> bool:
+        """Return whether it has the endpoint that loads adapters; nothing is loaded.
+
+        Raises:
+            ServerGoneError: it does not answer.
+        """
+        try:
+            self._ask("POST", "/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""})
+        except MachineError:  # it lacks a name, and so it has read what it was asked
+            return True
+        except ServerGoneError as error:
+            if error.status != 404:
+                raise
+            return False
+        return True
+
     def load_adapter(self, name: str, folder: str) -> None:
         """Let the server read an adapter folder, which it has to see under the same path.
 

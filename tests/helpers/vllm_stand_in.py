@@ -76,6 +76,8 @@ class StandIn:
             name = body["lora_name"]
             if path == "/v1/unload_lora_adapter":
                 return (200, "ok") if self.adapters.pop(name, None) else _error(404, f"`{name}` cannot be found")
+            if not name:
+                return _error(400, "Both 'lora_name' and 'lora_path' must be provided.")
             if not (Path(body["lora_path"]) / "adapter_config.json").is_file():
                 return _error(404, f"No adapter found for {body['lora_path']}")
             self._tuned[name] = PeftModel.from_pretrained(self._fresh(), body["lora_path"]).eval()

@@ -19,7 +19,10 @@ from tiny import CPU, build, documents
 from transformers import AutoModelForCausalLM, LlamaConfig
 from vllm_stand_in import StandIn
 
+from distft.catalog import REGISTRIES
 from distft.core.errors import MachineError, NumericError
+from distft.doctor.checks.generator import CHECK
+from distft.doctor.finding import DoctorOptions, Here, Seen, run_judge, run_look
 from distft.engine.params import EngineParams
 from distft.engine.solo import SoloEngine, open_engine
 from distft.export import final
@@ -28,9 +31,26 @@ from distft.generation.completion import Prompt, SamplingParams
 from distft.generation.vllm_generator import VllmGenerator
 from distft.model.adapters import METHODS
 from distft.model.load import WRAPPER
+from distft.recipe import parse_recipe
 
 PROMPTS = [Prompt(seed_key=f"{number}\n{answer}", ids=ids) for number, ids in enumerate(documents([9, 4, 17]))
            for answer in range(2)]  # fmt: skip
+RECIPE = """
+name = "run"
+[model]
+path = "some/model"
+[method]
+name = "lora"
+[objective]
+name = "grpo"
+[data]
+packing = false
+[[data.train]]
+path = "train.jsonl"
+[rollout]
+generator = GENERATOR
+rewards = [{ name = "exact_match" }]
+"""
 HOW = SamplingParams(max_new_tokens=12, temperature=1.0, seed=3, logprobs=True)
 
 
@@ -218,3 +238,24 @@ def test_a_server_that_stays_away_or_refuses_ends_the_run(trained: Trained, monk
     monkeypatch.setattr(stopping, "_inputs", replace(trained.inputs, stop=lambda: True))
     assert stopping.generate(PROMPTS, HOW) is None
     assert "NO_SUCH_KEY is not set" in said(lambda: trained.open(server.url, api_key_env="NO_SUCH_KEY"))
+
+
+def test_the_doctor_asks_the_server(tmp_path: Path, trained: Trained) -> None:
+    def found(url: str, generator: str = "vllm") -> list[tuple[str, str]]:
+        text = RECIPE.replace("GENERATOR", f'{{ name = "vllm", url = "{url}" }}' if generator == "vllm" else '"engine"')
+        recipe = parse_recipe(text, source="r.toml", registries=REGISTRIES)
+        here = Here(rank=0, world=1, local_rank=0, env={}, options=DoctorOptions(recipe=recipe), hosts=("n1",))
+        seen = [Seen(rank=0, host="n1", facts=run_look(CHECK, here))]
+        return [(finding.verdict.value, finding.message) for finding in run_judge(CHECK, seen, here.options)]
+
+    server = StandIn(trained.base)
+    assert found(server.url) == [("ok", f"{server.url} serves base and loads adapters")]
+    server.loads = False
+    ((verdict, message),) = found(server.url)
+    assert verdict == "fail"
+    assert message.endswith("loads no adapters while it runs")
+    server.kill()
+    ((verdict, message),) = found(server.url)
+    assert verdict == "fail"
+    assert "no vLLM server answers (ConnectionRefusedError" in message
+    assert found(server.url, generator="engine") == [("ok", "answers come from no server")]
