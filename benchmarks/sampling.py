@@ -1,16 +1,19 @@
 """Rollouts per second: the engine's generator against transformers' `generate`, and what of a step is not the model.
 
 usage: python benchmarks/sampling.py MODEL_FOLDER [--answers 32] [--prompt 16] [--new-tokens 128] [--rounds N]
+       python benchmarks/sampling.py MODEL_FOLDER --rows FILE.jsonl [--each 8]
        python benchmarks/sampling.py --step RECIPE [--set ...]
 
-Draws at temperature 1 with the log-probability of each token, in interleaved rounds of one process; no token ends an
-answer, so that both write equally many. `--step` runs a recipe and sums the time in forwards, backwards and updates.
+Draws at temperature 1 with the log-probability of each token, in interleaved rounds of one process. Without rows no
+token ends an answer, so that both write equally many; with them, the column `prompt` is asked `--each` times a row and
+answers end where the model ends them. `--step` runs a recipe and sums the time in forwards, backwards and updates.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distft.core.phase import PHASE
 from distft.generation.completion import Prompt, SamplingParams
@@ -34,6 +37,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows")
+    parser.add_argument("--each", type=int, default=8)
     given = parser.parse_args()
     print(json.dumps(of_step(given) if given.step else of_answers(given), indent=2))
 
@@ -43,29 +48,33 @@ def of_answers(given: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     load = functools.partial(AutoModelForCausalLM.from_pretrained, given.model, dtype=dtype)
     mine, plain = load().to(device).eval(), load().to(device).eval()
-    generator = local_generator(mine, _NoTexts(), stop_ids=())
-    drawn = torch.Generator().manual_seed(1)
-    size = (given.answers, given.prompt)
-    ids = torch.randint(3, mine.config.get_text_config(decoder=True).vocab_size, size, generator=drawn)
-    prompts = [Prompt(seed_key=str(index), ids=row) for index, row in enumerate(ids.tolist())]
+    asked, ends = _asked(given, mine)
+    generator = local_generator(mine, _NoTexts(), stop_ids=ends)
+    longest = max(map(len, asked))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in asked], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked], device=device)
+    prompts = [Prompt(seed_key=str(index), ids=row) for index, row in enumerate(asked)]
     how = SamplingParams(max_new_tokens=given.new_tokens, temperature=1.0, logprobs=True)
     in_model = _Timed(type(generator._module).forward, device)
     type(generator._module).forward = in_model.wrapped()  # type: ignore[method-assign]
     PHASE.training()
 
+    tokens: dict[str, list[int]] = {"ours": [], "generate": []}
+
     def ours() -> None:
-        said = generator.generate(prompts, how) or ()
-        assert sum(one.num_tokens for one in said) == given.answers * given.new_tokens
+        tokens["ours"].append(sum(one.num_tokens for one in generator.generate(prompts, how) or ()))
 
     def theirs() -> None:
         with torch.inference_mode():
             out = plain.generate(
-                input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device), do_sample=True,
-                temperature=1.0, top_k=0, max_new_tokens=given.new_tokens, min_new_tokens=given.new_tokens,
-                eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+                input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
+                max_new_tokens=given.new_tokens, eos_token_id=list(ends) or None, pad_token_id=0,
+                return_dict_in_generate=True, output_logits=True,
             )  # fmt: skip
         logits_BNV = torch.stack(out.logits, 1)
-        out_BN = out.sequences[:, given.prompt :]
+        out_BN = out.sequences[:, longest:]
+        ended_BN = torch.isin(out_BN, torch.tensor(ends, dtype=torch.long, device=device)).cumsum(1) > 0
+        tokens["generate"].append(int((~ended_BN).sum() + ended_BN.any(1).sum()))
         logits_BNV.float().log_softmax(-1).gather(2, out_BN[..., None]).tolist()
 
     ways = {"ours": ours, "generate": theirs}
@@ -75,12 +84,13 @@ def of_answers(given: argparse.Namespace) -> dict[str, Any]:
     in_model.seconds = 0.0
     for number in range(given.rounds):
         for name in list(ways)[:: 1 if number % 2 else -1]:
-            began = time.perf_counter()
+            began = _now(device)
             ways[name]()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(_now(device) - began)
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["generate"], strict=True)]
     return {
         "model": Path(given.model).name, "answers": given.answers, "new_tokens": given.new_tokens,
+        "tokens_written": tokens,
         "parameters": sum(param.numel() for param in mine.parameters()), "seconds": seconds,
         "ratio_median": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios),
         "answers_per_s": given.answers / statistics.median(seconds["ours"]),
@@ -101,16 +111,32 @@ def of_step(given: argparse.Namespace) -> dict[str, Any]:
     }
     for owner, name in ((CausalLM, "forward"), (SoloEngine, "backward"), (SoloEngine, "step")):
         setattr(owner, name, timed[name].wrapped())
+    began = _now(device)
     result = train(load_recipe(given.model, overrides=['engine.name="solo"', *given.overrides]), resume="never")
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step_s" in line]
-    whole = sum(line["step_s"] for line in steps)
+    whole = (_now(device) - began) if device == "cpu" else sum(line["step_s"] for line in steps)
     parts = {name: each.seconds for name, each in timed.items()}
     return {
         "steps": len(steps), "step_s": whole / len(steps), "in_model_s": parts,
         "writing_s": sum(line["writing_s"] for line in steps), "judging_s": sum(line["judging_s"] for line in steps),
         "share_that_is_not_the_model": 1 - sum(parts.values()) / whole,
     }  # fmt: skip
+
+
+def _asked(given: argparse.Namespace, lm: Any) -> tuple[list[list[int]], tuple[int, ...]]:
+    """Return the prompts' tokens, and what ends an answer."""
+    if given.rows is None:
+        vocabulary = lm.config.get_text_config(decoder=True).vocab_size
+        drawn = torch.Generator().manual_seed(1)
+        return torch.randint(3, vocabulary, (given.answers, given.prompt), generator=drawn).tolist(), ()
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    with Path(given.rows).open(encoding="utf-8") as lines:
+        rows = [json.loads(line)["prompt"] for line in itertools.islice(lines, given.answers // given.each)]
+    ends = lm.generation_config.eos_token_id
+    return [tokenizer(row)["input_ids"] for row in rows for _ in range(given.each)], (
+        tuple(ends) if isinstance(ends, list) else (ends,)
+    )
 
 
 class _Timed:
@@ -122,19 +148,21 @@ class _Timed:
     def wrapped(self) -> Any:
         @functools.wraps(self._method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._wait()
-            began = time.perf_counter()
+            began = _now(self._device)
             try:
                 return self._method(*args, **kwargs)
             finally:
-                self._wait()
-                self.seconds += time.perf_counter() - began
+                self.seconds += _now(self._device) - began
 
         return call
 
-    def _wait(self) -> None:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
+
+def _now(device: str) -> float:
+    """Return seconds: of this process on a CPU, which others share; on a GPU of the clock, once it has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 class _NoTexts:

@@ -198,8 +198,12 @@ class Generator:
     ) -> Iterator[None]:
         device, longest = self._engine.device, how.max_new_tokens
         draw_BN = draws([prompt.seed_key for prompt in prompts], longest, how.seed, device) if how.temperature else None
-        read = pad_left([prompt.ids for prompt in prompts], device, room=longest)
         cache = None if self._module.path.generation == "uncached" else modes.new_cache(self._module)
+        # Several answers to one prompt: it is read once, and what the cache has of it is copied.
+        places: dict[tuple[int, ...], int] = {}
+        place_B = [places.setdefault(tuple(prompt.ids), len(places)) for prompt in prompts]
+        is_shared = cache is not None and len(places) < len(prompts)
+        read = pad_left(list(places) if is_shared else [prompt.ids for prompt in prompts], device, room=longest)
         ids_BL, positions_BL, mask_BK, width = read.ids_BL, read.positions_BL, read.mask_BL, read.ids_BL.shape[1]
         rows = [_Row(name) for name in names]
         for number in range(longest):
@@ -207,9 +211,15 @@ class Generator:
                 input_ids_BL=ids_BL,
                 attention_mask_BK=None if mask_BK is None else mask_BK[:, : width + number],
                 position_ids_BL=positions_BL,
-                at_S=torch.arange(1, len(rows) + 1, device=device) * ids_BL.shape[1] - 1,
+                at_S=torch.arange(1, ids_BL.shape[0] + 1, device=device) * ids_BL.shape[1] - 1,
                 cache=cache,
             )
+            if is_shared and number == 0:
+                assert cache is not None
+                copied_B = torch.tensor(place_B, device=device)
+                cache.batch_select_indices(copied_B)
+                logits_BV, positions_BL = logits_BV[copied_B], positions_BL[copied_B]
+                mask_BK = None if mask_BK is None else mask_BK[copied_B]
             draw_B = None if draw_BN is None else draw_BN[:, number]
             token_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p)
             logprobs = logprobs_of(logits_BV, token_B, how.temperature) if how.logprobs else [None] * len(rows)

@@ -77,7 +77,8 @@ def _writing(inventory: Inventory, setup: Setup, memory: Memory) -> tuple[float,
         )
         return times(work, machine.rates, machine.gpu, link_bytes_per_s=machine.link_bytes_per_s).micro_s
 
-    token_s, prompt_s = forward(writes.rows, read), forward(writes.rows * writes.prompt, 0.0)
+    prompts = -(-writes.rows // rollout.answers_per_prompt)  # read once for all of their answers
+    token_s, prompt_s = forward(writes.rows, read), forward(prompts * writes.prompt, 0.0)
     writing = batches * (prompt_s + writes.new_tokens * token_s) / rollout.updates
     part = Part(
         name="writing answers, of a step, us",
