@@ -111,11 +111,10 @@ def of_step(given: argparse.Namespace) -> dict[str, Any]:
     }
     for owner, name in ((CausalLM, "forward"), (SoloEngine, "backward"), (SoloEngine, "step")):
         setattr(owner, name, timed[name].wrapped())
-    began = _now(device)
     result = train(load_recipe(given.model, overrides=['engine.name="solo"', *given.overrides]), resume="never")
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step_s" in line]
-    whole = (_now(device) - began) if device == "cpu" else sum(line["step_s"] for line in steps)
+    whole = timed["step"].until - timed["forward"].since  # what comes before is no step
     parts = {name: each.seconds for name, each in timed.items()}
     return {
         "steps": len(steps), "step_s": whole / len(steps), "in_model_s": parts,
@@ -144,15 +143,19 @@ class _Timed:
 
     def __init__(self, method: Any, device: str) -> None:
         self._method, self._device, self.seconds = method, device, 0.0
+        self.since, self.until = 0.0, 0.0
+        """When the first call began and the last one ended."""
 
     def wrapped(self) -> Any:
         @functools.wraps(self._method)
         def call(*args: Any, **kwargs: Any) -> Any:
             began = _now(self._device)
+            self.since = self.since or began
             try:
                 return self._method(*args, **kwargs)
             finally:
-                self.seconds += _now(self._device) - began
+                self.until = _now(self._device)
+                self.seconds += self.until - began
 
         return call
 
