@@ -53,13 +53,13 @@ def open_step_source(
     from distft.generation import GENERATORS
     from distft.step_sources import STEP_SOURCES, StepSourceInputs
 
-    def generator() -> CompletionGenerator:
-        chosen: Any = recipe.rollout.generator
-        spec = GENERATORS[chosen["name"]]
+    def generator(name: str) -> CompletionGenerator:
+        spec, chosen = GENERATORS[name], recipe.rollout.generator
+        settings: dict[str, Any] = chosen if isinstance(chosen, dict) and chosen["name"] == name else {}
         given = generator_inputs(
             recipe, engine, built, rows.stop_ids, stop, folder=folder.path / "rollouts", shapes=shapes
         )
-        return spec.open(listed_params(chosen, spec.params), given)
+        return spec.open(listed_params(settings, spec.params), given)
 
     inputs = StepSourceInputs(
         steps=rows.steps,

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import DataError, Problem, RecipeError
 from distft.core.phase import PHASE
@@ -38,7 +38,8 @@ class RolloutSteps:
     def __init__(self, inputs: StepSourceInputs) -> None:
         self._inputs, self._table = inputs, inputs.rollout
         self._rewards = rewards_of(self._table)
-        self._generator = inputs.generator()
+        chosen: Any = self._table.generator
+        self._generator = inputs.generator(chosen["name"])
         self._files = RolloutFiles(
             folder=inputs.folder,
             rewards=tuple(reward.name for reward in self._rewards),

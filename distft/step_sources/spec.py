@@ -32,8 +32,9 @@ class StepSourceInputs:
     fill: Callable[[list[Batch]], list[Batch]]
     """Collective: gives micro-batches the columns that the objective reads; the loop leaves those alone that they have.
     """
-    generator: Callable[[], CompletionGenerator]
-    """Opens the generator that [rollout] names (see `distft.generation.GENERATORS`); collective."""
+    generator: Callable[[str], CompletionGenerator]
+    """Name -> an opened generator (see `distft.generation.GENERATORS`), with the settings of [rollout] where it is that
+    table's, else with its own; collective."""
     max_length: int
     """Tokens of a document at most."""
     num_steps: int

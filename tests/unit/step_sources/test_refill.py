@@ -74,7 +74,7 @@ def opened(folder: Path, refill: int, writer: Writer, *, updates: int = 1, name:
     table = RolloutTable(answers_per_prompt=ANSWERS, max_new_tokens=4, refill=refill, rewards=REWARDS, updates=updates)
     given: dict[str, Any] = {
         "steps": Steps(), "objective": OBJECTIVES[name].params(), "engine": engine, "policy": None,
-        "fill": lambda micros: micros, "generator": lambda: writer, "max_length": 64, "num_steps": 6 * updates,
+        "fill": lambda micros: micros, "generator": lambda name: writer, "max_length": 64, "num_steps": 6 * updates,
         "rollout": table, "questions": lambda: questions, "folder": folder, "single_documents": False,
         "stop": lambda: False, "seed": seed,
     }  # fmt: skip
