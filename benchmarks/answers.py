@@ -23,7 +23,8 @@ from distft.core.types import UpdateRule
 from distft.data.render import load_renderer
 from distft.data.samples import PromptCompletion
 from distft.engine import processes
-from distft.engine.solo import SoloEngine
+from distft.engine.params import EngineParams
+from distft.engine.solo import open_engine
 from distft.generation.batching import MAX_ROWS
 from distft.generation.completion import Prompt, SamplingParams
 from distft.generation.generator import Generator
@@ -99,7 +100,7 @@ def _generator(folder: str, dtype: str, placed: processes.Processes, renderer: A
     built = load.build(table, Path(folder), spec, spec.params(), seed=0, device=placed.device)
     for param in list(built.module.parameters())[1:]:
         param.requires_grad_(False)
-    engine = SoloEngine(placed)
+    engine = open_engine("solo", EngineParams(), placed)
     rule = UpdateRule(
         build=lambda groups: torch.optim.SGD(groups, lr=0.0), lr_at=lambda step: 0.0, weight_decay=0.0,
         decayed=frozenset(), max_grad_norm=None,

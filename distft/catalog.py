@@ -51,6 +51,7 @@ REGISTRIES = Registries(
     engine=ENGINES,
     formats=FORMATS,
     scores=SCORES,
+    generators=GENERATORS,
     exports=EXPORTS,
     templates=tuple(BUILT_IN),
     load_plugins=PLUGINS.load,

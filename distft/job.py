@@ -125,7 +125,9 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             assemble.set_up_engine(recipe, engine, model, layout, num_steps)
             checkpoints.prepare()
             objective = assemble.build_objective(recipe, engine, model, layout, rows, say)
-            steps = assemble.open_step_source(recipe, folder, layout, rows, engine, model, objective, session.stop)
+            steps = assemble.open_step_source(
+                recipe, folder, layout, rows, engine, model, objective, session.stop, shapes=shapes
+            )
             if state.step == 0:
                 assemble.refuse_other_policy(recipe, engine, objective, steps)
             if recipe.train.rehearse:

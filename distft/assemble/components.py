@@ -186,7 +186,8 @@ def build_objective(
     from distft.model.policy import ModelPolicy
     from distft.objectives.spec import Objective
 
-    chosen, method, policy = recipe.objective, recipe.method, ModelPolicy(engine.model)
+    chosen, method = recipe.objective, recipe.method
+    policy = ModelPolicy(engine.model, temperature=recipe.rollout.temperature if chosen.spec.writes else 1.0)
     alone = method.spec.base_alone if leaves_base_alone(method.spec, method.params) else None
     specs, other = column_specs(recipe), other_model(recipe)
     if not specs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distft.assemble.training_data import HeldOut, Preparing, Say
 from distft.compatibility import tokenizer_of
@@ -12,6 +12,10 @@ from distft.recipe import Recipe
 from distft.recipe.eval_rules import EVAL_LOSS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
     from distft.best import BestTracker
     from distft.core.types import Engine
     from distft.data.render import Renderer
@@ -77,10 +81,37 @@ def load_row_renderer(recipe: Recipe) -> Renderer:
 
 
 def generator_inputs(
-    recipe: Recipe, engine: Engine, built: MetaModel, stop_ids: tuple[int, ...], stop: Callable[[], bool]
+    recipe: Recipe,
+    engine: Engine,
+    built: MetaModel,
+    stop_ids: tuple[int, ...],
+    stop: Callable[[], bool],
+    *,
+    folder: Path,
+    shapes: dict[str, Any] | None = None,
 ) -> GeneratorInputs:
-    """Return the model with its tokenizer; it stops at what trained rows end with, and at what the base stops at."""
+    """Return the model with its tokenizer; it stops at what trained rows end with, and at what the base stops at.
+
+    `folder`: where a generator may keep files. `shapes`: of `saved_shapes`, for generators that want the adapter.
+    """
+    from distft.export import final
     from distft.generation import GeneratorInputs
+    from distft.model.load import WRAPPER
+
+    def write_adapter(target: Path) -> None:
+        def save(aside: Path, tensors: dict[str, Tensor]) -> None:
+            recipe.method.spec.save_adapter(built.module.lm, aside, tensors)
+
+        final.write_adapter(
+            target,
+            engine,
+            shapes or {},
+            prefix=WRAPPER,
+            starts_at_zero=recipe.method.spec.starts_at_zero,
+            save_adapter=save,
+            save_rest=lambda aside: None,
+            is_trained=False,
+        )
 
     renderer = load_row_renderer(recipe)
     config = getattr(built.module.transformer, "generation_config", None)
@@ -88,7 +119,14 @@ def generator_inputs(
     more = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
     all_stop_ids = dict.fromkeys([*stop_ids, *more, renderer.tokenizer.eos_token_id])
     return GeneratorInputs(
-        engine=engine, module=built.module, decode=renderer.write, stop_ids=tuple(all_stop_ids), stop=stop
+        engine=engine,
+        module=built.module,
+        decode=renderer.write,
+        stop_ids=tuple(all_stop_ids),
+        stop=stop,
+        dtype=recipe.model.dtype,
+        folder=folder,
+        write_adapter=write_adapter if recipe.method.spec.adapter and shapes else None,
     )
 
 
@@ -131,7 +169,7 @@ def build_evaluator(
         held_out=rows.eval_steps or (),
         held_out_sha256=rows.fingerprint.get("eval", ""),
         eval_sets=eval_sets,
-        generator=engine_generator(generator_inputs(recipe, engine, built, rows.stop_ids, stop)),
+        generator=engine_generator(generator_inputs(recipe, engine, built, rows.stop_ids, stop, folder=folder.path)),
         records=AnswerRecords(folder.path / "eval"),
         base=base_key(recipe),
         schedule=EvalSchedule(every_steps=recipe.eval.every_steps, at_end=recipe.eval.at_end, num_steps=num_steps),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distft.assemble.batch_layout import Layout
 from distft.assemble.training_data import Data
-from distft.recipe import Recipe
+from distft.recipe import Recipe, listed_params
 
 if TYPE_CHECKING:
     from distft.core.protocols import StepSource
@@ -38,8 +38,12 @@ def open_step_source(
     built: MetaModel,
     objective: Objective,
     stop: Callable[[], bool],
+    *,
+    shapes: dict[str, Any],
 ) -> StepSource:
     """Return what gives the run's micro-batches; the engine has its weights by now.
+
+    `shapes`: what `saved_shapes` gave before it had them.
 
     Raises:
         MachineError: the source, or a generator that it asks for, cannot run here.
@@ -50,8 +54,12 @@ def open_step_source(
     from distft.step_sources import STEP_SOURCES, StepSourceInputs
 
     def generator(name: str) -> CompletionGenerator:
-        spec = GENERATORS[name]
-        return spec.open(spec.params(), generator_inputs(recipe, engine, built, rows.stop_ids, stop))
+        spec, chosen = GENERATORS[name], recipe.rollout.generator
+        settings: dict[str, Any] = chosen if isinstance(chosen, dict) and chosen["name"] == name else {}
+        given = generator_inputs(
+            recipe, engine, built, rows.stop_ids, stop, folder=folder.path / "rollouts", shapes=shapes
+        )
+        return spec.open(listed_params(settings, spec.params), given)
 
     inputs = StepSourceInputs(
         steps=rows.steps,

@@ -72,8 +72,11 @@ def write_adapter(
     starts: Mapping[str, str] | None = None,
     save_adapter: Callable[[Path, dict[str, Tensor]], None],
     save_rest: Callable[[Path], None],
+    is_trained: bool = True,
 ) -> None:
     """Write the trained tensors only, in the adapter library's own format.
+
+    `is_trained`: it is an error that nothing has changed.
 
     Raises:
         DistftError: a tensor came back empty or in another shape, or every one is still what training started from.
@@ -87,7 +90,7 @@ def write_adapter(
         zeros = [tensor for name, tensor in tensors.items() if starts_at_zero(name)]
         noted = {name: tensor for name, tensor in tensors.items() if name in (starts or {})}
         same = noted and all(digest(tensor) == (starts or {})[name] for name, tensor in noted.items())
-        if same or (zeros and not any(tensor.any() for tensor in zeros)):
+        if is_trained and (same or (zeros and not any(tensor.any() for tensor in zeros))):
             raise DistftError("the adapter is still its initial value: nothing was trained, so nothing is saved")
         save_adapter(aside, tensors)
         save_rest(aside)

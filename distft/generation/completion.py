@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -46,3 +47,43 @@ class Completion:
     """Number of tokens with the one that ended it."""
     ended: bool
     """Whether it ended by itself, not by the limit."""
+    policy: str = ""
+    """Name of the weights that a server has written it with, with their digest; empty: the engine's own."""
+
+
+def completion_of(
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    *,
+    ends_with_token: bool,
+    ended: bool,
+    decode: Callable[[list[int]], str],
+    stop: Sequence[str],
+    policy: str = "",
+) -> Completion:
+    """Return the completion of these tokens; its text ends before the first of the texts `stop`.
+
+    Args:
+        ids: of the answer, with the token that ended it.
+        logprobs: of each token, or none.
+        ends_with_token: the last token is one that ends answers, and is no part of the text.
+        ended: it ended by itself, not by the limit.
+        decode: tokens -> text, special tokens left out.
+        stop: texts that end an answer.
+        policy: what has written it, where that is a server.
+    """
+    text = decode(list(ids[:-1] if ends_with_token else ids))
+    ends = [position for stop_text in stop if (position := text.find(stop_text)) >= 0]
+    return Completion(
+        text=text[: min(ends)] if ends else text,
+        ids=tuple(ids),
+        logprobs=tuple(logprobs),
+        num_tokens=len(ids),
+        ended=ended,
+        policy=policy,
+    )
+
+
+def seed_digest(seed: int, seed_key: str) -> bytes:
+    """Return the 32 bytes that all draws of a prompt follow from, whatever writes its answer."""
+    return hashlib.sha256(f"{seed}:{seed_key}".encode()).digest()

@@ -21,7 +21,7 @@ from distft.core.phase import PHASE
 from distft.core.types import Engine
 from distft.core.virtual_tokens import VIRTUAL_ID
 from distft.generation.batching import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS, BatchLimits, pad_left, split_batches
-from distft.generation.completion import Completion, Prompt, SamplingParams
+from distft.generation.completion import Completion, Prompt, SamplingParams, completion_of
 from distft.generation.sampling import draws, logprobs_of, next_tokens
 from distft.model import inference as modes
 from distft.model.causal import CausalLM
@@ -100,6 +100,21 @@ class Generator:
             0,
             batch_size,
             lambda batch, keep: self._loglikelihoods([pairs[index] for index in batch], batch, keep),
+        )
+
+    def token_logprobs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float
+    ) -> list[list[float]] | None:
+        """Return the log-probability of each token of an answer after its prompt, at this temperature (0 counts as 1).
+
+        For a few short answers: all logits of a batch exist at once. None when some rank was asked to stop. Neither
+        part of a pair may be empty.
+        """
+        return self._run_batches(
+            [len(prompt) + len(answer) for prompt, answer in pairs],
+            0,
+            None,
+            lambda batch, keep: self._token_logprobs([pairs[index] for index in batch], batch, keep, temperature),
         )
 
     def _run_batches(
@@ -183,8 +198,12 @@ class Generator:
     ) -> Iterator[None]:
         device, longest = self._engine.device, how.max_new_tokens
         draw_BN = draws([prompt.seed_key for prompt in prompts], longest, how.seed, device) if how.temperature else None
-        read = pad_left([prompt.ids for prompt in prompts], device, room=longest)
         cache = None if self._module.path.generation == "uncached" else modes.new_cache(self._module)
+        # Several answers to one prompt: it is read once, and what the cache has of it is copied.
+        places: dict[tuple[int, ...], int] = {}
+        place_B = [places.setdefault(tuple(prompt.ids), len(places)) for prompt in prompts]
+        is_shared = cache is not None and len(places) < len(prompts)
+        read = pad_left(list(places) if is_shared else [prompt.ids for prompt in prompts], device, room=longest)
         ids_BL, positions_BL, mask_BK, width = read.ids_BL, read.positions_BL, read.mask_BL, read.ids_BL.shape[1]
         rows = [_Row(name) for name in names]
         for number in range(longest):
@@ -192,9 +211,15 @@ class Generator:
                 input_ids_BL=ids_BL,
                 attention_mask_BK=None if mask_BK is None else mask_BK[:, : width + number],
                 position_ids_BL=positions_BL,
-                at_S=torch.arange(1, len(rows) + 1, device=device) * ids_BL.shape[1] - 1,
+                at_S=torch.arange(1, ids_BL.shape[0] + 1, device=device) * ids_BL.shape[1] - 1,
                 cache=cache,
             )
+            if is_shared and number == 0:
+                assert cache is not None
+                copied_B = torch.tensor(place_B, device=device)
+                cache.batch_select_indices(copied_B)
+                logits_BV, positions_BL = logits_BV[copied_B], positions_BL[copied_B]
+                mask_BK = None if mask_BK is None else mask_BK[copied_B]
             draw_B = None if draw_BN is None else draw_BN[:, number]
             token_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p)
             logprobs = logprobs_of(logits_BV, token_B, how.temperature) if how.logprobs else [None] * len(rows)
@@ -231,18 +256,25 @@ class Generator:
         names: Sequence[int],
         keep: dict[int, tuple[float, bool]],
     ) -> Iterator[None]:
-        rows = [[*context, *continuation][:-1] for context, continuation in pairs]  # nothing follows the last token
-        width = max(map(len, rows))
-        at_S = [
-            (index + 1) * width - back
-            for index, (_, continuation) in enumerate(pairs)
-            for back in range(len(continuation), 0, -1)
-        ]
-        labels_S = torch.tensor([token for _, continuation in pairs for token in continuation])
+        rows, at_S, labels_S = _continued(pairs)
         scored_S2 = self._forward(rows, at_S=at_S, labels_S=labels_S).cpu().double()
         counts = [len(continuation) for _, continuation in pairs]
         for name, scored in zip(names, scored_S2.split(counts), strict=True):
             keep[name] = (float(scored[:, 0].sum()), bool(scored[:, 1].all()))
+        yield
+
+    def _token_logprobs(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        names: Sequence[int],
+        keep: dict[int, list[float]],
+        temperature: float,
+    ) -> Iterator[None]:
+        rows, at_S, labels_S = _continued(pairs)
+        logits_SV = self._forward(rows, at_S=at_S)
+        logprobs = iter(logprobs_of(logits_SV, labels_S.to(logits_SV.device), temperature))
+        for name, (_, answer) in zip(names, pairs, strict=True):
+            keep[name] = [next(logprobs) for _ in answer]
         yield
 
     def _forward(
@@ -260,14 +292,13 @@ class Generator:
         )
 
     def _answer(self, row: _Row, stop: tuple[str, ...]) -> Completion:
-        text = self._decode(row.ids)
-        ends = [position for stop_text in stop if (position := text.find(stop_text)) >= 0]
-        return Completion(
-            text=text[: min(ends)] if ends else text,
-            ids=tuple(row.taken),
-            logprobs=tuple(row.logprobs),
-            num_tokens=len(row.taken),
+        return completion_of(
+            row.taken,
+            row.logprobs,
+            ends_with_token=len(row.ids) < len(row.taken),
             ended=row.done,
+            decode=self._decode,
+            stop=stop,
         )
 
     def _says_stop(self, ids: list[int], stop: tuple[str, ...]) -> bool:
@@ -290,6 +321,20 @@ class Generator:
         dtype = next(self._module.parameters()).dtype
         cache_tokens = int(min(engine.gather(free))) // modes.cache_bytes_per_token(config, dtype)
         return BatchLimits(rows=rows or MAX_ROWS, prompt_tokens=PROMPT_TOKENS, cache_tokens=cache_tokens)
+
+
+def _continued(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> tuple[list[list[int]], list[int], torch.Tensor]:
+    """Return contexts with their continuations, the flattened positions before a continuation's tokens, and those."""
+    rows = [[*context, *continuation][:-1] for context, continuation in pairs]  # nothing follows the last token
+    width = max(map(len, rows))
+    at_S = [
+        (index + 1) * width - back
+        for index, (_, continuation) in enumerate(pairs)
+        for back in range(len(continuation), 0, -1)
+    ]
+    return rows, at_S, torch.tensor([token for _, continuation in pairs for token in continuation])
 
 
 class _Row:

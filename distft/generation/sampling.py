@@ -5,17 +5,18 @@ Shape letters: B rows, V vocabulary, N tokens of an answer.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distft.generation.completion import seed_digest
+
 
 def draws(names: Sequence[str], num_tokens: int, seed: int, device: torch.device) -> Tensor:
     """Return float64 [B, N] in [0, 1): each row's own numbers, whatever batch, rank or world it is answered in."""
-    keys = (hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16] for name in names)
+    keys = (seed_digest(seed, name)[:16] for name in names)
     rows = [np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big"))).random(num_tokens) for key in keys]
     return torch.from_numpy(np.stack(rows)).to(device)
 

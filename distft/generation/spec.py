@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distft.core.registry import NoParams, Params
@@ -22,6 +23,10 @@ class CompletionGenerator(Protocol):
         ...
 
 
+def _never(params: Any, method: Any, method_params: Any) -> str:
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GeneratorInputs:
     """What a generator may use."""
@@ -35,6 +40,12 @@ class GeneratorInputs:
     """Tokens that end an answer."""
     stop: Callable[[], bool]
     """Whether this process was asked to stop."""
+    dtype: str
+    """What the model computes in, as [model] dtype says."""
+    folder: Path
+    """Where it may keep files of the run; need not exist."""
+    write_adapter: Callable[[Path], None] | None
+    """Collective: writes the adapter as it is now into a folder, as PEFT does; None: the method has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +56,9 @@ class GeneratorSpec:
     open: Callable[[Any, GeneratorInputs], CompletionGenerator]
     """(params, inputs) -> the generator; collective. Raises MachineError: it cannot run here."""
     params: type[Params] = NoParams
+    refuses: Callable[[Any, Any, Any], str] = _never
+    """(params, `MethodSpec`, the method's params) -> why it cannot have what that method trains; "" where it can."""
+    look: Callable[[Any], str] | None = None
+    """params -> what of it there is to say before a run, for the doctor. Raises MachineError: it cannot be used."""
+    on_this_machine: bool = True
+    """It writes with the trained model beside the training: a plan counts its cache and its time."""

@@ -21,7 +21,7 @@ from distft.model.adapters import token_rows
 from distft.model.adapters.lora_head import use_loss_with_adapter
 from distft.model.adapters.token_rows import use_loss_with_rows
 from distft.model.adapters.virtual_tokens import PrefixInputs
-from distft.model.cross_entropy import HeadLoss, chunked_loss, judged, likelihoods
+from distft.model.cross_entropy import AtTemperature, HeadLoss, chunked_loss, judged, likelihoods
 from distft.model.head import Observation
 from distft.model.load_balancing import RouterLoss
 from distft.model.paths import ForwardPath
@@ -128,11 +128,13 @@ class CausalLM(nn.Module):
         num_supervised: int,
         per_token: bool = False,
         values: bool = False,
+        temperature: float = 1.0,
     ) -> Tensor | tuple[Tensor, ...]:
         """Return the loss of every supervised token, in order: fp32 [S], or [1] with their sum.
 
         Arguments are `Batch.inputs()`. `per_token`: [S] whatever that loss gives. `values`, with `per_token`: [2, S],
-        the losses and the values of the positions before the labels.
+        the losses and the values of the positions before the labels. `temperature`, with `per_token`: logits are
+        divided by it.
 
         A micro-batch that supervises nothing returns a zero that depends on every parameter, because ranks must
         run the same collectives. With a router loss: (losses, router loss [1]), to be added; in
@@ -151,10 +153,12 @@ class CausalLM(nn.Module):
         labels_S = labels_T[at_S].clamp(min=0) if nothing else labels_T[at_S]
         if self.path.head == "own":
             output = self._own_forward(input_ids_T[None], inputs, at_S)
-            losses = F.cross_entropy(output.logits[0].float(), labels_S, reduction="none")
+            losses = F.cross_entropy(output.logits[0].float() / temperature, labels_S, reduction="none")
         else:
             output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
-            loss = (chunked_loss,) if per_token else ()
+            loss = (
+                (chunked_loss if temperature == 1.0 else AtTemperature(temperature=temperature),) if per_token else ()
+            )
             hidden_SE = output.last_hidden_state[0][at_S]
             losses = self.head(hidden_SE, labels_S, *loss)
             if values:

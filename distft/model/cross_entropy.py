@@ -11,7 +11,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,49 +20,13 @@ from torch import Tensor
 
 from distft.core.errors import MachineError
 from distft.core.optional import why_not
+from distft.model.logit_rule import PLAIN, LogitRule
 
 CHUNK_BYTES = 256 * 2**20
 """Largest fp32 logits block that exists at once: 512 tokens of a vocabulary of 128 k. An estimate, not measured."""
 TILE = 128
 """Rows of a matrix product's tile on GPUs; a chunk that ends within one wastes the rest of it."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class LogitRule:
-    """What a model does between its last hidden state and its logits, beside the product with the head's weight.
-
-    logits = soft_cap(scale · (hidden_scale · hidden @ weightᵀ + bias)), soft_cap(x) = cap · tanh(x / cap).
-    """
-
-    hidden_scale: float = 1.0
-    scale: float = 1.0
-    cap: float | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether logits are the head's product as it is."""
-        return self == PLAIN
-
-    def logits(self, hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None) -> Tensor:
-        """Return fp32 logits [S, V]; scale and cap are applied in fp32 whatever the weights are stored in."""
-        if self.hidden_scale != 1.0:
-            hidden_SE = hidden_SE * self.hidden_scale
-        return self.finish(F.linear(hidden_SE, weight_VE, bias_V).float())
-
-    def finish(self, product_SV: Tensor) -> Tensor:
-        """Return the logits of the head's fp32 product."""
-        if self.scale != 1.0:
-            product_SV = product_SV * self.scale
-        return product_SV if self.cap is None else self.cap * torch.tanh(product_SV / self.cap)
-
-    def slope_(self, grad_SV: Tensor, logits_SV: Tensor) -> Tensor:
-        """Turn a gradient of the logits into one of the head's product, in place: · scale · (1 - (logits / cap)²)."""
-        if self.cap is not None:
-            grad_SV *= 1 - (logits_SV / self.cap).square_()
-        return grad_SV.mul_(self.scale) if self.scale != 1.0 else grad_SV
-
-
-PLAIN = LogitRule()
 
 HeadLoss = Callable[[Tensor, Tensor, "Tensor | None", Tensor, LogitRule], Tensor]
 """(hidden_SE, weight_VE, bias_V, labels_S, rule) -> fp32 losses per token [S], or [1] with their sum."""
@@ -115,6 +79,23 @@ def chunked_loss(
     if len(labels_S) <= size:
         return full_loss(hidden_SE, weight_VE, bias_V, labels_S, rule)
     return _chunked(functools.partial(_full, rule), size, hidden_SE, labels_S, shared=(weight_VE, bias_V))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtTemperature:
+    """A `HeadLoss`: `chunked_loss` of the distribution that answers are drawn from at a temperature."""
+
+    temperature: float
+
+    def __call__(
+        self, hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
+    ) -> Tensor:
+        """Compute the loss."""
+        return chunked_loss(hidden_SE, weight_VE, bias_V, labels_S, self.of(rule))
+
+    def of(self, rule: LogitRule) -> LogitRule:
+        """Return the model's rule with the temperature."""
+        return replace(rule, temperature=self.temperature)
 
 
 def _full(rule: LogitRule, hidden_CE: Tensor, labels_C: Tensor, weight_VE: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -223,6 +204,8 @@ def with_product(
     In chunks as `chunked_loss`, and recomputed in the backward pass like those: `likelihoods`, else losses. The first
     of `shared` is the head's weight [V, E]; the rule's `hidden_scale` has been applied.
     """
+    if isinstance(loss, AtTemperature):
+        rule = loss.of(rule)
     chunk_loss = judged if loss is likelihoods else functools.partial(F.cross_entropy, reduction="none")
 
     def of_chunk(labels_C: Tensor, *given: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distft.model.bugs import raise_mistakes
-from distft.model.cross_entropy import LogitRule
+from distft.model.logit_rule import LogitRule
 from distft.model.precision import in_double
 
 _POSITIONS = 3

@@ -18,6 +18,8 @@ class ModelPolicy:
     """A `core.types.Policy` over a wrapped `distft.model.causal.CausalLM`."""
 
     model: nn.Module
+    temperature: float = 1.0
+    """What its log-probabilities of tokens are at: that of the draws, where answers are the model's own."""
 
     def loss_sum(self, batch: Batch) -> LossTerms:
         """Return the cross-entropy summed over the supervised tokens, with a router's loss and a method's penalty.
@@ -36,7 +38,7 @@ class ModelPolicy:
         return LossTerms.of(total, figures)
 
     def token_logprobs(self, batch: Batch) -> Tensor:
-        """Return fp32 [S], the log-probability of every label, in order.
+        """Return fp32 [S], the log-probability of every label at the policy's temperature, in order.
 
         The head runs in chunks of tokens, forward and backward, so that logits of [S, V] never exist. With nothing
         supervised the result is empty, and still has a gradient (zero) of every parameter.
@@ -44,7 +46,7 @@ class ModelPolicy:
         Raises:
             MachineError: the model's router has a loss of its own, which would be left out.
         """
-        output: Tensor | tuple[Tensor, ...] = self.model(**batch.inputs(), per_token=True)
+        output: Tensor | tuple[Tensor, ...] = self.model(**batch.inputs(), per_token=True, temperature=self.temperature)
         if isinstance(output, tuple):
             raise _with_other_losses()
         return -output[: batch.num_supervised]
@@ -55,7 +57,9 @@ class ModelPolicy:
         Raises:
             MachineError: as `token_logprobs`.
         """
-        output: Tensor | tuple[Tensor, ...] = self.model(**batch.inputs(), per_token=True, values=True)
+        output: Tensor | tuple[Tensor, ...] = self.model(
+            **batch.inputs(), per_token=True, values=True, temperature=self.temperature
+        )
         if isinstance(output, tuple):
             raise _with_other_losses()
         return -output[0, : batch.num_supervised], output[1, : batch.num_supervised]

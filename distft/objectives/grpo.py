@@ -8,7 +8,7 @@ https://arxiv.org/abs/2503.20783; gspo (one ratio for an answer), Zheng et al., 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distft.objectives.policy_gradient import EPSILON, PenaltyParams, deviation, mean_of_each, rollout_objective
 
@@ -24,6 +24,8 @@ class GrpoParams(PenaltyParams):
     scale: Literal["group", "batch", "none"] = "group"
     """What an advantage is divided by: the standard deviation of its group's rewards, of the step's, or nothing
     (dr_grpo)."""
+
+    equal_teaches_nothing: ClassVar[bool] = True
 
     def advantages(self, reward_PN: np.ndarray) -> np.ndarray:
         """Return each reward less its group's mean, scaled."""

@@ -41,6 +41,8 @@ class RolloutParams(Params, ABC):
     """Largest weight of the correction."""
     compares_answers: ClassVar[bool] = True
     """An answer counts only beside another to the same prompt."""
+    equal_teaches_nothing: ClassVar[bool] = False
+    """Answers to one prompt that are all worth the same have advantages of 0: `[rollout] refill` may replace them."""
     values_tokens: ClassVar[bool] = False
     """A critic's values give every token an advantage of its own: `token_targets` says how."""
 
@@ -146,6 +148,9 @@ def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: 
         figures[f"{name}_answers"] = (columns[f"{name}_D"].sum(), batch.num_documents)
     for name in ("writing_s", "judging_s"):
         figures[name] = (columns[f"{name}_D"].sum(), batch.num_documents)
+    if "refilled_D" in columns:  # where the recipe asks for it
+        figures["refilled_answers"] = (columns["refilled_D"].sum(), batch.num_documents)
+        figures["written_per_answer"] = (columns["written_per_answer_D"].sum(), batch.num_documents)
     return LossTerms.of(loss_S.sum(), figures)
 
 
@@ -191,7 +196,7 @@ def rollout_objective(
 
 
 def _figures(params: RolloutParams) -> Mapping[str, bool]:
-    """Return the figures and whether more is better; each reward has one of its own besides."""
+    """Return the figures and whether more is better; each reward has one of its own besides, and refilling has two."""
     less = ("clipped_low", "clipped_high", "sampler_gap", "truncated_answers", "unscored_answers", "equal_answers")
     known = dict.fromkeys((*less, "writing_s", "judging_s"), False)
     known |= dict.fromkeys(("reward_total", "entropy", "answer_tokens"), True)

@@ -6,7 +6,7 @@ clipped as in TRL. The KL divergence is part of the loss; TRL's RLOO takes it of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from distft.objectives.policy_gradient import PenaltyParams, mean_of_each, rollout_objective
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class RlooParams(PenaltyParams):
     """Nothing besides."""
+
+    equal_teaches_nothing: ClassVar[bool] = True
 
     def advantages(self, reward_PN: np.ndarray) -> np.ndarray:
         """Return each reward less the mean of the others'; 0 where there are none."""

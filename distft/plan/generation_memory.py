@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from distft.generation import GENERATORS
 from distft.generation.batching import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS
 from distft.model.attention_shape import largest_attention
 from distft.model.inference import cache_bytes_per_token, longest_text
@@ -12,7 +14,7 @@ from distft.plan.kernels import EAGER
 from distft.plan.setup import Setup
 from distft.plan.state import FP32
 from distft.plan.trace import Activations
-from distft.recipe import AnswersTable
+from distft.recipe import AnswersTable, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +54,23 @@ def generation_memory(inventory: Inventory, setup: Setup, kept: Activations, *, 
 
 
 def rollout_memory(inventory: Inventory, setup: Setup, kept: Activations, *, held: int) -> GenerationMemory | None:
-    """Return the memory of writing the answers that are trained; None where they are rows'. Arguments as above."""
+    """Return the memory of writing the answers that are trained; None where they are rows', or a server writes them.
+
+    Arguments as above.
+    """
     recipe, rollout = setup.recipe, setup.recipe.rollout
-    if not recipe.objective.spec.writes:
+    if not recipe.objective.spec.writes or is_written_elsewhere(recipe):
         return None
     longest = max(1, recipe.data.max_length // rollout.answers_per_prompt - rollout.max_new_tokens)
     batch_size = "auto" if rollout.batch_size is None else rollout.batch_size
     table = AnswersTable(name="rollout", max_new_tokens=rollout.max_new_tokens, batch_size=batch_size)
     return _of(table, longest, inventory, setup, kept, setup.machine.gpu.memory_bytes - held)
+
+
+def is_written_elsewhere(recipe: Recipe) -> bool:
+    """Return whether a server writes the answers that are trained, with memory and time of its own."""
+    chosen: Any = recipe.rollout.generator
+    return recipe.objective.spec.writes and not GENERATORS[chosen["name"]].on_this_machine
 
 
 def _of(

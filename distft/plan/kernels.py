@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distft.model import attention
 from distft.model.adapters.virtual_tokens import with_prefix
-from distft.model.cross_entropy import PLAIN, LogitRule
+from distft.model.logit_rule import PLAIN, LogitRule
 from distft.model.paths import SINGLE, VARLEN, ForwardPath
 
 FLASH = "distft_plan_flash"

@@ -35,11 +35,29 @@ NO_ROLLOUT = RolloutTime(writing_s=0.0, measuring_s=0.0, parts=())
 
 
 def of_setup(inventory: Inventory, setup: Setup, memory: Memory, *, forward_s: float) -> RolloutTime:
-    """Return the time of a rollout, shared among its updates; `forward_s`: of a micro-batch without gradients."""
-    writes = memory.rollout
-    if writes is None:
+    """Return the time of a rollout, shared among its updates; `forward_s`: of a micro-batch without gradients.
+
+    What a server writes takes no time here: it is not known how long.
+    """
+    recipe, rollout = setup.recipe, setup.recipe.rollout
+    if not recipe.objective.spec.writes:
         return NO_ROLLOUT
-    recipe, rollout, machine = setup.recipe, setup.recipe.rollout, setup.machine
+    objective: Any = recipe.objective.params
+    measures = rollout.updates > 1 or objective.values_tokens
+    measuring = setup.micros_per_step * forward_s / rollout.updates if measures else 0.0
+    measured = Part(
+        name="measuring answers, of a step, us",
+        num_bytes=round(measuring * 1e6),
+        formula=f"a forward without gradients of each micro-batch / {rollout.updates} updates",
+    )
+    writing, written = _writing(inventory, setup, memory) if memory.rollout is not None else (0.0, ())
+    return RolloutTime(writing_s=writing, measuring_s=measuring, parts=(*written, *((measured,) if measures else ())))
+
+
+def _writing(inventory: Inventory, setup: Setup, memory: Memory) -> tuple[float, tuple[Part, ...]]:
+    """Return the seconds of writing the answers, of each optimizer step, and how they come about."""
+    recipe, rollout, machine, writes = setup.recipe, setup.recipe.rollout, setup.machine, memory.rollout
+    assert writes is not None
     answers = -(-recipe.train.global_batch_size * rollout.answers_per_prompt // machine.world)
     batches, width = -(-answers // writes.rows), inventory.dtype.itemsize
     weights = sum(numel for numel, _ in inventory.linears)
@@ -59,34 +77,16 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory, *, forward_s: f
         )
         return times(work, machine.rates, machine.gpu, link_bytes_per_s=machine.link_bytes_per_s).micro_s
 
-    token_s, prompt_s = forward(writes.rows, read), forward(writes.rows * writes.prompt, 0.0)
+    prompts = -(-writes.rows // rollout.answers_per_prompt)  # read once for all of their answers
+    token_s, prompt_s = forward(writes.rows, read), forward(prompts * writes.prompt, 0.0)
     writing = batches * (prompt_s + writes.new_tokens * token_s) / rollout.updates
-    objective: Any = recipe.objective.params
-    measures = rollout.updates > 1 or objective.values_tokens
-    measuring = setup.micros_per_step * forward_s / rollout.updates if measures else 0.0
-    return RolloutTime(
-        writing_s=writing,
-        measuring_s=measuring,
-        parts=(
-            Part(
-                name="writing answers, of a step, us",
-                num_bytes=round(writing * 1e6),
-                formula=f"{answers:,} answers of a GPU, {writes.rows} at once: {batches} x (prompts "
-                f"{prompt_s * 1e3:.3g} ms + {writes.new_tokens:,} tokens x {token_s * 1e3:.3g} ms, for weights "
-                f"{(weights * width + dequantised) / 1e9:.1f} GB and cache {read / 1e9:.1f} GB read"
-                + (f", {sent / 1e9:.1f} GB gathered" if sent else "")
-                + f") / {rollout.updates} updates",
-            ),
-            *(
-                [
-                    Part(
-                        name="measuring answers, of a step, us",
-                        num_bytes=round(measuring * 1e6),
-                        formula=f"a forward without gradients of each micro-batch / {rollout.updates} updates",
-                    )
-                ]
-                if measures
-                else []
-            ),
-        ),
+    part = Part(
+        name="writing answers, of a step, us",
+        num_bytes=round(writing * 1e6),
+        formula=f"{answers:,} answers of a GPU, {writes.rows} at once: {batches} x (prompts "
+        f"{prompt_s * 1e3:.3g} ms + {writes.new_tokens:,} tokens x {token_s * 1e3:.3g} ms, for weights "
+        f"{(weights * width + dequantised) / 1e9:.1f} GB and cache {read / 1e9:.1f} GB read"
+        + (f", {sent / 1e9:.1f} GB gathered" if sent else "")
+        + f") / {rollout.updates} updates",
     )
+    return writing, (part,)

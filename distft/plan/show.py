@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from distft.core.accelerators import GIB
 from distft.plan.case import PlanCase
+from distft.plan.generation_memory import is_written_elsewhere
 from distft.plan.max_size import Limit
 from distft.plan.memory import Part
 from distft.plan.planner import Refused
@@ -97,7 +98,10 @@ def details(case: PlanCase, *, price: float | None, explain: bool) -> Iterator[s
         yield (
             f"answers (predicted): {rows} written at once on a GPU, {fast.rollout_s:.2f} s of a step "
             f"({fast.rollout_s / step:.0%}) where each takes max_new_tokens"
+            + (f"; {1 + more} times as long where refill replaces all" if (more := setup.recipe.rollout.refill) else "")
         )
+    if is_written_elsewhere(setup.recipe):
+        yield "answers: a server writes them, whose memory and time are not counted here"
     yield _length(case, price)
     yield f"rates: {machine.rates.source or 'assumed shares of the data sheet; distft plan --calibrate measures them'}"
     if explain:

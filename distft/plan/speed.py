@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from distft.engine.footprint import Sent
 from distft.model.attention_shape import attention_shapes
@@ -97,7 +98,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         gpu,
         link_bytes_per_s=setup.machine.link_bytes_per_s,
     )
-    columns_s = in_step * setup.micros_per_step * forward.micro_s
+    columns_s = in_step * setup.micros_per_step * forward.micro_s / _column_passes(setup)
     written = rollout_time.of_setup(inventory, setup, memory, forward_s=forward.micro_s)
     step_s = taken.step_s + columns_s + written.total_s
     per_step = setup.micros_per_step * tokens * world
@@ -157,7 +158,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
                 if sends.step + sends.step_inside
                 else "nothing",
             ),
-            *_columns_parts(in_step, before, forward.micro_s, columns_s),
+            *_columns_parts(in_step, before, forward.micro_s, columns_s, _column_passes(setup)),
             *written.parts,
         ),
     )
@@ -178,12 +179,13 @@ def _forward(inventory: Inventory, setup: Setup, tokens: int, length: int, traff
     )
 
 
-def _columns_parts(in_step: int, before: int, forward_s: float, columns_s: float) -> Iterator[Part]:
+def _columns_parts(in_step: int, before: int, forward_s: float, columns_s: float, shared_by: int) -> Iterator[Part]:
     if in_step:
         yield Part(
             name="what the objective reads, of a step, us",
             num_bytes=round(columns_s * 1e6),
-            formula=f"{in_step} forwards of each micro-batch without gradients, {forward_s * 1e3:.3g} ms each",
+            formula=f"{in_step} forwards of each micro-batch without gradients, {forward_s * 1e3:.3g} ms each"
+            + (f" / {shared_by} updates" if shared_by > 1 else ""),
         )
     if before:
         yield Part(
@@ -215,3 +217,9 @@ def _attention_flops(inventory: Inventory, length: int) -> float:
 def sent(inventory: Inventory, setup: Setup) -> Sent:
     """Return what a rank sends; counted against running processes in tests/dist/test_traffic.py."""
     return setup.footprint.sent(inventory, setup.ranks)
+
+
+def _column_passes(setup: Setup) -> int:
+    """Return how many optimizer steps share one pass for columns: those on answers whose tokens are measured once."""
+    objective: Any = setup.recipe.objective
+    return setup.recipe.rollout.updates if objective.spec.writes and objective.params.values_tokens else 1

@@ -36,7 +36,8 @@ def json_schema(registries: Registries) -> Schema:
     """Return a draft 2020-12 schema of a recipe with the parts that are registered now."""
     parts = [spec.params for table in chosen_tables() for spec in registries.part(table).values()]
     scores = [spec.params for spec in registries.scores.values()]
-    of, defs = _definitions([RunKeys, *fixed_tables().values(), *parts, *scores, RewardTerm])
+    generators = [spec.params for spec in registries.generators.values()]
+    of, defs = _definitions([RunKeys, *fixed_tables().values(), *parts, *scores, *generators, RewardTerm])
     for table in (SourceTable, TrainSourceTable, AnswersTable):
         defs[table.__name__]["properties"]["format"]["enum"] = list(dict.fromkeys(["auto", *registries.formats]))
     _name_templates(defs["DataTable"]["properties"]["chat_template"], registries.templates)
@@ -50,6 +51,10 @@ def json_schema(registries: Registries) -> Schema:
         for branch in rewarded["oneOf"]:
             branch["properties"] |= defs[of[RewardTerm]]["properties"]
         defs["RolloutTable"]["properties"]["rewards"]["items"] = rewarded
+    if generators:
+        named = {"enum": list(registries.generators)}
+        chosen = _one_of(registries.generators, None, {kind: defs[of[kind]] for kind in generators})
+        defs["RolloutTable"]["properties"]["generator"]["anyOf"] = [named, chosen]
     run = defs[of[RunKeys]]
     schema: Schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

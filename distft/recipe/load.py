@@ -136,9 +136,12 @@ class _Reader:
         return self.listed(self.registries.scores, raw, ("eval", "answers", position, "scores", number))
 
     def rewarded(self, table: RolloutTable) -> RolloutTable:
-        """Return the table with every reward's settings checked and filled in."""
+        """Return the table with the settings of every reward and of the generator checked and filled in."""
         rewards = tuple(self.reward(dict(raw), index) for index, raw in enumerate(table.rewards))
-        return table.model_copy(update={"rewards": rewards})
+        generator = {"name": table.generator} if isinstance(table.generator, str) else table.generator
+        if generator != RolloutTable().generator:  # the default has nothing to be filled in
+            generator = self.listed(self.registries.generators, dict(generator), ("rollout", "generator"))
+        return table.model_copy(update={"rewards": rewards, "generator": generator})
 
     def reward(self, raw: dict[str, Any], index: int) -> dict[str, Any]:
         """Return a score with its settings, its weight and the figure that is the reward."""

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from distft.core.registry import Params
+from distft.recipe.resume_policy import Free
 
 
 class RewardTerm(Params):
@@ -25,12 +26,20 @@ class RolloutTable(Params):
     """Answers to each prompt of a step: the group whose rewards are compared. 1 is for `ppo`, which compares none."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest answer. A group, each answer behind its prompt, has to fit in [data] max_length."""
+    temperature: float = Field(default=1.0, gt=0)
+    """What logits are divided by: in draws, and in the log-probabilities of the policy, of the one before an update and
+    of the reference alike."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, besides the model's end tokens."""
     updates: int = Field(default=1, ge=1)
     """Optimizer steps taken on the same answers; above 1, probabilities are compared with those of the first."""
     mask_truncated: bool = False
     """Leave out answers that did not end within max_new_tokens."""
+    refill: int = Field(default=0, ge=0)
+    """Times that prompts whose answers are all worth the same, which teach nothing, are replaced by others from
+    elsewhere in the run (DAPO's dynamic sampling); those that are left then stay. 0: no prompt is replaced."""
+    generator: Free[str | dict[str, Any]] = Field(default={"name": "engine"}, examples=["vllm"])
+    """What writes the answers: "engine", the model as it is trained; or "vllm", a server, or its name and settings."""
     batch_size: int | None = Field(default=None, ge=1)
     """Answers written at a time on one GPU; as many as fit unless set. It changes no answer."""
     rewards: tuple[dict[str, Any], ...] = Field(default=(), examples=[[{"name": "exact_match", "weight": 1.0}]])

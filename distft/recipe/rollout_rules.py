@@ -91,10 +91,36 @@ def rollouts_leave_rows_alone(recipe: Recipe, _: Registries) -> Iterator[RecipeM
             fix="answers_per_prompt = 8, or objective ppo, which has a critic",
             also=also,
         )
+    if recipe.rollout.refill and not getattr(recipe.objective.params, "equal_teaches_nothing", False):
+        yield RecipeMistake(
+            key=("rollout", "refill"),
+            message=f'objective "{recipe.objective.name}" learns from prompts whose answers are all worth the same',
+            fix="remove it, or take grpo or rloo, which compare answers to one prompt alone",
+            also=also,
+        )
+
+
+def the_generator_suits(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
+    """Check that what writes the answers can have what is trained, and that its settings have an effect."""
+    chosen: Any = recipe.rollout.generator
+    spec = registries.generators.get(chosen["name"])
+    if spec is None or not _writes(recipe.objective.spec):
+        return
+    try:
+        params = listed_params(chosen, spec.params)
+    except ValidationError:  # what is wrong with it has been said
+        return
+    if why := spec.refuses(params, recipe.method.spec, recipe.method.params):
+        yield RecipeMistake(key=("rollout", "generator"), message=why, fix="", also=(("method",),))
+    if not spec.on_this_machine and recipe.rollout.batch_size is not None:
+        message = f'has no effect: generator "{chosen["name"]}" fills its batches by itself'
+        yield RecipeMistake(
+            key=("rollout", "batch_size"), message=message, fix="remove it", also=(("rollout", "generator"),)
+        )
 
 
 def _writes(objective: Any) -> bool:
     return getattr(objective, "writes", False)
 
 
-ROLLOUT_RULES = (rollouts_are_asked_for, rewards_judge_text, rollouts_leave_rows_alone)
+ROLLOUT_RULES = (rollouts_are_asked_for, rewards_judge_text, rollouts_leave_rows_alone, the_generator_suits)

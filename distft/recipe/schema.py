@@ -244,6 +244,8 @@ class Registries:
     """Dataset formats: `format` is "auto" or one of these."""
     scores: Registry[Any] = field(default_factory=lambda: Registry[Any]("score"))
     """What `[[eval.answers]] scores` may name."""
+    generators: Registry[Any] = field(default_factory=lambda: Registry[Any]("generator"))
+    """What `[rollout] generator` may name."""
     exports: Registry[Any] = field(default_factory=lambda: Registry[Any]("export"))
     """What `[export] also` may name."""
     templates: tuple[str, ...] = ()

@@ -74,6 +74,7 @@ def _shares(run: RunRecord) -> Html | None:
         "truncated_answers": "not ended",
         "unscored_answers": "without a reward",
         "equal_answers": "of equal groups",
+        "refilled_answers": "to replaced prompts",
     }
     series = [
         Series(name=name, points=run.column(figure), style=number, kind="noisy")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from distft.core.errors import DataError, Problem, RecipeError
@@ -94,7 +94,7 @@ class RewardProcess:
     def _judge(self, answer: Answer) -> Judged:
         if self._process is None:
             self._start()
-        said = self._ask(json.dumps(asdict(answer)), self._timeout_s)
+        said = self._ask(json.dumps(vars(answer)), self._timeout_s)
         if isinstance(said, str):
             self.close()
             return Judged(why=said)

@@ -92,9 +92,6 @@ class RolloutBatches:
         )
         index = tuple(np.array(places, np.int64).reshape(-1, 2).T)
         judged = [rollout.judged[p * count + n] for p, n in places]
-        spread_P = np.nan_to_num(rollout.reward_PN, nan=0.0).max(1) - np.where(
-            rollout.counted_PN, rollout.reward_PN, np.inf
-        ).min(1)
         columns: dict[str, Any] = {
             "advantage_D": rollout.advantage_PN[index],
             "counted_D": rollout.counted_PN[index],
@@ -102,11 +99,14 @@ class RolloutBatches:
             "budget_D": table.max_new_tokens * rollout.counted_PN[index],
             "truncated_D": [not rollout.answers[p * count + n].ended for p, n in places],
             "unscored_D": [bool(one.why) for one in judged],
-            "equal_D": (spread_P <= 0)[index[0]],
+            "equal_D": rollout.equal_P[index[0]],
             "writing_s_D": [rollout.writing_s] * len(places),
             "judging_s_D": [rollout.judging_s] * len(places),
             "sampler_logprob_S": sampler_S,
         }
+        if table.refill:
+            columns["refilled_D"] = [place[0] in rollout.replaced for place in places]
+            columns["written_per_answer_D"] = [rollout.written / len(rollout.answers)] * len(places)
         for part, reward in enumerate(self.rewards):
             columns[f"reward_{reward}_D"] = [one.parts[part] if one.parts else 0.0 for one in judged]
         return replace(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,56 @@ class Rollout:
     writing_s: float = 0.0
     """Seconds in which this rank wrote them; 0 where they have been read again."""
     judging_s: float = 0.0
+    replaced: Mapping[int, str] = field(default_factory=dict[int, str])
+    """Place of a prompt that stands for another one, whose answers were all worth the same -> that one's row."""
+    written: int = 0
+    """Answers that were written for it, those to replaced prompts with them."""
+
+    @property
+    def equal_P(self) -> np.ndarray:
+        """Whether the answers of a prompt that count are all worth the same, or none counts."""
+        import numpy as np
+
+        most_P = np.where(self.counted_PN, self.reward_PN, -np.inf).max(1)
+        return ~(most_P > np.where(self.counted_PN, self.reward_PN, np.inf).min(1))
+
+    def refilled(self, places: Sequence[int], more: Rollout) -> Rollout:
+        """Return the rollout with those prompts of `more` whose answers are worth more and less, at these places."""
+        count = self.reward_PN.shape[1]
+        questions, answers, judged = list(self.questions), list(self.answers), list(self.judged)
+        reward_PN, counted_PN = self.reward_PN.copy(), self.counted_PN.copy()
+        replaced = dict(self.replaced)
+        useful = [place for place, is_equal in enumerate(more.equal_P.tolist()) if not is_equal]
+        for place, source in zip(places, useful, strict=False):
+            replaced[place] = questions[place].id
+            questions[place] = more.questions[source]
+            reward_PN[place], counted_PN[place] = more.reward_PN[source], more.counted_PN[source]
+            mine, theirs = (slice(at * count, (at + 1) * count) for at in (place, source))
+            answers[mine], judged[mine] = more.answers[theirs], more.judged[theirs]
+        return replace(
+            self,
+            questions=questions,
+            answers=answers,
+            judged=judged,
+            reward_PN=reward_PN,
+            counted_PN=counted_PN,
+            writing_s=self.writing_s + more.writing_s,
+            judging_s=self.judging_s + more.judging_s,
+            replaced=replaced,
+            written=self.written + more.written,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRollout:
+    """What the file of a rollout says."""
+
+    names: tuple[str, ...]
+    """Rows that were asked, prompt by prompt."""
+    answers: Sequence[Completion]
+    judged: Sequence[Judged]
+    replaced: Mapping[int, str]
+    written: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +137,9 @@ class RolloutFiles:
                 "rewards": dict(zip(self.rewards, judged.parts, strict=False)),
                 "advantage": float(rollout.advantage_PN[place]),
                 "unscored": judged.why or None,
+                **({"policy": answer.policy} if answer.policy else {}),
+                **({"replaces": rollout.replaced[place[0]]} if place[0] in rollout.replaced else {}),
+                **({"written": rollout.written} if index == 0 and rollout.written > len(rollout.answers) else {}),
                 "ids": answer.ids,
                 "logprobs": answer.logprobs,
             }
@@ -94,8 +147,8 @@ class RolloutFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_file(self.path(rollout.number), "".join(lines), durable=self.updates > 1)
 
-    def read(self, number: int, names: Sequence[str]) -> tuple[list[Completion], list[Judged]]:
-        """Return the answers of a rollout and what they were worth; `names` are its rows.
+    def read(self, number: int, names: Sequence[str]) -> StoredRollout:
+        """Return the answers of a rollout and what they were worth; `names` are its step's rows.
 
         Raises:
             CheckpointError: it cannot be read, or holds answers to other rows.
@@ -105,7 +158,8 @@ class RolloutFiles:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: the answers that this step goes on with cannot be read: {error}") from error
-        if [line["id"] for line in lines[:: self.answers_per_prompt]] != list(names):
+        firsts = lines[:: self.answers_per_prompt]
+        if [line.get("replaces", line["id"]) for line in firsts] != list(names):
             raise CheckpointError(f"{path}: holds answers to other prompts than this step's")
         answers = [
             Completion(
@@ -114,10 +168,17 @@ class RolloutFiles:
                 logprobs=tuple(line["logprobs"]),
                 num_tokens=len(line["ids"]),
                 ended=line["ended"],
+                policy=line.get("policy", ""),
             )
             for line in lines
         ]
-        return answers, [Judged(parts=tuple(line["rewards"].values()), why=line["unscored"] or "") for line in lines]
+        return StoredRollout(
+            names=tuple(line["id"] for line in firsts),
+            answers=answers,
+            judged=[Judged(parts=tuple(line["rewards"].values()), why=line["unscored"] or "") for line in lines],
+            replaced={place: line["replaces"] for place, line in enumerate(firsts) if "replaces" in line},
+            written=firsts[0].get("written", len(lines)),
+        )
 
     def write_measured(self, number: int, measured: TokenFigures) -> None:
         """Keep what a rollout's first update began with."""

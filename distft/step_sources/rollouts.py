@@ -9,16 +9,17 @@ Shape letters: P prompts of a step on all ranks, N answers to each.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import DataError, Problem, RecipeError
 from distft.core.phase import PHASE
 from distft.core.ranks import on_rank_zero
-from distft.generation.completion import Completion, Prompt, SamplingParams
+from distft.generation.completion import Completion, Prompt, SamplingParams, seed_digest
 from distft.scores import Answer
 from distft.step_sources.rewards import Judged, RewardProcess, rewards_of
 from distft.step_sources.rollout_batches import RolloutBatches
@@ -37,7 +38,8 @@ class RolloutSteps:
     def __init__(self, inputs: StepSourceInputs) -> None:
         self._inputs, self._table = inputs, inputs.rollout
         self._rewards = rewards_of(self._table)
-        self._generator = inputs.generator("engine")
+        chosen: Any = self._table.generator
+        self._generator = inputs.generator(chosen["name"])
         self._files = RolloutFiles(
             folder=inputs.folder,
             rewards=tuple(reward.name for reward in self._rewards),
@@ -83,12 +85,46 @@ class RolloutSteps:
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def _asked(self, number: int) -> list[Question]:
-        return [self._questions[name] for name in self._inputs.steps.sample_ids(number)]
+    def _asked(self, names: Iterable[str]) -> list[Question]:
+        return [self._questions[name] for name in names]
 
     def _write(self, number: int) -> Rollout | None:
-        """Collective: write and judge the answers of a step."""
-        questions, table = self._asked(number), self._table
+        """Collective: write and judge the answers of a step; None when some rank was asked to stop."""
+        names = self._inputs.steps.sample_ids(number)
+        rollout = self._answered(number, self._asked(names))
+        others = self._elsewhere(number, set(names))
+        for _ in range(self._table.refill):
+            if rollout is None:
+                return None
+            places = [place for place, is_equal in enumerate(rollout.equal_P.tolist()) if is_equal]
+            questions = list(itertools.islice(others, len(places)))
+            if not questions:
+                break
+            more = self._answered(number, questions)
+            rollout = None if more is None else rollout.refilled(places, more)
+        if rollout is None:
+            return None
+        rollout = self._weighed(rollout)
+        if self._inputs.engine.rank == 0:
+            self._files.write(rollout)
+        return rollout
+
+    def _elsewhere(self, number: int, seen: set[str]) -> Iterator[Question]:
+        """Yield prompts of the run's other steps, each once, in an order that follows from seed and number alone."""
+        import numpy as np
+
+        steps = self._inputs.steps
+        key = seed_digest(self._inputs.seed, f"refill\n{number}")[:16]
+        drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
+        for step in drawn.permutation(steps.num_steps).tolist():
+            for name in steps.sample_ids(step):
+                if name not in seen:
+                    seen.add(name)
+                    yield self._questions[name]
+
+    def _answered(self, number: int, questions: Sequence[Question]) -> Rollout | None:
+        """Collective: return answers to these prompts with what they are worth; None when asked to stop."""
+        table = self._table
         prompts = [
             Prompt(seed_key=f"{question.id}\n{number}\n{answer}", ids=question.ids)
             for question in questions
@@ -96,7 +132,7 @@ class RolloutSteps:
         ]
         how = SamplingParams(
             max_new_tokens=table.max_new_tokens,
-            temperature=1.0,
+            temperature=table.temperature,
             stop=table.stop,
             seed=self._inputs.seed,
             batch_size=table.batch_size,
@@ -112,14 +148,8 @@ class RolloutSteps:
         if judged is None:
             return None
         PHASE.enter("data")
-        rollout = replace(
-            self._weighed(number, questions, answers, judged),
-            writing_s=written - began,
-            judging_s=time.perf_counter() - written,
-        )
-        if self._inputs.engine.rank == 0:
-            self._files.write(rollout)
-        return rollout
+        rollout = self._rewarded(number, questions, answers, judged)
+        return replace(rollout, writing_s=written - began, judging_s=time.perf_counter() - written)
 
     def _judged(self, questions: Sequence[Question], answers: Sequence[Completion]) -> list[Judged] | None:
         """Return what each answer is worth; None when this rank was asked to stop.
@@ -156,14 +186,10 @@ class RolloutSteps:
             )
         return judged
 
-    def _weighed(
+    def _rewarded(
         self, number: int, questions: Sequence[Question], answers: Sequence[Completion], judged: Sequence[Judged]
     ) -> Rollout:
-        """Return the rollout with its advantages.
-
-        Raises:
-            DataError: no answer counts.
-        """
+        """Return the answers with their rewards, and which of them count; advantages come when all are there."""
         import numpy as np
 
         shape = (len(questions), self._table.answers_per_prompt)
@@ -179,23 +205,33 @@ class RolloutSteps:
         counted_PN = ~np.isnan(reward_PN)
         if self._inputs.objective.compares_answers:  # an answer alone has nothing to be compared with
             counted_PN &= counted_PN.sum(1, keepdims=True) > 1
-        reward_PN = np.where(counted_PN, reward_PN, math.nan)
-        if not counted_PN.any():
-            needed = "two answers that count" if self._inputs.objective.compares_answers else "an answer that counts"
-            raise DataError(
-                f"step {number * self._table.updates + 1}: no prompt has {needed}"
-                + ("  raise [rollout] max_new_tokens, or mask_truncated = false" if self._table.mask_truncated else "")
-            )
-        advantage_PN = np.where(counted_PN, self._inputs.objective.advantages(reward_PN), 0.0)
         return Rollout(
             number=number,
             questions=questions,
             answers=answers,
             judged=judged,
-            reward_PN=reward_PN,
-            advantage_PN=advantage_PN,
+            reward_PN=np.where(counted_PN, reward_PN, math.nan),
+            advantage_PN=np.zeros(shape),
             counted_PN=counted_PN,
+            written=len(answers),
         )
+
+    def _weighed(self, rollout: Rollout) -> Rollout:
+        """Return the rollout with its advantages.
+
+        Raises:
+            DataError: no answer counts.
+        """
+        import numpy as np
+
+        if not rollout.counted_PN.any():
+            needed = "two answers that count" if self._inputs.objective.compares_answers else "an answer that counts"
+            raise DataError(
+                f"step {rollout.number * self._table.updates + 1}: no prompt has {needed}"
+                + ("  raise [rollout] max_new_tokens, or mask_truncated = false" if self._table.mask_truncated else "")
+            )
+        advantage_PN = np.where(rollout.counted_PN, self._inputs.objective.advantages(rollout.reward_PN), 0.0)
+        return replace(rollout, advantage_PN=advantage_PN)
 
     def _read(self, number: int) -> Rollout:
         """Collective: return the answers of a step that was begun before this start.
@@ -204,8 +240,9 @@ class RolloutSteps:
             CheckpointError: they are not there, or not those of this run.
         """
         names = self._inputs.steps.sample_ids(number)
-        answers, judged = on_rank_zero(self._inputs.engine, lambda: self._files.read(number, names))
-        return self._weighed(number, self._asked(number), answers, judged)
+        stored = on_rank_zero(self._inputs.engine, lambda: self._files.read(number, names))
+        rollout = self._rewarded(number, self._asked(stored.names), stored.answers, stored.judged)
+        return self._weighed(replace(rollout, replaced=stored.replaced, written=stored.written))
 
     # -- mistakes ------------------------------------------------------------------------------------------------------
 

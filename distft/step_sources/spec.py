@@ -33,7 +33,8 @@ class StepSourceInputs:
     """Collective: gives micro-batches the columns that the objective reads; the loop leaves those alone that they have.
     """
     generator: Callable[[str], CompletionGenerator]
-    """Name -> an opened generator with its default parameters (see `distft.generation.GENERATORS`)."""
+    """Name -> an opened generator (see `distft.generation.GENERATORS`), with the settings of [rollout] where it is that
+    table's, else with its own; collective."""
     max_length: int
     """Tokens of a document at most."""
     num_steps: int

@@ -8,6 +8,9 @@ from harness import STEPS, WHOLE_GRIDS, Bench, Run, label
 
 REWARD = 'rollout={answers_per_prompt=4, max_new_tokens=12, updates=UPDATES, rewards=[{name="function", function='
 REWARD += '"reward_of_letters:judge"}, {name="regex", pattern="[aeiou]", weight=0.25}]}'
+REFILL = 'rollout={answers_per_prompt=2, max_new_tokens=12, updates=UPDATES, refill=2, rewards=[{name="regex", '
+REFILL += 'pattern="[aeiou]"}]}'
+"""Rewards of 0 and 1, which are often equal."""
 METHODS = {
     "full": ['method.name="full"'],
     "lora": ['method={name="lora", r=4}'],
@@ -22,6 +25,8 @@ OBJECTIVES = {
     "ppo": 'objective={name="ppo", beta=0.0, clip_value=0.02}',
     "ppo-kl": 'objective={name="ppo", beta=0.1, kl="k3"}',
 }
+AT_TEMPERATURE = ("ppo-kl", "grpo-kl")
+"""With a reference, whose log-probabilities are at it too."""
 CASES = {
     "dapo-full-3": ("dapo", "full", 3),
     "ppo-kl-lora-3": ("ppo-kl", "lora", 3),
@@ -36,6 +41,7 @@ if WHOLE_GRIDS:
         "grpo-kl-qlora-1": ("grpo-kl", "qlora", 1),
         "ppo-full-1": ("ppo", "full", 1),
         "ppo-kl-full-2": ("ppo-kl", "full", 2),
+        "refill-full-3": ("dapo", "full", 3),
     }
 """Name -> objective, method and updates on the same answers."""
 LAYOUTS = [("ddp", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE_GRIDS else [("fsdp2", 2)]
@@ -46,7 +52,9 @@ CUT = 4
 def overrides(engine: str, case: str, *more: str, micro: int = 1) -> list[str]:
     objective, method, updates = CASES[case]
     return [
-        f'engine.name="{engine}"', *METHODS[method], OBJECTIVES[objective], REWARD.replace("UPDATES", str(updates)),
+        f'engine.name="{engine}"', *METHODS[method], OBJECTIVES[objective],
+        (REFILL if case.startswith("refill") else REWARD).replace("UPDATES", str(updates)),
+        *(["rollout.temperature=0.8"] if objective in AT_TEMPERATURE else []),
         "data.packing=false", "data.eval=[]", "data.max_length=272", f"train.max_steps={STEPS}",
         f"train.micro_batch_size={micro}", 'checkpoint.every_steps="off"', "optim.learning_rate=3e-3", *more,
     ]  # fmt: skip
@@ -94,6 +102,7 @@ def weights(run: Run) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+REFILL_FIGURES = ("reward_regex", "refilled_answers", "written_per_answer", "equal_answers")
 FIGURES = ("loss", "grad_norm", "kl", "reward_total", "reward_function", "answer_tokens", "tokens", "tokens_loss")
 
 
@@ -104,9 +113,15 @@ def test_ranks_engines_and_micro_batches_write_and_learn_the_same(
         reference = solo[case]
         for run in (several[case], solo[f"micro-{case}"]):
             assert answers(run) == answers(reference), case
-            for figure in FIGURES:
+            refills = case.startswith("refill")
+            for figure in (
+                (*REFILL_FIGURES, *(name for name in FIGURES if name != "reward_function")) if refills else FIGURES
+            ):
                 right = reference.column(figure) if figure in reference.steps[0] else []
                 assert (run.column(figure) if right else []) == pytest.approx(right, rel=1e-4, abs=1e-6), (case, figure)
+            if refills:
+                assert 0 < max(run.column("refilled_answers")) < 1, "some groups were equal, and some were not"
+                assert 1 < max(run.column("written_per_answer")) <= 3
         assert max(reference.column("sampler_gap")[:1]) < 1e-5, "what is trained is what has written"
 
 

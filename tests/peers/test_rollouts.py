@@ -44,8 +44,8 @@ def trainer(kind: str, model: Any, tokenizer: Path, folder: Path, **settings: An
 
     config = getattr(trl, f"{kind}Config")(
         output_dir=str(folder), per_device_train_batch_size=len(LENGTHS), num_generations=len(LENGTHS), use_cpu=True,
-        max_completion_length=BUDGET, temperature=1.0, bf16=False, report_to=[], gradient_checkpointing=False,
-        **({"epsilon": LOW, "epsilon_high": HIGH} | settings),
+        max_completion_length=BUDGET, bf16=False, report_to=[], gradient_checkpointing=False,
+        **({"epsilon": LOW, "epsilon_high": HIGH, "temperature": 1.0} | settings),
     )  # fmt: skip
     made = getattr(trl, f"{kind}Trainer")(
         model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
@@ -61,12 +61,15 @@ def padded(values: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*GRPO, "rloo"])
+@pytest.mark.parametrize("case", [*GRPO, "rloo", "dapo at 0.6", "rloo at 1.4"])
 def test_trl_has_the_same_loss_and_gradient(tiny_config: Path, tmp_path: Path, case: str) -> None:
+    case, _, at = case.partition(" at ")
+    temperature = float(at or 1.0)
     rows = documents(LENGTHS)
     ours, theirs = build(tiny_config).module, build(tiny_config).module
     made: Any = replace(batch(rows, trained_from=PROMPT), group_sizes=(1,) * len(rows))
-    now = ModelPolicy(ours).token_logprobs(made).detach().split([length - PROMPT for length in LENGTHS])
+    policy = ModelPolicy(ours, temperature=temperature)
+    now = policy.token_logprobs(made).detach().split([length - PROMPT for length in LENGTHS])
     old, ref = (
         [tokens + near(len(tokens), 10 * seed + index, size) for index, tokens in enumerate(now)]
         for seed, size in ((1, 0.1), (2, 0.5))
@@ -76,7 +79,8 @@ def test_trl_has_the_same_loss_and_gradient(tiny_config: Path, tmp_path: Path, c
     save_tokenizer(tmp_path / "tokenizer")
     kind = "RLOO" if case == "rloo" else "GRPO"
     beta = 0.0 if kind == "RLOO" else BETA
-    made_by_trl = trainer(kind, lm, tmp_path / "tokenizer", tmp_path / "out", beta=0.0, **GRPO.get(case, {}))
+    made_by_trl = trainer(kind, lm, tmp_path / "tokenizer", tmp_path / "out", beta=0.0,
+                          temperature=temperature, **GRPO.get(case, {}))  # fmt: skip
     made_by_trl.beta = beta  # at construction it would load a reference model, whose figures are injected here
     answers = [torch.tensor(ids[PROMPT:]) for ids in rows]
     mask = padded([torch.ones(len(ids), dtype=torch.long) for ids in answers])
@@ -98,7 +102,7 @@ def test_trl_has_the_same_loss_and_gradient(tiny_config: Path, tmp_path: Path, c
     columns |= {"sampler_logprob_S": torch.cat(old)}
     spec = OBJECTIVES["rloo" if kind == "RLOO" else "grpo"]
     chosen = {"clip_low": LOW, "clip_high": HIGH, "beta": beta} | ({} if kind == "RLOO" else {"loss": case})
-    objective = Objective(spec=spec, params=spec.params(**chosen), policy=ModelPolicy(ours))
+    objective = Objective(spec=spec, params=spec.params(**chosen), policy=policy)
     filled = replace(made, columns=columns)
     value = objective.terms(filled).loss_sum / objective.denominator([filled])
     value.backward()

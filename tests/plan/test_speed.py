@@ -9,6 +9,7 @@ from distft.core.accelerators import named
 from distft.model import stats
 from distft.plan.case import PlanCase, plan
 from distft.plan.setup import Machine
+from distft.plan.show import details
 from distft.plan.speed import Speed
 
 H200 = named("h200-141gb")
@@ -89,8 +90,10 @@ def test_what_an_objective_reads_takes_forwards(llama8b: Path) -> None:
 def test_answers_take_time(llama8b: Path) -> None:
     """Written token by token, each reading all weights; several updates share them; gathering pays most."""
 
-    def rollout(*overrides: str, objective: str = "grpo", world: int = 1, engine: str = "ddp") -> PlanCase:
-        beta = "objective.beta=0.0"
+    def rollout(
+        *overrides: str, objective: str = "grpo", world: int = 1, engine: str = "ddp", penalty: float = 0.0
+    ) -> PlanCase:
+        beta = f"objective.beta={penalty}"
         rewards = 'rollout.rewards=[{name="exact_match"}]'
         return case(
             llama8b, world, 'method.name="lora"', f'objective.name="{objective}"', beta, "data.packing=false", rewards,
@@ -111,3 +114,14 @@ def test_answers_take_time(llama8b: Path) -> None:
     critic = rollout(objective="ppo").speed
     assert once.rollout_s < critic.rollout_s, "log-probabilities and values are measured for every update"
     assert rollout(world=8, engine="fsdp2").speed.rollout_s > 3 * rollout(world=8).speed.rollout_s
+    # The reference: in every update of GRPO; of PPO, whose rewards of tokens hold the penalty, once for all updates.
+    each, kept = (rollout("rollout.updates=4", objective=name, penalty=0.1).speed for name in ("grpo", "ppo"))
+    assert each.columns_s == pytest.approx(rollout(penalty=0.1).speed.columns_s, rel=1e-6)
+    assert kept.columns_s == pytest.approx(each.columns_s / 4, rel=0.01)
+    assert any("/ 4 updates" in part.formula for part in kept.parts if part.name.startswith("what the objective reads"))
+    # A server's cache and time are nobody's here.
+    served = rollout('rollout.generator="vllm"', "rollout.updates=4")
+    assert served.memory.rollout is None
+    assert served.speed.rollout_s == pytest.approx(shared.rollout_s - once.rollout_s / 4, rel=0.01)
+    assert "answers: a server writes them" in "\n".join(details(served, price=None, explain=False))
+    assert not any("answers" in part.name for part in served.memory.parts)

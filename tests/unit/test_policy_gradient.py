@@ -84,8 +84,13 @@ def columns(now: list[Tensor], old: list[Tensor], ref: list[Tensor], sampler: li
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+AT_TEMPERATURE = {"rloo": 0.6, "grpo-dapo": 1.7, "token": 0.6}
+
+
+@pytest.mark.parametrize("case", [*CASES, *(f"{case}-at-{value}" for case, value in AT_TEMPERATURE.items())])
 def test_loss_and_gradient_equal_a_plain_loop(tiny_config: Path, case: str) -> None:
+    case, _, at = case.partition("-at-")
+    temperature = float(at or 1.0)
     name, params, loss, how = CASES[case]
     spec = OBJECTIVES[name]
     rows = documents(LENGTHS)
@@ -93,7 +98,7 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_config: Path, case: str) -> N
     theirs.transformer.set_attn_implementation("eager")
     now = []
     for ids in rows:
-        logits = theirs.transformer(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        logits = (theirs.transformer(torch.tensor([ids])).logits[0, :-1].double() / temperature).log_softmax(-1)
         now.append(logits.gather(1, torch.tensor(ids[1:])[:, None])[PROMPT - 1 :, 0])
     old, ref, sampler = (
         [tokens.detach() + drift(len(tokens), 10 * seed + index, size) for index, tokens in enumerate(now)]
@@ -102,7 +107,8 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_config: Path, case: str) -> N
     expected = plain(loss, now, old, ref, sampler, how, params.get("unbiased_kl", True))
     expected.backward()
     settings: dict[str, Any] = {"beta": BETA, "clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, **params}
-    objective = Objective(spec=spec, params=spec.params(**settings), policy=ModelPolicy(ours))
+    policy = ModelPolicy(ours, temperature=temperature)
+    objective = Objective(spec=spec, params=spec.params(**settings), policy=policy)
     made = replace(batch(rows, trained_from=PROMPT), group_sizes=(1,) * 6, columns=columns(now, old, ref, sampler))
     terms = objective.terms(made)
     value = terms.loss_sum / objective.denominator([made])

@@ -3,6 +3,7 @@
 from distft.doctor.checks import (
     clock,
     disk,
+    generator,
     gpus,
     host,
     libraries,
@@ -31,4 +32,5 @@ CHECKS: tuple[Check, ...] = (
     disk.CHECK,
     speed.CHECK,
     link.CHECK,
+    generator.CHECK,
 )

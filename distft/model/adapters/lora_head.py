@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distft.model.cross_entropy import HeadLoss, LogitRule, with_adapter
+from distft.model.cross_entropy import HeadLoss, with_adapter
+from distft.model.logit_rule import LogitRule
 
 
 def use_loss_with_adapter(head: Any, loss: HeadLoss, rule: LogitRule) -> None:

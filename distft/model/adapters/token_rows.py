@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from distft.model.cross_entropy import HeadLoss, LogitRule
+    from distft.model.cross_entropy import HeadLoss
+    from distft.model.logit_rule import LogitRule
 
 _IDS = "distft_trained_tokens"
 """Attribute: of a model, ids whose rows its method is to train."""

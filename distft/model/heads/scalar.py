@@ -48,8 +48,8 @@ def _prepare(config: Any) -> Any:
 
 
 def _observe(lm: Any) -> Observation:
-    from distft.model.cross_entropy import LogitRule
     from distft.model.head import Observation
+    from distft.model.logit_rule import LogitRule
 
     return Observation(trunk=lm.base_model_prefix, rule=LogitRule())
 

@@ -56,6 +56,31 @@ def test_batches_and_order_change_nothing(tiny_config: Path, how: dict) -> None:
         assert own.generate(prompts(), SamplingParams(max_new_tokens=20, seed=1, **how)) != whole
 
 
+def test_a_prompt_with_several_answers_is_read_once(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer is the one that it is alone; rows of one prompt share its first forward, whatever else is there."""
+    engine, own = opened(tiny_config)
+    rows = [PROMPTS[0], PROMPTS[3]] * 3 + [PROMPTS[1]] + [PROMPTS[2]] * 2
+    asked = [Prompt(seed_key=f"answer {number}", ids=ids) for number, ids in enumerate(rows)]
+    read: list[tuple[int, ...]] = []
+    answer = type(engine.model).answer
+
+    def noted(self, input_ids_BL, *args, **kwargs):
+        read.append(tuple(input_ids_BL.shape))
+        return answer(self, input_ids_BL, *args, **kwargs)
+
+    monkeypatch.setattr(type(engine.model), "answer", noted)
+    for how in ({"temperature": 1.0, "logprobs": True}, {"stop": ("3",)}):
+        read.clear()
+        said = own.generate(asked, SamplingParams(max_new_tokens=20, **how))
+        assert read[0] == (4, 30), "four prompts, as long as the longest"
+        assert 4 < read[1][0] <= len(rows), "a row for each answer that goes on"
+        alone = own.generate(asked, SamplingParams(max_new_tokens=20, batch_size=1, **how))
+        assert [one.ids for one in said] == [one.ids for one in alone]
+        for one, other in zip(said, alone, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert len({one.ids for one in own.generate(asked, SamplingParams(max_new_tokens=20, temperature=1.0))}) > 6
+
+
 def test_a_stop_text_ends_an_answer_and_is_left_out(tiny_config: Path) -> None:
     _, own = opened(tiny_config)
     plain = texts(own.generate(prompts(), SamplingParams(max_new_tokens=20)))

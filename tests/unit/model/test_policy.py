@@ -31,7 +31,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def reference(model: torch.nn.Module, micro: Batch) -> torch.Tensor:
+def reference(model: torch.nn.Module, micro: Batch, temperature: float) -> torch.Tensor:
     """Log-probabilities of the labels by full logits of transformers' model, one document at a time."""
     found = []
     bounds = micro.cu_seqlens.tolist()
@@ -39,15 +39,24 @@ def reference(model: torch.nn.Module, micro: Batch) -> torch.Tensor:
         labels = micro.labels_T[start:end]
         logits = model.transformer(input_ids=micro.input_ids_T[None, start:end], use_cache=False).logits[0]
         kept = labels != IGNORE
-        found.append(F.log_softmax(logits.float(), -1)[kept].gather(1, labels[kept, None])[:, 0])
+        found.append(F.log_softmax(logits.float() / temperature, -1)[kept].gather(1, labels[kept, None])[:, 0])
     return torch.cat(found)
 
 
-@pytest.mark.parametrize(("method", "params"), [("full", {}), ("lora", {"target_modules": ["q_proj", "lm_head"]})])
+METHODS = {
+    "full": ("full", {}, 1.0),
+    "lora": ("lora", {"target_modules": ["q_proj", "lm_head"]}, 1.0),
+    "full at 0.6": ("full", {}, 0.6),
+    "lora at 1.7": ("lora", {"target_modules": ["q_proj", "lm_head"]}, 1.7),
+}
+
+
+@pytest.mark.parametrize("case", METHODS)
 @pytest.mark.parametrize("tokens", [7, 10_000], ids=["chunks", "one"])
 def test_log_probabilities_are_those_of_full_logits(
-    tiny_config: Path, method: str, params: dict, tokens: int, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Path, case: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    method, params, temperature = METHODS[case]
     monkeypatch.setattr(cross_entropy, "chunk_tokens", lambda vocabulary: tokens)
     micro = batch(ROWS, trained_from=3)
     gradients, values = [], []
@@ -58,7 +67,8 @@ def test_log_probabilities_are_those_of_full_logits(
                 if "lora_B" in name:  # zero at the start
                     torch.manual_seed(len(name))
                     param.data.normal_(std=0.1)
-        got = ModelPolicy(built.module).token_logprobs(micro) if ours else reference(built.module, micro)
+        policy = ModelPolicy(built.module, temperature=temperature)
+        got = policy.token_logprobs(micro) if ours else reference(built.module, micro, temperature)
         assert got.dtype == torch.float32
         assert len(got) == micro.num_supervised
         (got * torch.linspace(0.5, 1.5, len(got))).sum().backward()

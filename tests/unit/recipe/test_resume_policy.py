@@ -15,6 +15,7 @@ FREE = (
     *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
     *("data.cache_dir", "data.num_workers", "data.train", "data.eval", "data.overlap"),
     *("data.special_tokens_in_content", "data.merge_turns", "data.date"),
+    "rollout.generator",
 )
 ASK = (
     *("optim.learning_rate", "optim.weight_decay", "schedule."),

@@ -43,13 +43,36 @@ REPLACED: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "no tokens": ({"ROLLOUT": "max_new_tokens = 0 # <-"}, ("whole number >= 1",)),
     "no updates": ({"ROLLOUT": "updates = 0 # <-"}, ("whole number >= 1",)),
     "all may fail": ({"ROLLOUT": "max_unscored = 1.0 # <-"}, ("number >= 0 and < 1",)),
-    "a key of [eval]": ({"ROLLOUT": "temperature = 0.7 # <-"}, ("temperature", "unknown key")),
+    "a key of [eval]": ({"ROLLOUT": "max_rows = 7 # <-"}, ("max_rows", "unknown key")),
+    "the likeliest answers": ({"ROLLOUT": "temperature = 0.0 # <-"}, ("temperature = 0.0", "number > 0")),
     "TRL's num_generations": ({"ROLLOUT": "num_generations = 8 # <-"}, ("num_generations", "unknown key")),
     "an unknown score": ({"REWARD": '[[rollout.rewards]]\nname = "exact" # <-'}, ("unknown score", "exact_match")),
     "a score's own key": ({"REWARD": "fields = 3 # <-"}, ("fields",)),
     "choices": ({"REWARD": '[[rollout.rewards]]\nname = "multiple_choice" # <-'}, ("weighs choices",)),
     "a figure that is not there": ({"REWARD": 'figure = "rouge1" # <-'}, ('"rouge1" is no figure', "exact_match")),
     "a weight of text": ({"REWARD": 'weight = "much" # <-'}, ("weight", "must be a number")),
+    "a server for a whole model": (
+        {"ROLLOUT": 'generator = "vllm" # <-'}, ("trains the model itself", "use lora or qlora"),
+    ),
+    "a server for DoRA": (
+        {"METHOD": 'lora"\ndora = true\n#"', "ROLLOUT": 'generator = "vllm" # <-'}, ("without [method] dora",),
+    ),
+    "a server for another adapter": (
+        {"METHOD": "loha", "ROLLOUT": 'generator = { name = "vllm" } # <-'}, ('not the adapter of "loha"',),
+    ),
+    "a server's batches": (
+        {"METHOD": "lora", "ROLLOUT": 'generator = "vllm"\nbatch_size = 4 # <-'}, ("has no effect", "remove it"),
+    ),
+    "an unknown generator": ({"ROLLOUT": 'generator = "sglang" # <-'}, ("unknown generator", "engine, vllm")),
+    "a server without a scheme": (
+        {"METHOD": "lora", "ROLLOUT": 'generator = { name = "vllm", url = "host:8000" } # <-'}, ("url", "https?://"),
+    ),
+    "a key that no server has": (
+        {"METHOD": "lora", "ROLLOUT": 'generator = { name = "vllm", port = 8000 } # <-'}, ("port", "unknown key"),
+    ),
+    "a key of servers for the engine": (
+        {"ROLLOUT": 'generator = { name = "engine", url = "http://a" } # <-'}, ("url", "unknown key"),
+    ),
     "a rehearsal": ({"TRAIN": "rehearse = true # <-"}, ("answers have not been written yet",)),
     "compiled": ({"TRAIN": "compile = true # <-"}, ("micro-batches of one length",)),
     "dropout": (
@@ -70,6 +93,10 @@ WHOLE = {
     "no critic's loss": (
         GOOD.replace('name = "grpo"', 'name = "ppo"').replace("OBJECTIVE", "beta = 0.0\nvf_coef = 0.0 # <-"),
         ("number > 0",),
+    ),
+    "refilled, for a mean of all": (
+        GOOD.replace('name = "grpo"', 'name = "reinforce"').replace("ROLLOUT", "refill = 2 # <-"),
+        ('"reinforce" learns from prompts whose answers', "take grpo or rloo"),
     ),
     "without the objective": (
         GOOD.replace('name = "grpo"', 'name = "sft"').replace("[rollout]", "[rollout] # <-"),

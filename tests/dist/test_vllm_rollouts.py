@@ -1,0 +1,178 @@
+"""Training on answers that a vLLM server writes: two ranks, a server that is killed, wrong weights, a stop.
+
+Against a stand-in that speaks its HTTP API, and against vLLM itself where DISTFT_VLLM names a Python that has it (see
+tests/unit/export_formats/test_vllm.py).
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import export_kit as kit
+import pytest
+from harness import ROOT, Bench, Run
+
+VLLM = os.environ.get("DISTFT_VLLM", "")
+STEPS = 6
+START_S = 500.0
+REWARD = 'rollout.rewards=[{name="function", function="reward_of_letters:judge"}]'
+
+
+@dataclass
+class Server:
+    """A process that serves `base`, on a port that stays when it is started again."""
+
+    kind: str
+    base: Path
+    log: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+    started: list[float] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        if self.kind == "stand-in":
+            command = [sys.executable, str(ROOT / "tests/helpers/vllm_stand_in.py"), str(self.base), str(self.port)]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+        else:
+            command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.base)]
+            command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(self.port)]
+            command += ["--dtype", "float32", "--max-model-len", "256", "--block-size", "32", "--enforce-eager"]
+            command += ["--enable-lora", "--max-lora-rank", "8", "--logprobs-mode", "processed_logprobs"]
+            env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+            env |= {"DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+            env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
+        self.started.append(time.time())
+
+    def wait(self) -> None:
+        began = time.monotonic()
+        while not self._answers():
+            assert self.process is not None
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() - began < START_S, self.log.read_text()[-4000:]
+            time.sleep(0.5)
+
+    def kill(self) -> None:
+        """Kill it and what it has started, at once."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+KINDS = [
+    pytest.param("stand-in"),
+    pytest.param("vllm", marks=pytest.mark.skipif(not VLLM, reason="DISTFT_VLLM names no Python that has vLLM")),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("served")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    made = Server(request.param, kit.save_model(folder / "base"), folder / "server.log", port)
+    made.start()
+    try:
+        made.wait()
+        yield made
+    finally:
+        made.kill()
+
+
+def overrides(server: Server, *more: str) -> list[str]:
+    return [
+        f'model.path="{server.base}"', 'method={name="lora", r=4}', 'objective={name="grpo"}', REWARD,
+        "rollout.answers_per_prompt=4", "rollout.max_new_tokens=12", "rollout.updates=2",
+        f'rollout.generator={{name="vllm", url="{server.url}", restart_timeout_s={START_S}, connections=8}}',
+        "data.packing=false", "data.eval=[]", "data.max_length=640", f"train.max_steps={STEPS}",
+        'engine.name="ddp"', "train.micro_batch_size=1", 'checkpoint.every_steps="off"', "optim.learning_rate=3e-2",
+        *more,
+    ]  # fmt: skip
+
+
+def lines(run: Run) -> list[list[dict[str, Any]]]:
+    """Every answer, rollout by rollout."""
+    assert run.folder is not None, run.error
+    paths = sorted((run.folder / "rollouts").glob("step-*.jsonl"))
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_servers_answers(bench: Bench, server: Server) -> None:
+    """One run whose server is killed after its first rollout, and one that is stopped between two updates."""
+    tag = f"vllm-{server.kind}"
+    first = bench.folder / "runs" / f"{tag}-killed" / "rollouts" / "step-00000000.jsonl"
+
+    def kill_and_start() -> None:
+        while not first.exists():
+            time.sleep(0.05)
+        server.kill()
+        time.sleep(1)
+        server.start()
+
+    killer = threading.Thread(target=kill_and_start, daemon=True)
+    killer.start()
+    cases = {"killed": overrides(server), "cut": overrides(server)}
+    cut = {"cut": {"fault": "term:rank=1,point=step,step=3"}}
+    runs = bench.launch(2, cases, tag=tag, extra=cut, timeout_s=1800)
+    killer.join(timeout=60)
+    assert len(server.started) == 2
+    killed, stopped = runs["killed"], runs["cut"]
+    assert killed.folder is not None, killed.error
+    assert "after step 3; the state is saved" in stopped.error, stopped.error
+    stopped = bench.launch(2, {"cut": cases["cut"]}, tag=tag, timeout_s=1800)["cut"]
+
+    rollouts = lines(killed)
+    assert len(rollouts) == STEPS // 2
+    policies = [{line["policy"] for line in rollout} for rollout in rollouts]
+    assert all(len(names) == 1 for names in policies)
+    assert len(set.union(*policies)) == len(policies), "a new adapter after each update"
+    kept = [path.name for path in (killed.folder / "rollouts" / "policy").iterdir()]
+    assert kept == list(policies[-1])
+    for line in (line for rollout in rollouts for line in rollout):
+        assert len(line["ids"]) == len(line["logprobs"]) <= 12
+    assert max(killed.column("sampler_gap")) < 1e-3, "what is trained is what has written"
+    assert max(map(abs, killed.column("loss")[1::2])) > 1e-4, "the second update is no first one"
+    # Its answers are drawn from seeds: those of the run that was stopped and went on are the same, where the server
+    # computes a row alike whatever stands beside it.
+    if server.kind == "stand-in":
+        assert lines(stopped) == rollouts
+        assert stopped.column("loss") == killed.column("loss")
+    assert [[line["id"] for line in rollout] for rollout in lines(stopped)] == [
+        [line["id"] for line in rollout] for rollout in rollouts
+    ]
+
+
+@pytest.mark.slow
+def test_a_server_with_another_base_is_noticed(bench: Bench, server: Server, tmp_path: Path) -> None:
+    other = kit.save_model(tmp_path / "other", seed=1)
+    run = bench.launch(
+        2, {"wrong": overrides(server, f'model.path="{other}"')}, tag=f"vllm-wrong-{server.kind}", timeout_s=600
+    )["wrong"]
+    assert "NumericError" in run.error
+    assert "is not the policy: its log-probabilities of" in run.error
