@@ -240,6 +240,7 @@ def test_a_job_that_does_not_get_on_stops(cluster: Cluster, bench: Bench, tmp_pa
     assert len(story.result().steps) == STEPS
 
 
+@pytest.mark.slow  # tests/faults freezes ranks on one host
 def test_a_frozen_rank_is_named_with_its_host(cluster: Cluster, bench: Bench) -> None:
     """SIGSTOP of one task on the second node: the others wait in a collective, and the job's output says for whom."""
     story = Story(cluster, bench, "frozen")
@@ -332,6 +333,7 @@ def test_submitted_and_watched(cluster: Cluster, bench: Bench) -> None:
     assert (complete["state"], complete["step"], complete["restarts"]) == ("complete", STEPS, [])
 
 
+@pytest.mark.slow
 def test_an_array_of_three_recipes(cluster: Cluster, bench: Bench, solo: Run) -> None:
     """One of them is warned and requeued: alone, for its job has a number of its own."""
     names, recipes = ("array-a", "array-b", "array-c"), []

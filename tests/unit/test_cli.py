@@ -93,11 +93,13 @@ def test_a_mistyped_command_line_names_the_nearest_and_ends_with_2(words: list[s
     assert done.stdout == ""
 
 
-def test_a_mistake_is_the_same_by_both_ways_in() -> None:
-    for verb in MODULES:
-        ways = [run("-m", "distft.cli", verb, "--no-such-flag"), run("-m", f"distft.{verb}", "--no-such-flag")]
-        assert [way.returncode for way in ways] == [2, 2]
-        assert ways[0].stderr == ways[1].stderr
+@pytest.mark.parametrize(
+    "verb", ["train", *(pytest.param(verb, marks=pytest.mark.slow) for verb in MODULES if verb != "train")]
+)
+def test_a_mistake_is_the_same_by_both_ways_in(verb: str) -> None:
+    ways = [run("-m", "distft.cli", verb, "--no-such-flag"), run("-m", f"distft.{verb}", "--no-such-flag")]
+    assert [way.returncode for way in ways] == [2, 2]
+    assert ways[0].stderr == ways[1].stderr
 
 
 def test_processes_are_not_started_from_inside_one_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

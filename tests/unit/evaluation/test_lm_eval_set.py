@@ -68,8 +68,8 @@ def taken(eval_set: EvalSet, engine: SoloEngine, renderer: Renderer) -> EvalResu
     return found
 
 
-CASES = [("write", False), ("choose", True)]
-SLOW = [("write", True), ("choose", False), ("text", False)]  # a text is no chat
+CASES = [("choose", True)]
+SLOW = [("write", False), ("write", True), ("choose", False), ("text", False)]  # a text is no chat
 
 
 @pytest.mark.parametrize(("task", "as_chat"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])

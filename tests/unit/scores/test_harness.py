@@ -122,6 +122,7 @@ def test_multiple_choice_and_perplexity(task) -> None:
     assert found["text"].totals["byte_perplexity"] == pytest.approx(7.389056)  # e ** 2 a byte
 
 
+@pytest.mark.slow  # lm-eval reads thousands of files
 def test_an_unknown_task_is_named() -> None:
     pytest.importorskip(EVALUATOR, reason="lm-eval is not installed")
     with pytest.raises(RecipeError, match='task "gsm8"  is not one of lm-eval\'s  did you mean "gsm'):
