@@ -24,7 +24,7 @@ from distft.core.ranks import on_rank_zero
 from distft.core.registry import Params
 from distft.generation.completion import Completion, Prompt, SamplingParams, completion_of, seed_digest
 from distft.generation.spec import GeneratorInputs, GeneratorSpec
-from distft.generation.vllm_server import ServerAnswer, ServerGoneError, VllmServer, model_of
+from distft.generation.vllm_server import Asked, ServerAnswer, ServerGoneError, VllmServer, model_of
 
 if TYPE_CHECKING:
     from distft.generation.generator import Generator
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 EXACT_GAP, HALF_GAP = 1e-3, 0.05
 """Mean distance of probes' log-probabilities that is let pass unless the recipe says another, in fp32 and in 16 bits:
 kernels differ by less (`docs/results/2026-11-30-vllm.md`), and a policy that was forgotten by more."""
+SLICE_S = 60.0
+"""Longest that rank 0 waits for answers before all ranks agree to go on: collectives have a time limit."""
 FRUITLESS = 3
 """Pushes to a server that goes away each time before it has answered anything, until the run ends."""
 OURS = "distft-"
@@ -87,32 +89,36 @@ class VllmGenerator:
         """The adapter that the server was given and has proven."""
         self._why = ""
         """Why the server went away last."""
+        self._asked: Asked | None = None
+        """What it is answering."""
 
     def generate(self, prompts: Sequence[Prompt], how: SamplingParams) -> list[Completion] | None:
         """Push the weights as they are, prove them, and return an answer to each prompt, in order.
 
-        None when this rank was asked to stop before the end.
+        None when some rank was asked to stop before the end.
 
         Raises:
             NumericError: the server computes otherwise than the trainer, or an answer is another policy's.
             MachineError: the server stays away, or refuses what it is asked.
         """
         PHASE.enter("eval", patient=True)
-        name = self._written()
+        engine, name = self._inputs.engine, self._written()
+        self._asked = None  # an error may have left one that is closed
         known: dict[int, ServerAnswer] = {}
         tries, most = 0, -1
         while True:
-            done = on_rank_zero(self._inputs.engine, lambda: self._push(name))
-            if done is None:
-                return None
+            done = on_rank_zero(engine, lambda: self._push(name))
             done = done and self._prove(name, prompts, how)
-            if done is None:
-                return None
-            if done:
-                done = on_rank_zero(self._inputs.engine, lambda: self._ask(name, prompts, how, known))
-                if done is None or not isinstance(done, bool):
-                    return done
-            answered, why = on_rank_zero(self._inputs.engine, lambda: (len(known), self._why))
+            while done is True:
+                done = on_rank_zero(engine, lambda: self._collect(name, prompts, how, known))
+                if done is True and engine.sum_over_ranks(self._inputs.stop())[0]:
+                    done = None
+            if done is not False:
+                if done is None and self._asked is not None:
+                    self._asked.close()
+                self._asked = None
+                return done
+            answered, why = on_rank_zero(engine, lambda: (len(known), self._why))
             tries = tries + 1 if answered <= most else 1
             if tries > FRUITLESS:
                 raise MachineError(
@@ -122,7 +128,7 @@ class VllmGenerator:
             most = max(most, answered)
 
     def _went(self, error: ServerGoneError) -> bool:
-        self._why = str(error)
+        self._why, self._asked = str(error), None
         return False
 
     # -- the policy on the server --------------------------------------------------------------------------------------
@@ -219,11 +225,11 @@ class VllmGenerator:
             number: self._request(name, prompt, how) | {"max_tokens": tokens} for number, prompt in enumerate(probes)
         }
         known: dict[int, ServerAnswer] = {}
+        asked = self._server.ask(requests, connections=self._params.connections)
         try:
-            if not self._server.answers(
-                requests, connections=self._params.connections, stop=self._inputs.stop, keep=known
-            ):
-                return None
+            if not asked.collect(known, self._params.timeout_s, self._inputs.stop):
+                asked.close()
+                return None if self._inputs.stop() else self._went(ServerGoneError("probes were not answered in time"))
         except ServerGoneError as error:
             return self._went(error)
         for number, prompt in enumerate(probes):
@@ -254,18 +260,20 @@ class VllmGenerator:
             "return_token_ids": True,
         }
 
-    def _ask(
+    def _collect(
         self, name: str, prompts: Sequence[Prompt], how: SamplingParams, known: dict[int, ServerAnswer]
     ) -> list[Completion] | bool | None:
-        """Return all answers; False when the server went away, what it has answered is in `known`; None: to stop."""
-        requests = {
-            index: self._request(name, prompt, how) for index, prompt in enumerate(prompts) if index not in known
-        }
+        """Return all answers once they are there; True: not yet; False: the server went away; None: to stop.
+
+        It returns every now and then, so that no other rank waits in one collective for as long as a rollout takes.
+        """
+        if self._asked is None:
+            missing = [index for index in range(len(prompts)) if index not in known]
+            requests = {index: self._request(name, prompts[index], how) for index in missing}
+            self._asked = self._server.ask(requests, connections=self._params.connections)
         try:
-            if not self._server.answers(
-                requests, connections=self._params.connections, stop=self._inputs.stop, keep=known
-            ):
-                return None
+            if not self._asked.collect(known, SLICE_S, self._inputs.stop):
+                return None if self._inputs.stop() else True
         except ServerGoneError as error:
             return self._went(error)
         stop_ids = frozenset(self._inputs.stop_ids)

@@ -163,44 +163,10 @@ class VllmServer:
             )
         return answer
 
-    def answers(
-        self,
-        requests: Mapping[int, Mapping[str, Any]],
-        *,
-        connections: int,
-        stop: Callable[[], bool],
-        keep: dict[int, ServerAnswer],
-    ) -> bool:
-        """Ask all of these at once, `connections` at a time, and put each answer into `keep`.
-
-        Returns:
-            False when `stop` says so before the end.
-
-        Raises:
-            ServerGoneError, MachineError: as `answer`; what was answered before is in `keep`.
-        """
+    def ask(self, requests: Mapping[int, Mapping[str, Any]], *, connections: int) -> Asked:
+        """Ask all of these, `connections` at a time; whoever waits for the answers takes them from the result."""
         pool = ThreadPoolExecutor(max_workers=connections, thread_name_prefix="vllm")
-        waiting: dict[Future[ServerAnswer], int] = {}
-        try:
-            waiting = {pool.submit(self.answer, request): index for index, request in requests.items()}
-            left = set(waiting)
-            while left:
-                if stop():
-                    return False
-                done, left = wait(left, timeout=LOOK_EVERY_S, return_when=FIRST_EXCEPTION)
-                failed = None
-                for future in done:
-                    if (error := future.exception()) is not None:
-                        failed = error if failed is None or isinstance(error, MachineError) else failed
-                    else:
-                        keep[waiting[future]] = future.result()
-                if failed is not None:
-                    raise failed
-            return True
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if any(not future.done() for future in waiting):
-                self.close()
+        return Asked(self, pool, {pool.submit(self.answer, request): index for index, request in requests.items()})
 
     def wait_until_up(self, timeout_s: float, stop: Callable[[], bool]) -> bool:
         """Return True once it is well, False when `stop` says so meanwhile.
@@ -261,6 +227,46 @@ class VllmServer:
         if known not in self._connections:
             self._connections.append(known)
         return known
+
+
+class Asked:
+    """Requests that a server is answering."""
+
+    def __init__(self, server: VllmServer, pool: ThreadPoolExecutor, waiting: dict[Future[ServerAnswer], int]) -> None:
+        self._server, self._pool, self._index = server, pool, waiting
+        self._left = set(waiting)
+
+    def collect(self, keep: dict[int, ServerAnswer], limit_s: float, stop: Callable[[], bool]) -> bool:
+        """Put answers into `keep` until all are there, or for about `limit_s`, or until `stop` says so.
+
+        Returns:
+            Whether all are there; else go on collecting, or `close`.
+
+        Raises:
+            ServerGoneError, MachineError: as `VllmServer.answer`; it is closed then.
+        """
+        deadline = time.monotonic() + limit_s
+        while self._left:
+            if stop() or time.monotonic() > deadline:
+                return False
+            done, self._left = wait(self._left, timeout=min(LOOK_EVERY_S, limit_s), return_when=FIRST_EXCEPTION)
+            failed = None
+            for future in done:
+                if (error := future.exception()) is None:
+                    keep[self._index[future]] = future.result()
+                elif failed is None or isinstance(error, MachineError):
+                    failed = error
+            if failed is not None:
+                self.close()
+                raise failed
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Ask for nothing more; what is being answered is broken off."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if any(not future.done() for future in self._left):
+            self._server.close()
 
 
 def _reason(text: str) -> str:

@@ -26,7 +26,7 @@ from distft.doctor.finding import DoctorOptions, Here, Seen, run_judge, run_look
 from distft.engine.params import EngineParams
 from distft.engine.solo import SoloEngine, open_engine
 from distft.export import final
-from distft.generation import GENERATORS, GeneratorInputs
+from distft.generation import GENERATORS, GeneratorInputs, vllm_generator
 from distft.generation.completion import Prompt, SamplingParams
 from distft.generation.vllm_generator import VllmGenerator
 from distft.model.adapters import METHODS
@@ -119,7 +119,7 @@ def trained(tmp_path: Path) -> Trained:
     return Trained(base, engine, inputs)
 
 
-def test_answers_are_of_the_policy_as_it_is(trained: Trained) -> None:
+def test_answers_are_of_the_policy_as_it_is(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     server = StandIn(trained.base)
     vllm = trained.open(server.url)
     own = generator(trained.engine, trained.inputs.module)
@@ -147,6 +147,14 @@ def test_answers_are_of_the_policy_as_it_is(trained: Trained) -> None:
     (last,) = [body for path, body in server.seen if path == "/v1/completions"][-1:]
     assert {"top_p", "top_k", "min_p", "repetition_penalty", "temperature", "seed", "ignore_eos"} <= last.keys()
     assert all(isinstance(token, int) for token in last["prompt"])
+    # However often the ranks meet meanwhile, and when one of them wants to stop.
+    whole = vllm.generate(PROMPTS, HOW)
+    monkeypatch.setattr(vllm_generator, "SLICE_S", 0.001)
+    assert vllm.generate(PROMPTS, HOW) == whole
+    with monkeypatch.context() as other_rank:
+        other_rank.setattr(SoloEngine, "sum_over_ranks", lambda *_: [1.0])
+        assert vllm.generate(PROMPTS, HOW) is None
+    assert vllm.generate(PROMPTS, HOW) == whole
     # A server that has another run's adapters keeps them.
     server.adapters["distft-0"] = "/elsewhere/distft-0"
     assert vllm.generate(PROMPTS, HOW) is not None
