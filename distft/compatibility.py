@@ -75,6 +75,7 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         _refuse(recipe, [RecipeMistake(key=("method", "name"), message=message, fix='name = "lora"')])
     _refuse(recipe, list(_exports_that_cannot_be(recipe)))
     _refuse(recipe, list(_references_that_cannot_be(recipe, folder)))
+    _refuse(recipe, list(_teachers_that_cannot_be(recipe, folder)))
     _refuse_missing_head(recipe, folder)
     if not targets.are_named(params):
         return
@@ -100,6 +101,26 @@ def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:
         why = f'"{spec.name}" is written twice, to one folder' if twice else why
         if why:
             yield RecipeMistake(key=("export", "also", index, "name"), message=why, fix="leave this export out")
+
+
+def _teachers_that_cannot_be(recipe: Recipe, folder: Path) -> Iterator[RecipeMistake]:
+    """Compare the teacher with the trained model: one tokenizer; the rest may differ."""
+    path, key = recipe.objective.spec.teacher(recipe.objective.params), ("objective", "teacher")
+    if path is None:
+        return
+    try:
+        there = skeleton.find_config(recipe.model.model_copy(update={"path": path, "revision": None}))
+    except RecipeError as error:
+        message = error.problems[0].message.replace(f'[model] path = "{path}"  ', f'"{path}": ')
+        yield RecipeMistake(key=key, message=message, fix="a folder with config.json, or a hub id owner/name")
+        return
+    mine, theirs = _vocabulary(folder), _vocabulary(there)
+    if None in (mine, theirs):
+        message = f'"{path}" or the model has no tokenizer.json, so that its ids cannot be compared'
+        yield RecipeMistake(key=key, message=message, fix="models with their tokenizers")
+    elif mine != theirs:
+        message = f'"{path}" has another tokenizer than the model that is trained: its ids mean other tokens'
+        yield RecipeMistake(key=key, message=message, fix="take a teacher of the same family")
 
 
 _OF_THE_FILE = (

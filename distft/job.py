@@ -94,6 +94,9 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             # Another model as the reference, if the objective names one: before the trained model, not beside it.
             assemble.compute_other_reference(recipe, process_info, engine, layout, rows, say)
 
+            # A teacher that is imitated, if the objective names one: it stays beside the trained model.
+            teacher = assemble.open_teacher(recipe, process_info, layout, rows, session.resources, say)
+
             # Model, on the meta device: what it will be is written down before it costs memory.
             PHASE.enter("model")
             num_steps = assemble.num_steps(recipe, rows)
@@ -124,7 +127,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
             facts = assemble.run_facts(model, process_info, state)
             assemble.set_up_engine(recipe, engine, model, layout, num_steps)
             checkpoints.prepare()
-            objective = assemble.build_objective(recipe, engine, model, layout, rows, say)
+            objective = assemble.build_objective(recipe, engine, model, layout, rows, say, teacher=teacher)
             steps = assemble.open_step_source(
                 recipe, folder, layout, rows, engine, model, objective, session.stop, shapes=shapes
             )

@@ -27,6 +27,7 @@ from distft.assemble.evaluation import build_best_tracker, build_eval_sets, buil
 from distft.assemble.input_hashes import hash_inputs
 from distft.assemble.reference import compute_other_reference, freeze
 from distft.assemble.step_source import num_steps, open_step_source
+from distft.assemble.teacher import open_teacher
 from distft.assemble.training_data import Data, HeldOut, Say, load_data, load_held_out, with_date
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "open_checkpoints",
     "open_engine",
     "open_step_source",
+    "open_teacher",
     "plan_of_run",
     "refuse_other_policy",
     "run_facts",

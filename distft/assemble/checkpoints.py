@@ -40,11 +40,14 @@ def open_checkpoints(
         CheckpointError: there are checkpoints and none is valid, or the one to continue does not fit this run.
         DataError: it was trained on other rows.
     """
+    from distft.assemble.teacher import teacher_recipe
     from distft.checkpoint.store import CheckpointStore
     from distft.core.types import TrainState
     from distft.resume import CheckpointManager, about, check_fits
 
     base = weights_hash(recipe, engine) if recipe.method.spec.adapter or keeps_reference(recipe) else ""
+    if (taught := teacher_recipe(recipe)) is not None:
+        base += f" taught by {weights_hash(taught, engine)}"
     says = about(recipe, rows.fingerprint, base, num_steps(recipe, rows)) | {"date": recipe.data.date}
     root = folder.path / "checkpoints"
     if resume == "never" and engine.rank == 0:

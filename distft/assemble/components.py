@@ -16,6 +16,7 @@ from distft.core.errors import DataError, Problem, RecipeError
 from distft.recipe import Recipe
 
 if TYPE_CHECKING:
+    from distft.columns.teacher import Teacher
     from distft.core.protocols import StepSource
     from distft.core.types import Engine, TrainState, UpdateRule
     from distft.engine.processes import Processes
@@ -169,11 +170,13 @@ def build_objective(
     say: Say,
     *,
     is_trained: bool = False,
+    teacher: Teacher | None = None,
 ) -> Objective:
     """Return the recipe's objective over the model that the engine holds, with what fills its columns.
 
     Collective; the engine's weights are those that training starts from, unless it `is_trained`: then what follows from
-    those must have been computed before. So must what follows from another model (`compute_other_reference`).
+    those must have been computed before. So must what follows from another model (`compute_other_reference`). The
+    `teacher` is there where the objective names one (`open_teacher`).
 
     Raises:
         MachineError: a column that it reads cannot be had in this run.
@@ -187,7 +190,8 @@ def build_objective(
     from distft.objectives.spec import Objective
 
     chosen, method = recipe.objective, recipe.method
-    policy = ModelPolicy(engine.model, temperature=recipe.rollout.temperature if chosen.spec.writes else 1.0)
+    temperature = recipe.rollout.temperature if chosen.spec.writes else 1.0
+    policy = ModelPolicy(engine.model, temperature, None if teacher is None else teacher.policy.teacher)
     alone = method.spec.base_alone if leaves_base_alone(method.spec, method.params) else None
     specs, other = column_specs(recipe), other_model(recipe)
     if not specs:
@@ -203,7 +207,13 @@ def build_objective(
         say=say,
         written_meanwhile=chosen.spec.writes,
     )
-    inputs = ColumnInputs(policy=policy, engine=engine, reference=functools.cache(before.open), derived=derived)
+    inputs = ColumnInputs(
+        policy=policy,
+        engine=engine,
+        reference=functools.cache(before.open),
+        teacher=teacher,
+        derived=derived,
+    )
     suppliers = {name: spec.open(inputs) for name, spec in specs.items()}
     return Objective(
         spec=chosen.spec,

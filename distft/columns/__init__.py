@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distft.columns import batch_wide, reference
+from distft.columns import batch_wide, reference, teacher
 from distft.columns.spec import ColumnFiller, ColumnInputs, ColumnSpec, of_each
 from distft.core.registry import Registry
 from distft.model.adapters.spec import leaves_base_alone
@@ -20,6 +20,7 @@ COLUMNS.add(reference.BY_TOKEN)
 COLUMNS.add(reference.BY_DOCUMENT)
 COLUMNS.add(batch_wide.KL)
 COLUMNS.add(batch_wide.SHIFT)
+COLUMNS.add(teacher.HIDDEN)
 
 
 def keeps_reference(recipe: Recipe) -> bool:

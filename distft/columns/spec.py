@@ -31,6 +31,8 @@ class ColumnInputs:
     reference: Callable[[], TensorOf]
     """Opens, once, what gives [S], the log-probabilities of the model before training (see `distft.columns.reference`).
     """
+    teacher: TensorOf | None = None
+    """Gives [S, E], a teacher's hidden states, where the objective names one (see `distft.columns.teacher`)."""
     derived: Mapping[str, RowPass] = field(default_factory=dict[str, "RowPass"])
     """Fingerprint of prepared rows -> the rows that `ColumnSpec.derive` has made of them."""
 
@@ -52,6 +54,8 @@ class ColumnSpec:
     """Forwards of the policy for each micro-batch of a step, beside the objective's own."""
     reference_forwards: int = 0
     """Forwards of the reference for each micro-batch; where they are computed before training, of all rows once."""
+    teacher_forwards: int = 0
+    """Forwards of a teacher for each micro-batch of a step."""
     derive: Callable[[RowPass], RowPass] | None = None
     """Makes further rows of the prepared ones, whose log-probabilities it needs as well."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from distft.core.batch import IGNORE as IGNORE
 from distft.core.batch import Batch as Batch
@@ -66,6 +66,12 @@ class Policy(Protocol):
 
     def token_logprobs_and_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return fp32 [S] twice: log-probabilities, and a critic's value before each label (head `lm_value`)."""
+        ...
+
+    def divergence(
+        self, batch: Batch, hidden_SE: Tensor, kind: Literal["forward", "reverse", "js"], mixture: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return fp32 [S] twice: from a teacher's distributions, by its hidden states [S, E]; and log-probabilities."""
         ...
 
     def scores(self, batch: Batch) -> Tensor:

@@ -64,6 +64,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         (("model", "path"), recipe.model.path),
         (("model", "tokenizer"), recipe.model.tokenizer),
         (("objective", "reference"), recipe.objective.spec.reference(recipe.objective.params)),
+        (("objective", "teacher"), recipe.objective.spec.teacher(recipe.objective.params)),
         *(
             (("data", split, index, "path"), source.path)
             for split in ("train", "eval")

@@ -13,17 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distft.core.errors import MachineError
 from distft.core.types import IGNORE
 from distft.model.adapters import token_rows
 from distft.model.adapters.lora_head import use_loss_with_adapter
 from distft.model.adapters.token_rows import use_loss_with_rows
 from distft.model.adapters.virtual_tokens import PrefixInputs
-from distft.model.cross_entropy import AtTemperature, HeadLoss, chunked_loss, judged, likelihoods
+from distft.model.cross_entropy import AtTemperature, ChunkLoss, HeadLoss, chunked_loss, judged, likelihoods
 from distft.model.head import Observation
 from distft.model.load_balancing import RouterLoss
+from distft.model.logit_rule import LogitRule
 from distft.model.paths import ForwardPath
 
 
@@ -128,13 +129,13 @@ class CausalLM(nn.Module):
         num_supervised: int,
         per_token: bool = False,
         values: bool = False,
-        temperature: float = 1.0,
+        loss: HeadLoss | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Return the loss of every supervised token, in order: fp32 [S], or [1] with their sum.
 
         Arguments are `Batch.inputs()`. `per_token`: [S] whatever that loss gives. `values`, with `per_token`: [2, S],
-        the losses and the values of the positions before the labels. `temperature`, with `per_token`: logits are
-        divided by it.
+        the losses and the values of the positions before the labels. `loss`: what the head gives instead of the
+        model's own loss; where the head is the model's own affair, it has to follow from logits.
 
         A micro-batch that supervises nothing returns a zero that depends on every parameter, because ranks must
         run the same collectives. With a router loss: (losses, router loss [1]), to be added; in
@@ -153,14 +154,12 @@ class CausalLM(nn.Module):
         labels_S = labels_T[at_S].clamp(min=0) if nothing else labels_T[at_S]
         if self.path.head == "own":
             output = self._own_forward(input_ids_T[None], inputs, at_S)
-            losses = F.cross_entropy(output.logits[0].float() / temperature, labels_S, reduction="none")
+            losses = _of_logits(loss or AtTemperature(), output.logits[0].float(), labels_S)
         else:
             output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
-            loss = (
-                (chunked_loss if temperature == 1.0 else AtTemperature(temperature=temperature),) if per_token else ()
-            )
+            chosen = loss or (chunked_loss if per_token else None)
             hidden_SE = output.last_hidden_state[0][at_S]
-            losses = self.head(hidden_SE, labels_S, *loss)
+            losses = self.head(hidden_SE, labels_S, *(() if chosen is None else (chosen,)))
             if values:
                 assert self.value_head is not None
                 value_S = self.value_head(hidden_SE.to(self.value_head.weight.dtype)).float().squeeze(1)
@@ -287,3 +286,14 @@ def _taken(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 def _cache_argument(module: Any) -> str:
     """Return the name by which the module's forward takes a cache."""
     return "cache_params" if "cache_params" in _parameters(type(module)) else "past_key_values"
+
+
+def _of_logits(loss: HeadLoss, logits_SV: Tensor, labels_S: Tensor) -> Tensor:
+    """Return a loss of logits that the model has made by itself.
+
+    Raises:
+        MachineError: it needs the head's weight.
+    """
+    if not isinstance(loss, ChunkLoss):
+        raise MachineError("this model's logits are its own affair: its last hidden states and its head cannot be had")
+    return loss.of_chunk(LogitRule(temperature=loss.temperature).finish(logits_SV), labels_S, *loss.rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,21 +82,47 @@ def chunked_loss(
     return _chunked(functools.partial(_full, rule), size, hidden_SE, labels_S, shared=(weight_VE, bias_V))
 
 
-@dataclass(frozen=True, kw_only=True)
-class AtTemperature:
-    """A `HeadLoss`: `chunked_loss` of the distribution that answers are drawn from at a temperature."""
+class ChunkLoss(ABC):
+    """A `HeadLoss` that follows from the logits of a chunk of tokens, recomputed in the backward pass."""
 
-    temperature: float
+    temperature: float = 1.0
+    """What logits are divided by."""
+    rows: tuple[Tensor, ...] = ()
+    """Further inputs, each [S, ...], which are cut into chunks with the tokens."""
 
-    def __call__(
-        self, hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
-    ) -> Tensor:
-        """Compute the loss."""
-        return chunked_loss(hidden_SE, weight_VE, bias_V, labels_S, self.of(rule))
+    @abstractmethod
+    def of_chunk(self, logits_CV: Tensor, labels_C: Tensor, *rows: Tensor) -> Tensor:
+        """Return fp32 [C], or [C, n], of each token."""
 
     def of(self, rule: LogitRule) -> LogitRule:
         """Return the model's rule with the temperature."""
         return replace(rule, temperature=self.temperature)
+
+    def __call__(
+        self, hidden_SE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_S: Tensor, rule: LogitRule = PLAIN
+    ) -> Tensor:
+        """Compute the loss in chunks of at most CHUNK_BYTES of logits."""
+        rule = self.of(rule)
+
+        def losses(hidden_CE: Tensor, labels_C: Tensor, *given: Tensor) -> Tensor:
+            *rows, weight, bias = given
+            return self.of_chunk(rule.logits(hidden_CE, weight, bias), labels_C, *rows)
+
+        size = chunk_tokens(weight_VE.shape[0])
+        if len(labels_S) <= size:
+            return losses(hidden_SE, labels_S, *self.rows, weight_VE, bias_V)  # type: ignore[arg-type]
+        return _chunked(losses, size, hidden_SE, labels_S, *self.rows, shared=(weight_VE, bias_V))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtTemperature(ChunkLoss):
+    """The cross-entropy of the distribution that answers are drawn from at a temperature."""
+
+    temperature: float = 1.0
+
+    def of_chunk(self, logits_CV: Tensor, labels_C: Tensor, *rows: Tensor) -> Tensor:
+        """Return it of each token."""
+        return F.cross_entropy(logits_CV, labels_C, reduction="none")
 
 
 def _full(rule: LogitRule, hidden_CE: Tensor, labels_C: Tensor, weight_VE: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -204,17 +231,20 @@ def with_product(
     In chunks as `chunked_loss`, and recomputed in the backward pass like those: `likelihoods`, else losses. The first
     of `shared` is the head's weight [V, E]; the rule's `hidden_scale` has been applied.
     """
-    if isinstance(loss, AtTemperature):
-        rule = loss.of(rule)
-    chunk_loss = judged if loss is likelihoods else functools.partial(F.cross_entropy, reduction="none")
+    chunk_loss: Any = functools.partial(F.cross_entropy, reduction="none")
+    beside: tuple[Tensor, ...] = ()
+    if isinstance(loss, ChunkLoss):
+        rule, chunk_loss, beside = loss.of(rule), loss.of_chunk, loss.rows
+    elif loss is likelihoods:
+        chunk_loss = judged
 
     def of_chunk(labels_C: Tensor, *given: Tensor) -> Tensor:
-        return chunk_loss(rule.finish(product(*given).float()), labels_C)
+        return chunk_loss(rule.finish(product(*given[len(beside) :]).float()), labels_C, *given[: len(beside)])
 
     size = chunk_tokens(shared[0].shape[0])
     if len(labels_S) <= size:
-        return of_chunk(labels_S, *rows, *shared)
-    return _chunked(of_chunk, size, labels_S, *rows, shared=shared)
+        return of_chunk(labels_S, *beside, *rows, *shared)
+    return _chunked(of_chunk, size, labels_S, *beside, *rows, shared=shared)
 
 
 def chunked_sum(

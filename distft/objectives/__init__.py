@@ -1,7 +1,7 @@
 """What is minimised: one file per objective, one line here; pure torch, no ranks."""
 
 from distft.core.registry import Registry
-from distft.objectives import bco, cpo, dpo, grpo, kto, orpo, ppo, reinforce, reward, rloo, sft, simpo
+from distft.objectives import bco, cpo, distill, dpo, grpo, kto, orpo, ppo, reinforce, reward, rloo, sft, simpo
 from distft.objectives.spec import ObjectiveSpec
 
 OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective")
@@ -17,5 +17,6 @@ OBJECTIVES.add(grpo.SPEC)
 OBJECTIVES.add(rloo.SPEC)
 OBJECTIVES.add(reinforce.SPEC)
 OBJECTIVES.add(ppo.SPEC)
+OBJECTIVES.add(distill.SPEC)
 
 __all__ = ["OBJECTIVES", "ObjectiveSpec"]

@@ -48,6 +48,8 @@ class ObjectiveSpec:
     """Where its micro-batches come from, by the name in `distft.step_sources.STEP_SOURCES`."""
     writes: bool = False
     """It trains on answers that the model writes meanwhile: [rollout] says how many, and what rewards them."""
+    rewarded: bool = True
+    """Of one that writes: it learns from what answers are worth, so [rollout] has to name rewards."""
     per_token: bool = False
     """Asks the policy for log-probabilities of tokens, not only for the sum of losses."""
     perplexity: bool = False
@@ -59,6 +61,8 @@ class ObjectiveSpec:
     reference: Callable[[Any], str | None] = lambda params: None
     """params -> folder or hub id of the model whose log-probabilities those columns are of; None: of the model that
     training starts from."""
+    teacher: Callable[[Any], str | None] = lambda params: None
+    """params -> folder or hub id of a model that stands beside the trained one, whose hidden states a column is."""
 
 
 @dataclass(frozen=True, kw_only=True)

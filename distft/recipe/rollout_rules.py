@@ -24,7 +24,7 @@ def rollouts_are_asked_for(recipe: Recipe, registries: Registries) -> Iterator[R
                 fix=f"remove it, or take one of the objectives {names}",
                 also=(("objective", "name"),),
             )
-    elif not recipe.rollout.rewards:
+    elif not recipe.rollout.rewards and recipe.objective.spec.rewarded:
         yield RecipeMistake(
             key=("rollout", "rewards"),
             message=f'is required: objective "{recipe.objective.name}" learns from what answers are worth',

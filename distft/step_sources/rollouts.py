@@ -158,6 +158,8 @@ class RolloutSteps:
             DataError: too many of them could not be judged.
         """
         count = self._table.answers_per_prompt
+        if not self._rewards:
+            return [Judged() for _ in answers]
         judged = self._judge.judge(
             [
                 Answer(

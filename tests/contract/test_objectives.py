@@ -8,9 +8,26 @@ import torch
 from tiny import batch, build, documents
 
 from distft.core.types import Batch
+from distft.model.causal import CausalLM
+from distft.model.divergence import TeacherHead
 from distft.model.policy import ModelPolicy
 from distft.objectives import OBJECTIVES
-from distft.objectives.spec import Objective
+from distft.objectives.spec import Objective, ObjectiveSpec
+
+HIDDEN = 16
+"""Size of a teacher's hidden states."""
+
+
+NEEDS = {"distill": {"teacher": "another model"}}
+"""What objectives have no default of."""
+
+
+def over(model: CausalLM, spec: ObjectiveSpec) -> Objective:
+    """Return the objective over a model, and a teacher that has left its head."""
+    head = TeacherHead()
+    head.weight_VE = torch.linspace(-1, 1, 128 * HIDDEN).reshape(128, HIDDEN)
+    params = spec.params(**NEEDS.get(spec.name, {}))
+    return Objective(spec=spec, params=params, policy=ModelPolicy(model, teacher=head))
 
 
 def micro(rows: list[list[int]], size: int, first: int) -> Batch:
@@ -23,6 +40,7 @@ def micro(rows: list[list[int]], size: int, first: int) -> Batch:
     columns |= {"advantage_D": numbers - 1.2, "reward_total_D": numbers}
     for name, base in (("sampler_logprob_S", -5.0), ("ref_logprob_S", -5.5), ("old_value_S", 1.5), ("return_S", 1.0)):
         columns[name] = torch.cat([torch.full((len(row) - 3,), base - i) for i, row in enumerate(rows, first)])
+    columns["teacher_hidden_S"] = columns["sampler_logprob_S"][:, None] * torch.linspace(-0.1, 0.1, HIDDEN)
     return replace(batch(rows, trained_from=3), group_sizes=(size,) * (len(rows) // size), columns=columns)
 
 
@@ -35,7 +53,7 @@ def test_sums_do_not_change_when_a_batch_is_split(tiny_config: Path, name: str) 
     gradients, sums, figures = [], [], []
     for micros in ([whole], pieces):
         model = build(tiny_config, head=spec.head).module
-        objective = Objective(spec=spec, params=spec.params(), policy=ModelPolicy(model))
+        objective = over(model, spec)
         terms = [objective.terms(one) for one in micros]
         loss = torch.stack([one.loss_sum for one in terms]).sum()
         loss.backward()
@@ -56,9 +74,10 @@ def test_sums_do_not_change_when_a_batch_is_split(tiny_config: Path, name: str) 
 def test_a_batch_of_nothing_gives_zero_and_a_gradient_of_every_parameter(tiny_config: Path, name: str) -> None:
     spec = OBJECTIVES[name]
     names = micro([[0] * 4] * spec.group_size, spec.group_size, 0).columns
-    nothing = replace(batch([[0]]), group_sizes=(), columns={name: torch.zeros(0) for name in names})
+    columns = {name: torch.zeros(0, HIDDEN) if "hidden" in name else torch.zeros(0) for name in names}
+    nothing = replace(batch([[0]]), group_sizes=(), columns=columns)
     model = build(tiny_config, head=spec.head).module
-    objective = Objective(spec=spec, params=spec.params(), policy=ModelPolicy(model))
+    objective = over(model, spec)
     terms = objective.terms(nothing)
     assert terms.loss_sum.item() == 0
     assert all(count == 0 for _, count in terms.figures.values()), terms.figures

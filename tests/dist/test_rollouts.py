@@ -4,7 +4,9 @@ import hashlib
 import json
 
 import pytest
+import torch
 from harness import STEPS, WHOLE_GRIDS, Bench, Run, label
+from transformers import AutoConfig, AutoModelForCausalLM
 
 REWARD = 'rollout={answers_per_prompt=4, max_new_tokens=12, updates=UPDATES, rewards=[{name="function", function='
 REWARD += '"reward_of_letters:judge"}, {name="regex", pattern="[aeiou]", weight=0.25}]}'
@@ -22,6 +24,7 @@ OBJECTIVES = {
     "dr_grpo": 'objective={name="grpo", loss="dr_grpo", scale="none"}',
     "rloo": 'objective={name="rloo"}',
     "reinforce": 'objective={name="reinforce"}',
+    "distill": 'objective={name="distill", teacher="TEACHER", divergence="js", mixture=0.3}',
     "ppo": 'objective={name="ppo", beta=0.0, clip_value=0.02}',
     "ppo-kl": 'objective={name="ppo", beta=0.1, kl="k3"}',
 }
@@ -30,6 +33,7 @@ AT_TEMPERATURE = ("ppo-kl", "grpo-kl")
 CASES = {
     "dapo-full-3": ("dapo", "full", 3),
     "ppo-kl-lora-3": ("ppo-kl", "lora", 3),
+    "distill-lora-1": ("distill", "lora", 1),
 }
 if WHOLE_GRIDS:
     CASES |= {
@@ -39,6 +43,7 @@ if WHOLE_GRIDS:
         "rloo-qlora-1": ("rloo", "qlora", 1),
         "reinforce-full-2": ("reinforce", "full", 2),
         "grpo-kl-qlora-1": ("grpo-kl", "qlora", 1),
+        "distill-full-1": ("distill", "full", 1),
         "ppo-full-1": ("ppo", "full", 1),
         "ppo-kl-full-2": ("ppo-kl", "full", 2),
         "refill-full-3": ("dapo", "full", 3),
@@ -60,15 +65,32 @@ def overrides(engine: str, case: str, *more: str, micro: int = 1) -> list[str]:
     ]  # fmt: skip
 
 
+def make_teacher(bench: Bench) -> None:
+    """Make a model of the same tokenizer that is wider, deeper, and has an untied head filled up by a few rows."""
+    folder = bench.folder / "teacher"
+    config = AutoConfig.from_pretrained(bench.folder / "model")
+    config.hidden_size, config.num_hidden_layers, config.vocab_size = 96, 3, config.vocab_size + 5
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 24
+    config.tie_word_embeddings = False
+    torch.manual_seed(11)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((bench.folder / "model" / name).read_bytes())
+
+
 def launch(bench: Bench, layout: tuple[str, int], tag: str) -> dict[str, Run]:
     """Each case whole, cut and gone on with; alone also with a larger micro-batch."""
     engine, world = layout
     cases, extra = {}, {}
+    if not (bench.folder / "teacher").exists():
+        make_teacher(bench)
     for case in CASES:
         cases[case] = cases[f"cut-{case}"] = overrides(engine, case)
         extra[f"cut-{case}"] = {"fault": f"term:rank={world - 1},point=step,step={CUT};raise:point={case}"}
         if world == 1:
             cases[f"micro-{case}"] = overrides(engine, case, micro=4)
+    teacher = str(bench.folder / "teacher")
+    cases = {name: [value.replace("TEACHER", teacher) for value in case] for name, case in cases.items()}
     runs = bench.launch(world, cases, tag=tag, extra=extra, timeout_s=1800)
     for name in extra:
         assert f"after step {CUT}; the state is saved" in runs[name].error, runs[name].error
@@ -123,6 +145,12 @@ def test_ranks_engines_and_micro_batches_write_and_learn_the_same(
                 assert 0 < max(run.column("refilled_answers")) < 1, "some groups were equal, and some were not"
                 assert 1 < max(run.column("written_per_answer")) <= 3
         assert max(reference.column("sampler_gap")[:1]) < 1e-5, "what is trained is what has written"
+
+
+def test_a_teacher_is_approached(solo: dict[str, Run]) -> None:
+    divergence = solo["distill-lora-1"].column("divergence")
+    assert solo["distill-lora-1"].column("loss") == pytest.approx(divergence, rel=1e-6)
+    assert max(divergence[-2:]) < min(divergence[:2]), divergence
 
 
 def test_a_stop_changes_nothing(several: dict[str, Run], solo: dict[str, Run]) -> None:

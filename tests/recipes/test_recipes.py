@@ -90,6 +90,7 @@ NEEDS = {
     "peft": ['method.type="HRA"'],
     "freeze": ["method.last_blocks=1"],
     **dict.fromkeys(("grpo", "rloo", "reinforce", "ppo"), ROLLOUTS),
+    "distill": [*ROLLOUTS, 'objective.teacher="other"'],
 }
 """What parts have no default of."""
 LEAST = 'name = "run"\n[model]\npath = "base"\n[[data.train]]\npath = "train.jsonl"\n'
