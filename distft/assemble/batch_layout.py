@@ -259,7 +259,7 @@ def largest_micro_batch(recipe: Recipe, layout: Layout, rows: Data) -> LargestMi
 def memory_advice(recipe: Recipe, world: int, layout: Layout) -> str:
     """Return what makes a run smaller, cheapest first: by plan on accelerators, on a CPU what always helps."""
     machine = _accelerators(world)
-    if machine is not None:
+    if machine is not None and not recipe.method.spec.unplanned(recipe.method.params):
         from distft.model.load import find_folder
         from distft.plan.planner import Planner
 

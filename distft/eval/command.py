@@ -110,6 +110,10 @@ def _held(
 
         spec = evaluated(recipe.method.spec, subject.adapter)
         recipe = replace(recipe, method=replace(recipe.method, spec=spec))
+    else:
+        recipe = assemble.with_start_of(
+            recipe, None if subject.checkpoint is None else subject.checkpoint.absolute().parents[1]
+        )
     model = assemble.build_model(recipe, processes, layout, rows, say)
     if subject.checkpoint is None:
         assemble.freeze(model)

@@ -30,7 +30,7 @@ def rebuild(run: Path, checkpoint: Path, out: Path) -> Path:
     from distft.run_folder import RunFolder
 
     recipe = load_recipe(run / "recipe.toml", registries=REGISTRIES, overrides=['engine.name="solo"', "export.also=[]"])
-    recipe = assemble.with_date(recipe, run)
+    recipe = assemble.with_start_of(assemble.with_date(recipe, run), run)
     layout = assemble.choose_layout(recipe, 1, _say)
     rows: Any = assemble.load_held_out(recipe, layout, 0, 1, _stop_ids(run), _say)
     with processes.leaving() as group:

@@ -76,7 +76,7 @@ def evaluated(method: MethodSpec, folder: Path) -> MethodSpec:
         raise RecipeError(str(folder), [Problem(message=f"{CONFIG} cannot be read: {error}")]) from None
 
     def attach(lm: Any, params: Any, dtype: torch.dtype) -> nn.Module:
-        attached = filled.attach(lm, params, dtype)
+        attached = filled.attach(lm, method.settled(params, saved), dtype)
         if differ := _other_settings(saved, attached, _NUMBERS):
             message = f"its settings are not the recipe's: {'; '.join(differ)}"
             fix = f"distft merge {folder} --out DIR, and look at DIR; or an adapter of this recipe"
