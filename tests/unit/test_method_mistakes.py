@@ -139,6 +139,10 @@ READ = {
         '[method]\nname = "qlora"\ndeploy = "nf4" # <-\nquant = { type = "fp4" }',
         "constants that are quantised too",
     ),
+    "an adapter that acts behind some tokens": (
+        '[method]\nname = "lora"\nalora_invocation_tokens = [1] # <-',
+        "aLoRA acts behind its last invocation in a row, which packed documents are not",
+    ),
     "settings of a start that is another": (
         '[method]\nname = "lora"\nr = 4\neva = { rho = 2.0 } # <-',
         'has no effect without init = "eva"',

@@ -14,7 +14,7 @@ class EvaParams(Params):
     """How `init = "eva"` looks at the training rows; PEFT's names."""
 
     rho: float = Field(default=1.0, ge=1, le=100)
-    """Layers get up to rho times the rank, where inputs vary in more directions, and others less: the sum of ranks stays.
+    """Layers get up to rho times the rank, where inputs vary in more directions, and others less: their sum stays.
     1: every layer has its rank. Above 1 nothing can be planned before ranks are known."""
     tau: float = Field(default=0.99, gt=0, lt=1)
     """Cosine between a direction before and after a batch from which on it has converged."""
