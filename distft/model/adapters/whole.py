@@ -23,7 +23,6 @@ def base_of(folder: Path) -> Path:
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        refuse_activated(config, folder)
         named = config.get("base_model_name_or_path")
     except (OSError, ValueError) as error:
         raise _mistake(folder, f"{CONFIG} cannot be read: {error}", "an adapter in PEFT's form") from None
@@ -91,7 +90,9 @@ def add_adapter(beside: Any, name: str, folder: Path) -> None:
         RecipeError: it was trained on another base, or has other shapes.
     """
     try:
-        named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        refuse_activated(config, folder)
+        named = config.get("base_model_name_or_path")
         first = beside.peft_config["default"].base_model_name_or_path
         if named != first:
             raise _mistake(folder, f"its base is {named}, and the first adapter's {first}", "take adapters of one base")
