@@ -204,7 +204,7 @@ def _update_workspace(inventory: Inventory, setup: Setup) -> int:
     optim = _optimizer(setup)
     matrix = max((p.numel for p in inventory.params if states.is_block_matrix(p)), default=0)
     return optim.update_bytes * sum(p.numel for p in inventory.params if p.trained) + (
-        optim.matrix_workspace_bytes * matrix
+        optim.matrix_workspace_bytes * matrix + optim.chunk_bytes
     )
 
 
