@@ -88,7 +88,8 @@ def _with_ask_as(recipe: Recipe, *, chats: bool) -> Recipe:
 def _for_evaluation(recipe: Recipe, world: int) -> Recipe:
     """Return the recipe without what only training needs: a batch that divides by the ranks, recomputation."""
     micro = max(1, MICRO_TOKENS // recipe.data.max_length)
-    changed = {"micro_batch_size": micro, "global_batch_size": micro * world, "activation_checkpointing": "off"}
+    changed = {"micro_batch_size": micro, "global_batch_size": micro * world, "activation_checkpointing": "off",
+               "optimizer_in_backward": False}  # fmt: skip
     return replace(recipe, train=recipe.train.model_copy(update=changed))
 
 

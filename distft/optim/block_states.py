@@ -2,8 +2,8 @@
 
 The step and the formats are torchao's (`torchao.optim`), whose own class compiles a kernel for each shape (by a C++
 compiler on CPUs), takes learning rates as tensors only, and keeps moments as tensor subclasses that no checkpoint of
-plain tensors holds. Here moments are plain tensors, updated some millions of elements at a time, so that what is made for an update
-stays small. The last block of a tensor may be shorter; torchao keeps such a tensor in fp32.
+plain tensors holds. Here moments are plain tensors, updated some millions of elements at a time, so that what is made
+for an update stays small. The last block of a tensor may be shorter; torchao keeps such a tensor in fp32.
 
 N elements of a tensor, in K blocks of B.
 Sources: https://arxiv.org/abs/2309.01507 (4 bits); torchao/optim/adam.py, subclass_4bit.py, subclass_fp8.py

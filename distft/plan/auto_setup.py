@@ -135,6 +135,8 @@ def _micros(recipe: Recipe, machine: Machine, path: ForwardPath) -> list[int]:
     share = check_world(recipe, machine.world, 1)
     if path.documents == "single":
         return [1]
+    if recipe.train.optimizer_in_backward:
+        return [share]
     most = max(1, MICRO_TOKENS // recipe.data.max_length)
     return [size for size in range(min(share, most), 0, -1) if share % size == 0]
 
