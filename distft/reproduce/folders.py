@@ -13,7 +13,7 @@ from typing import Any
 from distft.core.errors import DONE, CheckpointError, Problem, RecipeError
 from distft.core.files import read_json_object
 
-MERGE, EXPORT, COMBINE = "merge.json", "certificate.json", "combine.json"
+MERGE, EXPORT, COMBINE, ROUTER = "merge.json", "certificate.json", "combine.json", "router.json"
 _EDITED = "README.md"
 """People write in it, and exports of a run add a section to it."""
 OTHER_WEIGHTS, DIFFERS = 4, 1
@@ -22,8 +22,8 @@ Say = Callable[[str], None]
 
 
 def is_made_folder(folder: Path) -> bool:
-    """Return whether `distft merge`, `distft export` or `distft adapters combine` wrote the folder."""
-    return any((folder / name).is_file() for name in (MERGE, EXPORT, COMBINE))
+    """Return whether `distft merge`, `distft export`, `distft adapters combine` or `distft router` wrote the folder."""
+    return any((folder / name).is_file() for name in (MERGE, EXPORT, COMBINE, ROUTER))
 
 
 def reproduce(options: argparse.Namespace, say: Say) -> tuple[dict[str, Any], int]:
@@ -47,6 +47,9 @@ def reproduce(options: argparse.Namespace, say: Say) -> tuple[dict[str, Any], in
             folder / COMBINE, ("how", "params", "weights", "sources", "base_sha256", "asked", "files_sha256")
         )
         return _combine(folder, report, say, only_check=options.only_check)
+    if (folder / ROUTER).is_file():
+        keys = ("recipe", "cwd", "adapters", "base", "base_sha256", "rows_sha256", "files_sha256")
+        return _router(folder, _read(folder / ROUTER, keys), say, only_check=options.only_check)
     report = _read(folder / MERGE, ("source", "base", "adapter_sha256", "files_sha256", "dtype", "quantized"))
     return _merge(folder, report, say, only_check=options.only_check)
 
@@ -126,6 +129,40 @@ def _combine(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: b
     with tempfile.TemporaryDirectory(prefix=".distft-again-", dir=folder.absolute().parent) as name:
         made = combining.combine(places, base, Path(name) / "again", options, in_4bit=in_4bit)
         return _held_against(folder, then, made.files_sha256, say)
+
+
+def _router(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: bool) -> tuple[dict[str, Any], int]:
+    from distft.routing.router import adapter_digest
+    from distft.routing.router_recipe import RouterRecipe
+    from distft.routing.training import made_hashes, train_router
+
+    then = dict(report["files_sha256"])
+    _refuse_damage(folder, then, made_hashes(folder))
+    say(f"{folder}: a router among {', '.join(adapter['path'] for adapter in report['adapters'])}")
+    changed = [one["path"] for one in report["adapters"] if adapter_digest(Path(one["path"])) != one["sha256"]]
+    if changed:
+        say(f"  ! {changed[0]} is not the adapter that it was trained among; there is nothing to reproduce")
+        return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
+    if changed := _changed_base(Path(report["base"]), report["base_sha256"], say):
+        return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
+    _say_versions(report.get("versions") or {}, say)
+    if only_check:
+        return {"folder": str(folder), "verdict": "inputs as they were"}, DONE
+    recipe = RouterRecipe.model_validate_json(json.dumps(report["recipe"]))
+    with tempfile.TemporaryDirectory(prefix=".distft-again-", dir=folder.absolute().parent) as name:
+        place = Path(name).absolute()
+        with contextlib.chdir(report["cwd"] if Path(report["cwd"]).is_dir() else Path.cwd()):
+            again = recipe.model_copy(update={"output_dir": str(place), "name": "again"})
+            made = train_router(again, str(folder / ROUTER), _silent)
+        rows = [one for one, sha256 in report["rows_sha256"].items() if made["rows_sha256"].get(one) != sha256]
+        if rows:
+            say(f"  ! the rows of {rows[0]} are not those that it was trained on; there is nothing to reproduce")
+            return {"folder": str(folder), "verdict": "other inputs", "changed": rows}, OTHER_WEIGHTS
+        return _held_against(folder, then, made["files_sha256"], say)
+
+
+def _silent(line: str) -> None:
+    """Drop a line."""
 
 
 def _export(folder: Path, content: Mapping[str, Any], say: Say, *, only_check: bool) -> tuple[dict[str, Any], int]:
