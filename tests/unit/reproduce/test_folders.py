@@ -62,7 +62,7 @@ def test_an_export_is_made_again(
     "words",
     [
         ["--how", "dare_ties", "--density", "0.5", "--seed", "3", "--weights", "1", "-0.5", "--rank", "3"],
-        ["--how", "cat"],
+        pytest.param(["--how", "cat"], marks=pytest.mark.slow),
         ["--how", "ties", "--density", "0.6", "--whole", "--dtype", "bfloat16"],
     ],
     ids=["drawn", "exact", "whole"],
