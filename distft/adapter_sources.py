@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,33 @@ def documents(prepared: Prepared) -> list[list[int]]:
             found.append([int(token) for token in ids[begin : begin + length]])
             begin += length
     return found
+
+
+def find_places(sources: Sequence[str], base: str | None) -> tuple[list[Path], Path, TrainedIn4bit | None]:
+    """Return the folders, the one base of all, and how their runs had it in 4 bits.
+
+    Raises:
+        RecipeError: they have different bases, or none is known.
+    """
+    places, bases, kinds = [], {}, []
+    for text in sources:
+        place = find_place(text)
+        places.append(place)
+        if is_model(place):
+            if base is None:
+                raise adapter_mistake(
+                    text, "is a whole model, whose change is known from its base alone", "--base MODEL"
+                )
+            continue
+        found = find_source(text, base)
+        bases[found.base.resolve()] = text
+        kinds.append(found.in_4bit)
+    if base is not None:
+        bases = {base_folder(base, "--base", None): base}
+    if len(bases) > 1:
+        named = "; ".join(f"{text}: {folder}" for folder, text in bases.items())
+        raise adapter_mistake(
+            "adapters combine", f"they have different bases ({named})", "--base MODEL, if they are one"
+        )
+    same = kinds and all(kind == kinds[0] for kind in kinds) and len(kinds) == len(places)
+    return places, next(iter(bases)), kinds[0] if same else None

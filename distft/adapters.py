@@ -96,7 +96,7 @@ def _combine(options: Any) -> Result:
             f"--how {how.name}", "takes no --weights", f"takes: {_listed(set(how.params.model_fields))}"
         )
     weights = tuple(options.weights or [1.0] * len(options.sources))
-    places, base, in_4bit = _places(options.sources, options.base)
+    places, base, in_4bit = adapter_sources.find_places(options.sources, options.base)
     made = CombineOptions(
         how=how,
         params=params,
@@ -104,6 +104,7 @@ def _combine(options: Any) -> Result:
         rank=options.rank,
         whole=options.whole,
         dtype=None if options.dtype is None else DTYPES[options.dtype],
+        named_base=options.base,
     )
     report = combining.combine(places, base, options.out, made, in_4bit=in_4bit)
     return report.to_json(), _show_combined(report, options.out)
@@ -137,36 +138,6 @@ def how_params(how: HowSpec, given: dict[str, Any]) -> Params:
 def _reason(error: Any) -> str:
     text = str(error["msg"]).removeprefix("Value error, ")
     return f"= {error['input']}: {text[:1].lower()}{text[1:]}" if not isinstance(error["input"], dict) else text
-
-
-def _places(sources: Sequence[str], base: str | None) -> tuple[list[Path], Path, Any]:
-    """Return the folders, the one base of all, and how their runs had it in 4 bits.
-
-    Raises:
-        RecipeError: they have different bases, or none is known.
-    """
-    places, bases, kinds = [], {}, []
-    for text in sources:
-        place = adapter_sources.find_place(text)
-        places.append(place)
-        if is_model(place):
-            if base is None:
-                raise adapter_mistake(
-                    text, "is a whole model, whose change is known from its base alone", "--base MODEL"
-                )
-            continue
-        found = adapter_sources.find_source(text, base)
-        bases[found.base.resolve()] = text
-        kinds.append(found.in_4bit)
-    if base is not None:
-        bases = {adapter_sources.base_folder(base, "--base", None): base}
-    if len(bases) > 1:
-        named = "; ".join(f"{text}: {folder}" for folder, text in bases.items())
-        raise adapter_mistake(
-            "adapters combine", f"they have different bases ({named})", "--base MODEL, if they are one"
-        )
-    same = kinds and all(kind == kinds[0] for kind in kinds) and len(kinds) == len(places)
-    return places, next(iter(bases)), kinds[0] if same else None
 
 
 def _show_combined(report: CombineReport, out: Path) -> Iterator[str]:

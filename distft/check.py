@@ -99,6 +99,8 @@ class CheckReport:
     model: str | None
     """What is proven of the model's arithmetic, then a line for each path that was tried before and not taken; None for
     a folder that holds a tokenizer alone."""
+    unplanned: str
+    """Why `parameters` are those before training alone; empty where they stay."""
     parameters: tuple[int, int] | None
     """(trained, all); None where `model` is."""
     care: DataQualityReport
@@ -182,6 +184,7 @@ def run_check(recipe: Recipe, *, samples: int = 2, cache_dir: Path | None = None
         answers=tuple(_sets(recipe, tokenizer, revision)),
         model=_verdict(recipe) if has_config else None,
         parameters=trained_counts(recipe) if has_config else None,
+        unplanned=recipe.method.spec.unplanned(recipe.method.params),
         care=care,
         tokens_per_epoch=steps.tokens_per_epoch,
         supervised_per_epoch=steps.supervised_per_epoch,
@@ -288,7 +291,8 @@ def show(report: CheckReport, console: Console) -> None:
         _line(console, f"\n[model]  {report.model}")
     if report.parameters is not None:
         trained, total = report.parameters
-        _line(console, f"[method] {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
+        later = f"; {report.unplanned}" if report.unplanned else ""
+        _line(console, f"[method] {trained:,} of {total:,} parameters are trained ({trained / total:.2%}){later}")
     for split in report.splits:
         _show_split(split, console)
     _line(console, "\n[care]")

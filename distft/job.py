@@ -93,6 +93,9 @@ def train(recipe: Recipe, *, resume: Resume = "auto", allow_changes: bool = Fals
 
             # Another model as the reference, if the objective names one: before the trained model, not beside it.
             assemble.compute_other_reference(recipe, process_info, engine, layout, rows, say)
+            recipe = assemble.find_row_start(
+                recipe, folder.path, process_info, engine, layout, rows, say, resume=resume
+            )
 
             # A teacher that is imitated, if the objective names one: it stays beside the trained model.
             teacher = assemble.open_teacher(recipe, process_info, layout, rows, session.resources, say)

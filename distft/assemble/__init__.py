@@ -26,6 +26,7 @@ from distft.assemble.components import (
 from distft.assemble.evaluation import build_best_tracker, build_eval_sets, build_evaluator, load_row_renderer
 from distft.assemble.input_hashes import hash_inputs
 from distft.assemble.reference import compute_other_reference, freeze
+from distft.assemble.row_start import find_row_start, with_start_of
 from distft.assemble.step_source import num_steps, open_step_source
 from distft.assemble.teacher import open_teacher
 from distft.assemble.training_data import Data, HeldOut, Say, load_data, load_held_out, with_date
@@ -48,6 +49,7 @@ __all__ = [
     "device_name",
     "export",
     "fetch_model",
+    "find_row_start",
     "freeze",
     "hash_inputs",
     "largest_micro_batch",
@@ -68,4 +70,5 @@ __all__ = [
     "set_up_engine",
     "update_rule",
     "with_date",
+    "with_start_of",
 ]

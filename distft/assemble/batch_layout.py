@@ -12,7 +12,7 @@ from distft.core.accelerators import GIB
 from distft.core.errors import MachineError, Problem, RecipeError
 from distft.core.phase import PHASE
 from distft.model.paths import ForwardPath
-from distft.recipe import Recipe, check_world
+from distft.recipe import Recipe, check_world, refuse_sums
 
 if TYPE_CHECKING:
     from distft.core.types import Engine
@@ -107,17 +107,22 @@ def choose_layout(recipe: Recipe, world: int, say: Say = lambda line: None) -> L
 
         wants = launcher_wants(os.environ)
         chosen = auto_setup.for_job(recipe, find_folder(recipe.model), machine, wants=wants, path=path)
+        micros = check_world(recipe, world, chosen.micro_batch_size)
+        refuse_sums(recipe, chosen.setup.micros_per_step)
         return Layout(
             micro_batch_size=chosen.micro_batch_size,
-            micros_per_step=check_world(recipe, world, chosen.micro_batch_size),
+            micros_per_step=micros,
             checkpointing=chosen.checkpointing,
             why=chosen.reason,
             path=path,
         )
     if micro == "auto":
         limit = 1 if path.documents == "single" else max(1, AUTO_MICRO_TOKENS // recipe.data.max_length)
+        limit = share if recipe.train.optimizer_in_backward and path.documents != "single" else limit
         micro = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
-    return Layout(micro_batch_size=micro, micros_per_step=check_world(recipe, world, micro), path=path)
+    micros = check_world(recipe, world, micro)
+    refuse_sums(recipe, micros if path.documents == "packed" else micros * micro)
+    return Layout(micro_batch_size=micro, micros_per_step=micros, path=path)
 
 
 def agree_on_layout(local_layout: Layout, gather: Callable[[Any], list[Any]]) -> Layout:
@@ -235,7 +240,7 @@ def largest_micro_batch(recipe: Recipe, layout: Layout, rows: Data) -> LargestMi
 def memory_advice(recipe: Recipe, world: int, layout: Layout) -> str:
     """Return what makes a run smaller, cheapest first: by plan on accelerators, on a CPU what always helps."""
     machine = _accelerators(world)
-    if machine is not None:
+    if machine is not None and not recipe.method.spec.unplanned(recipe.method.params):
         from distft.model.load import find_folder
         from distft.plan.planner import Planner
 

@@ -50,6 +50,11 @@ def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
         line = recipe.line_of("engine.name") or recipe.line_of("method.name")
         raise RecipeError(recipe.source, [Problem(message=f"[method] {why_not}", line=line, fix="use another engine")])
     spec = REGISTRIES.engine[name]
+    if recipe.train.optimizer_in_backward and not spec.updates_in_backward:
+        allowed = ", ".join(other for other, can in REGISTRIES.engine.items() if can.updates_in_backward)
+        message = f"[train] optimizer_in_backward: engine {name} adds gradients up over ranks in its own buffers"
+        line = recipe.line_of("train.optimizer_in_backward")
+        raise RecipeError(recipe.source, [Problem(message=message, line=line, fix=f"engines that can: {allowed}")])
     if recipe.engine.name == "auto":
         chosen = {"offload": offload, "grad_dtype": getattr(params, "grad_dtype", "auto")}
         params = spec.params(**{key: value for key, value in chosen.items() if key in spec.params.model_fields})
@@ -135,6 +140,7 @@ def update_rule(recipe: Recipe, built: MetaModel, num_steps: int) -> UpdateRule:
         max_grad_norm=None if clip == "off" else float(clip),
         matrices=_matrices(recipe, built),
         per_tensor=spec.per_tensor,
+        in_backward=recipe.train.optimizer_in_backward,
         named=method.optimizer is not None,
         faster=frozenset(name for name in named if method.faster(name)) if ratio != 1.0 else frozenset(),
         lr_ratio=ratio,

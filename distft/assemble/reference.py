@@ -11,7 +11,7 @@ import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distft.assemble.batch_layout import Layout
 from distft.assemble.checkpoints import weights_hash
@@ -34,7 +34,13 @@ def other_model(recipe: Recipe) -> Recipe | None:
     if path is None:
         return None
     table = recipe.model.model_copy(update={"path": path, "revision": None, "init": "pretrained"})
-    return replace(recipe, model=table)
+    method = recipe.method
+    params: Any = method.params
+    if method.spec.reads_rows(params):  # what is found in the rows is of the trained model
+        from distft.model.adapters.lora_params import without_rows
+
+        method = replace(method, params=without_rows(params))
+    return replace(recipe, model=table, method=method)
 
 
 def column_specs(recipe: Recipe) -> dict[str, ColumnSpec]:

@@ -78,7 +78,7 @@ def measure(spec: BenchCaseSpec) -> tuple[dict[str, Any], Engine]:
     quiet_libraries()
     _, rank, world, _ = processes.detect_launcher(os.environ)
     say = _say if rank == 0 else _say_nothing
-    recipe = load_recipe(spec.recipe, registries=REGISTRIES)
+    recipe = assemble.with_start_of(load_recipe(spec.recipe, registries=REGISTRIES), None)
     layout = assemble.choose_layout(recipe, world, say)
     if spec.rows == "real":
         # Nothing is held out here, and preparing rows that nobody evaluates takes time.

@@ -257,6 +257,9 @@ class UpdateRule:
     """The optimizer may step some tensors before others: `step()` changes those that have a gradient, each from its own
     state alone. False: it gets all gradients at once."""
 
+    in_backward: bool = False
+    """Each weight is updated in the backward pass, once its gradient is complete: one micro-batch, no clipping."""
+
     named: bool = False
     """Groups have the `names` of their tensors."""
     faster: frozenset[str] = frozenset()

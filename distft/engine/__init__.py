@@ -10,7 +10,14 @@ from distft.engine.zero_footprint import Zero1Footprint, Zero2Footprint, Zero3Fo
 ENGINES: Registry[EngineSpec] = Registry("engine")
 ENGINES.add(EngineSpec(name="auto", params=AutoParams, module="distft.engine.auto"))
 ENGINES.add(
-    EngineSpec(name="solo", params=EngineParams, module="distft.engine.solo", max_world=1, footprint=SoloFootprint())
+    EngineSpec(
+        name="solo",
+        params=EngineParams,
+        module="distft.engine.solo",
+        max_world=1,
+        updates_in_backward=True,
+        footprint=SoloFootprint(),
+    )
 )
 ENGINES.add(EngineSpec(name="ddp", params=EngineParams, module="distft.engine.ddp"))
 _ZERO = {"module": "distft.engine.deepspeed", "flattens": True, "library": "deepspeed"}
@@ -23,6 +30,7 @@ ENGINES.add(
         params=Fsdp2Params,
         module="distft.engine.fsdp2",
         flattens=True,
+        updates_in_backward=True,
         footprint=Fsdp2Footprint(),
     )
 )

@@ -5,9 +5,9 @@ tensor that the optimizer updates. A `Fragment` says where. From fragments alone
 state are read and written under names that no engine appears in, so a checkpoint of one engine and world size loads
 into any other.
 
-8-bit states are stored as the fp32 values they stand for, beside the constants of their blocks under the name of the
-layout that cut them. The same layout finds its constants and gets its codes back bit for bit; another one quantises
-the values anew, in its own blocks: rounded once more, and within the step of 8 bits.
+States of few bits are stored as the fp32 values they stand for, beside the constants of their blocks under the name of
+the layout that cut them. The same layout finds its constants and gets its codes back bit for bit; another one quantises
+the values anew, in its own blocks: rounded once more, and within the step of their bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,18 +60,18 @@ def pieces(fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer) -> I
         state = optimizer.state.get(held.flat, {})
         if held.writes_blocks and held.layout not in seen:
             seen.add(held.layout)
-            for key in _elementwise(state, held.flat):
-                if state[key].dtype == torch.uint8:
-                    constants = _constants(state, key)
+            for key in _elementwise(state, held.flat, optimizer):
+                if (coded := _coded(optimizer, state, key)) is not None:
+                    constants = coded.constants(state, key)
                     yield Piece(name=_blocks(key, held), start=0, numel=constants.numel(), data=constants)
-            for key in _of_other_shape(state, held.flat):
+            for key in _of_other_shape(state, held.flat, optimizer):
                 values = state[key].detach().reshape(-1)
                 yield Piece(name=f"{key}/{held.layout}", start=0, numel=values.numel(), data=values)
         if held.length == 0:
             continue
         yield _piece(PARAM, held, held.of(held.flat.detach()))
-        for key in _elementwise(state, held.flat):
-            yield _piece(_NAMES.get(key, key), held, _values(state, key, held))
+        for key in _elementwise(state, held.flat, optimizer):
+            yield _piece(_NAMES.get(key, key), held, _values(_coded(optimizer, state, key), state, key, held))
 
 
 def _piece(kind: str, held: Fragment, data: Tensor | Deferred) -> Piece:
@@ -90,15 +90,15 @@ def load(
             flat = together[0].flat
             _fill(flat, PARAM, together, reader)
             state = optimizer.state.get(flat, {})
-            for key in _elementwise(state, flat):
-                eight_bit = state[key].dtype == torch.uint8
-                values = torch.zeros_like(flat) if eight_bit else state[key]
+            for key in _elementwise(state, flat, optimizer):
+                coded = _coded(optimizer, state, key)
+                values = state[key] if coded is None else torch.zeros_like(flat)
                 _fill(values, _NAMES.get(key, key), together, reader)
-                if eight_bit:
+                if coded is not None:
                     name = _blocks(key, together[0])
                     stored = reader.read(name) if name in reader else None
-                    _quantize_into(state, key, values, stored)
-            for key in _of_other_shape(state, flat):
+                    coded.encode_into(state, key, values, stored)
+            for key in _of_other_shape(state, flat, optimizer):
                 state[key].copy_(reader.read(f"{key}/{together[0].layout}").view_as(state[key]))
             if isinstance(state.get("step"), Tensor):
                 state["step"].fill_(optimizer_step)
@@ -113,10 +113,6 @@ def _fill(values: Tensor, kind: str, together: Iterable[Fragment], reader: State
 
 def _blocks(key: str, held: Fragment) -> str:
     return f"blocks/{_NAMES.get(key, key)}/{held.layout}"
-
-
-def _constants(state: dict[str, Any], key: str) -> Tensor:
-    return state[f"absmax{key.removeprefix('state')}"]
 
 
 def create_state(flats: Iterable[Tensor], step: Callable[[], None], optimizer: torch.optim.Optimizer) -> None:
@@ -149,56 +145,98 @@ def create_state(flats: Iterable[Tensor], step: Callable[[], None], optimizer: t
         group["lr"] = rate
 
 
-def _elementwise(state: dict[str, Any], flat: Tensor) -> list[str]:
-    """Return the names of the state tensors that hold one element per element of `flat`."""
-    return [key for key in _tensors(state) if state[key].numel() == flat.numel()]
+def _elementwise(state: dict[str, Any], flat: Tensor, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the names of the state tensors that hold one element, or a code of one, per element of `flat`."""
+    return [key for key in _tensors(state, optimizer) if _is_elementwise(state, key, flat, optimizer)]
 
 
-def _of_other_shape(state: dict[str, Any], flat: Tensor) -> list[str]:
+def _of_other_shape(state: dict[str, Any], flat: Tensor, optimizer: torch.optim.Optimizer) -> list[str]:
     """Return the others (adafactor's rows and columns): they belong to a layout, and only whole matrices have them."""
-    return [key for key in _tensors(state) if state[key].numel() != flat.numel()]
+    return [key for key in _tensors(state, optimizer) if not _is_elementwise(state, key, flat, optimizer)]
 
 
-def _tensors(state: dict[str, Any]) -> list[str]:
-    return [key for key, values in state.items() if isinstance(values, Tensor) and key not in _CONSTANTS]
+def _is_elementwise(state: dict[str, Any], key: str, flat: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+    return state[key].numel() == flat.numel() or _coded(optimizer, state, key) is not None
 
 
-def _values(state: dict[str, Any], key: str, held: Fragment) -> Tensor | Deferred:
-    """Return this fragment's elements of a state; 8-bit ones as the fp32 they stand for."""
-    codes = state[key]
-    if codes.dtype != torch.uint8:
-        return held.of(codes.detach())
-    make = functools.partial(_dequantized, state, key, held.offset)
+def _tensors(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
+    named = [key for key, values in state.items() if isinstance(values, Tensor) and key not in _CONSTANTS]
+    constants = {id(coded.constants(state, key)) for key in named if (coded := _coded(optimizer, state, key))}
+    return [key for key in named if id(state[key]) not in constants]
+
+
+def _values(coded: Coded | None, state: dict[str, Any], key: str, held: Fragment) -> Tensor | Deferred:
+    """Return this fragment's elements of a state; codes as the fp32 they stand for."""
+    if coded is None:
+        return held.of(state[key].detach())
     # Paged codes are managed memory, which torch takes for a CPU's; kernels run where the constants are.
-    return Deferred(length=held.length, dtype=torch.float32, device=_constants(state, key).device, make=make)
+    device = coded.constants(state, key).device
+    make = functools.partial(_shifted, coded, state, key, held.offset)
+    return Deferred(length=held.length, dtype=torch.float32, device=device, make=make)
 
 
-def _dequantized(state: dict[str, Any], key: str, offset: int, begin: int, end: int) -> Tensor:
-    """Return the elements [offset + begin, offset + end) of an 8-bit state, block by block around them."""
-    from bitsandbytes import functional
-
-    codes, number = state[key], key.removeprefix("state")
-    begin, end = offset + begin, offset + end
-    first, last = begin // BLOCK, -(-end // BLOCK)
-    absmax = state[f"absmax{number}"][first:last].contiguous()
-    blocks = codes.reshape(-1)[first * BLOCK : last * BLOCK].contiguous().to(absmax.device)
-    constants: Any = {"absmax": absmax, "code": state[f"qmap{number}"]}
-    whole = functional.dequantize_blockwise(blocks, blocksize=BLOCK, **constants)
-    return whole[begin - first * BLOCK : end - first * BLOCK]
+def _shifted(coded: Coded, state: dict[str, Any], key: str, offset: int, begin: int, end: int) -> Tensor:
+    return coded.decoded(state, key, offset + begin, offset + end)
 
 
-def _quantize_into(state: dict[str, Any], key: str, values: Tensor, constants: Tensor | None) -> None:
-    """Quantise in the optimizer's own code book; with the constants that made the values, exactly."""
-    from bitsandbytes import functional
+class Coded(Protocol):
+    """Moments that an optimizer keeps as codes of blocks: `optimizer.coded`, or bitsandbytes' own."""
 
-    book = state[f"qmap{key.removeprefix('state')}"]
-    if constants is None:
-        codes, made = functional.quantize_blockwise(values.contiguous(), code=book, blocksize=BLOCK)
-        _constants(state, key).copy_(made.absmax)
-        state[key].copy_(codes)
-        return
-    constants = constants.to(values.device)
-    per_element = constants.repeat_interleave(BLOCK)[: values.numel()].view_as(values)
-    middles = (book[1:] + book[:-1]) / 2  # the book is sorted: the nearest code lies between two middles
-    state[key].copy_(torch.bucketize(values / per_element.clamp(min=torch.finfo(torch.float32).tiny), middles))
-    _constants(state, key).copy_(constants)
+    def has(self, state: dict[str, Any], key: str) -> bool:
+        """Return whether a key of a tensor's state holds codes."""
+        ...
+
+    def constants(self, state: dict[str, Any], key: str) -> Tensor:
+        """Return the constants of the blocks, fp32."""
+        ...
+
+    def decoded(self, state: dict[str, Any], key: str, begin: int, end: int) -> Tensor:
+        """Return the elements [begin, end) as fp32."""
+        ...
+
+    def encode_into(self, state: dict[str, Any], key: str, values: Tensor, constants: Tensor | None) -> None:
+        """Write values as codes; with the constants that made the values, exactly the codes that they were."""
+        ...
+
+
+def _coded(optimizer: torch.optim.Optimizer, state: dict[str, Any], key: str) -> Coded | None:
+    coded: Coded = getattr(optimizer, "coded", _BITSANDBYTES)
+    return coded if coded.has(state, key) else None
+
+
+class _EightBits:
+    """bitsandbytes' 8-bit states, in its own code book."""
+
+    def has(self, state: dict[str, Any], key: str) -> bool:
+        return state[key].dtype == torch.uint8
+
+    def constants(self, state: dict[str, Any], key: str) -> Tensor:
+        return state[f"absmax{key.removeprefix('state')}"]
+
+    def decoded(self, state: dict[str, Any], key: str, begin: int, end: int) -> Tensor:
+        from bitsandbytes import functional
+
+        first, last = begin // BLOCK, -(-end // BLOCK)
+        absmax = self.constants(state, key)[first:last].contiguous()
+        blocks = state[key].reshape(-1)[first * BLOCK : last * BLOCK].contiguous().to(absmax.device)
+        constants: Any = {"absmax": absmax, "code": state[f"qmap{key.removeprefix('state')}"]}
+        whole = functional.dequantize_blockwise(blocks, blocksize=BLOCK, **constants)
+        return whole[begin - first * BLOCK : end - first * BLOCK]
+
+    def encode_into(self, state: dict[str, Any], key: str, values: Tensor, constants: Tensor | None) -> None:
+        from bitsandbytes import functional
+
+        book = state[f"qmap{key.removeprefix('state')}"]
+        if constants is None:
+            codes, made = functional.quantize_blockwise(values.contiguous(), code=book, blocksize=BLOCK)
+            self.constants(state, key).copy_(made.absmax)
+            state[key].copy_(codes)
+            return
+        constants = constants.to(values.device)
+        per_element = constants.repeat_interleave(BLOCK)[: values.numel()].view_as(values)
+        middles = (book[1:] + book[:-1]) / 2  # the book is sorted: the nearest code lies between two middles
+        state[key].copy_(torch.bucketize(values / per_element.clamp(min=torch.finfo(torch.float32).tiny), middles))
+        self.constants(state, key).copy_(constants)
+
+
+_BITSANDBYTES = _EightBits()

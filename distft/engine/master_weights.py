@@ -92,6 +92,31 @@ class MasterWeights:
                 owned.master.grad = None
             self._copy_to_model(members)
 
+    def params(self) -> list[nn.Parameter]:
+        """Return the parameters that the masters stand for, in their order."""
+        return [owned.param for owned in self._all]
+
+    def gradient(self, index: int) -> Tensor:
+        """Return the gradient of the parameter at `index`, as it is stored."""
+        stored = self._stored(self._all[index])
+        assert stored is not None
+        return stored
+
+    def update_one(self, index: int, step: Callable[[], object]) -> None:
+        """Call `step` while one master alone has a gradient, which is used up."""
+        owned = self._all[index]
+        stored = self.gradient(index)
+        self.drop_gradient(index)
+        _set_gradients([owned], [stored])
+        step()
+        owned.master.grad = None
+        self._copy_to_model([owned])
+
+    def drop_gradient(self, index: int) -> None:
+        """Free one gradient."""
+        owned = self._all[index]
+        owned.param.grad = owned.master.grad = None
+
     def for_each_group(self, run: Callable[[list[nn.Parameter]], None]) -> None:
         """Call `run` with the masters of each group."""
         for group in self._groups:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
+from distft.core.errors import MachineError, NumericError
 from distft.core.types import LossTerms, Piece, StateReader, StepReport, TrainState, UpdateRule, Weights
 from distft.engine import fragments
+from distft.engine.backward_updates import BackwardUpdates
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
 from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
@@ -34,6 +36,9 @@ class SoloEngine(BaseEngine):
         super().__init__(processes)
         self._grad_dtype: GradDtype = params.grad_dtype
         self._sums: GradientSums | None = None
+        self._in_backward: BackwardUpdates | None = None
+        self._next_step = 0
+        """0-based step of the next backward pass, whose rate an update inside it takes."""
 
     def setup(self, weights: Weights, rule: UpdateRule, *, micros_per_step: int) -> None:
         """Fill, wrap, and create the optimizer over what this rank owns."""
@@ -50,6 +55,21 @@ class SoloEngine(BaseEngine):
         named = self._unwrapped().named_parameters()
         self._owned = MasterWeights(named, sums=self._sums, per_tensor=rule.per_tensor)
         self._optimizer = rule.build(rule.groups(self._owned))
+        if rule.in_backward:
+            self._in_backward = self._update_in_backward(micros_per_step)
+
+    def _update_in_backward(self, micros_per_step: int) -> BackwardUpdates:
+        """Return what updates weights while gradients arrive.
+
+        Raises:
+            MachineError: gradients arrive in parts, or not on the parameters.
+        """
+        if micros_per_step > 1 or self._sums_apart or self.rule.max_grad_norm is not None:
+            raise MachineError(
+                f"an update in the backward pass takes one micro-batch a step ({micros_per_step} here), no clipping, "
+                "and no sums in fp32"
+            )
+        return BackwardUpdates(self._owned, self._optimizer)
 
     def _add_in_fp32(self) -> GradientSums | None:
         """Return what adds gradients up, where autograd would do it in bf16."""
@@ -83,10 +103,19 @@ class SoloEngine(BaseEngine):
     def backward(self, terms: LossTerms, *, divide_by: float, samples: tuple[str, ...]) -> None:
         """Multiply by the world where ddp and fsdp2 average gradients over ranks, to make that a sum."""
         self._remember(terms, samples)
-        (terms.loss_sum * (self.world / divide_by)).backward()
+        if self._in_backward is None:
+            (terms.loss_sum * (self.world / divide_by)).backward()
+            return
+        # The loss of all ranks decides before a weight is changed.
+        sums, _ = self._summed(self._step_sums())
+        self._set_rates(self.rule.lr_at(self._next_step))
+        with self._in_backward.active(updates=math.isfinite(sums[0])):
+            (terms.loss_sum * (self.world / divide_by)).backward()
 
     def step(self, state: TrainState, denominator: float, allow_update: Callable[[float], bool]) -> StepReport:
         """Clip and update with one host sync: loss, figures and squared norm together."""
+        if self._in_backward is not None:
+            return self._after_backward(state, denominator, allow_update, self._in_backward.norms())
         norm = _norm(self._owned.gradients(), self.device)
         sums, squares = self._summed(self._step_sums(), norm.square())
         grad_norm = math.sqrt(squares / self._copies_of_gradients)
@@ -97,14 +126,36 @@ class SoloEngine(BaseEngine):
         self._owned.drop_gradients()
         return self._report(state, sums=sums, grad_norm=grad_norm, lr=lr, denominator=denominator, updated=updated)
 
+    def _after_backward(
+        self, state: TrainState, denominator: float, allow_update: Callable[[float], bool], norms: list[Tensor]
+    ) -> StepReport:
+        """Report a step whose weights were updated in its backward pass.
+
+        Raises:
+            NumericError: on all ranks; a gradient was not finite, and weights were changed by it.
+        """
+        if self._next_step != state.step:
+            raise MachineError(f"step {state.step + 1} was updated with the rate of step {self._next_step + 1}")
+        sums, squares = self._summed(self._step_sums(), _norm_of(norms, self.device).square())
+        grad_norm = math.sqrt(squares / self._copies_of_gradients)
+        updated = math.isfinite(sums[0])
+        if updated and not (math.isfinite(grad_norm) and allow_update(sums[0] / denominator)):
+            raise NumericError(
+                f"step {state.step + 1}: gradient norm {grad_norm} though the loss is finite, and weights were changed "
+                "by it in the backward pass: the same command goes on from the last checkpoint. Without "
+                "optimizer_in_backward such an update is left out"
+            )
+        self._next_step = state.step + 1
+        lr = self.rule.lr_at(state.step)
+        return self._report(state, sums=sums, grad_norm=grad_norm, lr=lr, denominator=denominator, updated=updated)
+
     @property
     def _copies_of_gradients(self) -> int:
         """Ranks that hold the same gradient."""
         return 1 if self.sharded else self.world
 
     def _update(self, lr: float, grad_norm: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_ratio", 1.0)
+        self._set_rates(lr)
         total = torch.tensor(grad_norm, dtype=torch.float32, device=self.device)
 
         def step(masters: list[nn.Parameter]) -> None:
@@ -113,6 +164,10 @@ class SoloEngine(BaseEngine):
             self._optimizer.step()
 
         self._owned.update(step)
+
+    def _set_rates(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
 
     def create_state(self) -> None:
         """Create the state of what this rank owns."""
@@ -128,6 +183,7 @@ class SoloEngine(BaseEngine):
         self.create_state()
         fragments.load(self._fragments(whole=True), self._optimizer, reader, optimizer_step=state.updates)
         self._owned.copy_to_model()
+        self._next_step = state.step
 
     def _step_once(self) -> None:
         self._optimizer.step()
@@ -166,8 +222,13 @@ def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     each: Any = torch._foreach_norm(gradients, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-    norms = torch.stack(each)
-    return torch.linalg.vector_norm(norms).double().to(device)
+    return _norm_of(each, device)
+
+
+def _norm_of(norms: Any, device: torch.device) -> Tensor:
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.linalg.vector_norm(torch.stack(norms)).double().to(device)
 
 
 def open_engine(name: str, params: EngineParams, processes: Processes) -> SoloEngine:

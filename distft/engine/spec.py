@@ -25,6 +25,8 @@ class EngineSpec:
     without torch."""
     flattens: bool = False
     """The optimizer gets 1-D pieces of tensors, so it must be elementwise."""
+    updates_in_backward: bool = False
+    """It can update a weight once its gradient is complete (`UpdateRule.in_backward`)."""
     library: str | None = None
     """Importable name of the package it needs beyond torch."""
     max_world: int | None = None

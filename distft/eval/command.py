@@ -88,7 +88,8 @@ def _with_ask_as(recipe: Recipe, *, chats: bool) -> Recipe:
 def _for_evaluation(recipe: Recipe, world: int) -> Recipe:
     """Return the recipe without what only training needs: a batch that divides by the ranks, recomputation."""
     micro = max(1, MICRO_TOKENS // recipe.data.max_length)
-    changed = {"micro_batch_size": micro, "global_batch_size": micro * world, "activation_checkpointing": "off"}
+    changed = {"micro_batch_size": micro, "global_batch_size": micro * world, "activation_checkpointing": "off",
+               "optimizer_in_backward": False}  # fmt: skip
     return replace(recipe, train=recipe.train.model_copy(update=changed))
 
 
@@ -110,6 +111,10 @@ def _held(
 
         spec = evaluated(recipe.method.spec, subject.adapter)
         recipe = replace(recipe, method=replace(recipe.method, spec=spec))
+    else:
+        recipe = assemble.with_start_of(
+            recipe, None if subject.checkpoint is None else subject.checkpoint.absolute().parents[1]
+        )
     model = assemble.build_model(recipe, processes, layout, rows, say)
     if subject.checkpoint is None:
         assemble.freeze(model)

@@ -29,8 +29,8 @@ def rebuild(run: Path, checkpoint: Path, out: Path) -> Path:
     from distft.recipe import load_recipe
     from distft.run_folder import RunFolder
 
-    recipe = load_recipe(run / "recipe.toml", registries=REGISTRIES, overrides=['engine.name="solo"', "export.also=[]"])
-    recipe = assemble.with_date(recipe, run)
+    recipe = load_recipe(run / "recipe.toml", registries=REGISTRIES, overrides=_ALONE)
+    recipe = assemble.with_start_of(assemble.with_date(recipe, run), run)
     layout = assemble.choose_layout(recipe, 1, _say)
     rows: Any = assemble.load_held_out(recipe, layout, 0, 1, _stop_ids(run), _say)
     with processes.leaving() as group:
@@ -47,6 +47,10 @@ def rebuild(run: Path, checkpoint: Path, out: Path) -> Path:
         folder = RunFolder(out, writes=True)
         assemble.export(recipe, folder, engine, model, shapes, rows)
     return folder.final
+
+
+_ALONE = ['engine.name="solo"', "export.also=[]", "train.optimizer_in_backward=false"]
+"""What differs for one process that trains nothing."""
 
 
 def _stop_ids(run: Path) -> tuple[int, ...]:

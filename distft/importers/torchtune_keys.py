@@ -42,7 +42,9 @@ TORCHTUNE_KEYS = {
         run_val_every_n_steps=carried("[eval] every_steps"),
         save_every_n_steps=carried("[checkpoint] every_steps"),
         enable_activation_offloading=left("the inputs of blocks stay on the GPU"),
-        optimizer_in_bwd=left("gradients are kept until the step's update: more memory, the same update"),
+        optimizer_in_bwd=left(
+            "gradients are kept until the update, which is the same; [train] optimizer_in_backward frees each at once"
+        ),
         resume_from_checkpoint=left(
             "distft train --resume auto is the default; checkpoints of other tools are not read"
         ),

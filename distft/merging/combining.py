@@ -7,9 +7,10 @@ what that loses is told for each tensor.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from distft.core.registry import Params
 from distft.merging import low_rank
 from distft.merging.adapter_builder import AdapterBuilder, copy_beside, write_report
 from distft.merging.adapter_config import adapter_mistake, read_adapter_config
-from distft.merging.base_model import BaseModel, TrainedIn4bit, natural_key
+from distft.merging.base_model import BaseModel, TrainedIn4bit, base_hashes, natural_key
 from distft.merging.delta_sources import AdapterDeltas, DeltaSource, ModelDeltas, is_model
 from distft.merging.folder_writer import refuse_existing, whole_folder
 from distft.merging.hows import HowSpec
@@ -44,6 +45,8 @@ class CombineOptions:
     """Write a whole model instead of an adapter."""
     dtype: torch.dtype | None = None
     """Of a whole model; None: the base's."""
+    named_base: str | None = None
+    """What was named as the base, if it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +76,13 @@ class CombineReport:
     weights: tuple[float, ...]
     sources: list[dict[str, str]]
     base: str
+    base_sha256: dict[str, str]
+    asked: dict[str, Any]
+    """The other flags, for `distft reproduce`: rank, whole, dtype and base; None where they were left out."""
     rank: int
     tensors: list[CombinedTensor]
+    files_sha256: dict[str, str] = field(default_factory=dict[str, str])
+    """Of everything else in the folder."""
 
     @property
     def relative_error(self) -> float:
@@ -154,6 +162,16 @@ def _refuse_unset(base: BaseModel, sources: Sequence[DeltaSource]) -> None:
             )  # fmt: skip
 
 
+def made_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file of a combined folder but the report and what people write in."""
+    hashes: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in (REPORT, "README.md"):
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
 class _Combined:
     """Gives combined changes of tensors."""
 
@@ -204,11 +222,19 @@ class _Combined:
             how=self.options.how.name,
             params=self.options.params.model_dump(),
             weights=self.options.weights,
-            sources=[{"path": str(source.folder), "sha256": source.digest()} for source in self.sources],
-            base=str(self.base.folder),
+            sources=[{"path": str(source.folder.absolute()), "sha256": source.digest()} for source in self.sources],
+            base=str(self.base.folder.absolute()),
+            base_sha256=base_hashes(self.base.folder),
+            asked=self._asked(),
             rank=rank,
             tensors=tensors,
         )
+
+    def _asked(self) -> dict[str, Any]:
+        dtype, named = self.options.dtype, self.options.named_base
+        named = str(Path(named).absolute()) if named is not None and Path(named).exists() else named
+        dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
+        return {"rank": self.options.rank, "whole": self.options.whole, "dtype": dtype_name, "base": named}
 
 
 def _write_adapter(combined: _Combined, out: Path) -> CombineReport:
@@ -220,6 +246,7 @@ def _write_adapter(combined: _Combined, out: Path) -> CombineReport:
     with whole_folder(out) as aside:
         copy_beside(combined.sources[0].folder, aside)
         builder.write(aside, base=configs[0].base, task_type=configs[0].task_type)
+        report = replace(report, files_sha256=made_hashes(aside))
         write_report(aside, REPORT, report.to_json())
     return report
 
@@ -294,7 +321,7 @@ def _write_model(combined: _Combined, out: Path) -> CombineReport:
     with whole_folder(out, writer.num_bytes) as aside:
         writer.write(aside, value)
         writer.write_rest(aside, combined.sources[0].folder, base.folder)
-        report = replace(combined.report(tensors, 0), tensors=tensors)
+        report = replace(combined.report(tensors, 0), files_sha256=made_hashes(aside))
         write_report(aside, REPORT, report.to_json())
     return report
 

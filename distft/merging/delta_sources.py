@@ -171,12 +171,21 @@ class ModelDeltas:
 
     def digest(self) -> str:
         """Return a sha256 of the files of weights."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()
+        return _weights_digest(self.folder)
+
+
+def source_digest(folder: Path) -> str:
+    """Return the digest that the source of a folder has, without its base."""
+    return _weights_digest(folder) if is_model(folder) else AdapterFolder(folder).digest()
+
+
+def _weights_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def is_model(folder: Path) -> bool:

@@ -5,12 +5,26 @@ under every engine as long as it treats elements, or blocks of them, independent
 """
 
 from distft.core.registry import Registry
-from distft.optim import adafactor, adamw, adamw_8bit, apollo, galore, lion, muon, paged, schedules
+from distft.optim import (
+    adafactor,
+    adamw,
+    adamw_4bit,
+    adamw_8bit,
+    adamw_fp8,
+    apollo,
+    galore,
+    lion,
+    muon,
+    paged,
+    schedules,
+)
 from distft.optim.spec import MATRIX, OptimizerSpec, ScheduleSpec, StateBytes
 
 OPTIMIZERS: Registry[OptimizerSpec] = Registry("optimizer")
 OPTIMIZERS.add(adamw.SPEC)
 OPTIMIZERS.add(adamw_8bit.SPEC)
+OPTIMIZERS.add(adamw_4bit.SPEC)
+OPTIMIZERS.add(adamw_fp8.SPEC)
 OPTIMIZERS.add(paged.ADAMW_32BIT)
 OPTIMIZERS.add(paged.ADAMW_8BIT)
 OPTIMIZERS.add(lion.SPEC)

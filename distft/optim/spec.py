@@ -79,6 +79,8 @@ class OptimizerSpec:
     """Most dimensions of a weight matrix; None: leading ones are batches of matrices."""
     matrix_workspace_bytes: int = 0
     """Made for each element of one weight matrix while it is updated, freed after it."""
+    chunk_bytes: int = 0
+    """Made while any tensors are updated, whatever their size, freed after it."""
     update_bytes: int = 0
     """Made for each trained element while all tensors are updated at once, freed after it."""
 

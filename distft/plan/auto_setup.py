@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distft.core.accelerators import GIB
+from distft.core.errors import Problem, RecipeError
 from distft.engine import ENGINES
 from distft.model.paths import ForwardPath
 from distft.plan import inventory as inventories
@@ -74,8 +75,12 @@ def choose(
     When nothing fits, what needs least: one sequence, and full checkpointing. `document_tokens`: see `Setup`.
 
     Raises:
-        RecipeError: the global batch does not split over the machine.
+        RecipeError: the global batch does not split over the machine, or nobody can know yet what is trained.
     """
+    if why := recipe.method.spec.unplanned(recipe.method.params):
+        fix = "give micro_batch_size and activation_checkpointing, which a run takes without a plan; or rho = 1.0"
+        line = recipe.line_of("method.init") or recipe.line_of("method.name")
+        raise RecipeError(recipe.source, [Problem(message=f"[method] {why}: it cannot be planned", line=line, fix=fix)])
     micros = _micros(recipe, machine, inventory.path)
     modes = _modes(recipe, engine)
     limit = ROOM * machine.gpu.memory_bytes
@@ -130,6 +135,8 @@ def _micros(recipe: Recipe, machine: Machine, path: ForwardPath) -> list[int]:
     share = check_world(recipe, machine.world, 1)
     if path.documents == "single":
         return [1]
+    if recipe.train.optimizer_in_backward:
+        return [share]
     most = max(1, MICRO_TOKENS // recipe.data.max_length)
     return [size for size in range(min(share, most), 0, -1) if share % size == 0]
 

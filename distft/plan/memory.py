@@ -90,6 +90,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         world=setup.shards,
         offload=setup.offload,
         fp32_gradients=setup.fp32_gradients,
+        in_backward=recipe.train.optimizer_in_backward,
     )
     kept = activations(
         inventory,
@@ -227,7 +228,7 @@ def _update_workspace(inventory: Inventory, setup: Setup) -> int:
     optim = _optimizer(setup)
     matrix = max((p.numel for p in inventory.params if states.is_block_matrix(p)), default=0)
     return optim.update_bytes * sum(p.numel for p in inventory.params if p.trained) + (
-        optim.matrix_workspace_bytes * matrix
+        optim.matrix_workspace_bytes * matrix + optim.chunk_bytes
     )
 
 
@@ -284,6 +285,11 @@ def _block_workspace(inventory: Inventory, setup: Setup, kept: Activations) -> P
 
 def _fresh_gradient(inventory: Inventory, setup: Setup) -> int:
     """Return the largest gradient, while it exists beside what it is added to."""
+    if setup.recipe.train.optimizer_in_backward:
+        # A gradient, or the gradients of a block that are reduced together, and the fp32 copy that the optimizer takes.
+        trained = [param.numel for param in inventory.params if param.trained]
+        copy = FP32 * max(trained, default=0) // setup.shards if setup.half else 0
+        return setup.footprint.fresh_gradient_bytes(inventory, added=True) + copy
     added = setup.micros_per_step > 1 or setup.fp32_gradients
     return setup.footprint.fresh_gradient_bytes(inventory, added=added)
 
@@ -330,6 +336,8 @@ def _state_parts(inventory: Inventory, setup: Setup, state: State) -> tuple[Part
 
 
 def _gradients_formula(setup: Setup) -> str:
+    if setup.recipe.train.optimizer_in_backward:
+        return "none: each is used up in the backward pass (the workspace has the largest)"
     if setup.fp32_gradients:
         return f"of trained parameters, in fp32: sums of {setup.micros_per_step} micro-batches of a step"
     return "of trained parameters, in the model's type"

@@ -22,7 +22,7 @@ from distft.model.cross_entropy import HeadLoss
 from distft.model.paths import ForwardPath
 from distft.plan import kernels
 from distft.plan.rates import ASSUMED, HardwareRates
-from distft.recipe import Recipe, check_world
+from distft.recipe import Recipe, check_world, refuse_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +181,11 @@ def forwards(recipe: Recipe, world: int, path: ForwardPath, micro_batch_size: in
     micro-batch of several sequences is none of a model's concern then.
 
     Raises:
-        RecipeError: the global batch does not split over `world` processes.
+        RecipeError: the global batch does not split over `world` processes, or an update in the backward pass has
+            several micro-batches.
     """
     micros = check_world(recipe, world, micro_batch_size)
+    refuse_sums(recipe, micros if path.documents == "packed" else micros * micro_batch_size)
     if path.documents == "packed":
         return micros
     sequences = micros * micro_batch_size

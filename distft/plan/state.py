@@ -28,10 +28,12 @@ def of_rank(
     rank: int = 0,
     offload: str = "none",
     fp32_gradients: bool = False,
+    in_backward: bool = False,
 ) -> State:
     """Return the state of one rank; rank 0 is among those that hold most.
 
     `fp32_gradients`: gradients of a half-precision model are kept in fp32 (see `distft.engine.grad_dtype`).
+    `in_backward`: each is used up once it is complete.
     """
     footprint = ENGINES[engine].footprint
     rule = GradientRule(fp32=fp32_gradients and inventory.item_bytes < FP32, per_tensor=optim.per_tensor)
@@ -40,6 +42,8 @@ def of_rank(
     for size in _sizes(optim, optim_params, inventory, state.updated):
         per_tensor, pageable, shared = per_tensor + size.per_tensor, pageable + size.pageable, max(shared, size.shared)
     state = replace(state, optimizer=per_tensor + shared, pageable=pageable)
+    if in_backward:
+        state = replace(state, gradients=0, accumulating=0, kept_gradients=0, update=0)
     return _offloaded(state, offload, keeps_sums=rule.fp32 and footprint.sums_stay_on_device)
 
 

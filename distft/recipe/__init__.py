@@ -17,6 +17,7 @@ from distft.recipe.schema import (
     TrainSourceTable,
     TrainTable,
 )
+from distft.recipe.update_rules import refuse_sums
 
 __all__ = [
     "AnswersTable",
@@ -37,5 +38,6 @@ __all__ = [
     "listed_params",
     "load_recipe",
     "parse_recipe",
+    "refuse_sums",
     "schema_text",
 ]

@@ -48,3 +48,8 @@ OTHER_WORDS = {
     "wandb_project": "[log] wandb",
 }
 """Name of a key in Axolotl, LLaMA-Factory, TRL, torchtune, transformers or DeepSpeed -> where it is in a recipe."""
+
+NOT_HERE = {
+    "alora_invocation_tokens": "aLoRA acts behind its last invocation in a row, which packed documents are not",
+}
+"""Words of others for what is left out here, and why."""

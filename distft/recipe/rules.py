@@ -16,6 +16,7 @@ from distft.recipe.rollout_rules import ROLLOUT_RULES
 from distft.recipe.schema import Recipe, Registries, SourceTable
 from distft.recipe.token_rules import TOKEN_RULES
 from distft.recipe.toml_text import toml_value
+from distft.recipe.update_rules import UPDATE_RULES
 
 Rule = Callable[[Recipe, Registries], Iterator[RecipeMistake]]
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
@@ -355,6 +356,7 @@ RULES: tuple[Rule, ...] = (
     *ANSWER_RULES,
     *ROLLOUT_RULES,
     *TOKEN_RULES,
+    *UPDATE_RULES,
 )
 
 

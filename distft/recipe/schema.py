@@ -131,6 +131,9 @@ class TrainTable(Params):
     """Sequences per forward and backward on one GPU."""
     max_grad_norm: Ask[Annotated[float, Field(gt=0)] | Literal["off"]] = 1.0
     """Gradients are scaled down to this global L2 norm."""
+    optimizer_in_backward: Free[bool] = False
+    """Update each weight in the backward pass, once its gradient is complete, so that one gradient is there at a time.
+    Takes max_grad_norm = "off" and one micro-batch a step; engines solo and fsdp2. The same weights to the bit."""
     activation_checkpointing: Free[Literal["auto", "off", "selective", "full"]] = "auto"
     """Recompute activations in the backward pass instead of keeping them."""
     compile: Free[bool | Literal["auto"]] = "auto"

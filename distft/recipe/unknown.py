@@ -5,7 +5,7 @@ from __future__ import annotations
 from distft.core.registry import Params, nearest
 from distft.recipe.lines import KeyPath
 from distft.recipe.origin import RecipeMistake
-from distft.recipe.other_words import OTHER_WORDS
+from distft.recipe.other_words import NOT_HERE, OTHER_WORDS
 from distft.recipe.removed_keys import REMOVED_KEYS
 from distft.recipe.schema import (
     Registries,
@@ -62,6 +62,8 @@ def _stray(key: KeyPath, allowed_keys: list[str], registries: Registries, allowe
         return RecipeMistake(key=key, message=message, fix="remove it")
     if word in OTHER_WORDS:
         hint = f"unknown key, here it is called {OTHER_WORDS[word]}"
+    elif word in NOT_HERE:
+        hint = f"unknown key: {NOT_HERE[word]}"
     elif near := nearest(word, allowed_keys):
         hint = f'unknown key, did you mean "{near}"?'
     elif homes := _homes_of(word, registries):

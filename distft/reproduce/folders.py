@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from distft.core.errors import DONE, CheckpointError, Problem, RecipeError
 from distft.core.files import read_json_object
 
-MERGE, EXPORT = "merge.json", "certificate.json"
+MERGE, EXPORT, COMBINE, ROUTER = "merge.json", "certificate.json", "combine.json", "router.json"
 _EDITED = "README.md"
 """People write in it, and exports of a run add a section to it."""
 OTHER_WEIGHTS, DIFFERS = 4, 1
@@ -21,8 +22,8 @@ Say = Callable[[str], None]
 
 
 def is_made_folder(folder: Path) -> bool:
-    """Return whether `distft merge` or `distft export` wrote the folder."""
-    return (folder / MERGE).is_file() or (folder / EXPORT).is_file()
+    """Return whether `distft merge`, `distft export`, `distft adapters combine` or `distft router` wrote the folder."""
+    return any((folder / name).is_file() for name in (MERGE, EXPORT, COMBINE, ROUTER))
 
 
 def reproduce(options: argparse.Namespace, say: Say) -> tuple[dict[str, Any], int]:
@@ -41,6 +42,14 @@ def reproduce(options: argparse.Namespace, say: Say) -> tuple[dict[str, Any], in
     if (folder / EXPORT).is_file():
         content = _read(folder / EXPORT, ("format", "files", "source", "levels"))
         return _export(folder, content, say, only_check=options.only_check)
+    if (folder / COMBINE).is_file() and not (folder / MERGE).is_file():
+        report = _read(
+            folder / COMBINE, ("how", "params", "weights", "sources", "base_sha256", "asked", "files_sha256")
+        )
+        return _combine(folder, report, say, only_check=options.only_check)
+    if (folder / ROUTER).is_file():
+        keys = ("recipe", "cwd", "adapters", "base", "base_sha256", "rows_sha256", "files_sha256")
+        return _router(folder, _read(folder / ROUTER, keys), say, only_check=options.only_check)
     report = _read(folder / MERGE, ("source", "base", "adapter_sha256", "files_sha256", "dtype", "quantized"))
     return _merge(folder, report, say, only_check=options.only_check)
 
@@ -83,6 +92,77 @@ def _merge(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: boo
             quantize=bool(report["quantized"]),
         )
         return _held_against(folder, then, made.files_sha256, say)
+
+
+def _combine(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: bool) -> tuple[dict[str, Any], int]:
+    from distft.adapter_sources import find_places
+    from distft.merging import combining
+    from distft.merging.delta_sources import source_digest
+    from distft.merging.hows import HOWS
+    from distft.merging.merging import DTYPES
+
+    then, asked = dict(report["files_sha256"]), report["asked"]
+    _refuse_damage(folder, then, combining.made_hashes(folder))
+    named = [str(source["path"]) for source in report["sources"]]
+    places, base, in_4bit = find_places(named, asked["base"])
+    say(f"{folder}: {report['how']} of {', '.join(named)}")
+    changed = [str(place) for place, source in zip(places, report["sources"], strict=True)
+               if source_digest(place) != source["sha256"]]  # fmt: skip
+    if changed:
+        say(f"  ! {changed[0]} is not what was combined; there is nothing to reproduce")
+        return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
+    if changed := _changed_base(base, report["base_sha256"], say):
+        return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
+    _say_versions(report.get("versions") or {}, say)
+    if only_check:
+        return {"folder": str(folder), "verdict": "inputs as they were"}, DONE
+    how = HOWS[report["how"]]
+    options = combining.CombineOptions(
+        how=how,
+        params=how.params.model_validate_json(json.dumps(report["params"])),
+        weights=tuple(report["weights"]),
+        rank=asked["rank"],
+        whole=asked["whole"],
+        dtype=None if asked["dtype"] is None else DTYPES[asked["dtype"]],
+        named_base=asked["base"],
+    )
+    with tempfile.TemporaryDirectory(prefix=".distft-again-", dir=folder.absolute().parent) as name:
+        made = combining.combine(places, base, Path(name) / "again", options, in_4bit=in_4bit)
+        return _held_against(folder, then, made.files_sha256, say)
+
+
+def _router(folder: Path, report: Mapping[str, Any], say: Say, *, only_check: bool) -> tuple[dict[str, Any], int]:
+    from distft.routing.router import adapter_digest
+    from distft.routing.router_recipe import RouterRecipe
+    from distft.routing.training import made_hashes, train_router
+
+    then = dict(report["files_sha256"])
+    _refuse_damage(folder, then, made_hashes(folder))
+    say(f"{folder}: a router among {', '.join(adapter['path'] for adapter in report['adapters'])}")
+    changed = [one["path"] for one in report["adapters"] if adapter_digest(Path(one["path"])) != one["sha256"]]
+    if changed:
+        say(f"  ! {changed[0]} is not the adapter that it was trained among; there is nothing to reproduce")
+        return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
+    if changed := _changed_base(Path(report["base"]), report["base_sha256"], say):
+        return {"folder": str(folder), "verdict": "other inputs", "changed": changed}, OTHER_WEIGHTS
+    _say_versions(report.get("versions") or {}, say)
+    if only_check:
+        return {"folder": str(folder), "verdict": "inputs as they were"}, DONE
+    recipe = RouterRecipe.model_validate_json(json.dumps(report["recipe"]))
+    with tempfile.TemporaryDirectory(prefix=".distft-again-", dir=folder.absolute().parent) as name:
+        place = Path(name).absolute()
+        with contextlib.chdir(report["cwd"] if Path(report["cwd"]).is_dir() else Path.cwd()):
+            again = recipe.model_copy(update={"output_dir": str(place), "name": "again"})
+            made = train_router(again, str(folder / ROUTER), _silent)
+        rows = [one for one, sha256 in report["rows_sha256"].items() if made["rows_sha256"].get(one) != sha256]
+        if rows:
+            say(f"  ! the rows of {rows[0]} are not those that it was trained on; there is nothing to reproduce")
+            return {"folder": str(folder), "verdict": "other inputs", "changed": rows}, OTHER_WEIGHTS
+        return _held_against(folder, then, made["files_sha256"], say)
+
+
+def _silent(line: str) -> None:
+    """Drop a line."""
 
 
 def _export(folder: Path, content: Mapping[str, Any], say: Say, *, only_check: bool) -> tuple[dict[str, Any], int]:

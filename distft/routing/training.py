@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,7 @@ from torch import Tensor
 from distft.core.errors import DataError, NumericError, Problem, RecipeError
 from distft.model.adapters.pool import AdapterPool
 from distft.routing.features import arrow_prototypes, arrow_similarities, request_features, token_features
-from distft.routing.router import FIRST, RouterWeights, adapter_digest, open_pool, write_router
+from distft.routing.router import CONFIG, FIRST, RouterWeights, adapter_digest, open_pool, write_router
 from distft.routing.router_recipe import RoutedAdapter, RouterRecipe, RouterTable
 
 
@@ -62,6 +64,7 @@ def train_router(recipe: RouterRecipe, source: str, say: Say, *, min_accuracy: f
         RecipeError: an adapter is not there, has another base, or has no rows; or the folder is there already.
         NumericError: it chooses worse than `min_accuracy`; no folder is left.
     """
+    from distft.merging.base_model import base_hashes
     from distft.merging.folder_writer import refuse_existing, whole_folder
     from distft.model.adapters.whole import base_of
 
@@ -103,6 +106,10 @@ def train_router(recipe: RouterRecipe, source: str, say: Say, *, min_accuracy: f
         "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
         "shared_requests": shared,
         "seed": recipe.seed,
+        "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+        "cwd": str(Path.cwd()),
+        "base_sha256": base_hashes(base_of(folders[names[0]])),
+        "rows_sha256": {name: _rows_hash([*train[name], *held_out[name]]) for name in names},
         "seconds": round(time.monotonic() - began, 1),
         "versions": {name: importlib.metadata.version(name) for name in ("distft", "torch", "transformers", "peft")},
     }  # fmt: skip
@@ -114,7 +121,23 @@ def train_router(recipe: RouterRecipe, source: str, say: Say, *, min_accuracy: f
         generation = folders[names[0]] / "generation_config.json"
         if generation.is_file():
             (aside / generation.name).write_bytes(generation.read_bytes())
+        config["files_sha256"] = made_hashes(aside)
+        write_router(aside, weights, config)
     return config
+
+
+def made_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file of a router's folder but router.json and what people write in."""
+    hashes: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in (CONFIG, "README.md") and path.is_file():
+            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
+
+
+def _rows_hash(rows: Rows) -> str:
+    told = json.dumps([[row.ids, row.request] for row in rows])
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _trained(

@@ -31,9 +31,11 @@ RULES: dict[str, tuple[Callable, float]] = {
     "paged_adamw_32bit": (adam, 1e-6),
     "adamw_8bit": (adam, 1e-2),
     "paged_adamw_8bit": (adam, 1e-2),
+    "adamw_4bit": (adam, 1e-1),
+    "adamw_fp8": (adam, 1e-1),
     "lion": (lion, 1e-6),
 }
-"""Update direction, and how far the library may be from it after ten steps (8-bit moments round)."""
+"""Update direction, and how far the library may be from it after ten steps (moments of few bits round)."""
 
 
 def run(name: str, steps: int = 10) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:

@@ -1,7 +1,8 @@
 """Adopts one model under many engines, methods and optimizers, takes a step, and notes what each rank holds.
 
 usage: torchrun --nproc-per-node N tests/dist/held_worker.py CASES.json OUT
-CASES: [{"name", "model", "engine", "method", "params", "optim", "dtype", "micros"}]; OUT.RANK gets name -> bytes.
+CASES: [{"name", "model", "engine", "method", "params", "optim", "dtype", "micros", "table"}]
+OUT.RANK gets name -> bytes.
 """
 
 import gc
@@ -18,6 +19,7 @@ from distft.core.types import LossTerms, TrainState, UpdateRule
 from distft.engine import ENGINES, processes, state_bytes
 from distft.model import load
 from distft.model.adapters import METHODS
+from distft.model.adapters.spec import optimizer_of
 from distft.model.blocks import block_matrices
 from distft.optim import OPTIMIZERS
 from distft.recipe import ModelTable
@@ -25,9 +27,11 @@ from distft.recipe import ModelTable
 
 def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
     """Bytes by component, in the words of `distft plan --json`."""
-    spec, method, optim = ENGINES[case["engine"]], METHODS[case["method"]], OPTIMIZERS[case["optim"]]
-    table = ModelTable(path=case["model"], dtype=case["dtype"], init="random")
+    spec, method = ENGINES[case["engine"]], METHODS[case["method"]]
+    given = {"path": case["model"], "dtype": case["dtype"], "init": "random"} | case.get("table", {})
+    table = ModelTable.model_validate_json(json.dumps(given))
     params = method.params.model_validate_json(json.dumps(case.get("params", {})))
+    optim = optimizer_of(method, params, OPTIMIZERS[case["optim"]], num_steps=10)
     built = load.build(table, Path(case["model"]), method, params, seed=0, device=placed.device)
     ratio = method.lr_ratio(params)
     rule = UpdateRule(
@@ -38,6 +42,7 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
         max_grad_norm=1.0,
         matrices=frozenset(block_matrices(built.module, built.blocks)) if optim.matrix_state_bytes else None,
         per_tensor=optim.per_tensor,
+        named=method.optimizer is not None,
         faster=frozenset(name for name, _ in built.module.named_parameters() if ratio != 1.0 and method.faster(name)),
         lr_ratio=ratio,
     )
@@ -49,7 +54,9 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
         for micro in range(micros):
             accumulating = state_bytes.gradient_bytes(engine)
             with engine.accumulating(last=micro == micros - 1, seed=0):
-                loss = engine.model(**rows.inputs()).sum()
+                output = engine.model(**rows.inputs())
+                losses = output if isinstance(output, tuple) else (output,)  # with a method's penalty
+                loss = sum(part.sum() for part in losses)
                 engine.backward(
                     LossTerms(loss_sum=loss), divide_by=float(rows.num_supervised * placed.world * micros), samples=()
                 )

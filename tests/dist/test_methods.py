@@ -13,6 +13,7 @@ METHODS: dict[str, str] = {
     "pissa": '{name="lora", r=4, init="pissa"}',
     "olora": '{name="lora", r=4, init="olora", layers_to_transform=[1], rank_pattern={down_proj=2}}',
     "orthogonal": '{name="lora", r=4, init="orthogonal", lora_plus_ratio=4.0}',
+    "eva": '{name="lora", r=4, init="eva", eva={rho=2.0, tau=0.9}}',
     "prompt": '{name="prompt_tuning", num_virtual_tokens=5}',
     "p": '{name="p_tuning", num_virtual_tokens=5, encoder_hidden_size=24}',
     "prefix": '{name="prefix_tuning", num_virtual_tokens=5}',
@@ -35,7 +36,16 @@ ONLY = {"adalora": ("solo", "ddp"), "deploy": ("solo", "ddp", "fsdp2")}
 """Engines that a method trains on, where these are not all."""
 UNROUNDED = {"deploy"}
 """What PEFT loads is not the model that was trained: that is the exported one (tests/unit/model/test_deploy.py)."""
-RATES = {"pissa": 1e-3, "olora": 1e-3, "orthogonal": 1e-3, "ia3": 0.05, "vera": 0.02, "prompt": 0.05, "prefix": 0.05}
+RATES = {
+    "pissa": 1e-3,
+    "eva": 1e-3,
+    "olora": 1e-3,
+    "orthogonal": 1e-3,
+    "ia3": 0.05,
+    "vera": 0.02,
+    "prompt": 0.05,
+    "prefix": 0.05,
+}
 
 
 def cases(engine: str, names: list[str]) -> dict[str, list[str]]:

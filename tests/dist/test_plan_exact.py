@@ -12,7 +12,9 @@ from harness import ROOT, WHOLE_GRIDS, run_ranks
 from plan_kit import note_row
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
+from distft.demo.files import locate_path
 from distft.model.adapters import METHODS
+from distft.model.adapters.spec import optimizer_of
 from distft.optim import OPTIMIZERS
 from distft.plan import inventory, state
 from distft.recipe import ModelTable
@@ -33,6 +35,12 @@ ANCHOR = LlamaConfig(
 )  # fmt: skip
 """4,865,280 parameters: the model whose bytes were measured before there was a planner."""
 
+WORDS = LlamaConfig(
+    vocab_size=1024, hidden_size=96, intermediate_size=200, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256,
+)  # fmt: skip
+TIED_WORDS = LlamaConfig(**(WORDS.to_diff_dict() | {"tie_word_embeddings": True}))
+"""With a tokenizer beside them."""
 MOE = Qwen3MoeConfig(
     vocab_size=301, hidden_size=72, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
     max_position_embeddings=256, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40, intermediate_size=80,
@@ -48,12 +56,22 @@ DTYPES = ("float32", "bfloat16")
 
 
 def cell(
-    model: str, engine: str, method: str, optim: str, dtype: str, *, micros: int = 1, **params: Any
+    model: str,
+    engine: str,
+    method: str,
+    optim: str,
+    dtype: str,
+    *,
+    micros: int = 1,
+    table: dict[str, Any] | None = None,
+    **params: Any,
 ) -> dict[str, Any]:
+    """`table`: further keys of [model]."""
     chosen = METHOD_PARAMS.get(method, {}) | params
-    said = "/".join([model, engine, method, optim, dtype, *map(str, params.values()), *["sums"] * (micros > 1)])
-    return {"name": said, "model": model, "engine": engine, "method": method, "optim": optim, "dtype": dtype,
-            "params": chosen, "micros": micros}  # fmt: skip
+    more = [*map(str, params.values()), *map(str, (table or {}).values()), *["sums"] * (micros > 1)]
+    return {"name": "/".join([model, engine, method, optim, dtype, *more]), "model": model, "engine": engine,
+            "method": method, "optim": optim, "dtype": dtype, "params": chosen, "micros": micros,
+            "table": table or {}}  # fmt: skip
 
 
 def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1) -> list[dict[str, Any]]:
@@ -108,6 +126,24 @@ LITTLE = [
     if WHOLE_GRIDS or engine in ("zero3", "fsdp2") or method in ("lora", "freeze", "prefix_tuning")
 ]
 """Methods that train a little; oft's and boft's blocks must divide the inputs of llama's layers."""
+ADALORA = {
+    world: [
+        cell("llama", engine, "adalora", optim, dtype, init_r=9, target_r=5)
+        for optim in ("adamw", "lion", "adamw_4bit")
+        for dtype in DTYPES
+    ]
+    for world, engine in ((1, "solo"), (2, "ddp"))
+}
+"""Importances beside each optimizer's own state."""
+TOKENS = [
+    cell(model, engine, method, optim, dtype, table=table, r=4, **params)
+    for model in ("words", "tied words")
+    for engine in ("ddp", *SHARDED)
+    for method, optim, dtype in (("lora", "adamw", "float32"), ("lora", "adamw_8bit", "bfloat16"),
+                                 ("qlora", "adamw", "bfloat16"))
+    for table, params in (({"add_tokens": ["<tool>", "</tool>", "<row>"]}, {}), ({}, {"trainable_tokens": ["<pad>"]}))
+]  # fmt: skip
+"""Rows of tokens that are trained beside LoRA, in the embedding and in a head of its own."""
 SUMS = {
     world: [
         cell(model, engine, method, "adamw", "bfloat16", micros=2)
@@ -120,11 +156,14 @@ SUMS = {
 """Two micro-batches of a step, whose gradients are added in fp32."""
 CELLS = {
     1: SUMS[1]
+    + ADALORA[1][:: 1 if WHOLE_GRIDS else 5]
     + grid("llama", ("solo",), ALL, every=5)
     + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor"))
     + grid("moe", ("solo",), ("adamw", "adamw_8bit"))
     + grid("gpt2", ("solo",), ("adamw",)),
     2: SUMS[2][:: 1 if WHOLE_GRIDS else 4]
+    + ADALORA[2][:: 1 if WHOLE_GRIDS else 5]
+    + TOKENS[:: 1 if WHOLE_GRIDS else 13]
     + grid("llama", ("ddp", *SHARDED), ALL, every=11)
     + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=2)
     + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=5)
@@ -141,10 +180,16 @@ CELLS = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
-    for name, config in (("llama", LLAMA), ("qwen", QWEN), ("moe", MOE), ("gpt2", GPT2), ("anchor", ANCHOR)):
+    named = (("llama", LLAMA), ("qwen", QWEN), ("moe", MOE), ("gpt2", GPT2), ("anchor", ANCHOR), ("words", WORDS),
+             ("tied words", TIED_WORDS))  # fmt: skip
+    for name, config in named:
         folders[name] = tmp_path_factory.mktemp(name)
         config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
         config.save_pretrained(folders[name])
+        if "words" in name:
+            tokens = Path(locate_path("demo:tiny-llama"))
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                (folders[name] / file).write_bytes((tokens / file).read_bytes())
     return folders
 
 
@@ -166,15 +211,16 @@ def counted(
 
 
 def planned(models: dict[str, Path], one: dict[str, Any], world: int, rank: int, read: dict) -> dict[str, int]:
-    key = (one["model"], one["method"], one["dtype"], json.dumps(one["params"]))
+    key = (one["model"], one["method"], one["dtype"], json.dumps([one["params"], one["table"]]))
+    method = METHODS[one["method"]]
+    params = method.params.model_validate_json(json.dumps(one["params"]))
     if key not in read:
-        method = METHODS[one["method"]]
-        params = method.params.model_validate_json(json.dumps(one["params"]))
-        table = ModelTable(path=str(models[one["model"]]), dtype=one["dtype"], init="random")
+        given = {"path": str(models[one["model"]]), "dtype": one["dtype"], "init": "random"} | one["table"]
+        table = ModelTable.model_validate_json(json.dumps(given))
         read[key] = inventory.read(table, models[one["model"]], method, params)
-    optim = OPTIMIZERS[one["optim"]]
-    sums = one["micros"] > 1
-    found = state.of_rank(read[key], one["engine"], optim, optim.params(), world=world, rank=rank, fp32_gradients=sums)
+    optim = optimizer_of(method, params, OPTIMIZERS[one["optim"]])
+    sums, settings = one["micros"] > 1, OPTIMIZERS[one["optim"]].params()
+    found = state.of_rank(read[key], one["engine"], optim, settings, world=world, rank=rank, fp32_gradients=sums)
     # What zero1's sums are reduced into is made during the last micro-batch only.
     parts = found.gradients if one["engine"] == "zero1" else 0
     return {

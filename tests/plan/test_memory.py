@@ -198,6 +198,21 @@ def test_paged_moments_let_a_run_fit_that_otherwise_does_not(llama8b: Path) -> N
     assert not on(peak - 5, "adamw_8bit").fits
 
 
+def test_updates_in_the_backward_pass_leave_no_gradients(llama8b: Path) -> None:
+    """16 GB of bf16 gradients less; what is kept for the backward pass, and the largest gradient, are the peak then."""
+    one = (*FULL, "train.global_batch_size=1", 'train.max_grad_norm="off"', 'optim.name="adamw_4bit"')
+    after, inside = (case(llama8b, ONE, *one, f"train.optimizer_in_backward={on}") for on in ("false", "true"))
+    assert after.memory.state.gradients == 2 * 8_030_261_248
+    assert inside.memory.state.gradients == inside.memory.state.accumulating == 0
+    assert inside.memory.state.optimizer == after.memory.state.optimizer
+    saved = after.memory.peak - inside.memory.peak
+    assert 10e9 < saved < 1.05 * 2 * 8.04e9
+    whole = ("train.micro_batch_size='auto'", "train.global_batch_size=4")
+    assert case(llama8b, ONE, *one, "train.optimizer_in_backward=true", *whole).setup.micro_batch_size == 4
+    with pytest.raises(RecipeError, match="takes one micro-batch a step, and there are 4"):
+        case(llama8b, ONE, *one, "train.optimizer_in_backward=true", "train.global_batch_size=4")
+
+
 def test_json_has_the_fixed_form(llama8b: Path) -> None:
     row: dict[str, Any] = zero3(llama8b, EIGHT).to_json()
     assert {"method", "engine", "world", "gpu", "fits", "per_rank", "host_bytes", "disk_bytes",

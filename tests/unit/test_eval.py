@@ -116,6 +116,7 @@ def test_a_recipe_stands_for_its_run_folder(tmp_path: Path) -> None:
     [
         ({}, ""),
         ({"lora_alpha": 16}, "lora_alpha: 16 there, 8.0 here"),
+        ({"alora_invocation_tokens": [5]}, "alora"),
         ({"use_rslora": True}, "use_rslora: true there, false here"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern: "),
         ({"r": 2, "lora_alpha": 4}, "r: 2 there, 4 here"),
@@ -130,6 +131,10 @@ def test_an_adapter_of_another_scale_is_not_computed_by_the_recipes(
     lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     method = METHODS["lora"]
     params = method.params(r=4, alpha=8, target_modules=("q_proj", "v_proj"))
+    if "alora" in said:
+        with pytest.raises(RecipeError, match="an aLoRA, which acts behind the tokens"):
+            evaluated(method, adapter)
+        return
     if not said:
         evaluated(method, adapter).attach(lm, params, torch.float32)
         return

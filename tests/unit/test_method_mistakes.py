@@ -139,9 +139,17 @@ READ = {
         '[method]\nname = "qlora"\ndeploy = "nf4" # <-\nquant = { type = "fp4" }',
         "constants that are quantised too",
     ),
-    "a start from rows that is not there": (
-        '[method]\nname = "lora"\ninit = "eva" # <-',
-        "must be one of",
+    "an adapter that acts behind some tokens": (
+        '[method]\nname = "lora"\nalora_invocation_tokens = [1] # <-',
+        "aLoRA acts behind its last invocation in a row, which packed documents are not",
+    ),
+    "settings of a start that is another": (
+        '[method]\nname = "lora"\nr = 4\neva = { rho = 2.0 } # <-',
+        'has no effect without init = "eva"',
+    ),
+    "ranks that rows give, and a pattern": (
+        '[method]\nname = "lora"\ninit = "eva" # <-\nrank_pattern = { q_proj = 4 }',
+        "lets layers with equal inputs exchange ranks that differ",
     ),
     "no rate": ('[method]\nname = "lora"\nlora_plus_ratio = 0 # <-', "must be a number > 0"),
 }

@@ -9,19 +9,18 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import types
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import MachineError, Problem, RecipeError
-from distft.model.adapters import products, targets, token_rows
+from distft.model.adapters import lora_experts, products, targets, token_rows
 from distft.model.adapters.dora_on_4bit import magnitudes_later
-from distft.model.adapters.lora_params import LoraParams, blocks_differ
+from distft.model.adapters.lora_params import LoraParams, blocks_differ, reads_rows, settled, unplanned
 from distft.model.adapters.spec import MethodSpec
 from distft.model.heads.spec import head_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
@@ -36,10 +35,10 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    named, tensors, head = params.target_modules, _expert_targets(lm, params), head_of(lm)
+    named, tensors, head = params.target_modules, lora_experts.expert_targets(lm, params), head_of(lm)
     whole = list(dict.fromkeys([*targets.exact(lm, params.modules_to_save), *(head.trained_whole if head else ())]))
     if not isinstance(named, str):
-        named = [name for name in named if not any(_matches(tensor, name) for tensor in tensors)]
+        named = [name for name in named if not any(lora_experts.matches(tensor, name) for tensor in tensors)]
     if params.layers_to_transform:
         named = targets.in_blocks(lm, named, params.layers_to_transform, without=not_adapted(lm) or [])
     config = LoraConfig(
@@ -58,7 +57,7 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
         task_type=head.task_type if head else "CAUSAL_LM",
     )
     lm.requires_grad_(False)
-    _refuse_on_experts(lm, params, tensors)
+    lora_experts.refuse_on_experts(lm, params, tensors)
     in_4bit = params.dora and bool(getattr(params, "quant", None))
     with warnings.catch_warnings(), magnitudes_later() if in_4bit else contextlib.nullcontext():
         # PEFT doubles the rank where it knows that two matrices were fused, and then does not find its own pattern.
@@ -79,7 +78,7 @@ def attach(lm: Any, params: LoraParams, dtype: torch.dtype) -> nn.Module:
         from distft.model.adapters import lora_inits
 
         lora_inits.keep_residuals(wrapped)
-    _compute_in_experts(wrapped)
+    lora_experts.compute_in_experts(wrapped, ADAPTER)
     token_rows.install(wrapped)
     products.fuse(wrapped, ADAPTER)
     if params.deploy is not None:
@@ -191,91 +190,6 @@ _STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Source: peft.tuners.tuners_utils._check_lora_target_modules_mamba"""
 
 
-def _expert_targets(lm: Any, params: LoraParams) -> set[str]:
-    """Return names of the expert tensors that get an adapter, which PEFT matches against the ends of whole names.
-
-    All of them by default; else those that a name in `target_modules` ends in, such as "experts.down_proj".
-    """
-    from distft.model import experts
-
-    whole = {f"{name}.{short}" for name, _, short in experts.all_expert_tensors(lm)}
-    suffixes = {".".join(name.rsplit(".", 3)[-3:]) for name in whole}
-    if params.target_modules == "all-linear":
-        return suffixes
-    wanted = {tensor for tensor in suffixes if any(_matches(tensor, name) for name in params.target_parameters)}
-    if isinstance(params.target_modules, str):  # a regular expression, which fits whole names
-        fits = {name for name in whole if re.fullmatch(params.target_modules, name)}
-        return wanted | {tensor for tensor in suffixes if any(name.endswith(tensor) for name in fits)}
-    return wanted | {tensor for tensor in suffixes if any(_matches(tensor, name) for name in params.target_modules)}
-
-
-def _matches(tensor: str, name: str) -> bool:
-    return tensor == name or tensor.endswith(f".{name}") or name.endswith(f".{tensor}")
-
-
-def _refuse_on_experts(lm: Any, params: LoraParams, tensors: set[str]) -> None:
-    """Refuse dropout and DoRA for parameters that hold several experts: PEFT has neither.
-
-    Raises:
-        RecipeError: the recipe asks for one of them.
-    """
-    wanted = "dropout" if params.dropout else "dora" if params.dora else None
-    if wanted is None or not tensors:
-        return
-    problem = Problem(
-        message=f"[method] {wanted}: {type(lm).__name__} holds its experts as tensors ({', '.join(sorted(tensors))}), "
-        f"whose adapters have no {wanted}",
-        fix=f'leave {wanted} out, or give target_modules without experts, such as ["q_proj", "v_proj"]',
-    )
-    raise RecipeError("recipe", [problem])
-
-
-def _compute_in_experts(wrapped: nn.Module) -> None:
-    """Compute adapters of expert tensors here; PEFT's wrappers hold the adapters and take part in names.
-
-    PEFT turns the wrapped parameter into a parametrization and back in every forward, which engines that gather
-    parameters around forwards lose sight of. Here the expert module computes with `W + scale * A B`, the sum that PEFT
-    computes, and each adapter matrix is read inside a forward of its own module, where engines look for it.
-    """
-    import torch
-    from peft.tuners.lora.layer import ParamWrapper
-
-    from distft.model import experts
-
-    def passed_on(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.base_layer(x, *args, **kwargs)
-
-    def weight(self: Any) -> Tensor:
-        return self.weight.clone()  # the module's own is given back to its engine at the end of this call
-
-    def adapted(wrapper: Any) -> Callable[[Tensor], Tensor]:
-        lora_a, lora_b, scale = wrapper.lora_A[ADAPTER], wrapper.lora_B[ADAPTER], wrapper.scaling[ADAPTER]
-        count, swapped = wrapper.num_experts, wrapper._did_swap_in_out_features
-
-        def added(base: Tensor) -> Tensor:
-            if wrapper.disable_adapters:
-                return base
-            a, b = lora_a(), lora_b()
-            if count == 1:  # a plain matrix, such as a router's
-                return base + (scale * (b @ a)).to(base.dtype)
-            a = a.reshape(count, -1, a.shape[-1])  # [experts, rank, in]
-            b = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)  # [experts, out, rank]
-            left, right = (b, a) if swapped else (a.transpose(-2, -1), b.transpose(-2, -1))
-            return torch.baddbmm(base, left.to(base.dtype), right.to(base.dtype), alpha=scale)
-
-        return added
-
-    for module in list(wrapped.modules()):
-        if isinstance(module, ParamWrapper):
-            inner: Any = module.get_base_layer()
-            experts.compute_with(inner, module.parameter_name, adapted(module))
-            module.forward = types.MethodType(passed_on, module)
-            for part in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
-                part.forward = types.MethodType(weight, part)
-                if module.num_experts > 1:
-                    part.__dict__["beside_experts"] = inner  # not a submodule
-
-
 def adapted_layers(model: nn.Module) -> tuple[int, int]:
     """Return (layers, expert tensors) that have an adapter."""
     counts = [getattr(module, "num_experts", 1) for module in model.modules() if hasattr(module, "lora_A")]
@@ -311,6 +225,8 @@ def fresh(name: str, model: nn.Module, meta: Tensor, generator: torch.Generator)
     if token_rows.owns(name):
         return token_rows.fresh(name, model)
     init: Any = getattr(model, _INIT)
+    if init == "eva":
+        raise MachineError('[method] init = "eva" starts from rows that nobody has looked at here')
     if init != "default" and (".lora_A." in name or ".lora_B." in name):
         from distft.model.adapters import lora_inits
 
@@ -394,6 +310,9 @@ SPEC = MethodSpec(
     faster=starts_at_zero,
     lr_ratio=lr_ratio,
     refuses=refuses,
+    reads_rows=reads_rows,
+    settled=settled,
+    unplanned=unplanned,
     blocks_differ=blocks_differ,
     library="peft",
 )

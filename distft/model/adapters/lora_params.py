@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from distft.core.registry import Params
+
+
+class EvaParams(Params):
+    """How `init = "eva"` looks at the training rows; PEFT's names."""
+
+    rho: float = Field(default=1.0, ge=1, le=100)
+    """Layers get up to rho times the rank, where inputs vary in more directions, and others less: their sum stays.
+    1: every layer has its rank. Above 1 nothing can be planned before ranks are known."""
+    tau: float = Field(default=0.99, gt=0, lt=1)
+    """Cosine between a direction before and after a batch from which on it has converged."""
+    tokens: Literal["trained", "all"] = "trained"
+    """Whose inputs are looked at: those of tokens that are trained, or of all."""
+    adjust_scaling: bool = True
+    """Alpha grows and shrinks with a layer's rank, so that the scale of the update stays; PEFT's
+    `adjust_scaling_factors`."""
 
 
 class LoraParams(Params):
@@ -33,10 +48,13 @@ class LoraParams(Params):
     """Layers trained whole beside the adapter, such as "lm_head"."""
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type adapters compute in; auto = the model's. The optimizer keeps an fp32 master either way."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "default"
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = "default"
     """What the matrices start from: PEFT's default; noise of 1 / r; halves of an orthogonal matrix; the largest
     singular directions of the weight (pissa) or the first ones of its QR (olora), which are taken out of the base and
-    put back into what is saved; what 4 bits have lost of the weight (loftq, with qlora)."""
+    put back into what is saved; what 4 bits have lost of the weight (loftq, with qlora); the directions in which the
+    inputs of a layer vary most over the training rows (eva)."""
+    eva: EvaParams | None = None
+    """With `init = "eva"`: how rows are looked at."""
     rank_pattern: dict[str, int] = Field(default={})
     """Ranks of layers by the end of their names, or by a regular expression for it, such as {"down_proj" = 32}."""
     alpha_pattern: dict[str, float] = Field(default={})
@@ -62,6 +80,11 @@ class LoraParams(Params):
             raise ValueError(f'init = "{self.init}" takes a part out of the base: leave dora and modules_to_save out')
         if self.start is not None and self.init != "default":
             raise ValueError("start goes on from an adapter, and init begins one: leave one of the two out")
+        if self.eva is not None and self.init != "eva":
+            raise ValueError('eva: has no effect without init = "eva"')
+        if self.init == "eva" and self.rank_pattern and (self.eva is None or self.eva.rho == 1):
+            raise ValueError('rank_pattern: init = "eva" lets layers with equal inputs exchange ranks that differ: set '
+                             "eva.rho above 1, where ranks move, or leave it out")  # fmt: skip
         if self.target_parameters and self.target_modules == "all-linear":
             raise ValueError('target_parameters: target_modules = "all-linear" means every expert tensor already')
         if self.init == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values())):
@@ -98,3 +121,32 @@ def blocks_differ(params: LoraParams) -> bool:
     return bool(params.layers_to_transform) or any(
         re.search(r"\d", entry) for entry in (*params.rank_pattern, *params.alpha_pattern)
     )
+
+
+def reads_rows(params: LoraParams) -> bool:
+    """Return whether A is found in the training rows."""
+    return params.init == "eva"
+
+
+def without_rows(params: LoraParams) -> LoraParams:
+    """Return the settings of an adapter that starts as PEFT's default: for forwards before anything is found."""
+    return params.model_copy(update={"init": "default", "eva": None}) if params.init == "eva" else params
+
+
+def settled(params: LoraParams, config: dict[str, Any]) -> LoraParams:
+    """Return the settings with the ranks that a saved adapter's config has, where they were found."""
+    if params.init != "eva":
+        return params
+    changes: dict[str, Any] = {}
+    if (params.eva or EvaParams()).rho > 1:
+        changes = {key: config[key] for key in ("rank_pattern", "alpha_pattern")}
+        changes |= {"target_modules": tuple(config["target_modules"]), "layers_to_transform": ()}
+    return without_rows(params).model_copy(update=changes)
+
+
+def unplanned(params: LoraParams) -> str:
+    """Return why a plan cannot count what is trained; "" where it can."""
+    rho = (params.eva or EvaParams()).rho
+    if params.init != "eva" or rho == 1:
+        return ""
+    return f'init = "eva" with rho = {rho:g} finds the ranks in the rows, when training begins'

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, model_validator
 
 from distft.model.adapters import lora
-from distft.model.adapters.lora_params import LoraParams, blocks_differ
+from distft.model.adapters.lora_params import LoraParams, blocks_differ, reads_rows, settled, unplanned
 from distft.model.adapters.spec import MethodSpec
 from distft.model.quant_params import QuantParams
 
@@ -68,6 +68,9 @@ SPEC = MethodSpec(
     save_adapter=lora.save,
     faster=lora.starts_at_zero,
     lr_ratio=lora.lr_ratio,
+    reads_rows=reads_rows,
+    settled=settled,
+    unplanned=unplanned,
     blocks_differ=blocks_differ,
     library="bitsandbytes",
 )

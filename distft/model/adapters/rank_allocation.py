@@ -57,6 +57,8 @@ class RankAllocator(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
         self._inner = make(self.param_groups)
         self.state = self._inner.state
+        if (coded := getattr(self._inner, "coded", None)) is not None:
+            self.coded = coded  # how its moments are read (`distft.engine.fragments`)
         self._schedule, self._betas = schedule, betas
         named = {name: param for group in groups for name, param in zip(group["names"], group["params"], strict=True)}
         self._named = {name: param for name, param in named.items() if ".lora_" in name}

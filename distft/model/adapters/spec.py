@@ -52,6 +52,14 @@ def _no_difference(params: Any) -> bool:
     return False
 
 
+def _no_reason(params: Any) -> str:
+    return ""
+
+
+def _same(params: Any, config: dict[str, Any]) -> Any:
+    return params
+
+
 def _no_name(name: str) -> bool:
     return False
 
@@ -105,6 +113,12 @@ class MethodSpec:
     None: the file does not hold it."""
     saved: Callable[[Any], Any] = _as_trained
     """params -> those of the adapter that final/ holds, where it is saved in another form than it is trained in."""
+    reads_rows: Callable[[Any], bool] = _no_difference
+    """params -> whether what the adapter starts from is found in the training rows (`distft.model.adapters.eva`)."""
+    settled: Callable[[Any, dict[str, Any]], Any] = _same
+    """(params, config of a saved adapter) -> params with what was found when it began, such as its ranks."""
+    unplanned: Callable[[Any], str] = _no_reason
+    """params -> why nobody can know before training what is trained; "" where a plan can count it."""
     filled_from: Path | None = None
     """The folder of the saved adapter that owned parameters are filled from (see `distft.model.adapters.trained`)."""
     faster: Callable[[str], bool] = _no_name

@@ -74,9 +74,10 @@ def evaluated(method: MethodSpec, folder: Path) -> MethodSpec:
         saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(str(folder), [Problem(message=f"{CONFIG} cannot be read: {error}")]) from None
+    refuse_activated(saved, folder)
 
     def attach(lm: Any, params: Any, dtype: torch.dtype) -> nn.Module:
-        attached = filled.attach(lm, params, dtype)
+        attached = filled.attach(lm, method.settled(params, saved), dtype)
         if differ := _other_settings(saved, attached, _NUMBERS):
             message = f"its settings are not the recipe's: {'; '.join(differ)}"
             fix = f"distft merge {folder} --out DIR, and look at DIR; or an adapter of this recipe"
@@ -84,6 +85,19 @@ def evaluated(method: MethodSpec, folder: Path) -> MethodSpec:
         return attached
 
     return replace(filled, attach=attach)
+
+
+def refuse_activated(config: dict[str, Any], folder: Path) -> None:
+    """Refuse an adapter that acts on some of a row's tokens: everything here computes it on all, or on none.
+
+    Raises:
+        RecipeError: it does (aLoRA, https://arxiv.org/abs/2504.12397).
+    """
+    tokens = config.get("alora_invocation_tokens")
+    if tokens is not None:
+        message = f"it is an aLoRA, which acts behind the tokens {tokens} alone, and here adapters act on every token"
+        fix = "PEFT's own generate computes it, row by row; or train a LoRA"
+        raise RecipeError(str(folder), [Problem(message=message, fix=fix)])
 
 
 def start_folder(start: str) -> Path:
@@ -129,6 +143,7 @@ def continued(method: MethodSpec, params: Any, lm: Any) -> MethodSpec:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _mistake(f"{folder / CONFIG} cannot be read: {error}", "use another adapter") from None
+    refuse_activated(config, folder)
     base = config.get("base_model_name_or_path") or ""
     if not _is_same_place(base, lm.name_or_path):
         raise _mistake(

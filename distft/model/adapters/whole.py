@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import Problem, RecipeError
+from distft.model.adapters.trained import refuse_activated
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,8 @@ def base_of(folder: Path) -> Path:
         RecipeError: the config cannot be read, or the base is not on this machine.
     """
     try:
-        named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        named = config.get("base_model_name_or_path")
     except (OSError, ValueError) as error:
         raise _mistake(folder, f"{CONFIG} cannot be read: {error}", "an adapter in PEFT's form") from None
     if not named:
@@ -51,7 +53,9 @@ def load_beside(folder: Path, *, dtype: torch.dtype) -> Any:
     from peft import PeftModel
 
     base = base_of(folder)
-    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("task_type")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    refuse_activated(config, folder)
+    kind = config.get("task_type")
     rewards = kind == "SEQ_CLS"
     loader: Any = transformers.AutoModelForSequenceClassification if rewards else transformers.AutoModelForCausalLM
     try:
@@ -86,7 +90,9 @@ def add_adapter(beside: Any, name: str, folder: Path) -> None:
         RecipeError: it was trained on another base, or has other shapes.
     """
     try:
-        named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        refuse_activated(config, folder)
+        named = config.get("base_model_name_or_path")
         first = beside.peft_config["default"].base_model_name_or_path
         if named != first:
             raise _mistake(folder, f"its base is {named}, and the first adapter's {first}", "take adapters of one base")

@@ -112,6 +112,11 @@ def test_mistakes(folders: dict[str, Path], pool: AdapterPool, tmp_path: Path) -
     other = kit.save_adapter(tmp_path / "other", kit.save_model(tmp_path / "base2", num_hidden_layers=1))
     with pytest.raises(RecipeError, match="take adapters of one base"):
         pool.add("other", other)
+    activated = kit.save_adapter(tmp_path / "activated", folders["base"], alora_invocation_tokens=[5, 6])
+    with pytest.raises(RecipeError, match=r"an aLoRA, which acts behind the tokens \[5, 6\] alone"):
+        pool.add("activated", activated)
+    with pytest.raises(RecipeError, match="an aLoRA"):
+        AdapterPool(activated, dtype=torch.float32)
     assert pool.names == (FIRST, "second", "third")
 
 

@@ -264,7 +264,8 @@ def test_the_whole_message(parse: Parse) -> None:
         '  line 7   [optim] name = "admaw"  unknown optimizer, did you mean "adamw"?  '
         "allowed: adamw, adamw_8bit, adafactor, muon",
         '  line 9   [train] epoch = 3  unknown key, did you mean "epochs"?  allowed: epochs, max_steps, '
-        "global_batch_size, micro_batch_size, max_grad_norm, activation_checkpointing, compile, rehearse, "
+        "global_batch_size, micro_batch_size, max_grad_norm, optimizer_in_backward, activation_checkpointing, "
+        "compile, rehearse, "
         "deterministic, load_best",
         "  -        --set seed=x  must be a whole number >= 0 and <= 4294967295",
     ]

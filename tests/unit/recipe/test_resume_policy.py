@@ -11,7 +11,7 @@ from distft.resume import resume_policy
 FREE = (
     *("name", "output_dir", "log.", "eval.", "checkpoint.", "guard.", "engine.", "export."),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.rehearse"),
-    *("train.deterministic", "train.load_best"),
+    *("train.deterministic", "train.load_best", "train.optimizer_in_backward"),
     *("model.path", "model.revision", "model.tokenizer", "model.attention", "model.cross_entropy"),
     *("data.cache_dir", "data.num_workers", "data.train", "data.eval", "data.overlap"),
     *("data.special_tokens_in_content", "data.merge_turns", "data.date"),

@@ -58,6 +58,46 @@ def test_an_export_is_made_again(
     assert "--steps: is of runs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--how", "dare_ties", "--density", "0.5", "--seed", "3", "--weights", "1", "-0.5", "--rank", "3"],
+        pytest.param(["--how", "cat"], marks=pytest.mark.slow),
+        ["--how", "ties", "--density", "0.6", "--whole", "--dtype", "bfloat16"],
+    ],
+    ids=["drawn", "exact", "whole"],
+)
+def test_a_combination_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    from distft.adapters import main as adapters
+
+    base = kit.save_model(tmp_path / "base")
+    given = [str(kit.save_adapter(tmp_path / name, base, seed=seed)) for seed, name in enumerate(("one", "two"))]
+    out = tmp_path / "out"
+    assert adapters(["combine", *given, "--out", str(out), *words]) == 0
+    code, told = reproduce(out, capsys)
+    assert (code, told["verdict"]) == (0, "equal")
+    assert told["files"] == len([path for path in out.iterdir() if path.name != "combine.json"])
+    report = json.loads((out / "combine.json").read_text())
+    (out / "combine.json").write_text(json.dumps(report | {"weights": [1.0, 0.25]}))
+    weights = "model.safetensors" if "--whole" in words else "adapter_model.safetensors"
+    assert reproduce(out, capsys)[1]["different"] == [weights], "another combination is another file"
+    (out / "combine.json").write_text(json.dumps(report))
+    kit.save_adapter(tmp_path / "two", base, seed=5)
+    code, told = reproduce(out, capsys)
+    assert (code, told["verdict"], told["changed"]) == (4, "other inputs", [given[1]])
+    kit.save_adapter(tmp_path / "two", base, seed=1)
+    assert reproduce(out, capsys, "--only-check")[1]["verdict"] == "inputs as they were"
+    kit.save_model(base, seed=9)
+    assert reproduce(out, capsys)[1]["changed"] == [str(base / "model.safetensors")]
+    with (out / weights).open("ab") as file:
+        file.write(b"x")
+    assert main([str(out)]) == 4
+    assert f"{weights} is not what was written there" in capsys.readouterr().err
+    (out / "combine.json").write_text("{}")
+    assert main([str(out)]) == 4
+    assert "combine.json: cannot be read, or lacks how" in capsys.readouterr().err
+
+
 def test_a_merge_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from distft.merge import main as merge
 

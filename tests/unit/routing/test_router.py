@@ -68,6 +68,39 @@ def test_it_chooses_right_on_held_out_requests(world: Path) -> None:
         assert right >= 19
 
 
+@pytest.mark.slow
+def test_it_is_made_again(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from distft.reproduce.command import main as reproduce
+
+    def made_again(*words: str) -> tuple[int, dict[str, Any]]:
+        capsys.readouterr()
+        code = reproduce([str(world / "router"), "--json", *words])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, told = made_again()
+    assert (code, told["verdict"]) == (0, "equal")
+    assert told["files"] == len([path for path in (world / "router").iterdir() if path.name != "router.json"])
+    assert made_again("--only-check")[1]["verdict"] == "inputs as they were"
+    rows = world / "dog.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.splitlines()[0].replace("dog", "hound") + "\n" + before.split("\n", 1)[1])
+    code, told = made_again()
+    rows.write_text(before)
+    assert (code, told["verdict"], told["changed"]) == (4, "other inputs", ["dog"])
+    report = json.loads((world / "router/router.json").read_text())
+    other = report | {"recipe": report["recipe"] | {"router": {"num_steps": 9}}}
+    (world / "router/router.json").write_text(json.dumps(other))
+    code, told = made_again()
+    (world / "router/router.json").write_text(json.dumps(report))
+    assert (code, told["different"]) == (1, ["router.safetensors"])
+    adapter = world / "red/adapter_config.json"
+    kept = adapter.read_bytes()
+    adapter.write_bytes(kept + b" ")
+    code, told = made_again()
+    adapter.write_bytes(kept)
+    assert (code, told["changed"]) == (4, [str(world / "red")])
+
+
 def test_chat_answers_with_what_it_chooses(world: Path, tmp_path: Path) -> None:
     from distft.chat.models import ChatModels
     from distft.chat.session import Session
