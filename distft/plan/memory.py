@@ -6,7 +6,7 @@ gathered layers and buckets follow from how the engines are set up; what is neit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from distft.checkpoint.intervals import CHUNK_BYTES
@@ -14,10 +14,12 @@ from distft.core.accelerators import GIB
 from distft.engine.footprint import FP32, State, gib_text
 from distft.model.adapters.spec import optimizer_of
 from distft.model.attention_shape import largest_attention
+from distft.plan import other_weights
 from distft.plan import state as states
 from distft.plan.generation_memory import GenerationMemory, generation_memory, rollout_memory
 from distft.plan.inventory import Inventory
 from distft.plan.kernels import EAGER
+from distft.plan.other_weights import OtherWeights
 from distft.plan.setup import Setup
 from distft.plan.trace import Activations, activations
 
@@ -102,12 +104,12 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
     gathered = setup.footprint.gathered(inventory, setup.ranks)
     block = _block_workspace(inventory, setup, kept)
     fixed = rates.context_bytes + (rates.nccl_bytes if world > 1 else 0)
-    frozen, frozen_on_host = _frozen(inventory, setup)
-    beside = inventory.own_buffers + frozen
+    others = other_weights.of_setup(inventory, setup)
+    beside = inventory.own_buffers + others.device
     model = state.weights + state.quant_constants + state.master + state.optimizer + state.kept_gradients + beside
     lasting = fixed + int((model + gathered.num_bytes) * (1 + rates.fragmentation))
     asks = generation_memory(inventory, setup, kept, held=lasting)
-    phases = _phases(inventory, setup, state, kept, asks, gathered.num_bytes, block.num_bytes, fixed, beside)
+    phases = _phases(inventory, setup, state, kept, asks, gathered.num_bytes, block.num_bytes, fixed, others)
     allocated = phases.peak - fixed
     slack = Part(
         name="context, NCCL and fragmentation",
@@ -124,7 +126,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         gathered=gathered.num_bytes,
         workspace=block.num_bytes + slack.num_bytes + beside,
         phases=phases,
-        host=HOST_PROCESS_BYTES + state.on_host + frozen_on_host + share,
+        host=HOST_PROCESS_BYTES + state.on_host + others.host + share,
         checkpoint=checkpoint,
         final=sum(param.numel * param.item_bytes for param in inventory.params if param.trained or not _adapter(setup)),
         rollout=rollout_memory(inventory, setup, kept, held=lasting),
@@ -134,7 +136,7 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
             *_activation_parts(setup, kept),
             *_asking_part(asks),
             *_buffers_part(inventory),
-            *_frozen_part(inventory, setup, frozen),
+            *others.listed(Part),
             block,
             slack,
         ),
@@ -146,26 +148,6 @@ def _buffers_part(inventory: Inventory) -> list[Part]:
         return []
     formula = "what the method keeps beside its parameters, whole on every rank"
     return [Part(name="the method's buffers", num_bytes=inventory.own_buffers, formula=formula)]
-
-
-def _frozen(inventory: Inventory, setup: Setup) -> tuple[int, int]:
-    """Return the bytes of the weights of before training on this rank: on the device, in host memory."""
-    if not setup.keeps_reference:
-        return 0, 0
-    trained = replace(inventory, params=tuple(param for param in inventory.params if param.trained))
-    optim: Any = setup.recipe.optim
-    held = states.of_rank(trained, setup.engine, optim.spec, optim.params, world=setup.shards).weights
-    return (0, held) if setup.offload == "all" else (held, 0)
-
-
-def _frozen_part(inventory: Inventory, setup: Setup, frozen: int) -> list[Part]:
-    if not setup.keeps_reference:
-        return []
-    place = "in host memory with the weights" if setup.offload == "all" else setup.footprint.storage(setup.shards)
-    formula = (
-        f"{inventory.trained:,} trained parameters as they were before training, for beta; {setup.engine}: {place}"
-    )
-    return [Part(name="reference", num_bytes=frozen, formula=formula)]
 
 
 def _adapter(setup: Setup) -> bool:
@@ -184,9 +166,9 @@ def _phases(
     gathered: int,
     block: int,
     fixed: int,
-    beside: int,
+    others: OtherWeights,
 ) -> Phases:
-    resident = state.weights + state.quant_constants + state.master + beside
+    resident = state.weights + state.quant_constants + state.master + inventory.own_buffers + others.device
     during = setup.footprint.accumulating_bytes(inventory, setup.ranks, state)
     micro = gathered + max(
         # The last block's backward: everything is still saved, and the head's gradient is there, which the trace takes
@@ -200,7 +182,7 @@ def _phases(
         "load": _load(inventory, setup, state),
         "first_step": resident + max(micro, update + state.optimizer),
         "steady_step": resident + state.optimizer + max(micro, update),
-        "evaluation": after + gathered + kept.evaluation,
+        "evaluation": after + max(gathered + kept.evaluation, others.forward),
         "answers": 0 if asks is None else after + gathered + asks.num_bytes,
         "save": after + _save_workspace(inventory, setup),
     }

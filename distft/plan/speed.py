@@ -16,6 +16,7 @@ from distft.model.cross_entropy import chunked_loss
 from distft.plan import rollout_time
 from distft.plan.inventory import Inventory
 from distft.plan.memory import Memory, Part
+from distft.plan.other_weights import teacher_of
 from distft.plan.rates import Work, times
 from distft.plan.setup import Setup
 from distft.plan.trace import activations
@@ -98,7 +99,8 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
         gpu,
         link_bytes_per_s=setup.machine.link_bytes_per_s,
     )
-    columns_s = in_step * setup.micros_per_step * forward.micro_s / _column_passes(setup)
+    teacher = _teacher_forwards(inventory, setup)
+    columns_s = setup.micros_per_step * forward.micro_s * (in_step / _column_passes(setup) + teacher)
     written = rollout_time.of_setup(inventory, setup, memory, forward_s=forward.micro_s)
     step_s = taken.step_s + columns_s + written.total_s
     per_step = setup.micros_per_step * tokens * world
@@ -158,7 +160,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
                 if sends.step + sends.step_inside
                 else "nothing",
             ),
-            *_columns_parts(in_step, before, forward.micro_s, columns_s, _column_passes(setup)),
+            *_columns_parts(in_step, teacher, before, forward.micro_s, columns_s, _column_passes(setup)),
             *written.parts,
         ),
     )
@@ -179,13 +181,16 @@ def _forward(inventory: Inventory, setup: Setup, tokens: int, length: int, traff
     )
 
 
-def _columns_parts(in_step: int, before: int, forward_s: float, columns_s: float, shared_by: int) -> Iterator[Part]:
-    if in_step:
+def _columns_parts(
+    in_step: int, teacher: float, before: int, forward_s: float, columns_s: float, shared_by: int
+) -> Iterator[Part]:
+    if in_step or teacher:
         yield Part(
             name="what the objective reads, of a step, us",
             num_bytes=round(columns_s * 1e6),
             formula=f"{in_step} forwards of each micro-batch without gradients, {forward_s * 1e3:.3g} ms each"
-            + (f" / {shared_by} updates" if shared_by > 1 else ""),
+            + (f" / {shared_by} updates" if shared_by > 1 else "")
+            + (f", and a teacher's, {teacher:.3g} x as long" if teacher else ""),
         )
     if before:
         yield Part(
@@ -217,6 +222,15 @@ def _attention_flops(inventory: Inventory, length: int) -> float:
 def sent(inventory: Inventory, setup: Setup) -> Sent:
     """Return what a rank sends; counted against running processes in tests/dist/test_traffic.py."""
     return setup.footprint.sent(inventory, setup.ranks)
+
+
+def _teacher_forwards(inventory: Inventory, setup: Setup) -> float:
+    """Return a teacher's forward of a micro-batch in forwards of the trained model, by their weights."""
+    teacher = teacher_of(setup)
+    if teacher is None:
+        return 0.0
+    theirs, ours = (sum(numel for numel, _ in model.linears) for model in (teacher, inventory))
+    return theirs / ours
 
 
 def _column_passes(setup: Setup) -> int:

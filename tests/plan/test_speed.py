@@ -91,9 +91,9 @@ def test_answers_take_time(llama8b: Path) -> None:
     """Written token by token, each reading all weights; several updates share them; gathering pays most."""
 
     def rollout(
-        *overrides: str, objective: str = "grpo", world: int = 1, engine: str = "ddp", penalty: float = 0.0
+        *overrides: str, objective: str = "grpo", world: int = 1, engine: str = "ddp", penalty: float | None = 0.0
     ) -> PlanCase:
-        beta = f"objective.beta={penalty}"
+        beta = "seed=42" if penalty is None else f"objective.beta={penalty}"
         rewards = 'rollout.rewards=[{name="exact_match"}]'
         return case(
             llama8b, world, 'method.name="lora"', f'objective.name="{objective}"', beta, "data.packing=false", rewards,
@@ -119,6 +119,23 @@ def test_answers_take_time(llama8b: Path) -> None:
     assert each.columns_s == pytest.approx(rollout(penalty=0.1).speed.columns_s, rel=1e-6)
     assert kept.columns_s == pytest.approx(each.columns_s / 4, rel=0.01)
     assert any("/ 4 updates" in part.formula for part in kept.parts if part.name.startswith("what the objective reads"))
+    # A teacher of the same size: a forward a micro-batch, and its weights, cut in eight, with its head whole.
+    alone = rollout(world=8, engine="fsdp2")
+    taught = rollout(f'objective.teacher="{llama8b}"', world=8, engine="fsdp2", objective="distill", penalty=None)
+    assert taught.speed.columns_s == pytest.approx(
+        rollout(world=8, engine="fsdp2", penalty=0.1).speed.columns_s, rel=0.01
+    )
+    more = {part.name: part.num_bytes for part in taught.memory.parts}
+    assert more["teacher"] == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)
+    assert more["teacher's head"] == 2 * 128_256 * 4096
+    assert more["teacher's hidden states"] == 2 * 4096 * taught.setup.tokens * taught.setup.micros_per_step
+    grown = taught.memory.phases.steady_step - alone.memory.phases.steady_step
+    assert grown > 0.99 * sum(more[name] for name in more if name.startswith("teacher"))
+    # Weights of before training, under full fine-tuning.
+    kept, without = (rollout('method.name="full"', world=8, engine="zero3", penalty=penalty) for penalty in (0.1, 0.0))
+    reference = next(part for part in kept.memory.parts if part.name == "reference")
+    assert reference.num_bytes == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)
+    assert kept.memory.phases.steady_step - without.memory.phases.steady_step > 0.99 * reference.num_bytes
     # A server's cache and time are nobody's here.
     served = rollout('rollout.generator="vllm"', "rollout.updates=4")
     assert served.memory.rollout is None
