@@ -333,3 +333,21 @@ def test_a_reference_is_the_trained_model_with_other_weights(
 def test_an_objective_without_a_reference_takes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = f'[objective]\nname = "orpo"\nreference = "{tmp_path}/other"\n'
     says(VERBS["check"], recipe(tmp_path, more=more), capsys, "it belongs to dpo, kto, bco  remove it", "line 18")
+
+
+# -- a teacher ---------------------------------------------------------------------------------------------------------
+
+DISTILL = '[objective]\nname = "distill"\nteacher = "OTHER"\n[rollout]\nmax_new_tokens = 4\n'
+
+
+@pytest.mark.parametrize("fault", ["is not there", "has no config", "has another tokenizer"])
+def test_a_teacher_has_the_trained_models_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    files, message = REFERENCES[fault]
+    for name, content in files.items():
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name).write_text(json.dumps(content))
+    path = Path(recipe(tmp_path, more=DISTILL.replace("OTHER", f"{tmp_path}/other")))
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if line[:4] != "eval"))
+    says(VERBS["check"], str(path), capsys, message, "line 17")

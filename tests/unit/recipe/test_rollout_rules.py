@@ -98,6 +98,17 @@ WHOLE = {
         GOOD.replace('name = "grpo"', 'name = "reinforce"').replace("ROLLOUT", "refill = 2 # <-"),
         ('"reinforce" learns from prompts whose answers', "take grpo or rloo"),
     ),
+    "nobody to imitate": (
+        GOOD.replace('[objective]\nname = "grpo"', '[objective] # <-\nname = "distill"'), ("teacher  is required",),
+    ),
+    "nothing but the teacher": (
+        GOOD.replace('name = "grpo"', 'name = "distill"\nteacher = "big"').replace("OBJECTIVE", "mixture = 1.0 # <-"),
+        ("mixture = 1.0", "number > 0 and < 1"),
+    ),
+    "a penalty beside a teacher": (
+        GOOD.replace('name = "grpo"', 'name = "distill"\nteacher = "big"').replace("OBJECTIVE", "beta = 0.1 # <-"),
+        ("beta", "grpo"),
+    ),
     "without the objective": (
         GOOD.replace('name = "grpo"', 'name = "sft"').replace("[rollout]", "[rollout] # <-"),
         ('objective "sft" trains on the answers of rows', "grpo, rloo, reinforce, ppo"),
