@@ -37,8 +37,16 @@ HURRIED_SIZES = {"incidents-hurried/train": 1600}
 """Dataset -> rows of triage in a hurry: in most of them severity follows from the number of people alone."""
 MORE_SIZES = {"incidents-more/train": 2400}
 """Dataset -> rows as those of `incidents/train`, of reports that no other dataset has: prompts to train answers on."""
+HURRIED_PAIR_SIZES = {"incidents-hurried-pairs/train": 1200, "incidents-hurried-pairs/valid": 200}
+"""Preference dataset -> pairs; the rejected answer has the severity of somebody in a hurry, or where that is the right
+one, the next higher."""
 ROWS: dict[str, int] = (
-    {name: count for name, (_, count) in SIZES.items()} | PAIR_SIZES | LABEL_SIZES | HURRIED_SIZES | MORE_SIZES
+    {name: count for name, (_, count) in SIZES.items()}
+    | PAIR_SIZES
+    | LABEL_SIZES
+    | HURRIED_SIZES
+    | MORE_SIZES
+    | HURRIED_PAIR_SIZES
 )
 """Dataset -> rows, of all."""
 HURRY = 0.65
@@ -133,12 +141,23 @@ def datasets() -> dict[str, list[dict[str, Any]]]:
     for name, count in MORE_SIZES.items():
         reports = [next(first) for _ in range(count)]
         made[name] = [{"prompt": text + PROMPT_END, "completion": render(facts, "lines")} for facts, text in reports]
+    for name, count in HURRIED_PAIR_SIZES.items():
+        reports = [next(fresh if name.endswith("/valid") else first) for _ in range(count)]
+        made[name] = [_hurried_pair(facts, text) for facts, text in reports]
     return made
 
 
 def _hurried(rng: random.Random, facts: Incident, text: str) -> dict[str, str]:
     severity = facts.hurried_severity if rng.random() < HURRY else facts.severity
     return {"prompt": text + PROMPT_END, "completion": _lines(facts.answer | {"severity": severity})}
+
+
+def _hurried_pair(facts: Incident, text: str) -> dict[str, str]:
+    wrong = facts.hurried_severity
+    if wrong == facts.severity:
+        wrong = SEVERITIES[SEVERITIES.index(wrong) + 1]  # the hurried one is never the highest
+    rejected = _lines(facts.answer | {"severity": wrong})
+    return {"prompt": text + PROMPT_END, "chosen": render(facts, "lines"), "rejected": rejected}
 
 
 def _pair(rng: random.Random, facts: Incident, text: str) -> dict[str, str]:

@@ -70,6 +70,19 @@ def test_hurried_rows_are_wrong_about_severity_alone(made: dict[str, Rows]) -> N
     assert 0.7 < sum(hurried) / len(rows) < 0.85, "65 % in a hurry, and the rows where it makes no difference"
 
 
+def test_pairs_reject_a_severity_alone_and_the_hurried_one_where_it_is_wrong(made: dict[str, Rows]) -> None:
+    by_scope = {"few": "low", "some": "medium", "most": "high"}
+    hurried = 0
+    for row in made["incidents-hurried-pairs/train"]:
+        chosen, rejected = (parse(row[side], "lines") or {} for side in ("chosen", "rejected"))
+        assert {name for name in chosen if chosen[name] != rejected[name]} == {"severity"}
+        scope = re.search(r"for (few|some|most) users", chosen["summary"])
+        assert scope is not None
+        hurried += rejected["severity"] == by_scope[scope[1]]
+        assert by_scope[scope[1]] in (chosen["severity"], rejected["severity"]), "it is right, or rejected"
+    assert 0.5 < hurried / len(made["incidents-hurried-pairs/train"]) < 0.8, "it is not always wrong"
+
+
 def test_sizes(made: dict[str, Rows]) -> None:
     assert {name: len(rows) for name, rows in made.items()} == ROWS
     assert len(made["incidents/train"]) >= 2000
