@@ -9,6 +9,7 @@ from distft.core.types import IGNORE, Batch
 from distft.model import load
 from distft.model.adapters import METHODS
 from distft.model.heads import HEADS
+from distft.model.paths import ForwardPath
 from distft.recipe import ModelTable
 
 CPU = torch.device("cpu")
@@ -23,12 +24,15 @@ def build(
     params: dict | None = None,
     device: torch.device = CPU,
     head: str = "lm",
+    computed_by: ForwardPath | None = None,
     **model,
 ):
     table = ModelTable(path=str(folder), **({"init": "random", "dtype": "float32"} | model))
     spec = METHODS[method]
     chosen = spec.params.model_validate_json(json.dumps(params or {}))
-    built = load.build(table, load.find_folder(table), spec, chosen, seed=seed, device=device, head=HEADS[head])
+    built = load.build(
+        table, load.find_folder(table), spec, chosen, seed=seed, device=device, head=HEADS[head], path=computed_by
+    )
     if fill:
         built.fill(built.module, device)
     return built
