@@ -40,6 +40,7 @@ def test_healthy_hosts(tmp_path: Path) -> None:
             "clock",
             "shared folder",
             "disk",
+            "generator",
         ),
         *("arithmetic", "link"),
     }

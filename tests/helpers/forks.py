@@ -32,7 +32,6 @@ LIMIT_S = 120.0
 """A start that takes longer hangs."""
 LIBRARIES = (
     "deepspeed.runtime.superoffload.superoffload_stage3",
-    "peft.tuners.lora.bnb",
     "rich.progress",
     "setuptools",  # what compiles and loads DeepSpeed's operators asks for it
     "torch.utils.cpp_extension",
@@ -126,6 +125,7 @@ def import_all() -> None:
     for name in (*LIBRARIES, *sorted(own - commands)):
         importlib.import_module(name)
     get_checkpoint_conversion_mapping("llama")  # compiles the patterns of every architecture, and keeps them
+    assert "torch._inductor.async_compile" not in sys.modules, "a rank that compiles would wait for the parent's pool"
     gc.collect()
     gc.freeze()
 
