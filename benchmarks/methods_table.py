@@ -134,6 +134,18 @@ GSM8K_ROWS = {"train": ("train", 1200), "valid": ("test", 100)}
 GSM8K_CHARACTERS = 560
 """Of question and answer: longer rows do not fit into MAX_LENGTH tokens of this small vocabulary."""
 MAX_LENGTH = 384
+RATES = ("lower", "middle", "higher")
+PARTS = (
+    ("incident", "middle"),
+    ("gsm8k", "middle"),
+    ("incident", "memory"),
+    ("incident", "higher"),
+    ("incident", "lower"),
+    ("gsm8k", "higher"),
+    ("gsm8k", "lower"),
+    ("gsm8k", "memory"),
+)
+"""Rounds in the order they run in: within each, methods take turns."""
 RECIPE = """\
 name = "{name}"
 output_dir = "{folder}/runs"
@@ -194,15 +206,15 @@ class Table:
     """What was not started."""
 
     def measure(self, tasks: list[str]) -> None:
-        """Run what is missing, the most telling part first: every round of a task before the next task."""
-        for task in tasks:
-            if task == "incident" and not self._base():
-                return
-            for place in (1, 0, 2):
-                for method, row in METHODS.items():
-                    self._train(task, method, row.rates[place])
-            for method in METHODS:
-                self._bench(task, method)
+        """Run what is missing, the most telling part first."""
+        for task, part in PARTS:
+            if task not in tasks or (task == "incident" and not self._base()):
+                continue
+            for method, row in METHODS.items():
+                if part == "memory":
+                    self._bench(task, method)
+                else:
+                    self._train(task, method, row.rates[RATES.index(part)])
 
     def _base(self) -> bool:
         """Train what the incident task starts from; return whether it is there."""
@@ -226,7 +238,7 @@ class Table:
         """Run a verb of distft and return whether it ended well; how it failed is kept in FOLDER/failed."""
         failed = self.folder / "failed" / f"{name}.txt"
         if time.monotonic() > self.ends:
-            self.left.append(name)
+            self.left += [name] * (name not in self.left)
             return False
         failed.unlink(missing_ok=True)
         began = time.monotonic()
@@ -393,7 +405,7 @@ def markdown(task: str, rows: list[dict[str, Any]]) -> Iterator[str]:
             f"{' | '.join(cells)} |"
         )
     yield "\nThe sweep: held-out loss after training at each learning rate.\n"
-    yield "| method | lower | middle | higher | shown |"
+    yield f"| method | {' | '.join(RATES)} | shown |"
     yield "|---|---:|---:|---:|---:|"
     for row in rows:
         failed = row.get("failed", {})

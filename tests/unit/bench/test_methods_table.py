@@ -104,4 +104,5 @@ def test_finished_runs_are_not_made_again(table: methods_table.Table) -> None:
     assert len(table.left) == 3 * 13 - 1 + 13
     assert "incident-full-0.001" not in table.left
     assert table.left[0] == "incident-freeze-0.001"
-    assert table.left[-1] == "bench incident-prompt"
+    assert table.left.index("bench incident-full") == 12
+    assert table.left[-1] == "incident-prompt-0.03"
