@@ -6,7 +6,8 @@ ASSETS as DISTFT_ASSETS (stories260k, GSM8K). Each run is `distft train RECIPE -
 the same base, rows, steps, optimizer, schedule and engine (ddp); only [method] and the learning rate differ.
 `incident`: the model of recipes/tiny-full.toml, which answers in lines, learns to answer in JSON. `gsm8k`: stories260k,
 which knows children's stories, on GSM8K's rows. Methods with virtual tokens get as much longer sequences as those take.
-Memory is measured by `distft bench` of the same recipe: tensors on the CPU, the most that exist in a step.
+Memory is the most bytes of tensors that exist in a step on one rank, as `distft bench` of the same recipe counts them,
+and as the planner says.
 
 Methods take turns within a round of one task and one learning rate, so that a busy minute falls on all of them; speeds
 are ratios to `full` of the same round. Of the three learning rates the one with the lowest held-out loss is shown. What
@@ -31,7 +32,8 @@ from typing import Any
 
 import kit
 
-from distft.bench.planned import peak_bytes, planned_peak
+from distft.bench import cases, provenance
+from distft.bench.planned import Planning, peak_bytes, planned_peak
 from distft.bench.runner import FINAL
 from distft.run_record import EvalFigure, RunRecord, read_run
 
@@ -289,7 +291,7 @@ class Table:
             cut = self.folder / "failed" / f"{run_name(task, method, rate)}.txt"
             if cut.is_file():
                 row.setdefault("failed", {})[f"{rate:g}"] = cut.read_text(encoding="utf-8").strip().splitlines()[-1]
-        row |= self._memory(task, method)
+        row["peak"] = self._memory(task, method)
         losses = {rate: loss for rate, run in finished_runs.items() if (loss := run.held_out_losses[1]) is not None}
         if not losses:
             return row
@@ -318,11 +320,27 @@ class Table:
 
     def _memory(self, task: str, method: str) -> dict[str, Any]:
         record = bench_record(self.folder / "bench" / f"{task}-{method}")
-        if not record:
-            return {}
-        if record["outcome"] != "measured":
-            return {"peak": {"reason": record["reason"]}}
-        return {"peak": {"measured_bytes": peak_bytes(record), "planned_bytes": planned_peak(record)}}
+        plan = self.folder / "planned.json"
+        planned = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
+        memory = {"planned_bytes": planned.get(f"{task}-{method}")}
+        if record and record["outcome"] != "measured":
+            return memory | {"not_measured": record["reason"]}
+        return memory | ({"measured_bytes": peak_bytes(record)} if record else {})
+
+    def plan(self) -> None:
+        """Ask the planner for each method's most bytes of tensors in a step, in FOLDER/planned.json."""
+        kept, planning = self.folder / "planned.json", Planning()
+        peaks = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        for task, method in ((task, method) for task in TASKS for method in METHODS):
+            base = TASKS[task].base.format(folder=self.folder, assets=self.assets)
+            if f"{task}-{method}" in peaks or not Path(base).is_dir():
+                continue
+            recipe = self.recipe(task, method, METHODS[method].rates[1])
+            case = cases.grid(cases.BenchGrid(recipe=str(recipe), nproc=NPROC))[0]
+            # As a case that ran out of memory is planned: as its recipe says, without a measurement.
+            record = {"outcome": "memory", "case": case.facts(), "hardware": provenance.hardware()}
+            peaks[f"{task}-{method}"] = planned_peak(planning.beside(case, record))
+        kept.write_text(json.dumps(peaks, indent=1) + "\n", encoding="utf-8")
 
     def compare(self, task: str) -> None:
         """Write one page of each method's shown run."""
@@ -360,6 +378,11 @@ def shown(figure: EvalFigure) -> dict[str, Any]:
     return {"before": dict(figure.before or {}), "after": dict(figure.tuned or {}), "verdict": figure.verdict}
 
 
+def mib(value: int | None) -> str:
+    """Show bytes as MiB."""
+    return "–" if value is None else f"{value / 2**20:.1f}"
+
+
 def write_gsm8k(folder: Path, assets: Path) -> None:
     """Write the first rows of GSM8K that fit, as prompts and completions."""
     for split, (source, count) in GSM8K_ROWS.items():
@@ -381,9 +404,8 @@ def markdown(task: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     )
     yield "|---|---:|---:|---|---:|---:|---:|---:|" + "---|" * len(figures)
     for row in rows:
-        peak = row.get("peak", {})
-        memory = peak.get("reason") or (
-            "{:.1f} / {:.1f}".format(peak["measured_bytes"] / 2**20, peak["planned_bytes"] / 2**20) if peak else "–"
+        memory = row["peak"].get("not_measured") or " / ".join(
+            mib(row["peak"].get(f"{kind}_bytes")) for kind in ("measured", "planned")
         )
         if "run" not in row:
             yield f"| {row['method']} | – | – | {METHODS[row['method']].folklore} | {memory} |" + " not run |" * (
@@ -429,6 +451,7 @@ def main() -> None:
     write_gsm8k(folder, assets)
     table = Table(folder=folder, assets=assets, ends=time.monotonic() + 60 * given.minutes)
     table.measure(given.tasks.split(","))
+    table.plan()
     rows = {task: table.results(task) for task in TASKS}
     result = {"tasks": rows, "methods": {name: vars(row) for name, row in METHODS.items()}, "not_run": table.left}
     (folder / "table.json").write_text(json.dumps(result | kit.facts(), indent=1) + "\n", encoding="utf-8")
