@@ -205,25 +205,37 @@ def test_a_model_that_brings_code_is_refused(tmp_path: Path, run: Run) -> None:
 # -- what it needs ---------------------------------------------------------------------------------------------------
 
 
-def test_70b_takes_under_five_seconds_of_work_and_no_network(llama70b: Path, tmp_path: Path) -> None:
+def test_70b_takes_little_more_work_than_its_imports_and_no_network(llama70b: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(recipe_text(llama70b))
     blocked = "import socket, sys, runpy; socket.socket.connect = None; sys.argv[0] = 'plan'; " \
         "runpy.run_module('distft.plan', run_name='__main__')"  # fmt: skip
-    seconds: list[float] = []
-    while not seconds or (min(seconds) >= 10.0 and len(seconds) < 3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-c", blocked, str(path), "--gpus", "8", "--nodes", "4", "--json"],
-            cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    planned = [path, "--gpus", "8", "--nodes", "4", "--json"]
+    imports = "import torch, transformers.models.llama.modeling_llama"
+    seconds: list[tuple[float, float]] = []
+    while not seconds or (_ratio(seconds) >= 2.0 and len(seconds) < 3):
+        spent, done = _worked(blocked, *map(str, planned))
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["cases"][0]["parameters"] == 70_553_706_496
-    # Work, not wall time: other tests run on the same cores, and what they take from a core's caches only adds to it.
-    # Twice the budget, for cores that are shared.
-    assert min(seconds) < 10.0, seconds
+        seconds.append((spent, _worked(imports)[0]))
+    # Work, not wall time: other tests run on the same cores. What they take from a core's caches adds to imports as
+    # well, which are two thirds of it (7.0 of 10.5 seconds on a busy machine).
+    assert _ratio(seconds) < 2.0, seconds
+
+
+def _worked(code: str, *arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """Return the processor's seconds of a Python process, and how it ended."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
+
+
+def _ratio(seconds: list[tuple[float, float]]) -> float:
+    """Return the least work of a plan, in imports of torch and transformers."""
+    return min(plan for plan, _ in seconds) / min(imported for _, imported in seconds)
 
 
 def test_it_imports_no_engine_library_it_does_not_plan_with(recipe: str) -> None:
