@@ -104,7 +104,8 @@ def write(folder: Path, assets: Path) -> None:
             for task in TASKS
         )
         base = assets / "stories260k-hf"
-        text = kit.ADAPTER_RECIPE.format(
+        text = kit.METHOD_RECIPE.format(
+            method=kit.LORA, engine="solo",
             name=name, folder=folder, base=base, max_length=512, learning_rate="5e-3", duration=f"max_steps = {steps}",
             train=train, valid=valid, answers=answers,
         )  # fmt: skip

@@ -172,16 +172,14 @@ class Run:
         self.engine.close()
 
 
-ADAPTER_RECIPE = """
+METHOD_RECIPE = """
 name = "{name}"
 output_dir = "{folder}/runs"
 [model]
 path = "{base}"
 dtype = "float32"
 [method]
-name = "lora"
-r = 16
-alpha = 32
+{method}
 [data]
 max_length = {max_length}
 loss_on = "completion"
@@ -199,8 +197,10 @@ warmup_ratio = 0.05
 global_batch_size = 8
 micro_batch_size = 4
 [engine]
-name = "solo"
+name = "{engine}"
 {answers}
 """
-"""LoRA on rows of prompts and completions, for benchmarks of what is done with adapters; {train}, {valid} and {answers}
-are tables, {duration} is the first line of [train]."""
+"""A method on rows of prompts and completions; {train}, {valid} and {answers} are tables, {duration} is the first line
+of [train], {method} are the keys of [method]."""
+LORA = 'name = "lora"\nr = 16\nalpha = 32'
+"""The method of benchmarks of what is done with adapters."""

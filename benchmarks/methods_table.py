@@ -148,51 +148,10 @@ PARTS = (
     ("gsm8k", "memory"),
 )
 """Rounds in the order they run in: within each, methods take turns."""
-RECIPE = """\
-name = "{name}"
-output_dir = "{folder}/runs"
-
-[model]
-path = "{base}"
-dtype = "float32"
-
-[method]
-{method}
-
-[data]
-max_length = {max_length}
-loss_on = "completion"
-
-[[data.train]]
-path = "{train}"
+ROWS = """\
+[[data.{split}]]
+path = "{path}"
 format = "prompt_completion"
-
-[[data.eval]]
-path = "{valid}"
-format = "prompt_completion"
-
-[optim]
-name = "adamw"
-learning_rate = {rate}
-betas = [0.9, 0.95]
-
-[schedule]
-name = "linear"
-warmup_ratio = 0.05
-
-[train]
-max_steps = {steps}
-global_batch_size = 8
-micro_batch_size = 4
-
-[engine]
-name = "ddp"
-
-[log]
-tensorboard = false
-
-[[eval.answers]]
-{answers}
 """
 
 
@@ -262,10 +221,13 @@ class Table:
         """Write a run's recipe and return its file."""
         what, row, name = TASKS[task], METHODS[method], run_name(task, method, rate)
         places = {"folder": self.folder, "assets": self.assets}
-        text = RECIPE.format(
-            name=name, folder=self.folder, base=what.base.format(**places), method=row.keys, rate=rate,
-            train=what.train.format(**places), valid=what.valid.format(**places), steps=what.steps,
-            max_length=MAX_LENGTH + ("num_virtual_tokens" in row.keys) * what.virtual, answers=what.answers,
+        text = kit.METHOD_RECIPE.format(
+            name=name, folder=self.folder, base=what.base.format(**places), method=row.keys, learning_rate=rate,
+            train=ROWS.format(split="train", path=what.train.format(**places)),
+            valid=ROWS.format(split="eval", path=what.valid.format(**places)),
+            duration=f"max_steps = {what.steps}", engine="ddp",
+            max_length=MAX_LENGTH + ("num_virtual_tokens" in row.keys) * what.virtual,
+            answers=f"[log]\ntensorboard = false\n[[eval.answers]]\n{what.answers}",
         )  # fmt: skip
         path = self.folder / "recipes" / f"{name}.toml"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,8 @@ def write(folder: Path, base: str, num_train: int = 1200, num_valid: int = 100) 
     for name in (*ASKS, "all"):
         names = tuple(ASKS) if name == "all" else (name,)
         answers = "".join(ANSWERS.format(name=each, folder=folder) for each in ASKS)
-        text = kit.ADAPTER_RECIPE.format(
+        text = kit.METHOD_RECIPE.format(
+            method=kit.LORA, engine="solo",
             name=name, folder=folder, base=base, max_length=384, learning_rate="1e-2", duration="epochs = 3",
             train=tables("train", names), valid=tables("eval", names), answers=answers,
         )  # fmt: skip

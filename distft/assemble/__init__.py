@@ -24,8 +24,9 @@ from distft.assemble.components import (
     update_rule,
 )
 from distft.assemble.evaluation import build_best_tracker, build_eval_sets, build_evaluator, load_row_renderer
+from distft.assemble.frozen_model import freeze
 from distft.assemble.input_hashes import hash_inputs
-from distft.assemble.reference import compute_other_reference, freeze
+from distft.assemble.reference import compute_other_reference
 from distft.assemble.row_start import find_row_start, with_start_of
 from distft.assemble.step_source import num_steps, open_step_source
 from distft.assemble.teacher import open_teacher

@@ -176,13 +176,14 @@ def build_objective(
     say: Say,
     *,
     is_trained: bool = False,
+    trains: bool = True,
     teacher: Teacher | None = None,
 ) -> Objective:
     """Return the recipe's objective over the model that the engine holds, with what fills its columns.
 
     Collective; the engine's weights are those that training starts from, unless it `is_trained`: then what follows from
     those must have been computed before. So must what follows from another model (`compute_other_reference`). The
-    `teacher` is there where the objective names one (`open_teacher`).
+    `teacher` is there where the objective names one and the run `trains` (`open_teacher`).
 
     Raises:
         MachineError: a column that it reads cannot be had in this run.
@@ -200,7 +201,7 @@ def build_objective(
     policy = ModelPolicy(engine.model, temperature, None if teacher is None else teacher.policy.teacher)
     alone = method.spec.base_alone if leaves_base_alone(method.spec, method.params) else None
     specs, other = column_specs(recipe), other_model(recipe)
-    if not specs:
+    if not specs or (chosen.spec.writes and not trains):  # no rows have a loss: answers alone are looked at
         return Objective(spec=chosen.spec, params=chosen.params, policy=policy, columns=NO_COLUMNS)
     row_passes, derived = rows_to_pass(specs, rows)
     before = ReferenceModel(

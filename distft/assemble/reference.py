@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from distft.assemble.batch_layout import Layout
 from distft.assemble.checkpoints import weights_hash
-from distft.assemble.components import build_model, open_engine, set_up_engine, torch_dtype
+from distft.assemble.components import torch_dtype
+from distft.assemble.frozen_model import frozen_model
 from distft.assemble.training_data import HeldOut, Say
 from distft.recipe import Recipe
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from distft.columns.stored_logprobs import RowPass
     from distft.core.types import Engine
     from distft.engine.processes import Processes
-    from distft.model.load import MetaModel
 
 
 def other_model(recipe: Recipe) -> Recipe | None:
@@ -107,11 +107,7 @@ def compute_other_reference(
     if are_stored([(folder_of(of.prepared.fingerprint), of.prepared) for of in row_passes], engine):
         return
     say(f"reference: {other.model.path} is loaded first, and closed before training")
-    alone = open_engine(other, replace(processes, joined=False), _quiet)
-    try:
-        built = build_model(other, processes, layout, rows, _quiet)
-        freeze(built)
-        set_up_engine(other, alone, built, layout, num_steps=1)
+    with frozen_model(other, processes, layout, rows) as (alone, _):
         policy = ModelPolicy(alone.model)
         before = ReferenceModel(
             policy=policy,
@@ -124,22 +120,8 @@ def compute_other_reference(
         )
         micros = row_passes[0].steps(np.arange(min(len(row_passes[0].prepared.supervised), processes.world)))
         refuse_other_policy(alone, policy, before.open(), micros[0], torch_dtype(other))
-    finally:
-        alone.close()
-    del built, policy, before, alone
+    del policy, before, alone
     gc.collect()
-
-
-def freeze(model: MetaModel) -> None:
-    """Leave one small tensor trainable, because engines want one: no masters or moments of the rest are made."""
-    trainable = [param for param in model.module.parameters() if param.requires_grad]
-    for param in trainable:
-        param.requires_grad_(False)
-    min(trainable, key=lambda param: param.numel()).requires_grad_(True)
-
-
-def _quiet(line: str) -> None:
-    """Drop a line: the trained model says the same."""
 
 
 def _start_hash(recipe: Recipe) -> str:

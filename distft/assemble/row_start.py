@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.assemble.batch_layout import Layout
 from distft.assemble.checkpoints import weights_hash
-from distft.assemble.components import build_model, open_engine, set_up_engine
-from distft.assemble.reference import freeze
+from distft.assemble.frozen_model import frozen_model
 from distft.assemble.training_data import HeldOut, Say
 from distft.core.errors import CheckpointError, DistftError, Preempted, Problem, RecipeError
 from distft.core.phase import PHASE
@@ -153,16 +152,9 @@ def _find(
     params: Any = recipe.method.params
     say(f'[method] init = "{params.init}": the base looks at training rows first')
     PHASE.enter("reference")
-    alone = open_engine(plain, replace(processes, joined=False), _quiet)
-    try:
-        built = build_model(plain, processes, eager, rows, _quiet)
-        layers = _layers(recipe, built)
-        freeze(built)
-        set_up_engine(plain, alone, built, eager, num_steps=1)
-        matrices = _look(recipe, alone, built, layers, eager, rows)
-    finally:
-        alone.close()
-    del alone, built, layers
+    with frozen_model(plain, processes, eager, rows) as (alone, built):
+        matrices = _look(recipe, alone, built, eager, rows)
+    del alone, built
     gc.collect()
     if matrices is not None:
         aside = file.with_suffix(".tmp")
@@ -171,13 +163,6 @@ def _find(
         ranks = [len(matrix) for matrix in matrices.values()]
         say(f"found what {len(ranks)} layers start from, ranks {min(ranks)} to {max(ranks)}")
     engine.barrier()
-
-
-def _layers(recipe: Recipe, built: MetaModel) -> dict[str, Any]:
-    from distft.model.adapters import eva
-
-    params: Any = recipe.method.params
-    return eva.layers_of(built.module.lm, params)
 
 
 def _batches(recipe: Recipe, layout: Layout, rows: HeldOut, least: int) -> list[Batch]:
@@ -216,13 +201,14 @@ _MOST_ROWS = 20_000
 
 
 def _look(
-    recipe: Recipe, engine: Engine, built: MetaModel, layers: dict[str, Any], layout: Layout, rows: HeldOut
+    recipe: Recipe, engine: Engine, built: MetaModel, layout: Layout, rows: HeldOut
 ) -> dict[str, torch.Tensor] | None:
     """Collective: let the ranks compute what rank 0 asks for; return what it found, None on the others."""
     from distft.model.adapters import eva
     from distft.model.load import WRAPPER
 
     params: Any = recipe.method.params
+    layers = eva.layers_of(built.module.lm, params)
     batches = _batches(recipe, layout, rows, eva.least_tokens(layers, params))
 
     def forward(index: int) -> None:
@@ -268,7 +254,3 @@ def _follow(engine: Engine, batches: list[Batch]) -> None:
 def _compute(engine: Engine, batch: Batch) -> None:
     PHASE.enter("reference")
     engine.inference_module(**engine.place(batch).inputs())
-
-
-def _quiet(line: str) -> None:
-    """Drop a line: the trained model says the same."""

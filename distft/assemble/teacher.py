@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from distft.assemble.batch_layout import Layout, forward_path
-from distft.assemble.components import build_model, open_engine, set_up_engine
-from distft.assemble.reference import freeze
+from distft.assemble.frozen_model import frozen_model
 from distft.assemble.training_data import HeldOut, Say
 from distft.catalog import REGISTRIES
 from distft.core.errors import Problem, RecipeError
@@ -57,11 +56,7 @@ def open_teacher(
         message = f"{other.model.path} computes logits in a way of its own, and its last hidden states cannot be had"
         line = recipe.line_of("objective.teacher")
         raise RecipeError(recipe.source, [Problem(message=message, line=line, fix="take another teacher")])
-    engine = open_engine(other, replace(processes, joined=False), lambda line: None)
-    resources.callback(engine.close)
     layout = replace(layout, path=replace(path, compiled=False))
-    built = build_model(other, processes, layout, rows, say)
-    freeze(built)
-    set_up_engine(other, engine, built, layout, num_steps=1)
+    engine, _ = resources.enter_context(frozen_model(other, processes, layout, rows))
     policy = ModelPolicy(engine.model, teacher=TeacherHead())
     return Teacher(policy=policy, evaluating=engine.evaluating)

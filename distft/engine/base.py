@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distft.core.errors import MachineError
 from distft.core.types import Batch, LossTerms, StepReport, TrainState, UpdateRule
 from distft.engine import processes
+from distft.engine.gradient_sums import local
 from distft.engine.process_ranks import ProcessRanks
 from distft.engine.processes import Processes
 
@@ -108,7 +109,8 @@ class BaseEngine(ProcessRanks):
 
     def _weights_here(self) -> Iterator[Tensor]:
         """Yield what forwards read of trained parameters, of each the part that this rank stores."""
-        raise NotImplementedError
+        parts = (local(param.detach()) for param in self.model.parameters() if param.requires_grad)
+        yield from (part for part in parts if part.numel())
 
     def _forget_gathered(self) -> None:
         """Drop what was gathered of sharded weights, so that the next forward gathers again."""

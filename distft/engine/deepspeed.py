@@ -204,10 +204,10 @@ class ZeroEngine(BaseEngine):
         self._optimizer.invalidate_secondary_tensor()  # else hpZ computes with the copies of before
 
     def _weights_here(self) -> Iterator[Tensor]:
-        for raw in self._wrapped.module.parameters():
-            param: Any = raw
-            if param.requires_grad:
-                yield param.ds_tensor.data if self._stage == 3 else param.data
+        if self._stage < 3:
+            return super()._weights_here()
+        params: Any = self._wrapped.module.parameters()  # empty between forwards
+        return (param.ds_tensor.data for param in params if param.requires_grad)
 
     def _forget_gathered(self) -> None:
         if self._stage == 3:

@@ -18,7 +18,7 @@ from distft.engine.backward_updates import BackwardUpdates
 from distft.engine.base import BaseEngine
 from distft.engine.fragments import Fragment
 from distft.engine.grad_dtype import GradDtype, keeps_fp32_gradients
-from distft.engine.gradient_sums import GradientSums, local, warn_of_bf16_sums
+from distft.engine.gradient_sums import GradientSums, warn_of_bf16_sums
 from distft.engine.master_weights import MasterWeights
 from distft.engine.node_group import reading_once
 from distft.engine.params import EngineParams
@@ -82,10 +82,6 @@ class SoloEngine(BaseEngine):
 
     def _unwrapped(self) -> nn.Module:
         return self.model
-
-    def _weights_here(self) -> Iterator[Tensor]:
-        parts = (local(param.detach()) for param in self._unwrapped().parameters() if param.requires_grad)
-        return (part for part in parts if part.numel())
 
     @property
     def inference_module(self) -> nn.Module:

@@ -143,7 +143,9 @@ def _look(
     from distft.run_record import read_run
 
     recipe = subject.eval_recipe
-    objective = assemble.build_objective(recipe, engine, model, layout, rows, say, is_trained=subject.step > 0)
+    objective = assemble.build_objective(
+        recipe, engine, model, layout, rows, say, is_trained=subject.step > 0, trains=False
+    )
     folder = RunFolder(subject.folder, writes=engine.rank == 0)
     PHASE.training()  # from here on a stop is agreed on
     looks = assemble.build_evaluator(

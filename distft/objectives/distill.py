@@ -14,6 +14,7 @@ from pydantic import Field
 
 from distft.core.registry import Params
 from distft.core.types import Batch, LossTerms, Policy
+from distft.objectives.policy_gradient import OF_ANSWERS, figures_of_answers
 from distft.objectives.spec import ObjectiveSpec
 
 if TYPE_CHECKING:
@@ -44,36 +45,15 @@ class DistillParams(Params):
 
 
 def _terms(params: DistillParams, policy: Policy, batch: Batch) -> LossTerms:
-    import torch
-
-    columns = batch.columns
-    divergence_S, logprob_S = policy.divergence(batch, columns[TEACHER], params.divergence, params.mixture)
-    counted_D = columns["counted_D"]
-    gap_S = (logprob_S - columns["sampler_logprob_S"].to(logprob_S.dtype)).abs()
-    tokens_D = batch.sum_by_document(torch.ones_like(logprob_S))
-    figures = {
-        "divergence": (divergence_S.detach().sum(), batch.num_supervised),
-        "entropy": (-logprob_S.sum(), batch.num_supervised),
-        "sampler_gap": (gap_S.sum(), batch.num_supervised),
-        "answer_tokens": (tokens_D.sum(), counted_D.sum()),
-    }
-    for name, column_D in columns.items():
-        if name.startswith("reward_"):
-            figures[name.removesuffix("_D")] = ((column_D * counted_D).sum(), counted_D.sum())
-    for name in ("truncated", "unscored"):
-        figures[f"{name}_answers"] = (columns[f"{name}_D"].sum(), batch.num_documents)
-    for name in ("writing_s", "judging_s"):
-        figures[name] = (columns[f"{name}_D"].sum(), batch.num_documents)
+    divergence_S, logprob_S = policy.divergence(batch, batch.columns[TEACHER], params.divergence, params.mixture)
+    figures = figures_of_answers(batch, logprob_S, batch.columns.get("old_logprob_S", logprob_S))
+    figures["divergence"] = (divergence_S.detach().sum(), batch.num_supervised)
     return LossTerms.of(divergence_S.sum(), figures)
 
 
 def _denominator(params: DistillParams, micros: Sequence[Batch]) -> float:
     return float(sum(micro.num_supervised for micro in micros))
 
-
-_LESS = ("divergence", "sampler_gap", "truncated_answers", "unscored_answers", "writing_s", "judging_s")
-_MORE = ("reward_total", "entropy", "answer_tokens")
-_FIGURES: dict[str, bool] = {name: name in _MORE for name in (*_LESS, *_MORE)}
 
 SPEC = ObjectiveSpec(
     name="distill",
@@ -86,5 +66,5 @@ SPEC = ObjectiveSpec(
     terms=_terms,
     columns=lambda params: (TEACHER,),
     teacher=lambda params: params.teacher,
-    figures=lambda params: _FIGURES,
+    figures=lambda params: OF_ANSWERS | {"divergence": False},
 )

@@ -28,8 +28,8 @@ class RolloutParams(Params, ABC):
     """What every one of them is set by."""
 
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL divergence from the model before training (k3); above 0 it needs adapters, which are left out
-    for it."""
+    """Weight of the KL divergence from the model before training (k3): adapters are left out for it, and other trained
+    weights are kept as they were."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     """A ratio below 1 - clip_low is not lowered further."""
     clip_high: float = Field(default=0.2, gt=0)
@@ -132,27 +132,51 @@ def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: 
         figures["kl"] = (divergence_S.sum(), batch.num_supervised)
     is_low_S = (ratio_S < low) & (advantage_S < 0)
     is_high_S = (ratio_S > high) & (advantage_S > 0)
-    gap_S = (old_S - sampler_S).detach().abs()
     figures |= {
         "clipped_low": (is_low_S.sum(), batch.num_supervised),
         "clipped_high": (is_high_S.sum(), batch.num_supervised),
-        "sampler_gap": (gap_S.sum(), batch.num_supervised),
-        "entropy": (-logprob_S.detach().sum(), batch.num_supervised),
-        "answer_tokens": (batch.sum_by_document(torch.ones_like(logprob_S)).sum(), columns["counted_D"].sum()),
+        "equal_answers": (columns["equal_D"].sum(), batch.num_documents),
+        **figures_of_answers(batch, logprob_S.detach(), old_S),
     }
-    counted_D = columns["counted_D"]
-    for name, column_D in columns.items():
-        if name.startswith("reward_"):
-            figures[name.removesuffix("_D")] = ((column_D * counted_D).sum(), counted_D.sum())
-    for name in ("truncated", "unscored", "equal"):
-        figures[f"{name}_answers"] = (columns[f"{name}_D"].sum(), batch.num_documents)
-    for name in ("writing_s", "judging_s"):
-        figures[name] = (columns[f"{name}_D"].sum(), batch.num_documents)
     if "refilled_D" in columns:  # where the recipe asks for it
         figures["refilled_answers"] = (columns["refilled_D"].sum(), batch.num_documents)
         figures["written_per_answer"] = (columns["written_per_answer_D"].sum(), batch.num_documents)
     return LossTerms.of(loss_S.sum(), figures)
 
+
+def figures_of_answers(batch: Batch, logprob_S: Tensor, written_S: Tensor) -> dict[str, tuple[Tensor, float | Tensor]]:
+    """Return the figures (sum, count) of what was written and what it was worth, whatever is learnt from it.
+
+    Args:
+        batch: with the columns of `distft.step_sources.rollout_batches`.
+        logprob_S: of the policy as it is, without a gradient.
+        written_S: of the policy that the answers were written with, as the trainer computes it.
+    """
+    import torch
+
+    columns = batch.columns
+    counted_D = columns["counted_D"]
+    gap_S = (written_S - columns["sampler_logprob_S"].to(logprob_S.dtype)).detach().abs()
+    figures: dict[str, tuple[Tensor, float | Tensor]] = {
+        "sampler_gap": (gap_S.sum(), batch.num_supervised),
+        "entropy": (-logprob_S.sum(), batch.num_supervised),
+        "answer_tokens": (batch.sum_by_document(torch.ones_like(logprob_S)).sum(), counted_D.sum()),
+    }
+    for name, column_D in columns.items():
+        if name.startswith("reward_"):
+            figures[name.removesuffix("_D")] = ((column_D * counted_D).sum(), counted_D.sum())
+    for name in ("truncated", "unscored"):
+        figures[f"{name}_answers"] = (columns[f"{name}_D"].sum(), batch.num_documents)
+    for name in ("writing_s", "judging_s"):
+        figures[name] = (columns[f"{name}_D"].sum(), batch.num_documents)
+    return figures
+
+
+OF_ANSWERS = {
+    **dict.fromkeys(("sampler_gap", "truncated_answers", "unscored_answers", "writing_s", "judging_s"), False),
+    **dict.fromkeys(("reward_total", "entropy", "answer_tokens"), True),
+}
+"""Names of `figures_of_answers`, and whether more is better; each reward has one of its own besides."""
 
 Terms = Callable[[Any, Policy, Batch], LossTerms]
 
@@ -197,7 +221,5 @@ def rollout_objective(
 
 def _figures(params: RolloutParams) -> Mapping[str, bool]:
     """Return the figures and whether more is better; each reward has one of its own besides, and refilling has two."""
-    less = ("clipped_low", "clipped_high", "sampler_gap", "truncated_answers", "unscored_answers", "equal_answers")
-    known = dict.fromkeys((*less, "writing_s", "judging_s"), False)
-    known |= dict.fromkeys(("reward_total", "entropy", "answer_tokens"), True)
+    known = OF_ANSWERS | dict.fromkeys(("clipped_low", "clipped_high", "equal_answers"), False)
     return known | ({"kl": False} if params.beta else {})

@@ -24,8 +24,8 @@ class PpoParams(RolloutParams):
     """TRL's names where it has them; `beta` is its kl_coef."""
 
     beta: float = Field(default=0.05, ge=0)
-    """Weight of the KL divergence from the model before training in each token's reward; above 0 it needs adapters,
-    which are left out for it."""
+    """Weight of the KL divergence from the model before training in each token's reward: adapters are left out for it,
+    and other trained weights are kept as they were."""
     kl: Literal["k1", "k3"] = "k1"
     """Estimator of that divergence: the difference of log-probabilities, or the one that is never negative."""
     gamma: float = Field(default=1.0, gt=0, le=1)

@@ -4,31 +4,6 @@ Tensors under 4,096 elements keep fp32 moments. Every engine: blocks are those o
 Source: https://arxiv.org/abs/2309.01507 (Li et al., Memory Efficient Optimizers with 4-bit States); torchao's AdamW4bit
 """
 
-from __future__ import annotations
+from distft.optim.block_adamw import block_adamw
 
-from typing import TYPE_CHECKING
-
-from distft.optim.spec import AdamParams, OptimizerSpec, ParamGroups, StateBytes
-
-if TYPE_CHECKING:
-    import torch
-
-
-def state_bytes(shape: tuple[int, ...]) -> StateBytes:
-    """Return two moments as codes and constants, or as fp32 of a small tensor."""
-    from distft.optim import block_states
-
-    return StateBytes(per_tensor=block_states.state_bytes(block_states.FourBits(), shape))
-
-
-def build(params: AdamParams, groups: ParamGroups) -> torch.optim.Optimizer:
-    """Build AdamW over moments of codes."""
-    from distft.optim.block_states import BlockAdamW, FourBits
-
-    return BlockAdamW(groups, FourBits(), lr=params.learning_rate, betas=params.betas, eps=params.eps)
-
-
-SPEC = OptimizerSpec(
-    name="adamw_4bit", params=AdamParams, build=build, per_tensor=True, state_bytes=state_bytes, chunk_bytes=40 * 2**22
-)
-"""chunk_bytes: ten fp32 values for each element of a chunk, counted from the source."""
+SPEC = block_adamw("adamw_4bit", "FourBits")

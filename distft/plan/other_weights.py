@@ -83,8 +83,7 @@ def _teacher(setup: Setup) -> OtherWeights:
     teacher = replace(teacher, params=tuple(replace(param, trained=False) for param in teacher.params))
     weights = _placed("teacher", _held(teacher, setup), f"{teacher.total:,} parameters; {_place(setup)}", setup)
     head = teacher.samples[-1].module.head.weight
-    hidden = head.shape[1] * teacher.item_bytes
-    states_of_step = setup.tokens * setup.micros_per_step * hidden
+    states_of_step = setup.tokens * setup.micros_per_step * head.shape[1] * teacher.item_bytes
     kept = head.numel() * teacher.item_bytes
     more = OtherWeights(
         device=kept + states_of_step,
@@ -93,7 +92,8 @@ def _teacher(setup: Setup) -> OtherWeights:
             (
                 "teacher's hidden states",
                 states_of_step,
-                f"{setup.micros_per_step} micro-batches x {setup.tokens:,} tokens x {gib_text(hidden)}",
+                f"{setup.micros_per_step} micro-batches x {setup.tokens:,} tokens x {head.shape[1]:,} in "
+                f"{teacher.item_bytes} bytes",
             ),
         ),
     )

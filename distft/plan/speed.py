@@ -185,12 +185,13 @@ def _columns_parts(
     in_step: int, teacher: float, before: int, forward_s: float, columns_s: float, shared_by: int
 ) -> Iterator[Part]:
     if in_step or teacher:
+        of_model = f"{in_step} forwards" + (f" / {shared_by} updates" if shared_by > 1 else "")
+        of_teacher = f"a teacher's forward, {teacher:.3g} x as long"
+        read = " and ".join([of_model] * bool(in_step) + [of_teacher] * bool(teacher))
         yield Part(
             name="what the objective reads, of a step, us",
             num_bytes=round(columns_s * 1e6),
-            formula=f"{in_step} forwards of each micro-batch without gradients, {forward_s * 1e3:.3g} ms each"
-            + (f" / {shared_by} updates" if shared_by > 1 else "")
-            + (f", and a teacher's, {teacher:.3g} x as long" if teacher else ""),
+            formula=f"{read}, of each micro-batch without gradients; a forward takes {forward_s * 1e3:.3g} ms",
         )
     if before:
         yield Part(

@@ -337,7 +337,7 @@ class Recipe:
             write_back(content, noted)
         if not self.export.also:
             del content["export"]
-        if not self.rollout.rewards:
+        if not getattr(self.objective.spec, "writes", False):
             del content["rollout"]
         if not self.data.eval:
             del content["data"]["eval"]

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from harness import STEPS, WHOLE_GRIDS, Bench, Run, label
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from distft.eval.command import evaluate
+from distft.eval.subject import choose, read
 
 REWARD = 'rollout={answers_per_prompt=4, max_new_tokens=12, updates=UPDATES, rewards=[{name="function", function='
 REWARD += '"reward_of_letters:judge"}, {name="regex", pattern="[aeiou]", weight=0.25}]}'
@@ -151,6 +155,20 @@ def test_a_teacher_is_approached(solo: dict[str, Run]) -> None:
     divergence = solo["distill-lora-1"].column("divergence")
     assert solo["distill-lora-1"].column("loss") == pytest.approx(divergence, rel=1e-6)
     assert max(divergence[-2:]) < min(divergence[:2]), divergence
+
+
+def test_runs_are_looked_at_again(solo: dict[str, Run], tmp_path: Path) -> None:
+    """Neither a teacher nor the weights of before training are needed to ask the models."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "disk", "completion": "full"}) + "\n")
+    answers = f'eval.answers=[{{name="asked", path="{rows}", max_new_tokens=4, scores=[{{name="exact_match"}}]}}]'
+    for case in ("dapo-full-3", "distill-lora-1"):
+        run = solo[case]
+        assert run.folder is not None
+        recipe, folder = read(str(run.folder), [answers], None)
+        for model in ("base", "final"):
+            evaluate(choose(recipe, folder, model, f"{model}-again"))
+            assert (run.folder / f"eval/{model}-again/asked.jsonl").is_file(), case
 
 
 def test_a_stop_changes_nothing(several: dict[str, Run], solo: dict[str, Run]) -> None:

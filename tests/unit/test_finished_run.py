@@ -57,3 +57,15 @@ def test_a_removed_key_is_refused_with_another_value(recipe: Path, gone: str) ->
     with pytest.raises(RecipeError, match=r"line 5 .*is gone, and means false: .*remove it"):
         load_recipe(recipe)
     assert load_recipe(recipe, overrides=["data.prefix_sharing=false"]).data.packing
+
+
+def test_what_is_written_without_rewards_is_part_of_the_recipe(tmp_path: Path) -> None:
+    """Two runs that write otherwise are two runs."""
+    path = tmp_path / "run.toml"
+    text = TEXT.replace(
+        '[method]\nname = "lora"', '[data]\npacking = false\n[objective]\nname = "distill"\nteacher = "big"'
+    )
+    path.write_text(text + "[rollout]\nmax_new_tokens = 7\n")
+    recipe = load_recipe(path)
+    assert recipe.resolved()["rollout"]["max_new_tokens"] == 7
+    assert recipe.digest() != load_recipe(path, overrides=["rollout.max_new_tokens=8"]).digest()
