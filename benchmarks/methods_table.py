@@ -38,7 +38,7 @@ from distft.bench.runner import FINAL
 from distft.run_record import EvalFigure, RunRecord, read_run
 
 NPROC = 2
-LONGEST_RUN_S = 240
+LONGEST_RUN_S = 1200
 """A run that takes longer is ended and cut from the sweep."""
 BENCH = ["--nproc", str(NPROC), "--steps", "6", "--warmup", "2", "--json"]
 """For memory; speeds are taken from the runs, which are longer and take turns."""
