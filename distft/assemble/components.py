@@ -13,7 +13,7 @@ from distft.assemble.step_source import num_steps
 from distft.assemble.training_data import Data, HeldOut, Say
 from distft.catalog import PLUGINS, REGISTRIES
 from distft.core.errors import DataError, Problem, RecipeError
-from distft.recipe import Recipe
+from distft.recipe import Recipe, refuse_engine
 
 if TYPE_CHECKING:
     from distft.columns.teacher import Teacher
@@ -31,6 +31,7 @@ def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
 
     Raises:
         MachineError: it cannot run here, or the launcher was configured for another.
+        RecipeError: it cannot train what the recipe asks for.
     """
     from distft.engine.auto import choose
     from distft.model.adapters.spec import optimizer_of
@@ -45,16 +46,8 @@ def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
         elementwise=optimizer_of(recipe.method.spec, recipe.method.params, recipe.optim.spec).elementwise,
         offload=offload,
     )
-    why_not = recipe.method.spec.refuses(recipe.method.params, name)
-    if why_not:
-        line = recipe.line_of("engine.name") or recipe.line_of("method.name")
-        raise RecipeError(recipe.source, [Problem(message=f"[method] {why_not}", line=line, fix="use another engine")])
+    refuse_engine(recipe, name, REGISTRIES.engine)
     spec = REGISTRIES.engine[name]
-    if recipe.train.optimizer_in_backward and not spec.updates_in_backward:
-        allowed = ", ".join(other for other, can in REGISTRIES.engine.items() if can.updates_in_backward)
-        message = f"[train] optimizer_in_backward: engine {name} adds gradients up over ranks in its own buffers"
-        line = recipe.line_of("train.optimizer_in_backward")
-        raise RecipeError(recipe.source, [Problem(message=message, line=line, fix=f"engines that can: {allowed}")])
     if recipe.engine.name == "auto":
         chosen = {"offload": offload, "grad_dtype": getattr(params, "grad_dtype", "auto")}
         params = spec.params(**{key: value for key, value in chosen.items() if key in spec.params.model_fields})

@@ -23,12 +23,15 @@ ENGINES.add(EngineSpec(name="ddp", params=EngineParams, module="distft.engine.dd
 _ZERO = {"module": "distft.engine.deepspeed", "flattens": True, "library": "deepspeed"}
 ENGINES.add(EngineSpec(name="zero1", params=Zero12Params, footprint=Zero1Footprint(), **_ZERO))
 ENGINES.add(EngineSpec(name="zero2", params=Zero12Params, footprint=Zero2Footprint(), **_ZERO))
-ENGINES.add(EngineSpec(name="zero3", params=Zero3Params, footprint=Zero3Footprint(), **_ZERO))
+ENGINES.add(
+    EngineSpec(name="zero3", params=Zero3Params, footprint=Zero3Footprint(), parameters="cut by module", **_ZERO)
+)
 ENGINES.add(
     EngineSpec(
         name="fsdp2",
         params=Fsdp2Params,
         module="distft.engine.fsdp2",
+        parameters="cut by block",
         flattens=True,
         updates_in_backward=True,
         footprint=Fsdp2Footprint(),

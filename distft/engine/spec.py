@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, get_args
 
+from distft.core.engine_traits import ParametersOnRank
 from distft.core.registry import Params
 from distft.engine.footprint import Footprint
 
@@ -23,6 +24,8 @@ class EngineSpec:
     module: str
     """Where `open_engine(name, params, processes)` is; imported when the engine is opened, so that recipes are checked
     without torch."""
+    parameters: ParametersOnRank = "whole"
+    """What a rank holds of the parameters between forwards, and what it gathers at once."""
     flattens: bool = False
     """The optimizer gets 1-D pieces of tensors, so it must be elementwise."""
     updates_in_backward: bool = False

@@ -22,7 +22,7 @@ from distft.model.cross_entropy import HeadLoss
 from distft.model.paths import ForwardPath
 from distft.plan import kernels
 from distft.plan.rates import ASSUMED, HardwareRates
-from distft.recipe import Recipe, check_world, refuse_sums
+from distft.recipe import Recipe, check_world, refuse_engine, refuse_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +209,7 @@ def resolve_engine(recipe: Recipe, machine: Machine, *, wants: str = "") -> str:
 
     Raises:
         MachineError: it cannot.
+        RecipeError: the engine cannot train what the recipe asks for.
     """
     params: Any = recipe.engine.params
     there = Processes(
@@ -230,4 +231,5 @@ def resolve_engine(recipe: Recipe, machine: Machine, *, wants: str = "") -> str:
         elementwise=optimizer_of(recipe.method.spec, recipe.method.params, recipe.optim.spec).elementwise,
         offload=getattr(recipe.engine.params, "offload", "none"),
     )
+    refuse_engine(recipe, name, ENGINES)
     return name

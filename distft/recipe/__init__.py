@@ -1,5 +1,6 @@
 """One TOML file in, one frozen and fully resolved `Recipe` out, or every mistake in it with its line."""
 
+from distft.recipe.engine_rules import refuse_engine
 from distft.recipe.eval_rules import listed_params
 from distft.recipe.evaluation import AnswersTable, EvalTable
 from distft.recipe.json_schema import json_schema, schema_text
@@ -38,6 +39,7 @@ __all__ = [
     "listed_params",
     "load_recipe",
     "parse_recipe",
+    "refuse_engine",
     "refuse_sums",
     "schema_text",
 ]

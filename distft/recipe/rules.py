@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distft.core.errors import RecipeError
+from distft.recipe.engine_rules import ENGINE_RULES
 from distft.recipe.eval_rules import ANSWER_RULES, has_own_rows
 from distft.recipe.explain import did_you_mean
 from distft.recipe.origin import RecipeMistake
@@ -356,6 +357,7 @@ RULES: tuple[Rule, ...] = (
     *ANSWER_RULES,
     *ROLLOUT_RULES,
     *TOKEN_RULES,
+    *ENGINE_RULES,
     *UPDATE_RULES,
 )
 

@@ -44,6 +44,21 @@ THIRTY = (
     "llama4_text",
     "modernbert-decoder",
 )
+ALIKE = (
+    "falcon_h1",
+    "gemma4_text",
+    "glm4",
+    "gpt_neox",
+    "jamba",
+    "modernbert-decoder",
+    "nemotron",
+    "olmo2",
+    "phi3",
+    "stablelm",
+)
+"""Like another that is cheaper, or slow: `make test-all` trains them."""
+ON_THE_PAGE = ("llama", "gemma2", "gpt_oss", "bloom", "gptj", "lfm2", "mamba", "mixtral", "opt")
+"""What `make test` proves anew; the others as `make test-all` proves the whole page."""
 RTOL = 1e-5
 SEQUENCES = 2
 """Of 64 tokens, that all texts fill when packed."""
@@ -70,7 +85,10 @@ HALVES = (FOUR[::3], FOUR[1:3])
 @pytest.mark.parametrize(
     ("kind", "runs"),
     [
-        *(pytest.param(kind, HALVES[number % 2], id=kind) for number, kind in enumerate(THIRTY)),
+        *(
+            pytest.param(kind, HALVES[number % 2], id=kind, marks=[pytest.mark.slow] if kind in ALIKE else [])
+            for number, kind in enumerate(THIRTY)
+        ),
         *(
             pytest.param(kind, HALVES[1 - number % 2], id=f"{kind}-other", marks=pytest.mark.slow)
             for number, kind in enumerate(THIRTY)
@@ -156,7 +174,7 @@ def test_the_page_of_architectures_is_true() -> None:
     assert page() == kept.read_text(encoding="utf-8"), "make architectures"
 
 
-@pytest.mark.parametrize("kind", THIRTY)
+@pytest.mark.parametrize("kind", ON_THE_PAGE)
 def test_the_page_says_what_the_proof_finds(kind: str) -> None:
     """The fast part of the same, for what is trained above."""
     kept = (Path(__file__).resolve().parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")

@@ -165,10 +165,10 @@ CELLS = {
     + ADALORA[2][:: 1 if WHOLE_GRIDS else 5]
     + TOKENS[:: 1 if WHOLE_GRIDS else 13]
     + grid("llama", ("ddp", *SHARDED), ALL, every=11)
-    + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=2)
+    + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=4)
     + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=5)
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=5)
-    + grid("anchor", ("zero3", "fsdp2"), ("adamw",))
+    + grid("anchor", ("zero3", "fsdp2"), ("adamw",), every=2)
     + VARIANTS[:: 1 if WHOLE_GRIDS else 4]
     + LITTLE[:: 1 if WHOLE_GRIDS else 5],
     3: SUMS[3]

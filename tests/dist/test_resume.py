@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import SETTINGS, STEPS, Bench, Layout, Run, label
+from harness import SETTINGS, STEPS, WHOLE_GRIDS, Bench, Layout, Run, label
 
 CUT = 3
 METHODS = {
@@ -22,6 +22,8 @@ METHODS = {
 SPREAD = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 GRID_FILE = os.environ.get("DISTFT_RESUME_GRID", "")
 """Where the table of the whole grid goes: every engine on 1 to 4 processes; empty: the quick part only."""
+if not (GRID_FILE or WHOLE_GRIDS):
+    del METHODS["qlora"]  # the state of its adapters is that of lora's
 LAYOUTS = [("solo", 1), *((engine, world) for world in (1, 2, 3, 4) for engine in SPREAD)]
 QUICK = [("zero3", 2), ("fsdp2", 2)]
 SAVED, TARGETS = (LAYOUTS, LAYOUTS) if GRID_FILE else (QUICK, [*QUICK, ("solo", 1)])

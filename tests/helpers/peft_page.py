@@ -18,9 +18,10 @@ from peft import PeftModel
 from tiny import CPU, batch, documents
 from transformers import AutoModelForCausalLM
 
+from distft.engine import ENGINES as ENGINE_SPECS
 from distft.model import load, quantize
 from distft.model.adapters import METHODS
-from distft.model.adapters.peft_types import ON_4BIT, OWN_METHODS, REFUSED, REFUSED_UNDER, registered_types
+from distft.model.adapters.peft_types import ON_4BIT, OWN_METHODS, REFUSED, REFUSED_CUT_BY_BLOCK, registered_types
 from distft.model.heads import HEADS
 from distft.recipe import ModelTable
 
@@ -144,7 +145,7 @@ def rows(folder: Path) -> list[list[str]]:
         final = (solo[name].folder or folder) / "final"
         fell = "trains" if not solo[name].error and all(step["grad_norm"] > 0 for step in solo[name].steps) else "no"
         engines = [
-            "refused" if (name, engine) in REFUSED_UNDER else verdict(together[engine].get(name), solo[name])
+            "refused" if is_refused(name, engine) else verdict(together[engine].get(name), solo[name])
             for engine in ENGINES
         ]
         made.append(
@@ -155,6 +156,10 @@ def rows(folder: Path) -> list[list[str]]:
         ):
             print(name, error[-1500:], file=sys.stderr)
     return made
+
+
+def is_refused(name: str, engine: str) -> bool:
+    return name in REFUSED_CUT_BY_BLOCK and ENGINE_SPECS[engine].parameters == "cut by block"
 
 
 def page(made: list[list[str]]) -> str:
@@ -173,7 +178,7 @@ def page(made: list[list[str]]) -> str:
         "PVERA draws noise in training, another one in each process. RANDLORA's first step is equal; what rounding",
         "makes of it grows over the six.",
         "",
-        *(f"- {name} under {engine}: {reason}" for (name, engine), reason in REFUSED_UNDER.items()),
+        *(f"- {name} under fsdp2: {reason}" for name, reason in REFUSED_CUT_BY_BLOCK.items()),
         "",
         "## Types with a method of their own",
         "",

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from distft.core.engine_traits import EngineTraits
+
 
 class AdaloraParams(TunerParams):
     """PEFT's names."""
@@ -65,9 +67,11 @@ def _starts_at_zero(name: str) -> bool:
     return ".lora_E." in name
 
 
-def _refuses(params: AdaloraParams, engine: str) -> str:
+def _refuses(params: AdaloraParams, engine: EngineTraits) -> str:
     """Refuse engines that cut tensors: importances are compared over whole ones."""
-    return "" if engine in ("solo", "ddp") else f"adalora cannot be trained under {engine}: it looks at whole tensors"
+    if engine.parameters == "whole" and not engine.flattens:
+        return ""
+    return f"adalora cannot be trained under {engine.name}: it looks at whole tensors"
 
 
 def _attach(lm: Any, params: AdaloraParams, dtype: torch.dtype) -> nn.Module:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from distft.core.engine_traits import EngineTraits
+
 ADAPTER = "default"
 """PEFT's name of the one adapter we train; it is part of parameter names."""
 
@@ -285,11 +287,11 @@ def base_alone(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def refuses(params: LoraParams, engine: str) -> str:
+def refuses(params: LoraParams, engine: EngineTraits) -> str:
     """Return why an engine cannot train with these settings; "" where it can."""
-    return "deploy cannot be trained under zero3: layers read each other's weights" if (
-        params.deploy is not None and engine == "zero3"
-    ) else ""  # fmt: skip
+    if params.deploy is None or engine.parameters != "cut by module":
+        return ""
+    return f"deploy cannot be trained under {engine.name}: layers read each other's weights"
 
 
 SPEC = MethodSpec(

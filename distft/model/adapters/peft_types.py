@@ -21,6 +21,8 @@ from distft.model.adapters.peft_tuner import TunerParams, TunerParamsOn4bit, tun
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from distft.core.engine_traits import EngineTraits
+
 OWN_METHODS = {
     "LORA": "lora",
     "ADALORA": "adalora",
@@ -61,13 +63,13 @@ ON_4BIT = frozenset(
      "BEFT"}
 )  # fmt: skip
 """Types whose logits beside a base in 4 bits are those beside the same base dequantised."""
-_SHARED = "layers of several blocks share a tensor, which fsdp2 cuts with one block"
-REFUSED_UNDER = {
-    ("UNILORA", "fsdp2"): _SHARED,
-    ("VBLORA", "fsdp2"): _SHARED,
-    ("BEFT", "fsdp2"): "its tensors have one row each, of which fsdp2 leaves other ranks none",
+_SHARED = "layers of several blocks share a tensor, which is cut with one block"
+REFUSED_CUT_BY_BLOCK = {
+    "UNILORA": _SHARED,
+    "VBLORA": _SHARED,
+    "BEFT": "its tensors have one row each, of which other ranks would have none",
 }
-"""(type, engine) -> why it cannot be trained there."""
+"""Type -> why it cannot be trained where parameters are cut by block (`EngineTraits.parameters`)."""
 _OURS = frozenset(
     {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
      "target_modules", "modules_to_save", "exclude_modules", "fan_in_fan_out", "bias", "runtime_config"}
@@ -192,10 +194,10 @@ def _blocks_differ(params: TunerParams) -> bool:
     return bool(fields.get("layers_to_transform") is not None or re.search(r"\d", str(fields.get("rank_pattern", ""))))
 
 
-def _refuses(params: TunerParams, engine: str) -> str:
+def _refuses(params: TunerParams, engine: EngineTraits) -> str:
     name = params.type if isinstance(params, PeftTypeParams) else ""
-    why = REFUSED_UNDER.get((name, engine), "")
-    return why and f"type: {name} cannot be trained under {engine}: {why}"
+    why = REFUSED_CUT_BY_BLOCK.get(name, "") if engine.parameters == "cut by block" else ""
+    return why and f"type: {name} cannot be trained under {engine.name}: {why}"
 
 
 SPEC = replace(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from distft.core.engine_traits import EngineTraits
+
 
 class QloraParams(LoraParams):
     """LoRA's settings and the base's storage."""
@@ -38,10 +40,10 @@ def _attach(lm: object, params: QloraParams, dtype: torch.dtype) -> nn.Module:
     return lora.attach(lm, params, dtype)
 
 
-def _refuses(params: QloraParams, engine: str) -> str:
-    """Refuse DoRA under ZeRO-3: PEFT copies the packed weight, which is cut over ranks there."""
-    if params.dora and engine == "zero3":
-        return "dora beside 4 bits cannot be trained under zero3"
+def _refuses(params: QloraParams, engine: EngineTraits) -> str:
+    """Refuse DoRA where modules are cut: PEFT copies the packed weight outside its module's forward."""
+    if params.dora and engine.parameters == "cut by module":
+        return f"dora beside 4 bits cannot be trained under {engine.name}: it reads packed weights that are cut there"
     return lora.refuses(params, engine)
 
 

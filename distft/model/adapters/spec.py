@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from distft.core.engine_traits import EngineTraits
     from distft.model.quant_params import QuantParams
 
 
@@ -44,7 +45,7 @@ def _same_rate(params: Any) -> float:
     return 1.0
 
 
-def _never(params: Any, engine: str) -> str:
+def _never(params: Any, engine: EngineTraits) -> str:
     return ""
 
 
@@ -130,8 +131,8 @@ class MethodSpec:
     loader: str = ""
     """Python of the model card that loads final/, where PEFT does not: with `{folder}`, it makes `tokenizer` and
     `model`."""
-    refuses: Callable[[Any, str], str] = _never
-    """(params, name of an engine) -> why it cannot be trained under that engine; "" where it can."""
+    refuses: Callable[[Any, EngineTraits], str] = _never
+    """(params, engine) -> why it cannot be trained under that engine; "" where it can."""
     optimizer: Callable[[Any, Any, int], Any] | None = None
     """(params, the recipe's `OptimizerSpec`, updates of the run or 0 for a plan) -> the spec of an optimizer around it
     that keeps state of the method's and changes weights after each update. Its parameter groups have the `names` of
