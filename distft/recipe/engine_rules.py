@@ -16,8 +16,9 @@ from distft.recipe.schema import Recipe, Registries
 
 def engine_trains_the_method(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """Check that the engine that the recipe names can train its method."""
-    if recipe.engine.name != "auto":
-        yield from _of_method(recipe, registries.engine[recipe.engine.name], registries.engine)
+    spec = registries.engine.get(recipe.engine.name)  # an unknown one has been named
+    if spec is not None and recipe.engine.name != "auto":
+        yield from _of_method(recipe, spec, registries.engine)
 
 
 def refuse_engine(recipe: Recipe, name: str, engines: Registry[Any]) -> None:
@@ -32,7 +33,8 @@ def refuse_engine(recipe: Recipe, name: str, engines: Registry[Any]) -> None:
 
 
 def _of_method(recipe: Recipe, spec: Any, engines: Registry[Any]) -> Iterator[RecipeMistake]:
-    refuses, params = recipe.method.spec.refuses, recipe.method.params
+    params: Any = recipe.method.params
+    refuses = getattr(recipe.method.spec, "refuses", _never)
     if why := refuses(params, spec):
         able = [name for name, other in engines.items() if name != "auto" and not refuses(params, other)]
         yield RecipeMistake(
@@ -41,6 +43,11 @@ def _of_method(recipe: Recipe, spec: Any, engines: Registry[Any]) -> Iterator[Re
             fix=f"engines that can: {', '.join(able)}" if able else "no engine can: change [method]",
             also=(("method", "name"),),
         )
+
+
+def _never(params: Any, engine: Any) -> str:
+    """Return what a method says that is no `MethodSpec`."""
+    return ""
 
 
 def _of_updates(recipe: Recipe, spec: Any, engines: Registry[Any]) -> Iterator[RecipeMistake]:
