@@ -174,6 +174,7 @@ def test_a_node_that_fails_the_doctor_is_replaced(cluster3: Cluster, bench: Benc
     assert alone.ends() == [(9, "end")]
 
 
+@pytest.mark.slow
 def test_two_nodes_then_one_then_two(cluster: Cluster, bench: Bench, solo: Run) -> None:
     story = Story(cluster, bench, "elastic")
     job = story.submit("--nodes=1-2", fault="stop:rank=0,point=step,step=2;stop:rank=0,point=step,step=4")
@@ -358,6 +359,7 @@ def test_an_array_of_three_recipes(cluster: Cluster, bench: Bench, solo: Run) ->
     assert [story.ends() for story in stories] == [[(75, "requeue"), (0, "end")], [(0, "end")], [(0, "end")]]
 
 
+@pytest.mark.slow
 def test_a_chain_of_jobs_where_none_is_requeued(cluster: Cluster, bench: Bench, solo: Run) -> None:
     story = Story(cluster, bench, "chain")
     shape = ["--nodes", "1", "--gpus-per-node", "0", "--set", 'name="chain"', "--set", 'engine.name="solo"']

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from harness import BATCH, LENGTH, SETTINGS, STEPS, Bench, Run, label, relative
+from harness import BATCH, LENGTH, SETTINGS, STEPS, WHOLE_GRIDS, Bench, Run, label, relative
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,11 +23,17 @@ LAYOUTS = [
 
 
 def cases(engine: str, world: int, *settings: str) -> dict[str, list[str]]:
-    """Three methods x packed or not x the smallest and the largest micro-batch; under settings packed and small."""
+    """Three methods x packed or not x the smallest and the largest micro-batch; under settings packed and small.
+
+    Several processes take each packing with one of the micro-batches, but for the whole grid.
+    """
     out = {}
     for method, chosen in METHODS.items():
         for packing in ("true",) if settings else ("true", "false"):
-            for micro in sorted({1} if settings else {1, BATCH // world}):
+            micros = sorted({1} if settings else {1, BATCH // world})
+            if world > 1 and not WHOLE_GRIDS:
+                micros = micros[:1] if packing == "true" else micros[-1:]
+            for micro in micros:
                 name = f"{method}-{'packed' if packing == 'true' else 'rows'}-micro{micro}"
                 out[name] = [
                     f'engine.name="{engine}"',

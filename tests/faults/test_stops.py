@@ -109,6 +109,7 @@ def test_asked_before_anything_is_imported(bench: Bench) -> None:
 
 
 @pytest.mark.row(4)
+@pytest.mark.slow
 def test_a_stop_file_or_one_ranks_sigterm_stops_and_the_same_command_continues(bench: Bench, oracle: Oracle) -> None:
     """Under torchrun, which makes its own code of everything: exit.json has the true one."""
     job = Job(bench, "stopped")

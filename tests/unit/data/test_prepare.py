@@ -212,6 +212,7 @@ def test_of_four_that_start_together_one_works(write: Callable[..., Path], token
 
 
 @pytest.mark.row(29)
+@pytest.mark.slow
 def test_each_node_with_a_cache_of_its_own_prepares_once(
     write: Callable[..., Path], tokenizer: Path, tmp_path: Path
 ) -> None:

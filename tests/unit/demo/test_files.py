@@ -107,6 +107,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
         locate_path("demo:tiny-llama")
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_agree(cache: Path) -> None:
     code = "import sys; from distft.demo.files import locate_path; print(locate_path('demo:tiny-llama'))"
     started = [

@@ -184,7 +184,7 @@ def test_tokens_that_llama_cpp_takes_for_ends_by_their_texts(tmp_path: Path, mon
         assert re.search(rf"<\|{token}\|> \(id \d+\) ends an answer there, and not in the source", message)
 
 
-@pytest.mark.parametrize("form", ["gguf", "safetensors"])
+@pytest.mark.parametrize("form", ["gguf", pytest.param("safetensors", marks=pytest.mark.slow)])
 def test_a_source_that_never_stops_is_seen(form: str, tmp_path: Path) -> None:
     model = kit.save_model(tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))

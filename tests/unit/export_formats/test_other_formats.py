@@ -129,7 +129,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+QUICK = ("plain", "rsLoRA, ranks and alphas of their own")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in ADAPTERS]
+)
 def test_a_reader_that_knows_alpha_and_r_alone_computes_the_same(name: str, tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -44,8 +44,12 @@ def proven(
         ("minicpm3", "chunked", VARLEN, "packed", "batched"),  # a scale of hidden states
         ("modernbert-decoder", "own", VARLEN, "packed", "batched"),  # a layer between trunk and logits
         ("apertus", "chunked", VARLEN, "packed", "batched"),  # grows its rounding a thousandfold
-        ("hrm_text", "chunked", VARLEN, "packed", "batched"),  # passes its blocks many times
-        ("afmoe", "chunked", VARLEN, "packed", "batched"),  # views what attention gives
+        pytest.param(
+            "hrm_text", "chunked", VARLEN, "packed", "batched", marks=pytest.mark.slow
+        ),  # passes its blocks many times
+        pytest.param(
+            "afmoe", "chunked", VARLEN, "packed", "batched", marks=pytest.mark.slow
+        ),  # views what attention gives
         ("biogpt", "chunked", VARLEN, "packed", "batched"),  # does not name its blocks
         ("stablelm", "chunked", "sdpa", "packed", "batched"),
         ("gpt_neo", "chunked", "eager", "single", "batched"),  # a mask of as many tokens as it has positions
@@ -53,7 +57,7 @@ def proven(
         ("falcon_h1", "chunked", SINGLE, "single", "batched"),
         ("bloom", "chunked", "eager", "single", "batched"),  # ALiBi counts from the row's beginning
         ("qwen3_next", "chunked", SINGLE, "single", "batched"),
-        ("recurrent_gemma", "chunked", SINGLE, "single", "single"),
+        pytest.param("recurrent_gemma", "chunked", SINGLE, "single", "single", marks=pytest.mark.slow),
         ("mamba", "chunked", SINGLE, "single", "uncached"),
     ],
 )
