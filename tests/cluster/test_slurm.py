@@ -220,6 +220,7 @@ def test_its_own_faults_are_not_requeued(cluster: Cluster, bench: Bench) -> None
     assert story.ends() == [(5, "end")]
 
 
+@pytest.mark.slow
 @pytest.mark.row(44)
 def test_a_job_that_does_not_get_on_stops(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
     """Warned during data preparation each time, as with a time limit that is too short; enough time then mends it."""

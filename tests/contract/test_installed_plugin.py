@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = """
 import torch
@@ -30,6 +32,7 @@ def register():
 """
 
 
+@pytest.mark.slow
 def test_a_run_uses_it_and_keeps_its_version(tmp_path: Path) -> None:
     site = tmp_path / "site"
     info = site / "acme_parts-1.5.dist-info"

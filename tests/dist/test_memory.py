@@ -48,6 +48,7 @@ def assert_read(ranks: list[dict], *, times: int) -> None:
     assert all(0.75 * share < facts["read"] < 1.25 * share for facts in ranks), ranks
 
 
+@pytest.mark.slow
 def test_weights_are_read_once_a_node(model: Path, tmp_path: Path) -> None:
     """Two nodes of two ranks: groups of their own. Ranks that hold all weights hold no more while they read."""
     ranks = loaded("ddp", model, tmp_path / "facts", world=4, node=2)
