@@ -14,7 +14,7 @@ import anyio.to_thread
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from starlette.exceptions import HTTPException
 
 from distft.service.auth import Caller, find_caller
@@ -180,6 +180,8 @@ def _http(request: Request, error: HTTPException) -> JSONResponse:
 def _database(request: Request, error: DBAPIError) -> JSONResponse:
     if isinstance(error, IntegrityError):  # two requests made the same thing at once: one of them did
         return _answer(ApiError(409, "Another request did this at the same time; try again.", code="conflict"))
+    if isinstance(error, DataError):  # such as a NUL in a text, which PostgreSQL has none of
+        return _answer(ApiError(400, "The request holds a value that cannot be kept.", code="invalid_value"))
     _LOG.error("the database refused", extra={"request_id": request.state.request_id, "error": str(error.orig)[:500]})
     return _answer(ApiError(503, "The database is away; try again.", code="database_unavailable"))
 

@@ -39,6 +39,9 @@ class LocalRunner:
             del self._started[folder.job_id]
         return folder.is_alive()
 
+    def release(self, folder: JobFolder, name: str | None) -> None:
+        """Do nothing: a process that has stopped stays so."""
+
     def kill(self, folder: JobFolder, name: str | None) -> None:
         """Kill the processes of the session that holds the lock."""
         process = folder.processes()

@@ -6,6 +6,14 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from distft.service.api import By, Parts
+from distft.service.graders import (
+    GraderResult,
+    GraderRun,
+    GraderValidation,
+    ValidatedGrader,
+    read_grader,
+    run_grader,
+)
 from distft.service.wire import DeletedObject, ModelObject, Page
 from distft.service.wire_answers import ChatAnswer, ChatRequest, CompletionRequest, TextAnswer
 
@@ -48,3 +56,17 @@ def create_completion(parts: Parts, caller: By, request: CompletionRequest) -> J
     if request.stream:
         return StreamingResponse(parts.completions.stream_complete(caller, request), media_type=_SSE)
     return JSONResponse(parts.completions.complete(caller, request).model_dump())
+
+
+@router.post("/fine_tuning/alpha/graders/validate")
+def validate_grader(caller: By, request: GraderValidation) -> ValidatedGrader:
+    """Say whether a grader is understood."""
+    caller.require("member")
+    return ValidatedGrader(grader=read_grader(request.grader).model_dump())
+
+
+@router.post("/fine_tuning/alpha/graders/run")
+def grade_sample(caller: By, request: GraderRun) -> GraderResult:
+    """Return what a sample is worth."""
+    caller.require("member")
+    return run_grader(request)

@@ -26,6 +26,10 @@ class JobRunner(Protocol):
         """Return whether the last start may still do something."""
         ...
 
+    def release(self, folder: JobFolder, name: str | None) -> None:
+        """Leave a run alone that has saved and stopped: nothing is to start it again by itself."""
+        ...
+
     def kill(self, folder: JobFolder, name: str | None) -> None:
         """End the last start at once."""
         ...

@@ -32,6 +32,12 @@ class ServedBase(Params):
     """What jobs may do with it."""
     nproc: int = Field(default=1, ge=1)
     """Processes of a job on this machine: one for each GPU."""
+    nodes: int = Field(default=1, ge=1)
+    """Nodes of a job, under Slurm."""
+    gpus_per_node: int = Field(default=1, ge=0)
+    """GPUs of a job on each node, under Slurm; 0: one process a node, on its CPUs."""
+    time: str | None = None
+    """Limit of one start, as Slurm writes it; None: the partition's."""
     gpu: str | None = None
     """GPU that jobs are planned for, as `distft plan --gpu`; None: the one of this machine, and no plan without one."""
     max_tokens: int = Field(default=512, ge=1)

@@ -182,6 +182,8 @@ class Worker:
             if self._runner.is_alive(folder, row.runner_job):
                 self._runner.kill(folder, row.runner_job)
                 return
+        elif row.wish == "pause" and folder.exit().get("code") == PREEMPTED_AND_SAVED:
+            self._runner.release(folder, row.runner_job)
         elif row.wish == "pause" and not folder.stop_file.exists():
             folder.ask_to_stop()
         elif row.wish == "run" and folder.stop_file.exists():

@@ -69,6 +69,9 @@ class ScriptedRunner:
     def is_alive(self, folder: JobFolder, name: str | None) -> bool:
         return folder.job_id in self.alive
 
+    def release(self, folder: JobFolder, name: str | None) -> None:
+        """It stays as it is."""
+
     def kill(self, folder: JobFolder, name: str | None) -> None:
         self.alive.discard(folder.job_id)
 
