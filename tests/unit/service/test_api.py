@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,7 +25,9 @@ from service_server import ADMIN_KEY, CHAT, ServiceServer, jsonl, serving, wait_
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTFT_API_KEY", ADMIN_KEY)
-        with serving(tmp_path_factory.mktemp("service"), file_mib=0.2, request_mib=0.1) as running:
+        with serving(
+            tmp_path_factory.mktemp("service"), file_mib=0.2, request_mib=0.1, slowest_upload_s=1.0
+        ) as running:
             yield running
 
 
@@ -391,6 +395,28 @@ def test_names_cannot_leave_their_folder(client: openai.OpenAI, server: ServiceS
     for path in ("/v1/files/..%2f..%2fserver.lock/content", "/v1/files/%2e%2e/content", "/v1/files/../../etc/passwd"):
         assert raw(server, path)[0] == 404
     assert sorted(path.name for path in server.data.parent.iterdir()) == before
+
+
+def test_slow_and_false_bodies_are_given_up(server: ServiceServer) -> None:
+    """A body that does not come is waited for no longer than the limit; one that was not announced is cut."""
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {ADMIN_KEY}\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n"
+    )
+    for more, status in (("Content-Length: 1000\r\n\r\n--b", b"408"), ("Content-Length: 99999999\r\n\r\n", b"413")):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sent:
+            sent.sendall((head + more).encode())
+            assert sent.recv(12).split()[1] == status
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sent:
+        sent.sendall((head + "Transfer-Encoding: chunked\r\n\r\n").encode())
+        chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(40):  # 2.5 MiB, of which 1.2 are read at most
+                sent.sendall(chunk)
+        assert sent.recv(12).split()[1] in (b"413", b"400")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sent:
+        sent.sendall(head.replace(ADMIN_KEY, "sk-wrong").encode() + b"Content-Length: 1000\r\n\r\n")
+        assert sent.recv(12).split()[1] == b"401", "without a key no body is waited for"
 
 
 def test_keys_are_hashed_and_revoked(client: openai.OpenAI, server: ServiceServer) -> None:
