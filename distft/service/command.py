@@ -59,7 +59,7 @@ def _serve(options: argparse.Namespace) -> None:
     from filelock import FileLock, Timeout
 
     from distft.service.app import create_app
-    from distft.service.auth import first_key
+    from distft.service.auth import KEY_VARIABLE, first_key
     from distft.service.database import ServiceDatabase
     from distft.service.errors import ApiError
     from distft.service.logs import log_as_json
@@ -79,6 +79,7 @@ def _serve(options: argparse.Namespace) -> None:
             _refuse_open_host(options.host, session)
         try:
             made = first_key(database)
+            os.environ.pop(KEY_VARIABLE, None)  # nothing that is started from here needs it
         except ApiError as error:
             raise MachineError(error.message) from None
         log_as_json()

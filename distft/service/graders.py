@@ -33,11 +33,11 @@ UNSERVED = {
     "label_model": "asks a model for a label, and none is configured to judge here",
 }
 _PLACE = re.compile(r"\{\{\s*([\w.]+)\s*\}\}")
-_OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
-_FUNCTIONS: dict[str, Callable[..., float]] = {"min": min, "max": max, "abs": abs}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max}  # of several values, also of one alone
 _LONGEST_FORMULA = 1000
 
 
@@ -264,10 +264,12 @@ def _value(node: ast.AST, scores: Mapping[str, float]) -> float:
             return _OPERATORS[type(op)](_value(left, scores), _value(right, scores))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_value(operand, scores))
+        case ast.Call(func=ast.Name(id="abs"), args=[argument], keywords=[]):
+            return abs(_value(argument, scores))
         case ast.Call(func=ast.Name(id=name), args=[_, *_] as arguments, keywords=[]) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](*(_value(argument, scores) for argument in arguments))
+            return _FUNCTIONS[name]([_value(argument, scores) for argument in arguments])
         case _:
             pass
-    allowed = ", ".join([*scores, *_FUNCTIONS])
+    allowed = ", ".join([*scores, *_FUNCTIONS, "abs"])
     message = f"calculate_output knows numbers, + - * / and {allowed}."
     refuse(message, param="grader.calculate_output", code="formula_parse_error")

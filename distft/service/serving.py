@@ -70,9 +70,12 @@ class AnswerService:
     def _running(self) -> subprocess.Popen[str]:
         if self._child is None or self._child.poll() is not None:
             command = [sys.executable, "-m", "distft.service.answering", str(self._workdir)]
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", bufsize=1
-            )
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            with (self._workdir / "log.txt").open("ab") as log:
+                self._child = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8",
+                    bufsize=1,
+                )  # fmt: skip
             threading.Thread(target=self._listen, args=(self._child,), daemon=True, name="answers").start()
         return self._child
 

@@ -56,6 +56,7 @@ def test_formulas() -> None:
     item = {"answer": "Paris"}
     assert grade({**multi, "calculate_output": "0.25 * a + 0.75 * b"}, "In Paris", item) == 0.75
     assert grade({**multi, "calculate_output": "max(a, -b) / (1 + b)"}, "Paris", item) == 0.5
+    assert grade({**multi, "calculate_output": "abs(-a) + max(b) - min(a, b, 0.5)"}, "Paris", item) == 1.5
     result = run_grader(GraderRun(grader={**multi, "calculate_output": "a / (b - b)"}, model_sample="x", item=item))
     assert (result.reward, result.metadata.errors.other_error) == (0, True)
     result = run_grader(
@@ -64,7 +65,8 @@ def test_formulas() -> None:
     assert (result.reward, result.metadata.errors.other_error) == (0, True)
     for formula in (
         "__import__('os').system('true')", "a.real", "[a][0]", "c", "a if b else a", "(lambda: a)()", "a ** b", "'x'",
-        "f'{a}'", "a and b", "max(a, key=b)", "True", "a +", "(" * 500, "-" * 999 + "a",
+        "f'{a}'", "a and b", "max(a, key=b)", "True", "abs(a, b)", "max()", "max(*[a])",
+        "a +", "(" * 500, "-" * 999 + "a",
     ):  # fmt: skip
         with pytest.raises(ApiError, match="calculate_output"):
             read_grader({**multi, "calculate_output": formula})
