@@ -83,6 +83,7 @@ class JobFolder:
     def forget_end(self) -> None:
         """Remove an earlier start's words, which say nothing of the next; the run's own of a good end stays."""
         (self.path / ENDED).unlink(missing_ok=True)
+        (self.path / "process.json").unlink(missing_ok=True)  # its number may be another process's by now
         if self.exit().get("code", 0) != 0:
             (self.run / "exit.json").unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 
@@ -17,13 +18,16 @@ from distft.core.errors import BusyError
 from distft.core.files import replace_json
 from distft.service.job_folder import JobFolder
 
-LAST_LINES = 12
+LAST_LINES, TRIES = 12, 20
 
 
 def main(argv: list[str]) -> int:
     """Run one start; its exit code is the run's."""
     folder, attempt, nproc = JobFolder(path=Path(argv[0])), int(argv[1]), int(argv[2])
-    held = folder.hold()
+    held, tries = folder.hold(), TRIES
+    while held is None and tries:  # a server that looks whether the job lives holds the lock for a moment
+        time.sleep(0.05)
+        held, tries = folder.hold(), tries - 1
     if held is None:
         return BusyError.exit_code  # a start of this job lives: it will say how it ended
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
