@@ -21,6 +21,7 @@ from distft.core.log import quiet_libraries
 from distft.data.templates import read_template
 from distft.generation.completion import Completion, Prompt, SamplingParams
 from distft.generation.local import local_generator
+from distft.routing.token_generator import TokenRoutedGenerator
 from distft.service.loaded_models import LoadedModels, Served, prompt_ids
 
 
@@ -118,12 +119,20 @@ class AnswerProcess:
             if piece := streams[row].take(token):
                 self._say(request, event="piece", index=row, text=piece)
 
-        with self._models.using(served) as lm:
-            generator = local_generator(
-                lm, served.tokenizer, served.stop_ids, stop=lambda: request["id"] in self._given_up, heard=hear
-            )
+        def given_up() -> bool:
+            return request["id"] in self._given_up
+
+        if served.chooses_by_token and request["logprobs"] is not None:
+            raise RequestError("A router that chooses for each token gives no logprobs.", "unsupported_parameter")
+        with self._models.using(served, asked) as lm:
+            generator = local_generator(lm, served.tokenizer, served.stop_ids, stop=given_up, heard=hear)
+            longest = generator.longest
+            if served.chooses_by_token:
+                generator = TokenRoutedGenerator(
+                    served.routed, served.tokenizer, served.stop_ids, stop=given_up, heard=hear
+                )
             how = SamplingParams(
-                max_new_tokens=_room(request, len(asked), generator.longest), temperature=request["temperature"],
+                max_new_tokens=_room(request, len(asked), longest), temperature=request["temperature"],
                 top_p=request["top_p"], stop=stop, seed=request["seed"],
             )  # fmt: skip
             prompts = [Prompt(seed_key=f"answer {index}", ids=asked) for index in range(request["n"])]

@@ -296,7 +296,10 @@ def _method(request: JobRequest, base: ServedBase) -> tuple[dict[str, Any], dict
         message = "The method reinforcement is not here yet: supervised and dpo are."
         raise ApiError(400, message, param="method.type", code="unsupported_method")
     if kind not in base.methods:
-        message = f"The model {request.model} is trained by {', '.join(base.methods)} here, not by {kind}."
+        trained = (
+            f"is trained by {', '.join(base.methods)} here, not by {kind}" if base.methods else "only answers here"
+        )
+        message = f"The model {request.model} {trained}."
         raise ApiError(400, message, param="method.type", code="unsupported_method")
     inner = getattr(request.method, kind, None) or (DpoMethod() if kind == "dpo" else SupervisedMethod())
     values = inner.hyperparameters.model_dump()

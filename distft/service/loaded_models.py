@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from distft.core.errors import Problem, RecipeError
 from distft.core.files import read_json_object
 from distft.core.tokenizer_files import load_tokenizer
 from distft.export_formats.source import ModelSource, open_source, stop_ids
+from distft.routing.router import RoutedPool, is_router
 
 MOST_WHOLE, MOST_ADAPTERS = 2, 32
 """Kept in memory; the one that was asked longest ago goes."""
@@ -27,10 +28,17 @@ class Served:
     stop_ids: tuple[int, ...]
     whole: Any = None
     """transformers' model, where it is no adapter."""
+    routed: Any = None
+    """A `RoutedPool`, where a router chooses an adapter for each request or token; `whole` is its model."""
     base: str = ""
     """The adapter's base."""
     adapter: str = ""
     """Its name in the pool."""
+
+    @property
+    def chooses_by_token(self) -> bool:
+        """Whether a router chooses anew for each token of an answer."""
+        return self.routed is not None and self.routed.how.per == "token"
 
 
 class LoadedModels:
@@ -51,6 +59,9 @@ class LoadedModels:
         if given in self._served:
             self._served.move_to_end(given)
             return self._served[given]
+        if is_router(Path(given).expanduser()):
+            self._served[given] = self._load_router(Path(given).expanduser())
+            return self._served[given]
         source = open_source(given, self._workdir)
         if source.kind == "reward":
             raise _mistake(given, "a reward model gives a number and writes no text")
@@ -68,13 +79,24 @@ class LoadedModels:
         return served
 
     @contextlib.contextmanager
-    def using(self, served: Served) -> Iterator[Any]:
-        """Give the module that computes as this model does."""
+    def using(self, served: Served, asked: Sequence[int]) -> Iterator[Any]:
+        """Give the module that computes as this model does for a request of these tokens."""
+        if served.routed is not None and not served.chooses_by_token:
+            with served.routed.using(served.routed.choose(asked)) as lm:
+                yield lm
+            return
         if served.whole is not None:
             yield served.whole
             return
         with self._pools[served.base].using(served.adapter) as lm:
             yield lm
+
+    def _load_router(self, folder: Path) -> Served:
+        self._make_room(whole=True, base="")
+        routed = RoutedPool(folder, dtype=inference_dtype(), device=inference_device())
+        tokenizer = load_tokenizer(folder)
+        ends = stop_ids(folder, tokenizer)
+        return Served(tokenizer=tokenizer, stop_ids=ends, whole=routed.pool.model, routed=routed)
 
     def _load_adapter(self, source: ModelSource) -> tuple[str, str]:
         from distft.model.adapters.pool import FIRST, AdapterPool

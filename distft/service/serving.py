@@ -26,7 +26,7 @@ class AnswerService:
         self._workdir, self._most = workdir, most_waiting
         self._lock = threading.Lock()
         self._child: subprocess.Popen[str] | None = None
-        self._waiting: dict[int, queue.Queue[dict[str, Any]]] = {}
+        self._waiting: dict[int, tuple[subprocess.Popen[str], queue.Queue[dict[str, Any]]]] = {}
         self._numbers = itertools.count(1)
 
     def answer(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -40,7 +40,7 @@ class AnswerService:
             if len(self._waiting) >= self._most:
                 raise ApiError(429, "Too many requests wait for an answer; try again.", code="rate_limit_exceeded")
             child = self._running()
-            self._waiting[number] = events
+            self._waiting[number] = child, events
             self._send(child, {**request, "id": number})
         finished = False
         try:
@@ -93,7 +93,7 @@ class AnswerService:
         for line in child.stdout:
             event = json.loads(line)
             with self._lock:
-                events = self._waiting.get(event["id"])
+                _, events = self._waiting.get(event["id"], (None, None))
             if events is not None:
                 events.put(event)
         code = child.wait()
@@ -101,6 +101,7 @@ class AnswerService:
         with self._lock:
             if self._child is child:
                 self._child = None
-                for events in self._waiting.values():
+            for asked, events in self._waiting.values():
+                if asked is child:  # those of its successor go on
                     events.put({"event": "refused", "message": "The process that answers has ended; try again.",
                                 "code": "model_unavailable"})  # fmt: skip

@@ -8,9 +8,9 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from distft.core.errors import Problem, RecipeError
 from distft.core.registry import Params
@@ -28,8 +28,8 @@ class ServedBase(Params):
     """Folder or hub id, as `[model] path` of a recipe."""
     chat_template: str = Field(default="auto", min_length=1)
     """As `[data] chat_template`."""
-    methods: tuple[Method, ...] = Field(default=("supervised", "dpo"), min_length=1)
-    """What jobs may do with it."""
+    methods: tuple[Method, ...] = ("supervised", "dpo")
+    """What jobs may do with it; none: it only answers, as a router and an adapter do."""
     nproc: int = Field(default=1, ge=1)
     """Processes of a job on this machine: one for each GPU."""
     nodes: int = Field(default=1, ge=1)
@@ -44,6 +44,12 @@ class ServedBase(Params):
     """Most tokens of an answer where a request names no limit."""
     recipe: dict[str, Any] = Field(default={})
     """Keys that every job's recipe has: `[models.NAME.recipe.method] r = 8`."""
+
+    @model_validator(mode="after")
+    def _only_answers(self) -> Self:
+        if self.methods and (Path(self.path).expanduser() / "router.json").is_file():
+            raise ValueError("path: is a router, of which no job can be made: methods = []")
+        return self
 
     def overrides(self) -> Iterator[str]:
         """Yield `recipe` as `table.key=value`."""
