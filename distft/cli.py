@@ -136,6 +136,11 @@ VERBS: dict[str, Verb] = {
         main="distft.router:main",
         parser="distft.router_options:parser",
     ),
+    "serve": Verb(
+        help="Serve OpenAI's fine-tuning API on this machine: files, jobs in a queue, chat with what was trained.",
+        main="distft.service.command:main",
+        parser="distft.service.options:parser",
+    ),
     "completion": Verb(
         help="Print the script that completes verbs, flags and values in bash, zsh or fish.",
         main="distft.cli:print_completion",

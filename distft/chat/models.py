@@ -80,7 +80,7 @@ class ChatModels:
         if adapters:
             fix = "train a router that knows it"
             raise _mistake(str(folder), "is a router, and --adapter is for the base of one adapter", fix)
-        routed = self._routed = RoutedPool(folder, dtype=_dtype(), device=_device())
+        routed = self._routed = RoutedPool(folder, dtype=inference_dtype(), device=inference_device())
         self.tokenizer = load_tokenizer(folder)
         self._stop_ids = stop_ids(folder, self.tokenizer)
         self._pool = routed.pool
@@ -92,7 +92,7 @@ class ChatModels:
         from distft.model.adapters.pool import FIRST, AdapterPool
 
         if source.is_adapter:
-            pool = self._pool = AdapterPool(source.folder, dtype=_dtype()).to(_device())
+            pool = self._pool = AdapterPool(source.folder, dtype=inference_dtype()).to(inference_device())
             self._modules |= {TUNED: pool.model, BASE: pool.model}
             self._adapter_of |= {TUNED: FIRST, BASE: None}
             for name, folder in adapters.items():
@@ -102,9 +102,9 @@ class ChatModels:
         if adapters:
             fix = "give the run of an adapter, or the folder of one"
             raise _mistake(source.given, "is a whole model, and --adapter goes beside the base of another adapter", fix)
-        self._modules[TUNED] = _whole(source.folder)
+        self._modules[TUNED] = load_whole(source.folder)
         if with_base:
-            self._modules[BASE] = _whole(_base_folder(source))
+            self._modules[BASE] = load_whole(_base_folder(source))
 
     def reply(
         self, name: str, messages: Sequence[Mapping[str, str]], how: SamplingParams, say: Callable[[str], None]
@@ -112,7 +112,7 @@ class ChatModels:
         """Return the answer of one model; `say` is given each piece of its text as soon as it is written."""
         from distft.generation.local import local_generator
 
-        text = _Pieces(self.tokenizer, self._stop_ids, say)
+        text = TextPieces(self.tokenizer, self._stop_ids, say)
         asked = self._ids(messages)
         if self._routed is not None and name == TUNED and self._routed.how.per == "token":
             return self._reply_by_tokens(asked, messages, how, text)
@@ -131,7 +131,7 @@ class ChatModels:
         )  # fmt: skip
 
     def _reply_by_tokens(
-        self, asked: list[int], messages: Sequence[Mapping[str, str]], how: SamplingParams, text: _Pieces
+        self, asked: list[int], messages: Sequence[Mapping[str, str]], how: SamplingParams, text: TextPieces
     ) -> Reply:
         """Return an answer whose tokens each have their own choice; `chosen` says how many each has written."""
         from distft.generation.local import local_generator
@@ -172,7 +172,7 @@ class ChatModels:
             yield lm
 
 
-class _Pieces:
+class TextPieces:
     """Turns tokens into pieces of text; half a character waits for its other half."""
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
@@ -196,14 +196,21 @@ class _Pieces:
             self._say(text[len(self._said) :])
 
 
-def _whole(folder: Path) -> Any:
+def load_whole(folder: Path) -> Any:
+    """Return a model that is no adapter, on this machine's device.
+
+    Raises:
+        DataError: transformers cannot load it.
+    """
     import transformers
 
     from distft.core.errors import DataError
 
     try:
         loader: Any = transformers.AutoModelForCausalLM
-        return loader.from_pretrained(folder, dtype=_dtype(), local_files_only=True).to(_device()).eval()
+        return (
+            loader.from_pretrained(folder, dtype=inference_dtype(), local_files_only=True).to(inference_device()).eval()
+        )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}: transformers cannot load it: {(str(error).splitlines() or [''])[0]}") from error
 
@@ -218,11 +225,13 @@ def _base_folder(source: ModelSource) -> Path:
     return Path(named)
 
 
-def _device() -> str:
+def inference_device() -> str:
+    """Return where models are asked: the GPU, if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _dtype() -> torch.dtype:
+def inference_dtype() -> torch.dtype:
+    """Return the type of weights that models are asked in."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 

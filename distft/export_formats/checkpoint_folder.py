@@ -49,7 +49,7 @@ def rebuild(run: Path, checkpoint: Path, out: Path) -> Path:
     return folder.final
 
 
-_ALONE = ['engine.name="solo"', "export.also=[]", "train.optimizer_in_backward=false"]
+_ALONE = ['engine={ name = "solo" }', "export.also=[]", "train.optimizer_in_backward=false"]
 """What differs for one process that trains nothing."""
 
 

@@ -1,14 +1,13 @@
 """`distft router train`: the right adapter on held-out requests, used by chat and eval; Arrow beside it; mistakes."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import export_kit as kit
 import pytest
 import torch
 from peft import PeftModel
+from routers import ASKS, requests, write, write_router
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distft.model.adapters.pool import FIRST, AdapterPool
@@ -17,38 +16,10 @@ from distft.routing import features
 from distft.routing.router import RoutedPool, choice
 from distft.routing.router_recipe import RouterTable
 
-ASKS = {"red": ("the red ball", "a big red tree"), "dog": ("the little dog", "a dog and a cat"), "rain": ("it rained",)}
-WORDS = [word for word in kit.TEXT.split(" ") if word.isalpha() and word not in ("red", "dog", "rained", "cat", "tree")]
-
-
-def requests(name: str, count: int, seed: int) -> list[dict[str, str]]:
-    draw = random.Random(f"{name} {seed}")
-    rows = []
-    for _ in range(count):
-        around = [draw.choice(WORDS) for _ in range(4)]
-        around.insert(draw.randrange(5), draw.choice(ASKS[name]))
-        rows.append({"prompt": " ".join(around), "completion": draw.choice(WORDS)})
-    return rows
-
-
-def write(file: Path, rows: list[dict[str, str]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("routing")
-    base = kit.save_model(folder / "base")
-    text = f'name = "router"\noutput_dir = "{folder}"\n'
-    for number, name in enumerate(ASKS):
-        kit.save_adapter(folder / name, base, seed=number)
-        write(folder / f"{name}.jsonl", requests(name, 150, 0))
-        write(folder / f"{name}-held.jsonl", requests(name, 30, 1))
-        text += f'[[adapters]]\nname = "{name}"\npath = "{folder / name}"\nrows = "{folder / name}.jsonl"\n'
-        text += f'eval_rows = "{folder / name}-held.jsonl"\n'
-    (folder / "router.toml").write_text(text)
-    assert main(["train", str(folder / "router.toml"), "--min-accuracy", "0.95"]) == 0
-    return folder
+    return write_router(tmp_path_factory.mktemp("routing"))
 
 
 def test_it_chooses_right_on_held_out_requests(world: Path) -> None:

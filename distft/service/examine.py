@@ -1,0 +1,127 @@
+"""`python -m distft.service.examine FOLDER`: a job's files and recipe are looked at, and planned, before it may wait.
+
+A process of its own: what people upload is parsed here, and nothing it does can harm the server. The answer is a file,
+so that a server that was killed finds it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from distft.core.errors import DataError, DistftError, MachineError, RecipeError
+from distft.core.files import replace_json
+from distft.core.log import quiet_libraries
+from distft.service.job_folder import EXAMINED, JobFolder
+from distft.service.job_recipe import TRAIN, VALID, RowScan, chosen, scan_rows, write_recipe
+from distft.service.settings import ServedBase
+
+
+def main(argv: list[str]) -> int:
+    """Look at one job, and write what was found."""
+    folder = JobFolder(path=Path(argv[0]))
+    quiet_libraries()
+    try:
+        found = examine(folder)
+    except DistftError as error:
+        found = {"error": {"code": _code(error), "message": plain(str(error), folder), "param": _param(error)}}
+    replace_json(folder.path / EXAMINED, found, indent=1)
+    return 0
+
+
+def examine(folder: JobFolder) -> dict[str, Any]:
+    """Return what the job's files hold, the values of its hyper-parameters, and what the plan says.
+
+    Raises:
+        DistftError: it cannot be trained.
+    """
+    request = folder.request()
+    base = ServedBase.model_validate_json(request["base"])
+    method = request["method"]["type"]
+    scans: dict[str, RowScan] = {}
+    for key, name, param in (("train", TRAIN, "training_file"), ("valid", VALID, "validation_file")):
+        if (folder.path / name).exists():
+            scans[key] = scan_rows(folder.path / name, method, name=param, line_bytes=request["line_bytes"])
+    values = chosen(request["method"][method]["hyperparameters"], scans["train"].num_rows)
+    write_recipe(folder, base, scans, values)
+    from distft.catalog import REGISTRIES
+    from distft.check import run_check
+    from distft.data_quality import summary
+    from distft.recipe import load_recipe
+
+    recipe = load_recipe(str(folder.recipe), registries=REGISTRIES)
+    report = run_check(recipe, samples=0)
+    events = [
+        _event(
+            f"{'Training' if split.split == 'train' else 'Validation'} file: {split.num_rows:,} rows, "
+            f"{split.num_tokens:,} tokens, {split.num_supervised:,} of them trained",
+            data={"rows": split.num_rows, "tokens": split.num_tokens, "trained_tokens": split.num_supervised},
+        )
+        for split in report.splits
+    ]
+    care = [line for line in summary(report.care) if not line.startswith("!")]
+    events.append(_event("Check of the rows: " + plain("\n".join(care), folder)))
+    events += [_event(plain(note, folder), level="warn") for note in report.care.notes]
+    planned, fits = _plan(folder, base)
+    events += [_event(plain(line, folder), level="info" if fits else "error") for line in planned]
+    if not fits:
+        raise MachineError("The job does not fit the machine: " + "\n".join(planned))
+    return {"hyperparameters": values, "num_steps": report.num_steps, "events": events}
+
+
+def _plan(folder: JobFolder, base: ServedBase) -> tuple[list[str], bool]:
+    """Return what the plan says, and whether the job fits; a machine without a GPU is not planned for."""
+    import torch
+
+    if base.gpu is None and not torch.cuda.is_available():
+        return ["No plan: this machine has no GPU, and the model's settings name none."], True
+    from distft.catalog import REGISTRIES
+    from distft.plan import calibration, show
+    from distft.plan.machine import read_machine
+    from distft.plan.planner import Planner
+    from distft.plan.source import config_folder
+    from distft.recipe import load_recipe
+
+    gpu = base.gpu or f"{torch.cuda.get_device_properties(0).total_memory / 2**30 * 0.97:.1f}"
+    machine = read_machine(gpu, base.nproc, 1, calibration.place(None))
+    recipe = load_recipe(str(folder.recipe), registries=REGISTRIES)
+    with config_folder(recipe, None) as config:
+        planner = Planner(path=str(folder.recipe), overrides=(), folder=config, machine=machine)
+        case = planner.cases([], [])[0][0]
+        lines = [line for line in show.details(case, price=None, explain=False) if line.strip()]
+        verdict = [line for line in lines if "fit" in line.lower()][:1] or lines[:1]
+        return [*verdict, *([] if case.fits else show.advice(planner.changes(case)))], case.fits
+
+
+def plain(text: str, folder: JobFolder) -> str:
+    """Return a message without the paths of this machine."""
+    return text.replace(f"{folder.path}/runs/", "").replace(f"{folder.path}/", "")
+
+
+def _event(message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"message": message, "level": level, "data": data}
+
+
+def _code(error: DistftError) -> str:
+    match error:
+        case DataError():
+            return "invalid_training_file"
+        case MachineError():
+            return "does_not_fit"
+        case RecipeError():
+            return "invalid_job"
+        case _:
+            return error.kind.replace(" ", "_")
+
+
+def _param(error: DistftError) -> str | None:
+    if isinstance(error, DataError):
+        return "validation_file" if "validation_file" in str(error) or VALID in str(error) else "training_file"
+    return None
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    sys.exit(main(sys.argv[1:]))

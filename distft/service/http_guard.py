@@ -1,0 +1,136 @@
+"""What every request goes through before the API sees it: an id, a key, a limit on its body, a line in the log.
+
+Plain ASGI. A key is looked at before a body is read: who has none sends no bytes here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
+from typing import Any
+
+from distft.service.auth import Caller
+from distft.service.errors import ApiError
+from distft.service.tables import new_id
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_LOG = logging.getLogger("distft.service.requests")
+_OPEN = ("/healthz", "/openapi.json")
+"""Paths that need no key."""
+_UPLOADS = re.compile(r"/v1/(?:files|uploads/[^/]+/parts)/?")
+_SLACK = 1 << 20
+"""Bytes that a form has around its file."""
+
+
+class RequestCounts:
+    """How many requests came, by method, route and status, and how long they took."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, str, int]] = Counter()
+        self.seconds: Counter[tuple[str, str]] = Counter()
+
+    def add(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self.requests[method, route, status] += 1
+        self.seconds[method, route] += seconds  # pyright: ignore[reportArgumentType]
+
+
+class HttpGuard:
+    """Wraps the API."""
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        find_caller: Callable[[str | None, str], Awaitable[Caller]],
+        counts: RequestCounts,
+        request_bytes: int,
+        file_bytes: int,
+        idle_s: float,
+    ) -> None:
+        self._app, self._find_caller, self._counts = app, find_caller, counts
+        self._request_bytes, self._file_bytes, self._idle_s = request_bytes, file_bytes, idle_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id, began, status = new_id("req_"), time.monotonic(), 500
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                took = f"{(time.monotonic() - began) * 1000:.0f}".encode()
+                added = [(b"x-request-id", request_id.encode()), (b"openai-processing-ms", took)]
+                added += [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
+            await send(message)
+
+        key = ""
+        try:
+            if scope["path"] not in _OPEN:
+                caller = await self._find_caller(_header(scope, b"authorization"), request_id)
+                scope["state"]["caller"], key = replace(caller, request_id=request_id), caller.key_id
+            await self._app(scope, self._limited(scope, receive), send_with_id)
+        except ApiError as error:
+            await refuse_request(error, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            seconds = time.monotonic() - began
+            self._counts.add(scope["method"], route, status, seconds)
+            _LOG.info(
+                "request", extra={"request_id": request_id, "key": key, "method": scope["method"], "route": route,
+                                  "status": status, "ms": round(seconds * 1000, 1)},
+            )  # fmt: skip
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """Return `receive` with a limit on the body's bytes, and on the time without any."""
+        upload = scope["method"] == "POST" and _UPLOADS.fullmatch(scope["path"]) is not None
+        most, size, done = (self._file_bytes + _SLACK if upload else self._request_bytes), 0, False
+        told = _header(scope, b"content-length") or "0"
+        if not told.isdecimal() or int(told) > most:
+            raise ApiError(413, f"The request's body is larger than {most} bytes.", code="request_too_large")
+
+        async def next_message() -> Message:
+            nonlocal size, done
+            if done:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._idle_s)
+            except TimeoutError:
+                raise ApiError(408, "The request's body did not come.", code="request_timeout") from None
+            size += len(message.get("body", b""))
+            done = not message.get("more_body", False)
+            if size > most:
+                raise ApiError(413, f"The request's body is larger than {most} bytes.", code="request_too_large")
+            return message
+
+        return next_message
+
+
+async def refuse_request(error: ApiError, send: Send) -> None:
+    """Answer with an error's body."""
+    body = json.dumps(error.body()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.status in (408, 413):
+        headers.append((b"connection", b"close"))  # what is left of the body is not read
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)

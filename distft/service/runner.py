@@ -1,0 +1,44 @@
+"""What runs the jobs: what a runner is. The registry of them is in `runners`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from distft.core.registry import NoParams, Params
+from distft.service.job_folder import JobFolder
+from distft.service.settings import ServedBase, ServiceSettings
+
+
+class JobRunner(Protocol):
+    """Starts runs, and knows whether they live. Nothing it knows is lost with the server."""
+
+    def start(self, folder: JobFolder, base: ServedBase, attempt: int) -> str | None:
+        """Start the run of a job; return what this runner calls it, if it has a name for it.
+
+        Raises:
+            DistftError: it cannot be started.
+        """
+        ...
+
+    def is_alive(self, folder: JobFolder, name: str | None) -> bool:
+        """Return whether the last start may still do something."""
+        ...
+
+    def release(self, folder: JobFolder, name: str | None) -> None:
+        """Leave a run alone that has saved and stopped: nothing is to start it again by itself."""
+        ...
+
+    def kill(self, folder: JobFolder, name: str | None) -> None:
+        """End the last start at once."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerSpec:
+    """A runner that `--runner` may name."""
+
+    name: str
+    build: Callable[[ServiceSettings], JobRunner]
+    params: type[Params] = NoParams

@@ -1,0 +1,239 @@
+"""Requests for answers as OpenAI's API has them; what this server cannot do is refused by the field that asks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, StringConstraints, model_validator
+
+from distft.service.errors import ApiError
+from distft.service.wire import WireObject, WireRequest
+
+Stop = str | Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=256)]], Field(max_length=4)]
+OFF: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "parallel_tool_calls": (None, True, False),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "moderation": (None,),
+    "web_search_options": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "store": (None, False),
+    "service_tier": (None, "auto", "default"),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None,),
+    "metadata": (None, {}),
+}
+"""Fields that this server does not serve -> values by which they ask for nothing."""
+LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
+"""Fields that name who asks or how to keep prompts, and change no answer."""
+
+
+class TextPart(WireRequest):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class MessageRequest(WireRequest):
+    """A message; pictures, sound and calls of tools are not understood."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(WireRequest):
+    """`stream_options`."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class AnswerRequest(WireRequest):
+    """What both kinds of request have."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: Stop | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, JsonValue] | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _stream_options(self) -> AnswerRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream = true")
+        return self
+
+    def refuse_unserved(self) -> None:
+        """Refuse the first field that asks for what this server cannot do.
+
+        Raises:
+            ApiError: status 400, with the field's name.
+        """
+        for name, off in OFF.items():
+            value = getattr(self, name, None)
+            if not any(value is word if word is None or isinstance(word, bool) else value == word for word in off):
+                raise ApiError(
+                    400, f"'{name}' is not supported by this server.", param=name, code="unsupported_parameter"
+                )
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end an answer."""
+        texts = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        return [text for text in texts if text]
+
+
+class ChatRequest(AnswerRequest):
+    """POST /chat/completions."""
+
+    messages: Annotated[list[MessageRequest], Field(min_length=1, max_length=10_000)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[JsonValue] | None = None
+    tool_choice: JsonValue = None
+    parallel_tool_calls: bool | None = None
+    functions: list[JsonValue] | None = None
+    function_call: JsonValue = None
+    response_format: JsonValue = None
+    audio: JsonValue = None
+    modalities: list[str] | None = None
+    prediction: JsonValue = None
+    moderation: JsonValue = None
+    web_search_options: JsonValue = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: JsonValue = None
+    prompt_cache_retention: str | None = None
+
+    @model_validator(mode="after")
+    def _top_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs = true")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens say two things")
+        return self
+
+
+class CompletionRequest(AnswerRequest):
+    """POST /completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """Return each prompt as text or as tokens.
+
+        Raises:
+            ApiError: there is none, or there are too many.
+        """
+        match self.prompt:
+            case str() as text:
+                return [{"prompt": text}]
+            case [int(), *_] as ids:
+                return [{"ids": ids}]
+            case list() as several:
+                if 1 <= len(several) <= 16:
+                    return [{"prompt": asked} if isinstance(asked, str) else {"ids": asked} for asked in several]
+        raise ApiError(400, "'prompt' holds 1 to 16 prompts.", param="prompt", code="invalid_value")
+
+
+class Usage(WireObject):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TokenLogprob(WireObject):
+    """A token of an answer."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[dict[str, Any]]
+
+
+class ChatMessage(WireObject):
+    """The message that answers."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(WireObject):
+    """One of the answers."""
+
+    index: int
+    message: ChatMessage
+    logprobs: dict[str, Any] | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatAnswer(WireObject):
+    """A chat completion."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str | None = None
+
+
+class TextChoice(WireObject):
+    """One of the texts."""
+
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class TextAnswer(WireObject):
+    """A completion."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    system_fingerprint: str | None = None

@@ -1,0 +1,188 @@
+"""`distft serve` as a process, with jobs that train: from an upload to an answer, and through every kind of death."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from service_process import KEY, ServiceProcess, service
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"say {n % 8}"}, {"role": "assistant", "content": f"it is {n % 8}"}]}
+    for n in range(64)
+]
+
+
+def rows(count: int = 64) -> bytes:
+    return "".join(json.dumps(ROWS[n % 64]) + "\n" for n in range(count)).encode()
+
+
+def make_job(client: openai.OpenAI, *, epochs: int = 10, **more: Any) -> str:
+    file_id = client.files.create(file=("rows.jsonl", rows()), purpose="fine-tune").id
+    hyperparameters: Any = {"n_epochs": epochs, "batch_size": 8}
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+    return client.fine_tuning.jobs.create(model="tiny", training_file=file_id, seed=3, method=method, **more).id
+
+
+def wait_for(client: openai.OpenAI, job_id: str, *statuses: str, within_s: float = 600) -> Any:
+    end = time.monotonic() + within_s
+    while (job := client.fine_tuning.jobs.retrieve(job_id)).status not in statuses:
+        assert time.monotonic() < end, job
+        assert job.status not in ("failed", "cancelled"), job
+        time.sleep(0.2)
+    return job
+
+
+def step_events(client: openai.OpenAI, job_id: str) -> list[str]:
+    events = [event for event in client.fine_tuning.jobs.list_events(job_id, limit=1000) if event.type == "metrics"]
+    return [event.message for event in reversed(events) if "training" in event.message]
+
+
+def at_step(client: openai.OpenAI, job_id: str, step: int, within_s: float = 300) -> None:
+    end = time.monotonic() + within_s
+    while len(step_events(client, job_id)) < step:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.dist
+def test_from_an_upload_to_an_answer(tmp_path: Path) -> None:
+    with service(tmp_path / "data") as server, server.client() as client:
+        job = wait_for(client, make_job(client, suffix="says"), "succeeded")
+        assert job.fine_tuned_model.startswith("ft:tiny:default:says:")
+        steps = step_events(client, job.id)
+        assert [line.split(":")[0] for line in steps] == [f"Step {n}/80" for n in range(1, 81)]
+        asked: Any = {
+            "model": job.fine_tuned_model,
+            "messages": [{"role": "user", "content": "say 3"}],
+            "temperature": 0,
+        }
+        answer = client.chat.completions.create(**asked, max_tokens=20, logprobs=True, top_logprobs=2)
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("it is 3", "stop")
+        assert answer.choices[0].logprobs is not None
+        tokens = answer.choices[0].logprobs.content or []
+        assert "".join(token.token for token in tokens) == "it is 3"
+        assert all(token.top_logprobs[0].logprob == token.logprob > -0.5 for token in tokens)
+        pieces = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces[:-1]) == "it is 3"
+        assert len([piece for piece in pieces[:-1] if piece.choices[0].delta.content]) > 1
+        assert pieces[-2].choices[0].finish_reason == "stop"
+        assert pieces[-1].usage is not None
+        assert pieces[-1].usage.completion_tokens == answer.usage.completion_tokens
+        cut = client.chat.completions.create(**asked, stop=[" is"])
+        assert cut.choices[0].message.content == "it"
+        checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[-1]
+        texts = client.completions.create(
+            model=checkpoint.fine_tuned_model_checkpoint,
+            prompt=["say 1", "say 2"],
+            n=2,
+            max_tokens=3,
+            seed=1,
+            logprobs=1,
+        )
+        assert [choice.index for choice in texts.choices] == [0, 1, 2, 3]
+        assert server.stop() == 0
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_killed_server_finds_its_job_which_is_paused_and_resumed(tmp_path: Path) -> None:
+    with service(tmp_path / "quiet") as quiet, quiet.client() as client:
+        job = wait_for(client, make_job(client, epochs=50), "succeeded")
+        undisturbed, tokens = step_events(client, job.id), job.trained_tokens
+    server = ServiceProcess(tmp_path / "data")
+    try:
+        with server.client() as client:
+            job_id = make_job(client, epochs=50)
+            at_step(client, job_id, 5)
+            server.kill()
+        server.start()
+        with server.client() as client:
+            client.fine_tuning.jobs.pause(job_id)
+            wait_for(client, job_id, "paused")
+            paused_at = len(step_events(client, job_id))
+            assert 5 <= paused_at < len(undisturbed)
+            time.sleep(1)
+            assert len(step_events(client, job_id)) == paused_at
+            client.fine_tuning.jobs.resume(job_id)
+            job = wait_for(client, job_id, "succeeded")
+            assert step_events(client, job_id) == undisturbed, "bit for bit"
+            assert job.trained_tokens == tokens
+    finally:
+        server.kill()
+        server.end_jobs()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_servers_and_jobs_killed_at_random_moments(tmp_path: Path) -> None:
+    """Servers, job processes and their launchers are killed; every job ends as if undisturbed."""
+    chance, kills = random.Random(5), int(os.environ.get("DISTFT_KILLS", "12"))
+    models = tmp_path / "models.toml"
+    models.write_text(
+        "[limits]\njobs_side_by_side = 2\nlost_starts = 100\n"
+        "[models.tiny]\npath = 'demo:tiny-llama'\nchat_template = 'plain'\n"
+        "[models.tiny.recipe]\nmodel = { init = 'random', dtype = 'float32' }\nmethod = { name = 'full' }\n"
+        "optim = { learning_rate = 3e-3 }\n",
+        encoding="utf-8",
+    )
+    server = ServiceProcess(tmp_path / "data", "--models", str(models))
+    try:
+        with server.client() as client:
+            ids = [make_job(client, epochs=50) for _ in range(4)]
+        for _ in range(kills):
+            time.sleep(chance.uniform(0.5, 8))
+            if chance.random() < 0.5:
+                server.kill()
+                server.start()
+                continue
+            for path in server.data.glob("jobs/*/process.json"):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                victim = content["pid"] if chance.random() < 0.3 else content["child"]
+                if chance.random() < 0.6:
+                    try:
+                        os.kill(victim, signal.SIGKILL)
+                    except ProcessLookupError:
+                        continue
+        with server.client() as client:
+            jobs = [wait_for(client, job_id, "succeeded", within_s=1200) for job_id in ids]
+            events = [step_events(client, job_id) for job_id in ids]
+        assert all(len(lines) == 400 for lines in events), [len(lines) for lines in events]
+        assert all(lines == events[0] for lines in events), "the same rows and seed: the same losses, in order"
+        assert len({job.trained_tokens for job in jobs}) == 1
+        assert len({job.fine_tuned_model for job in jobs}) == 4
+    finally:
+        server.kill()
+        server.end_jobs()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_first_key_and_who_may_listen(tmp_path: Path) -> None:
+    with service(tmp_path / "data", key=None) as server:
+        key = next(line.rpartition(" ")[2] for line in server.said if line.startswith("first admin key"))
+        assert key not in server.log
+        with openai.OpenAI(api_key=key, base_url=f"{server.url}/v1") as client:
+            assert [model.id for model in client.models.list()] == ["tiny"]
+            with pytest.raises(openai.BadRequestError, match="no weights"):
+                client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "?"}])
+        with pytest.raises(AssertionError, match="another server works with this folder"):
+            ServiceProcess(tmp_path / "data")
+    with pytest.raises(AssertionError, match="without a key this machine alone may ask"):
+        ServiceProcess(tmp_path / "other", "--host", "0.0.0.0", key=None)
+    assert KEY not in server.log
+
+    async def drive() -> None:
+        async with openai.AsyncOpenAI(api_key=KEY, base_url=f"{server.url}/v1", max_retries=0) as made:
+            with pytest.raises(openai.APIConnectionError):
+                await made.models.list()
+
+    asyncio.run(drive())

@@ -1,0 +1,87 @@
+"""A router is asked as a model: it chooses an adapter for each request, or for each token, as `distft chat` does."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from routers import ASKS, requests, write_router
+
+from distft.chat.models import ChatModels
+from distft.core.errors import RecipeError
+from distft.generation.completion import SamplingParams
+from distft.service.answering import AnswerProcess
+from distft.service.settings import read_settings
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_router(tmp_path_factory.mktemp("routed"))
+
+
+@pytest.fixture(scope="module")
+def by_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_router(tmp_path_factory.mktemp("by-token"), 'per = "token"')
+
+
+def asked(given: Path, prompts: list[str], workdir: Path, **changes: Any) -> list[dict[str, Any]]:
+    """Events of requests, one after another."""
+    out = io.StringIO()
+    lines = [
+        json.dumps(
+            {"id": number, "given": str(given), "messages": [{"role": "user", "content": prompt}], "stop": [], "n": 1,
+             "max_tokens": 6, "default_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 1, "logprobs": None} | changes
+        )
+        for number, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    AnswerProcess(workdir, out).run(io.StringIO("\n".join(lines) + "\n"))
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def answers(events: list[dict[str, Any]]) -> list[str]:
+    assert not [event for event in events if event["event"] in ("refused", "failed")], events
+    return [event["text"] for event in events if event["event"] == "end"]
+
+
+def test_answers_are_those_of_the_chosen_adapters(world: Path, tmp_path: Path) -> None:
+    models = ChatModels(str(world / "router"), {}, tmp_path, with_base=True)
+    prompts = [requests(name, 1, 7)[0]["prompt"] for name in ASKS]
+    how = SamplingParams(max_new_tokens=6)
+    wanted = []
+    for name, prompt in zip(ASKS, prompts, strict=True):
+        reply = models.reply("tuned", [{"role": "user", "content": prompt}], how, lambda piece: None)
+        assert reply.chosen == name
+        wanted.append(reply.text)
+    events = asked(world / "router", prompts, tmp_path)
+    assert answers(events) == wanted
+    assert len(set(wanted)) > 1, "adapters of random numbers answer differently"
+    for number, text in enumerate(wanted):
+        pieces = [event["text"] for event in events if event["event"] == "piece" and event["id"] == number]
+        assert "".join(pieces) == text
+    scored = asked(world / "router", prompts[:1], tmp_path, logprobs=1)
+    (end,) = (event for event in scored if event["event"] == "end")
+    assert end["text"] == wanted[0]
+    assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] for token in end["logprobs"]), "greedy"
+
+
+@pytest.mark.slow
+def test_a_choice_for_each_token(by_token: Path, tmp_path: Path) -> None:
+    models = ChatModels(str(by_token / "router"), {}, tmp_path, with_base=True)
+    prompts = [requests(name, 1, 8)[0]["prompt"] for name in ASKS]
+    how = SamplingParams(max_new_tokens=6)
+    wanted = []
+    for prompt in prompts:
+        wanted.append(models.reply("tuned", [{"role": "user", "content": prompt}], how, lambda piece: None).text)
+    assert answers(asked(by_token / "router", prompts, tmp_path)) == wanted
+    (event,) = asked(by_token / "router", prompts[:1], tmp_path, logprobs=0)
+    assert (event["event"], event["message"]) == ("refused", "A router that chooses for each token gives no logprobs.")
+
+
+def test_no_job_is_made_of_a_router(world: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "models.toml"
+    settings.write_text(f'[models.routed]\npath = "{world / "router"}"\n')
+    with pytest.raises(RecipeError, match=r"line 1 .*is a router, of which no job can be made: methods = \[\]"):
+        read_settings(settings)
+    settings.write_text(f'[models.routed]\npath = "{world / "router"}"\nmethods = []\n')
+    assert read_settings(settings).models["routed"].methods == ()
