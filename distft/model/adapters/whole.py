@@ -93,9 +93,9 @@ def add_adapter(beside: Any, name: str, folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         refuse_activated(config, folder)
         named = config.get("base_model_name_or_path")
-        first = beside.peft_config["default"].base_model_name_or_path
-        if named != first:
-            raise _mistake(folder, f"its base is {named}, and the first adapter's {first}", "take adapters of one base")
+        there = next(iter(beside.peft_config.values())).base_model_name_or_path
+        if named != there:
+            raise _mistake(folder, f"its base is {named}, and the other adapters' {there}", "take adapters of one base")
         beside.load_adapter(str(folder), adapter_name=name, is_trainable=False)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         first = (str(error).splitlines() or [""])[0]

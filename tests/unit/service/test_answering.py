@@ -1,4 +1,4 @@
-"""A router is asked as a model: it chooses an adapter for each request, or for each token, as `distft chat` does."""
+"""Adapters beside one base, and routers, are asked as models: each answers as `distft chat` and PEFT do."""
 
 import io
 import json
@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from routers import ASKS, requests, write_router
+from transformers import AutoModelForCausalLM
 
 from distft.chat.models import ChatModels
 from distft.core.errors import RecipeError
 from distft.generation.completion import SamplingParams
 from distft.service.answering import AnswerProcess
+from distft.service.loaded_models import LoadedModels
 from distft.service.settings import read_settings
 
 
@@ -28,10 +32,12 @@ def by_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(given: Path, prompts: list[str], workdir: Path, **changes: Any) -> list[dict[str, Any]]:
     """Events of requests, one after another."""
     out = io.StringIO()
+    common = {"stop": [], "n": 1, "max_tokens": 6, "default_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 1}
     lines = [
         json.dumps(
-            {"id": number, "given": str(given), "messages": [{"role": "user", "content": prompt}], "stop": [], "n": 1,
-             "max_tokens": 6, "default_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 1, "logprobs": None} | changes
+            {"id": number, "given": str(given), "messages": [{"role": "user", "content": prompt}], "logprobs": None}
+            | common
+            | changes
         )
         for number, prompt in enumerate(prompts)
     ]  # fmt: skip
@@ -63,6 +69,24 @@ def test_answers_are_those_of_the_chosen_adapters(world: Path, tmp_path: Path) -
     (end,) = (event for event in scored if event["event"] == "end")
     assert end["text"] == wanted[0]
     assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] for token in end["logprobs"]), "greedy"
+
+
+def test_adapters_stand_beside_one_base_and_the_oldest_makes_room(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one, too, which came with the base."""
+    monkeypatch.setattr("distft.service.loaded_models.MOST_ADAPTERS", 2)
+    models, ids = LoadedModels(tmp_path), torch.arange(5, 15)[None]
+    bases = set[int]()
+    for name in ("red", "dog", "rain", "red", "dog"):
+        served = models.get(str(world / name))
+        with models.using(served, []) as lm, torch.no_grad():
+            logits = lm(input_ids=ids).logits
+            bases.add(id(lm))
+        lone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "base"), world / name)
+        with torch.no_grad():
+            assert torch.allclose(logits, lone(input_ids=ids).logits, atol=1e-5), name
+    assert len(bases) == 1
 
 
 @pytest.mark.slow
