@@ -57,6 +57,27 @@ def test_batches_and_order_change_nothing(tiny_config: Path, how: dict) -> None:
         assert own.generate(prompts(), SamplingParams(max_new_tokens=20, seed=1, **how)) != whole
 
 
+def test_likely_tokens_alone_are_drawn_and_said_as_of_all(tiny_config: Path) -> None:
+    """`top_p` leaves tokens out of the draws, by a plain rule here; log-probabilities are those of every token."""
+    engine, own = opened(tiny_config)
+    temperature, top_p = 1.4, 0.6
+    how = SamplingParams(max_new_tokens=20, temperature=temperature, top_p=top_p, logprobs=True)
+    lm = engine.model.lm.eval()
+    lm.config._attn_implementation = "sdpa"
+    left_out, alone = 0, 0
+    for ids, one in zip(PROMPTS, own.generate(prompts(), how), strict=True):
+        with torch.no_grad():
+            logits = lm(torch.tensor([[*ids, *one.ids]])).logits[0, len(ids) - 1 : -1].double() / temperature
+        for token, said, logprob_V in zip(one.ids, one.logprobs, logits.log_softmax(-1), strict=True):
+            assert said == pytest.approx(float(logprob_V[token]), abs=1e-5)
+            before = float(logprob_V[logprob_V > logprob_V[token]].exp().sum())
+            assert before < top_p, "tokens that are likelier have less than top_p together"
+            left_out += int((logprob_V < logprob_V[token]).sum())
+            alone += before > 0
+    assert left_out
+    assert alone, "not only the likeliest"
+
+
 @pytest.mark.parametrize("prefix", [0, 4])
 def test_a_prompt_with_several_answers_is_read_once(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch, prefix: int
