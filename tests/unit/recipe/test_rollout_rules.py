@@ -53,6 +53,7 @@ REPLACED: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
         {"METHOD": "lora", "ROLLOUT": 'generator = "vllm"\ntemperature = 0.7\ntop_p = 0.9 # <-'},
         ("before the temperature or after top_p", "temperature = 1.0"),
     ),
+    "a critic of its own": ({"OBJECTIVE": 'critic = "own" # <-'}, ("a layer on the model's own hidden states",)),
     "TRL's num_generations": ({"ROLLOUT": "num_generations = 8 # <-"}, ("num_generations", "unknown key")),
     "an unknown score": ({"REWARD": '[[rollout.rewards]]\nname = "exact" # <-'}, ("unknown score", "exact_match")),
     "a score's own key": ({"REWARD": "fields = 3 # <-"}, ("fields",)),
