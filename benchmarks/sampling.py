@@ -6,7 +6,8 @@ usage: python benchmarks/sampling.py MODEL_FOLDER [--answers 32] [--prompt 16] [
 
 Draws at temperature 1 with the log-probability of each token, in interleaved rounds of one process. Without rows no
 token ends an answer, so that both write equally many; with them, the column `prompt` is asked `--each` times a row and
-answers end where the model ends them. `--step` runs a recipe and sums the time in forwards, backwards and updates.
+answers end where the model ends them. `--step` runs a recipe and sums
+the time in forwards, backwards and updates, the first step left out.
 """
 
 from __future__ import annotations
@@ -109,15 +110,26 @@ def of_step(given: argparse.Namespace) -> dict[str, Any]:
         name: _Timed(getattr(owner, name), device)
         for owner, name in ((CausalLM, "forward"), (SoloEngine, "backward"), (SoloEngine, "step"))
     }
+    first: dict[str, float] = {}
     for owner, name in ((CausalLM, "forward"), (SoloEngine, "backward"), (SoloEngine, "step")):
         setattr(owner, name, timed[name].wrapped())
+    take_step = SoloEngine.step
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        """Leave out everything up to the end of the first step: the evaluation before it is none."""
+        report = take_step(*args, **kwargs)
+        if not first:
+            first.update({name: each.seconds for name, each in timed.items()}, until=timed["step"].until)
+        return report
+
+    SoloEngine.step = noted  # type: ignore[method-assign]
     result = train(load_recipe(given.model, overrides=['engine.name="solo"', *given.overrides]), resume="never")
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step_s" in line]
-    whole = timed["step"].until - timed["forward"].since  # what comes before is no step
-    parts = {name: each.seconds for name, each in timed.items()}
+    whole = timed["step"].until - first["until"]
+    parts = {name: each.seconds - first[name] for name, each in timed.items()}
     return {
-        "steps": len(steps), "step_s": whole / len(steps), "in_model_s": parts,
+        "steps": len(steps) - 1, "step_s": whole / (len(steps) - 1), "in_model_s": parts,
         "writing_s": sum(line["writing_s"] for line in steps), "judging_s": sum(line["judging_s"] for line in steps),
         "share_that_is_not_the_model": 1 - sum(parts.values()) / whole,
     }  # fmt: skip
@@ -143,14 +155,13 @@ class _Timed:
 
     def __init__(self, method: Any, device: str) -> None:
         self._method, self._device, self.seconds = method, device, 0.0
-        self.since, self.until = 0.0, 0.0
-        """When the first call began and the last one ended."""
+        self.until = 0.0
+        """When the last call ended."""
 
     def wrapped(self) -> Any:
         @functools.wraps(self._method)
         def call(*args: Any, **kwargs: Any) -> Any:
             began = _now(self._device)
-            self.since = self.since or began
             try:
                 return self._method(*args, **kwargs)
             finally:

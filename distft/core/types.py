@@ -31,7 +31,8 @@ class LossTerms:
     loss_sum: Tensor
     """Scalar with gradient: the loss summed over supervised tokens (SFT) or pairs (preference objectives)."""
     figures: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
-    """By name [2], sum and count without gradient: added up with the loss, logged as means, the same names always."""
+    """By name, without gradient, the same names always: [2], sum and count, logged as a mean; or another kind of
+    `distft.core.step_figures`."""
 
     by_group: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     """Figures of each group: [G], without gradient; evaluations keep them."""
@@ -40,16 +41,16 @@ class LossTerms:
     def of(
         cls,
         loss_sum: Tensor,
-        figures: Mapping[str, tuple[Tensor, float | Tensor]] | None = None,
+        figures: Mapping[str, tuple[Tensor | float, ...]] | None = None,
         by_group: Mapping[str, Tensor] | None = None,
     ) -> LossTerms:
-        """Return the terms with each figure's sum and count as one fp64 tensor on the loss's device."""
+        """Return the terms with each figure's parts (a mean's: sum, count) as one fp64 tensor on the loss's device."""
         import torch
 
         made: dict[str, Tensor] = {}
-        for name, (total, count) in (figures or {}).items():
-            pair = (torch.as_tensor(value, dtype=torch.float64, device=loss_sum.device) for value in (total, count))
-            made[name] = torch.stack([value.detach().reshape(()) for value in pair])
+        for name, parts in (figures or {}).items():
+            on_device = (torch.as_tensor(part, dtype=torch.float64, device=loss_sum.device) for part in parts)
+            made[name] = torch.stack([part.detach().reshape(()) for part in on_device])
         return cls(loss_sum, made, {name: value.detach().double() for name, value in (by_group or {}).items()})
 
 

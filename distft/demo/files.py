@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.core.errors import FileSystemError, Problem, RecipeError
 from distft.core.registry import nearest
-from distft.demo import incidents
+from distft.demo import incidents, sums
 
 if TYPE_CHECKING:
     from distft.recipe import Recipe
@@ -48,8 +48,8 @@ MODEL_CONFIG: dict[str, Any] = {
 """A Llama of 557,696 parameters. Widths are multiples of 64: bitsandbytes' 4-bit products on a CPU need that, and only
 when no gradient is recorded, so another width trains and then fails at the first evaluation (0.50)."""
 
-_FILES = {SCHEME + MODEL: MODEL} | {f"{SCHEME}{name}": f"{name}.jsonl" for name in incidents.ROWS}
-_SOURCES = ("files.py", "incidents.py", "tokenizer.py", "wording.py")
+_FILES = {SCHEME + MODEL: MODEL} | {f"{SCHEME}{name}": f"{name}.jsonl" for name in (*incidents.ROWS, *sums.SIZES)}
+_SOURCES = ("files.py", "incidents.py", "sums.py", "tokenizer.py", "wording.py")
 """The modules that decide what the files contain."""
 
 
@@ -143,7 +143,7 @@ def _write(folder: Path) -> None:
     from distft.demo import tokenizer
 
     datasets = incidents.datasets()
-    for name, rows in datasets.items():
+    for name, rows in (datasets | sums.datasets()).items():
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")

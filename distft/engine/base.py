@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distft.core.errors import MachineError
+from distft.core.step_figures import add_figures, addable, read_figures
 from distft.core.types import Batch, LossTerms, StepReport, TrainState, UpdateRule
 from distft.engine import processes
 from distft.engine.gradient_sums import local
@@ -139,13 +140,12 @@ class BaseEngine(ProcessRanks):
                 "every micro-batch of a run has to give the same"
             )
         self._losses.append((terms.loss_sum.detach(), samples))
-        for name, figure in terms.figures.items():
-            self._figures[name] = self._figures[name] + figure.double() if name in self._figures else figure.double()
+        add_figures(self._figures, terms.figures)
 
     def _step_sums(self) -> Tensor:
-        """Return this rank's loss sum over the step so far, and its figures' sums and counts; float64 on the device."""
+        """Return this rank's loss sum over the step so far, and its figures as ranks add them; fp64 on the device."""
         loss = torch.stack([loss.double() for loss, _ in self._losses]).sum()
-        return torch.cat([loss.reshape(1), *(self._figures[name] for name in sorted(self._figures))])
+        return torch.cat([loss.reshape(1), *addable(self._figures, rank=self.rank, world=self.world)])
 
     def _summed(self, sums: Tensor, squares: Tensor | None = None) -> tuple[list[float], float]:
         """Sum `sums` and squared gradient norms over ranks on the host: the one sync of a step."""
@@ -160,11 +160,7 @@ class BaseEngine(ProcessRanks):
         self, state: TrainState, *, sums: list[float], grad_norm: float, lr: float, denominator: float, updated: bool
     ) -> StepReport:
         samples = "" if updated else self._guilty()
-        totals, counts = sums[1::2], sums[2::2]
-        figures = {
-            name: total / count if count else math.nan
-            for name, total, count in zip(sorted(self._figures), totals, counts, strict=True)
-        }
+        figures = read_figures(self._figures, sums[1:], world=self.world)
         self._losses.clear()
         self._figures.clear()
         return StepReport(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distft.core.phase import PHASE
+from distft.core.step_figures import add_figures, addable, read_figures
 from distft.core.types import Batch, Engine
 from distft.objectives.spec import Objective
 
@@ -51,18 +51,17 @@ def held_out_loss(
                 return None
             terms = objective.terms(engine.place(filled(batch)))
             total += terms.loss_sum.double()
-            for name, figure in terms.figures.items():
-                figures[name] = figures[name] + figure.double() if name in figures else figure.double()
+            add_figures(figures, terms.figures)
             if terms.by_group:
                 groups.append((replace(batch, columns={}), terms.by_group))
             denominator += objective.denominator([batch])
             tokens += batch.num_supervised
-    names = sorted(figures)
-    host_values: list[float] = torch.cat([total.reshape(1), *(figures[name] for name in names)]).tolist()  # type: ignore[reportUnknownMemberType]
+    summable = addable(figures, rank=engine.rank, world=engine.world)
+    host_values: list[float] = torch.cat([total.reshape(1), *summable]).tolist()  # type: ignore[reportUnknownMemberType]
     loss_sum, *sums, denominator, tokens = engine.sum_over_ranks(*host_values, denominator, tokens)
     result = {"eval_loss": loss_sum / denominator, "eval_tokens": tokens}
-    for name, figure, count in zip(names, sums[::2], sums[1::2], strict=True):
-        result[f"eval_{name}"] = figure / count if count else math.nan
+    for name, value in read_figures(figures, sums, world=engine.world).items():
+        result[f"eval_{name}"] = value
     rows = engine.gather([row for batch, values in groups for row in _rows_of(batch, values)])
     in_order = sorted((row for of_rank in rows for row in of_rank), key=lambda row: row[0])
     return HeldOutResult(figures=result, rows=[values for _, values in in_order])

@@ -198,10 +198,11 @@ class Generator:
     ) -> Iterator[None]:
         device, longest = self._engine.device, how.max_new_tokens
         draw_BN = draws([prompt.seed_key for prompt in prompts], longest, how.seed, device) if how.temperature else None
-        cache = None if self._module.path.generation == "uncached" else modes.new_cache(self._module)
         # Several answers to one prompt: it is read once, and what the cache has of it is copied.
         places: dict[tuple[int, ...], int] = {}
         place_B = [places.setdefault(tuple(prompt.ids), len(places)) for prompt in prompts]
+        most = max(map(len, places)) + longest
+        cache = None if self._module.path.generation == "uncached" else modes.new_cache(self._module, most)
         is_shared = cache is not None and len(places) < len(prompts)
         read = pad_left(list(places) if is_shared else [prompt.ids for prompt in prompts], device, room=longest)
         ids_BL, positions_BL, mask_BK, width = read.ids_BL, read.positions_BL, read.mask_BL, read.ids_BL.shape[1]
@@ -221,12 +222,12 @@ class Generator:
                 logits_BV, positions_BL = logits_BV[copied_B], positions_BL[copied_B]
                 mask_BK = None if mask_BK is None else mask_BK[copied_B]
             draw_B = None if draw_BN is None else draw_BN[:, number]
-            token_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p)
-            logprobs = logprobs_of(logits_BV, token_B, how.temperature) if how.logprobs else [None] * len(rows)
-            for row, token, logprob in zip(rows, token_B.tolist(), logprobs, strict=True):
+            token_B, logprob_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p)
+            # One transfer: fp64 holds every token id.
+            for row, (token, logprob) in zip(rows, _listed(token_B, logprob_B), strict=True):
                 if row.done:
                     continue
-                row.take(token, logprob, ends=token in self._stop_ids)
+                row.take(token, logprob if how.logprobs else None, ends=token in self._stop_ids)
                 if self._heard is not None:
                     self._heard(row.name, token)
                 row.done = row.done or (bool(how.stop) and self._says_stop(row.ids, how.stop))
@@ -335,6 +336,12 @@ def _continued(
         for back in range(len(continuation), 0, -1)
     ]
     return rows, at_S, torch.tensor([token for _, continuation in pairs for token in continuation])
+
+
+def _listed(token_B: torch.Tensor, logprob_B: torch.Tensor) -> list[tuple[int, float]]:
+    """Return tokens and log-probabilities on the host."""
+    pairs: list[list[float]] = torch.stack([token_B.double(), logprob_B], 1).tolist()
+    return [(int(token), logprob) for token, logprob in pairs]
 
 
 class _Row:

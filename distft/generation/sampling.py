@@ -27,15 +27,19 @@ def logprobs_of(logits_BV: Tensor, token_B: Tensor, temperature: float) -> list[
     return torch.log_softmax(scaled_BV, dim=1).gather(1, token_B[:, None]).squeeze(1).tolist()
 
 
-def next_tokens(logits_BV: Tensor, draw_B: Tensor | None, temperature: float, top_p: float) -> Tensor:
-    """Return int64 [B]: the likeliest, of equals the first; with `draw_B` by inverting the distribution.
+def next_tokens(logits_BV: Tensor, draw_B: Tensor | None, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return int64 [B] and fp64 [B]: tokens, and their log-probabilities at the temperature (0 counts as 1).
+
+    The token is the likeliest, of equals the first; with `draw_B` by inverting the distribution. Log-probabilities are
+    those among all tokens.
 
     `top_p`: only the likeliest tokens that together have this probability are drawn from (Holtzman et al. 2019,
     https://arxiv.org/abs/1904.09751).
     """
     if draw_B is None:
-        return logits_BV.argmax(1)
-    p_BV = torch.softmax(logits_BV.double() / temperature, dim=1)
+        token_B = logits_BV.argmax(1)
+        return token_B, torch.log_softmax(logits_BV.double(), dim=1).gather(1, token_B[:, None]).squeeze(1)
+    of_all_BV = p_BV = torch.softmax(logits_BV.double() / temperature, dim=1)
     order_BV = None
     if top_p < 1.0:
         p_BV, order_BV = p_BV.sort(dim=1, descending=True, stable=True)
@@ -44,4 +48,5 @@ def next_tokens(logits_BV: Tensor, draw_B: Tensor | None, temperature: float, to
     wanted_B1 = draw_B[:, None] * cumulative_BV[:, -1:]
     # The first token whose cumulative probability is above the draw: one of probability zero never is.
     token_B1 = torch.searchsorted(cumulative_BV, wanted_B1, right=True).clamp(max=logits_BV.shape[1] - 1)
-    return (token_B1 if order_BV is None else order_BV.gather(1, token_B1)).squeeze(1)
+    token_B1 = token_B1 if order_BV is None else order_BV.gather(1, token_B1)
+    return token_B1.squeeze(1), of_all_BV.gather(1, token_B1).squeeze(1).log()

@@ -27,6 +27,10 @@ def _never(params: Any, method: Any, method_params: Any) -> str:
     return ""
 
 
+def _draws_all(temperature: float, top_p: float) -> str:
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GeneratorInputs:
     """What a generator may use."""
@@ -58,6 +62,9 @@ class GeneratorSpec:
     params: type[Params] = NoParams
     refuses: Callable[[Any, Any, Any], str] = _never
     """(params, `MethodSpec`, the method's params) -> why it cannot have what that method trains; "" where it can."""
+    refuses_draws: Callable[[float, float], str] = _draws_all
+    """(temperature, top_p) -> why it cannot say log-probabilities at that temperature before tokens are left out; ""
+    where it can."""
     look: Callable[[Any], str] | None = None
     """params -> what of it there is to say before a run, for the doctor. Raises MachineError: it cannot be used."""
     on_this_machine: bool = True

@@ -206,9 +206,7 @@ class VllmGenerator:
         half = EXACT_GAP if self._inputs.dtype == "float32" else HALF_GAP
         most = half if self._params.max_gap is None else self._params.max_gap
         if not mean <= most:
-            at = "" if how.temperature == 1 else (
-                f" With temperature = {how.temperature:g} it has to be started with --logprobs-mode processed_logprobs."
-            )  # fmt: skip
+            at = _mode_needed(how)
             raise NumericError(
                 f"{self._params.url} is not the policy: its log-probabilities of {len(pairs)} tokens are {mean:.4g} "
                 f"from the trainer's on average, and {most:g} is allowed ({where}: {theirs:.6g} there, {ours:.6g} "
@@ -316,6 +314,24 @@ class VllmGenerator:
             )
 
 
+def _mode_needed(how: SamplingParams) -> str:
+    """Return how the server has to be started for its log-probabilities to be those of the policy; "": either way."""
+    if how.temperature != 1:
+        return f" With temperature = {how.temperature:g} it has to be started with --logprobs-mode processed_logprobs."
+    if how.top_p < 1:
+        return f" With top_p = {how.top_p:g} it has to be started with --logprobs-mode raw_logprobs, its default."
+    return ""
+
+
+def _refuses_draws(temperature: float, top_p: float) -> str:
+    if temperature == 1 or top_p == 1:
+        return ""
+    return (
+        f"a vLLM server says log-probabilities before the temperature or after top_p, and at temperature = "
+        f"{temperature:g} the policy's are behind the one and before the other"
+    )
+
+
 def _server(params: VllmParams, *, timeout_s: float) -> VllmServer:
     key = None
     if params.api_key_env is not None and not (key := os.environ.get(params.api_key_env)):
@@ -365,4 +381,12 @@ def _open(params: VllmParams, inputs: GeneratorInputs) -> VllmGenerator:
     return VllmGenerator(params, inputs, engine_generator(inputs))
 
 
-SPEC = GeneratorSpec(name="vllm", params=VllmParams, open=_open, refuses=_refuses, on_this_machine=False, look=_look)
+SPEC = GeneratorSpec(
+    name="vllm",
+    params=VllmParams,
+    open=_open,
+    refuses=_refuses,
+    refuses_draws=_refuses_draws,
+    on_this_machine=False,
+    look=_look,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,11 +31,13 @@ def generation_mode(module: CausalLM) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
-def new_cache(module: CausalLM) -> Any:
-    """Return an empty key-value cache of the kind that the architecture wants."""
+def new_cache(module: CausalLM, most: float = math.inf) -> Any:
+    """Return an empty key-value cache of the kind that the architecture wants, for at most `most` positions."""
     from transformers import DynamicCache
 
-    return DynamicCache(config=module.transformer.config)
+    from distft.model.growing_cache import use_growing_layers
+
+    return use_growing_layers(DynamicCache(config=module.transformer.config), most)
 
 
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:

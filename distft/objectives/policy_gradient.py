@@ -6,6 +6,7 @@ answer. The reward is outside: `distft.step_sources.rollouts` writes answers, ha
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+Figure = tuple["Tensor | float", ...]
+"""Parts of a figure: sum and count, or those of another kind of `distft.core.step_figures`."""
 EPSILON = 1e-4
 """Added to standard deviations of rewards, as in TRL."""
 
@@ -35,10 +38,14 @@ class RolloutParams(Params, ABC):
     clip_high: float = Field(default=0.2, gt=0)
     """A ratio above 1 + clip_high is not raised further; 0.28 is DAPO's."""
     correction: Literal["none", "token", "sequence"] = "none"
-    """Weighs tokens, or answers, by the ratio of the trainer's probability to the sampler's, cut at correction_cap: for
-    samplers that compute otherwise than the trainer."""
+    """Weighs tokens, or answers, by the ratio of the trainer's probability to the sampler's: for samplers that compute
+    otherwise than the trainer."""
+    correction_outside: Literal["truncate", "mask"] = "truncate"
+    """What becomes of a weight outside of correction_floor to correction_cap: the nearer bound, or 0."""
     correction_cap: float = Field(default=2.0, ge=1)
-    """Largest weight of the correction."""
+    """Upper bound of the correction's weights."""
+    correction_floor: float = Field(default=0.0, ge=0, le=1)
+    """Lower bound of the correction's weights."""
     compares_answers: ClassVar[bool] = True
     """An answer counts only beside another to the same prompt."""
     equal_teaches_nothing: ClassVar[bool] = False
@@ -114,15 +121,20 @@ def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: 
         loss_S = -ratio_S.detach().clamp(max=high) * advantage_S * logprob_S
     else:
         loss_S = -torch.minimum(ratio_S * advantage_S, ratio_S.clamp(low, high) * advantage_S)
+    weights = _weights(batch, old_S, sampler_S, by_answer=params.correction == "sequence")
+    is_outside = (weights < params.correction_floor) | (weights > params.correction_cap)
     if params.correction != "none":
-        log_weight_S = (old_S - sampler_S).detach()
-        if params.correction == "sequence":
-            log_weight_S = batch.by_token(batch.sum_by_document(log_weight_S)).to(logprob_S.dtype)
-        loss_S = loss_S * log_weight_S.exp().clamp(max=params.correction_cap)
+        bounded = (
+            weights.clamp(params.correction_floor, params.correction_cap)
+            if params.correction_outside == "truncate"
+            else weights.masked_fill(is_outside, 0.0)
+        )
+        weight_S = batch.by_token(bounded) if params.correction == "sequence" else bounded
+        loss_S = loss_S * weight_S.to(logprob_S.dtype)
     share_S = batch.by_token(1 / length_D).to(logprob_S.dtype)  # of its answer
     if loss in ("grpo", "gspo", "sequence"):
         loss_S = loss_S * share_S
-    figures: dict[str, tuple[Tensor, float | Tensor]] = {}
+    figures: dict[str, Figure] = {}
     if params.beta:
         gap_S = columns["ref_logprob_S"].to(logprob_S.dtype) - logprob_S
         divergence_S = gap_S.exp() - gap_S - 1
@@ -138,14 +150,30 @@ def clipped_terms(params: RolloutParams, logprob_S: Tensor, batch: Batch, loss: 
         "equal_answers": (columns["equal_D"].sum(), batch.num_documents),
         **figures_of_answers(batch, logprob_S.detach(), old_S),
     }
+    if params.correction != "none":
+        counts = columns["counted_D"] > 0 if params.correction == "sequence" else torch.ones_like(is_outside)
+        figures["corrected_outside"] = ((is_outside & counts).sum(), counts.sum())
+        if params.correction == "sequence":
+            figures["sampler_ess"] = effective_sample_size(weights[counts])
     if "refilled_D" in columns:  # where the recipe asks for it
         figures["refilled_answers"] = (columns["refilled_D"].sum(), batch.num_documents)
         figures["written_per_answer"] = (columns["written_per_answer_D"].sum(), batch.num_documents)
     return LossTerms.of(loss_S.sum(), figures)
 
 
-def figures_of_answers(batch: Batch, logprob_S: Tensor, written_S: Tensor) -> dict[str, tuple[Tensor, float | Tensor]]:
-    """Return the figures (sum, count) of what was written and what it was worth, whatever is learnt from it.
+def _weights(batch: Batch, old_S: Tensor, sampler_S: Tensor, *, by_answer: bool) -> Tensor:
+    """Return fp64 [S], or [D] by answer: the trainer's probability of what was drawn by the sampler's, no gradient."""
+    log_weight_S = old_S.detach().double() - sampler_S.double()
+    return (batch.sum_by_document(log_weight_S) if by_answer else log_weight_S).exp()
+
+
+def effective_sample_size(weights: Tensor) -> Figure:
+    """Return the figure of importance weights [any length], see `distft.core.step_figures`."""
+    return weights.sum(), weights.square().sum(), float(weights.numel())
+
+
+def figures_of_answers(batch: Batch, logprob_S: Tensor, written_S: Tensor) -> dict[str, Figure]:
+    """Return the figures of what was written and what it was worth, whatever is learnt from it.
 
     Args:
         batch: with the columns of `distft.step_sources.rollout_batches`.
@@ -156,9 +184,12 @@ def figures_of_answers(batch: Batch, logprob_S: Tensor, written_S: Tensor) -> di
 
     columns = batch.columns
     counted_D = columns["counted_D"]
-    gap_S = (written_S - columns["sampler_logprob_S"].to(logprob_S.dtype)).detach().abs()
-    figures: dict[str, tuple[Tensor, float | Tensor]] = {
+    weights_S = _weights(batch, written_S, columns["sampler_logprob_S"], by_answer=False)
+    gap_S = (written_S.detach() - columns["sampler_logprob_S"].to(logprob_S.dtype)).abs()
+    figures: dict[str, Figure] = {
         "sampler_gap": (gap_S.sum(), batch.num_supervised),
+        "sampler_gap_max": (gap_S.max() if batch.num_supervised else -math.inf,),
+        "sampler_ess": effective_sample_size(weights_S),
         "entropy": (-logprob_S.sum(), batch.num_supervised),
         "answer_tokens": (batch.sum_by_document(torch.ones_like(logprob_S)).sum(), counted_D.sum()),
     }
@@ -173,8 +204,10 @@ def figures_of_answers(batch: Batch, logprob_S: Tensor, written_S: Tensor) -> di
 
 
 OF_ANSWERS = {
-    **dict.fromkeys(("sampler_gap", "truncated_answers", "unscored_answers", "writing_s", "judging_s"), False),
-    **dict.fromkeys(("reward_total", "entropy", "answer_tokens"), True),
+    **dict.fromkeys(
+        ("sampler_gap", "sampler_gap_max", "truncated_answers", "unscored_answers", "writing_s", "judging_s"), False
+    ),
+    **dict.fromkeys(("sampler_ess", "reward_total", "entropy", "answer_tokens"), True),
 }
 """Names of `figures_of_answers`, and whether more is better; each reward has one of its own besides."""
 
@@ -222,4 +255,5 @@ def rollout_objective(
 def _figures(params: RolloutParams) -> Mapping[str, bool]:
     """Return the figures and whether more is better; each reward has one of its own besides, and refilling has two."""
     known = OF_ANSWERS | dict.fromkeys(("clipped_low", "clipped_high", "equal_answers"), False)
-    return known | ({"kl": False} if params.beta else {})
+    known |= {"kl": False} if params.beta else {}
+    return known | ({"corrected_outside": False} if params.correction != "none" else {})

@@ -29,6 +29,9 @@ class RolloutTable(Params):
     temperature: float = Field(default=1.0, gt=0)
     """What logits are divided by: in draws, and in the log-probabilities of the policy, of the one before an update and
     of the reference alike."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the likeliest tokens that together have this probability are drawn. The policy stays the whole distribution:
+    every log-probability, the sampler's too, is the one before tokens are left out."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, besides the model's end tokens."""
     updates: int = Field(default=1, ge=1)

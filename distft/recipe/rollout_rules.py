@@ -100,6 +100,20 @@ def rollouts_leave_rows_alone(recipe: Recipe, _: Registries) -> Iterator[RecipeM
         )
 
 
+def bounds_bound_something(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
+    """Check that bounds of weights stand beside what weighs."""
+    params = recipe.objective.params
+    if getattr(params, "correction", None) != "none":
+        return
+    for key in ("correction_outside", "correction_cap", "correction_floor"):
+        if getattr(params, key) != type(params).model_fields[key].default:
+            yield RecipeMistake(
+                key=("objective", key),
+                message='has no effect: correction = "none" weighs nothing',
+                fix='correction = "token" or "sequence", or remove it',
+            )
+
+
 def the_generator_suits(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """Check that what writes the answers can have what is trained, and that its settings have an effect."""
     chosen: Any = recipe.rollout.generator
@@ -112,6 +126,13 @@ def the_generator_suits(recipe: Recipe, registries: Registries) -> Iterator[Reci
         return
     if why := spec.refuses(params, recipe.method.spec, recipe.method.params):
         yield RecipeMistake(key=("rollout", "generator"), message=why, fix="", also=(("method",),))
+    if why := spec.refuses_draws(recipe.rollout.temperature, recipe.rollout.top_p):
+        yield RecipeMistake(
+            key=("rollout", "top_p"),
+            message=why,
+            fix="top_p = 1.0, or temperature = 1.0",
+            also=(("rollout", "generator"),),
+        )
     if not spec.on_this_machine and recipe.rollout.batch_size is not None:
         message = f'has no effect: generator "{chosen["name"]}" fills its batches by itself'
         yield RecipeMistake(
@@ -123,4 +144,10 @@ def _writes(objective: Any) -> bool:
     return getattr(objective, "writes", False)
 
 
-ROLLOUT_RULES = (rollouts_are_asked_for, rewards_judge_text, rollouts_leave_rows_alone, the_generator_suits)
+ROLLOUT_RULES = (
+    rollouts_are_asked_for,
+    rewards_judge_text,
+    rollouts_leave_rows_alone,
+    bounds_bound_something,
+    the_generator_suits,
+)

@@ -31,7 +31,11 @@ def rollouts(run: RunRecord) -> Iterator[Html]:
         return
     ends = {"first": files[0]} | ({"last": files[-1]} if len(files) > 1 else {})
     written = {name: _answers(path) for name, path in ends.items()}
-    charts = [chart for chart in (_rewards(run, written["first"]), _shares(run), _seconds(run)) if chart is not None]
+    charts = [
+        chart
+        for chart in (_rewards(run, written["first"]), _shares(run), _seconds(run), _sampler(run))
+        if chart is not None
+    ]
     if charts:
         yield h("div", charts, class_="charts")
     captions = {name: f"{name}, from step {int(path.stem.removeprefix('step-')) + 1:,}" for name, path in ends.items()}
@@ -95,6 +99,19 @@ def _seconds(run: RunRecord) -> Html | None:
     means = {curve.name: statistics.mean(value for _, value in curve.points) for curve in series if curve.points}
     says = "; ".join(f"{name} {formatting.figure(value)} s" for name, value in means.items())
     return line_chart("Time of a step", series, says=says, unit="s", from_zero=True)
+
+
+def _sampler(run: RunRecord) -> Html | None:
+    """Draw how far log-probabilities of the sampler are from the trainer's; runs of older versions know the mean."""
+    names = {"sampler_gap": "mean", "sampler_gap_max": "largest"}
+    series = [
+        Series(name=name, points=run.column(figure), style=number, kind="noisy")
+        for number, (figure, name) in enumerate(names.items(), start=1)
+    ]
+    says = "; ".join(
+        f"{curve.name} {formatting.figure(curve.points[-1][1])} at the end" for curve in series if curve.points
+    )
+    return line_chart("Log-probabilities, sampler against trainer", series, says=says, unit="nats", from_zero=True)
 
 
 def _figures(columns: Sequence[Sequence[Written]]) -> Iterator[list[Child]]:

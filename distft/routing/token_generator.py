@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distft.generation.completion import Completion, Prompt, SamplingParams
-from distft.generation.sampling import draws, logprobs_of, next_tokens
+from distft.generation.sampling import draws, next_tokens
 from distft.routing.features import pooled
 from distft.routing.router import RoutedPool
 
@@ -64,10 +64,10 @@ class TokenRoutedGenerator:
                 out = model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             logits_1V = out.logits[:, -1]
-            token_1 = next_tokens(
+            token_1, logprob_1 = next_tokens(
                 logits_1V, None if draw_1N is None else draw_1N[:, number], how.temperature, how.top_p
             )
-            logprobs += logprobs_of(logits_1V, token_1, how.temperature) if how.logprobs else []
+            logprobs += [float(logprob_1)] if how.logprobs else []
             token = int(token_1)
             kept.append(token)
             label = "+".join(sorted(weights)) or "base"

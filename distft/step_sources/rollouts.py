@@ -133,6 +133,7 @@ class RolloutSteps:
         how = SamplingParams(
             max_new_tokens=table.max_new_tokens,
             temperature=table.temperature,
+            top_p=table.top_p,
             stop=table.stop,
             seed=self._inputs.seed,
             batch_size=table.batch_size,

@@ -1,5 +1,6 @@
 """Every objective gives sums: cutting a batch into pieces changes nothing but the number of calls."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from tiny import batch, build, documents
 
+from distft.core.step_figures import add_figures, addable, read_figures
 from distft.core.types import Batch
 from distft.model.causal import CausalLM
 from distft.model.divergence import TeacherHead
@@ -58,15 +60,20 @@ def test_sums_do_not_change_when_a_batch_is_split(tiny_config: Path, name: str) 
         loss = torch.stack([one.loss_sum for one in terms]).sum()
         loss.backward()
         sums.append(loss.item())
-        figures.append({figure: sum(one.figures[figure] for one in terms).tolist() for figure in terms[0].figures})
+        totals: dict[str, torch.Tensor] = {}
+        for one in terms:
+            add_figures(totals, one.figures)
+        figures.append({figure: total.tolist() for figure, total in totals.items()})
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
     assert torch.allclose(*gradients, atol=1e-5)
     assert figures[0].keys() == figures[1].keys() == spec.figures(objective.params).keys()
     by_group = [torch.cat([each.by_group[key] for each in terms]) for key in terms[0].by_group]
     assert all(len(value) == len(rows) // size for value in by_group), "one number of each group"
-    for figure, (total, count) in figures[0].items():
-        assert figures[1][figure] == [pytest.approx(total, rel=1e-5, abs=1e-5), count], figure
+    for figure, (*parts, count) in figures[0].items():
+        near = [pytest.approx(part, rel=1e-5, abs=1e-5) for part in (*parts, count)]
+        assert figures[1][figure] == near, figure
+        assert not parts or figures[1][figure][-1] == count, figure
     assert objective.denominator([whole]) == objective.denominator(pieces) > 0
 
 
@@ -80,6 +87,8 @@ def test_a_batch_of_nothing_gives_zero_and_a_gradient_of_every_parameter(tiny_co
     objective = over(model, spec)
     terms = objective.terms(nothing)
     assert terms.loss_sum.item() == 0
-    assert all(count == 0 for _, count in terms.figures.values()), terms.figures
+    parts = [part for figure in addable(terms.figures, rank=0, world=1) for part in figure.tolist()]
+    figures = read_figures(terms.figures, parts, world=1)
+    assert all(map(math.isnan, figures.values())), figures
     terms.loss_sum.backward()
     assert all(param.grad is not None and not param.grad.any() for param in model.parameters())

@@ -216,7 +216,7 @@ class Made:
             share = record["step"] / 40
             record |= {"reward_total": share, "reward_exact_match": share + 1, "reward_length": -1.0}
             record |= {"truncated_answers": 0.05, "unscored_answers": 0.2 - share / 5, "equal_answers": share}
-            record |= {"writing_s": 0.5, "judging_s": 0.1}
+            record |= {"writing_s": 0.5, "judging_s": 0.1, "sampler_gap": 1e-6, "sampler_gap_max": 2e-5}
         return self.lines("metrics.jsonl", records)
 
     def whole(self) -> Made:

@@ -101,6 +101,10 @@ class StandIn:
             output = lm(input_ids=inputs, past_key_values=cache, use_cache=True)
             cache, logits_V = output.past_key_values, output.logits[0, -1].float()
             scaled_V = logits_V / body["temperature"]
+            sorted_V, order_V = scaled_V.softmax(0).sort(descending=True)
+            left_out_V = torch.zeros_like(scaled_V, dtype=torch.bool)
+            left_out_V[order_V[(sorted_V.cumsum(0) - sorted_V >= body["top_p"])]] = True
+            scaled_V = scaled_V.masked_fill(left_out_V, -torch.inf)
             token = int(torch.multinomial(scaled_V.softmax(0), 1, generator=drawn))
             ids.append(token)
             said_V = logits_V if self.raw_logprobs else scaled_V

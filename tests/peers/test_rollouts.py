@@ -17,6 +17,7 @@ from data_kit import save_tokenizer
 from tiny import batch, build, documents
 from torch import Tensor
 
+from distft.core.step_figures import addable, read_figures
 from distft.model.policy import ModelPolicy
 from distft.objectives import OBJECTIVES
 from distft.objectives.spec import Objective
@@ -111,3 +112,57 @@ def test_trl_has_the_same_loss_and_gradient(tiny_config: Path, tmp_path: Path, c
     assert norm > 1e-3
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert (mine.grad - other.grad).norm().item() <= 1e-4 * norm
+
+
+MODES = {"token": (0.96, 1.05), "sequence": (0.9, 1.1)}
+"""Bounds of weights: some are outside."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outside", ["truncate", "mask"])
+@pytest.mark.parametrize("how", [*MODES])
+def test_trl_corrects_and_reports_the_same(tiny_config: Path, tmp_path: Path, how: str, outside: str) -> None:
+    """Weights by TRL's own code for answers of a vLLM server, which here says what is injected."""
+    low, cap = MODES[how]
+    rows = documents(LENGTHS)
+    ours, theirs = build(tiny_config).module, build(tiny_config).module
+    made: Any = replace(batch(rows, trained_from=PROMPT), group_sizes=(1,) * len(rows))
+    policy = ModelPolicy(ours)
+    now = policy.token_logprobs(made).detach().split([length - PROMPT for length in LENGTHS])
+    sampler = [tokens + near(len(tokens), 20 + index, 0.05) for index, tokens in enumerate(now)]
+    lm = theirs.transformer
+    lm.set_attn_implementation("eager")
+    save_tokenizer(tmp_path / "tokenizer")
+    peer = trainer("GRPO", lm, tmp_path / "tokenizer", tmp_path / "out", beta=0.0, loss_type="dapo")
+    peer.use_vllm, peer.vllm_importance_sampling_correction = True, True
+    peer.vllm_importance_sampling_mode = f"{how}_{outside}"
+    peer.vllm_importance_sampling_clip_min, peer.vllm_importance_sampling_clip_max = low, cap
+    prompts, answers = [ids[:PROMPT] for ids in rows], [ids[PROMPT:] for ids in rows]
+    said = [tokens.tolist() for tokens in sampler]
+    peer._generate = lambda _: (prompts, answers, None, ["a"] * len(rows), said, {}, None, None)
+    lm.train()
+    given = peer._generate_and_score_completions([{"prompt": "a"}] * len(rows)) | {"advantages": ADVANTAGE}
+    expected = peer._compute_loss(lm, given)
+    expected.backward()
+
+    ones = torch.ones(len(rows), dtype=torch.float64)
+    columns = {f"{name}_D": 0 * ones for name in ("truncated", "unscored", "equal", "writing_s", "judging_s")}
+    columns |= {"advantage_D": ADVANTAGE.double(), "counted_D": ones, "budget_D": BUDGET * ones}
+    columns |= {"reward_total_D": ones, "sampler_logprob_S": torch.cat(sampler)}
+    spec = OBJECTIVES["grpo"]
+    bounds = {"correction_outside": outside, "correction_floor": low, "correction_cap": cap}
+    params = spec.params(clip_low=LOW, clip_high=HIGH, correction=how, **bounds)
+    objective, filled = Objective(spec=spec, params=params, policy=policy), replace(made, columns=columns)
+    terms = objective.terms(filled)
+    value = terms.loss_sum / objective.denominator([filled])
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    norm = math.sqrt(sum(param.grad.square().sum().item() for param in lm.parameters()))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad - other.grad).norm().item() <= 1e-4 * norm
+    figures = read_figures(terms.figures, torch.cat(addable(terms.figures, rank=0, world=1)).tolist(), world=1)
+    logged = {name: values[-1] for name, values in peer._metrics["train"].items()}
+    assert 0 < figures["corrected_outside"] < 1
+    assert figures["sampler_gap"] == pytest.approx(logged["sampling/sampling_logp_difference/mean"], rel=1e-4)
+    assert figures["sampler_gap_max"] == pytest.approx(logged["sampling/sampling_logp_difference/max"], rel=1e-4)
+    assert logged["sampling/importance_sampling_ratio/min"] == pytest.approx(low if outside == "truncate" else 0.0)

@@ -13,6 +13,7 @@ import torch
 from tiny import batch, build, documents
 from torch import Tensor
 
+from distft.core.step_figures import add_figures, addable, read_figures
 from distft.core.types import Batch
 from distft.model.policy import ModelPolicy
 from distft.objectives import OBJECTIVES
@@ -20,7 +21,9 @@ from distft.objectives.spec import Objective
 
 PROMPT, LENGTHS, BUDGET = 3, [30, 7, 18, 5, 12, 21], 40
 ADVANTAGE = torch.tensor([1.2, -0.7, 0.4, -1.5, 2.0, 0.1], dtype=torch.float64)
-CLIP_LOW, CLIP_HIGH, BETA, CAP = 0.1, 0.15, 0.3, 1.05
+CLIP_LOW, CLIP_HIGH, BETA = 0.1, 0.15, 0.3
+BOUNDS = {"token": (0.96, 1.05), "sequence": (0.8, 1.1)}
+"""Of the correction's weights."""
 
 
 def drift(length: int, seed: int, size: float) -> Tensor:
@@ -36,7 +39,14 @@ def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
 
 
 def plain(
-    loss: str, now: list[Tensor], old: list[Tensor], ref: list[Tensor], sampler: list[Tensor], how: str, unbiased: bool
+    loss: str,
+    now: list[Tensor],
+    old: list[Tensor],
+    ref: list[Tensor],
+    sampler: list[Tensor],
+    how: str,
+    unbiased: bool,
+    outside: str = "truncate",
 ) -> Tensor:
     losses, count = [], sum(len(tokens) for tokens in now)
     for index, tokens in enumerate(now):
@@ -51,7 +61,11 @@ def plain(
             by_token = clipped(gap.exp(), advantage)
         weight = (old[index] - sampler[index]).detach()
         if how != "none":
-            by_token = by_token * (weight if how == "token" else weight.sum()).exp().clamp(max=CAP)
+            weight = (weight if how == "token" else weight.sum()).exp()
+            low, cap = BOUNDS[how]
+            inside = (weight >= low) & (weight <= cap)
+            bound = torch.where(weight > cap, cap, low)
+            by_token = by_token * torch.where(inside, weight, bound if outside == "truncate" else 0.0)
         back = ref[index] - tokens
         level = {"gspo": gap.mean(), "sequence": gap.sum()}.get(loss, gap)
         by_token = by_token + BETA * (back.exp() - 1 - back) * (level.exp() if unbiased else 1.0)
@@ -64,13 +78,23 @@ def plain(
     return torch.stack(losses).sum()
 
 
+BOUNDED = {
+    how: {"correction": how, "correction_floor": low, "correction_cap": cap} for how, (low, cap) in BOUNDS.items()
+}
 CASES = {
     **{f"grpo-{loss}": ("grpo", {"loss": loss}, loss, "none") for loss in ("grpo", "dapo", "dr_grpo", "gspo", "cispo")},
     "rloo": ("rloo", {}, "sequence", "none"),
     "reinforce": ("reinforce", {}, "sum", "none"),
     "biased": ("grpo", {"loss": "dapo", "unbiased_kl": False}, "dapo", "none"),
-    "token": ("grpo", {"loss": "dapo", "correction": "token", "correction_cap": CAP}, "dapo", "token"),
-    "sequence": ("grpo", {"loss": "grpo", "correction": "sequence", "correction_cap": CAP}, "grpo", "sequence"),
+    "token": ("grpo", {"loss": "dapo", **BOUNDED["token"]}, "dapo", "token"),
+    "sequence": ("grpo", {"loss": "grpo", **BOUNDED["sequence"]}, "grpo", "sequence"),
+    "token-mask": ("grpo", {"correction_outside": "mask", **BOUNDED["token"]}, "dapo", "token"),
+    "sequence-mask": (
+        "rloo",
+        {"correction_outside": "mask", **BOUNDED["sequence"]},
+        "sequence",
+        "sequence",
+    ),
 }
 
 
@@ -104,7 +128,8 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_config: Path, case: str) -> N
         [tokens.detach() + drift(len(tokens), 10 * seed + index, size) for index, tokens in enumerate(now)]
         for seed, size in ((1, 0.15), (2, 0.5), (3, 0.05))
     )
-    expected = plain(loss, now, old, ref, sampler, how, params.get("unbiased_kl", True))
+    expected = plain(loss, now, old, ref, sampler, how, params.get("unbiased_kl", True),
+                     params.get("correction_outside", "truncate"))  # fmt: skip
     expected.backward()
     settings: dict[str, Any] = {"beta": BETA, "clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, **params}
     policy = ModelPolicy(ours, temperature=temperature)
@@ -120,6 +145,37 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_config: Path, case: str) -> N
         assert (mine.grad - other.grad).norm().item() <= 2e-5 * norm
     total, count = terms.figures["reward_total"].tolist()
     assert total / count == pytest.approx(float((ADVANTAGE + 1).mean()))
+    gaps = [a - b for a, b in zip(old, sampler, strict=True)]
+    weights = [gap.sum().exp() for gap in gaps] if how == "sequence" else torch.cat(gaps).exp().tolist()
+    figures = read_figures(terms.figures, torch.cat(addable(terms.figures, rank=0, world=1)).tolist(), world=1)
+    assert figures["sampler_gap_max"] == pytest.approx(max(float(gap.abs().max()) for gap in gaps), rel=1e-5)
+    effective = float(sum(weights)) ** 2 / sum(float(weight) ** 2 for weight in weights)
+    assert figures["sampler_ess"] == pytest.approx(effective / len(weights), rel=1e-5)
+    if how != "none":
+        low, cap = BOUNDS[how]
+        outside = sum(not low <= float(weight) <= cap for weight in weights)
+        assert 0 < outside < len(weights)
+        assert figures["corrected_outside"] == pytest.approx(outside / len(weights))
+    assert set(spec.figures(objective.params)) <= set(figures)
+
+
+def test_figures_of_ranks_become_one() -> None:
+    """Means, largest values and effective sample sizes of two ranks, one of which has seen nothing."""
+    seen = {"gap": ([0.5], [0.25]), "mean": ([3.0, 2.0], [1.0, 2.0]), "share": ([3.0, 5.0, 2.0], [1.0, 1.0, 1.0])}
+    empty = {"gap": ([-math.inf],), "mean": ([0.0, 0.0],), "share": ([0.0, 0.0, 0.0],)}
+    ranks: list[dict[str, Tensor]] = []
+    for given in (seen, empty):
+        ranks.append({})
+        for micro in range(len(given["gap"])):
+            add_figures(ranks[-1], {name: torch.tensor(parts[micro]) for name, parts in given.items()})
+    sums = sum(torch.cat(addable(figures, rank=rank, world=2)) for rank, figures in enumerate(ranks))
+    assert isinstance(sums, Tensor)
+    expected = {"gap": 0.5, "mean": 4 / 4, "share": 16 / 18}
+    assert read_figures(ranks[0], sums.tolist(), world=2) == pytest.approx(expected)
+    nothing = torch.cat(addable(ranks[1], rank=0, world=1)).tolist()
+    assert all(math.isnan(value) for value in read_figures(ranks[1], nothing, world=1).values())
+    lost = torch.cat(addable({"gap": torch.tensor([math.nan])}, rank=1, world=2)).tolist()
+    assert math.isnan(read_figures({"gap": torch.tensor([math.nan])}, lost, world=2)["gap"])
 
 
 def test_figures_say_what_was_clipped(tiny_config: Path) -> None:
@@ -213,8 +269,8 @@ def test_ppo_equals_a_plain_loop(tiny_config: Path, estimator: str) -> None:
     norm = math.sqrt(sum(other.grad.square().sum().item() for _, other in pairs))
     for mine, other in pairs:
         assert (mine.grad - other.grad).norm().item() <= 2e-5 * norm
-    shares = {name: float(pair[0] / pair[1]) for name, pair in terms.figures.items()}
-    assert shares["value"] == pytest.approx(float(torch.cat(values).mean()), rel=1e-4)
+    shares = read_figures(terms.figures, torch.cat(addable(terms.figures, rank=0, world=1)).tolist(), world=1)
+    assert shares["value"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
     assert 0.1 < shares["value_clipped"] < 0.9
     assert set(spec.figures(params)) <= set(terms.figures)
 

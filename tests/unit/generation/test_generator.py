@@ -57,6 +57,27 @@ def test_batches_and_order_change_nothing(tiny_config: Path, how: dict) -> None:
         assert own.generate(prompts(), SamplingParams(max_new_tokens=20, seed=1, **how)) != whole
 
 
+def test_likely_tokens_alone_are_drawn_and_said_as_of_all(tiny_config: Path) -> None:
+    """`top_p` leaves tokens out of the draws, by a plain rule here; log-probabilities are those of every token."""
+    engine, own = opened(tiny_config)
+    temperature, top_p = 1.4, 0.6
+    how = SamplingParams(max_new_tokens=20, temperature=temperature, top_p=top_p, logprobs=True)
+    lm = engine.model.lm.eval()
+    lm.config._attn_implementation = "sdpa"
+    left_out, alone = 0, 0
+    for ids, one in zip(PROMPTS, own.generate(prompts(), how), strict=True):
+        with torch.no_grad():
+            logits = lm(torch.tensor([[*ids, *one.ids]])).logits[0, len(ids) - 1 : -1].double() / temperature
+        for token, said, logprob_V in zip(one.ids, one.logprobs, logits.log_softmax(-1), strict=True):
+            assert said == pytest.approx(float(logprob_V[token]), abs=1e-5)
+            before = float(logprob_V[logprob_V > logprob_V[token]].exp().sum())
+            assert before < top_p, "tokens that are likelier have less than top_p together"
+            left_out += int((logprob_V < logprob_V[token]).sum())
+            alone += before > 0
+    assert left_out
+    assert alone, "not only the likeliest"
+
+
 @pytest.mark.parametrize("prefix", [0, 4])
 def test_a_prompt_with_several_answers_is_read_once(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch, prefix: int
@@ -184,14 +205,16 @@ def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     names = [str(number) for number in range(4000)]
     draw = draws(names, 1, 0, CPU)[:, 0]
-    token = next_tokens(logits.expand(4000, 4), draw, 2.0, 1.0)
+    token, _ = next_tokens(logits.expand(4000, 4), draw, 2.0, 1.0)
     share = torch.bincount(token, minlength=4) / 4000
     assert torch.allclose(share, torch.softmax(logits[0] / 2.0, 0), atol=0.03)
-    nucleus = next_tokens(logits.expand(4000, 4), draw, 2.0, 0.6)
+    nucleus, logprobs = next_tokens(logits.expand(4000, 4), draw, 2.0, 0.6)
     assert set(nucleus.tolist()) == {1, 2}, "the likeliest tokens that reach 0.6"
+    of_all = torch.log_softmax(logits[0].double() / 2.0, 0)
+    assert torch.allclose(logprobs, of_all[nucleus], atol=1e-12), "said as among all tokens"
     edge = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
     sure = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]] * 2)
-    assert next_tokens(sure, edge, 1.0, 1.0).tolist() == [1, 2], "never a token of probability zero"
+    assert next_tokens(sure, edge, 1.0, 1.0)[0].tolist() == [1, 2], "never a token of probability zero"
 
 
 def test_the_cache_is_counted_as_it_is(tiny_config: Path) -> None:

@@ -186,6 +186,11 @@ def test_wrong_weights_and_names_stop_the_run(trained: Trained) -> None:
     trained.update()
     with pytest.raises(NumericError, match="--logprobs-mode processed_logprobs"):
         vllm.generate(PROMPTS, replace(HOW, temperature=0.6))
+    assert vllm.generate(PROMPTS, replace(HOW, top_p=0.5)) is not None, "as of all tokens, which is its default"
+    server.raw_logprobs = False
+    trained.update()
+    with pytest.raises(NumericError, match="--logprobs-mode raw_logprobs"):
+        vllm.generate(PROMPTS, replace(HOW, top_p=0.5))
 
 
 def test_a_server_that_comes_back_is_pushed_to_again(trained: Trained) -> None:

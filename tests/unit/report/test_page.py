@@ -154,8 +154,10 @@ def test_a_run_on_its_own_answers_shows_them(tmp_path: Path) -> None:
         "answer 20 19 <script>bad()</script>", "The worst of the first answers",
     ):  # fmt: skip
         assert said in told.words, said
-    assert names_of_charts(told) >= {"Reward", "Shares of the answers", "Time of a step"}
+    compared = "Log-probabilities, sampler against trainer"
+    assert names_of_charts(told) >= {"Reward", "Shares of the answers", "Time of a step", compared}
     labels = [one.get("aria-label") or "" for one in told.all("div")]
+    assert any(label.startswith(compared) and "largest 2" in label for label in labels)
     assert any(label.startswith("Reward: total from") and "exact_match from" in label for label in labels)
     assert "script" not in {tag for tag, _, _ in told.elements}
     assert not told.unclosed
