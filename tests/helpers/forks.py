@@ -38,6 +38,8 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
 )
 """What ranks import late."""
+SERVICE = "distft.service"
+"""No rank imports it, and scripts of its migrations are not modules."""
 
 
 class Forks:
@@ -121,6 +123,7 @@ def import_all() -> None:
     from distft.cli import VERBS
 
     own = {module.name for module in pkgutil.walk_packages(distft.__path__, "distft.")}
+    own = {name for name in own if not name.startswith(SERVICE)}
     commands = {f"distft.{verb}" for verb in VERBS} | {name for name in own if name.endswith("__main__")}
     for name in (*LIBRARIES, *sorted(own - commands)):
         importlib.import_module(name)
