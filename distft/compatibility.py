@@ -224,6 +224,18 @@ def refuse_other_rows(recipe: Recipe, report: PrepareReport, split: str) -> None
         RecipeError: they have not, with the line of the objective.
     """
     objective, formats = recipe.objective, sorted({source.format for source in report.sources})
+    unanswered = [name for name in formats if not FORMATS[name].answered]
+    if unanswered and (split == "eval" or not objective.spec.writes):
+        writing = ", ".join(name for name, spec in OBJECTIVES.items() if spec.writes)
+        if split == "eval":
+            message, fix = "measures the loss of answers", "take [[eval.answers]]"
+        else:
+            message, fix = "learns from answers", f"rows with answers, or one of the objectives {writing}"
+        message += f", and rows of the format {unanswered[0]} of [[data.{split}]] hold none"
+        mistake = RecipeMistake(
+            key=("objective", "name"), message=f'"{objective.name}" {message}', fix=fix, also=(("data", split),)
+        )
+        _refuse(recipe, [mistake])
     decisive = {name for source in formats for name in FORMATS[source].decisive}
 
     def fits(spec: ObjectiveSpec) -> bool:

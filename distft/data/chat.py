@@ -389,4 +389,7 @@ def _check_order(messages: list[Message]) -> None:
             raise RowError(f"message {number} (tool) does not follow an assistant message with tool_calls")
         before = role
     if before != "assistant":
-        raise RowError(f"the last message is from {before}; it must be the assistant's, or there is nothing to learn")
+        raise RowError(
+            f"the last message is from {before}; it must be the assistant's, or there is nothing to learn "
+            '(format = "prompt" is for objectives whose model writes the answers)'
+        )

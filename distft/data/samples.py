@@ -322,6 +322,8 @@ class FormatSpec:
     """Documents of each row; more than 1: `convert` gives a `Group` of so many."""
     values: tuple[str, ...] = ()
     """Names of the numbers of each row (`Group.values`): columns of its batches, such as "margin_G"."""
+    answered: bool = True
+    """False: its rows hold no answer, so only objectives whose model writes them take them."""
     decisive: tuple[str, ...] = ()
     """Those of `values` without which a row must not be trained, such as whether its answer is a good one."""
 

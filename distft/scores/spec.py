@@ -118,6 +118,8 @@ def references(answer: Answer, column: str | None) -> tuple[str, ...]:
         DataError: the row has no such column, or it holds something that is no text.
     """
     if column is None:
+        if not answer.reference:
+            raise DataError(f'{answer.id}: holds no right answer  name its column: reference = "..."')
         return (answer.reference,)
     if column not in answer.row:
         have = ", ".join(f'"{name}"' for name in answer.row)

@@ -18,7 +18,7 @@ from distft.data.samples import (
 
 def convert(row: Row) -> PromptCompletion | Conversation:
     """Return raw text of strings; of message lists one chat whose prompt messages are given, not learnt."""
-    prompt, completion = _messages(row.get("prompt")), _messages(row.get("completion"))
+    prompt, completion = parse_messages(row.get("prompt")), parse_messages(row.get("completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         if not completion:
             raise RowError('"completion" is an empty list')
@@ -33,7 +33,7 @@ def convert(row: Row) -> PromptCompletion | Conversation:
     return PromptCompletion(prompt=text_column(row, "prompt"), completion=text_column(row, "completion"))
 
 
-def _messages(value: Any) -> Any:
+def parse_messages(value: Any) -> Any:
     """Return a list of messages given as its JSON text; anything else as it is, raw text above all."""
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ ", "[\n") and '"role"' in value:
         try:
