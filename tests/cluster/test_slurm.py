@@ -70,7 +70,11 @@ def assert_same(run: Run, oracle: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "script"), [("zero3", TRAIN), ("fsdp2", "cluster/torchrun.sbatch")], ids=["zero3-srun", "fsdp2-torchrun"]
+    ("engine", "script"),
+    [
+        pytest.param("zero3", TRAIN, id="zero3-srun"),
+        pytest.param("fsdp2", "cluster/torchrun.sbatch", id="fsdp2-torchrun", marks=pytest.mark.slow),
+    ],
 )
 def test_two_nodes_train_as_one_process(cluster: Cluster, bench: Bench, solo: Run, engine: str, script: str) -> None:
     story = Story(cluster, bench, f"two-by-two-{engine}")

@@ -164,9 +164,9 @@ CELLS = {
     2: SUMS[2][:: 1 if WHOLE_GRIDS else 4]
     + ADALORA[2][:: 1 if WHOLE_GRIDS else 5]
     + TOKENS[:: 1 if WHOLE_GRIDS else 13]
-    + grid("llama", ("ddp", *SHARDED), ALL, every=11)
+    + grid("llama", ("ddp", *SHARDED), ALL, every=17)
     + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=4)
-    + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=5)
+    + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=7)
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=5)
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",), every=2)
     + VARIANTS[:: 1 if WHOLE_GRIDS else 4]

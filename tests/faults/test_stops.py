@@ -126,6 +126,7 @@ def test_a_stop_file_or_one_ranks_sigterm_stops_and_the_same_command_continues(b
     assert job.exit()["step"] == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.row(6)
 def test_usr1_to_every_process_leaves_no_orphans(bench: Bench, forks: Forks, oracle: Oracle) -> None:
     """As Slurm signals a step: torchrun too, which the batch script made deaf to it."""
