@@ -52,8 +52,8 @@ def convert(row: Row) -> OpenChat | OpenText:
     """Return what is asked: `prompt`, a text or a list of messages, or `messages` that end with the user's."""
     if "prompt" in row and "messages" in row:
         raise RowError('the row has both "prompt" and "messages"; keep one of them')
-    if answers := [name for name in _ANSWERS if name in row]:
-        raise RowError(f'the row has an answer ("{answers[0]}"), and the format prompt has none: use format = "auto"')
+    if "completion" in row:
+        raise RowError('the row has an answer ("completion"), and the format prompt has none: use format = "auto"')
     name = "messages" if "messages" in row else "prompt"
     asked: Any = row.get(name) if name == "messages" else parse_messages(row.get(name))
     if name == "prompt" and not isinstance(asked, list):
@@ -74,5 +74,6 @@ SPEC = FormatSpec(
     matches=lambda row: "prompt" in row and "messages" not in row and not any(name in row for name in _ANSWERS),
     convert=convert,
     example={"prompt": "2 + 2 ="},
+    reads=("prompt", "messages", "tools", "functions", "system"),
     answered=False,
 )
