@@ -109,14 +109,16 @@ def select_event(row: JobRow, message: str) -> Any:
 
 
 def _add_checkpoints(session: Session, row: JobRow, folder: JobFolder) -> bool:
-    """Keep the list of checkpoints equal to the committed ones in the run folder, but for those that were pruned."""
+    """Keep the list of checkpoints equal to the committed ones in the run folder; return whether there are more.
+
+    One whose step is no event yet waits for it: its record may never come, if the run was killed meanwhile.
+    """
     there = set(committed_steps(folder))
     known = {
         point.step: point for point in session.scalars(select(CheckpointRow).where(CheckpointRow.job_id == row.id))
     }
-    for step in sorted(there - known.keys()):
-        if step > row.step:  # its step is not an event yet: next time
-            continue
+    new = sorted(step for step in there - known.keys() if step <= row.step)
+    for step in new:
         name = f"{row.fine_tuned_model}:ckpt-step-{step}"
         session.add(
             CheckpointRow(
@@ -128,7 +130,7 @@ def _add_checkpoints(session: Session, row: JobRow, folder: JobFolder) -> bool:
         session.flush()
     for step in known.keys() - there:
         session.delete(known[step])
-    return bool(there - known.keys())
+    return bool(new)
 
 
 def committed_steps(folder: JobFolder) -> Iterator[int]:
