@@ -33,7 +33,7 @@ from distft.service.uploads import UploadService
 from distft.service.worker import Worker
 
 THREADS = 160
-"""Requests that are worked on at a time, those that wait for a model's answer among them."""
+"""Requests that are worked on at a time, besides those that wait for a model's answer."""
 _LOG = logging.getLogger("distft.service")
 _METADATA = re.compile(r"metadata\[[^\]]*\]")
 
@@ -105,7 +105,7 @@ def new_app(parts: ServiceParts) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS + parts.settings.limits.waiting_answers
         parts.worker.start()
         yield
         await anyio.to_thread.run_sync(parts.worker.stop)

@@ -85,7 +85,8 @@ def _plan(folder: JobFolder, base: ServedBase) -> tuple[list[str], bool]:
     from distft.recipe import load_recipe
 
     gpu = base.gpu or f"{torch.cuda.get_device_properties(0).total_memory / 2**30 * 0.97:.1f}"
-    machine = read_machine(gpu, base.nproc, 1, calibration.place(None))
+    gpus, nodes = folder.request()["layout"]
+    machine = read_machine(gpu, gpus, nodes, calibration.place(None))
     recipe = load_recipe(str(folder.recipe), registries=REGISTRIES)
     with config_folder(recipe, None) as config:
         planner = Planner(path=str(folder.recipe), overrides=(), folder=config, machine=machine)

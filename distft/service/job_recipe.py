@@ -140,7 +140,7 @@ def write_recipe(folder: JobFolder, base: ServedBase, scans: Mapping[str, RowSca
         overrides.append(f"optim.learning_rate={toml_value(float(rate) * values['learning_rate_multiplier'])}")
     imported = import_config(
         folder.path / "job.json", importers=IMPORTERS, registries=REGISTRIES, tool="openai",
-        options=ImportOptions(gpus=base.nproc, overrides=tuple(overrides)),
+        options=ImportOptions(gpus=math.prod(request["layout"]), overrides=tuple(overrides)),
     )  # fmt: skip
     replace_file(folder.recipe, imported.toml)
     return imported.toml

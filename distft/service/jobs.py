@@ -21,6 +21,7 @@ from distft.service.files import ContentStore, training_file
 from distft.service.idempotency import Once
 from distft.service.job_folder import JobFolder
 from distft.service.job_recipe import TRAIN, VALID
+from distft.service.runners import RUNNERS
 from distft.service.settings import ServedBase, ServiceSettings
 from distft.service.tables import CheckpointRow, EventRow, JobRow, ProjectRow, new_id
 from distft.service.webhooks import queue_webhooks
@@ -191,6 +192,7 @@ class JobService:
         folder.make(
             {
                 "base": base.model_dump_json(),
+                "layout": RUNNERS[self._settings.runner].layout(base),
                 "method": row.method,
                 "seed": row.seed,
                 "integrations": row.integrations,

@@ -35,10 +35,16 @@ class JobRunner(Protocol):
         ...
 
 
+def _on_this_machine(base: ServedBase) -> tuple[int, int]:
+    return base.nproc, 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunnerSpec:
     """A runner that `--runner` may name."""
 
     name: str
     build: Callable[[ServiceSettings], JobRunner]
+    layout: Callable[[ServedBase], tuple[int, int]] = _on_this_machine
+    """Model -> (processes on each node, nodes) of its jobs: what recipes are made and planned for."""
     params: type[Params] = NoParams

@@ -76,4 +76,8 @@ def _slurm(*command: str) -> str:
     return done.stdout
 
 
-SPEC = RunnerSpec(name="slurm", build=SlurmRunner)
+def _layout(base: ServedBase) -> tuple[int, int]:
+    return max(1, base.gpus_per_node), base.nodes
+
+
+SPEC = RunnerSpec(name="slurm", build=SlurmRunner, layout=_layout)

@@ -14,6 +14,7 @@ from distft.core.errors import DataError, RecipeError
 from distft.recipe import load_recipe
 from distft.service.job_folder import JobFolder
 from distft.service.job_recipe import RowScan, chosen, scan_rows, write_recipe
+from distft.service.runners import RUNNERS
 from distft.service.settings import ServedBase, read_settings
 
 CHAT = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
@@ -76,7 +77,7 @@ def test_auto_is_a_value_that_trains(num_rows: int) -> None:
 def recipe_of(tmp_path: Path, method: str, form: str, values: dict[str, Any], base: ServedBase) -> Any:
     folder = JobFolder(path=tmp_path / "jobs" / "ftjob-a")
     row = {"messages": CHAT, "prompt_completion": {"prompt": "a", "completion": "b"}, "preference": PAIR}[form]
-    folder.make({"method": {"type": method}, "seed": 11, "integrations": None})
+    folder.make({"layout": (1, 1), "method": {"type": method}, "seed": 11, "integrations": None})
     (folder.path / "train.jsonl").write_bytes(line(row))
     write_recipe(folder, base, {"train": RowScan(num_rows=100, form=form)}, values)
     return load_recipe(str(folder.recipe), registries=REGISTRIES)
@@ -129,3 +130,10 @@ def test_a_models_file_is_read_strictly(tmp_path: Path) -> None:
             read_settings(file)
     with pytest.raises(RecipeError, match="cannot be read"):
         read_settings(tmp_path / "none.toml")
+
+
+def test_recipes_and_plans_are_for_the_processes_that_the_runner_starts() -> None:
+    base = ServedBase(path="demo:tiny-llama", nproc=2, nodes=3, gpus_per_node=8)
+    assert RUNNERS["local"].layout(base) == (2, 1)
+    assert RUNNERS["slurm"].layout(base) == (8, 3)
+    assert RUNNERS["slurm"].layout(base.model_copy(update={"gpus_per_node": 0})) == (1, 3), "a process a node, on CPUs"
