@@ -192,6 +192,24 @@ def test_cancel_pause_and_resume(client: openai.OpenAI, server: ServiceServer) -
     assert jobs.retrieve(job.id).status == "cancelled"
 
 
+def test_a_checkpoint_whose_step_was_never_told_holds_nobody_up(client: openai.OpenAI, server: ServiceServer) -> None:
+    """The run was killed between a save and its record; it makes both again, or ends without them."""
+    server.runner.ends_at_once = False
+    jobs = client.fine_tuning.jobs
+    job = jobs.create(model="tiny", training_file=upload(client))
+    folder = server.folder(job.id)
+    wait_until(lambda: job.id in server.runner.alive)
+    point = folder.run / "checkpoints/step-00000003"
+    point.mkdir(parents=True)
+    (point / "MANIFEST.json").write_text("{}")
+    server.runner.write_steps(folder, range(1, 3))
+    wait_until(lambda: len(jobs.checkpoints.list(job.id).data) == 2, within_s=10)
+    server.runner.write_steps(folder, range(3, 5))
+    server.runner.end(folder)
+    assert ended(client, job.id).status == "succeeded"
+    assert [point.step_number for point in jobs.checkpoints.list(job.id)] == [4, 3, 2, 1]
+
+
 def test_runs_that_fail_or_vanish(client: openai.OpenAI, server: ServiceServer) -> None:
     jobs = client.fine_tuning.jobs
     job = ended(client, jobs.create(model="tiny", training_file=upload(client, {"broken": 1})).id)
