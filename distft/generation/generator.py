@@ -222,12 +222,12 @@ class Generator:
                 logits_BV, positions_BL = logits_BV[copied_B], positions_BL[copied_B]
                 mask_BK = None if mask_BK is None else mask_BK[copied_B]
             draw_B = None if draw_BN is None else draw_BN[:, number]
-            token_B, logprob_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p)
+            token_B, logprob_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p, logprobs=how.logprobs)
             # One transfer: fp64 holds every token id.
             for row, (token, logprob) in zip(rows, _listed(token_B, logprob_B), strict=True):
                 if row.done:
                     continue
-                row.take(token, logprob if how.logprobs else None, ends=token in self._stop_ids)
+                row.take(token, logprob, ends=token in self._stop_ids)
                 if self._heard is not None:
                     self._heard(row.name, token)
                 row.done = row.done or (bool(how.stop) and self._says_stop(row.ids, how.stop))
@@ -338,8 +338,10 @@ def _continued(
     return rows, at_S, torch.tensor([token for _, continuation in pairs for token in continuation])
 
 
-def _listed(token_B: torch.Tensor, logprob_B: torch.Tensor) -> list[tuple[int, float]]:
+def _listed(token_B: torch.Tensor, logprob_B: torch.Tensor | None) -> list[tuple[int, float | None]]:
     """Return tokens and log-probabilities on the host."""
+    if logprob_B is None:
+        return [(token, None) for token in token_B.tolist()]
     pairs: list[list[float]] = torch.stack([token_B.double(), logprob_B], 1).tolist()
     return [(int(token), logprob) for token, logprob in pairs]
 

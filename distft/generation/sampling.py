@@ -27,8 +27,10 @@ def logprobs_of(logits_BV: Tensor, token_B: Tensor, temperature: float) -> list[
     return torch.log_softmax(scaled_BV, dim=1).gather(1, token_B[:, None]).squeeze(1).tolist()
 
 
-def next_tokens(logits_BV: Tensor, draw_B: Tensor | None, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return int64 [B] and fp64 [B]: tokens, and their log-probabilities at the temperature (0 counts as 1).
+def next_tokens(
+    logits_BV: Tensor, draw_B: Tensor | None, temperature: float, top_p: float, *, logprobs: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return int64 [B] and fp64 [B]: tokens, and, if `logprobs`, theirs at the temperature (0 counts as 1).
 
     The token is the likeliest, of equals the first; with `draw_B` by inverting the distribution. Log-probabilities are
     those among all tokens.
@@ -38,6 +40,8 @@ def next_tokens(logits_BV: Tensor, draw_B: Tensor | None, temperature: float, to
     """
     if draw_B is None:
         token_B = logits_BV.argmax(1)
+        if not logprobs:  # of a whole vocabulary for one token: most evaluations ask for none
+            return token_B, None
         return token_B, torch.log_softmax(logits_BV.double(), dim=1).gather(1, token_B[:, None]).squeeze(1)
     of_all_BV = p_BV = torch.softmax(logits_BV.double() / temperature, dim=1)
     order_BV = None
@@ -49,4 +53,4 @@ def next_tokens(logits_BV: Tensor, draw_B: Tensor | None, temperature: float, to
     # The first token whose cumulative probability is above the draw: one of probability zero never is.
     token_B1 = torch.searchsorted(cumulative_BV, wanted_B1, right=True).clamp(max=logits_BV.shape[1] - 1)
     token_B1 = token_B1 if order_BV is None else order_BV.gather(1, token_B1)
-    return token_B1.squeeze(1), of_all_BV.gather(1, token_B1).squeeze(1).log()
+    return token_B1.squeeze(1), of_all_BV.gather(1, token_B1).squeeze(1).log() if logprobs else None

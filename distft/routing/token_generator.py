@@ -65,9 +65,13 @@ class TokenRoutedGenerator:
             cache = out.past_key_values
             logits_1V = out.logits[:, -1]
             token_1, logprob_1 = next_tokens(
-                logits_1V, None if draw_1N is None else draw_1N[:, number], how.temperature, how.top_p
+                logits_1V,
+                None if draw_1N is None else draw_1N[:, number],
+                how.temperature,
+                how.top_p,
+                logprobs=how.logprobs,
             )
-            logprobs += [float(logprob_1)] if how.logprobs else []
+            logprobs += [] if logprob_1 is None else [float(logprob_1)]
             token = int(token_1)
             kept.append(token)
             label = "+".join(sorted(weights)) or "base"

@@ -205,16 +205,16 @@ def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     names = [str(number) for number in range(4000)]
     draw = draws(names, 1, 0, CPU)[:, 0]
-    token, _ = next_tokens(logits.expand(4000, 4), draw, 2.0, 1.0)
+    token, _ = next_tokens(logits.expand(4000, 4), draw, 2.0, 1.0, logprobs=False)
     share = torch.bincount(token, minlength=4) / 4000
     assert torch.allclose(share, torch.softmax(logits[0] / 2.0, 0), atol=0.03)
-    nucleus, logprobs = next_tokens(logits.expand(4000, 4), draw, 2.0, 0.6)
+    nucleus, logprobs = next_tokens(logits.expand(4000, 4), draw, 2.0, 0.6, logprobs=True)
     assert set(nucleus.tolist()) == {1, 2}, "the likeliest tokens that reach 0.6"
     of_all = torch.log_softmax(logits[0].double() / 2.0, 0)
     assert torch.allclose(logprobs, of_all[nucleus], atol=1e-12), "said as among all tokens"
     edge = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
     sure = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]] * 2)
-    assert next_tokens(sure, edge, 1.0, 1.0)[0].tolist() == [1, 2], "never a token of probability zero"
+    assert next_tokens(sure, edge, 1.0, 1.0, logprobs=False)[0].tolist() == [1, 2], "never a token of probability zero"
 
 
 def test_the_cache_is_counted_as_it_is(tiny_config: Path) -> None:
