@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests start some hundreds of processes: byte code is kept, also where the environment says not to.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: try test setup fmt check test-unit test-plan test-plan-grid test-moe test-preference test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema peft-types importing clean
+.PHONY: try test setup fmt check check-types check-style test-unit test-plan test-plan-grid test-moe test-preference test-dist test-faults test-cluster test-resume test-all test-oldest test-gpu gpu-first bench-gpu golden architectures budgets schema peft-types importing clean
 
 # What a newcomer types first: the environment, then the main job on the embedded task, start to table.
 try: setup
@@ -31,10 +31,16 @@ fmt: setup
 	$(BIN)/ruff format distft tests benchmarks
 	$(BIN)/ruff check --fix distft tests benchmarks
 
+# Types beside the rest: pyright takes most of the time, on one core.
 check: setup
+	$(MAKE) -j2 --no-print-directory check-types check-style
+
+check-types: setup
+	$(BIN)/pyright
+
+check-style: setup
 	$(BIN)/ruff format --check distft tests benchmarks
 	$(BIN)/ruff check distft tests benchmarks
-	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/codespell distft tests benchmarks docs recipes launch cluster README.md CHANGELOG.md CONTRIBUTING.md
 

@@ -20,8 +20,8 @@ METHODS = {
     "ddp": ("full", "qlora"),
     "zero1": ("full",),
     "zero2": ("full",),
-    "zero3": ("full", "lora", "qlora"),
-    "fsdp2": ("full", "lora", "qlora"),
+    "zero3": ("full", "qlora"),
+    "fsdp2": ("full", "qlora"),
 }
 CASES = [
     # engine, method, micro-batches, settings

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Bench, run, torchrun
+from forks import shared
+from harness import ROOT, Bench
 
 from distft import assemble, load_recipe, train
 from distft.core.errors import MachineError
@@ -81,10 +82,12 @@ def test_a_group_on_accelerators_is_left_to_the_end_of_the_process(monkeypatch: 
 def test_a_rank_that_fails_alone_is_named_by_the_others_within_seconds(bench: Bench) -> None:
     settings = ['name="alone"', 'engine.name="fsdp2"']
     began = time.monotonic()
-    done = run([*torchrun(2), "tests/dist/ends_worker.py", str(bench.recipe), *settings], timeout_s=120)
+    codes = shared().script(
+        2, [str(ROOT / "tests/dist/ends_worker.py"), str(bench.recipe), *settings], limit_s=120, env={}
+    )
     took = time.monotonic() - began
-    assert done.returncode != 0
+    assert codes[1], codes
     said = json.loads((bench.folder / "runs" / "alone" / "exit.json").read_text())
-    assert (said["code"], said["rank"]) == (MachineError.exit_code, 1), done.stderr[-3000:]
+    assert (said["code"], said["rank"]) == (MachineError.exit_code, 1), shared().stderr()[-3000:]
     assert "memory ran out in the update of step 1" in said["reason"]
     assert took < 100, "a rank that waits to be left waits until the hang's time is up: 1,800 s"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import ROOT, run, torchrun
+from forks import shared
+from harness import ROOT, run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -25,12 +26,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(engine: str, model: Path, out: Path, *, world: int, node: int) -> list[dict]:
     """What each rank notes while one engine takes a model over."""
     worker = [str(ROOT / "tests/dist/memory_worker.py"), engine, str(model), str(out), str(node)]
-    done = run([*torchrun(world), *worker])
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(world, worker)
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(world)]
 
 
-@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_a_rank_never_holds_the_whole_model_and_reads_its_part(model: Path, tmp_path: Path, engine: str) -> None:
     ranks = loaded(engine, model, tmp_path / "facts", world=2, node=2)
     for facts in ranks:
@@ -48,7 +48,6 @@ def assert_read(ranks: list[dict], *, times: int) -> None:
     assert all(0.75 * share < facts["read"] < 1.25 * share for facts in ranks), ranks
 
 
-@pytest.mark.slow
 def test_weights_are_read_once_a_node(model: Path, tmp_path: Path) -> None:
     """Two nodes of two ranks: groups of their own. Ranks that hold all weights hold no more while they read."""
     ranks = loaded("ddp", model, tmp_path / "facts", world=4, node=2)
@@ -57,7 +56,6 @@ def test_weights_are_read_once_a_node(model: Path, tmp_path: Path) -> None:
     assert all(facts["peak"] == facts["whole"] for facts in ranks)
 
 
-@pytest.mark.slow
 def test_a_rank_alone_on_its_node_reads_all(model: Path, tmp_path: Path) -> None:
     assert_read(loaded("zero1", model, tmp_path / "facts", world=2, node=1), times=2)
 
@@ -70,8 +68,8 @@ def test_a_damaged_weight_ends_every_rank_with_its_name(model: Path, tmp_path: P
     tensors["model.layers.7.mlp.down_proj.weight"][0, 0] = torch.inf
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     worker = [str(ROOT / "tests/dist/memory_worker.py"), "fsdp2", str(damaged), str(tmp_path / "facts"), "2"]
-    done = run([*torchrun(2), *worker], timeout_s=120)
-    assert done.returncode != 0
-    assert "RecipeError" in done.stderr
-    assert "PeerEnded" in done.stderr
-    assert done.stderr.count("layers.7.mlp.down_proj.weight holds infinite values") >= 2, done.stderr[-3000:]
+    assert 0 not in shared().script(2, worker, limit_s=120, env={})
+    printed = shared().stderr()
+    assert "RecipeError" in printed
+    assert "PeerEnded" in printed
+    assert printed.count("layers.7.mlp.down_proj.weight holds infinite values") >= 2, printed[-3000:]

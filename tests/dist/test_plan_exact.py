@@ -77,7 +77,7 @@ def cell(
 def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1) -> list[dict[str, Any]]:
     """Every engine, method and optimizer in both types when the whole grid is asked for.
 
-    Else types in turns, and of a large grid `every` so manieth cell: with 5 or 11, which share no factor with the
+    Else types in turns, and of a large grid `every` so manieth cell: with 5 or 29, which share no factor with the
     numbers of methods and optimizers, each of those is met with many of the others, and each engine several times.
     """
     trios = [
@@ -161,16 +161,16 @@ CELLS = {
     + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor"))
     + grid("moe", ("solo",), ("adamw", "adamw_8bit"))
     + grid("gpt2", ("solo",), ("adamw",)),
-    2: SUMS[2][:: 1 if WHOLE_GRIDS else 4]
+    2: SUMS[2][:: 1 if WHOLE_GRIDS else 7]
     + ADALORA[2][:: 1 if WHOLE_GRIDS else 5]
-    + TOKENS[:: 1 if WHOLE_GRIDS else 13]
-    + grid("llama", ("ddp", *SHARDED), ALL, every=17)
+    + TOKENS[:: 1 if WHOLE_GRIDS else 17]
+    + grid("llama", ("ddp", *SHARDED), ALL, every=29)
     + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=4)
     + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=7)
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=5)
     + grid("anchor", ("zero3", "fsdp2"), ("adamw",), every=2)
-    + VARIANTS[:: 1 if WHOLE_GRIDS else 4]
-    + LITTLE[:: 1 if WHOLE_GRIDS else 5],
+    + VARIANTS[:: 1 if WHOLE_GRIDS else 5]
+    + LITTLE[:: 1 if WHOLE_GRIDS else 9],
     3: SUMS[3]
     + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit"), every=5)
     + ([] if WHOLE_GRIDS else [cell("qwen", "zero2", "full", "paged_adamw_8bit", "bfloat16")]),

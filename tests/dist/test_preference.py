@@ -29,7 +29,7 @@ METHODS = {
     "lora": ['method={name="lora", r=4}', "optim.learning_rate=2e-3"],
     "qlora": ['method={name="qlora", r=4}', "optim.learning_rate=3e-3"],
 }
-COVERED = ("dpo-full", "dpo-qlora", "reward-lora", "kto-full", "kto-lora")
+COVERED = ("dpo-full", "reward-lora", "kto-full")
 LAYOUTS = (
     [("solo", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE_GRIDS else [("fsdp2", 2)]
 )
@@ -40,6 +40,8 @@ REFERENCES = {
     "back-full-true-1": ("full", "other", "model"),
 }
 """Case -> method, trained model and the reference that is named: a copy of the trained one, or another."""
+if not WHOLE_GRIDS:
+    del REFERENCES["twin-qlora-true-1"]
 LIMIT_S = 3600.0 if WHOLE_GRIDS else 600.0
 FIGURES = ("loss", "grad_norm", "reward_chosen", "reward_rejected", "reward_accuracy", "tokens")
 
@@ -149,7 +151,7 @@ def test_identical_policies_give_ln_2_and_it_learns(solo: dict[str, Run]) -> Non
 
 
 def test_another_model_is_the_reference(layout: dict[str, Run]) -> None:
-    for method in ("full", "qlora"):
+    for method in ("full", "qlora") if WHOLE_GRIDS else ("full",):
         named, unnamed = layout[f"twin-{method}-true-1"], layout[f"dpo-{method}-true-1"]
         for figure in (*FIGURES, "reward_margin"):
             assert named.column(figure) == pytest.approx(unnamed.column(figure), rel=1e-5, abs=1e-6), (method, figure)

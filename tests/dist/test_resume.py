@@ -22,16 +22,21 @@ METHODS = {
 SPREAD = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 GRID_FILE = os.environ.get("DISTFT_RESUME_GRID", "")
 """Where the table of the whole grid goes: every engine on 1 to 4 processes; empty: the quick part only."""
-if not (GRID_FILE or WHOLE_GRIDS):
-    del METHODS["qlora"]  # the state of its adapters is that of lora's
 LAYOUTS = [("solo", 1), *((engine, world) for world in (1, 2, 3, 4) for engine in SPREAD)]
 QUICK = [("zero3", 2), ("fsdp2", 2)]
+QUICK_METHODS = {"zero3": ("full", "full-8bit"), "fsdp2": ("full", "lora"), "solo": ("full", "full-8bit", "lora")}
+"""What make test runs; the state of qlora's adapters is that of lora's."""
 SAVED, TARGETS = (LAYOUTS, LAYOUTS) if GRID_FILE else (QUICK, [*QUICK, ("solo", 1)])
 PER_LAUNCH = 48
 """Cases of one launch: libraries keep something of every run, so memory grows with their number."""
 FOUR: list[Layout] = [("zero3", 2), ("fsdp2", 4), ("fsdp2", 4, "halves"), ("zero3", 4, "halves")]
 BOUNDS = {"full": 1e-5, "full-8bit": 2e-2, "lora": 1e-5, "qlora": 1e-5}
 """Relative difference of losses after the cut, on another layout. 8-bit blocks are cut elsewhere, and rounded anew."""
+
+
+def methods_of(layout: Layout) -> Sequence[str]:
+    """Those that are saved and continued under it."""
+    return list(METHODS) if GRID_FILE or WHOLE_GRIDS else QUICK_METHODS.get(layout[0], ("full", "lora"))
 
 
 def overrides(layout: Layout, method: str) -> list[str]:
@@ -59,16 +64,16 @@ class Grid:
         self.whole: dict[str, dict[str, Run]] = {}
         for layout in layouts:
             cases, extra = {}, {}
-            for method in METHODS:
+            for method in methods_of(layout):
                 cases[f"whole-{method}"] = cases[f"cut-{method}"] = overrides(layout, method)
                 extra[f"cut-{method}"] = {
                     "fault": f"term:rank={layout[1] - 1},point=step,step={CUT};raise:point={method}"
                 }
             runs = launched(bench, layout[1], cases, tag=f"{name}-{label(layout)}", extra=extra)
-            for method in METHODS:
+            for method in methods_of(layout):
                 said = runs[f"cut-{method}"].error
                 assert f"Preempted: stopped by SIGTERM after step {CUT}; the state is saved" in said, (method, said)
-            self.whole[label(layout)] = {method: runs[f"whole-{method}"] for method in METHODS}
+            self.whole[label(layout)] = {method: runs[f"whole-{method}"] for method in methods_of(layout)}
 
     def checkpoint(self, layout: Layout, method: str) -> Path:
         return self.bench.folder / f"runs/{self.name}-{label(layout)}-cut-{method}/checkpoints/step-{CUT:08d}"
@@ -76,13 +81,13 @@ class Grid:
     def resumed(self, layout: Layout) -> dict[tuple[str, str], Run]:
         """Under `layout`, from every layout's checkpoint: (saved under, method) -> run."""
         cases, extra = {}, {}
-        for saved in self.layouts:
-            for method in METHODS:
-                name = f"from-{label(saved)}-{method}"
-                cases[name] = overrides(layout, method)
-                extra[name] = {"resume": str(self.checkpoint(saved, method))}
+        pairs = [(s, m) for s in self.layouts for m in methods_of(s) if m in methods_of(layout)]
+        for saved, method in pairs:
+            name = f"from-{label(saved)}-{method}"
+            cases[name] = overrides(layout, method)
+            extra[name] = {"resume": str(self.checkpoint(saved, method))}
         runs = launched(self.bench, layout[1], cases, tag=f"{self.name}r-{label(layout)}", extra=extra)
-        return {(label(s), m): runs[f"from-{label(s)}-{m}"] for s in self.layouts for m in METHODS}
+        return {(label(saved), method): runs[f"from-{label(saved)}-{method}"] for saved, method in pairs}
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +187,9 @@ def continues(grid: Grid, layout: Layout, capsys: pytest.CaptureFixture[str]) ->
 def test_the_same_command_continues_and_then_says_complete(grid: Grid) -> None:
     """`--resume auto`: the stopped run, started again by its own command line, ends as the uninterrupted one did."""
     layout = grid.layouts[0]
-    again = {f"cut-{method}": overrides(layout, method) for method in METHODS}
+    again = {f"cut-{method}": overrides(layout, method) for method in methods_of(layout)}
     runs = grid.bench.launch(layout[1], again, tag=f"g-{label(layout)}")
-    for method in METHODS:
+    for method in methods_of(layout):
         run, whole = runs[f"cut-{method}"], grid.whole[label(layout)][method]
         assert run.column("loss") == whole.column("loss"), "steps before the stop are still there, none twice"
         assert tensors(run) == tensors(whole)

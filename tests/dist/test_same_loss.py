@@ -17,8 +17,11 @@ METHODS = {
 }
 LAYOUTS = [
     *(("solo", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)),
-    *(("fsdp2", 2, "once"), ("fsdp2", 4, "halves")),
-    *(pytest.param(layout, marks=pytest.mark.slow) for layout in (("fsdp2", 4), ("zero3", 4, "halves"))),
+    ("fsdp2", 2, "once"),
+    *(
+        pytest.param(layout, marks=pytest.mark.slow)
+        for layout in (("fsdp2", 4), ("fsdp2", 4, "halves"), ("zero3", 4, "halves"))
+    ),
 ]
 
 
