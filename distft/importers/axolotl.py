@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from distft.importers.adapters import LoraKeys, set_lora_extras, set_new_tokens
 from distft.importers.axolotl_keys import AXOLOTL_KEYS, DATASET_KEYS
 from distft.importers.axolotl_rows import set_data
 from distft.importers.config_file import ConfigFile
@@ -38,6 +41,15 @@ _PREFERENCE = PreferenceKeys(
     label_smoothing="dpo_label_smoothing",
     desirable="kto_desirable_weight",
     undesirable="kto_undesirable_weight",
+)
+
+
+_LORA = LoraKeys(
+    plus_ratio="loraplus_lr_ratio",
+    target_parameters="lora_target_parameters",
+    layers="peft_layers_to_transform",
+    init="peft_init_lora_weights",
+    start="lora_model_dir",
 )
 
 
@@ -86,7 +98,9 @@ def _set_objective(work: Conversion, top: Section) -> Rows | None:
         set_unpaired(work, top, "rl", "kto", "kto", beta)
         return "unpaired"
     elif kind:
-        top.problem("rl", "is not trained here", "known: dpo, ipo, orpo, simpo, kto")
+        known = "known: dpo, ipo, orpo, simpo, kto"
+        by_hand = 'its rewards are programs: write [objective] name = "grpo" and [rollout] by hand (distft recipes)'
+        top.problem("rl", "is not imported", by_hand if kind == "grpo" else known)
         return None
     return "pairs" if kind else "single"
 
@@ -101,6 +115,7 @@ def _set_model(work: Conversion, top: Section) -> None:
             work.set("model.revision", top.text(key), (top, key))
     if top.has("tokenizer_config") and top.text("tokenizer_config") != path:
         work.set("model.tokenizer", top.text("tokenizer_config"), (top, "tokenizer_config"))
+    set_new_tokens(work, top, "tokens", "add_tokens")
     named = top.raw("attn_implementation") if top.has("attn_implementation") else None
     if top.flag("eager_attention") or named == "eager":
         work.set("model.attention", "eager", (top, "eager_attention" if named is None else "attn_implementation"))
@@ -115,13 +130,13 @@ def _set_method(work: Conversion, top: Section) -> None:
     four, eight = top.flag("load_in_4bit"), top.flag("load_in_8bit")
     quant = _four_bits(work, top)
     if adapter is None:
-        work.draft.set("method.name", "full", note="no adapter there")
+        _set_weights(work, top)
         if four or eight:
             key = "load_in_4bit" if four else "load_in_8bit"
             top.problem(key, "trains no weights: full fine-tuning needs a base in 16 or 32 bits", "set adapter: qlora")
         return
     if adapter not in ("lora", "qlora"):
-        top.problem("adapter", "is not a method here", "known: lora, qlora, or none of them for full fine-tuning")
+        top.problem("adapter", "is not imported", "known: lora, qlora, or none of them for full fine-tuning")
         return
     name = "qlora" if adapter == "qlora" or four or quant else "lora"
     if work.part("method", name, top, "adapter", name):
@@ -143,8 +158,24 @@ def _set_method(work: Conversion, top: Section) -> None:
             work.set(f"method.{ours}", True, (top, tool_key))
     if top.has("lora_modules_to_save"):
         work.set("method.modules_to_save", top.texts("lora_modules_to_save"), (top, "lora_modules_to_save"))
+    set_lora_extras(work, top, _LORA)
     if name == "qlora":
         work.draft.set("method.quant", {"type": "nf4", "double": True, **quant}, note="bitsandbytes' 4 bits, as there")
+
+
+def _set_weights(work: Conversion, top: Section) -> None:
+    """Set what is trained of the weights themselves: all, or those whose names begin as a pattern says."""
+    patterns = top.texts("unfrozen_parameters")
+    if not patterns:
+        work.draft.set("method.name", "full", note="no adapter there")
+        return
+    rows = [pattern for pattern in patterns if re.search(r"\[\d*:\d*\]$", pattern)]
+    if rows:
+        fix = "name whole parameters, or the tokens in [method] trainable_tokens of lora"
+        top.problem("unfrozen_parameters", f"trains some rows of a parameter: {rows[0]}", fix)
+    whole = [pattern if pattern.endswith("$") else f"(?:{pattern}).*" for pattern in patterns]
+    work.draft.set("method.name", "freeze", note="unfrozen_parameters")
+    work.set("method.parameters", whole, (top, "unfrozen_parameters"), "expressions that fit whole names here")
 
 
 _QUANT = {

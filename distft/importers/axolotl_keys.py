@@ -10,9 +10,9 @@ _KERNELS = "kernels are chosen here by what is installed; the same numbers but f
 _LOADING = "weights are read once a node, straight into their shards"
 _LOADER = "rows are prepared once, by [data] num_workers processes; the same rows"
 _PROCESSES = "the launcher and [engine] decide"
-_PARTIAL = "trains a part of the weights, which no method here does: remove it, or train an adapter with target_modules"
-_LAYOUT = "changes the adapter itself, and nothing here does: remove it, or name modules by [method] target_modules"
-_TOKENS = "new tokens change the model: add them to tokenizer and embeddings first, then name that folder as base_model"
+_LISA = "trains other blocks every few steps, which nothing here does: remove it, or take unfrozen_parameters"
+_LAYOUT = "changes the adapter in a way that is not imported: remove it, and look at the keys of [method]"
+_TOKENS = "gives reserved tokens other texts: change the tokenizer in its folder, and name it as tokenizer_config"
 _PARALLEL = "data-parallel sharding alone is here: no tensor, context or expert parallelism"
 
 AXOLOTL_KEYS = {
@@ -133,15 +133,17 @@ AXOLOTL_KEYS = {
         type_of_model=left("the model's config says its class"),
         trust_remote_code=left("code of a model's folder is never run: models of transformers alone"),
         is_llama_derived_model=left("the model's config says its class"),
-        lora_model_dir=refused(
-            "goes on from an adapter: merge it into the base first, and name the merged folder as base_model"
-        ),
+        lora_model_dir=carried("[method] start", "base, layers and ranks must be the same"),
         lora_fan_in_fan_out=left("known from the layers themselves"),
         peft_autocast_adapter_dtype=left(
             "[method] adapter_dtype; the optimizer keeps an fp32 master copy", off=(None, True)
         ),
         loraplus_lr_embedding=left("a part of LoRA+", off=(None, 1e-6)),
-        loraplus_lr_ratio=refused("LoRA+ trains both matrices at different rates, which nothing here does: remove it"),
+        loraplus_lr_ratio=carried("[method] lora_plus_ratio"),
+        lora_target_parameters=carried("[method] target_parameters"),
+        peft_layers_to_transform=carried("[method] layers_to_transform"),
+        peft_init_lora_weights=carried("[method] init", "pissa_niter_N with exact singular vectors"),
+        peft_trainable_token_indices=refused("name the tokens by their texts: [method] trainable_tokens"),
         neftune_noise_alpha=refused(
             "NEFTune adds noise to embeddings, which nothing here does: remove it to train without"
         ),
@@ -157,18 +159,24 @@ AXOLOTL_KEYS = {
         cosine_constant_lr_ratio=refused(
             "the rate stays constant at the end there; take cosine_min_lr_ratio, or lr_scheduler warmup_stable_decay"
         ),
+        processor_type=refused(
+            "reads images or sound, which are not trained on here: remove it where all rows are text"
+        ),
+        quantize_moe_experts=left("qlora stores experts in 4 bits too"),
         gptq=refused("bases in GPTQ's form are not trained here: name the base in 16 bits, with load_in_4bit"),
         process_reward_model=refused(
             "reward models of single steps are not trained here; outcome rewards are: reward_model"
         ),
         label_smoothing_factor=refused("smoothed labels are another loss, which is not here: remove it"),
         peft=carried("[method] quant"),
-        unfrozen_parameters=refused(_PARTIAL),
+        unfrozen_parameters=carried("[method] parameters", "of the method freeze; rows of a parameter are refused"),
         llama4_linearized_experts=left(_KERNELS),
         dpo_use_weighting=refused("WPO's weights are another loss, which is not here: remove it"),
         dpo_norm_loss=refused('a normalised DPO loss is another one: see [objective] loss = "sigmoid_norm"'),
-        qat=refused("quantisation-aware training is not here: remove it"),
-        tokens=refused(_TOKENS),
+        qat=refused(
+            "trains all weights for torchao's formats: take an adapter, and [method] deploy with the format it is for"
+        ),
+        tokens=carried("[model] add_tokens", "new rows start as the mean of a token's pieces"),
         added_tokens_overrides=refused(_TOKENS),
         resize_token_embeddings_to_32x=refused(
             "changes the model's shape: do it once, and name the new folder as base_model"
@@ -196,10 +204,9 @@ AXOLOTL_KEYS = {
         "jagged_restart_warmup_steps jagged_restart_anneal_steps",
         refused("restarts of the adapter during training are not here: remove it"),
     ),
-    **group("lisa_n_layers lisa_step_interval lisa_layers_attribute", refused(_PARTIAL)),
+    **group("lisa_n_layers lisa_step_interval lisa_layers_attribute", refused(_LISA)),
     **group(
-        "peft_layers_to_transform peft_layers_pattern peft_layer_replication peft_init_lora_weights "
-        "lora_target_parameters peft_trainable_token_indices loftq_config",
+        "peft_layers_pattern peft_layer_replication loftq_config",
         refused(_LAYOUT, off=(None, False, True, [])),
     ),
     **group(
@@ -212,7 +219,7 @@ AXOLOTL_KEYS = {
         "flash_attn_rms_norm flash_attn_fuse_qkv "
         "flash_attn_fuse_mlp flash_optimum unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv "
         "unsloth_lora_o unsloth_rms_norm unsloth_rope lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
-        "lora_embedding_kernel liger_rope liger_rms_norm liger_glu_activation liger_layer_norm "
+        "lora_embedding_kernel liger_rope liger_rms_norm liger_rms_norm_gated liger_glu_activation liger_layer_norm "
         "liger_fused_linear_cross_entropy liger_cross_entropy cut_cross_entropy use_kernels torch_compile_backend "
         "torch_compile_mode flex_attn_compile_kwargs batch_flattening scaling_softmax chunked_cross_entropy "
         "chunked_cross_entropy_num_chunks experts_implementation use_scattermoe use_sonicmoe",
@@ -248,8 +255,9 @@ AXOLOTL_KEYS = {
         left(_PROCESSES),
     ),
     **group(
+        "torchdistx_path experimental_skip_move_to_device "
         "low_cpu_mem_usage lora_on_cpu qlora_sharded_model_loading model_kwargs overrides_of_model_kwargs "
-        "base_model_config cls_model_config tokenizer_type tokenizer_use_fast tokenizer_legacy processor_type "
+        "base_model_config cls_model_config tokenizer_type tokenizer_use_fast tokenizer_legacy "
         "is_falcon_derived_model is_mistral_derived_model is_qwen_derived_model mean_resizing_embeddings "
         "embeddings_skip_upcast shrink_embeddings tokenizer_save_jinja_files tokenizer_use_mistral_common "
         "reinit_weights model_quantization_config model_quantization_config_kwargs",

@@ -9,6 +9,7 @@ from distft.core.errors import RecipeError
 from distft.importers.config_file import ConfigFile, read_json
 from distft.importers.conversion import Conversion
 from distft.importers.llama_factory_keys import INFO_KEYS, LLAMA_FACTORY_KEYS
+from distft.importers.llama_factory_method import set_method, set_projection
 from distft.importers.objectives import PreferenceKeys, set_dpo, set_orpo, set_reward, set_simpo, set_unpaired
 from distft.importers.section import Section
 from distft.importers.sources import Rows, Source, add_source, set_lengths, set_template
@@ -47,11 +48,12 @@ def _convert(work: Conversion) -> None:
     rows = _set_objective(work, top, stage)
     set_name(work, top.text("output_dir"), (top, "output_dir"))
     _set_model(work, top)
-    _set_method(work, top)
+    set_method(work, top)
     _set_data(work, top, stage, rows)
     if top.flag("disable_gradient_checkpointing"):
         top.values["gradient_checkpointing"] = False
     set_training(work, top, _TRAINER, evaluates=work.draft.get("data.eval") is not None)
+    set_projection(work, top)
     set_order(work, top)
     if top.flag("disable_shuffling"):
         work.set("data.shuffle", False, (top, "disable_shuffling"))
@@ -88,50 +90,6 @@ def _set_model(work: Conversion, top: Section) -> None:
         work.leave(top, "flash_attn", 'attention = "auto" takes flash-attn where it is installed; the same numbers')
     if top.flag("train_from_scratch"):
         work.set("model.init", "random", (top, "train_from_scratch"))
-
-
-def _set_method(work: Conversion, top: Section) -> None:
-    kind = top.text("finetuning_type", "lora") or "lora"
-    bits = top.whole("quantization_bit")
-    if kind == "full":
-        work.set("method.name", "full", (top, "finetuning_type"))
-        if bits:
-            top.problem(
-                "quantization_bit", "full fine-tuning needs a base in 16 or 32 bits", "set finetuning_type: lora"
-            )
-        return
-    if kind != "lora":
-        top.problem("finetuning_type", "is not a method here", "known: lora, full")
-        return
-    if bits not in (None, 0, 4, 8):
-        top.problem("quantization_bit", "bases are in 4 bits or in 16 here", "set 4")
-    if bits and top.text("quantization_method", "bnb") not in ("bnb", "bitsandbytes"):
-        top.problem("quantization_method", "4-bit bases are bitsandbytes' here", "set bnb")
-    name = "qlora" if bits == 4 else "lora"
-    by = "quantization_bit" if bits == 4 else "finetuning_type"
-    if work.part("method", name, top, by, name):
-        work.set("method.name", name, (top, by))
-    if bits == 8:
-        work.leave(top, "quantization_bit", "no 8-bit bases here: the base stays in 16 bits; 4 takes less memory")
-    rank = top.whole("lora_rank", 8, least=1) or 8
-    work.set("method.r", rank, (top, "lora_rank"))
-    work.set("method.alpha", top.number("lora_alpha", 2 * rank), (top, "lora_alpha"))
-    work.set("method.dropout", top.number("lora_dropout", 0.0), (top, "lora_dropout"))
-    targets = top.texts("lora_target") or ["all"]
-    if "all" in targets and targets != ["all"]:
-        fix = "name every module, or take all and additional_target"
-        top.problem("lora_target", "names modules beside all", fix)
-    note = "every linear layer but the head" if targets == ["all"] else ""
-    work.set("method.target_modules", "all-linear" if targets == ["all"] else targets, (top, "lora_target"), note)
-    for column, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
-        if top.flag(column):
-            work.set(f"method.{ours}", True, (top, column))
-    if top.has("additional_target"):
-        work.set("method.modules_to_save", top.texts("additional_target"), (top, "additional_target"))
-    if name == "qlora":
-        kind = top.text("quantization_type", "nf4", allowed=("nf4", "fp4"))
-        quant = {"type": kind, "double": top.flag("double_quantization", True)}
-        work.draft.set("method.quant", quant, note="bitsandbytes' 4 bits, as there")
 
 
 def _set_data(work: Conversion, top: Section, stage: str, rows: Rows) -> None:

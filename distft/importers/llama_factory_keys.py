@@ -5,16 +5,12 @@ from __future__ import annotations
 from distft.importers.keys import carried, group, left, refused, table
 from distft.importers.trainer_keys import TRAINER_KEYS
 
-_PARTIAL = "trains a part of the weights, which no method here does: take finetuning_type full or lora"
-_PROJECTED = (
-    "trains by a projection of the gradients: remove it and set [optim] by hand (galore and apollo are here, with "
-    "settings of their own), or take an 8-bit optimizer"
-)
-_TOKENS = "new tokens change the model: add them to tokenizer and embeddings first, then name that folder"
+_EXPANDED = "trains blocks that are added to the model, which nothing here does: train the last ones by freeze"
+_BLOCKWISE = "trains one block after another, which nothing here does: take freeze, or use_galore or use_apollo"
+_SHAPE = "changes the model's shape without a token: remove it, or name the tokens in add_tokens"
 _MEDIA = "images, video and audio are not trained on here"
 _SERVING = "belongs to serving and chatting"
 _KERNELS = "kernels are chosen here by what is installed; the same numbers but for rounding"
-_ADAPTER = "changes how the adapter begins or is trained, and nothing here does: remove it"
 _PPO = "belongs to PPO"
 
 LLAMA_FACTORY_KEYS = {
@@ -23,7 +19,7 @@ LLAMA_FACTORY_KEYS = {
         model_name_or_path=carried(),
         model_revision=carried(),
         stage=carried("[objective] name", "pt and sft are sft, dpo by pref_loss, rm is reward, kto; ppo is refused"),
-        finetuning_type=carried("[method] name", "lora (also with quantization_bit: qlora) or full"),
+        finetuning_type=carried("[method] name", "lora (also with quantization_bit: qlora), full, freeze or oft"),
         quantization_bit=carried("[method] name", "4 is qlora; 8 becomes LoRA beside a base in 16 bits"),
         quantization_type=carried("[method] quant"),
         double_quantization=carried("[method] quant"),
@@ -86,42 +82,58 @@ LLAMA_FACTORY_KEYS = {
         reward_model_type=left(_PPO),
         ld_alpha=carried("[objective] ld_alpha"),
         pref_bco_weight=refused("mixes BCO into DPO, which is not here: remove it"),
-        adapter_name_or_path=refused(
-            "goes on from an adapter: merge it into the base first, and name the merged folder"
+        adapter_name_or_path=carried(
+            "[method] start", "one adapter that is gone on from; with create_new_adapter refused"
         ),
-        create_new_adapter=left("an adapter is always new"),
-        loraplus_lr_ratio=refused("LoRA+ trains both matrices at different rates, which nothing here does: remove it"),
+        create_new_adapter=left("an adapter is new where none is named", off=(None, False, True)),
+        loraplus_lr_ratio=carried("[method] lora_plus_ratio"),
         loraplus_lr_embedding=left("a part of LoRA+"),
         shift_attn=refused("shifted sparse attention is another model: remove it"),
         mixture_of_depths=refused("mixture of depths is another model: remove it"),
         rope_scaling=refused("changes the model: write it into the config.json of a local folder, and name that"),
-        resize_vocab=refused(_TOKENS),
+        resize_vocab=refused(_SHAPE),
         use_dft_loss=refused("DFT weighs tokens by their probability, which is another loss: remove it"),
         use_asft_loss=refused("another loss, which is not here: remove it"),
         use_eaft_loss=refused("another loss, which is not here: remove it"),
         use_adam_mini=refused("Adam-mini is not here: remove it, or take optim: adamw_8bit for less memory"),
         use_muon=refused('set [optim] name = "muon" by hand: theirs was not compared with it'),
-        use_llama_pro=refused(_PARTIAL),
+        use_llama_pro=refused(_EXPANDED),
         use_mca=left("Megatron's engine: [engine] decides"),
         fp8=left("products are in bfloat16 here"),
         freeze_language_model=refused(_MEDIA),
         split_special_tokens=left("special tokens typed in rows stay text here: [data] special_tokens_in_content"),
         ray_run_name=left("belongs to Ray"),
     ),
-    **group("freeze_trainable_layers freeze_trainable_modules freeze_extra_modules", left(_PARTIAL)),
-    **group("use_galore use_apollo use_badam", refused(_PROJECTED)),
+    **table(
+        freeze_trainable_layers=carried("[method] last_blocks", "of freeze; blocks at the beginning are refused"),
+        freeze_trainable_modules=carried("[method] last_blocks", "of freeze: all alone"),
+        freeze_extra_modules=left("a setting of what is off"),
+        use_galore=carried("[optim] name"),
+        galore_rank=carried("[optim] rank"),
+        galore_update_interval=carried("[optim] update_gap"),
+        galore_scale=carried("[optim] scale"),
+        use_apollo=carried("[optim] name"),
+        apollo_rank=carried("[optim] rank"),
+        apollo_update_interval=carried("[optim] update_gap"),
+        apollo_scale=carried("[optim] scale"),
+        apollo_scale_type=carried("[optim] scale_by"),
+        use_badam=refused(_BLOCKWISE),
+        pissa_init=carried("[method] init", "exact singular vectors"),
+        pissa_convert=left("final/ always fits the unchanged base"),
+        pissa_iter=left("singular vectors are exact here"),
+        oft_block_size=carried("[method] oft_block_size"),
+        oft_target=carried("[method] target_modules", 'all is "all-linear"'),
+        module_dropout=carried("[method] module_dropout"),
+        add_tokens=carried("[model] add_tokens", "rows start as the mean of a token's pieces, not of all with noise"),
+        add_special_tokens=carried("[model] add_special_tokens", "as add_tokens"),
+        new_special_tokens_config=refused("descriptions that new rows start from are not here: name the tokens"),
+    ),
     **group(
-        "galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise "
-        "apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj apollo_proj_type "
-        "apollo_scale_type apollo_layerwise apollo_scale_front badam_mode badam_start_block badam_switch_mode "
-        "badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose",
+        "galore_target galore_proj_type galore_layerwise apollo_target apollo_proj apollo_proj_type apollo_layerwise "
+        "apollo_scale_front badam_mode badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio "
+        "badam_mask_mode badam_verbose oft_rank",
         left("a setting of what is refused or off"),
     ),
-    **group("pissa_init pissa_convert", refused(_ADAPTER)),
-    **group(
-        "pissa_iter module_dropout oft_rank oft_block_size oft_target", left("a setting of what is refused or off")
-    ),
-    **group("add_tokens add_special_tokens new_special_tokens_config", refused(_TOKENS)),
     **group(
         "ref_model_adapters ref_model_quantization_bit reward_model reward_model_adapters "
         "reward_model_quantization_bit "

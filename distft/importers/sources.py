@@ -14,6 +14,8 @@ from distft.importers.section import Section
 _FIRST_ROWS = re.compile(r"([\w.-]+)\[:(\d+)\]")
 _FIRST_SHARE = re.compile(r"([\w.-]+)\[:(\d+)%\]")
 _SPLIT = re.compile(r"[\w.-]+")
+_SLICES = re.compile(r"[\w.-]+(\[-?\d*%?:-?\d*%?\])?(\+[\w.-]+(\[-?\d*%?:-?\d*%?\])?)*")
+"""What the `datasets` library takes parts of splits by: `train[:20%]`, `train[80%:]+validation`."""
 _SPLIT_KEYS = ("split", "train_on_split", "dataset_train_split")
 _LOADERS = ("json", "parquet", "csv", "text", "arrow")
 _FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
@@ -43,7 +45,8 @@ def add_source(
 ) -> None:
     """Append a source, or one for each of several files that it consists of.
 
-    A split may be a part of one: `train[:1000]` becomes `max_rows`, a share of a split is asked for.
+    A split may be a part of one: `train[:1000]` becomes `max_rows`; of the hub's data sets other parts are named as
+    there, and of files a share is asked for.
     """
     name, rows = _split(work, part, source, origin, len(files))
     for path in files or (source.path,):
@@ -90,6 +93,8 @@ def _split(
     first, share = _FIRST_ROWS.fullmatch(source.split), _FIRST_SHARE.fullmatch(source.split)
     if first and num_files <= 1:
         return first[1], int(first[2])
+    if _SLICES.fullmatch(source.split) and not num_files and _is_of_hub(source.path):
+        return source.split, None
     if share and num_files <= 1:
         home = f"data.{part}.{len(work.draft.get(f'data.{part}') or ())}.max_rows"
         why = f"is a share of a split, of {share[2]} %: rows are counted here"
@@ -97,6 +102,17 @@ def _split(
         return share[1], None
     origin[0].problem(key, "is a part of a split", "name a whole split, or train[:1000] for its first rows")
     return None, None
+
+
+def _is_of_hub(path: str) -> bool:
+    """Whether a path is the name of a data set of the hub: of one or two words, and of nothing that is here."""
+    there = Path(path)
+    return (
+        there.suffix not in _FILES
+        and len(there.parts) <= 2
+        and not path.startswith(("/", ".", "~"))
+        and not there.exists()
+    )
 
 
 def _named_split(path: str, name: str | None, origin: tuple[Section, str]) -> str | None:

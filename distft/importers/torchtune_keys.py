@@ -7,6 +7,11 @@ from distft.importers.keys import carried, group, left, refused, table
 _OPERATIONS = "changes no result, and is decided here by itself"
 _REPORTS = "metrics.jsonl, TensorBoard files and [log] wandb are what is written"
 _COMPONENT = ("_component_",)
+_DISTILLATION = (
+    "distils on rows, which is not imported: [objective] distill does so on the student's own answers, or train on the "
+    "teacher's answers as rows"
+)
+_PPO = 'its rewards come from a model beside it: write [objective] name = "ppo" and [rollout] by hand'
 
 TORCHTUNE_KEYS = {
     **table(
@@ -49,13 +54,15 @@ TORCHTUNE_KEYS = {
             "distft train --resume auto is the default; checkpoints of other tools are not read"
         ),
         save_adapter_weights_only=left("final/ of an adapter method is the adapter", off=(None, True, False)),
-        quantizer=refused("quantisation-aware training is not here: remove it"),
+        quantizer=refused(
+            "trains all weights for torchao's formats: take a lora_ builder, and [method] deploy with that format"
+        ),
         fake_quant_after_n_steps=left("belongs to quantisation-aware training"),
-        teacher_model=refused("distillation is not here: train on the teacher's answers as rows"),
+        teacher_model=refused(_DISTILLATION),
         teacher_checkpointer=left("belongs to distillation"),
-        kd_loss=refused("distillation is not here: train on the teacher's answers as rows"),
+        kd_loss=refused(_DISTILLATION),
         kd_ratio=left("belongs to distillation"),
-        reward_and_value_model=refused("PPO is not here: remove it"),
+        reward_and_value_model=refused(_PPO),
         ref_checkpointer=left("the reference is the base model itself"),
         reference_checkpointer=left("the reference is the base model itself"),
         base_model_path=left("the weights of checkpointer are trained"),
@@ -109,7 +116,7 @@ CHECKPOINTER_KEYS = table(
     _component_=left("weights are read in the hub's layout", off=(None,)),
     checkpoint_dir=carried("[model] path"),
     checkpoint_files=left("known from the folder", off=(None,)),
-    adapter_checkpoint=refused("goes on from an adapter: merge it into the base first, and name the merged folder"),
+    adapter_checkpoint=refused("goes on from an adapter: save it in PEFT's form, and name it as [method] start"),
     recipe_checkpoint=left("distft train --resume auto; checkpoints of other tools are not read"),
     output_dir=left("output_dir/name of the recipe", off=(None,)),
     model_type=left("the model's config says its class", off=(None,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distft.importers.adapters import LoraKeys, set_lora_extras
 from distft.importers.config_file import ConfigFile
 from distft.importers.conversion import Conversion
 from distft.importers.objectives import (
@@ -19,6 +20,7 @@ from distft.importers.sources import Rows, Source, add_source, data_files, set_l
 from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_order, set_training
 from distft.importers.trl_keys import TRL_DATASET_KEYS, TRL_KEYS
+from distft.importers.trl_mixtures import MIXED_KEYS, MIXTURE_KEYS, set_mixture
 
 TASKS = ("sft", "dpo", "kto", "bco", "orpo", "cpo", "reward")
 _PREFERENCE = PreferenceKeys(beta="beta")
@@ -51,7 +53,8 @@ _ONLY_LOSSES = {
 """Values of loss_type that only one command has."""
 _MARKS = {
     "dataset_name", "use_peft", "lora_r", "max_length", "assistant_only_loss", "completion_only_loss", "beta",
-    "loss_type", "dataset_text_field", "dataset_train_split", "dataset_config", "max_seq_length",
+    "dataset_mixture", "dataset_mixer", "loss_type", "dataset_text_field", "dataset_train_split", "dataset_config",
+    "max_seq_length",
 }  # fmt: skip
 
 
@@ -157,6 +160,9 @@ def _set_model(work: Conversion, top: Section) -> None:
         )
 
 
+_LORA = LoraKeys(target_parameters="lora_target_parameters")
+
+
 def _set_dtype(work: Conversion, top: Section) -> None:
     """The type of the weights counts more than that of autocast where it is said."""
     for key in ("dtype", "torch_dtype"):
@@ -195,6 +201,7 @@ def _set_method(work: Conversion, top: Section) -> None:
         work.set("method.target_modules", targets, (top, "lora_target_modules"))
     if top.has("lora_modules_to_save"):
         work.set("method.modules_to_save", top.texts("lora_modules_to_save"), (top, "lora_modules_to_save"))
+    set_lora_extras(work, top, _LORA)
     for tool_key, ours in (("use_rslora", "rslora"), ("use_dora", "dora")):
         if top.flag(tool_key):
             work.set(f"method.{ours}", True, (top, tool_key))
@@ -218,11 +225,12 @@ def _set_sources(work: Conversion, top: Section, task: str) -> bool:
         )
         add_source(work, "train", source, (section, "path"), files)
         work.settle(section, TRL_DATASET_KEYS)
+    set_mixture(work, top, format, columns)
     name = top.text("dataset_name")
     if name is not None and not top.has("datasets"):
         _set_named(work, top, name, format, columns)
     elif work.draft.get("data.train") is None:
-        top.reading.problem((), "there is no dataset", "add dataset_name, or datasets")
+        top.reading.problem((), "there is no dataset", "add dataset_name, datasets, dataset_mixture or dataset_mixer")
     return work.draft.get("data.eval") is not None
 
 
@@ -274,5 +282,10 @@ SPEC = ImporterSpec(
     told_by="model_name_or_path with dataset_name (or a list of datasets), use_peft, max_length or packing",
     detects=_detects,
     convert=_convert,
-    keys={"": TRL_KEYS, "datasets[]": TRL_DATASET_KEYS},
+    keys={
+        "": TRL_KEYS,
+        "datasets[]": TRL_DATASET_KEYS,
+        "dataset_mixture": MIXTURE_KEYS,
+        "dataset_mixture.datasets[]": MIXED_KEYS,
+    },
 )

@@ -428,6 +428,35 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         },
         {"dataset_exact_deduplication", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"},
     ),
+    "lora-in-full": (
+        BASE
+        + LORA.replace("lora_target_linear: true", "lora_target_modules: [q_proj, v_proj]")
+        + "loraplus_lr_ratio: 16\nlora_target_parameters: [experts.down_proj]\npeft_layers_to_transform: [0, 3]\n"
+        "peft_init_lora_weights: pissa_niter_16\ntokens: ['<call>', '</call>']\n",
+        {
+            "method.lora_plus_ratio": 16.0,
+            "method.target_parameters": ["experts.down_proj"],
+            "method.layers_to_transform": [0, 3],
+            "method.init": "pissa",
+            "model.add_tokens": ["<call>", "</call>"],
+        },
+        set(),
+    ),
+    "experts-of-all-linear": (
+        BASE + LORA + "lora_target_parameters: [experts.down_proj]\nlora_model_dir: ./old\n",
+        {"method.target_parameters": [], "method.target_modules": "all-linear", "method.start": "./old"},
+        {"lora_target_parameters"},
+    ),
+    "unfrozen": (
+        BASE + "unfrozen_parameters:\n  - ^lm_head.weight$\n  - model.layers.2[0-9]+.block\n",
+        {"method.name": "freeze", "method.parameters": ["^lm_head.weight$", "(?:model.layers.2[0-9]+.block).*"]},
+        set(),
+    ),
+    "share-of-a-split": (
+        BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[:20%]"),
+        {"data.train.0.split": "train[:20%]", "data.train.0.max_rows": None},
+        set(),
+    ),
     "own-type": (
         BASE.replace(
             "    type: alpaca",
@@ -460,15 +489,19 @@ REFUSED = {
         BASE.replace("cosine", "cosine_with_restarts") + "lr_scheduler_kwargs:\n  num_cycles: 3\n",
         "another curve",
     ),
-    "grpo": (BASE + "rl: grpo\n", "is not trained here  known: dpo, ipo, orpo, simpo, kto"),
-    "unfrozen": (BASE + "unfrozen_parameters: ['^lm_head.weight$']\n", "trains a part of the weights"),
-    "adapter": (BASE + "adapter: llama-adapter\n", "is not a method here"),
-    "continued": (BASE + LORA + "lora_model_dir: ./old\n", "merge it into the base first"),
+    "grpo": (BASE + "rl: grpo\n", 'write [objective] name = "grpo" and [rollout] by hand'),
+    "unfrozen": (
+        BASE + "unfrozen_parameters: ['^model.embed_tokens.weight$[:32000]']\n",
+        "trains some rows of a parameter: ^model.embed_tokens.weight$[:32000]",
+    ),
+    "init": (BASE + LORA + "peft_init_lora_weights: corda\n", "is no start of an adapter here"),
+    "images": (BASE + LORA + "processor_type: AutoProcessor\n", "reads images or sound"),
+    "adapter": (BASE + "adapter: llama-adapter\n", "is not imported  known: lora, qlora"),
     "bits": (BASE + "load_in_4bit: true\n", "full fine-tuning needs a base in 16 or 32 bits"),
     "type": (BASE.replace("type: alpaca", "type: input_output"), "has no type that is known"),
     "no type": (BASE.replace("    type: alpaca\n", ""), "has no type that is known"),
     "roles": (BASE.replace("    type: alpaca", "    type: chat_template\n    roles_to_train: [user]"), "other turns"),
-    "split": (BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[5:9]"), "is a part of a split"),
+    "split": (BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[5:9:2]"), "is a part of a split"),
     "shards": (BASE.replace("    type: alpaca", "    type: alpaca\n    shards: 10"), "takes a part of the rows"),
     "targets": (
         BASE + LORA.replace("lora_target_linear: true", ""),
@@ -476,7 +509,7 @@ REFUSED = {
     ),
     "warm-up": (BASE + "max_steps: 10\nwarmup_steps: 20\n", "warmup_steps = 20  becomes [schedule] warmup_steps"),
     "rate": (BASE.replace("learning_rate: 2e-4\n", ""), "learning_rate is missing"),
-    "tokens": (BASE + "tokens: ['<a>']\n", "new tokens change the model"),
+    "tokens": (BASE + "tokens: {pad_token: '<a>'}\n", "gives the tokenizer's own tokens other names"),
     "peft": (BASE + LORA + "peft:\n  backend: torchao\n  weight_dtype: int4\n", "bases in int4 of torchao"),
     "simpo": (
         BASE.replace("type: alpaca", "type: chatml.ultra") + "rl: simpo\ndpo_label_smoothing: 0.1\n",
@@ -504,7 +537,9 @@ def test_what_would_train_another_model_is_refused_at_its_line(name: str, tmp_pa
 
 
 def test_a_share_of_a_split_needs_its_rows(tmp_path: Path) -> None:
-    text = BASE.replace("    type: alpaca", "    type: alpaca\n    split: train[:20%]")
+    """Of a file: the hub's library knows shares of its own data sets."""
+    text = BASE.replace("teknium/GPT4-LLM-Cleaned", "rows.jsonl")
+    text = text.replace("    type: alpaca", "    type: alpaca\n    split: train[:20%]")
     with pytest.raises(
         RecipeError, match=r"of 20 %: rows are counted here  say how many.* --set data.train.0.max_rows=N"
     ):

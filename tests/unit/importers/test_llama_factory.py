@@ -311,6 +311,47 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         },
         {"flash_attn", "enable_liger_kernel", "num_train_epochs"},
     ),
+    "freeze": (
+        changed(BASE, finetuning_type="freeze", lora_target=None, freeze_trainable_layers="3"),
+        {"method.name": "freeze", "method.last_blocks": 3},
+        set(),
+    ),
+    "oft": (
+        changed(
+            BASE, finetuning_type="oft", lora_target=None, oft_target="all", oft_block_size="16", quantization_bit="4"
+        ),
+        {"method.name": "oft", "method.oft_block_size": 16, "method.target_modules": "all-linear"},
+        set(),
+    ),
+    "galore": (
+        changed(BASE, finetuning_type="full", lora_target=None, use_galore="true", galore_rank="128", pure_bf16="true"),
+        {"optim.name": "galore", "optim.rank": 128, "optim.update_gap": 200, "optim.scale": 2.0, "method.name": "full"},
+        set(),
+    ),
+    "apollo": (
+        changed(BASE, finetuning_type="full", lora_target=None, use_apollo="true", apollo_scale_type="tensor"),
+        {"optim.name": "apollo", "optim.rank": 16, "optim.scale": 32.0, "optim.scale_by": "tensor"},
+        set(),
+    ),
+    "lora-in-full": (
+        changed(
+            BASE,
+            loraplus_lr_ratio="16.0",
+            pissa_init="true",
+            pissa_convert="true",
+            add_tokens="<a>,<b>",
+            add_special_tokens="<c>",
+            resize_vocab="true",
+        ),
+        {
+            "method.lora_plus_ratio": 16.0,
+            "method.init": "pissa",
+            "model.add_tokens": ["<a>", "<b>"],
+            "model.add_special_tokens": ["<c>"],
+        },
+        {"pissa_convert"},
+    ),
+    "continued": (changed(BASE, adapter_name_or_path="saves/old"), {"method.start": "saves/old"}, set()),
     "defaults": (
         "model_name_or_path: Qwen/Qwen3-0.6B\nstage: sft\ndataset: identity\ntemplate: qwen3\n",
         {
@@ -353,12 +394,25 @@ def test_files_of_dataset_info_are_beside_it(tmp_path: Path) -> None:
 
 REFUSED = {
     "ppo": (changed(BASE, stage="ppo"), 'stage = "ppo"  is not trained here'),
-    "freeze": (changed(BASE, finetuning_type="freeze"), "is not a method here  known: lora, full"),
-    "galore": (
-        changed(BASE, finetuning_type="full", lora_target=None, use_galore="true"),
-        "by a projection of the gradients",
+    "method": (changed(BASE, finetuning_type="prefix"), "is not a method here  known: lora, full, freeze, oft"),
+    "first blocks": (
+        changed(BASE, finetuning_type="freeze", lora_target=None, freeze_trainable_layers="-2"),
+        "trains blocks at the beginning",
     ),
-    "pissa": (changed(BASE, pissa_init="true"), "changes how the adapter begins"),
+    "some modules": (
+        changed(BASE, finetuning_type="freeze", lora_target=None, freeze_trainable_modules="mlp"),
+        "trains some modules of the last blocks",
+    ),
+    "badam": (changed(BASE, finetuning_type="full", lora_target=None, use_badam="true"), "one block after another"),
+    "layerwise": (
+        changed(BASE, finetuning_type="full", lora_target=None, use_galore="true", galore_layerwise="true"),
+        "updates in the backward pass by this optimizer are not here",
+    ),
+    "number of blocks": (
+        changed(BASE, finetuning_type="oft", lora_target=None, oft_rank="8"),
+        "is the number of blocks; here their size is set",
+    ),
+    "shape": (changed(BASE, resize_vocab="true"), "changes the model's shape without a token"),
     "loss": (
         changed(BASE, stage="dpo", dataset="dpo_en_demo", pref_loss="kto_pair"),
         "loss kto_pair is not trained here",
@@ -374,7 +428,10 @@ REFUSED = {
     "bits": (changed(BASE, quantization_bit="2"), "bases are in 4 bits or in 16 here"),
     "hqq": (changed(BASE, quantization_bit="4", quantization_method="hqq"), "4-bit bases are bitsandbytes' here"),
     "mix": (changed(BASE, mix_strategy="interleave_under", interleave_probs="0.5,0.5"), "draws sources by chance"),
-    "adapter": (changed(BASE, adapter_name_or_path="saves/old"), "merge it into the base first"),
+    "adapter": (
+        changed(BASE, adapter_name_or_path="saves/old", create_new_adapter="true"),
+        "is merged into the base before a new adapter begins",
+    ),
     "predict": (changed(BASE, do_train="false"), "a file of another command"),
     "adafactor": (changed(BASE, optim="adafactor"), "scales it by the size of each weight"),
     "orpo with likelihood": (

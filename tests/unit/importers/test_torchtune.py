@@ -354,11 +354,11 @@ REFUSED = {
     ),
     "kd": (
         config(LORA, ALPACA, ADAMW, CE, LENGTH, "\nkd_loss:\n  _component_: torchtune.modules.loss.ForwardKLLoss\n"),
-        "distillation is not here",
+        "[objective] distill does so on the student's own answers",
     ),
     "qat": (
         config(FULL, ALPACA, ADAMW, CE, LENGTH, "\nquantizer:\n  _component_: torchtune.training.quantization.Q\n"),
-        "quantisation-aware training is not here",
+        "take a lora_ builder, and [method] deploy",
     ),
     "grpo": (
         config(FULL, ALPACA, ADAMW, CE.replace("CEWithChunkedOutputLoss", "GRPOLoss"), LENGTH),

@@ -21,6 +21,29 @@ PAIRS = BASE.replace("trl-lib/Capybara", "trl-lib/ultrafeedback_binarized")
 PEFT = "use_peft: true\nlora_r: 32\nlora_alpha: 16\n"
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
+    "handbook-mixture": (
+        BASE.replace("dataset_name: trl-lib/Capybara\n", "")
+        + "dataset_mixture:\n  datasets:\n  - id: org/one\n    config: default\n    split: train_sft\n"
+        "    columns: [messages]\n    weight: 1.0\n  - {id: org/two, weight: 0.5}\n"
+        "  test_split_size: 1000\n  seed: 0\n",
+        {},
+        {
+            "data.train.0.path": "org/one",
+            "data.train.0.subset": "default",
+            "data.train.0.split": "train_sft",
+            "data.train.0.weight": 1.0,
+            "data.train.1.path": "org/two",
+            "data.train.1.weight": 0.5,
+        },
+        {"dataset_mixture.test_split_size"},
+    ),
+    "handbook-mixer": (
+        BASE.replace("dataset_name: trl-lib/Capybara\n", "")
+        + "dataset_mixer: {org/one: 1.0}\ndataset_splits: [train_sft, test_sft]\neval_strategy: epoch\n",
+        {},
+        {"data.train.0.split": "train_sft", "data.eval.0.path": "org/one", "data.eval.0.split": "test_sft"},
+        set(),
+    ),
     "example": (
         """
         model_name_or_path:
