@@ -92,7 +92,8 @@ def scaled_down(recipe: Recipe, folder: Path) -> list[str]:
     train = [_made_source(recipe, source, folder, f"train-{number}") for number, source in enumerate(recipe.data.train)]
     held = [_made_source(recipe, source, folder, f"eval-{number}") for number, source in enumerate(recipe.data.eval)]
     overrides = [
-        f"data.train=[{', '.join(train)}]", f"data.eval=[{', '.join(held)}]", 'model.path="demo:tiny-llama"', 'model.init="random"',
+        f"data.train=[{', '.join(train)}]", f"data.eval=[{', '.join(held)}]",
+        'model.path="demo:tiny-llama"', 'model.init="random"',
         "model.dtype=\"float32\"", 'data.chat_template="plain"', "data.max_length=256", "train.max_steps=2",
         "train.global_batch_size=4", "train.micro_batch_size=2", 'engine={name="solo"}', 'log.console="off"',
         "log.tensorboard=false", f'output_dir="{folder}/runs"', 'checkpoint.every_steps="off"', 
