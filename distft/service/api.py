@@ -24,6 +24,7 @@ from distft.service.errors import ApiError
 from distft.service.files import FileService
 from distft.service.http_guard import HttpGuard, RequestCounts
 from distft.service.idempotency import Once
+from distft.service.job_removal import JobRemoval
 from distft.service.jobs import JobService
 from distft.service.models import ModelService
 from distft.service.runners import RUNNERS
@@ -47,6 +48,7 @@ class ServiceParts:
     files: FileService
     uploads: UploadService
     jobs: JobService
+    removal: JobRemoval
     models: ModelService
     completions: CompletionService
     answers: AnswerService
@@ -65,6 +67,7 @@ def build_parts(settings: ServiceSettings, database: ServiceDatabase) -> Service
     return ServiceParts(
         settings=settings, database=database, files=files, uploads=uploads, jobs=jobs, models=models, answers=answers,
         completions=CompletionService(models, answers), worker=worker,
+        removal=JobRemoval(database, jobs, files.contents),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from distft.service.tables import CounterRow, ServerRow
 
 BUSY_S = 30
 """Seconds that a writer waits for another."""
+_AFTERWARDS = "afterwards"
 
 
 class ServiceDatabase:
@@ -84,10 +85,17 @@ class ServiceDatabase:
         """Give a session that is committed at the end of the context, and rolled back on an error."""
         with self._write.begin() as session:
             yield session
+        for work in session.info.pop(_AFTERWARDS, ()):
+            work()
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def afterwards(session: Session, work: Callable[[], None]) -> None:
+    """Have something done once what a writing session wrote is committed, and not where it is not."""
+    session.info.setdefault(_AFTERWARDS, []).append(work)
 
 
 def next_position(session: Session, name: str) -> int:

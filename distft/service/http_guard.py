@@ -101,6 +101,9 @@ class HttpGuard:
         """Return `receive` with a limit on the body's bytes, and on the time without any."""
         upload = scope["method"] == "POST" and _UPLOADS.fullmatch(scope["path"]) is not None
         most, size, done = (self._file_bytes + _SLACK if upload else self._request_bytes), 0, False
+        if (_header(scope, b"content-encoding") or "identity").lower() != "identity":
+            message = "The request's body is compressed, and is not unpacked here: send it as it is."
+            raise ApiError(415, message, code="unsupported_encoding", type="invalid_request_error")
         told = _header(scope, b"content-length") or "0"
         if not told.isdecimal() or int(told) > most:
             raise ApiError(413, f"The request's body is larger than {most} bytes.", code="request_too_large")

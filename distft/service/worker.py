@@ -118,7 +118,7 @@ class Worker:
                 return
             kind = row.method["type"]
             row.hyperparameters = found["hyperparameters"]
-            row.method = {"type": kind, kind: {"hyperparameters": found["hyperparameters"]}}
+            row.method = {"type": kind, kind: {**row.method[kind], "hyperparameters": found["hyperparameters"]}}
             row.num_steps, row.status = found["num_steps"], "queued"
             add_event(session, row, "Files validated, moving job to queued state")
 
@@ -256,13 +256,14 @@ class Worker:
     # Around it.
 
     def _remove_orphans(self) -> None:
-        """Remove folders of jobs that a killed server made and never wrote down; nothing ran in them."""
+        """Remove what no row speaks of: folders of jobs that a killed server made or was removing, and contents."""
         self._settings.jobs.mkdir(parents=True, exist_ok=True)
         with self._database.reading() as session:
             known = set(session.scalars(select(JobRow.id)))
         for path in self._settings.jobs.iterdir():
             if path.name.startswith("ftjob-") and path.name not in known:
                 shutil.rmtree(path, ignore_errors=True)
+        self._files.contents.remove_orphans()
 
     def _deliver(self) -> None:
         deliver_due(self._database)
