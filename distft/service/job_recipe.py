@@ -88,7 +88,7 @@ def scan_rows(
 
 def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))  # of bytes, json would take UTF-16 too
     except RecursionError:
         raise DataError(f"{where}: is nested too deeply") from None
     except ValueError as error:
