@@ -49,6 +49,8 @@ class Worker:
         self._files, self._uploads = files, uploads
         self._runner = runner
         self._examining: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self._killed = Counter[str]()
+        """Times that the process which looked at a job's files was killed, in this server's life."""
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(work, every), name=work.__name__, daemon=True)
@@ -103,10 +105,17 @@ class Worker:
             if child.poll() is None and not late:
                 return
             child.kill()
-            found = folder.examined() or {
+            code = child.wait()
+            found = folder.examined()
+            if found is None and code < 0 and not late and self._killed[job_id] < self._settings.limits.lost_starts:
+                self._killed[job_id] += 1  # by the machine, not by what it has read: it may look again
+                del self._examining[job_id]
+                return
+            found = found or {
                 "error": {"code": "validation_failed", "message": "The files could not be looked at.", "param": None}
             }
         self._examining.pop(job_id, None)
+        self._killed.pop(job_id, None)
         with self._database.writing() as session:
             row = session.get_one(JobRow, job_id, with_for_update=True)
             if row.status != "validating_files":

@@ -58,7 +58,10 @@ def make_job(client: openai.OpenAI, name: str) -> str:
 
 
 def facts(client: openai.OpenAI, job_id: str) -> dict[str, Any]:
-    """What a job has come to, without what is of its moment: steps, checkpoints, result file."""
+    """What a job has come to, without what is of its moment: steps, newest checkpoints, result file.
+
+    A run keeps three checkpoints, and the one that it was last started from.
+    """
     events = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=1000)][::-1]
     job = client.fine_tuning.jobs.retrieve(job_id)
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job_id, limit=100)
@@ -67,7 +70,7 @@ def facts(client: openai.OpenAI, job_id: str) -> dict[str, Any]:
         "once": [events.count(text) for text in ("Files validated, moving job to queued state",
                                                  "The job has successfully completed")],
         "last": events[-1],
-        "checkpoints": [(point.step_number, point.metrics.train_loss) for point in checkpoints],
+        "checkpoints": [(point.step_number, point.metrics.train_loss) for point in checkpoints][:3],
         "tokens": job.trained_tokens,
         "result": client.files.content(job.result_files[0]).text,
     }  # fmt: skip

@@ -33,6 +33,11 @@ if os.environ.get("EXAMINE_WAITS"):
     import time
     time.sleep(60)
 rows = open(os.path.join(folder, "train.jsonl")).read()
+if "killed" in rows:
+    with open(os.path.join(folder, "tries"), "a") as tries:
+        tries.write("x")
+    if "always" in rows or os.path.getsize(os.path.join(folder, "tries")) < 3:
+        os.kill(os.getpid(), 9)
 kind = request["method"]["type"]
 values = {key: 1 if value == "auto" else value for key, value in request["method"][kind]["hyperparameters"].items()}
 found = {"hyperparameters": values, "num_steps": 4, "events": [{"message": "4 rows", "level": "info", "data": None}]}

@@ -206,6 +206,17 @@ def test_a_job_that_does_not_fit_keeps_what_check_found(client: openai.OpenAI) -
     assert messages[1] == "4 rows", "what check found"
 
 
+def test_a_killed_look_at_the_files_is_made_again(client: openai.OpenAI, server: ServiceServer) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client, {"prompt": "killed twice"}))
+    assert ended(client, job.id).status == "succeeded"
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client, {"prompt": "always killed"}))
+    job = ended(client, job.id)
+    assert (job.status, job.error.code) == ("failed", "validation_failed")
+    assert (server.folder(job.id).path / "tries").read_text() == "xxxx", (
+        "once, and again as often as a run that is lost"
+    )
+
+
 def test_pages_and_filters(client: openai.OpenAI) -> None:
     file_id = upload(client)
     ids = [
