@@ -28,7 +28,7 @@ import httpx2 as httpx
 from kit import finish
 
 KEY = "sk-distft-benchmark-key"
-CLIENTS, FILES, JOBS, REQUESTS = 50, 1000, 200, 10_000
+CLIENTS, FILES, JOBS = 50, 1000, 200
 EXAMINE = """
 import json, os, sys
 folder = sys.argv[1]
@@ -88,6 +88,12 @@ def rss_mib(pid: int) -> float:
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 1024
     raise AssertionError("no RssAnon")
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU that a process has taken, without its children."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -174,7 +180,7 @@ class Load:
             await self.get(kinds[kind]())
             took[kind].append(time.perf_counter() - due)
 
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), cpu_s(self._pid)
         for number in range(count):
             due = began + number / rate
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -188,12 +194,13 @@ class Load:
         whole = time.perf_counter() - began
         return {
             "requests_s": round(count / whole, 1),
+            "server_cpu_ms_per_request": round((cpu_s(self._pid) - worked) / count * 1000, 2),
             "ms": percentiles(list(itertools.chain(*took.values()))),
             "ms_by_kind": {kind: percentiles(values) for kind, values in took.items()},
             "memory_mib": memory,
         }
 
-    async def measure(self, rate: float) -> dict[str, Any]:
+    async def measure(self, rate: float, count: int) -> dict[str, Any]:
         running_file, _ = await self.upload(b"".join(row(f"this one runs long: {number}") for number in range(4000)))
         await self.create(running_file, n_epochs=50, batch_size=4)
         while (job := await self.get(f"/v1/fine_tuning/jobs/{self.jobs[0]}"))["status"] != "running":
@@ -211,7 +218,7 @@ class Load:
             more = await self.get(f"/v1/fine_tuning/jobs?limit=100&after={listed['data'][-1]['id']}")
             queued = [job for page in (listed, more) for job in page["data"] if job["status"] == "queued"]
             await asyncio.sleep(1)
-        result = await self.reads(rate, REQUESTS)
+        result = await self.reads(rate, count)
         step = (await self.get(f"/v1/fine_tuning/jobs/{self.jobs[0]}/events?limit=1"))["data"][0]
         files, jobs = await self.whole("/v1/files?", 300), await self.whole("/v1/fine_tuning/jobs?", 50)
         lost = [file_id for file_id in self.files if file_id not in files]
@@ -236,6 +243,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--database", help="as of distft serve; SQLite unless given")
     parser.add_argument("--rate", type=float, default=100.0, help="reads a second")
+    parser.add_argument("--requests", type=int, default=10_000, help="reads in all")
     parser.add_argument("--out")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -254,7 +262,7 @@ def main() -> int:
         try:
             assert server.stdout is not None
             port = server.stdout.readline().split()[-1]
-            result = asyncio.run(Load(f"http://127.0.0.1:{port}", server.pid).measure(options.rate))
+            result = asyncio.run(Load(f"http://127.0.0.1:{port}", server.pid).measure(options.rate, options.requests))
         finally:
             server.kill()
             server.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -17,7 +16,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from starlette.exceptions import HTTPException
 
-from distft.service.auth import Caller, find_caller
+from distft.service.auth import Caller, KnownCallers
 from distft.service.completions import CompletionService
 from distft.service.database import ServiceDatabase
 from distft.service.errors import ApiError
@@ -53,6 +52,7 @@ class ServiceParts:
     completions: CompletionService
     answers: AnswerService
     worker: Worker
+    callers: KnownCallers
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
@@ -67,7 +67,7 @@ def build_parts(settings: ServiceSettings, database: ServiceDatabase) -> Service
     return ServiceParts(
         settings=settings, database=database, files=files, uploads=uploads, jobs=jobs, models=models, answers=answers,
         completions=CompletionService(models, answers), worker=worker,
-        removal=JobRemoval(database, jobs, files.contents),
+        callers=KnownCallers(database), removal=JobRemoval(database, jobs, files.contents),
     )  # fmt: skip
 
 
@@ -124,9 +124,10 @@ def new_app(parts: ServiceParts) -> FastAPI:
     app.add_exception_handler(Exception, _failed)
 
     async def caller(header: str | None, request_id: str) -> Caller:
-        look = functools.partial(find_caller, parts.database, header, request_id)
+        if (known := parts.callers.remembered(header)) is not None:
+            return known
         try:
-            return await anyio.to_thread.run_sync(look)
+            return await anyio.to_thread.run_sync(parts.callers.find, header, request_id)
         except DBAPIError:
             raise ApiError(503, "The database is away; try again.", code="database_unavailable") from None
 

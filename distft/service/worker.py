@@ -138,10 +138,12 @@ class Worker:
         limits = self._settings.limits
         with self._database.reading() as session:
             running = Counter(session.scalars(select(JobRow.project_id).where(JobRow.started.is_(True))).all())
+            free = limits.jobs_side_by_side - running.total()
+            if free < 1:  # a long queue is not read at each look
+                return
             order = (JobRow.priority.desc(), JobRow.position)
             query = select(JobRow.id, JobRow.project_id).where(JobRow.status == "queued", JobRow.started.is_(False))
             queued = session.execute(query.order_by(*order).limit(1000)).all()
-        free = limits.jobs_side_by_side - running.total()
         for job_id, project_id in queued:
             if free < 1:
                 return
