@@ -123,6 +123,7 @@ class Load:
         )
         took = time.perf_counter() - began
         self.statuses[told.status_code] += 1
+        assert told.status_code == 200, told.text
         self.files[told.json()["id"]] = content
         return told.json()["id"], took
 
@@ -132,6 +133,7 @@ class Load:
         body = {"model": "tiny", "training_file": file_id, "method": method}
         told = await self._http.post("/v1/fine_tuning/jobs", json=body)
         self.statuses[told.status_code] += 1
+        assert told.status_code == 200, told.text
         self.jobs.append(told.json()["id"])
         return time.perf_counter() - began
 
