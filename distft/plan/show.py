@@ -82,7 +82,7 @@ def details(case: PlanCase, *, price: float | None, explain: bool) -> Iterator[s
         mark = "  <- the most" if value == held.peak else ""
         yield f"  {name.replace('_', ' '):<28} {value / GIB:>9.2f}{mark}"
     yield ""
-    yield _verdict(case)
+    yield verdict(case)
     disk = setup.recipe.checkpoint.keep * held.checkpoint + held.final
     per_node = held.host * machine.gpus_per_node
     yield (
@@ -115,7 +115,8 @@ def _line(part: Part, explain: bool) -> str:
     return f"{text}  {part.num_bytes:>16,} bytes = {part.formula}" if explain else text
 
 
-def _verdict(case: PlanCase) -> str:
+def verdict(case: PlanCase) -> str:
+    """Return whether a case fits, and by how much, in a line."""
     peak, usable = case.memory.peak / GIB, case.setup.machine.gpu.memory_gib
     if not case.fits:
         return (

@@ -5,6 +5,7 @@ from distft.scores import (
     exact_match,
     field_match,
     function,
+    grader,
     json_schema,
     judge,
     multiple_choice,
@@ -31,5 +32,6 @@ SCORES.add(translation.CHRF)
 SCORES.add(function.SPEC)
 SCORES.add(judge.SPEC)
 SCORES.add(reward_model.SPEC)
+SCORES.add(grader.SPEC)
 
 __all__ = ["SCORES", "Answer", "MetricInfo", "ScoreResult", "ScoreSpec", "Scorer"]

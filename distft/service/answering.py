@@ -23,6 +23,7 @@ from distft.generation.completion import Completion, Prompt, SamplingParams
 from distft.generation.local import local_generator
 from distft.routing.token_generator import TokenRoutedGenerator
 from distft.service.loaded_models import LoadedModels, Served, prompt_ids
+from distft.service.tool_calls import ReadAnswer, ToolChats, read_answer
 
 
 class RequestError(Exception):
@@ -109,14 +110,18 @@ class AnswerProcess:
     def _answer(self, request: dict[str, Any]) -> None:
         served = self._models.get(request["given"])
         name = request.get("chat_template", "auto")
-        asked = prompt_ids(served, {**request, "template": read_template(name)})
+        template = read_template(name)
+        form = None
+        if request.get("tools"):
+            form = ToolChats(served.tokenizer, template or served.tokenizer.chat_template or "").form()
+        asked = prompt_ids(served, {**request, "template": template})
         if not asked:
             raise RequestError("The prompt is empty.", "invalid_value")
         stop = tuple(request["stop"])
         streams = [StreamedAnswer(served, stop) for _ in range(request["n"])]
 
         def hear(row: int, token: int) -> None:
-            if piece := streams[row].take(token):
+            if form is None and (piece := streams[row].take(token)):  # a call is known once the answer is whole
                 self._say(request, event="piece", index=row, text=piece)
 
         def given_up() -> bool:
@@ -140,14 +145,20 @@ class AnswerProcess:
             if made is None:
                 return
             for index, completion in enumerate(made):
-                if piece := streams[index].finish(completion.text):
+                text, calls = completion.text, ()
+                if form is not None:
+                    names = [tool["function"]["name"] for tool in request["tools"]]
+                    answer = read_answer(text, form, names) if completion.ended else ReadAnswer(content=text)
+                    text, calls = answer.content, answer.calls
+                if piece := streams[index].finish(completion.text) if form is None else "":
                     self._say(request, event="piece", index=index, text=piece)
                 tokens = None
                 if request["logprobs"] is not None:
                     tokens = _logprobs(lm, served, asked, completion, request["logprobs"])
+                reason = "length" if not completion.ended else "tool_calls" if calls else "stop"
                 self._say(
-                    request, event="end", index=index, text=completion.text, num_tokens=completion.num_tokens,
-                    finish_reason="stop" if completion.ended else "length", logprobs=tokens,
+                    request, event="end", index=index, text=text, num_tokens=completion.num_tokens,
+                    finish_reason=reason, logprobs=tokens, **({} if form is None else {"calls": calls}),
                 )  # fmt: skip
         self._say(request, event="done", prompt_tokens=len(asked))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -17,13 +16,14 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from starlette.exceptions import HTTPException
 
-from distft.service.auth import Caller, find_caller
+from distft.service.auth import Caller, KnownCallers
 from distft.service.completions import CompletionService
 from distft.service.database import ServiceDatabase
 from distft.service.errors import ApiError
 from distft.service.files import FileService
 from distft.service.http_guard import HttpGuard, RequestCounts
 from distft.service.idempotency import Once
+from distft.service.job_removal import JobRemoval
 from distft.service.jobs import JobService
 from distft.service.models import ModelService
 from distft.service.runners import RUNNERS
@@ -47,10 +47,12 @@ class ServiceParts:
     files: FileService
     uploads: UploadService
     jobs: JobService
+    removal: JobRemoval
     models: ModelService
     completions: CompletionService
     answers: AnswerService
     worker: Worker
+    callers: KnownCallers
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
@@ -65,6 +67,7 @@ def build_parts(settings: ServiceSettings, database: ServiceDatabase) -> Service
     return ServiceParts(
         settings=settings, database=database, files=files, uploads=uploads, jobs=jobs, models=models, answers=answers,
         completions=CompletionService(models, answers), worker=worker,
+        callers=KnownCallers(database), removal=JobRemoval(database, jobs, files.contents),
     )  # fmt: skip
 
 
@@ -121,9 +124,10 @@ def new_app(parts: ServiceParts) -> FastAPI:
     app.add_exception_handler(Exception, _failed)
 
     async def caller(header: str | None, request_id: str) -> Caller:
-        look = functools.partial(find_caller, parts.database, header, request_id)
+        if (known := parts.callers.remembered(header)) is not None:
+            return known
         try:
-            return await anyio.to_thread.run_sync(look)
+            return await anyio.to_thread.run_sync(parts.callers.find, header, request_id)
         except DBAPIError:
             raise ApiError(503, "The database is away; try again.", code="database_unavailable") from None
 

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,7 @@ FIRST_PROJECT = "default"
 KEY_VARIABLE = "DISTFT_API_KEY"
 SHORTEST_KEY = 16
 """Characters of a key that people choose: shorter ones can be guessed."""
+KNOWN_S, MOST_KNOWN = 1.0, 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,45 @@ def find_caller(database: ServiceDatabase, header: str | None, request_id: str) 
         raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", type="invalid_request_error")
     role: Role = row.role  # pyright: ignore[reportAssignmentType]
     return Caller(key_id=row.id, project_id=row.project_id, role=role, request_id=request_id)
+
+
+class KnownCallers:
+    """Remembers for a moment whose key a hash is, so that not each request of a busy client asks the database.
+
+    A key that is revoked here is forgotten at once; one that is revoked otherwise, within `KNOWN_S`.
+    """
+
+    def __init__(self, database: ServiceDatabase) -> None:
+        self._database = database
+        self._known: dict[str, tuple[Caller, float]] = {}
+        self._lock, self._times_forgotten = threading.Lock(), 0
+
+    def remembered(self, header: str | None) -> Caller | None:
+        """Return who was found for this header a moment ago; None: look."""
+        caller, until = self._known.get(digest_of(header or ""), (None, 0.0))
+        return caller if time.monotonic() < until else None
+
+    def find(self, header: str | None, request_id: str) -> Caller:
+        """Return who an Authorization header speaks for, and remember it.
+
+        Raises:
+            ApiError: status 401; who is refused is not remembered.
+        """
+        until = time.monotonic() + KNOWN_S  # from before the look: what is read is no older
+        times_forgotten = self._times_forgotten
+        caller = find_caller(self._database, header, request_id)
+        with self._lock:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            if times_forgotten == self._times_forgotten:  # else the key may have been revoked since the look
+                self._known[digest_of(header or "")] = caller, until
+        return caller
+
+    def forget(self) -> None:
+        """Forget everybody."""
+        with self._lock:
+            self._times_forgotten += 1
+            self._known.clear()
 
 
 def make_key(session: Session, project_id: str, *, name: str, role: Role, key: str | None = None) -> tuple[KeyRow, str]:

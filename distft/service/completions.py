@@ -14,6 +14,7 @@ from distft.service.serving import AnswerService
 from distft.service.tables import new_id
 from distft.service.wire_answers import (
     AnswerRequest,
+    CalledFunction,
     ChatAnswer,
     ChatChoice,
     ChatMessage,
@@ -21,6 +22,7 @@ from distft.service.wire_answers import (
     CompletionRequest,
     TextAnswer,
     TextChoice,
+    ToolCall,
     Usage,
 )
 
@@ -44,7 +46,7 @@ class CompletionService:
             if event["event"] == "end":
                 choices.append(
                     ChatChoice(
-                        index=event["index"], message=ChatMessage(content=event["text"]),
+                        index=event["index"], message=_message(event),
                         finish_reason=event["finish_reason"], logprobs=_chat_logprobs(event),
                     )
                 )  # fmt: skip
@@ -73,10 +75,14 @@ class CompletionService:
                 if event["event"] == "piece" and not request.logprobs:
                     yield chunk(event["index"], {"content": event["text"]})
                 elif event["event"] == "end":
+                    message = _message(event)
+                    if "calls" in event and message.content and not request.logprobs:
+                        yield chunk(event["index"], {"content": message.content})
                     for token in event["logprobs"] or ():  # known once the answer is whole
-                        yield chunk(
-                            event["index"], {"content": token["token"]}, logprobs={"content": [token], "refusal": None}
-                        )
+                        delta = {} if message.tool_calls else {"content": token["token"]}
+                        yield chunk(event["index"], delta, logprobs={"content": [token], "refusal": None})
+                    for place, call in enumerate(message.tool_calls or ()):
+                        yield chunk(event["index"], {"tool_calls": [{"index": place, **call.model_dump()}]})
                     yield chunk(event["index"], {}, event["finish_reason"])
             if with_usage:
                 yield _sse({**head, "choices": [], "usage": usage.total().model_dump()})
@@ -136,10 +142,14 @@ class CompletionService:
     def _chat_events(self, caller: Caller, request: ChatRequest) -> Iterator[dict[str, Any]]:
         request.refuse_unserved()
         model = self._models.find(caller, request.model)
-        messages = [{"role": message.role, "content": message.text} for message in request.messages]
+        messages = [message.for_template() for message in request.messages]
+        tools = request.offered_tools()
+        of_tools = {"tools": tools, "speaks_of_tools": True} if tools else {}
+        if any(message.speaks_of_tools for message in request.messages):
+            of_tools["speaks_of_tools"] = True
         most = request.max_completion_tokens or request.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
-        asked = {"messages": messages, **_sampling(model, request, most, top, model.base.max_tokens)}
+        asked = {"messages": messages, **of_tools, **_sampling(model, request, most, top, model.base.max_tokens)}
         return self._answers.answer(asked)
 
     def _text_events(self, caller: Caller, request: CompletionRequest) -> Iterator[Iterator[dict[str, Any]]]:
@@ -165,6 +175,15 @@ def _sampling(
         "seed": secrets.randbelow(2**31) if request.seed is None else request.seed,
         "logprobs": top,
     }
+
+
+def _message(event: Mapping[str, Any]) -> ChatMessage:
+    """Return the message of an answer that has ended; `calls` are there where tools were offered."""
+    calls = [
+        ToolCall(id=new_id("call_"), type="function", function=CalledFunction(**call))
+        for call in event.get("calls", ())
+    ]
+    return ChatMessage(content=(event["text"] or None) if calls else event["text"], tool_calls=calls or None)
 
 
 def _begun(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from distft.service.tables import CounterRow, ServerRow
 
 BUSY_S = 30
 """Seconds that a writer waits for another."""
+_AFTERWARDS = "afterwards"
 
 
 class ServiceDatabase:
@@ -36,6 +38,8 @@ class ServiceDatabase:
         if self.is_sqlite:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
+        # SQLite's own waiting is a poll in which the newest may win: of fifty writers one waited for half a minute
+        self._turn = threading.Lock() if self.is_sqlite else contextlib.nullcontext()
         self._read = sessionmaker(self.engine, expire_on_commit=False)
         self._write = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)
 
@@ -82,12 +86,19 @@ class ServiceDatabase:
     @contextlib.contextmanager
     def writing(self) -> Iterator[Session]:
         """Give a session that is committed at the end of the context, and rolled back on an error."""
-        with self._write.begin() as session:
+        with self._turn, self._write.begin() as session:
             yield session
+        for work in session.info.pop(_AFTERWARDS, ()):
+            work()
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def afterwards(session: Session, work: Callable[[], None]) -> None:
+    """Have something done once what a writing session wrote is committed, and not where it is not."""
+    session.info.setdefault(_AFTERWARDS, []).append(work)
 
 
 def next_position(session: Session, name: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,23 @@ def main(argv: list[str]) -> int:
 def examine(folder: JobFolder) -> dict[str, Any]:
     """Return what the job's files hold, the values of its hyper-parameters, and what the plan says.
 
+    A job that does not fit has an `error` beside what check found.
+
     Raises:
         DistftError: it cannot be trained.
     """
     request = folder.request()
     base = ServedBase.model_validate_json(request["base"])
     method = request["method"]["type"]
+    settings = request["method"][method]
     scans: dict[str, RowScan] = {}
     for key, name, param in (("train", TRAIN, "training_file"), ("valid", VALID, "validation_file")):
         if (folder.path / name).exists():
-            scans[key] = scan_rows(folder.path / name, method, name=param, line_bytes=request["line_bytes"])
-    values = chosen(request["method"][method]["hyperparameters"], scans["train"].num_rows)
+            scans[key] = scan_rows(
+                folder.path / name, method, name=param, line_bytes=request["line_bytes"], grader=settings.get("grader")
+            )
+    held_out = scans["valid"].num_rows if "valid" in scans else 0
+    values = chosen(settings["hyperparameters"], scans["train"].num_rows, num_held_out=held_out)
     write_recipe(folder, base, scans, values)
     from distft.catalog import REGISTRIES
     from distft.check import run_check
@@ -64,19 +71,40 @@ def examine(folder: JobFolder) -> dict[str, Any]:
     care = [line for line in summary(report.care) if not line.startswith("!")]
     events.append(_event("Check of the rows: " + plain("\n".join(care), folder)))
     events += [_event(plain(note, folder), level="warn") for note in report.care.notes]
-    planned, fits = _plan(folder, base)
-    events += [_event(plain(line, folder), level="info" if fits else "error") for line in planned]
-    if not fits:
-        raise MachineError("The job does not fit the machine: " + "\n".join(planned))
+    planned = plan_job(folder, base)
+    for line in planned.lines:
+        events.append(_event(plain(line, folder), level="info" if planned.fits else "error"))
+    if not planned.fits:
+        message = "The job does not fit the machine: " + plain("\n".join(planned.lines), folder)
+        return {"error": {"code": "does_not_fit", "message": message, "param": None}, "events": events}
     return {"hyperparameters": values, "num_steps": report.num_steps, "events": events}
 
 
-def _plan(folder: JobFolder, base: ServedBase) -> tuple[list[str], bool]:
-    """Return what the plan says, and whether the job fits; a machine without a GPU is not planned for."""
+@dataclass(frozen=True, kw_only=True)
+class JobPlan:
+    """What the planner says of a job."""
+
+    fits: bool
+    verdict: str
+    advice: tuple[str, ...] = ()
+    """Changes that would make it fit; none where it fits."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The verdict, and the advice below it."""
+        return self.verdict, *self.advice
+
+
+def plan_job(folder: JobFolder, base: ServedBase) -> JobPlan:
+    """Return what the plan of a job's recipe says; a machine without a GPU is not planned for.
+
+    Raises:
+        DistftError: the recipe cannot be planned.
+    """
     import torch
 
     if base.gpu is None and not torch.cuda.is_available():
-        return ["No plan: this machine has no GPU, and the model's settings name none."], True
+        return JobPlan(fits=True, verdict="No plan: this machine has no GPU, and the model's settings name none.")
     from distft.catalog import REGISTRIES
     from distft.plan import calibration, show
     from distft.plan.machine import read_machine
@@ -91,9 +119,8 @@ def _plan(folder: JobFolder, base: ServedBase) -> tuple[list[str], bool]:
     with config_folder(recipe, None) as config:
         planner = Planner(path=str(folder.recipe), overrides=(), folder=config, machine=machine)
         case = planner.cases([], [])[0][0]
-        lines = [line for line in show.details(case, price=None, explain=False) if line.strip()]
-        verdict = [line for line in lines if "fit" in line.lower()][:1] or lines[:1]
-        return [*verdict, *([] if case.fits else show.advice(planner.changes(case)))], case.fits
+        advice = () if case.fits else tuple(show.advice(planner.changes(case)))
+        return JobPlan(fits=case.fits, verdict=show.verdict(case), advice=advice)
 
 
 def plain(text: str, folder: JobFolder) -> str:

@@ -16,11 +16,11 @@ from sqlalchemy.orm import Session
 
 from distft.core.files import sync_folder
 from distft.service.auth import Caller, note_change
-from distft.service.database import ServiceDatabase, next_position
+from distft.service.database import ServiceDatabase, afterwards, next_position
 from distft.service.errors import ApiError, missing, refuse
 from distft.service.idempotency import Once
 from distft.service.settings import ServiceSettings
-from distft.service.tables import FileRow, PartRow, new_id
+from distft.service.tables import FileRow, PartRow, UploadRow, new_id
 from distft.service.wire import PURPOSES, FileAnswer, Page, page_of
 
 CHUNK = 1 << 20
@@ -39,8 +39,8 @@ class StoredContent:
 class ContentStore:
     """Contents by hash: `files/ab/cdef…`. A content is whole once it has its name."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, database: ServiceDatabase) -> None:
+        self._folder, self._database = folder, database
         (folder / "incoming").mkdir(parents=True, exist_ok=True)
         for torn in (folder / "incoming").iterdir():  # of a server that was killed
             torn.unlink(missing_ok=True)
@@ -76,13 +76,35 @@ class ContentStore:
         return StoredContent(sha256=digest.hexdigest(), bytes=size)
 
     def discard(self, session: Session, sha256: str) -> None:
-        """Remove a content that no file or part needs; jobs have links of their own to theirs."""
+        """Remove a content that no file or part needs, once it is certain that none does.
+
+        Jobs have links of their own to theirs.
+
+        Args:
+            session: that writes, and has deleted the row: nothing is removed before it is committed.
+            sha256: of the content.
+        """
+        afterwards(session, lambda: self._discard(sha256))
+
+    def _discard(self, sha256: str) -> None:
+        with self._database.writing() as session:  # nobody adds the same content meanwhile
+            if not self._needed(session, sha256):
+                self.path(sha256).unlink(missing_ok=True)
+
+    def remove_orphans(self) -> None:
+        """Remove contents that no row speaks of: of a server that was killed behind an upload or before a removal."""
+        with self._database.reading() as session:
+            needed = {*session.scalars(select(FileRow.sha256)), *session.scalars(select(PartRow.sha256))}
+        for path in self._folder.glob("??/*"):
+            if path.parent.name + path.name not in needed:
+                path.unlink(missing_ok=True)
+
+    def _needed(self, session: Session, sha256: str) -> bool:
         used = (
             select(FileRow.id).where(FileRow.sha256 == sha256),
             select(PartRow.id).where(PartRow.sha256 == sha256),
         )
-        if not any(session.scalar(query.limit(1)) for query in used):
-            self.path(sha256).unlink(missing_ok=True)
+        return any(session.scalar(query.limit(1)) for query in used)
 
 
 class FileService:
@@ -90,7 +112,7 @@ class FileService:
 
     def __init__(self, database: ServiceDatabase, settings: ServiceSettings) -> None:
         self._database, self._limits = database, settings.limits
-        self.contents = ContentStore(settings.blobs)
+        self.contents = ContentStore(settings.blobs, database)
 
     @property
     def most_bytes(self) -> int:
@@ -123,19 +145,15 @@ class FileService:
 
     def add(
         self, session: Session, project_id: str, stored: StoredContent, *, filename: str, purpose: str,
-        expires_s: int | None = None,
+        expires_s: int | None = None, of_upload: str | None = None,
     ) -> FileRow:  # fmt: skip
         """Add a file's row.
 
         Raises:
             ApiError: the project has as many files or bytes as it may have: status 429.
         """
-        query = select(func.count(FileRow.id), func.coalesce(func.sum(FileRow.bytes), 0))
-        count, total = session.execute(query.where(FileRow.project_id == project_id)).one()
-        if purpose != RESULTS and count >= self._limits.files_per_project:
-            raise ApiError(429, f"The project has {count} files, and may have no more.", code="quota_exceeded")
-        if purpose != RESULTS and total + stored.bytes > self._limits.project_gib * GIB:
-            raise ApiError(429, "The project's files would take more bytes than it may have.", code="quota_exceeded")
+        if purpose != RESULTS:
+            self.refuse_without_room(session, project_id, stored.bytes, of_upload=of_upload)
         if not self.contents.path(stored.sha256).is_file():  # the same content's last other file went meanwhile
             raise ApiError(503, "The content was removed at this moment; send it again.")
         now = int(time.time())
@@ -147,6 +165,32 @@ class FileService:
         session.add(row)
         session.flush()
         return row
+
+    def refuse_without_room(
+        self, session: Session, project_id: str, more: int, *, of_upload: str | None = None
+    ) -> None:
+        """Refuse another file where a project has as many, or as many bytes, as it may have.
+
+        Uploads that are not complete count as the files that they are to be.
+
+        Args:
+            session: of the transaction that adds the file.
+            project_id: whose file it is to be.
+            more: bytes of the file.
+            of_upload: the upload that becomes this file, and counts no second time.
+
+        Raises:
+            ApiError: status 429.
+        """
+        query = select(func.count(FileRow.id), func.coalesce(func.sum(FileRow.bytes), 0))
+        count, total = session.execute(query.where(FileRow.project_id == project_id)).one()
+        query = select(func.count(UploadRow.id), func.coalesce(func.sum(UploadRow.bytes), 0))
+        pending = UploadRow.project_id == project_id, UploadRow.status == "pending", UploadRow.id != (of_upload or "")
+        begun, promised = session.execute(query.where(*pending, UploadRow.expires_at > int(time.time()))).one()
+        if count + begun >= self._limits.files_per_project:
+            raise ApiError(429, f"The project has {count + begun} files, and may have no more.", code="quota_exceeded")
+        if total + promised + more > self._limits.project_gib * GIB:
+            raise ApiError(429, "The project's files would take more bytes than it may have.", code="quota_exceeded")
 
     def page(self, caller: Caller, *, purpose: str | None, order: str, after: str | None, limit: int) -> Page:
         """Return a page of the project's files."""

@@ -29,6 +29,10 @@ _LOG = logging.getLogger("distft.service.requests")
 _OPEN = ("/healthz", "/openapi.json")
 """Paths that need no key."""
 _UPLOADS = re.compile(r"/v1/(?:files|uploads/[^/]+/parts)/?")
+PATIENCE, SLOWEST_BYTES_S = 10, 4096
+"""A body may pause so many times, and has to come with so many bytes a second besides: a byte a minute is no upload."""
+LINGER_S, LINGER_BYTES = 2.0, 64 << 20
+"""What is still taken of a body that is refused."""
 _SLACK = 1 << 20
 """Bytes that a form has around its file."""
 
@@ -87,7 +91,7 @@ class HttpGuard:
                 scope["state"]["caller"], key = replace(caller, request_id=request_id), caller.key_id
             await self._app(scope, self._limited(scope, receive), send_with_id)
         except ApiError as error:
-            await refuse_request(error, send_with_id)
+            await refuse_request(error, send_with_id, receive)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             seconds = time.monotonic() - began
@@ -101,16 +105,22 @@ class HttpGuard:
         """Return `receive` with a limit on the body's bytes, and on the time without any."""
         upload = scope["method"] == "POST" and _UPLOADS.fullmatch(scope["path"]) is not None
         most, size, done = (self._file_bytes + _SLACK if upload else self._request_bytes), 0, False
+        if (_header(scope, b"content-encoding") or "identity").lower() != "identity":
+            message = "The request's body is compressed, and is not unpacked here: send it as it is."
+            raise ApiError(415, message, code="unsupported_encoding", type="invalid_request_error")
         told = _header(scope, b"content-length") or "0"
         if not told.isdecimal() or int(told) > most:
             raise ApiError(413, f"The request's body is larger than {most} bytes.", code="request_too_large")
+
+        began = time.monotonic()
 
         async def next_message() -> Message:
             nonlocal size, done
             if done:
                 return await receive()
+            left = began + PATIENCE * self._idle_s + size / SLOWEST_BYTES_S - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), self._idle_s)
+                message = await asyncio.wait_for(receive(), min(self._idle_s, left))
             except TimeoutError:
                 raise ApiError(408, "The request's body did not come.", code="request_timeout") from None
             size += len(message.get("body", b""))
@@ -122,14 +132,35 @@ class HttpGuard:
         return next_message
 
 
-async def refuse_request(error: ApiError, send: Send) -> None:
-    """Answer with an error's body."""
+async def refuse_request(error: ApiError, send: Send, receive: Receive) -> None:
+    """Answer with an error's body, and close the connection where the rest of a request's body is not wanted.
+
+    A client that is still sending reads the answer only if its bytes are taken meanwhile: a connection that is closed
+    on them is reset, and the answer lost.
+    """
     body = json.dumps(error.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if error.status in (408, 413):
-        headers.append((b"connection", b"close"))  # what is left of the body is not read
+    closes = error.status in (408, 413, 415)
+    if closes:
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    if error.status in (413, 415):
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await _drain(receive)
+        body = b""
     await send({"type": "http.response.body", "body": body})
+
+
+async def _drain(receive: Receive) -> None:
+    """Take what still comes of a body, for a moment and up to a limit, and forget it."""
+    taken, more, until = 0, True, time.monotonic() + LINGER_S
+    while more and taken < LINGER_BYTES and (left := until - time.monotonic()) > 0:
+        try:
+            message = await asyncio.wait_for(receive(), left)
+        except TimeoutError:
+            return
+        taken += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

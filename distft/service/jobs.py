@@ -18,6 +18,7 @@ from distft.service.auth import Caller, note_change
 from distft.service.database import ServiceDatabase, next_position
 from distft.service.errors import ApiError, missing, refuse
 from distft.service.files import ContentStore, training_file
+from distft.service.graders import read_grader
 from distft.service.idempotency import Once
 from distft.service.job_folder import JobFolder
 from distft.service.job_recipe import TRAIN, VALID
@@ -34,6 +35,7 @@ from distft.service.wire import (
     JobObject,
     JobRequest,
     Page,
+    ReinforcementMethod,
     SupervisedMethod,
     page_of,
 )
@@ -294,9 +296,6 @@ def _method(request: JobRequest, base: ServedBase) -> tuple[dict[str, Any], dict
         ApiError: the model cannot be trained by this method, or two places say two things.
     """
     kind = request.method.type if request.method else "supervised"
-    if kind == "reinforcement":
-        message = "The method reinforcement is not here yet: supervised and dpo are."
-        raise ApiError(400, message, param="method.type", code="unsupported_method")
     if kind not in base.methods:
         trained = (
             f"is trained by {', '.join(base.methods)} here, not by {kind}" if base.methods else "only answers here"
@@ -304,6 +303,8 @@ def _method(request: JobRequest, base: ServedBase) -> tuple[dict[str, Any], dict
         message = f"The model {request.model} {trained}."
         raise ApiError(400, message, param="method.type", code="unsupported_method")
     inner = getattr(request.method, kind, None) or (DpoMethod() if kind == "dpo" else SupervisedMethod())
+    if isinstance(inner, ReinforcementMethod):
+        _refuse_unserved(inner)
     values = inner.hyperparameters.model_dump()
     if request.hyperparameters is not None:
         older = request.hyperparameters.model_dump(exclude_unset=True)
@@ -311,7 +312,16 @@ def _method(request: JobRequest, base: ServedBase) -> tuple[dict[str, Any], dict
         if clash := [key for key in older if key in newer and newer[key] != older[key]]:
             refuse(f"{clash[0]} is given twice, with two values: keep method's.", param=f"hyperparameters.{clash[0]}")
         values |= older
-    return {"type": kind, kind: {"hyperparameters": values}}, values
+    grader = {"grader": inner.grader} if isinstance(inner, ReinforcementMethod) else {}
+    return {"type": kind, kind: {**grader, "hyperparameters": values}}, values
+
+
+def _refuse_unserved(method: ReinforcementMethod) -> None:
+    read_grader(method.grader, param="method.reinforcement.grader")
+    if method.hyperparameters.reasoning_effort != "default":
+        message = "No model here is told how long to think: reasoning_effort is default."
+        param = "method.reinforcement.hyperparameters.reasoning_effort"
+        raise ApiError(400, message, param=param, code="unsupported_parameter")
 
 
 def _refuse_wandb_details(request: JobRequest) -> None:

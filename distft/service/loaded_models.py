@@ -15,6 +15,7 @@ from distft.core.files import read_json_object
 from distft.core.tokenizer_files import load_tokenizer
 from distft.export_formats.source import ModelSource, open_source, stop_ids
 from distft.routing.router import RoutedPool, is_router
+from distft.service.tool_calls import ToolChats
 
 MOST_WHOLE, MOST_ADAPTERS = 2, 32
 """Kept in memory; the one that was asked longest ago goes."""
@@ -141,6 +142,9 @@ def prompt_ids(served: Served, request: Mapping[str, Any]) -> list[int]:
     template = request.get("template") or tokenizer.chat_template
     if not template:
         raise _mistake("messages", "this model has no chat template: ask it at /v1/completions")
+    if request.get("speaks_of_tools"):
+        text = ToolChats(tokenizer, template).render(request["messages"], request.get("tools"))
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     import jinja2
 
     try:

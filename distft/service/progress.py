@@ -18,6 +18,9 @@ from distft.service.jobs import add_event
 from distft.service.tables import CheckpointRow, JobRow, new_id
 
 RECENT_S = 30.0
+REWARD, HELD_OUT_REWARD = "reward_total", "validation.grade"
+"""Figures of jobs of the method reinforcement in metrics.jsonl."""
+_SHOWN = ("grad_norm", "tokens_per_s", "reward_margin", "reward_accuracy", "answer_tokens", "unscored_answers")
 MOST_AT_ONCE = 500
 """Records that become events in one transaction."""
 
@@ -35,7 +38,7 @@ def read_progress(session: Session, row: JobRow, folder: JobFolder) -> bool:
     row.read_to = read_to
     for record in records:
         step = int(record["step"])
-        if "eval_loss" in record:
+        if "eval_loss" in record or HELD_OUT_REWARD in record:
             _add_evaluation(session, row, step, record)
         elif "loss" in record and step > row.step:
             row.step = step
@@ -84,17 +87,24 @@ def _add_step(session: Session, row: JobRow, step: int, record: dict[str, Any]) 
     loss = record["loss"]
     text = f"{loss:.4f}" if isinstance(loss, float) else str(loss)
     data = {"step": step, "train_loss": loss, "total_steps": row.num_steps, "learning_rate": record.get("lr")}
-    data |= {
-        key: record[key] for key in ("grad_norm", "tokens_per_s", "reward_margin", "reward_accuracy") if key in record
-    }
-    add_event(session, row, f"Step {step}{of}: training loss={text}", type="metrics", data=data)
+    data |= {key: record[key] for key in _SHOWN if key in record}
+    message = f"Step {step}{of}: training loss={text}"
+    if isinstance(reward := record.get(REWARD), float):
+        data["train_reward_mean"] = reward
+        message += f", reward={reward:.4f}"
+    add_event(session, row, message, type="metrics", data=data)
 
 
 def _add_evaluation(session: Session, row: JobRow, step: int, record: dict[str, Any]) -> None:
-    loss = record["eval_loss"]
-    text = f"{loss:.4f}" if isinstance(loss, float) else str(loss)
-    data = {"step": step, "full_valid_loss": loss, "tokens": record.get("eval_tokens")}
-    message = f"Step {step}: full validation loss={text}"
+    key, what, name = (
+        ("eval_loss", "full validation loss", "full_valid_loss")
+        if "eval_loss" in record
+        else (HELD_OUT_REWARD, "validation reward", "valid_reward_mean")
+    )
+    value = record[key]
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    data = {"step": step, name: value, "tokens": record.get("eval_tokens")}
+    message = f"Step {step}: {what}={text}"
     # a run that was started again may make an evaluation again
     known = session.scalars(select_event(row, message)).first()
     if known is None:
@@ -164,7 +174,7 @@ def all_records(folder: JobFolder) -> Iterator[dict[str, Any]]:
 
 def result_csv(folder: JobFolder) -> bytes:
     """Return the result file as OpenAI writes it: a line for each step."""
-    columns = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+    columns = ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
     rows: dict[int, dict[str, Any]] = {}
     for record in all_records(folder):
         step = int(record["step"])
@@ -175,6 +185,12 @@ def result_csv(folder: JobFolder) -> bytes:
             values["valid_loss"] = record["eval_loss"]
         if "reward_accuracy" in record:
             values["train_accuracy"] = record["reward_accuracy"]
+        for key, name in ((REWARD, "train_reward_mean"), (HELD_OUT_REWARD, "valid_reward_mean")):
+            if key in record:
+                values[name] = record[key]
+    columns += [
+        name for name in ("train_reward_mean", "valid_reward_mean") if any(name in row for row in rows.values())
+    ]
     text = io.StringIO()
     writer: csv.DictWriter[str] = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -130,6 +130,7 @@ def revoke_key(parts: Parts, caller: By, project_id: str, key_id: str) -> Delete
         if not has_admin_key(session):
             raise ApiError(409, "This is the last admin key: make another one first.", code="last_admin_key")
         note_change(session, caller, "key.revoke", key_id)
+    parts.callers.forget()
     return DeletedObject(id=key_id, object="organization.project.api_key")
 
 

@@ -48,6 +48,13 @@ def retrieve_job(parts: Parts, caller: By, fine_tuning_job_id: str) -> JobObject
     return parts.jobs.retrieve(caller, fine_tuning_job_id)
 
 
+@router.delete("/jobs/{fine_tuning_job_id}")
+def delete_job(parts: Parts, caller: By, fine_tuning_job_id: str) -> DeletedObject:
+    """Delete a job that has ended, with its model, checkpoints and result file. Not OpenAI's."""
+    parts.removal.remove(caller, fine_tuning_job_id)
+    return DeletedObject(id=fine_tuning_job_id, object="fine_tuning.job")
+
+
 @router.get("/jobs/{fine_tuning_job_id}/recipe", response_class=PlainTextResponse)
 def job_recipe(parts: Parts, caller: By, fine_tuning_job_id: str) -> PlainTextResponse:
     """Return a job's recipe. Not OpenAI's."""

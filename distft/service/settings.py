@@ -28,7 +28,7 @@ class ServedBase(Params):
     """Folder or hub id, as `[model] path` of a recipe."""
     chat_template: str = Field(default="auto", min_length=1)
     """As `[data] chat_template`."""
-    methods: tuple[Method, ...] = ("supervised", "dpo")
+    methods: tuple[Method, ...] = ("supervised", "dpo", "reinforcement")
     """What jobs may do with it; none: it only answers, as a router and an adapter do."""
     nproc: int = Field(default=1, ge=1)
     """Processes of a job on this machine: one for each GPU."""

@@ -37,6 +37,7 @@ class UploadService:
             raise too_large(self._files.most_bytes)
         now = int(time.time())
         with self._database.writing() as session:
+            self._files.refuse_without_room(session, caller.project_id, request.bytes)
             row = UploadRow(
                 id=new_id("upload_"), project_id=caller.project_id, filename=checked_name(request.filename),
                 purpose=request.purpose, mime_type=request.mime_type, bytes=request.bytes, status="pending",
@@ -99,7 +100,7 @@ class UploadService:
             upload = _pending(session, caller, upload_id)
             row = self._files.add(
                 session, caller.project_id, stored, filename=upload.filename, purpose=upload.purpose,
-                expires_s=upload.file_expires_s,
+                expires_s=upload.file_expires_s, of_upload=upload_id,
             )  # fmt: skip
             upload.status, upload.file_id = "completed", row.id
             self._forget_parts(session, upload_id)

@@ -14,9 +14,7 @@ OFF: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
     "logit_bias": (None, {}),
-    "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
@@ -46,17 +44,76 @@ class TextPart(WireRequest):
     text: str
 
 
-class MessageRequest(WireRequest):
-    """A message; pictures, sound and calls of tools are not understood."""
+class CalledFunction(WireRequest):
+    """What a call of a tool calls."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    arguments: str
+
+
+class ToolCall(WireRequest):
+    """A call in an earlier turn of the assistant."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class FunctionDefinition(WireRequest):
+    """A function that the model may call."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = None
+
+
+class ToolRequest(WireRequest):
+    """A tool; those of other types are not understood."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class MessageRequest(WireRequest):
+    """A message; pictures and sound are not understood."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=128)] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> MessageRequest:
+        if self.content is None and self.tool_calls is None:
+            raise ValueError("content is missing")
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError("tool_calls are of the assistant")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id goes with role = tool")
+        return self
 
     @property
     def text(self) -> str:
         """Its text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+    @property
+    def speaks_of_tools(self) -> bool:
+        """Whether a template that knows no tools could not render it."""
+        return self.tool_calls is not None or self.role == "tool"
+
+    def for_template(self) -> dict[str, Any]:
+        """Return it as chat templates have it."""
+        message: dict[str, Any] = {"role": self.role, "content": self.text}
+        if self.tool_calls is not None:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class StreamOptions(WireRequest):
@@ -116,7 +173,7 @@ class ChatRequest(AnswerRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[JsonValue] | None = None
+    tools: Annotated[list[ToolRequest], Field(max_length=128)] | None = None
     tool_choice: JsonValue = None
     parallel_tool_calls: bool | None = None
     functions: list[JsonValue] | None = None
@@ -144,6 +201,23 @@ class ChatRequest(AnswerRequest):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_tokens and max_completion_tokens say two things")
         return self
+
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """Return the tools that the model may call.
+
+        Raises:
+            ApiError: status 400: what cannot be promised is asked for.
+        """
+        if not self.tools or self.tool_choice == "none":
+            return []
+        if self.parallel_tool_calls is False:
+            message = "'parallel_tool_calls' is not supported by this server but as true: nothing holds a model back."
+            raise ApiError(400, message, param="parallel_tool_calls", code="unsupported_parameter")
+        for number, tool in enumerate(self.tools):
+            if tool.function.strict:
+                message = "'strict' is not supported by this server: nothing makes a model keep to a schema."
+                raise ApiError(400, message, param=f"tools.{number}.function.strict", code="unsupported_parameter")
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
 
 class CompletionRequest(AnswerRequest):
@@ -193,8 +267,9 @@ class ChatMessage(WireObject):
     """The message that answers."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(WireObject):
@@ -203,7 +278,7 @@ class ChatChoice(WireObject):
     index: int
     message: ChatMessage
     logprobs: dict[str, Any] | None = None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatAnswer(WireObject):

@@ -49,6 +49,8 @@ class Worker:
         self._files, self._uploads = files, uploads
         self._runner = runner
         self._examining: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self._killed = Counter[str]()
+        """Times that the process which looked at a job's files was killed, in this server's life."""
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(work, every), name=work.__name__, daemon=True)
@@ -103,10 +105,17 @@ class Worker:
             if child.poll() is None and not late:
                 return
             child.kill()
-            found = folder.examined() or {
+            code = child.wait()
+            found = folder.examined()
+            if found is None and code < 0 and not late and self._killed[job_id] < self._settings.limits.lost_starts:
+                self._killed[job_id] += 1  # by the machine, not by what it has read: it may look again
+                del self._examining[job_id]
+                return
+            found = found or {
                 "error": {"code": "validation_failed", "message": "The files could not be looked at.", "param": None}
             }
         self._examining.pop(job_id, None)
+        self._killed.pop(job_id, None)
         with self._database.writing() as session:
             row = session.get_one(JobRow, job_id, with_for_update=True)
             if row.status != "validating_files":
@@ -118,7 +127,7 @@ class Worker:
                 return
             kind = row.method["type"]
             row.hyperparameters = found["hyperparameters"]
-            row.method = {"type": kind, kind: {"hyperparameters": found["hyperparameters"]}}
+            row.method = {"type": kind, kind: {**row.method[kind], "hyperparameters": found["hyperparameters"]}}
             row.num_steps, row.status = found["num_steps"], "queued"
             add_event(session, row, "Files validated, moving job to queued state")
 
@@ -129,10 +138,12 @@ class Worker:
         limits = self._settings.limits
         with self._database.reading() as session:
             running = Counter(session.scalars(select(JobRow.project_id).where(JobRow.started.is_(True))).all())
+            free = limits.jobs_side_by_side - running.total()
+            if free < 1:  # a long queue is not read at each look
+                return
             order = (JobRow.priority.desc(), JobRow.position)
             query = select(JobRow.id, JobRow.project_id).where(JobRow.status == "queued", JobRow.started.is_(False))
             queued = session.execute(query.order_by(*order).limit(1000)).all()
-        free = limits.jobs_side_by_side - running.total()
         for job_id, project_id in queued:
             if free < 1:
                 return
@@ -256,13 +267,14 @@ class Worker:
     # Around it.
 
     def _remove_orphans(self) -> None:
-        """Remove folders of jobs that a killed server made and never wrote down; nothing ran in them."""
+        """Remove what no row speaks of: folders of jobs that a killed server made or was removing, and contents."""
         self._settings.jobs.mkdir(parents=True, exist_ok=True)
         with self._database.reading() as session:
             known = set(session.scalars(select(JobRow.id)))
         for path in self._settings.jobs.iterdir():
             if path.name.startswith("ftjob-") and path.name not in known:
                 shutil.rmtree(path, ignore_errors=True)
+        self._files.contents.remove_orphans()
 
     def _deliver(self) -> None:
         deliver_due(self._database)

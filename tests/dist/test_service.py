@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -92,6 +91,87 @@ def test_from_an_upload_to_an_answer(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+METHODS_MODELS = """
+[models.tiny]
+path = "demo:tiny-llama"
+chat_template = "plain"
+max_tokens = 6
+[models.tiny.recipe]
+model = { init = "random", dtype = "float32" }
+method = { name = "full" }
+optim = { learning_rate = 1e-2 }
+"""
+PAIRS = [
+    {"input": {"messages": [{"role": "user", "content": f"say {n % 4}"}]},
+     "preferred_output": [{"role": "assistant", "content": f"it is {n % 4}"}],
+     "non_preferred_output": [{"role": "assistant", "content": "never"}]}
+    for n in range(32)
+]  # fmt: skip
+ASKED = [{"messages": [{"role": "user", "content": f"say {n % 4}"}], "wanted": "aeio"[n % 4]} for n in range(16)]
+
+
+def losses(run: Path) -> list[float]:
+    """Losses of a run, step by step."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_jobs_of_dpo_and_reinforcement_are_what_their_recipes_train(tmp_path: Path) -> None:
+    models = tmp_path / "models.toml"
+    models.write_text(METHODS_MODELS, encoding="utf-8")
+    with service(tmp_path / "data", "--models", str(models)) as server, server.client() as client:
+
+        def upload(rows: list[Any]) -> str:
+            content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            return client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id
+
+        hyperparameters: Any = {"n_epochs": 2, "batch_size": 8, "beta": 0.2}
+        dpo: Any = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+        grader = {"type": "string_check", "name": "letter", "operation": "like", "input": "{{sample.output_text}}",
+                  "reference": "{{item.wanted}}"}  # fmt: skip
+        hyperparameters = {"n_epochs": 2, "batch_size": 8, "compute_multiplier": 0.5}
+        reinforcement: Any = {
+            "type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyperparameters}
+        }  # fmt: skip
+        create = client.fine_tuning.jobs.create
+        pairs = create(model="tiny", training_file=upload(PAIRS), seed=5, method=dpo)
+        asked = create(
+            model="tiny", training_file=upload(ASKED), validation_file=upload(ASKED[:4]), seed=5, method=reinforcement
+        )
+        for made in (pairs, asked):
+            job = wait_for(client, made.id, "succeeded")
+            steps = step_events(client, job.id)
+            assert len(steps) == (8 if made is pairs else 4), steps
+            recipe = tmp_path / f"{job.id}.toml"
+            recipe.write_text(client.get(f"/fine_tuning/jobs/{job.id}/recipe", cast_to=str), encoding="utf-8")
+            runs = tmp_path / "again"
+            command = [sys.executable, "-m", "distft.train", str(recipe), "--set", f'output_dir="{runs}"']
+            subprocess.run(command, check=True, capture_output=True)
+            again = losses(runs / job.id)
+            assert again == losses(server.data / "jobs" / job.id / "runs" / job.id), "the same recipe, bit for bit"
+            assert [line.partition("=")[2][:6] for line in steps] == [f"{loss:.4f}"[:6] for loss in again]
+            points = client.fine_tuning.jobs.checkpoints.list(job.id).data
+            assert points[0].step_number == len(steps)
+            answer = client.chat.completions.create(
+                model=job.fine_tuned_model, messages=[{"role": "user", "content": "say 1"}], max_tokens=4
+            )
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens <= 4
+        events = [event for event in client.fine_tuning.jobs.list_events(asked.id, limit=1000) if event.data]
+        rewards = [event.data["train_reward_mean"] for event in events if "train_reward_mean" in event.data]
+        assert len(rewards) == 4
+        assert all(0 <= reward <= 1 for reward in rewards)
+        held_out = [event.data["valid_reward_mean"] for event in events if "valid_reward_mean" in event.data]
+        assert len(held_out) >= 2, "before, after each epoch"
+        assert job.method.reinforcement.grader.model_dump() == grader
+        assert job.method.reinforcement.hyperparameters.eval_interval == 2
+        table = client.files.content(job.result_files[0]).text.splitlines()
+        assert table[0].split(",")[-2:] == ["train_reward_mean", "valid_reward_mean"]
+        assert len(table) == 5
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_killed_server_finds_its_job_which_is_paused_and_resumed(tmp_path: Path) -> None:
@@ -116,49 +196,6 @@ def test_a_killed_server_finds_its_job_which_is_paused_and_resumed(tmp_path: Pat
             job = wait_for(client, job_id, "succeeded")
             assert step_events(client, job_id) == undisturbed, "bit for bit"
             assert job.trained_tokens == tokens
-    finally:
-        server.kill()
-        server.end_jobs()
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_servers_and_jobs_killed_at_random_moments(tmp_path: Path) -> None:
-    """Servers, job processes and their launchers are killed; every job ends as if undisturbed."""
-    chance, kills = random.Random(5), int(os.environ.get("DISTFT_KILLS", "12"))
-    models = tmp_path / "models.toml"
-    models.write_text(
-        "[limits]\njobs_side_by_side = 2\nlost_starts = 100\n"
-        "[models.tiny]\npath = 'demo:tiny-llama'\nchat_template = 'plain'\n"
-        "[models.tiny.recipe]\nmodel = { init = 'random', dtype = 'float32' }\nmethod = { name = 'full' }\n"
-        "optim = { learning_rate = 3e-3 }\n",
-        encoding="utf-8",
-    )
-    server = ServiceProcess(tmp_path / "data", "--models", str(models))
-    try:
-        with server.client() as client:
-            ids = [make_job(client, epochs=50) for _ in range(4)]
-        for _ in range(kills):
-            time.sleep(chance.uniform(0.5, 8))
-            if chance.random() < 0.5:
-                server.kill()
-                server.start()
-                continue
-            for path in server.data.glob("jobs/*/process.json"):
-                content = json.loads(path.read_text(encoding="utf-8"))
-                victim = content["pid"] if chance.random() < 0.3 else content["child"]
-                if chance.random() < 0.6:
-                    try:
-                        os.kill(victim, signal.SIGKILL)
-                    except ProcessLookupError:
-                        continue
-        with server.client() as client:
-            jobs = [wait_for(client, job_id, "succeeded", within_s=1200) for job_id in ids]
-            events = [step_events(client, job_id) for job_id in ids]
-        assert all(len(lines) == 400 for lines in events), [len(lines) for lines in events]
-        assert all(lines == events[0] for lines in events), "the same rows and seed: the same losses, in order"
-        assert len({job.trained_tokens for job in jobs}) == 1
-        assert len({job.fine_tuned_model for job in jobs}) == 4
     finally:
         server.kill()
         server.end_jobs()

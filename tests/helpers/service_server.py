@@ -33,11 +33,18 @@ if os.environ.get("EXAMINE_WAITS"):
     import time
     time.sleep(60)
 rows = open(os.path.join(folder, "train.jsonl")).read()
+if "killed" in rows:
+    with open(os.path.join(folder, "tries"), "a") as tries:
+        tries.write("x")
+    if "always" in rows or os.path.getsize(os.path.join(folder, "tries")) < 3:
+        os.kill(os.getpid(), 9)
 kind = request["method"]["type"]
 values = {key: 1 if value == "auto" else value for key, value in request["method"][kind]["hyperparameters"].items()}
 found = {"hyperparameters": values, "num_steps": 4, "events": [{"message": "4 rows", "level": "info", "data": None}]}
 if "broken" in rows:
     found = {"error": {"code": "invalid_training_file", "message": "row 1 is broken", "param": "training_file"}}
+if "too large" in rows:
+    found = {"events": found["events"], "error": {"code": "does_not_fit", "message": "lower it", "param": None}}
 open(os.path.join(folder, "recipe.toml"), "w").write('name = "job"\\n')
 path = os.path.join(folder, "examined.json")
 json.dump(found, open(path + ".new", "w"))
@@ -103,7 +110,7 @@ class ServiceServer:
         worker.LOOKS_S = 0.03  # jobs of these tests take no longer
         self.data, self.runner = data, ScriptedRunner()
         _RUNNER.append(self.runner)
-        base = ServedBase(path="demo:tiny-llama", methods=("supervised", "dpo"))
+        base = ServedBase(path="demo:tiny-llama", methods=("supervised", "dpo", "reinforcement"))
         limits = {"jobs_side_by_side": 4, **limits}
         self.settings = ServiceSettings(
             data=data, models={"tiny": base, "chat-only": ServedBase(path="demo:tiny-llama", methods=("supervised",))},

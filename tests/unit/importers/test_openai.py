@@ -50,6 +50,33 @@ DPO = {
     "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": "auto", "batch_size": "auto"}}},
 }
 
+CHECK = {
+    "type": "multi",
+    "name": "both",
+    "calculate_output": "0.5 * a + 0.5 * b",
+    "graders": {
+        "a": {"type": "string_check", "name": "a", "operation": "eq", "input": "{{sample.output_text}}",
+              "reference": "{{item.answer}}"},
+        "b": {"type": "text_similarity", "name": "b", "evaluation_metric": "rouge_l",
+              "input": "{{sample.output_text}}", "reference": "{{item.answer}}"},
+    },
+}  # fmt: skip
+REINFORCEMENT = {
+    "model": "Qwen/Qwen2.5-7B-Instruct",
+    "training_file": "asked.jsonl",
+    "validation_file": "held.jsonl",
+    "method": {
+        "type": "reinforcement",
+        "reinforcement": {
+            "grader": CHECK,
+            "hyperparameters": {
+                "n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 2.0, "compute_multiplier": 0.5,
+                "eval_interval": 5, "eval_samples": 10, "reasoning_effort": "default",
+            },
+        },
+    },
+}  # fmt: skip
+
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any], set[str]]] = {
     "supervised": (
         SENT,
@@ -100,6 +127,36 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any], set[st
         },
         set(),
     ),
+    "reinforcement": (
+        REINFORCEMENT,
+        (),
+        {
+            "objective.name": "grpo",
+            "data.train.0.format": "prompt",
+            "objective.loss": "dapo",
+            "rollout.answers_per_prompt": 4,
+            "rollout.updates": 1,
+            "rollout.rewards.0.name": "grader",
+            "rollout.rewards.0.grader.calculate_output": "0.5 * a + 0.5 * b",
+            "eval.answers.0.name": "validation",
+            "eval.answers.0.path": "held.jsonl",
+            "eval.answers.0.every_steps": 5,
+            "eval.answers.0.max_rows": 10,
+            "train.epochs": 2.0,
+            "train.global_batch_size": 4,
+            "optim.learning_rate": 2e-5,
+        },
+        set(),
+    ),
+    "reinforcement-without-rows-held-out": (
+        {**REINFORCEMENT, "validation_file": None},
+        (),
+        {"objective.name": "grpo", "rollout.answers_per_prompt": 4, "data.packing": False},
+        {
+            "method.reinforcement.hyperparameters.eval_interval",
+            "method.reinforcement.hyperparameters.eval_samples",
+        },
+    ),
     "old-form": (
         {
             "model": "meta-llama/Llama-3.1-8B-Instruct",
@@ -135,10 +192,27 @@ REFUSED = {
         (),
         "is an id of a file of OpenAI's  download it, and name it: --set data.train.0",
     ),
-    "reinforcement": (
+    "grader": (
+        {**SENT, "method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "python", "source": ""}}}},
+        OPEN,
+        "a grader python runs code of users",
+    ),
+    "half-a-grader": (
         {**SENT, "method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "string_check"}}}},
         OPEN,
-        "training on a grader's judgement is not here",
+        "grader",
+    ),
+    "no-grader": ({**SENT, "method": {"type": "reinforcement"}}, OPEN, "is missing: it says what an answer is worth"),
+    "effort": (
+        {
+            **REINFORCEMENT,
+            "method": {
+                "type": "reinforcement",
+                "reinforcement": {"grader": CHECK, "hyperparameters": {"reasoning_effort": "high"}},
+            },
+        },
+        (),
+        "no model here is told how long to think",
     ),
     "type": ({**SENT, "method": {"type": "supervisd"}}, OPEN, 'did you mean "supervised"?'),
     "both": ({**SENT, "method": {"type": "dpo", "supervised": {}}}, OPEN, "belongs to another method than type = dpo"),

@@ -300,6 +300,7 @@ def test_every_score_gives_the_figures_it_promised(name: str) -> None:
         "regex": {"pattern": "x"},
         "json_schema": {"inline": {}},
         "field_match": {"fields": ["a"]},
+        "grader": {"grader": {"type": "string_check", "name": "g", "input": "a", "operation": "eq", "reference": "a"}},
     }
     params = needed.get(name, {})
     row = {"choices": ["a", "b"], "label": 0, "logprobs": (-1.0, -2.0)}

@@ -71,6 +71,27 @@ def test_answers_are_those_of_the_chosen_adapters(world: Path, tmp_path: Path) -
     assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] for token in end["logprobs"]), "greedy"
 
 
+def test_tools_are_rendered_by_the_template_or_refused(world: Path, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    given: Any = {"tools": [tool], "speaks_of_tools": True}
+    (refused,) = asked(world / "router", ["?"], tmp_path, **given)
+    assert (refused["event"], refused["code"]) == ("refused", "invalid_value")
+    assert "takes no tools" in refused["message"]
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        encoding="utf-8",
+    )
+    *pieces, end, done = asked(world / "router", ["?"], tmp_path, **given, chat_template=str(template))
+    assert (pieces, end["event"], end["calls"]) == ([], "end", []), "an answer that calls nothing comes at its end"
+    assert end["text"]
+    bare = asked(world / "router", ["?"], tmp_path, chat_template=str(template))[-1]
+    assert done["prompt_tokens"] > bare["prompt_tokens"] + 10, "the tools are in the prompt"
+
+
 def test_adapters_stand_beside_one_base_and_the_oldest_makes_room(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,10 @@ def client(server: ServiceServer) -> Iterator[openai.OpenAI]:
         yield made
 
 
+CHECK = {"type": "string_check", "name": "right", "operation": "eq", "input": "{{sample.output_text}}",
+         "reference": "{{item.answer}}"}  # fmt: skip
+
+
 def upload(client: openai.OpenAI, *rows: Any, name: str = "rows.jsonl", **more: Any) -> str:
     return client.files.create(file=(name, jsonl(*(rows or (CHAT,)))), purpose="fine-tune", **more).id
 
@@ -95,6 +99,122 @@ def test_a_job_from_its_file_to_its_model(client: openai.OpenAI, server: Service
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve(job.fine_tuned_model)
     assert client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model is None
+
+
+def test_a_job_of_reinforcement_has_its_grader(client: openai.OpenAI) -> None:
+    hyperparameters: Any = {"compute_multiplier": "auto", "eval_interval": 3}
+    method: Any = {"type": "reinforcement", "reinforcement": {"grader": CHECK, "hyperparameters": hyperparameters}}
+    made = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client), method=method)
+    for job in (made, ended(client, made.id)):
+        assert job.method is not None
+        assert job.method.reinforcement is not None
+        assert job.method.reinforcement.grader.model_dump() == CHECK
+        assert job.method.reinforcement.hyperparameters is not None
+        assert job.method.reinforcement.hyperparameters.eval_interval == 3
+        answered = job.method.reinforcement.hyperparameters.compute_multiplier
+        assert answered == (1 if job.status == "succeeded" else "auto")
+
+
+def test_what_is_deleted_is_gone_and_counts_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTFT_API_KEY", ADMIN_KEY)
+    with serving(tmp_path, files_per_project=3, project_gib=3000 / 2**30, unfinished_per_project=1) as server:
+        blobs = server.settings.blobs
+        with server.client() as client:
+            first, second = upload(client), upload(client, name="same.jsonl")
+            made = client.uploads.create(filename="u", purpose="fine-tune", bytes=100, mime_type="text/plain")
+            with pytest.raises(openai.RateLimitError, match="has 3 files"):
+                upload(client)
+            with pytest.raises(openai.RateLimitError, match="has 3 files"):
+                client.uploads.create(filename="u", purpose="fine-tune", bytes=1, mime_type="text/plain")
+            client.uploads.cancel(made.id)
+            with pytest.raises(openai.RateLimitError, match="more bytes"):
+                client.uploads.create(filename="u", purpose="fine-tune", bytes=3000, mime_type="text/plain")
+            client.files.delete(first)
+            third = upload(client, {**CHAT, "n": 1})
+            job = ended(client, client.fine_tuning.jobs.create(model="tiny", training_file=second).id)
+            other = ended(client, client.fine_tuning.jobs.create(model="tiny", training_file=second).id)
+            folder = server.folder(job.id).path
+            project, key = new_project(client, "guests")
+            permissions = client.fine_tuning.checkpoints.permissions
+            checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].fine_tuned_model_checkpoint
+            for name in (job.fine_tuned_model, checkpoint):
+                permissions.create(name, project_ids=[project])
+            with server.client(key) as guest:
+                with pytest.raises(openai.NotFoundError):
+                    guest.delete(f"/fine_tuning/jobs/{job.id}", cast_to=dict)
+                deleted = client.delete(f"/fine_tuning/jobs/{job.id}", cast_to=dict)
+                assert deleted == {"id": job.id, "object": "fine_tuning.job", "deleted": True}
+                assert sorted(model.id for model in guest.models.list()) == ["chat-only", "tiny"]
+            assert not folder.exists()
+            gone = [
+                lambda: client.fine_tuning.jobs.retrieve(job.id),
+                lambda: client.fine_tuning.jobs.list_events(job.id),
+                lambda: client.fine_tuning.jobs.checkpoints.list(job.id),
+                lambda: client.models.retrieve(job.fine_tuned_model),
+                lambda: client.models.retrieve(checkpoint),
+                lambda: client.files.retrieve(job.result_files[0]),
+                lambda: permissions.list(checkpoint),
+                lambda: client.delete(f"/fine_tuning/jobs/{job.id}", cast_to=dict),
+            ]
+            for attempt in gone:
+                with pytest.raises(openai.NotFoundError):
+                    attempt()
+            assert [entry.id for entry in client.fine_tuning.jobs.list()] == [other.id]
+            assert client.files.content(second).content == jsonl(CHAT), "what people uploaded stays"
+            assert client.files.content(other.result_files[0]).text.startswith("step,"), (
+                "the same content, of another job"
+            )
+            server.runner.ends_at_once = False
+            running = client.fine_tuning.jobs.create(model="tiny", training_file=third)
+            for status in ("validating_files", "queued", "running"):
+                with pytest.raises(openai.BadRequestError, match="cancel it first"):
+                    client.delete(f"/fine_tuning/jobs/{running.id}", cast_to=dict)
+                if status != "running":
+                    wait_until(lambda: client.fine_tuning.jobs.retrieve(running.id).status == "running")
+            with pytest.raises(openai.RateLimitError, match="have not ended"):
+                client.fine_tuning.jobs.create(model="tiny", training_file=third)
+            client.fine_tuning.jobs.cancel(running.id)
+            wait_until(lambda: running.id not in server.runner.alive)
+
+            def removed() -> bool:
+                try:
+                    client.delete(f"/fine_tuning/jobs/{running.id}", cast_to=dict)
+                except openai.ConflictError:  # its process is still ending
+                    return False
+                return True
+
+            wait_until(removed)
+            for file_id in (second, third):
+                client.files.delete(file_id)
+            wait_until(lambda: len(list(blobs.glob("??/*"))) == 1)
+            orphan = blobs / "ab" / ("c" * 62)
+            orphan.parent.mkdir(exist_ok=True)
+            orphan.write_bytes(b"of a server that was killed")
+        stray = server.settings.jobs / "ftjob-stray"
+        stray.mkdir()
+    with serving(tmp_path) as server, server.client() as client:
+        wait_until(lambda: not orphan.exists() and not stray.exists())
+        assert client.files.content(other.result_files[0]).text.startswith("step,")
+
+
+def test_a_job_that_does_not_fit_keeps_what_check_found(client: openai.OpenAI) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client, {"prompt": "too large"}))
+    job = ended(client, job.id)
+    assert (job.status, job.error.code, job.error.message) == ("failed", "does_not_fit", "lower it")
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert messages[0] == "The job failed: lower it"
+    assert messages[1] == "4 rows", "what check found"
+
+
+def test_a_killed_look_at_the_files_is_made_again(client: openai.OpenAI, server: ServiceServer) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client, {"prompt": "killed twice"}))
+    assert ended(client, job.id).status == "succeeded"
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client, {"prompt": "always killed"}))
+    job = ended(client, job.id)
+    assert (job.status, job.error.code) == ("failed", "validation_failed")
+    assert (server.folder(job.id).path / "tries").read_text() == "xxxx", (
+        "once, and again as often as a run that is lost"
+    )
 
 
 def test_pages_and_filters(client: openai.OpenAI) -> None:
@@ -269,7 +389,31 @@ def test_the_queue(client: openai.OpenAI, server: ServiceServer) -> None:
         ({"colour": "red"}, "colour", "unknown_parameter"),
         ({"metadata": {"k": "v" * 513}}, "metadata.k", "invalid_value"),
         ({"metadata": {str(n): "v" for n in range(17)}}, "metadata", "invalid_value"),
-        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, "method.type", "unsupported_method"),
+        (
+            {"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}},
+            "method.reinforcement.grader.type",
+            "invalid_value",
+        ),
+        (
+            {"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "python", "source": "1"}}}},
+            "method.reinforcement.grader.type",
+            "unsupported_grader",
+        ),
+        (
+            {
+                "method": {
+                    "type": "reinforcement",
+                    "reinforcement": {"grader": CHECK, "hyperparameters": {"reasoning_effort": "high"}},
+                }
+            },
+            "method.reinforcement.hyperparameters.reasoning_effort",
+            "unsupported_parameter",
+        ),
+        (
+            {"model": "chat-only", "method": {"type": "reinforcement", "reinforcement": {"grader": CHECK}}},
+            "method.type",
+            "unsupported_method",
+        ),
         ({"model": "chat-only", "method": {"type": "dpo"}}, "method.type", "unsupported_method"),
         (
             {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}},

@@ -25,10 +25,16 @@ PAIR = {
 }
 
 
+ASKED = {"messages": [{"role": "user", "content": "2 + 2?"}], "right": {"is": 4}}
+GRADER = {"type": "string_check", "name": "g", "operation": "like", "input": "{{sample.output_text}}",
+          "reference": "{{item.right.is}}"}  # fmt: skip
+
+
 def scan(tmp_path: Path, content: bytes, method: str = "supervised") -> RowScan:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
-    return scan_rows(file, method, name="training_file", line_bytes=10_000)
+    grader = GRADER if method == "reinforcement" else None
+    return scan_rows(file, method, name="training_file", line_bytes=10_000, grader=grader)
 
 
 def line(row: Any) -> bytes:
@@ -39,6 +45,7 @@ def test_rows_are_counted_and_their_form_is_found(tmp_path: Path) -> None:
     assert scan(tmp_path, line(CHAT) + b"\n" + line(CHAT)) == RowScan(num_rows=2, form="messages")
     assert scan(tmp_path, line({"prompt": "a", "completion": "b"})[:-1]).form == "prompt_completion"
     assert scan(tmp_path, line(PAIR), "dpo") == RowScan(num_rows=1, form="preference")
+    assert scan(tmp_path, line(ASKED), "reinforcement") == RowScan(num_rows=1, form="prompt")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,12 @@ def test_rows_are_counted_and_their_form_is_found(tmp_path: Path) -> None:
         (b'{"messages": ' + b"[" * 9_000, "supervised", "line 1: is nested too deeply|not valid JSON"),
         (line(PAIR), "supervised", 'has "messages" or "prompt", this one has not'),
         (line(CHAT), "dpo", 'has "input", this one has not'),
+        (line(PAIR), "reinforcement", 'has "messages", this one has not'),
+        (
+            line(ASKED) + line({**ASKED, "right": {}}),
+            "reinforcement",
+            r"line 2: the grader names \{\{item\.right\.is\}\}, which is not there",
+        ),
         (line(CHAT) + line({"prompt": "a", "completion": "b"}), "supervised", "line 2: is a row of another form"),
     ],
 )
@@ -76,8 +89,10 @@ def test_auto_is_a_value_that_trains(num_rows: int) -> None:
 
 def recipe_of(tmp_path: Path, method: str, form: str, values: dict[str, Any], base: ServedBase) -> Any:
     folder = JobFolder(path=tmp_path / "jobs" / "ftjob-a")
-    row = {"messages": CHAT, "prompt_completion": {"prompt": "a", "completion": "b"}, "preference": PAIR}[form]
-    folder.make({"layout": (1, 1), "method": {"type": method}, "seed": 11, "integrations": None})
+    row = {"messages": CHAT, "prompt_completion": {"prompt": "a", "completion": "b"}, "preference": PAIR,
+           "prompt": ASKED}[form]  # fmt: skip
+    settings = {"grader": GRADER} if method == "reinforcement" else {}
+    folder.make({"layout": (1, 1), "method": {"type": method, method: settings}, "seed": 11, "integrations": None})
     (folder.path / "train.jsonl").write_bytes(line(row))
     write_recipe(folder, base, {"train": RowScan(num_rows=100, form=form)}, values)
     return load_recipe(str(folder.recipe), registries=REGISTRIES)
@@ -108,6 +123,29 @@ def test_a_job_is_a_recipe(tmp_path: Path, method: str, form: str, objective: st
     assert recipe.run_dir == tmp_path / "jobs" / "ftjob-a" / "runs" / "ftjob-a"
     if method == "dpo":
         assert recipe.objective.params.beta == 0.3
+
+
+def test_a_job_of_reinforcement_is_a_recipe_whose_reward_is_the_grader(tmp_path: Path) -> None:
+    base = ServedBase(
+        path="demo:tiny-llama",
+        chat_template="plain",
+        max_tokens=24,
+        recipe={"rollout": {"refill": 1}, "method": {"r": 4}},
+    )
+    given = dict.fromkeys(
+        ("n_epochs", "batch_size", "learning_rate_multiplier", "compute_multiplier", "eval_interval", "eval_samples"),
+        "auto",
+    )
+    values = chosen(given | {"reasoning_effort": "default", "compute_multiplier": 0.5}, 100)
+    assert (values["eval_interval"], values["eval_samples"]) == ("auto", "auto"), "nothing is held out"
+    recipe = recipe_of(tmp_path, "reinforcement", "prompt", values, base)
+    assert (recipe.objective.name, recipe.data.train[0].format) == ("grpo", "prompt")
+    rollout = recipe.rollout
+    assert (rollout.answers_per_prompt, rollout.max_new_tokens, rollout.refill, rollout.updates) == (4, 24, 1, 1)
+    assert [reward["grader"] for reward in rollout.rewards] == [GRADER]
+    assert recipe.data.max_length == 4 * 1024
+    held = chosen(given, 100, num_held_out=7)
+    assert (held["eval_interval"], held["eval_samples"], held["compute_multiplier"]) == (13, 7, 1.0)
 
 
 def test_a_models_file_is_read_strictly(tmp_path: Path) -> None:

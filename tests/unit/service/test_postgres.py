@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
+from postgres_server import binaries, postgres
 from service_server import ADMIN_KEY, CHAT, jsonl, serving, wait_until
 
 pytestmark = pytest.mark.slow
 
 
-def binaries() -> Path | None:
-    """Folder of PostgreSQL's programs; initdb is not on the PATH of Debian."""
-    folders = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-    if named := shutil.which("initdb"):
-        folders.append(Path(named).parent)
-    return next((folder for folder in folders if (folder / "initdb").is_file()), None)
-
-
 @pytest.fixture
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    programs = binaries()
-    if programs is None:
+    if binaries() is None:
         pytest.skip("PostgreSQL is not installed")
-    folder = tmp_path_factory.mktemp("postgres")
-    folder.chmod(0o777)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-    for parent in folder.parents:  # it refuses to run as root, and has to come in
-        if os.getuid() == 0 and parent.stat().st_uid == 0 and parent != Path("/") and parent.is_relative_to("/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o011)
-    data = folder / "data"
-    start = [str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log")]
-    listen = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    subprocess.run([*as_user, str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "distft"], check=True,
-                   capture_output=True, cwd="/")  # fmt: skip
-    subprocess.run([*as_user, *start, "-o", listen, "start"], check=True, capture_output=True, cwd="/")
-    try:
-        yield f"postgresql+psycopg://distft@127.0.0.1:{port}/postgres"
-    finally:
-        subprocess.run([*as_user, *start, "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/")
+    with postgres(tmp_path_factory.mktemp("postgres")) as started:
+        yield started
 
 
 def test_jobs_over_postgres(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,56 @@
+"""A real PostgreSQL for the length of a test: started here where it is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def binaries() -> Path | None:
+    """Folder of PostgreSQL's programs; initdb is not on the PATH of Debian."""
+    folders = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+    if named := shutil.which("initdb"):
+        folders.append(Path(named).parent)
+    return next((folder for folder in folders if (folder / "initdb").is_file()), None)
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[str]:
+    """URL of a server whose data are in a new folder; `binaries` says whether there can be one."""
+    programs = binaries()
+    assert programs is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o777)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    for parent in folder.parents:  # it refuses to run as root, and has to come in
+        if os.getuid() == 0 and parent.stat().st_uid == 0 and parent != Path("/") and parent.is_relative_to("/tmp"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    data = folder / "data"
+    start = [str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log")]
+    listen = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    subprocess.run([*as_user, str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "distft"], check=True,
+                   capture_output=True, cwd="/")  # fmt: skip
+    subprocess.run([*as_user, *start, "-o", listen, "start"], check=True, capture_output=True, cwd="/")
+    try:
+        yield f"postgresql+psycopg://distft@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*as_user, *start, "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/")
+
+
+def end_connections(url: str) -> int:
+    """End every connection of clients to the server; return how many there were."""
+    import psycopg
+
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        ended = connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        ).fetchall()
+    return len(ended)
