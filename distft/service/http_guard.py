@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from distft.service.auth import Caller
 from distft.service.errors import ApiError
@@ -31,6 +31,29 @@ _OPEN = ("/healthz", "/openapi.json")
 _UPLOADS = re.compile(r"/v1/(?:files|uploads/[^/]+/parts)/?")
 _SLACK = 1 << 20
 """Bytes that a form has around its file."""
+
+
+class GuardedPages(Protocol):
+    """The pages of the server, which are opened by a session in the place of a key."""
+
+    headers: tuple[tuple[bytes, bytes], ...]
+    """That every page has, unless it sets them itself."""
+
+    def owns(self, path: str) -> bool:
+        """Return whether a path is a page's."""
+        ...
+
+    def takes_file(self, method: str, path: str) -> bool:
+        """Return whether a request may be as large as a file."""
+        ...
+
+    async def admit(self, scope: Scope, request_id: str) -> Caller | None:
+        """Return who asks; None on the pages that anybody may see."""
+        ...
+
+    async def refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that was not let in."""
+        ...
 
 
 class RequestCounts:
@@ -54,12 +77,13 @@ class HttpGuard:
         app: App,
         *,
         find_caller: Callable[[str | None, str], Awaitable[Caller]],
+        pages: GuardedPages,
         counts: RequestCounts,
         request_bytes: int,
         file_bytes: int,
         idle_s: float,
     ) -> None:
-        self._app, self._find_caller, self._counts = app, find_caller, counts
+        self._app, self._find_caller, self._pages, self._counts = app, find_caller, pages, counts
         self._request_bytes, self._file_bytes, self._idle_s = request_bytes, file_bytes, idle_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,6 +93,7 @@ class HttpGuard:
             return
         request_id, began, status = new_id("req_"), time.monotonic(), 500
         scope.setdefault("state", {})["request_id"] = request_id
+        is_page = self._pages.owns(scope["path"])
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -76,18 +101,28 @@ class HttpGuard:
                 status = message["status"]
                 took = f"{(time.monotonic() - began) * 1000:.0f}".encode()
                 added = [(b"x-request-id", request_id.encode()), (b"openai-processing-ms", took)]
-                added += [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
-                message = {**message, "headers": [*message.get("headers", ()), *added]}
+                added += [(b"x-content-type-options", b"nosniff")]
+                given = [(name.lower(), value) for name, value in message.get("headers", ())]
+                defaults = [(b"cache-control", b"no-store"), *(self._pages.headers if is_page else ())]
+                added += [pair for pair in defaults if pair[0] not in dict(given)]
+                message = {**message, "headers": [*given, *added]}
             await send(message)
 
         key = ""
         try:
-            if scope["path"] not in _OPEN:
+            caller = None
+            if is_page:
+                caller = await self._pages.admit(scope, request_id)
+            elif scope["path"] not in _OPEN:
                 caller = await self._find_caller(_header(scope, b"authorization"), request_id)
+            if caller is not None:
                 scope["state"]["caller"], key = replace(caller, request_id=request_id), caller.key_id
             await self._app(scope, self._limited(scope, receive), send_with_id)
         except ApiError as error:
-            await refuse_request(error, send_with_id)
+            if is_page:
+                await self._pages.refuse(error, scope, receive, send_with_id)
+            else:
+                await refuse_request(error, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             seconds = time.monotonic() - began
@@ -99,7 +134,8 @@ class HttpGuard:
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """Return `receive` with a limit on the body's bytes, and on the time without any."""
-        upload = scope["method"] == "POST" and _UPLOADS.fullmatch(scope["path"]) is not None
+        method, path = scope["method"], scope["path"]
+        upload = (method == "POST" and _UPLOADS.fullmatch(path) is not None) or self._pages.takes_file(method, path)
         most, size, done = (self._file_bytes + _SLACK if upload else self._request_bytes), 0, False
         told = _header(scope, b"content-length") or "0"
         if not told.isdecimal() or int(told) > most:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from distft.service.auth import Caller, note_change
@@ -19,6 +19,7 @@ from distft.service.database import ServiceDatabase, next_position
 from distft.service.errors import ApiError, missing, refuse
 from distft.service.files import ContentStore, training_file
 from distft.service.idempotency import Once
+from distft.service.job_cards import JobCard, card_of
 from distft.service.job_folder import JobFolder
 from distft.service.job_recipe import TRAIN, VALID
 from distft.service.runners import RUNNERS
@@ -109,16 +110,30 @@ class JobService:
         self, caller: Caller, *, after: str | None, limit: int, metadata: Mapping[str, str] | None, null_metadata: bool
     ) -> Page:
         """Return a page of the project's jobs, newest first; those with all of `metadata`, or with none."""
+        of_metadata = [JobRow.metadata_[key].as_string() == value for key, value in (metadata or {}).items()]
+        if null_metadata:
+            of_metadata.append(JobRow.metadata_.is_(None))
+        rows = self._rows(caller, after, limit + 1, of_metadata)
+        return page_of([job_object(row) for row in rows[:limit]], has_more=len(rows) > limit)
+
+    def cards(self, caller: Caller, *, after: str | None, limit: int, status: str | None) -> tuple[list[JobCard], bool]:
+        """Return jobs as people see them, newest first, and whether there are more; all, or those of one status."""
+        rows = self._rows(caller, after, limit + 1, [] if status is None else [JobRow.status == status])
+        return [card_of(row) for row in rows[:limit]], len(rows) > limit
+
+    def card(self, caller: Caller, job_id: str) -> JobCard:
+        """Return a job as people see it."""
         with self._database.reading() as session:
-            query = select(JobRow).where(JobRow.project_id == caller.project_id)
+            return card_of(_own(session, caller, job_id))
+
+    def _rows(
+        self, caller: Caller, after: str | None, limit: int, conditions: Sequence[ColumnElement[bool]]
+    ) -> Sequence[JobRow]:
+        with self._database.reading() as session:
+            query = select(JobRow).where(JobRow.project_id == caller.project_id, *conditions)
             if after is not None:
                 query = query.where(JobRow.position < _own(session, caller, after, param="after").position)
-            for key, value in (metadata or {}).items():
-                query = query.where(JobRow.metadata_[key].as_string() == value)
-            if null_metadata:
-                query = query.where(JobRow.metadata_.is_(None))
-            rows = session.scalars(query.order_by(JobRow.position.desc()).limit(limit + 1)).all()
-        return page_of([job_object(row) for row in rows[:limit]], has_more=len(rows) > limit)
+            return session.scalars(query.order_by(JobRow.position.desc()).limit(limit)).all()
 
     def retrieve(self, caller: Caller, job_id: str) -> JobObject:
         """Return a job."""
@@ -145,6 +160,15 @@ class JobService:
     def resume(self, caller: Caller, job_id: str) -> JobObject:
         """Let a paused job, or one that is about to pause, go on: the same command, from its checkpoint."""
         return self._wish(caller, job_id, "resume", ("paused", "running"), self._resume)
+
+    def prioritize(self, caller: Caller, job_id: str, priority: int) -> JobObject:
+        """Change a job's place in the queue: a higher priority is started first."""
+
+        def set_priority(session: Session, row: JobRow) -> None:
+            row.priority = priority
+            add_event(session, row, f"The job has the priority {priority}.")
+
+        return self._wish(caller, job_id, "prioritize", UNFINISHED, set_priority)
 
     def events(self, caller: Caller, job_id: str, *, after: str | None, limit: int) -> Page:
         """Return a page of a job's events, newest first."""

@@ -126,6 +126,12 @@ class JobRequest(WireRequest):
     """Not OpenAI's: a job of a higher one is started first."""
 
 
+class PriorityRequest(WireRequest):
+    """POST /fine_tuning/jobs/{id}/priority. Not OpenAI's."""
+
+    priority: Annotated[int, Field(ge=-100, le=100)]
+
+
 class JobError(WireObject):
     """Why a job failed."""
 
