@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from distft.service.auth import Caller, find_caller
 from distft.service.completions import CompletionService
 from distft.service.database import ServiceDatabase
+from distft.service.drafts import DraftService
 from distft.service.errors import ApiError
 from distft.service.files import FileService
 from distft.service.http_guard import HttpGuard, RequestCounts
@@ -56,6 +57,7 @@ class ServiceParts:
     worker: Worker
     sessions: SessionService
     run_pages: RunPages
+    drafts: DraftService
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
@@ -70,7 +72,7 @@ def build_parts(settings: ServiceSettings, database: ServiceDatabase) -> Service
     return ServiceParts(
         settings=settings, database=database, files=files, uploads=uploads, jobs=jobs, models=models, answers=answers,
         completions=CompletionService(models, answers), worker=worker, sessions=SessionService(database),
-        run_pages=RunPages(settings.data / "pages"),
+        run_pages=RunPages(settings.data / "pages"), drafts=DraftService(database, settings, jobs, files),
     )  # fmt: skip
 
 
@@ -116,6 +118,7 @@ def new_app(parts: ServiceParts) -> FastAPI:
         yield
         await anyio.to_thread.run_sync(parts.worker.stop)
         parts.answers.close()
+        parts.drafts.close()
         parts.database.close()
 
     app = FastAPI(title="distft", docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False)

@@ -24,7 +24,7 @@ _API = ("/v1", "/healthz", "/openapi.json", "/metrics")
 """Paths that are no pages."""
 _OPEN = re.compile(r"/login|/static/[A-Za-z0-9._-]+")
 """Pages without a session."""
-_UPLOADS = re.compile(r"/files|/new/[A-Za-z0-9-]+/(?:training|validation)")
+_UPLOADS = re.compile(r"/files|/new|/new/[A-Za-z0-9-]+/(?:training|validation)")
 
 
 class PageDoor:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Depends, FastAPI
 
 from distft.service.auth import Role
-from distft.service.pages import job_pages, login
+from distft.service.pages import (
+    admin_pages,
+    file_pages,
+    job_pages,
+    login,
+    model_pages,
+    new_job,
+    playground,
+    settings_page,
+)
 from distft.service.pages.web import check_form
 
 
@@ -17,13 +26,22 @@ class PageEntry:
 
     path: str
     title: str
-    """Empty: not in the menu."""
     router: APIRouter
     role: Role = "viewer"
     """Who sees it in the menu; what it does is refused by what it calls."""
 
 
-PAGES: tuple[PageEntry, ...] = (PageEntry(path="/jobs", title="Jobs", router=job_pages.router),)
+PAGES = (
+    PageEntry(path="/jobs", title="Jobs", router=job_pages.router),
+    PageEntry(path="/new", title="New job", router=new_job.router, role="member"),
+    PageEntry(path="/playground", title="Playground", router=playground.router, role="member"),
+    PageEntry(path="/files", title="Files", router=file_pages.router),
+    PageEntry(path="/models", title="Models", router=model_pages.router),
+    PageEntry(path="/keys", title="Keys", router=admin_pages.keys, role="admin"),
+    PageEntry(path="/webhooks", title="Webhooks", router=admin_pages.webhooks, role="admin"),
+    PageEntry(path="/audit", title="Audit", router=admin_pages.audit, role="admin"),
+    PageEntry(path="/settings", title="Settings", router=settings_page.router),
+)
 
 
 def add_pages(app: FastAPI) -> None:

@@ -42,7 +42,7 @@ _TITLES = {400: "That did not work", 401: "Sign in first", 403: "Not allowed", 4
 def page(request: Request, template: str, *, code: int = 200, **context: Any) -> HTMLResponse:
     """Return a template as an answer; texts in it are escaped."""
     caller = getattr(request.state, "caller", None)
-    places = [entry for entry in request.app.state.pages if entry.title and caller and caller.may(entry.role)]
+    places = [entry for entry in request.app.state.pages if caller and caller.may(entry.role)]
     form_token = getattr(request.state, "form_token", "")
     shared = {
         "caller": caller,
