@@ -80,7 +80,7 @@ def preview(folder: JobFolder) -> Iterator[dict[str, Any]]:
         "plan": {
             "lines": [plain(line, folder) for line in planned.lines],
             "fits": planned.fits,
-            "case": None if planned.case is None else _case(planned.case, base.price),
+            "case": None if planned.case is None else _case(planned.case, report.num_steps, base.price),
         }
     }
 
@@ -115,12 +115,14 @@ def _cut(pieces: tuple[tuple[str, bool], ...]) -> list[tuple[str, bool]]:
             break
         kept.append((text if len(text) <= left else text[:left] + " …", trained))
         left -= len(text)
+    while kept and not kept[-1][1] and not kept[-1][0].strip():  # what a template writes behind the last message
+        kept.pop()
     return kept
 
 
-def _case(case: PlanCase, price: float | None) -> dict[str, Any]:
+def _case(case: PlanCase, num_steps: int, price: float | None) -> dict[str, Any]:
     told, world = case.to_json(), case.setup.machine.world
-    hours = case.speed.hours
+    hours = case.speed.hours if case.speed.hours is not None else num_steps * case.speed.step_s / 3600
     each = told["per_rank"]
     parts = {
         "weights": each["weights_bytes"] + each["quant_constants_bytes"],
@@ -140,7 +142,7 @@ def _case(case: PlanCase, price: float | None) -> dict[str, Any]:
         "hours": hours,
         "tokens_per_s": told["tokens_per_s_predicted"],
         "price": price,
-        "cost": None if price is None or hours is None else hours * world * price,
+        "cost": None if price is None else hours * world * price,
     }
 
 

@@ -17,7 +17,7 @@ router = APIRouter()
 STATUSES = (*UNFINISHED, *FINISHED)
 EACH = 25
 """Jobs on one page."""
-EVENTS = 40
+EVENTS = 12
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 After = Annotated[str | None, Query(max_length=64)]
 
