@@ -48,7 +48,7 @@ EMPTY: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class JobDraft:
     """A job that is being put together."""
 
     id: str
@@ -77,7 +77,7 @@ class DraftService:
         self._running: dict[str, subprocess.Popen[bytes] | None] = {}
         self._lock, self._closed = threading.Lock(), False
 
-    def create(self, caller: Caller, *, training_file: str | None) -> Draft:
+    def create(self, caller: Caller, *, training_file: str | None) -> JobDraft:
         """Begin a draft, with the first model that can be trained.
 
         Raises:
@@ -104,18 +104,18 @@ class DraftService:
             session.add(row)
             return _draft(row)
 
-    def page(self, caller: Caller) -> list[Draft]:
+    def page(self, caller: Caller) -> list[JobDraft]:
         """Return the project's drafts that no job was made of, the one that was changed last first."""
         with self._database.reading() as session:
             query = select(DraftRow).where(DraftRow.project_id == caller.project_id, DraftRow.job_id.is_(None))
             return [_draft(row) for row in session.scalars(query.order_by(DraftRow.changed_at.desc()).limit(20))]
 
-    def retrieve(self, caller: Caller, draft_id: str) -> Draft:
+    def retrieve(self, caller: Caller, draft_id: str) -> JobDraft:
         """Return a draft."""
         with self._database.reading() as session:
             return _draft(_own(session, caller, draft_id))
 
-    def change(self, caller: Caller, draft_id: str, changes: Mapping[str, Any]) -> Draft:
+    def change(self, caller: Caller, draft_id: str, changes: Mapping[str, Any]) -> JobDraft:
         """Change what is chosen; the recipe that was edited goes where it no longer belongs to the rest.
 
         Raises:
@@ -151,7 +151,7 @@ class DraftService:
         self._forget(draft_id)
         return job
 
-    def preview(self, caller: Caller, draft: Draft) -> dict[str, Any] | None:
+    def preview(self, caller: Caller, draft: JobDraft) -> dict[str, Any] | None:
         """Return what was found so far; None: the draft has no file. Looking begins with the first question.
 
         Raises:
@@ -230,5 +230,5 @@ def _own(session: Session, caller: Caller, draft_id: str) -> DraftRow:
     return row
 
 
-def _draft(row: DraftRow) -> Draft:
-    return Draft(id=row.id, content=dict(row.content), changed_at=row.changed_at, job_id=row.job_id)
+def _draft(row: DraftRow) -> JobDraft:
+    return JobDraft(id=row.id, content=dict(row.content), changed_at=row.changed_at, job_id=row.job_id)

@@ -13,7 +13,7 @@ from distft.advise.situation import GOALS
 from distft.core.accelerators import GIB
 from distft.service.api import By, Parts, ServiceParts
 from distft.service.auth import Caller
-from distft.service.drafts import Draft
+from distft.service.drafts import JobDraft
 from distft.service.errors import ApiError
 from distft.service.idempotency import Once
 from distft.service.pages.web import go, page
@@ -157,9 +157,9 @@ def _number(name: str, text: str) -> int | float | str:
         raise ApiError(400, f"'{text}' is no number: write one, or auto.", param=name, code="invalid_value") from None
 
 
-def _refuse_what_no_job_can_ask(parts: ServiceParts, draft: Draft, changes: dict[str, Any]) -> None:
+def _refuse_what_no_job_can_ask(parts: ServiceParts, draft: JobDraft, changes: dict[str, Any]) -> None:
     """Raise what the API would say of a job like this; a file that is still missing is no mistake yet."""
-    request = Draft(id=draft.id, content={**draft.content, **changes}, changed_at=0, job_id=None).request
+    request = JobDraft(id=draft.id, content={**draft.content, **changes}, changed_at=0, job_id=None).request
     request["training_file"] = request.get("training_file") or "file-none"
     try:
         asked = JobRequest.model_validate_json(json.dumps(request | {"recipe": None}))
