@@ -37,6 +37,15 @@ def curves(run: RunRecord) -> Iterator[Html]:
     yield fold("The figures behind the curves", _steps(run), _evals(run))
 
 
+def live_curves(run: RunRecord) -> Html | None:
+    """Return the curves of a run that goes on; None before its first step. Unlike `curves` it imports no torch."""
+    if not run.steps:
+        return None
+    wide = [chart for chart in (_loss(run), *_scores(run)) if chart is not None]
+    narrow = [chart for chart in _charts(run) if chart is not None]
+    return h("div", wide, narrow, class_="charts even" if len(narrow) == 4 else "charts")
+
+
 def _loss(run: RunRecord) -> Html | None:
     loss = run.column("loss")
     held_out = run.looked("eval_loss")

@@ -16,6 +16,10 @@ class Html(str):
 
     __slots__ = ()
 
+    def __html__(self) -> str:
+        """Return itself: what template languages ask markup for, so that they do not escape it again."""
+        return self
+
 
 Child: TypeAlias = "str | int | float | Iterable[Child] | None"
 Attribute: TypeAlias = str | int | float | bool | None

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from starlette.exceptions import HTTPException
 
 from distft.service.auth import Caller, KnownCallers
 from distft.service.completions import CompletionService
 from distft.service.database import ServiceDatabase
+from distft.service.drafts import DraftService
 from distft.service.errors import ApiError
 from distft.service.files import FileService
 from distft.service.http_guard import HttpGuard, RequestCounts
@@ -26,6 +27,9 @@ from distft.service.idempotency import Once
 from distft.service.job_removal import JobRemoval
 from distft.service.jobs import JobService
 from distft.service.models import ModelService
+from distft.service.pages.door import PageDoor
+from distft.service.pages.sessions import SessionService
+from distft.service.run_pages import RunPages
 from distft.service.runners import RUNNERS
 from distft.service.serving import AnswerService
 from distft.service.settings import ServiceSettings
@@ -53,6 +57,9 @@ class ServiceParts:
     answers: AnswerService
     worker: Worker
     callers: KnownCallers
+    sessions: SessionService
+    run_pages: RunPages
+    drafts: DraftService
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
@@ -66,8 +73,9 @@ def build_parts(settings: ServiceSettings, database: ServiceDatabase) -> Service
     worker = Worker(database, settings, jobs, files, uploads, RUNNERS[settings.runner].build(settings))
     return ServiceParts(
         settings=settings, database=database, files=files, uploads=uploads, jobs=jobs, models=models, answers=answers,
-        completions=CompletionService(models, answers), worker=worker,
+        completions=CompletionService(models, answers), worker=worker, sessions=SessionService(database),
         callers=KnownCallers(database), removal=JobRemoval(database, jobs, files.contents),
+        run_pages=RunPages(settings.data / "pages"), drafts=DraftService(database, settings, jobs, files),
     )  # fmt: skip
 
 
@@ -113,6 +121,7 @@ def new_app(parts: ServiceParts) -> FastAPI:
         yield
         await anyio.to_thread.run_sync(parts.worker.stop)
         parts.answers.close()
+        parts.drafts.close()
         parts.database.close()
 
     app = FastAPI(title="distft", docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False)
@@ -135,6 +144,7 @@ def new_app(parts: ServiceParts) -> FastAPI:
     app.add_middleware(
         HttpGuard,  # pyright: ignore[reportArgumentType]
         find_caller=caller,
+        pages=PageDoor(parts.sessions),
         counts=parts.counts,
         request_bytes=int(limits.request_mib * (1 << 20)),
         file_bytes=parts.files.most_bytes,
@@ -143,15 +153,17 @@ def new_app(parts: ServiceParts) -> FastAPI:
     return app
 
 
-def _answer(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), status_code=error.status)
+def _answer(request: Request, error: ApiError) -> Response:
+    """Return a refusal: OpenAI's body, and on the pages of the server a page."""
+    as_page = getattr(request.state, "page_error", None)
+    return JSONResponse(error.body(), status_code=error.status) if as_page is None else as_page(request, error)
 
 
-def _refused(request: Request, error: ApiError) -> JSONResponse:
-    return _answer(error)
+def _refused(request: Request, error: ApiError) -> Response:
+    return _answer(request, error)
 
 
-def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+def _invalid(request: Request, error: RequestValidationError) -> Response:
     """Answer the first thing that is wrong with a request, as OpenAI words it."""
     first: dict[str, Any] = dict(error.errors()[0])
     location = [str(step) for step in first["loc"]]
@@ -167,29 +179,33 @@ def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         case _:
             message = f"Invalid value for '{param}': {first['msg']}." if param else f"{first['msg']}."
             refusal = ApiError(400, message[:1000], param=param, code="invalid_value")
-    return _answer(refusal)
+    return _answer(request, refusal)
 
 
-def _http(request: Request, error: HTTPException) -> JSONResponse:
+def _http(request: Request, error: HTTPException) -> Response:
     if isinstance(error.__cause__, ApiError):  # a body that was too large, or too slow
-        return _answer(error.__cause__)
+        return _answer(request, error.__cause__)
     if error.status_code == 404:
-        return _answer(ApiError(404, f"Invalid URL ({request.method} {request.url.path[:200]})", code="unknown_url"))
+        return _answer(
+            request, ApiError(404, f"Invalid URL ({request.method} {request.url.path[:200]})", code="unknown_url")
+        )
     if error.status_code == 405:
         message = f"Not allowed to {request.method} on {request.url.path[:200]}."
-        return _answer(ApiError(405, message, type="invalid_request_error", code="method_not_allowed"))
-    return _answer(ApiError(error.status_code, str(error.detail)[:1000], type="invalid_request_error"))
+        return _answer(request, ApiError(405, message, type="invalid_request_error", code="method_not_allowed"))
+    return _answer(request, ApiError(error.status_code, str(error.detail)[:1000], type="invalid_request_error"))
 
 
-def _database(request: Request, error: DBAPIError) -> JSONResponse:
+def _database(request: Request, error: DBAPIError) -> Response:
     if isinstance(error, IntegrityError):  # two requests made the same thing at once: one of them did
-        return _answer(ApiError(409, "Another request did this at the same time; try again.", code="conflict"))
+        return _answer(request, ApiError(409, "Another request did this at the same time; try again.", code="conflict"))
     if isinstance(error, DataError):  # such as a NUL in a text, which PostgreSQL has none of
-        return _answer(ApiError(400, "The request holds a value that cannot be kept.", code="invalid_value"))
+        return _answer(request, ApiError(400, "The request holds a value that cannot be kept.", code="invalid_value"))
     _LOG.error("the database refused", extra={"request_id": request.state.request_id, "error": str(error.orig)[:500]})
-    return _answer(ApiError(503, "The database is away; try again.", code="database_unavailable"))
+    return _answer(request, ApiError(503, "The database is away; try again.", code="database_unavailable"))
 
 
-def _failed(request: Request, error: Exception) -> JSONResponse:
+def _failed(request: Request, error: Exception) -> Response:
     _LOG.error("a request failed", exc_info=error, extra={"request_id": request.state.request_id})
-    return _answer(ApiError(500, "The server had an error while processing your request.", code="internal_error"))
+    return _answer(
+        request, ApiError(500, "The server had an error while processing your request.", code="internal_error")
+    )

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from distft.service import routes_admin, routes_files, routes_jobs, routes_models
 from distft.service.api import build_parts, new_app
 from distft.service.database import ServiceDatabase
+from distft.service.pages.registry import add_pages
 from distft.service.settings import ServiceSettings
 
 
@@ -20,4 +21,5 @@ def create_app(settings: ServiceSettings, database: ServiceDatabase) -> FastAPI:
     app = new_app(build_parts(settings, database))
     for routes in (routes_files, routes_jobs, routes_models, routes_admin):
         app.include_router(routes.router)
+    add_pages(app)
     return app

@@ -36,13 +36,17 @@ class Caller:
     role: Role
     request_id: str = ""
 
+    def may(self, role: Role) -> bool:
+        """Return whether the caller's role is this one, or one that may do more."""
+        return RANKS[self.role] >= RANKS[role]
+
     def require(self, role: Role) -> None:
         """Refuse what the role may not do.
 
         Raises:
             ApiError: status 403.
         """
-        if RANKS[self.role] < RANKS[role]:
+        if not self.may(role):
             message = f"This key has the role {self.role}; this needs the role {role}."
             raise ApiError(403, message, code="insufficient_permissions")
 

@@ -95,9 +95,11 @@ def _serve(options: argparse.Namespace) -> None:
                 if self.should_exit:
                     return
                 host, port = listening.getsockname()[:2]
+                address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
                 if made is not None:
                     print(f"first admin key (shown once): {made}", flush=True)
-                print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+                    print(f"the control room: {address}/  sign in there with this key", flush=True)
+                print(f"listening on {address}", flush=True)
 
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn stops on them, and then raises them again
             signal.signal(number, lambda *_: None)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from distft.service.auth import Caller
 from distft.service.errors import ApiError
@@ -37,6 +37,29 @@ _SLACK = 1 << 20
 """Bytes that a form has around its file."""
 
 
+class GuardedPages(Protocol):
+    """The pages of the server, which are opened by a session in the place of a key."""
+
+    headers: tuple[tuple[bytes, bytes], ...]
+    """That every page has, unless it sets them itself."""
+
+    def owns(self, path: str) -> bool:
+        """Return whether a path is a page's."""
+        ...
+
+    def takes_file(self, method: str, path: str) -> bool:
+        """Return whether a request may be as large as a file."""
+        ...
+
+    async def admit(self, scope: Scope, request_id: str) -> Caller | None:
+        """Return who asks; None on the pages that anybody may see."""
+        ...
+
+    async def refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that was not let in."""
+        ...
+
+
 class RequestCounts:
     """How many requests came, by method, route and status, and how long they took."""
 
@@ -58,12 +81,13 @@ class HttpGuard:
         app: App,
         *,
         find_caller: Callable[[str | None, str], Awaitable[Caller]],
+        pages: GuardedPages,
         counts: RequestCounts,
         request_bytes: int,
         file_bytes: int,
         idle_s: float,
     ) -> None:
-        self._app, self._find_caller, self._counts = app, find_caller, counts
+        self._app, self._find_caller, self._pages, self._counts = app, find_caller, pages, counts
         self._request_bytes, self._file_bytes, self._idle_s = request_bytes, file_bytes, idle_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,6 +97,7 @@ class HttpGuard:
             return
         request_id, began, status = new_id("req_"), time.monotonic(), 500
         scope.setdefault("state", {})["request_id"] = request_id
+        is_page = self._pages.owns(scope["path"])
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -80,18 +105,29 @@ class HttpGuard:
                 status = message["status"]
                 took = f"{(time.monotonic() - began) * 1000:.0f}".encode()
                 added = [(b"x-request-id", request_id.encode()), (b"openai-processing-ms", took)]
-                added += [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
-                message = {**message, "headers": [*message.get("headers", ()), *added]}
+                added += [(b"x-content-type-options", b"nosniff")]
+                given = [(name.lower(), value) for name, value in message.get("headers", ())]
+                defaults = [(b"cache-control", b"no-store"), *(self._pages.headers if is_page else ())]
+                added += [pair for pair in defaults if pair[0] not in dict(given)]
+                message = {**message, "headers": [*given, *added]}
             await send(message)
 
         key = ""
         try:
-            if scope["path"] not in _OPEN:
+            caller = None
+            if is_page:
+                caller = await self._pages.admit(scope, request_id)
+            elif scope["path"] not in _OPEN:
                 caller = await self._find_caller(_header(scope, b"authorization"), request_id)
+            if caller is not None:
                 scope["state"]["caller"], key = replace(caller, request_id=request_id), caller.key_id
             await self._app(scope, self._limited(scope, receive), send_with_id)
         except ApiError as error:
-            await refuse_request(error, send_with_id, receive)
+            answer = _lingering(send_with_id, receive) if error.status in (413, 415) else send_with_id
+            if is_page:
+                await self._pages.refuse(error, scope, receive, answer)
+            else:
+                await refuse_request(error, answer)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             seconds = time.monotonic() - began
@@ -103,7 +139,8 @@ class HttpGuard:
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """Return `receive` with a limit on the body's bytes, and on the time without any."""
-        upload = scope["method"] == "POST" and _UPLOADS.fullmatch(scope["path"]) is not None
+        method, path = scope["method"], scope["path"]
+        upload = (method == "POST" and _UPLOADS.fullmatch(path) is not None) or self._pages.takes_file(method, path)
         most, size, done = (self._file_bytes + _SLACK if upload else self._request_bytes), 0, False
         if (_header(scope, b"content-encoding") or "identity").lower() != "identity":
             message = "The request's body is compressed, and is not unpacked here: send it as it is."
@@ -132,23 +169,32 @@ class HttpGuard:
         return next_message
 
 
-async def refuse_request(error: ApiError, send: Send, receive: Receive) -> None:
-    """Answer with an error's body, and close the connection where the rest of a request's body is not wanted.
+async def refuse_request(error: ApiError, send: Send) -> None:
+    """Answer with an error's body, and close the connection where the rest of a request's body is not wanted."""
+    body = json.dumps(error.body()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.status in (408, 413, 415):
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _lingering(send: Send, receive: Receive) -> Send:
+    """Return a `send` that takes what is still coming of the request's body before it ends the answer.
 
     A client that is still sending reads the answer only if its bytes are taken meanwhile: a connection that is closed
     on them is reset, and the answer lost.
     """
-    body = json.dumps(error.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    closes = error.status in (408, 413, 415)
-    if closes:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    if error.status in (413, 415):
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def held(message: Message) -> None:
+        if message["type"] != "http.response.body" or message.get("more_body", False):
+            await send(message)
+            return
+        await send({**message, "more_body": True})
         await _drain(receive)
-        body = b""
-    await send({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.body", "body": b""})
+
+    return held
 
 
 async def _drain(receive: Receive) -> None:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from distft.service.auth import Caller, note_change
 from distft.service.database import ServiceDatabase, next_position
 from distft.service.errors import ApiError, missing, refuse
 from distft.service.files import ContentStore, training_file
+from distft.service.fill_folder import JobFolderRequest, fill_folder
 from distft.service.graders import read_grader
 from distft.service.idempotency import Once
+from distft.service.job_cards import JobCard, card_of
 from distft.service.job_folder import JobFolder
-from distft.service.job_recipe import TRAIN, VALID
-from distft.service.runners import RUNNERS
 from distft.service.settings import ServedBase, ServiceSettings
 from distft.service.tables import CheckpointRow, EventRow, JobRow, ProjectRow, new_id
 from distft.service.webhooks import queue_webhooks
@@ -62,11 +59,7 @@ class JobService:
             ApiError: it asks for what is not here, or the project may have no more.
         """
         caller.require("member")
-        base = self._base(request)
-        method, hyperparameters = _method(request, base)
-        if request.suffix is not None and not _SUFFIX.fullmatch(request.suffix):
-            refuse("A suffix holds letters, digits, dots, dashes and underscores.", param="suffix")
-        _refuse_wandb_details(request)
+        base, method, hyperparameters = self.refuse_unserved(request)
         digest = f"job {request.model_dump_json()}"
         with self._database.writing() as session:
             if (earlier := once.earlier(session, digest)) is not None:
@@ -100,7 +93,7 @@ class JobService:
             )
             session.add(row)
             session.flush()
-            self._fill_folder(row, base)
+            self._fill_folder(row, base, request.recipe)
             once.note(session, digest, job_id)
             add_event(session, row, f"Created fine-tuning job: {job_id}")
             add_event(session, row, f"Validating training file: {training.id}")
@@ -111,16 +104,30 @@ class JobService:
         self, caller: Caller, *, after: str | None, limit: int, metadata: Mapping[str, str] | None, null_metadata: bool
     ) -> Page:
         """Return a page of the project's jobs, newest first; those with all of `metadata`, or with none."""
+        of_metadata = [JobRow.metadata_[key].as_string() == value for key, value in (metadata or {}).items()]
+        if null_metadata:
+            of_metadata.append(JobRow.metadata_.is_(None))
+        rows = self._rows(caller, after, limit + 1, of_metadata)
+        return page_of([job_object(row) for row in rows[:limit]], has_more=len(rows) > limit)
+
+    def cards(self, caller: Caller, *, after: str | None, limit: int, status: str | None) -> tuple[list[JobCard], bool]:
+        """Return jobs as people see them, newest first, and whether there are more; all, or those of one status."""
+        rows = self._rows(caller, after, limit + 1, [] if status is None else [JobRow.status == status])
+        return [card_of(row) for row in rows[:limit]], len(rows) > limit
+
+    def card(self, caller: Caller, job_id: str) -> JobCard:
+        """Return a job as people see it."""
         with self._database.reading() as session:
-            query = select(JobRow).where(JobRow.project_id == caller.project_id)
+            return card_of(_own(session, caller, job_id))
+
+    def _rows(
+        self, caller: Caller, after: str | None, limit: int, conditions: Sequence[ColumnElement[bool]]
+    ) -> Sequence[JobRow]:
+        with self._database.reading() as session:
+            query = select(JobRow).where(JobRow.project_id == caller.project_id, *conditions)
             if after is not None:
                 query = query.where(JobRow.position < _own(session, caller, after, param="after").position)
-            for key, value in (metadata or {}).items():
-                query = query.where(JobRow.metadata_[key].as_string() == value)
-            if null_metadata:
-                query = query.where(JobRow.metadata_.is_(None))
-            rows = session.scalars(query.order_by(JobRow.position.desc()).limit(limit + 1)).all()
-        return page_of([job_object(row) for row in rows[:limit]], has_more=len(rows) > limit)
+            return session.scalars(query.order_by(JobRow.position.desc()).limit(limit)).all()
 
     def retrieve(self, caller: Caller, job_id: str) -> JobObject:
         """Return a job."""
@@ -148,6 +155,15 @@ class JobService:
         """Let a paused job, or one that is about to pause, go on: the same command, from its checkpoint."""
         return self._wish(caller, job_id, "resume", ("paused", "running"), self._resume)
 
+    def prioritize(self, caller: Caller, job_id: str, priority: int) -> JobObject:
+        """Change a job's place in the queue: a higher priority is started first."""
+
+        def set_priority(session: Session, row: JobRow) -> None:
+            row.priority = priority
+            add_event(session, row, f"The job has the priority {priority}.")
+
+        return self._wish(caller, job_id, "prioritize", UNFINISHED, set_priority)
+
     def events(self, caller: Caller, job_id: str, *, after: str | None, limit: int) -> Page:
         """Return a page of a job's events, newest first."""
         with self._database.reading() as session:
@@ -174,7 +190,25 @@ class JobService:
             rows = session.scalars(query.order_by(CheckpointRow.step.desc()).limit(limit + 1)).all()
         return page_of([_checkpoint(row) for row in rows[:limit]], has_more=len(rows) > limit)
 
-    def _base(self, request: JobRequest) -> ServedBase:
+    def refuse_unserved(self, request: JobRequest) -> tuple[ServedBase, dict[str, Any], dict[str, Any]]:
+        """Return model, method and hyper-parameters of a request that can be served.
+
+        Raises:
+            ApiError: it asks for what is not here.
+        """
+        base = self.base_of(request)
+        method, hyperparameters = method_of(request, base)
+        if request.suffix is not None and not _SUFFIX.fullmatch(request.suffix):
+            refuse("A suffix holds letters, digits, dots, dashes and underscores.", param="suffix")
+        _refuse_wandb_details(request)
+        return base, method, hyperparameters
+
+    def base_of(self, request: JobRequest) -> ServedBase:
+        """Return the model that a job is made of.
+
+        Raises:
+            ApiError: there is none of this name.
+        """
         if request.model not in self._settings.models:
             known = ", ".join(self._settings.models)
             message = f"The model '{request.model[:100]}' cannot be fine-tuned here. Models here: {known}"
@@ -188,22 +222,15 @@ class JobService:
             message = f"The project has {count} jobs that have not ended, and may have no more."
             raise ApiError(429, message, code="quota_exceeded")
 
-    def _fill_folder(self, row: JobRow, base: ServedBase) -> None:
+    def _fill_folder(self, row: JobRow, base: ServedBase, recipe: str | None) -> None:
         """Write what was asked; the rows are linked, so that they outlive the files they came as."""
         folder = self.folder(row.id)
-        folder.make(
-            {
-                "base": base.model_dump_json(),
-                "layout": RUNNERS[self._settings.runner].layout(base),
-                "method": row.method,
-                "seed": row.seed,
-                "integrations": row.integrations,
-                "line_bytes": int(self._settings.limits.line_mib * (1 << 20)),
-            }
-        )
-        for sha256, name in ((row.training_sha256, TRAIN), (row.validation_sha256, VALID)):
-            if sha256 is not None:
-                _link(self._contents.path(sha256), folder.path / name)
+        asked = JobFolderRequest(
+            base=base, method=row.method, seed=row.seed, integrations=row.integrations, recipe=recipe,
+            training=self._contents.path(row.training_sha256),
+            validation=self._contents.path(row.validation_sha256) if row.validation_sha256 else None,
+        )  # fmt: skip
+        fill_folder(folder, asked, self._settings)
 
     def _wish(self, caller: Caller, job_id: str, verb: str, allowed: Sequence[str], act: Any) -> JobObject:
         caller.require("member")
@@ -289,7 +316,7 @@ def _own(
     return row
 
 
-def _method(request: JobRequest, base: ServedBase) -> tuple[dict[str, Any], dict[str, Any]]:
+def method_of(request: JobRequest, base: ServedBase) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `method` as it is answered, and the hyper-parameters.
 
     Raises:
@@ -352,10 +379,3 @@ def _checkpoint(row: CheckpointRow) -> CheckpointObject:
         metrics=CheckpointMetrics(**row.metrics),
         fine_tuning_job_id=row.job_id,
     )
-
-
-def _link(content: Path, path: Path) -> None:
-    try:
-        os.link(content, path)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(content, path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +65,11 @@ class LoadedModels:
         if is_router(Path(given).expanduser()):
             self._served[given] = self._load_router(Path(given).expanduser())
             return self._served[given]
-        source = open_source(given, self._workdir)
+        # a place of its own: checkpoints of two jobs have the same name, and an earlier server may have left one
+        place = self._workdir / hashlib.sha256(given.encode()).hexdigest()[:16]
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        source = open_source(given, place)
         if source.kind == "reward":
             raise _mistake(given, "a reward model gives a number and writes no text")
         tokenizer = load_tokenizer(source.folder)

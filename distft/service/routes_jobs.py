@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from distft.service.api import By, Parts, Repeatable
 from distft.service.errors import refuse
-from distft.service.wire import DeletedObject, JobObject, JobRequest, Page, PermissionRequest
+from distft.service.wire import DeletedObject, JobObject, JobRequest, Page, PermissionRequest, PriorityRequest
 
 router = APIRouter(prefix="/v1/fine_tuning")
 After = Annotated[str | None, Query(max_length=64)]
@@ -77,6 +77,12 @@ def pause_job(parts: Parts, caller: By, fine_tuning_job_id: str) -> JobObject:
 def resume_job(parts: Parts, caller: By, fine_tuning_job_id: str) -> JobObject:
     """Let a paused job go on."""
     return parts.jobs.resume(caller, fine_tuning_job_id)
+
+
+@router.post("/jobs/{fine_tuning_job_id}/priority")
+def prioritize_job(parts: Parts, caller: By, fine_tuning_job_id: str, request: PriorityRequest) -> JobObject:
+    """Change a job's place in the queue. Not OpenAI's."""
+    return parts.jobs.prioritize(caller, fine_tuning_job_id, request.priority)
 
 
 @router.get("/jobs/{fine_tuning_job_id}/events")

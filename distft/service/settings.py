@@ -40,6 +40,8 @@ class ServedBase(Params):
     """Limit of one start, as Slurm writes it; None: the partition's."""
     gpu: str | None = None
     """GPU that jobs are planned for, as `distft plan --gpu`; None: the one of this machine, and no plan without one."""
+    price: float | None = Field(default=None, gt=0)
+    """What an hour of one GPU costs, in whatever money you count; None: pages tell hours, and no cost."""
     max_tokens: int = Field(default=512, ge=1)
     """Most tokens of an answer where a request names no limit."""
     recipe: dict[str, Any] = Field(default={})

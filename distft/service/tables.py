@@ -245,6 +245,29 @@ class AuditRow(ServiceTable):
     request_id: Mapped[str] = mapped_column(String(64))
 
 
+class PageSessionRow(ServiceTable):
+    """A browser that has signed in with a key; of its cookie the hash alone."""
+
+    __tablename__ = "page_sessions"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), index=True)
+    created_at: Mapped[int] = mapped_column(BigInteger)
+    seen_at: Mapped[int] = mapped_column(BigInteger)
+
+
+class DraftRow(ServiceTable):
+    """A job that is being put together on the pages."""
+
+    __tablename__ = "drafts"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    created_at: Mapped[int] = mapped_column(BigInteger)
+    changed_at: Mapped[int] = mapped_column(BigInteger)
+    content: Mapped[dict[str, Any]] = mapped_column(JSON)
+    job_id: Mapped[str | None] = mapped_column(String(64))
+    """The job that it became."""
+
+
 class CounterRow(ServiceTable):
     """The order of creation, of which pages are cut."""
 

@@ -124,6 +124,14 @@ class JobRequest(WireRequest):
     method: MethodRequest | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Not OpenAI's: a job of a higher one is started first."""
+    recipe: Annotated[str, StringConstraints(min_length=1, max_length=65536)] | None = None
+    """Not OpenAI's: the job's recipe as TOML, as it was shown and then edited (`edited_recipe`)."""
+
+
+class PriorityRequest(WireRequest):
+    """POST /fine_tuning/jobs/{id}/priority. Not OpenAI's."""
+
+    priority: Annotated[int, Field(ge=-100, le=100)]
 
 
 class JobError(WireObject):

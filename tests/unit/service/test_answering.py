@@ -130,3 +130,24 @@ def test_no_job_is_made_of_a_router(world: Path, tmp_path: Path) -> None:
         read_settings(settings)
     settings.write_text(f'[models.routed]\npath = "{world / "router"}"\nmethods = []\n')
     assert read_settings(settings).models["routed"].methods == ()
+
+
+def test_checkpoints_of_one_name_are_put_together_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs have a checkpoint of the same step, and an earlier server may have left one of it."""
+    places: list[tuple[Path, list[Path]]] = []
+
+    def opened(given: str, workdir: Path) -> Any:
+        places.append((workdir, list(workdir.iterdir())))
+        (workdir / Path(given).name).mkdir()
+        raise RecipeError(given, [])
+
+    monkeypatch.setattr("distft.service.loaded_models.open_source", opened)
+    for given in (
+        "jobs/a/checkpoints/step-00000144",
+        "jobs/b/checkpoints/step-00000144",
+        "jobs/a/checkpoints/step-00000144",
+    ):
+        with pytest.raises(RecipeError):
+            LoadedModels(tmp_path).get(given)
+    assert [content for _, content in places] == [[], [], []]
+    assert places[0][0] != places[1][0]

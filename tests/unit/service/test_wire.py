@@ -40,7 +40,7 @@ ANSWERS: list[tuple[Any, Any, set[str]]] = [
     (wire_answers.TokenLogprob, chat.ChatCompletionTokenLogprob, set()),
 ]
 REQUESTS: list[tuple[Any, Any, set[str]]] = [
-    (wire.JobRequest, job_create_params.JobCreateParams, {"priority"}),
+    (wire.JobRequest, job_create_params.JobCreateParams, {"priority", "recipe"}),
     (wire.MethodRequest, job_create_params.Method, set()),
     (wire.IntegrationRequest, job_create_params.Integration, set()),
     (wire.WandbSettings, job_create_params.IntegrationWandb, set()),
