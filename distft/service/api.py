@@ -172,7 +172,7 @@ def _invalid(request: Request, error: RequestValidationError) -> Response:
         case "extra_forbidden":
             refusal = ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
         case "missing":
-            message = f"Missing required parameter: '{param}'."
+            message = f"Missing required parameter: '{param}'." if param else "The request has no body."
             refusal = ApiError(400, message, param=param, code="missing_required_parameter")
         case "json_invalid":
             refusal = ApiError(400, "We could not parse the JSON body of your request.", code="invalid_json")
