@@ -153,8 +153,6 @@ class Inventory:
     @property
     def policy(self) -> Inventory:
         """Return the same without the critic: what forwards without values read."""
-        if not self.has_critic:
-            return self
         policy = tuple(param for param in self.params if param.name.startswith(load.WRAPPER))
         return replace(self, params=policy, rows=1, critic_linears=())
 

@@ -122,7 +122,7 @@ def test_a_trace_leaves_the_model_as_it_was(small: Path) -> None:
 @pytest.mark.parametrize("mode", ["off", "selective", "full"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_peaks_are_those_of_a_real_step(small: Path, method: str, mode: str, critic: tuple[str, ...]) -> None:
-    """The same bookkeeping around a real forward and backward of all five blocks, or of two rows of them, on the CPU."""
+    """The same bookkeeping around a real forward and backward of all five blocks, or of two such rows, on the CPU."""
     tokens = 256
     more = {"head": "lm_critic"} if critic else {}
     built = build(
