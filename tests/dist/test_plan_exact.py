@@ -160,7 +160,7 @@ CRITIC = {
     1: [
         cell("llama", "solo", method, optim, "bfloat16", head="lm_critic")
         for method in ("full", "lora", "qlora")
-        for optim in ("adamw", "adamw_8bit", "muon", "galore_adamw", "apollo")
+        for optim in ("adamw", "adamw_8bit", "muon", "galore", "apollo")
     ],
     2: [
         cell("llama", "zero3", "full", "adamw", "bfloat16", head="lm_critic"),
