@@ -118,9 +118,16 @@ def test_a_trace_leaves_the_model_as_it_was(small: Path) -> None:
     assert all(param.grad is None for sample in found.samples for param in sample.module.parameters())
 
 
-@pytest.mark.parametrize("critic", [(), CRITIC], ids=["alone", "critic"])
-@pytest.mark.parametrize("mode", ["off", "selective", "full"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+PEAKS = [
+    pytest.param(
+        method, mode, critic, id=f"{method}-{mode}-{'critic' if critic else 'alone'}",
+        marks=[pytest.mark.slow] if critic and (method, mode) != ("lora", "full") else [],
+    )
+    for method in ("full", "lora") for mode in ("off", "selective", "full") for critic in ((), CRITIC)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "mode", "critic"), PEAKS)
 def test_peaks_are_those_of_a_real_step(small: Path, method: str, mode: str, critic: tuple[str, ...]) -> None:
     """The same bookkeeping around a real forward and backward of all five blocks, or of two such rows, on the CPU."""
     tokens = 256

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny import batch, build, documents
 
+from distft.assemble.checkpoints import saved_shapes
 from distft.core.errors import RecipeError
+from distft.model.adapters import METHODS
 from distft.model.paths import ForwardPath
 from distft.model.policy import ModelPolicy
 
@@ -35,7 +38,7 @@ def folder_of(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "qlora"])
 def test_of_a_mixture_of_experts(tmp_path: Path, method: str) -> None:
     """Its experts are trained whole, also beside a policy whose experts are in 4 bits."""
     folder = folder_of(tmp_path, EXPERTS | {"tie_word_embeddings": True})
@@ -47,6 +50,15 @@ def test_of_a_mixture_of_experts(tmp_path: Path, method: str) -> None:
     experts = {name: param for name, param in module.critic.named_parameters() if "experts" in name}
     assert len(experts) == 4
     assert all(param.dtype == torch.float32 and param.grad.any() for param in experts.values())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_is_saved_has_none(tiny_config: Path, method: str) -> None:
+    recipe: Any = SimpleNamespace(method=SimpleNamespace(spec=METHODS[method]))
+    beside, alone = (
+        saved_shapes(build(tiny_config, method, head=head, fill=False), recipe) for head in ("lm_critic", "lm")
+    )
+    assert beside == alone
 
 
 @pytest.mark.parametrize(
