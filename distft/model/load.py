@@ -360,6 +360,7 @@ def build(
     blocks = blocks_of(lm)
     observed, router_loss = head.observe(lm), load_balancing.find(lm) if head.generates else None
     path = path or ForwardPath(attention=kernel, head="chunked" if observed is not None else "own")
+    value_head = lm_value.build(lm, path, dtype) if head.values else None
     loss = cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     reached = text_parameters(lm)
     with torch.random.fork_rng(devices=[]):
@@ -370,7 +371,6 @@ def build(
             param.requires_grad_(False)
     new_rows.refuse_untrained(lm, row_starts, generates=head.generates)
     penalty = None if method.penalty is None else functools.partial(method.penalty, params)
-    value_head = lm_value.build(lm, path, dtype) if head.values else None
     parts: dict[str, Any] = {"path": path, "observed": observed, "router": router_loss, "penalty": penalty}
     given: dict[str, Any] = {"tied": tied, "layout": layout, "seed": seed, "dtype": dtype, "row_starts": row_starts}
     if head.critic:

@@ -363,7 +363,13 @@ def _activation_parts(setup: Setup, kept: Activations) -> tuple[Part, ...]:
             name="logits",
             num_bytes=kept.head,
             formula=f"traced: beyond the saved activations while head and loss ({setup.loss}) run"
-            + ("; all logits exist at once" if setup.loss == "own" else ""),
+            + ("; all logits exist at once" if setup.loss == "own" else "")
+            + (
+                f"; a critic's values here: its backward pass is over before the policy's head has its own, with "
+                f"{gib_text(kept.between)} of activations and logits in all"
+                if kept.between
+                else ""
+            ),
         ),
     )
 
