@@ -96,10 +96,16 @@ class BaseEngine(ProcessRanks):
 
         Inside, no update is made and nothing is saved. Weights and copies change places tensor by tensor, so that both
         keep their memory, and with it everything that refers to it.
+
+        Raises:
+            MachineError: they read nothing that is trained.
         """
-        weights = [
-            weight for name, weight in self._weights_here() if reads(name.removeprefix("module.")) and weight.numel()
-        ]
+        read = [weight for name, weight in self._weights_here() if reads(name.removeprefix("module."))]
+        if not read:
+            raise MachineError(
+                "weights of before training are wanted, and none of those that are trained is among them"
+            )
+        weights = [weight for weight in read if weight.numel()]
         copies = [weight.clone() for weight in weights]
 
         @contextlib.contextmanager

@@ -376,10 +376,9 @@ def build(
     if head.critic:
         assert observed is not None  # else `lm_value` has refused it
         with init_empty_weights(include_buffers=False):
-            parts["critic"], second = lm_critic.build(
+            parts["critic"], given["critic_blocks"] = lm_critic.build(
                 config, dtype, kernel, observed.trunk, router_loss=router_loss is not None
             )
-        given["critic_blocks"] = blocks_of(second)
     module = CausalLM(attached, loss, value_head=value_head, **parts)
     return MetaModel(module, blocks, source, method, **given)
 

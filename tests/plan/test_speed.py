@@ -175,8 +175,9 @@ def test_a_critic_of_its_own_is_a_model_more(llama8b: Path) -> None:
     assert 1.6 < measuring[1] / measuring[0] < 2.4
     # What exists between the two backward passes: the critic's gradients, and all that the policy keeps.
     one = ppo("own", "train.global_batch_size=8").memory
-    gradients = 2 * (products + beside) / 8
-    assert one.phases.steady_step > one.state.weights + one.state.master + one.state.optimizer + gradients
+    lasting = one.state.weights + one.state.master + one.state.optimizer + one.gathered
+    assert one.activations.between > trunk.memory.activations.saved
+    assert one.phases.steady_step > lasting + 2 * (products + beside) / 8 + one.activations.between
     kept = ppo("own", 'method.name="full"').memory
     assert next(part for part in kept.parts if part.name == "reference").num_bytes == pytest.approx(
         2 * 8_030_261_248 / 8, rel=1e-3

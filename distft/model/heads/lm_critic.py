@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from distft.core.errors import Problem, RecipeError
+from distft.core.errors import MachineError, Problem, RecipeError
 from distft.model.heads import lm_value
 
 if TYPE_CHECKING:
@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 SPEC = replace(lm_value.SPEC, name="lm_critic", critic=True)
 
 
-def build(config: Any, dtype: torch.dtype, kernel: str, trunk: str, *, router_loss: bool) -> tuple[nn.Module, Any]:
-    """Return the critic's trunk without values, all of it trained, and transformers' model that it was taken from.
+def build(
+    config: Any, dtype: torch.dtype, kernel: str, trunk: str, *, router_loss: bool
+) -> tuple[nn.Module, list[nn.Module]]:
+    """Return the critic's trunk without values, all of it trained, and its blocks.
 
     Call it where parameters are made on the meta device. `trunk`: its name inside transformers' model, and so the
     prefix of its parameters' names in the base's files, which it starts from. `router_loss`: the policy has one.
 
     Raises:
         RecipeError: the model is a mixture of experts with a loss of its router, or reads more than text.
+        MachineError: it has blocks outside of its trunk.
     """
+    from distft.model.blocks import blocks_of
     from distft.model.towers import text_parameters
 
     if router_loss:
@@ -38,7 +42,12 @@ def build(config: Any, dtype: torch.dtype, kernel: str, trunk: str, *, router_lo
         raise _refused("it also reads what is not text", "take a text model")
     if not hasattr(critic, "gradient_checkpointing_enable"):
         raise _refused(f"transformers has no model of its {type(critic).__name__} alone", "take another model")
-    return critic.requires_grad_(True), lm
+    blocks, inside = blocks_of(lm), {id(module) for module in critic.modules()}
+    if any(id(block) not in inside for block in blocks):
+        raise MachineError(
+            f"{type(lm).__name__} has blocks outside of {trunk}, which a critic of its own would leave out"
+        )
+    return critic.requires_grad_(True), blocks
 
 
 def base_names(module: CausalLM) -> Iterator[tuple[int, str]]:
