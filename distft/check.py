@@ -210,7 +210,7 @@ def _verdict(recipe: Recipe) -> str:
             table,
             skeleton.find_config(recipe.model),
             max_length=recipe.data.max_length,
-            head=recipe.objective.spec.head,
+            head=recipe.objective.spec.head_of(recipe.objective.params),
         )
     line = recipe.line_of("model.path")
     path_of(verdict, source=recipe.source, line=line, attention=table.attention)

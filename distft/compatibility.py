@@ -64,8 +64,9 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
         with with_model_line(recipe):
             folder = skeleton.find_config(recipe.model)
     params: Any = recipe.method.params
-    if recipe.eval.answers and not HEADS[recipe.objective.spec.head].generates:
-        message = f'objective "{recipe.objective.name}" trains a {recipe.objective.spec.head} head, which cannot answer'
+    head = HEADS[recipe.objective.spec.head_of(recipe.objective.params)]
+    if recipe.eval.answers and not head.generates:
+        message = f'objective "{recipe.objective.name}" trains a {head.name} head, which cannot answer'
         fix = "leave [[eval.answers]] out; [[data.eval]] measures held-out rows"
         _refuse(recipe, [RecipeMistake(key=("eval", "answers"), message=message, fix=fix)])
     if recipe.method.spec.penalty is not None and not recipe.objective.spec.perplexity:
@@ -84,7 +85,7 @@ def refuse_misfits(recipe: Recipe, folder: Path | None = None) -> None:
 
 def _refuse_missing_head(recipe: Recipe, folder: Path) -> None:
     """Check that the architecture has the head that the objective trains."""
-    head = HEADS[recipe.objective.spec.head]
+    head = HEADS[recipe.objective.spec.head_of(recipe.objective.params)]
     if head.hold is not None:
         from distft.model import load
 
@@ -93,7 +94,7 @@ def _refuse_missing_head(recipe: Recipe, folder: Path) -> None:
 
 
 def _exports_that_cannot_be(recipe: Recipe) -> Iterator[RecipeMistake]:
-    head = HEADS[recipe.objective.spec.head]
+    head = HEADS[recipe.objective.spec.head_of(recipe.objective.params)]
     for index, chosen in enumerate(recipe.export.also):
         spec = EXPORTS[chosen["name"]]
         twice = any(earlier["name"] == spec.name for earlier in recipe.export.also[:index])
@@ -279,7 +280,7 @@ def fitting_values(objective: ObjectiveSpec) -> tuple[str, ...]:
 def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
     """Return the model's modules; kept by config, versions and code, as building them imports torch."""
     parts = [(folder / "config.json").read_bytes(), version("transformers").encode()]
-    parts.append(recipe.objective.spec.head.encode())
+    parts.append(recipe.objective.spec.head_of(recipe.objective.params).encode())
     parts += [Path(file).read_bytes() for module in (skeleton, targets) if (file := module.__file__)]
     kept = cache_folder(recipe.data) / "modules" / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -287,7 +288,9 @@ def _listing(recipe: Recipe, folder: Path) -> targets.Listing:
     from distft.model import load
 
     with with_model_line(recipe):
-        listed = targets.listing(skeleton.build(load.read_config(folder), HEADS[recipe.objective.spec.head]))
+        listed = targets.listing(
+            skeleton.build(load.read_config(folder), HEADS[recipe.objective.spec.head_of(recipe.objective.params)])
+        )
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         replace_json(kept, listed.to_json())

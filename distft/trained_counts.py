@@ -27,7 +27,7 @@ def trained_counts(recipe: Recipe) -> tuple[int, int]:
     """
     with compatibility.with_model_line(recipe):
         folder = skeleton.find_config(recipe.model)
-    method, head = recipe.method, recipe.objective.spec.head
+    method, head = recipe.method, recipe.objective.spec.head_of(recipe.objective.params)
     parts = [(folder / "config.json").read_bytes(), head.encode(), version("transformers").encode()]
     parts.append(json.dumps([method.name, method.params.model_dump(mode="json")], sort_keys=True).encode())
     if any(recipe.model.added) or getattr(method.params, "trainable_tokens", ()):  # the ids are the tokenizer's

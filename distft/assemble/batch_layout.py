@@ -68,7 +68,7 @@ def forward_path(recipe: Recipe, say: Say) -> ForwardPath:
         max_length=recipe.data.max_length,
         device=device,
         compiled=tries,
-        head=recipe.objective.spec.head,
+        head=recipe.objective.spec.head_of(recipe.objective.params),
         waiting=lambda: PHASE.enter("rows", patient=True),
     )
     path = path_of(verdict, source=recipe.source, line=line, attention=model.attention)
@@ -191,7 +191,7 @@ def plan_of_run(recipe: Recipe, world: int, layout: Layout, row_tokens: int) -> 
 
     method = recipe.method
     try:
-        given = {"path": layout.path, "head": recipe.objective.spec.head}
+        given = {"path": layout.path, "head": recipe.objective.spec.head_of(recipe.objective.params)}
         read = inventory.read(recipe.model, find_folder(recipe.model), method.spec, method.params, **given)
         return plan(recipe, read, machine, wants=launcher_wants(os.environ), document_tokens=row_tokens).to_json()
     except DistftError as error:

@@ -114,7 +114,7 @@ def saved_shapes(built: MetaModel, recipe: Recipe) -> dict[str, tuple[tuple[int,
         if name.startswith(WRAPPER) and (param.requires_grad or not adapter)
     ]
     if not adapter:
-        named += built.saved_buffers()
+        named += [(name, buffer) for name, buffer in built.saved_buffers() if name.startswith(WRAPPER)]
     return {name.removeprefix(WRAPPER): (tuple(tensor.shape), tensor.dtype) for name, tensor in named}
 
 
@@ -131,7 +131,7 @@ def export(
 
     transformer = built.module.transformer
     tokenizer, revision = tokenizer_of(recipe)
-    head = HEADS[recipe.objective.spec.head]
+    head = HEADS[recipe.objective.spec.head_of(recipe.objective.params)]
 
     def write_config(target: Path) -> None:
         pad_id = load_row_renderer(recipe).tokenizer.pad_token_id

@@ -55,8 +55,12 @@ def open_engine(recipe: Recipe, processes: Processes, say: Say) -> Engine:
     return spec.open(params, processes)
 
 
-def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: HeldOut, say: Say) -> MetaModel:
+def build_model(
+    recipe: Recipe, processes: Processes, layout: Layout, rows: HeldOut, say: Say, *, trains: bool = True
+) -> MetaModel:
     """Return the model without values, adapters attached, memory savers on.
+
+    Where nothing `trains`, nor restores what was trained, a critic is left out.
 
     Raises:
         RecipeError: weights are missing or unusable, or a token has no row in the embedding.
@@ -64,7 +68,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
     from distft.model import activation_checkpointing, load, quantize, stats
     from distft.model.heads import HEADS
 
-    spec = recipe.method.spec
+    spec, head = recipe.method.spec, HEADS[recipe.objective.spec.head_of(recipe.objective.params)]
     with compatibility.with_model_line(recipe):
         built = load.build(
             recipe.model,
@@ -75,7 +79,7 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
             device=processes.device,
             per_token=recipe.objective.spec.per_token,
             path=layout.path,
-            head=HEADS[recipe.objective.spec.head],
+            head=HEADS["lm"] if head.values and not trains else head,
         )
     num_embeddings = built.module.transformer.get_input_embeddings().weight.shape[0]
     if rows.largest_id >= num_embeddings:
@@ -90,7 +94,8 @@ def build_model(recipe: Recipe, processes: Processes, layout: Layout, rows: Held
         recipe.train.activation_checkpointing, layout.checkpointing, layout.why
     )
     say(f"activation checkpointing {mode}: {why}")
-    activation_checkpointing.checkpoint_blocks(built.module.transformer, mode)
+    for model in built.module.pretrained:
+        activation_checkpointing.checkpoint_blocks(model, mode)
     counts = stats.count(built.module)
     say(f"{counts.trainable:,} of {counts.total:,} parameters are trained ({recipe.method.name})")
     active = stats.active(built.module)
@@ -255,7 +260,7 @@ def run_facts(built: MetaModel, processes: Processes, state: TrainState) -> RunF
         world=processes.world,
         device_name=device_name(processes),
         flops_per_token=stats.flops_per_token(built.module),
-        flops_per_squared_length=stats.flops_per_squared_length(built.module.transformer.config),
+        flops_per_squared_length=sum(stats.flops_per_squared_length(model.config) for model in built.module.pretrained),
         start=state,
     )
 

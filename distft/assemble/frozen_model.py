@@ -35,7 +35,7 @@ def frozen_model(
     """
     engine = open_engine(recipe, replace(processes, joined=False), _quiet)
     try:
-        built = build_model(recipe, processes, layout, rows, _quiet)
+        built = build_model(recipe, processes, layout, rows, _quiet, trains=False)
         freeze(built)
         set_up_engine(recipe, engine, built, layout, num_steps=1)
         yield engine, built

@@ -152,7 +152,7 @@ def _logprobs_key(recipe: Recipe, engine: Engine, layout: Layout, weights: str, 
     facts = {
         "weights": weights,
         "rows": rows_sha256,
-        "head": recipe.objective.spec.head,
+        "head": recipe.objective.spec.head_of(recipe.objective.params),
         "method": [recipe.method.name, recipe.method.params.model_dump(mode="json")],
         "start": _start_hash(recipe),
         "dtype": recipe.model.dtype,

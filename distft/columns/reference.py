@@ -57,7 +57,11 @@ class ReferenceModel:
                 return self._from_files()
             if self.is_trained:
                 raise MachineError("the model before training is needed, and only the trained one is here")
-            return FrozenReference(policy=self.policy, engine=self.engine, frozen=self.engine.frozen_weights())
+            from distft.model.load import WRAPPER
+
+            # A critic's weights are read by no reference.
+            frozen = self.engine.frozen_weights(lambda name: name.startswith(WRAPPER))
+            return FrozenReference(policy=self.policy, engine=self.engine, frozen=frozen)
 
         def by_leaving_out(batch: Batch) -> Tensor:
             with alone():

@@ -352,8 +352,10 @@ class Engine(Ranks, Protocol):
         """Surround forwards without gradients, dropout off."""
         ...
 
-    def frozen_weights(self) -> Callable[[], AbstractContextManager[None]]:
+    def frozen_weights(self, reads: Callable[[str], bool]) -> Callable[[], AbstractContextManager[None]]:
         """Copy the trained weights, each rank its part; return a context in which forwards compute with the copies.
+
+        `reads`: name of a parameter -> whether those forwards read it; the others are not copied.
 
         Entering and leaving it is collective. Inside, no update is made and nothing is saved.
         """

@@ -89,13 +89,23 @@ class BaseEngine(ProcessRanks):
         finally:
             self.model.train(training)
 
-    def frozen_weights(self) -> Callable[[], AbstractContextManager[None]]:
+    def frozen_weights(self, reads: Callable[[str], bool]) -> Callable[[], AbstractContextManager[None]]:
         """Copy this rank's part of the trained weights; return a context in which the model has them again.
+
+        `reads`: name of a parameter -> whether forwards inside read it; the others are not copied.
 
         Inside, no update is made and nothing is saved. Weights and copies change places tensor by tensor, so that both
         keep their memory, and with it everything that refers to it.
+
+        Raises:
+            MachineError: they read nothing that is trained.
         """
-        weights = list(self._weights_here())
+        read = [weight for name, weight in self._weights_here() if reads(name.removeprefix("module."))]
+        if not read:
+            raise MachineError(
+                "weights of before training are wanted, and none of those that are trained is among them"
+            )
+        weights = [weight for weight in read if weight.numel()]
         copies = [weight.clone() for weight in weights]
 
         @contextlib.contextmanager
@@ -108,10 +118,10 @@ class BaseEngine(ProcessRanks):
 
         return frozen
 
-    def _weights_here(self) -> Iterator[Tensor]:
+    def _weights_here(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what forwards read of trained parameters, of each the part that this rank stores."""
-        parts = (local(param.detach()) for param in self.model.parameters() if param.requires_grad)
-        yield from (part for part in parts if part.numel())
+        named = self.model.named_parameters()
+        yield from ((name, local(param.detach())) for name, param in named if param.requires_grad)
 
     def _forget_gathered(self) -> None:
         """Drop what was gathered of sharded weights, so that the next forward gathers again."""

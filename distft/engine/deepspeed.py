@@ -203,11 +203,11 @@ class ZeroEngine(BaseEngine):
             params[fragment.name].ds_tensor.data[: fragment.length].copy_(fragment.of(fragment.flat.detach()))
         self._optimizer.invalidate_secondary_tensor()  # else hpZ computes with the copies of before
 
-    def _weights_here(self) -> Iterator[Tensor]:
+    def _weights_here(self) -> Iterator[tuple[str, Tensor]]:
         if self._stage < 3:
             return super()._weights_here()
-        params: Any = self._wrapped.module.parameters()  # empty between forwards
-        return (param.ds_tensor.data for param in params if param.requires_grad)
+        named: Any = self._wrapped.module.named_parameters()  # empty between forwards
+        return ((name, param.ds_tensor.data) for name, param in named if param.requires_grad)
 
     def _forget_gathered(self) -> None:
         if self._stage == 3:

@@ -46,7 +46,7 @@ class ParamSizes(Protocol):
 
     @property
     def block(self) -> int:
-        """Index of its transformer block, or ROOT."""
+        """Index of its transformer block, a critic's behind the policy's, or ROOT."""
         ...
 
     @property
@@ -86,11 +86,6 @@ class ModelSizes(Protocol):
     @property
     def params(self) -> Sequence[ParamSizes]:
         """Parameters in the module's order, each tied tensor once."""
-        ...
-
-    @property
-    def num_blocks(self) -> int:
-        """Transformer blocks."""
         ...
 
     @property
@@ -324,12 +319,16 @@ def unit_bytes(model: ModelSizes) -> int:
 
 def block_bytes(model: ModelSizes) -> int:
     """Return the largest block."""
-    return max(sum(p.stored_bytes for p in model.params if p.block == block) for block in range(model.num_blocks))
+    return max(sum(p.stored_bytes for p in model.params if p.block == block) for block in _blocks(model))
 
 
 def trained_in_block(model: ModelSizes) -> int:
     """Return the most trained elements of one block."""
-    return max(model.unit_numel(block, trained_only=True) for block in range(model.num_blocks))
+    return max(model.unit_numel(block, trained_only=True) for block in _blocks(model))
+
+
+def _blocks(model: ModelSizes) -> set[int]:
+    return {param.block for param in model.params} - {ROOT}
 
 
 def copied_bytes(numels: list[int], stored: list[int], rule: GradientRule, *, frees: bool) -> int:

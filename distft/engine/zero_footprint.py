@@ -31,8 +31,11 @@ ZERO12_ALIGNMENT = 2
 
 
 def bucket_elements(total: int, largest: int) -> int:
-    """Return a communication bucket's elements, for `total` elements whose largest tensor has `largest`."""
-    return max(largest, min(BUCKET_ELEMENTS, total))
+    """Return a communication bucket's elements, for `total` elements whose largest tensor has `largest`.
+
+    DeepSpeed takes multiples of the alignment alone, and a value layer's bias makes a total odd.
+    """
+    return -(-max(largest, min(BUCKET_ELEMENTS, total)) // ZERO12_ALIGNMENT) * ZERO12_ALIGNMENT
 
 
 class Zero1Footprint(Footprint):

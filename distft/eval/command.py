@@ -115,7 +115,7 @@ def _held(
         recipe = assemble.with_start_of(
             recipe, None if subject.checkpoint is None else subject.checkpoint.absolute().parents[1]
         )
-    model = assemble.build_model(recipe, processes, layout, rows, say)
+    model = assemble.build_model(recipe, processes, layout, rows, say, trains=subject.checkpoint is not None)
     if subject.checkpoint is None:
         assemble.freeze(model)
     engine.setup(model, assemble.update_rule(recipe, model, 1000), micros_per_step=layout.micros_per_step)

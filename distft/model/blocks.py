@@ -45,11 +45,16 @@ def block_matrices(module: nn.Module, blocks: list[nn.Module]) -> dict[str, int]
 
 
 def ends_of(module: CausalLM) -> list[nn.Module]:
-    """Return the embedding and the head where an engine may gather each around its own forward, else nothing.
+    """Return the embeddings and the head that an engine may gather each around its own forward.
 
     That takes weights that nothing else touches: they are not tied, not part of a block, and the head is known to be
     called once (`observe` saw it). What an adapter wraps stays with the root.
     """
+    critics = [] if module.critic is None else [module.pretrained[1].get_input_embeddings()]
+    return [*_ends_of_policy(module), *(end for end in critics if type(end) is nn.Embedding)]
+
+
+def _ends_of_policy(module: CausalLM) -> list[nn.Module]:
     embedding = module.transformer.get_input_embeddings()
     if module.path.head != "chunked" or type(embedding) is not nn.Embedding or type(module.head) is not nn.Linear:
         return []

@@ -44,6 +44,7 @@ class CausalLM(nn.Module):
         observed: Observation | None = None,
         router: RouterLoss | None = None,
         value_head: nn.Linear | None = None,
+        critic: nn.Module | None = None,
         penalty: Callable[[nn.Module], Tensor] | None = None,
     ) -> None:
         """Wrap a model.
@@ -55,6 +56,7 @@ class CausalLM(nn.Module):
             observed: the model's trunk and its rule for logits; a `chunked` head needs it.
             router: the loss of a mixture of experts' router, where the config asks for one.
             value_head: gives a value for each position, from its last hidden state.
+            critic: a trunk whose hidden states `value_head` reads instead of the model's own.
             penalty: what a method adds to the loss of every supervised token, of `lm`.
         """
         super().__init__()
@@ -66,6 +68,7 @@ class CausalLM(nn.Module):
         self.prefix = PrefixInputs(lm)
         if self.path.head == "chunked" and observed is None:
             raise ValueError("a chunked head needs to know what the model does before its logits")
+        self.critic = critic
         self.value_head = value_head  # beside the model, so that neither transformers nor an adapter's wrapper has it
         self.use_loss(loss)
 
@@ -80,6 +83,11 @@ class CausalLM(nn.Module):
         """What gives the last hidden states."""
         assert self.observed is not None
         return self.transformer.get_submodule(self.observed.trunk)
+
+    @property
+    def pretrained(self) -> list[Any]:
+        """Transformers' models that are trained, each with settings of its own: the policy's, and a critic's."""
+        return [self.transformer, *([] if self.critic is None else [self.critic])]
 
     @property
     def head(self) -> Any:
@@ -141,8 +149,8 @@ class CausalLM(nn.Module):
         run the same collectives. With a router loss: (losses, router loss [1]), to be added; in
         training with a method's penalty: (losses, router loss [1], penalty [1]).
         """
-        inputs = self._documents(position_ids_T, cu_seqlens, max_seqlen)
-        inputs |= self.prefix.of_ids(input_ids_T[None])
+        documents = self._documents(position_ids_T, cu_seqlens, max_seqlen)
+        inputs = documents | self.prefix.of_ids(input_ids_T[None])
         if self.router is not None:
             inputs["output_router_logits"] = True
         self._forget_longer_documents()
@@ -162,6 +170,10 @@ class CausalLM(nn.Module):
             losses = self.head(hidden_SE, labels_S, *(() if chosen is None else (chosen,)))
             if values:
                 assert self.value_head is not None
+                if self.critic is not None:
+                    given = _taken(self.critic, documents)
+                    read: Any = self.critic(input_ids=input_ids_T[None], use_cache=False, **given)
+                    hidden_SE = read.last_hidden_state[0][at_S]
                 value_S = self.value_head(hidden_SE.to(self.value_head.weight.dtype)).float().squeeze(1)
                 losses = torch.stack([losses.float(), value_S])
         self.prefix.check()

@@ -27,12 +27,13 @@ from distft.model.adapters.lora_inits import RESIDUAL
 from distft.model.attention_shape import head_size
 from distft.model.blocks import blocks_of, ends_of
 from distft.model.causal import CausalLM
-from distft.model.heads import HEADS, HeadSpec, lm_value, put_head
+from distft.model.heads import HEADS, HeadSpec, lm_critic, lm_value, put_head
 from distft.model.layout import FileLayout
 from distft.model.paths import ForwardPath
 from distft.model.random_weights import NoSource, RandomSource, seed_of
 from distft.model.shared_reads import SharedReads
 from distft.model.tensor_files import mistake
+from distft.model.tied_modules import tied_modules
 from distft.model.towers import text_parameters
 from distft.model.weights import SafetensorsSource, WeightSource, digest, meta_params
 from distft.recipe.schema import ModelTable
@@ -107,21 +108,26 @@ class MetaModel:
         seed: int,
         dtype: torch.dtype,
         row_starts: new_rows.RowStarts | None = None,
+        critic_blocks: list[nn.Module] | None = None,
     ) -> None:
         """`tied`: module that has no weights of its own -> name and meta copy of the one whose weights it shares."""
         self.module = module
-        self.blocks = blocks
+        self.rows = [blocks, critic_blocks] if critic_blocks else [blocks]
+        """Blocks in the order of a forward: the policy's, and a critic's."""
+        self.blocks = [block for row in self.rows for block in row]
         self.ends = ends_of(module)
         self.dtype = dtype
         self.layout = layout
         # Behind a frozen embedding the first block's input has no gradient to wait for, nor have DoRA's norms.
         inputs = module.transformer.get_input_embeddings()
         self.blocks_are_atomic = not method.adapter and all(
-            param.requires_grad for unit in (inputs, *blocks) for param in unit.parameters()
+            param.requires_grad for unit in (inputs, *self.blocks) for param in unit.parameters()
         )
         self._source, self._method, self._seed, self._row_starts = source, method, seed, row_starts
         self._shared_reads: SharedReads | None = None
         self._names = {id(mod): name.removeprefix(WRAPPER) for name, mod in module.named_modules()}
+        self._of_critic = {} if module.critic is None else dict(lm_critic.base_names(module))
+        """Name in the base's files of each module of a critic, by id."""
         self._tied = tied
         # Weak: fsdp2 puts its shard in a parameter's place, and the whole one must not live on here.
         self._filled: dict[int, tuple[Tensor, weakref.ref[nn.Parameter]]] = {}
@@ -165,7 +171,7 @@ class MetaModel:
     def _calls(self, module: nn.Module, pending: Mapping[str, Tensor]) -> list[tuple[str, nn.Module]]:
         """Return the calls of the source's `values` for one module: names, and modules with the wanted parameters."""
         calls: list[tuple[str, nn.Module]] = []
-        base = self._method.base_name(f"{self._names[id(module)]}.x").removesuffix(".x")
+        base = self._base_name(module)
         wanted = dict(pending)
         if base in self._tied:
             # The copy of a tied head that an adapter trains whole starts as what the head is tied to.
@@ -180,6 +186,12 @@ class MetaModel:
             calls.append((base, rest))
         return calls
 
+    def _base_name(self, module: nn.Module) -> str:
+        """Return its name in the base's files."""
+        if id(module) in self._of_critic:
+            return self._of_critic[id(module)]
+        return self._method.base_name(f"{self._names[id(module)]}.x").removesuffix(".x")
+
     def _is_fresh(self, module: nn.Module) -> bool:
         """Return whether a module is an adapter's own, which starts from its seed and not from the files.
 
@@ -187,8 +199,8 @@ class MetaModel:
             MachineError: some of its parameters are the adapter's, and others the base's.
         """
         name = self._names[id(module)]
-        if module is self.module.value_head:
-            return True
+        if module is self.module.value_head or id(module) in self._of_critic:
+            return module is self.module.value_head
         own = {self._method.owns(f"{name}.{short}") for short, param in module._parameters.items() if param is not None}
         if len(own) > 1:
             raise MachineError(f"{name} holds parameters of the base and of the adapter, which are filled apart")
@@ -210,6 +222,7 @@ class MetaModel:
                 continue
             if short not in module._non_persistent_buffers_set and id(module) not in self._buffers_read:
                 name = self._method.base_name(f"{self._names[id(module)]}.{short}".removeprefix("."))
+                name = f"{self._of_critic[id(module)]}.{short}" if id(module) in self._of_critic else name
                 stored = self._source.buffer(name, device)
                 kept = torch.float32 if any(part in name for part in self._in_fp32) else buffer.dtype
                 buffer = (buffer if stored is None else stored).to(device, kept, copy=True)
@@ -246,7 +259,7 @@ class MetaModel:
                 values |= read
         for short, meta in pending.items():
             real = module._parameters[short] = self._real(module, short, meta, values.pop(short), device)
-            if self._notes_starts and meta.requires_grad:
+            if self._notes_starts and meta.requires_grad and id(module) not in self._of_critic:
                 self.starts[f"{name}.{short}".removeprefix(".")] = digest(real)
 
     def _shared(self, name: str, meta: Tensor) -> nn.Parameter:
@@ -327,7 +340,7 @@ def build(
     for each in {id(each): each for each in (lm, stored)}.values():
         put_head(each, head)
         each.tie_weights()
-    tied, layout = _tied_modules(lm), FileLayout(lm)
+    tied, layout = tied_modules(lm), FileLayout(lm)
     if head.generates and (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
     # What an adapter says of its base must lead there from any folder.
@@ -347,6 +360,7 @@ def build(
     blocks = blocks_of(lm)
     observed, router_loss = head.observe(lm), load_balancing.find(lm) if head.generates else None
     path = path or ForwardPath(attention=kernel, head="chunked" if observed is not None else "own")
+    value_head = lm_value.build(lm, path, dtype) if head.values else None
     loss = cross_entropy.choose(table.cross_entropy, device, per_token=per_token)
     reached = text_parameters(lm)
     with torch.random.fork_rng(devices=[]):
@@ -357,24 +371,16 @@ def build(
             param.requires_grad_(False)
     new_rows.refuse_untrained(lm, row_starts, generates=head.generates)
     penalty = None if method.penalty is None else functools.partial(method.penalty, params)
-    value_head = lm_value.build(lm, path, dtype) if head.values else None
-    module = CausalLM(
-        attached, loss, path=path, observed=observed, router=router_loss, penalty=penalty, value_head=value_head
-    )
-    given = {"tied": tied, "layout": layout, "seed": seed, "dtype": dtype, "row_starts": row_starts}
+    parts: dict[str, Any] = {"path": path, "observed": observed, "router": router_loss, "penalty": penalty}
+    given: dict[str, Any] = {"tied": tied, "layout": layout, "seed": seed, "dtype": dtype, "row_starts": row_starts}
+    if head.critic:
+        assert observed is not None  # else `lm_value` has refused it
+        with init_empty_weights(include_buffers=False):
+            parts["critic"], given["critic_blocks"] = lm_critic.build(
+                config, dtype, kernel, observed.trunk, router_loss=router_loss is not None
+            )
+    module = CausalLM(attached, loss, value_head=value_head, **parts)
     return MetaModel(module, blocks, source, method, **given)
-
-
-def _tied_modules(lm: Any) -> dict[str, tuple[str, nn.Module]]:
-    """Return, by name, what each tied module is tied to, while all tensors are still meta."""
-    tied: dict[str, tuple[str, nn.Module]] = {}
-    for target, origin in (getattr(lm, "all_tied_weights_keys", None) or {}).items():
-        shared, name = target.rpartition(".")[0], origin.rpartition(".")[0]
-        owner = lm.get_submodule(name)
-        stand_in = copy.copy(owner)
-        stand_in._parameters = dict(owner._parameters)
-        tied[shared] = (name, stand_in)
-    return tied
 
 
 def untrained(config: Any, kernel: str, head: HeadSpec | None = None) -> Any:

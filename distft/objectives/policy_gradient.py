@@ -221,6 +221,7 @@ def rollout_objective(
     *,
     terms: Terms | None = None,
     head: str = "lm",
+    other_head: Callable[[Any], str | None] = lambda params: None,
     more_figures: Mapping[str, bool] | None = None,
 ) -> ObjectiveSpec:
     """Return an objective on the model's own answers; `loss_of` says, by its params, how tokens become one loss.
@@ -245,6 +246,7 @@ def rollout_objective(
         writes=True,
         per_token=True,
         head=head,
+        other_head=other_head,
         denominator=denominator,
         terms=terms or usual,
         columns=lambda chosen: ("ref_logprob_S",) if chosen.beta else (),  # the others come with the answers

@@ -1,4 +1,4 @@
-"""PPO: a critic on the model's own trunk says what each token of an answer was worth.
+"""PPO: a critic, on the model's own trunk or on a second one, says what each token of an answer was worth.
 
 Source: Schulman et al., https://arxiv.org/abs/1707.06347; with a penalty for leaving the model before training as part
 of each token's reward, Ziegler et al., https://arxiv.org/abs/1909.08593. Defaults are those of TRL's PPO, whose epochs
@@ -36,6 +36,9 @@ class PpoParams(RolloutParams):
     """Weight of the critic's loss."""
     clip_value: float = Field(default=0.2, gt=0)
     """A value is not moved further than this from what it was when the answer was written."""
+    critic: Literal["trunk", "own"] = "trunk"
+    """What gives the values: a layer on the trained model's hidden states, or on those of a second model that starts as
+    the first does, is trained whole under every method and is not saved in final/."""
     compares_answers: ClassVar[bool] = False
     values_tokens: ClassVar[bool] = True
 
@@ -109,5 +112,6 @@ SPEC = rollout_objective(
     lambda params: "dapo",
     terms=_terms,
     head="lm_value",
+    other_head=lambda params: "lm_critic" if params.critic == "own" else None,
     more_figures={"value_loss": False, "value": True, "value_clipped": False},
 )

@@ -44,6 +44,8 @@ class ObjectiveSpec:
     other objective takes rows with them."""
     head: str = "lm"
     """What stands on the model's hidden states, by its name in `distft.model.heads.HEADS`."""
+    other_head: Callable[[Any], str | None] = lambda params: None
+    """params -> the head in its place, where they ask for another."""
     source: str = "rows"
     """Where its micro-batches come from, by the name in `distft.step_sources.STEP_SOURCES`."""
     writes: bool = False
@@ -63,6 +65,10 @@ class ObjectiveSpec:
     training starts from."""
     teacher: Callable[[Any], str | None] = lambda params: None
     """params -> folder or hub id of a model that stands beside the trained one, whose hidden states a column is."""
+
+    def head_of(self, params: Any) -> str:
+        """Return the name of what stands on the model's hidden states under these settings."""
+        return self.other_head(params) or self.head
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,8 @@ def for_job(recipe: Recipe, folder: Path, machine: Machine, *, wants: str, path:
         RecipeError: the global batch does not split over the machine.
         MachineError: the engine cannot run there.
     """
-    inventory = inventories.read(recipe.model, folder, recipe.method.spec, recipe.method.params, path=path)
+    head = recipe.objective.spec.head_of(recipe.objective.params)
+    inventory = inventories.read(recipe.model, folder, recipe.method.spec, recipe.method.params, path=path, head=head)
     engine = resolve_engine(recipe, machine, wants=wants)
     return choose(recipe, inventory, machine, engine=engine, liger=has_liger())
 

@@ -54,7 +54,7 @@ class Param:
     decayed: bool
     """Has weight decay, so it is in the optimizer's first group."""
     block: int
-    """Index of its transformer block, or ROOT."""
+    """Index of its transformer block, or ROOT; block k of a critic is `Inventory.num_blocks` + k."""
     faster: bool = False
     """Has a learning rate of its own, so it is in another group of the optimizer."""
     double: bool | None = None
@@ -103,9 +103,10 @@ class Inventory:
     params: tuple[Param, ...]
     """Parameters in the module's order, each tied tensor once."""
     num_blocks: int
+    """Of the policy; a critic has as many."""
     samples: tuple[MetaModel, ...]
     """Models to trace, without quantisation: of two blocks and of three, from which any number follows; or one of all
-    blocks."""
+    blocks. A critic's are as many."""
     depths: tuple[int, ...]
     """Blocks of each sample."""
     config: Any
@@ -114,11 +115,15 @@ class Inventory:
     atomic: bool
     """ZeRO-3 gathers whole blocks (see `core.types.Weights.blocks_are_atomic`)."""
     linears: tuple[tuple[int, bool], ...]
-    """(weights, trained) of each linear layer: what takes part in matrix products."""
+    """(weights, trained) of each linear layer of the policy: what takes part in matrix products."""
     path: ForwardPath
     """How the model's numbers are computed."""
     own_buffers: int = 0
     """Bytes of the method's buffers, such as VeRA's random matrices, which every rank has whole."""
+    rows: int = 1
+    """Rows of equal blocks: the policy's, and a critic's."""
+    critic_linears: tuple[tuple[int, bool], ...] = ()
+    """Those of a critic that is a model of its own."""
 
     @property
     def item_bytes(self) -> int:
@@ -139,6 +144,23 @@ class Inventory:
     def largest_4bit(self) -> int:
         """Weights of the largest layer that is stored in 4 bits; 0 without any."""
         return max((param.numel for param in self.params if param.double is not None), default=0)
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic that is a model of its own stands beside the policy."""
+        return self.rows > 1
+
+    @property
+    def policy(self) -> Inventory:
+        """Return the same without the critic: what forwards without values read."""
+        policy = tuple(param for param in self.params if param.name.startswith(load.WRAPPER))
+        return replace(self, params=policy, rows=1, critic_linears=())
+
+    @property
+    def policy_share(self) -> float:
+        """Return the policy's part of the matrix products of a forward with values."""
+        ours, theirs = (sum(numel for numel, _ in linears) for linears in (self.linears, self.critic_linears))
+        return ours / (ours + theirs)
 
     def unit_numel(self, block: int, *, trained_only: bool = False) -> int:
         """Return the stored elements of one block, or of ROOT."""
@@ -174,15 +196,17 @@ def read(
     deepest = samples[-1]
     if method.quant(params) is not None:
         for sample in samples:
-            for _, module, short in experts.all_expert_tensors(sample.module):
+            for _, module, short in experts.all_expert_tensors(sample.module.lm):
                 # Experts in 4 bits compute with a copy in the model's dtype, which the backward pass needs too.
                 experts.compute_with(module, short, torch.clone, first=True)
         deepest = _build(table, folder, method, params, _shortened(config, depths[-1]), path, head)
+    linears, critic_linears = _linears(deepest, num_blocks - depths[-1])
     return Inventory(
         params=tuple(
             _repeated(
                 list(_listed(deepest, method.faster if method.lr_ratio(params) != 1.0 else None)),
                 num_blocks - depths[-1],
+                len(deepest.rows),
             )
         ),
         num_blocks=num_blocks,
@@ -191,9 +215,11 @@ def read(
         config=config,
         dtype=deepest.dtype,
         atomic=deepest.blocks_are_atomic,
-        linears=tuple(_linears(deepest, num_blocks - depths[-1])),
+        linears=linears,
         path=path or _unproven(table, deepest),
         own_buffers=_own_buffers(samples, depths, num_blocks, method),
+        rows=len(deepest.rows),
+        critic_linears=critic_linears,
     )
 
 
@@ -221,12 +247,20 @@ def resized(inventory: Inventory, num_blocks: int) -> Inventory:
     built = inventory.depths[-1]
     if len(inventory.depths) == 1 or num_blocks < built:
         raise ValueError(f"a model of {inventory.num_blocks} blocks cannot be resized to {num_blocks}")
-    base = [param for param in inventory.params if param.block < built]
+    base: list[Param] = []
+    for param in inventory.params:
+        row, place = divmod(param.block, inventory.num_blocks)
+        if param.block == ROOT:
+            base.append(param)
+        elif place < built:
+            base.append(replace(param, block=row * built + place))
+    linears, critic_linears = _linears(inventory.samples[-1], num_blocks - built)
     return replace(
         inventory,
-        params=tuple(_repeated(base, num_blocks - built)),
+        params=tuple(_repeated(base, num_blocks - built, inventory.rows)),
         num_blocks=num_blocks,
-        linears=tuple(_linears(inventory.samples[-1], num_blocks - built)),
+        linears=linears,
+        critic_linears=critic_linears,
     )
 
 
@@ -307,20 +341,37 @@ def _listed(built: MetaModel, faster: Callable[[str], bool] | None) -> Iterator[
         )
 
 
-def _linears(built: MetaModel, extra: int) -> Iterator[tuple[int, bool]]:
-    """Yield (weights, trained) of each matrix that `flops_per_token` counts, the last block's `extra` more times."""
-    repeated = {id(module) for module in built.blocks[-1].modules()}
-    for module in built.module.modules():
-        for layer in stats.of_module(module, built.module):
-            yield from (layer,) * (1 + extra if id(module) in repeated else 1)
+def _linears(built: MetaModel, extra: int) -> tuple[tuple[tuple[int, bool], ...], tuple[tuple[int, bool], ...]]:
+    """Return (weights, trained) of each matrix that `flops_per_token` counts: the policy's, and a critic's.
+
+    Those of the last block of each row are there `extra` more times.
+    """
+    repeated = {id(module) for row in built.rows for module in row[-1].modules()}
+    whole, found = built.module, (list[tuple[int, bool]](), list[tuple[int, bool]]())
+    of_critic = {id(whole.value_head)} if whole.critic is not None else set[int]()
+    of_critic |= {id(module) for module in whole.critic.modules()} if whole.critic is not None else set()
+    for module in whole.modules():
+        for layer in stats.of_module(module, whole):
+            found[id(module) in of_critic].extend((layer,) * (1 + extra if id(module) in repeated else 1))
+    return tuple(found[0]), tuple(found[1])
 
 
-def _repeated(params: list[Param], extra: int) -> Iterator[Param]:
-    """Yield `params` with the last block repeated `extra` more times, in the module's order."""
-    last = max(param.block for param in params)
-    indices = [index for index, param in enumerate(params) if param.block == last]
-    yield from params[: indices[-1] + 1]
-    for index in range(last + 1, last + 1 + extra):
-        for param in params[indices[0] : indices[-1] + 1]:
-            yield replace(param, block=index, name=re.sub(rf"\.{last}\.", f".{index}.", param.name, count=1))
-    yield from params[indices[-1] + 1 :]
+def _repeated(params: list[Param], extra: int, rows: int) -> Iterator[Param]:
+    """Yield `params` with the last block of each of `rows` repeated `extra` more times, in the module's order."""
+    depth = (max(param.block for param in params) + 1) // rows
+
+    def numbered(param: Param) -> Param:
+        row, place = divmod(param.block, depth)
+        return param if param.block == ROOT else replace(param, block=row * (depth + extra) + place)
+
+    begin = 0
+    for row in range(rows):
+        indices = [index for index, param in enumerate(params) if param.block == (row + 1) * depth - 1]
+        end = indices[-1] + 1
+        yield from map(numbered, params[begin:end])
+        for index in range(depth, depth + extra):
+            for param in params[indices[0] : end]:
+                name = re.sub(rf"\.{depth - 1}\.", f".{index}.", param.name, count=1)
+                yield replace(param, block=row * (depth + extra) + index, name=name)
+        begin = end
+    yield from map(numbered, params[begin:])

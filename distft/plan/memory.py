@@ -6,7 +6,7 @@ gathered layers and buckets follow from how the engines are set up; what is neit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distft.checkpoint.intervals import CHUNK_BYTES
@@ -14,6 +14,7 @@ from distft.core.accelerators import GIB
 from distft.engine.footprint import FP32, State, gib_text
 from distft.model.adapters.spec import optimizer_of
 from distft.model.attention_shape import largest_attention
+from distft.model.load import WRAPPER
 from distft.plan import other_weights
 from distft.plan import state as states
 from distft.plan.generation_memory import GenerationMemory, generation_memory, rollout_memory
@@ -128,7 +129,11 @@ def of_setup(inventory: Inventory, setup: Setup) -> Memory:
         phases=phases,
         host=HOST_PROCESS_BYTES + state.on_host + others.host + share,
         checkpoint=checkpoint,
-        final=sum(param.numel * param.item_bytes for param in inventory.params if param.trained or not _adapter(setup)),
+        final=sum(
+            param.numel * param.item_bytes
+            for param in inventory.params
+            if param.name.startswith(WRAPPER) and (param.trained or not _adapter(setup))
+        ),
         rollout=rollout_memory(inventory, setup, kept, held=lasting),
         parts=(
             *_state_parts(inventory, setup, state),
@@ -170,10 +175,13 @@ def _phases(
 ) -> Phases:
     resident = state.weights + state.quant_constants + state.master + inventory.own_buffers + others.device
     during = setup.footprint.accumulating_bytes(inventory, setup.ranks, state)
+    fresh, of_head = _fresh_gradient(inventory, setup), _head_gradient(inventory)
     micro = gathered + max(
         # The last block's backward: everything is still saved, and the head's gradient is there, which the trace takes
         # for the gradient itself.
-        during + kept.saved + max(kept.head + max(_fresh_gradient(inventory, setup), _head_gradient(inventory)), block),
+        during + kept.saved + max(kept.head + max(fresh, 0 if inventory.has_critic else of_head), block),
+        # A critic's is over and the policy's head has its own: the critic's gradients are there.
+        max(_critic_gradients(inventory, setup), during) + kept.between + max(fresh, of_head),
         max(state.gradients, during) + block,  # the first block's: all gradients are there
     )
     update = state.gradients + state.update + _update_workspace(inventory, setup)
@@ -276,6 +284,24 @@ def _fresh_gradient(inventory: Inventory, setup: Setup) -> int:
     return setup.footprint.fresh_gradient_bytes(inventory, added=added)
 
 
+def _critic_gradients(inventory: Inventory, setup: Setup) -> int:
+    """Return the gradients of a critic that is a model of its own; 0 without one."""
+    if not inventory.has_critic:
+        return 0
+    critic = tuple(param for param in inventory.params if not param.name.startswith(WRAPPER))
+    alone = replace(inventory, params=critic)
+    optim: Any = setup.recipe.optim.params
+    return states.of_rank(
+        alone,
+        setup.engine,
+        _optimizer(setup),
+        optim,
+        world=setup.shards,
+        offload=setup.offload,
+        fp32_gradients=setup.fp32_gradients,
+    ).gradients
+
+
 def _head_gradient(inventory: Inventory) -> int:
     """Return the head's, in the model's type: `chunked_sum` makes it of an fp32 sum, which the trace has seen."""
     head = inventory.samples[-1].module.head.weight
@@ -337,7 +363,13 @@ def _activation_parts(setup: Setup, kept: Activations) -> tuple[Part, ...]:
             name="logits",
             num_bytes=kept.head,
             formula=f"traced: beyond the saved activations while head and loss ({setup.loss}) run"
-            + ("; all logits exist at once" if setup.loss == "own" else ""),
+            + ("; all logits exist at once" if setup.loss == "own" else "")
+            + (
+                f"; a critic's values here: its backward pass is over before the policy's head has its own, with "
+                f"{gib_text(kept.between)} of activations and logits in all"
+                if kept.between
+                else ""
+            ),
         ),
     )
 

@@ -70,8 +70,9 @@ def _reference(inventory: Inventory, setup: Setup) -> OtherWeights:
     """Count the trained weights once more, as the engine stores them (`Engine.frozen_weights`)."""
     if not setup.keeps_reference:
         return OtherWeights()
-    held = _held(replace(inventory, params=tuple(param for param in inventory.params if param.trained)), setup)
-    formula = f"{inventory.trained:,} trained parameters as they were before, for beta; {_place(setup)}"
+    policy = inventory.policy
+    held = _held(replace(policy, params=tuple(param for param in policy.params if param.trained)), setup)
+    formula = f"{policy.trained:,} trained parameters as they were before, for beta; {_place(setup)}"
     return _placed("reference", held, formula, setup)
 
 

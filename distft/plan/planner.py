@@ -74,7 +74,7 @@ class Planner:
             RecipeError: transformers does not know the config, or no path gives the model's numbers.
         """
         path = self._path(recipe)
-        head = recipe.objective.spec.head
+        head = recipe.objective.spec.head_of(recipe.objective.params)
         key = f"{recipe.method.name} {recipe.method.params!r} {recipe.model.dtype} {path} {head}"
         if key not in self._read:
             spec, params = recipe.method.spec, recipe.method.params
@@ -85,7 +85,7 @@ class Planner:
         """Return the path as a run proves it, on this machine: without an accelerator, on its CPU."""
         if self.path_of_model is not None:
             return self.path_of_model
-        head = recipe.objective.spec.head
+        head = recipe.objective.spec.head_of(recipe.objective.params)
         key = f"{recipe.model.attention} {recipe.model.dtype} {recipe.data.max_length} {head}"
         if key not in self._proven:
             model, length = recipe.model, recipe.data.max_length

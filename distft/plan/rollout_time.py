@@ -35,7 +35,7 @@ NO_ROLLOUT = RolloutTime(writing_s=0.0, measuring_s=0.0, parts=())
 
 
 def of_setup(inventory: Inventory, setup: Setup, memory: Memory, *, forward_s: float) -> RolloutTime:
-    """Return the time of a rollout, shared among its updates; `forward_s`: of a micro-batch without gradients.
+    """Return the time of a rollout, shared among its updates; `forward_s`: of a micro-batch, with a critic's values.
 
     What a server writes takes no time here: it is not known how long.
     """
@@ -65,14 +65,14 @@ def _writing(inventory: Inventory, setup: Setup, memory: Memory) -> tuple[float,
     dequantised = four_bit * 2.0 * width  # written and read again beside its packed values
     cached = writes.prompt + writes.new_tokens / 2  # on average
     read = writes.rows * cached * cache_bytes_per_token(inventory.config, inventory.dtype)
-    sent = setup.footprint.sent_in_forward(inventory, setup.ranks)
+    sent = setup.footprint.sent_in_forward(inventory.policy, setup.ranks)
 
     def forward(tokens: int, moved: float) -> float:
         work = Work(
             matmul_flops=2.0 * tokens * weights,
             attention_flops=0.0,
             moved_bytes=weights * width + dequantised + moved,
-            operations=memory.activations.kernels / 3,
+            operations=inventory.policy_share * memory.activations.kernels / 3,
             sent_bytes=sent,
         )
         return times(work, machine.rates, machine.gpu, link_bytes_per_s=machine.link_bytes_per_s).micro_s

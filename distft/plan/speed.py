@@ -67,7 +67,7 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
             inventory, tokens=tokens, checkpointing=setup.checkpointing, kernel=setup.kernel, loss=setup.head_loss
         )
     matmul, again = _matmul_flops(inventory, setup)
-    forward_attention = _attention_flops(inventory, length)
+    forward_attention = inventory.rows * _attention_flops(inventory, length)
     attention, attention_again = 3.5 * forward_attention, forward_attention if setup.checkpointing == "full" else 0.0
     moved = kept.traffic * (1 + READS_PER_WRITE)
     four_bit = sum(param.numel for param in inventory.params if param.double is not None)
@@ -93,15 +93,18 @@ def of_setup(inventory: Inventory, setup: Setup, memory: Memory) -> Speed:
     )
     taken = times(work, rates, gpu, link_bytes_per_s=setup.machine.link_bytes_per_s)
     in_step, before = setup.column_forwards
-    forward = times(
-        _forward(inventory, setup, tokens, length, kept.traffic, kept.kernels),
-        rates,
-        gpu,
-        link_bytes_per_s=setup.machine.link_bytes_per_s,
+    forward, with_values = (
+        times(
+            _forward(model, setup, tokens, length, share * kept.traffic, share * kept.kernels),
+            rates,
+            gpu,
+            link_bytes_per_s=setup.machine.link_bytes_per_s,
+        )
+        for model, share in ((inventory.policy, inventory.policy_share), (inventory, 1.0))
     )
     teacher = _teacher_forwards(inventory, setup)
     columns_s = setup.micros_per_step * forward.micro_s * (in_step / _column_passes(setup) + teacher)
-    written = rollout_time.of_setup(inventory, setup, memory, forward_s=forward.micro_s)
+    written = rollout_time.of_setup(inventory, setup, memory, forward_s=with_values.micro_s)
     step_s = taken.step_s + columns_s + written.total_s
     per_step = setup.micros_per_step * tokens * world
     needed = matmul + attention
@@ -173,8 +176,8 @@ def _forward(inventory: Inventory, setup: Setup, tokens: int, length: int, traff
     """
     four_bit = sum(param.numel for param in inventory.params if param.double is not None)
     return Work(
-        matmul_flops=2.0 * tokens * sum(numel for numel, _ in inventory.linears),
-        attention_flops=tokens * _attention_flops(inventory, length),
+        matmul_flops=2.0 * tokens * sum(numel for numel, _ in _linears(inventory)),
+        attention_flops=tokens * inventory.rows * _attention_flops(inventory, length),
         moved_bytes=traffic * (1 + READS_PER_WRITE) / 3 + four_bit * DEQUANTISED_BYTES,
         operations=kernels / 3,
         sent_bytes=setup.footprint.sent_in_forward(inventory, setup.ranks),
@@ -203,12 +206,16 @@ def _columns_parts(
 
 def _matmul_flops(inventory: Inventory, setup: Setup) -> tuple[float, float]:
     """Return (needed, repeated by checkpointing) per token; see `distft.model.stats.flops_per_token`."""
-    needed = sum((6.0 if trained else 4.0) * numel for numel, trained in inventory.linears)
-    blocks = sum(numel for numel, _ in inventory.linears) - _head_weights(inventory)
+    needed = sum((6.0 if trained else 4.0) * numel for numel, trained in _linears(inventory))
+    blocks = sum(numel for numel, _ in _linears(inventory)) - _head_weights(inventory)
     again = {"off": 0.0, "selective": 1.0, "full": 2.0}[setup.checkpointing] * blocks
     if setup.head_loss is chunked_loss:  # `chunked_sum` repeats nothing
         again += 2.0 * _head_weights(inventory)
     return needed, again
+
+
+def _linears(inventory: Inventory) -> tuple[tuple[int, bool], ...]:
+    return inventory.linears + inventory.critic_linears
 
 
 def _head_weights(inventory: Inventory) -> int:
@@ -216,7 +223,7 @@ def _head_weights(inventory: Inventory) -> int:
 
 
 def _attention_flops(inventory: Inventory, length: int) -> float:
-    """Return causal forward per token, over sequences of `length`: 2·L·h·d·s."""
+    """Return causal forward of one row of blocks per token, over sequences of `length`: 2·L·h·d·s."""
     return 2.0 * sum(shape.width for shape in attention_shapes(inventory.config)) * length
 
 

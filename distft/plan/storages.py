@@ -18,12 +18,11 @@ class Run:
 
     saved: int
     head: int
-    blocks: int
-    """Most in their forward."""
-    backward: int
-    """Most in their backward."""
-    root: int
-    """Most after that: the embedding's gradient, which does not grow with the tokens."""
+    peaks: tuple[int, ...]
+    """Most in each phase of the blocks, in order: in their forward, in their backward, and after that, where the
+    embedding's gradient does not grow with the tokens. With a critic there are phases for both rows."""
+    between: int
+    """Most between the backward passes of a critic's blocks and the policy's: the policy's head; 0 without a critic."""
     evaluation_head: int
     evaluation_block: int
     traffic: int
@@ -33,10 +32,22 @@ class Run:
     @property
     def block(self) -> int:
         """Most outside the head."""
-        return max(self.blocks, self.backward, self.root)
+        return max(self.peaks)
 
 
 PHASES: tuple[str, ...] = ("blocks", "head", "backward", "root")
+WITH_CRITIC: tuple[str, ...] = (
+    "blocks",
+    "policy_head",
+    "critic",
+    "head",
+    "critic_backward",
+    "between",
+    "backward",
+    "root",
+)
+"""Phases of a forward of policy, policy's head and critic, and of its backward; "head" is the critic's, and the loss.
+Of each the most is told apart: with more blocks each grows by a step of its own."""
 
 
 @dataclass
@@ -51,15 +62,16 @@ class Event:
 class Storages(TorchDispatchMode):
     """Follows every storage that operations make, until it is freed."""
 
-    def __init__(self, uncounted: set[int]) -> None:
+    def __init__(self, uncounted: set[int], phases: tuple[str, ...] = PHASES) -> None:
         super().__init__()
+        self._phases = phases
         self._uncounted = uncounted
         self._alive: dict[int, tuple[int, int]] = {}
         self._events: list[Event] = []
         self._phase = "blocks"
         self._serial = 0
         self._live = 0
-        self.most: dict[str, int] = dict.fromkeys(PHASES, 0)
+        self.most: dict[str, int] = dict.fromkeys(phases, 0)
         self._saved: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,7 +107,7 @@ class Storages(TorchDispatchMode):
 
     def note(self, phase: str) -> None:
         """Begin a phase. Recomputation passes the marks again: a phase starts once, in order."""
-        if PHASES.index(phase) == PHASES.index(self._phase) + 1:
+        if self._phases.index(phase) == self._phases.index(self._phase) + 1:
             self._phase = phase
             self._events.append(Event(phase, 0, 0))
 
@@ -114,7 +126,7 @@ class Storages(TorchDispatchMode):
     def summary(self, gradients: set[int], *, evaluation: dict[str, int]) -> Run:
         """Return the peaks by phase, without the storages that end as gradients of parameters."""
         live = traffic = kernels = 0
-        most: dict[str, int] = dict.fromkeys(PHASES, 0)
+        most: dict[str, int] = dict.fromkeys(self._phases, 0)
         saved = 0
         for event in self._events:
             if event.serial == 0 and event.phase == "head":
@@ -128,9 +140,8 @@ class Storages(TorchDispatchMode):
         return Run(
             saved=saved,
             head=most["head"],
-            blocks=most["blocks"],
-            backward=most["backward"],
-            root=most["root"],
+            peaks=tuple(most[phase] for phase in self._phases if phase not in ("head", "between")),
+            between=most.get("between", 0),
             evaluation_head=evaluation["head"],
             evaluation_block=evaluation["blocks"],
             traffic=traffic,

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from distft.core.errors import DistftError, MachineError
 from distft.model import activation_checkpointing
@@ -32,6 +31,7 @@ from distft.model.load import MetaModel
 from distft.plan import kernels as stand_ins
 from distft.plan.inventory import Inventory
 from distft.plan.storages import Run, Storages, key_of
+from distft.plan.trace_marks import marked, phases, skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class Activations:
     saved_per_block: int
     """The part of `saved` that one more block adds."""
     head: int
-    """Most that exists beyond `saved` between the last block's forward and its backward: logits, their gradients."""
+    """Most that exists beyond `saved` between the last block's forward and its backward: logits, their gradients; with
+    a critic, whose blocks are the last, its values."""
     block: int
     """Most that exists beyond `saved` while a block runs: temporaries, and under checkpointing one live block."""
     evaluation_head: int
@@ -54,9 +55,11 @@ class Activations:
     """Written by all operations of forward and backward together."""
     kernels: int
     """Operations of forward and backward that make a tensor: about as many kernels are launched."""
-    peaks: tuple[int, int, int]
-    """Most that exists in the blocks' forward, in their backward, and after it: `block` is the largest beyond `saved`.
-    """
+    peaks: tuple[int, ...]
+    """Most that exists in each phase of the blocks (`Run.peaks`): `block` is the largest beyond `saved`."""
+    between: int
+    """Most that exists between the backward passes of a critic's blocks and of the policy's, where the policy's head
+    has its own; 0 without a critic."""
     saved_tensors: int
     """What autograd's saved-tensor hooks see, each storage once: `saved` and what the head keeps."""
 
@@ -94,15 +97,15 @@ def activations(inventory: Inventory, *, tokens: int, checkpointing: str, kernel
         ]
         return round(_through(blocks, tokens / step)) + getattr(head, name)
 
-    first, second, third = ([traced.peaks[phase] for traced in whole] for phase in range(3))
-    peaks = tuple(round(_through(values, tokens / step)) for values in (first, second, third))
-    assert len(peaks) == 3
+    by_phase = zip(*(traced.peaks for traced in whole), strict=True)
+    peaks = tuple(round(_through(list(values), tokens / step)) for values in by_phase)
     return Activations(
         saved=of_blocks("saved"),
         saved_per_block=of_blocks("saved_per_block"),
         head=of_both("head"),
         block=max(0, max(peaks) - of_blocks("saved")),
         peaks=peaks,
+        between=of_both("between"),
         evaluation_head=of_both("evaluation_head"),
         evaluation_block=of_blocks("evaluation_block"),
         traffic=of_both("traffic"),
@@ -150,7 +153,7 @@ def _operations(sample: MetaModel, tokens: int, kernel: str) -> int:
     """Return the operations of a forward without gradients; 0 where it does not run, which `_run` then says."""
     seen = _Operations()
     try:
-        with _ready(sample.module, sample.blocks, "off", kernel, full_loss), seen, torch.no_grad():
+        with _ready(sample.module, "off", kernel, full_loss), seen, torch.no_grad():
             sample.module(**_batch(sample.module, tokens))
     except Exception:  # any, see `_run`
         return 0
@@ -197,9 +200,9 @@ def _by_chunks(
         return round(there + beyond * (there - before))
 
     line = {name: drawn(there, vars(near)[name]) for name, there in vars(far).items() if name != "peaks"}
-    forward, backward, root = (drawn(*pair) for pair in zip(far.peaks, near.peaks, strict=True))
-    line["block"] = max(0, max(forward, backward, root) - line["saved"])
-    return Activations(peaks=(forward, backward, root), **line)
+    peaks = tuple(drawn(*pair) for pair in zip(far.peaks, near.peaks, strict=True))
+    line["block"] = max(0, max(peaks) - line["saved"])
+    return Activations(peaks=peaks, **line)
 
 
 @functools.lru_cache(maxsize=512)
@@ -221,20 +224,21 @@ def _traced(
     ]
     first, last = runs[0], runs[-1]
 
+    def repeated(there: int, before: int) -> int:
+        return there if len(runs) == 1 else there + (there - before) * (inventory.num_blocks - inventory.depths[-1])
+
     def whole(name: str) -> int:
-        if len(runs) == 1:
-            return getattr(last, name)
-        step = getattr(last, name) - getattr(first, name)
-        return getattr(last, name) + step * (inventory.num_blocks - inventory.depths[-1])
+        return repeated(getattr(last, name), getattr(first, name))
 
     saved = whole("saved")
-    peaks = (whole("blocks"), whole("backward"), whole("root"))
+    peaks = tuple(map(repeated, last.peaks, first.peaks))
     return Activations(
         saved=saved,
         saved_per_block=last.saved - first.saved if len(runs) > 1 else last.saved // inventory.num_blocks,
         head=max(0, whole("head") - saved),
         block=max(0, max(peaks) - saved),
         peaks=peaks,
+        between=whole("between"),
         evaluation_head=last.evaluation_head,  # nothing is kept for a backward pass, so depth does not matter
         evaluation_block=last.evaluation_block,
         traffic=whole("traffic"),
@@ -279,18 +283,18 @@ def _followed(
     blocks: bool,
 ) -> Run:
     module = sample.module
-    skipped = contextlib.nullcontext() if blocks else _skipped(sample.blocks, _block_output(sample, kernel))
-    with _ready(module, sample.blocks, checkpointing, kernel, loss), skipped:
+    left_out = contextlib.nullcontext() if blocks else skipped(sample.blocks, _block_output(sample, kernel))
+    with _ready(module, checkpointing, kernel, loss), left_out:
         batch = _batch(module, tokens)
         inputs = [value for value in batch.values() if isinstance(value, Tensor)]
         uncounted = {key_of(tensor) for tensor in [*module.parameters(), *module.buffers(), *inputs]}
         looked = Storages(uncounted)
         if evaluate:
-            with looked, torch.no_grad(), _marked(sample.blocks, looked):
+            with looked, torch.no_grad(), marked(sample.rows[:1], looked):
                 module(**batch)
-        with Storages(uncounted) as seen, seen.saved():
-            with _marked(sample.blocks, seen):
-                losses = module(**batch)
+        with Storages(uncounted, phases(sample.rows)) as seen, seen.saved():
+            with marked(sample.rows, seen):
+                losses = module(**batch, **({} if module.critic is None else {"per_token": True, "values": True}))
                 total = losses.sum() if isinstance(losses, Tensor) else sum(part.sum() for part in losses)
                 total.backward()  # type: ignore[union-attr]
             gradients = {seen.serial(param.grad) for param in module.parameters() if param.grad is not None}
@@ -301,13 +305,12 @@ def _followed(
 
 
 @contextlib.contextmanager
-def _ready(
-    module: CausalLM, blocks: list[nn.Module], checkpointing: str, kernel: str, loss: HeadLoss
-) -> Iterator[None]:
+def _ready(module: CausalLM, checkpointing: str, kernel: str, loss: HeadLoss) -> Iterator[None]:
     """Set the module up as the job would, on meta, for one trace."""
     stand_ins.register()
-    transformer = module.transformer
-    configs = [transformer.config, transformer.config.get_text_config(decoder=True)]
+    configs = [
+        config for model in module.pretrained for config in (model.config, model.config.get_text_config(decoder=True))
+    ]
     before = [config._attn_implementation for config in configs]
     buffers = [(part, dict(part._buffers)) for part in module.modules()]
     for config in configs:
@@ -318,7 +321,8 @@ def _ready(
     module.train()
     with warnings.catch_warnings():  # transformers renames the switch; both names work in what we support
         warnings.simplefilter("ignore", FutureWarning)
-        activation_checkpointing.checkpoint_blocks(transformer, checkpointing)  # type: ignore[arg-type]
+        for model in module.pretrained:
+            activation_checkpointing.checkpoint_blocks(model, checkpointing)  # type: ignore[arg-type]
     try:
         with stand_ins.standing_in(kernel, packed=module.path.documents == "packed"):
             yield
@@ -326,7 +330,8 @@ def _ready(
         if checkpointing != "off":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                transformer.gradient_checkpointing_disable()
+                for model in module.pretrained:
+                    model.gradient_checkpointing_disable()
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
         for part, held in buffers:
@@ -334,53 +339,11 @@ def _ready(
 
 
 def _block_output(sample: MetaModel, kernel: str) -> Any:
-    """Return what the last block returns for a few tokens."""
+    """Return what the policy's last block returns for a few tokens."""
     outputs: list[Any] = []
-    hook = sample.blocks[-1].register_forward_hook(lambda block, given, output: outputs.append(output))
+    hook = sample.rows[0][-1].register_forward_hook(lambda block, given, output: outputs.append(output))
     try:
         _operations(sample, 8, kernel)
     finally:
         hook.remove()
     return outputs[-1]
-
-
-@contextlib.contextmanager
-def _skipped(blocks: list[nn.Module], output: Any) -> Iterator[None]:
-    """Let blocks return their input, multiplied by something trained, in the form of `output`."""
-    factor = torch.ones((), device="meta", requires_grad=True)
-
-    def forward(hidden_states: Tensor, *rest: Any, **beside: Any) -> Any:
-        """Return the input; whatever else a block is given is for what is skipped here."""
-        hidden = hidden_states * factor.to(hidden_states.dtype)
-        return hidden if isinstance(output, Tensor) else type(output)([hidden, *[None] * (len(output) - 1)])
-
-    for block in blocks:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]
-
-
-@contextlib.contextmanager
-def _marked(blocks: list[nn.Module], seen: Storages) -> Iterator[None]:
-    """Note where the last block's forward ends and its backward starts, and where the first one's backward ends."""
-
-    def ended(_: nn.Module, __: Any, output: Any) -> None:
-        seen.note("head")
-        hidden = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-        if hidden.requires_grad:
-            hidden.register_hook(lambda grad: seen.note("backward"))
-
-    def began(_: nn.Module, given: Any, beside: Any) -> None:
-        hidden = next((leaf for leaf in tree_leaves((given, beside)) if isinstance(leaf, Tensor)), None)
-        if hidden is not None and hidden.requires_grad:
-            hidden.register_hook(lambda grad: seen.note("root"))
-
-    hooks = [blocks[-1].register_forward_hook(ended), blocks[0].register_forward_pre_hook(began, with_kwargs=True)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

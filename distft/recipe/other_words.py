@@ -52,8 +52,8 @@ OTHER_WORDS = {
 NOT_HERE = {
     "alora_invocation_tokens": "aLoRA acts behind its last invocation in a row, which packed documents are not",
     **dict.fromkeys(
-        ("critic", "critic_model", "value_model"),
-        "the critic of ppo is a layer on the model's own hidden states, and no model of its own (docs/decisions/0141)",
+        ("critic_model", "value_model"),
+        'a critic that is a model of its own starts from [model] path: critic = "own" (docs/decisions/0160)',
     ),
 }
 """Words of others for what is left out here, and why."""

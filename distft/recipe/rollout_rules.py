@@ -114,6 +114,19 @@ def bounds_bound_something(recipe: Recipe, _: Registries) -> Iterator[RecipeMist
             )
 
 
+def a_critic_of_its_own_suits(recipe: Recipe, _: Registries) -> Iterator[RecipeMistake]:
+    """Check that a critic that is a model of its own reads what the trained model reads."""
+    if getattr(recipe.objective.params, "critic", None) != "own":
+        return
+    if recipe.method.spec.virtual_tokens(recipe.method.params):
+        yield RecipeMistake(
+            key=("objective", "critic"),
+            message=f'= "own": the virtual tokens of "{recipe.method.name}" have embeddings in the trained model alone',
+            fix='critic = "trunk", or another method',
+            also=(("method", "name"),),
+        )
+
+
 def the_generator_suits(recipe: Recipe, registries: Registries) -> Iterator[RecipeMistake]:
     """Check that what writes the answers can have what is trained, and that its settings have an effect."""
     chosen: Any = recipe.rollout.generator
@@ -149,5 +162,6 @@ ROLLOUT_RULES = (
     rewards_judge_text,
     rollouts_leave_rows_alone,
     bounds_bound_something,
+    a_critic_of_its_own_suits,
     the_generator_suits,
 )

@@ -1,7 +1,7 @@
 """Adopts one model under many engines, methods and optimizers, takes a step, and notes what each rank holds.
 
 usage: torchrun --nproc-per-node N tests/dist/held_worker.py CASES.json OUT
-CASES: [{"name", "model", "engine", "method", "params", "optim", "dtype", "micros", "table"}]
+CASES: [{"name", "model", "engine", "method", "params", "optim", "dtype", "micros", "table", "head"}]
 OUT.RANK gets name -> bytes.
 """
 
@@ -21,6 +21,7 @@ from distft.model import load
 from distft.model.adapters import METHODS
 from distft.model.adapters.spec import optimizer_of
 from distft.model.blocks import block_matrices
+from distft.model.heads import HEADS
 from distft.optim import OPTIMIZERS
 from distft.recipe import ModelTable
 
@@ -32,7 +33,9 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
     table = ModelTable.model_validate_json(json.dumps(given))
     params = method.params.model_validate_json(json.dumps(case.get("params", {})))
     optim = optimizer_of(method, params, OPTIMIZERS[case["optim"]], num_steps=10)
-    built = load.build(table, Path(case["model"]), method, params, seed=0, device=placed.device)
+    head = HEADS[case["head"]]
+    built = load.build(table, Path(case["model"]), method, params, seed=0, device=placed.device, head=head)
+    values = {"per_token": True, "values": True} if head.values else {}
     ratio = method.lr_ratio(params)
     rule = UpdateRule(
         build=lambda groups: optim.build(optim.params(), groups),
@@ -54,7 +57,7 @@ def measure(case: dict, placed: processes.Processes) -> dict[str, int]:
         for micro in range(micros):
             accumulating = state_bytes.gradient_bytes(engine)
             with engine.accumulating(last=micro == micros - 1, seed=0):
-                output = engine.model(**rows.inputs())
+                output = engine.model(**rows.inputs(), **values)
                 losses = output if isinstance(output, tuple) else (output,)  # with a method's penalty
                 loss = sum(part.sum() for part in losses)
                 engine.backward(

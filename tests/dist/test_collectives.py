@@ -6,6 +6,8 @@ own, for each block and for the rest. A change that gathers a block once more, o
 
 import json
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,13 +39,12 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Row, Row]]:
+def counted(folder: Path, chosen: Iterable[tuple[str, str, int, dict[str, Any]]], **more: str) -> list[tuple[Row, Row]]:
     """Each case at two depths; one process for all."""
-    out = tmp_path_factory.mktemp("collectives") / "rows.json"
+    out = folder / "rows.json"
     cases = [
-        {"engine": engine, "method": method, "layers": layers, "micros": micros, "settings": settings}
-        for engine, method, micros, settings in CASES
+        {"engine": engine, "method": method, "layers": layers, "micros": micros, "settings": settings} | more
+        for engine, method, micros, settings in chosen
         for layers in DEPTHS
     ]
     done = run(
@@ -51,8 +52,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Row, Row]]:
         PYTHONPATH=f"{ROOT}:{ROOT / 'tests/helpers'}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    counted = json.loads(out.read_text())
-    return list(zip(counted[::2], counted[1::2], strict=True))
+    made = json.loads(out.read_text())
+    return list(zip(made[::2], made[1::2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Row, Row]]:
+    return counted(tmp_path_factory.mktemp("collectives"), CASES)
 
 
 def test_bytes_are_the_planners(rows: list[tuple[Row, Row]]) -> None:
@@ -71,6 +77,18 @@ BLOCK = {"full": (2, 1), "lora": (2, 1), "qlora": (2, 1)}
 """fsdp2's gathers and reductions of a block in a micro-batch."""
 ENDS = {"full": (3, 3), "lora": (3, 0), "qlora": (3, 0)}
 """Those of embedding, head and last norm together."""
+
+
+@pytest.mark.slow
+def test_a_critic_of_its_own_is_gathered_and_reduced_as_planned(tmp_path: Path) -> None:
+    """Two rows of blocks: a layer more is a block of each, the critic's trained under every method."""
+    kinds = [(engine, method) for engine in ("zero3", "fsdp2") for method in ("full", "lora")]
+    rows = counted(tmp_path, [(*kind, 1, {}) for kind in kinds], head="lm_critic")
+    for short, deep in rows:
+        sent, planned = ((deep[key] - short[key]) / (DEPTHS[1] - DEPTHS[0]) for key in ("sent", "planned"))
+        assert sent == pytest.approx(planned, rel=1e-3), (short["engine"], short["method"])
+        if short["engine"] == "fsdp2":
+            assert deep["sent"] == pytest.approx(deep["planned"], rel=1e-3), short["method"]
 
 
 def test_fsdp2_gathers_a_block_twice_and_the_ends_once(rows: list[tuple[Row, Row]]) -> None:

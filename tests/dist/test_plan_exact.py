@@ -64,14 +64,16 @@ def cell(
     *,
     micros: int = 1,
     table: dict[str, Any] | None = None,
+    head: str = "lm",
     **params: Any,
 ) -> dict[str, Any]:
     """`table`: further keys of [model]."""
     chosen = METHOD_PARAMS.get(method, {}) | params
     more = [*map(str, params.values()), *map(str, (table or {}).values()), *["sums"] * (micros > 1)]
+    more += [head] if head != "lm" else []
     return {"name": "/".join([model, engine, method, optim, dtype, *more]), "model": model, "engine": engine,
             "method": method, "optim": optim, "dtype": dtype, "params": chosen, "micros": micros,
-            "table": table or {}}  # fmt: skip
+            "table": table or {}, "head": head}  # fmt: skip
 
 
 def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1) -> list[dict[str, Any]]:
@@ -154,14 +156,36 @@ SUMS = {
     for world in (1, 2, 3)
 }
 """Two micro-batches of a step, whose gradients are added in fp32."""
+CRITIC = {
+    1: [
+        cell("llama", "solo", method, optim, "bfloat16", head="lm_critic")
+        for method in ("full", "lora", "qlora")
+        for optim in ("adamw", "adamw_8bit", "muon", "galore", "apollo")
+    ],
+    2: [
+        cell("llama", "zero3", "full", "adamw", "bfloat16", head="lm_critic"),
+        cell("qwen", "fsdp2", "lora", "adamw", "float32", head="lm_critic"),
+        *(
+            cell(model, engine, method, "adamw", "bfloat16", micros=micros, head="lm_critic")
+            for model in ("llama", "qwen")
+            for engine in ("ddp", *SHARDED)
+            for method in ("full", "lora", "qlora")
+            for micros in (1, 2)
+            if (model, engine, method, micros) != ("llama", "zero3", "full", 1)
+        ),
+    ],
+}
+"""Beside a critic that is a model of its own."""
 CELLS = {
-    1: SUMS[1]
+    1: (CRITIC[1] if WHOLE_GRIDS else [])
+    + SUMS[1]
     + ADALORA[1][:: 1 if WHOLE_GRIDS else 5]
     + grid("llama", ("solo",), ALL, every=5)
     + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor"))
     + grid("moe", ("solo",), ("adamw", "adamw_8bit"))
     + grid("gpt2", ("solo",), ("adamw",)),
-    2: SUMS[2][:: 1 if WHOLE_GRIDS else 7]
+    2: (CRITIC[2] if WHOLE_GRIDS else CRITIC[2][:2])
+    + SUMS[2][:: 1 if WHOLE_GRIDS else 7]
     + ADALORA[2][:: 1 if WHOLE_GRIDS else 5]
     + TOKENS[:: 1 if WHOLE_GRIDS else 17]
     + grid("llama", ("ddp", *SHARDED), ALL, every=29)
@@ -211,13 +235,13 @@ def counted(
 
 
 def planned(models: dict[str, Path], one: dict[str, Any], world: int, rank: int, read: dict) -> dict[str, int]:
-    key = (one["model"], one["method"], one["dtype"], json.dumps([one["params"], one["table"]]))
+    key = (one["model"], one["method"], one["dtype"], json.dumps([one["params"], one["table"], one["head"]]))
     method = METHODS[one["method"]]
     params = method.params.model_validate_json(json.dumps(one["params"]))
     if key not in read:
         given = {"path": str(models[one["model"]]), "dtype": one["dtype"], "init": "random"} | one["table"]
         table = ModelTable.model_validate_json(json.dumps(given))
-        read[key] = inventory.read(table, models[one["model"]], method, params)
+        read[key] = inventory.read(table, models[one["model"]], method, params, head=one["head"])
     optim = optimizer_of(method, params, OPTIMIZERS[one["optim"]])
     sums, settings = one["micros"] > 1, OPTIMIZERS[one["optim"]].params()
     found = state.of_rank(read[key], one["engine"], optim, settings, world=world, rank=rank, fp32_gradients=sums)

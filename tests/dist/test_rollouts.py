@@ -31,6 +31,7 @@ OBJECTIVES = {
     "distill": 'objective={name="distill", teacher="TEACHER", divergence="js", mixture=0.3}',
     "ppo": 'objective={name="ppo", beta=0.0, clip_value=0.02}',
     "ppo-kl": 'objective={name="ppo", beta=0.1, kl="k3"}',
+    "ppo-own": 'objective={name="ppo", critic="own", beta=0.1}',
 }
 AT_TEMPERATURE = ("ppo-kl", "grpo-kl")
 """With a reference, whose log-probabilities are at it too."""
@@ -52,6 +53,7 @@ if WHOLE_GRIDS:
         "distill-full-1": ("distill", "full", 1),
         "ppo-full-1": ("ppo", "full", 1),
         "ppo-kl-full-2": ("ppo-kl", "full", 2),
+        "ppo-own-lora-2": ("ppo-own", "lora", 2),
         "refill-full-3": ("dapo", "full", 3),
     }
 """Name -> objective, method and updates on the same answers."""

@@ -81,7 +81,9 @@ def _size(argument: Any) -> int | None:
         return None
 
 
-def count(engine: str, method: str, layers: int, micros: int, settings: dict[str, Any]) -> dict[str, Any]:
+def count(
+    engine: str, method: str, layers: int, micros: int, settings: dict[str, Any], head: str = "lm"
+) -> dict[str, Any]:
     """Collectives of one step, and what the planner says that a rank sends in it."""
     from distft.core.types import LossTerms, TrainState, UpdateRule
     from distft.engine import ENGINES, processes
@@ -89,8 +91,9 @@ def count(engine: str, method: str, layers: int, micros: int, settings: dict[str
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
-        model = build(folder, method, fill=False, params=METHODS[method], dtype="bfloat16")
-        planned = plan(folder, engine, method, micros, settings)
+        model = build(folder, method, fill=False, params=METHODS[method], dtype="bfloat16", head=head)
+        planned = plan(folder, engine, method, micros, settings, head)
+    values = {"per_token": True, "values": True} if head != "lm" else {}
     rule = UpdateRule(
         build=lambda groups: torch.optim.SGD(groups, lr=0.0),
         lr_at=lambda step: 0.0,
@@ -108,7 +111,8 @@ def count(engine: str, method: str, layers: int, micros: int, settings: dict[str
         with found:
             for micro in range(micros):
                 with opened.accumulating(last=micro == micros - 1, seed=0):
-                    loss = opened.model(**batch(documents([17, 9], vocabulary=512)).inputs()).sum()
+                    rows = batch(documents([17, 9], vocabulary=512))
+                    loss = opened.model(**rows.inputs(), **values).sum()
                     opened.backward(LossTerms(loss_sum=loss), divide_by=24.0, samples=())
             opened.step(TrainState(step=step), 24.0, lambda loss: True)
     opened.close()
@@ -119,7 +123,7 @@ def count(engine: str, method: str, layers: int, micros: int, settings: dict[str
     }
 
 
-def plan(folder: Path, engine: str, method: str, micros: int, settings: dict[str, Any]) -> float:
+def plan(folder: Path, engine: str, method: str, micros: int, settings: dict[str, Any], head: str) -> float:
     """What the planner says that a rank sends in a step."""
     from distft.catalog import REGISTRIES
     from distft.plan import inventory, speed
@@ -153,7 +157,7 @@ def plan(folder: Path, engine: str, method: str, micros: int, settings: dict[str
         checkpointing="off",
         loss="chunked",
     )
-    read = inventory.read(recipe.model, folder, recipe.method.spec, recipe.method.params)
+    read = inventory.read(recipe.model, folder, recipe.method.spec, recipe.method.params, head=head)
     return speed.sent(read, setup).of_step(micros)
 
 

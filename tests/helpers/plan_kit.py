@@ -48,4 +48,12 @@ def recipe_of(model: Path, *overrides: str) -> Recipe:
 
 
 def read(recipe: Recipe) -> Inventory:
-    return inventory.read(recipe.model, Path(recipe.model.path), recipe.method.spec, recipe.method.params)
+    head = recipe.objective.spec.head_of(recipe.objective.params)
+    return inventory.read(recipe.model, Path(recipe.model.path), recipe.method.spec, recipe.method.params, head=head)
+
+
+CRITIC = (
+    'objective={name="ppo", critic="own"}', "data.packing=false",
+    'rollout={answers_per_prompt=2, max_new_tokens=64, rewards=[{name="exact_match"}]}',
+)  # fmt: skip
+"""Of a recipe whose critic is a model of its own."""

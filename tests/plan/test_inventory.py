@@ -6,29 +6,40 @@ from typing import Any
 
 import pytest
 import torch
-from plan_kit import LLAMA_8B, SMALL, read, recipe_of, write
+from plan_kit import CRITIC, LLAMA_8B, SMALL, read, recipe_of, write
 
 from distft.model import load, stats
+from distft.model.heads import HEADS
 from distft.plan import inventory
 
 
 def whole(folder: Path, recipe: Any) -> Any:
     method = recipe.method
     cpu = torch.device("cpu")
-    return load.build(recipe.model, folder, method.spec, method.params, seed=0, device=cpu, weights=False)
+    head = HEADS[recipe.objective.spec.head_of(recipe.objective.params)]
+    return load.build(recipe.model, folder, method.spec, method.params, seed=0, device=cpu, weights=False, head=head)
 
 
+@pytest.mark.parametrize("critic", [(), CRITIC], ids=["alone", "critic"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_repeated_blocks_are_the_blocks_of_the_whole_model(small: Path, method: str) -> None:
-    recipe = recipe_of(small, f'method.name="{method}"')
+def test_repeated_blocks_are_the_blocks_of_the_whole_model(small: Path, method: str, critic: tuple[str, ...]) -> None:
+    """A critic of its own is a second row of as many blocks, none of them in 4 bits, and all of it is trained."""
+    recipe = recipe_of(small, f'method.name="{method}"', *critic)
     found = read(recipe)
     assert found.depths == (2, 3)
-    built = whole(small, recipe).module
+    model = whole(small, recipe)
+    built = model.module
+    of_block = {id(param): index for index, block in enumerate(model.blocks) for param in block.parameters()}
+    assert [param.block for param in found.params] == [of_block.get(id(param), -1) for param in built.parameters()]
+    of_critic = [param for param in found.params if not param.name.startswith("lm.")]
+    assert all(param.trained and param.double is None for param in of_critic)
+    assert len({param.block for param in of_critic}) == (6 if critic else 0), "of five blocks, and beside them"
+    assert found.policy.total == found.total - sum(param.numel for param in of_critic)
     assert [param.name for param in found.params] == [name for name, _ in built.named_parameters()]
     assert [param.trained for param in found.params] == [param.requires_grad for param in built.parameters()]
     counts = stats.count(built)
     assert (found.total, found.trained) == (counts.total, counts.trainable)
-    flops = sum((6.0 if trained else 4.0) * numel for numel, trained in found.linears)
+    flops = sum((6.0 if trained else 4.0) * numel for numel, trained in found.linears + found.critic_linears)
     assert flops == stats.flops_per_token(built)
 
 
@@ -56,11 +67,13 @@ def test_blocks_that_differ_are_all_built(tmp_path: Path) -> None:
     assert found.total == stats.count(whole(folder, recipe).module).total
 
 
-def test_another_depth_is_another_model(small: Path, tmp_path: Path) -> None:
-    deeper = write(tmp_path / "deeper", SMALL | {"num_hidden_layers": 9})
-    resized = inventory.resized(read(recipe_of(small)), 9)
-    assert resized.params == read(recipe_of(deeper)).params
-    assert resized.linears == read(recipe_of(deeper)).linears
+@pytest.mark.parametrize("critic", [(), CRITIC], ids=["alone", "critic"])
+def test_another_depth_is_another_model(small: Path, tmp_path: Path, critic: tuple[str, ...]) -> None:
+    deeper = read(recipe_of(write(tmp_path / "deeper", SMALL | {"num_hidden_layers": 9}), *critic))
+    resized = inventory.resized(read(recipe_of(small, *critic)), 9)
+    assert resized.params == deeper.params
+    assert resized.linears == deeper.linears
+    assert resized.critic_linears == deeper.critic_linears
 
 
 def test_generation_config_and_weights_are_not_needed(llama8b: Path) -> None:

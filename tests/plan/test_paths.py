@@ -18,7 +18,7 @@ from distft.core.errors import MachineError
 from distft.model import cross_entropy, load
 from distft.model.adapters import METHODS
 from distft.model.paths import SINGLE, ForwardPath
-from distft.plan import inventory, kernels, storages, trace
+from distft.plan import inventory, kernels, storages, trace, trace_marks
 from distft.plan.case import PlanCase, plan
 from distft.plan.setup import Machine
 from distft.recipe import ModelTable
@@ -74,7 +74,7 @@ def test_peaks_are_those_of_a_real_step_on_the_same_path(tmp_path: Path, name: s
     given = rows.inputs() | {"labels_T": rows.input_ids_T, "num_supervised": tokens}
     held = [*module.parameters(), *module.buffers(), *(v for v in given.values() if isinstance(v, torch.Tensor))]
     with storages.Storages({storages.key_of(tensor) for tensor in held}) as seen, seen.saved():
-        with trace._marked(built.blocks, seen):
+        with trace_marks.marked(built.rows, seen):
             losses = module(**given)
             (losses[0] if isinstance(losses, tuple) else losses).sum().backward()
         gradients = {seen.serial(param.grad) for param in module.parameters() if param.grad is not None}

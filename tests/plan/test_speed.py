@@ -142,3 +142,43 @@ def test_answers_take_time(llama8b: Path) -> None:
     assert served.speed.rollout_s == pytest.approx(shared.rollout_s - once.rollout_s / 4, rel=0.01)
     assert "answers: a server writes them" in "\n".join(details(served, price=None, explain=False))
     assert not any("answers" in part.name for part in served.memory.parts)
+
+
+def test_a_critic_of_its_own_is_a_model_more(llama8b: Path) -> None:
+    """Weights, masters and moments of its trunk, its forward and backward; answers and a reference do without it."""
+
+    def ppo(critic: str, *overrides: str) -> PlanCase:
+        objective = f'objective={{name="ppo", beta=0.1, critic="{critic}"}}'
+        return case(
+            llama8b, 8, 'method.name="lora"', objective, 'rollout.rewards=[{name="exact_match"}]', "data.packing=false",
+            "rollout.answers_per_prompt=8", "rollout.max_new_tokens=256", "rollout.batch_size=4", 'engine.name="fsdp2"',
+            'train.activation_checkpointing="full"', "train.micro_batch_size=1", *overrides,
+        )  # fmt: skip
+
+    trunk, own = ppo("trunk"), ppo("own")
+    products = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    beside = 128_256 * 4096 + (32 * 2 + 1) * 4096
+    flops = 6 * products + 3.5 * 2 * 32 * 4096 * 4096
+    assert own.speed.flops_per_token - trunk.speed.flops_per_token == pytest.approx(flops, rel=1e-9)
+    for name, item in (("weights", 2), ("master", 4), ("optimizer", 8)):
+        more = getattr(own.memory.state, name) - getattr(trunk.memory.state, name)
+        assert more == pytest.approx(item * (products + beside) / 8, rel=1e-3), name
+    assert own.memory.final == trunk.memory.final
+    assert own.memory.activations.saved > 1.9 * trunk.memory.activations.saved
+    seconds = [{part.name: part.num_bytes for part in each.speed.parts} for each in (trunk, own)]
+    writing, reference, measuring = (
+        [next(us for part, us in parts.items() if part.startswith(name)) for parts in seconds]
+        for name in ("writing answers", "what the objective reads", "measuring answers")
+    )
+    assert writing[1] == pytest.approx(writing[0], rel=0.02)
+    assert reference[1] == pytest.approx(reference[0], rel=0.1)
+    assert 1.6 < measuring[1] / measuring[0] < 2.4
+    # What exists between the two backward passes: the critic's gradients, and all that the policy keeps.
+    one = ppo("own", "train.global_batch_size=8").memory
+    lasting = one.state.weights + one.state.master + one.state.optimizer + one.gathered
+    assert one.activations.between > trunk.memory.activations.saved
+    assert one.phases.steady_step > lasting + 2 * (products + beside) / 8 + one.activations.between
+    kept = ppo("own", 'method.name="full"').memory
+    assert next(part for part in kept.parts if part.name == "reference").num_bytes == pytest.approx(
+        2 * 8_030_261_248 / 8, rel=1e-3
+    )

@@ -202,13 +202,21 @@ def test_figures_say_what_was_clipped(tiny_config: Path) -> None:
 KL, VF, CLIP_VALUE, GAMMA, LAM = 0.2, 0.3, 0.05, 0.95, 0.9
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_ppo_equals_a_plain_loop(tiny_config: Path, estimator: str) -> None:
-    """Advantages from the sums that define them, not by the recursion; losses token by token."""
+@pytest.mark.parametrize(
+    ("estimator", "critic_is"), [("k1", "trunk"), ("k3", "trunk"), ("k3", "own"), ("k1", "own-lora")]
+)
+def test_ppo_equals_a_plain_loop(tiny_config: Path, estimator: str, critic_is: str) -> None:
+    """Advantages from the sums that define them, not by the recursion; losses token by token.
+
+    A critic of its own is transformers' model a second time, whose logits nobody looks at.
+    """
     rows = documents(LENGTHS)
-    ours = build(tiny_config, head="lm_value").module
-    theirs = build(tiny_config).module
-    theirs.transformer.set_attn_implementation("eager")
+    own, method = critic_is != "trunk", "lora" if critic_is == "own-lora" else "full"
+    ours = build(tiny_config, method, head="lm_critic" if own else "lm_value").module
+    theirs = build(tiny_config, method).module
+    reader = build(tiny_config).module if own else theirs
+    for model in (theirs, reader):
+        model.transformer.set_attn_implementation("eager")
     critic = torch.nn.Linear(64, 1)
     with torch.no_grad():
         critic.weight.copy_(0.3 * torch.randn(1, 64, generator=torch.Generator().manual_seed(5)))
@@ -217,10 +225,11 @@ def test_ppo_equals_a_plain_loop(tiny_config: Path, estimator: str) -> None:
         ours.value_head.bias.copy_(critic.bias)
     now, values = [], []
     for ids in rows:
-        out = theirs.transformer(torch.tensor([ids]), output_hidden_states=True)
+        out = theirs.transformer(torch.tensor([ids]))
+        read = reader.transformer(torch.tensor([ids]), output_hidden_states=True)
         logits = out.logits[0, :-1].double().log_softmax(-1)
         now.append(logits.gather(1, torch.tensor(ids[1:])[:, None])[PROMPT - 1 :, 0])
-        values.append(critic(out.hidden_states[-1][0, PROMPT - 1 : -1])[:, 0].double())
+        values.append(critic(read.hidden_states[-1][0, PROMPT - 1 : -1])[:, 0].double())
     old, ref, old_value = (
         [tokens.detach() + drift(len(tokens), 10 * seed + index, 0.15) for index, tokens in enumerate(base)]
         for seed, base in ((1, now), (2, now), (3, values))
@@ -250,7 +259,8 @@ def test_ppo_equals_a_plain_loop(tiny_config: Path, estimator: str) -> None:
     expected.backward()
 
     spec = OBJECTIVES["ppo"]
-    settings = {"beta": KL, "kl": estimator, "gamma": GAMMA, "lam": LAM, "vf_coef": VF, "clip_value": CLIP_VALUE}
+    settings: dict[str, Any] = {"critic": "own" if own else "trunk"}
+    settings |= {"beta": KL, "kl": estimator, "gamma": GAMMA, "lam": LAM, "vf_coef": VF, "clip_value": CLIP_VALUE}
     params = spec.params(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, **settings)
     targets = params.token_targets(ADVANTAGE.tolist(), *([part.numpy() for part in of] for of in (old, ref, old_value)))
     columned = columns(now, old, ref, now) | {
@@ -266,6 +276,11 @@ def test_ppo_equals_a_plain_loop(tiny_config: Path, estimator: str) -> None:
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     critics = zip((ours.value_head.weight, ours.value_head.bias), (critic.weight, critic.bias), strict=True)
     pairs = [*critics, *zip(ours.lm.parameters(), theirs.lm.parameters(), strict=True)]
+    if own:
+        trunk = [param for name, param in reader.transformer.named_parameters() if not name.startswith("lm_head")]
+        pairs += zip(ours.critic.parameters(), trunk, strict=True)
+        assert all(mine.requires_grad and mine.grad.any() for mine in ours.critic.parameters())
+    pairs = [(mine, other) for mine, other in pairs if mine.requires_grad]
     norm = math.sqrt(sum(other.grad.square().sum().item() for _, other in pairs))
     for mine, other in pairs:
         assert (mine.grad - other.grad).norm().item() <= 2e-5 * norm
@@ -273,6 +288,29 @@ def test_ppo_equals_a_plain_loop(tiny_config: Path, estimator: str) -> None:
     assert shares["value"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
     assert 0.1 < shares["value_clipped"] < 0.9
     assert set(spec.figures(params)) <= set(terms.figures)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_critic_of_its_own_starts_as_the_model_and_is_left_out(tiny_config: Path, method: str) -> None:
+    """Whole and in the model's type under every method; forwards without values do not run it."""
+    built = build(tiny_config, method, head="lm_critic")
+    module, base = built.module, build(tiny_config).module
+    started = dict(base.trunk.named_parameters())
+    assert started.keys() == dict(module.critic.named_parameters()).keys()
+    for name, param in module.critic.named_parameters():
+        assert torch.equal(param, started[name]), name
+        assert param.requires_grad, name
+    assert [len(row) for row in built.rows] == [len(built.blocks) // 2] * 2
+    assert not any("critic" in name for name, _ in module.lm.named_parameters())
+    ran: list[int] = []
+    module.critic.register_forward_hook(lambda *_: ran.append(1))
+    made, policy = batch(documents([9, 4]), trained_from=PROMPT), ModelPolicy(module)
+    policy.loss_sum(made)
+    logprobs = policy.token_logprobs(made)
+    assert not ran
+    before, _ = policy.token_logprobs_and_values(made)
+    assert ran
+    assert torch.equal(before, logprobs)
 
 
 def test_a_critic_starts_at_zero_and_is_not_what_is_saved(tiny_config: Path) -> None:

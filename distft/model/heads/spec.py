@@ -59,6 +59,9 @@ class HeadSpec:
     values: bool = False
     """Beside it stands a layer that gives a value for each position (`CausalLM.value_head`), which starts at zero, is
     trained whole under every method, and is left in checkpoints: `final/` is the model without it."""
+    critic: bool = False
+    """That layer reads the hidden states of a second trunk (`CausalLM.critic`), which starts as the model's own does
+    and is trained whole too."""
     hold: Callable[[Any, ForwardPath, torch.device, int], None] | None = None
     """(config, path that is right for the language model, device, max_length): compares outputs and gradients under
     that path with transformers' own. Raises NotEqualError: says what differs. None: the model's own proof is enough."""

@@ -151,6 +151,17 @@ def plain_loss(lm: Any) -> torch.Tensor:
     return total
 
 
+@pytest.mark.parametrize("head", ["lm_value", "lm_critic"])
+def test_a_critic_stands_beside_them(base: Path, head: str) -> None:
+    """Also where their adapter wraps the head; a second trunk starts with the same rows."""
+    module = build(base, "lora", head=head, init="pretrained", **ADDED).module
+    assert module.value_head.weight.shape == (1, 16)
+    if head == "lm_critic":
+        ids = torch.arange(ROWS + 3)
+        rows = module.transformer.get_input_embeddings()(ids)
+        assert torch.equal(module.critic.get_input_embeddings()(ids), rows)
+
+
 def test_a_plan_counts_them(base: Path) -> None:
     """Trained: E numbers a row; all: those of the rows that came, too."""
     tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]

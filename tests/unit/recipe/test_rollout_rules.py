@@ -53,7 +53,8 @@ REPLACED: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
         {"METHOD": "lora", "ROLLOUT": 'generator = "vllm"\ntemperature = 0.7\ntop_p = 0.9 # <-'},
         ("before the temperature or after top_p", "temperature = 1.0"),
     ),
-    "a critic of its own": ({"OBJECTIVE": 'critic = "own" # <-'}, ("a layer on the model's own hidden states",)),
+    "a critic's model": ({"OBJECTIVE": 'value_model = "a/model" # <-'}, ("starts from [model] path", 'critic = "own"')),
+    "a critic of no ppo": ({"OBJECTIVE": 'critic = "own" # <-'}, ("belongs to", "ppo")),
     "TRL's num_generations": ({"ROLLOUT": "num_generations = 8 # <-"}, ("num_generations", "unknown key")),
     "an unknown score": ({"REWARD": '[[rollout.rewards]]\nname = "exact" # <-'}, ("unknown score", "exact_match")),
     "a score's own key": ({"REWARD": "fields = 3 # <-"}, ("fields",)),
@@ -99,6 +100,15 @@ WHOLE = {
         ("has no loss to be measured", "[[eval.answers]]"),
     ),
     "a critic's key": (GOOD.replace("OBJECTIVE", "vf_coef = 0.1 # <-"), ("vf_coef", "ppo")),
+    "another critic": (
+        GOOD.replace('name = "grpo"', 'name = "ppo"').replace("OBJECTIVE", 'critic = "base" # <-'),
+        ('must be one of "trunk", "own"',),
+    ),
+    "a critic without virtual tokens": (
+        GOOD.replace('name = "grpo"', 'name = "ppo"').replace("OBJECTIVE", 'critic = "own" # <-')
+        .replace("METHOD", "prefix_tuning"),
+        ('virtual tokens of "prefix_tuning"', 'critic = "trunk"'),
+    ),
     "no critic's loss": (
         GOOD.replace('name = "grpo"', 'name = "ppo"').replace("OBJECTIVE", "beta = 0.0\nvf_coef = 0.0 # <-"),
         ("number > 0",),

@@ -1,6 +1,6 @@
 """The reference of answers that are written while training: left-out adapters, or weights that are kept."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,9 @@ class Weights:
     def __init__(self) -> None:
         self.now, self.entered = "start", 0
 
-    def frozen_weights(self) -> Any:
+    def frozen_weights(self, reads: Callable[[str], bool]) -> Any:
+        assert reads("lm.model.norm.weight")
+        assert not reads("critic.norm.weight")
         copied = self.now
 
         @contextmanager
