@@ -123,7 +123,8 @@ class HttpGuard:
                 scope["state"]["caller"], key = replace(caller, request_id=request_id), caller.key_id
             await self._app(scope, self._limited(scope, receive), send_with_id)
         except ApiError as error:
-            answer = _lingering(send_with_id, receive) if error.status in (413, 415) else send_with_id
+            unread = error.status in (413, 415) or (is_page and error.status != 408 and scope["method"] == "POST")
+            answer = _lingering(send_with_id, receive) if unread else send_with_id
             if is_page:
                 await self._pages.refuse(error, scope, receive, answer)
             else:
