@@ -19,12 +19,13 @@ test: test-unit test-plan test-dist test-cluster
 setup: $(VENV)/.done
 
 # DeepSpeed is a source package that looks for torch while it builds: after the rest, without isolation, no ops.
+# Byte code is made of what is imported, and kept then: half of what is installed never is.
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "distft needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) setuptools wheel ninja torch
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation deepspeed || echo "DeepSpeed could not be installed: engines zero1, zero2 and zero3 are not available, fsdp2 is"
+	$(BIN)/python -m pip install -q --no-compile -c $(CONSTRAINTS) setuptools wheel ninja torch
+	$(BIN)/python -m pip install -q --no-compile -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-compile -c $(CONSTRAINTS) --no-build-isolation deepspeed || echo "DeepSpeed could not be installed: engines zero1, zero2 and zero3 are not available, fsdp2 is"
 	@touch $@
 
 fmt: setup

@@ -51,6 +51,7 @@ def test_on_the_same_layout_it_is_equal_bit_for_bit(first: tuple[Bench, Path]) -
     assert [one for one in told["differences"] if one["kind"] != "told"] == []
 
 
+@pytest.mark.slow
 def test_a_part_of_it_on_one_process_is_within_the_tolerance(first: tuple[Bench, Path]) -> None:
     """The schedule is that of the whole run, so the first steps compare."""
     _, folder = first

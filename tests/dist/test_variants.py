@@ -62,7 +62,7 @@ def solo(bench: Bench) -> dict[str, Run]:
     return bench.launch(1, filled(SOLO | {"dora": SHARDED["dora"]}, folder=str(bench.folder), engine="solo"), tag="v1")
 
 
-@pytest.fixture(scope="session", params=["zero3", "fsdp2"])
+@pytest.fixture(scope="session", params=["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def sharded(request: pytest.FixtureRequest, bench: Bench) -> dict[str, Run]:
     cases = filled(SHARDED, engine=request.param)
     cases["poisoned"] += bench.poisoned(row=BATCH + 6)  # second step, second rank

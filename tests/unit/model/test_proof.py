@@ -267,6 +267,7 @@ def test_text_trains_the_language_model_of_a_wrapper_alone(tmp_path: Path) -> No
         assert not [name for name in trained if "vision" in name or "projector" in name]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_taken_where_they_compile_and_keep_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph that a compiler would be given, run without one: what a compiler adds is seen where there is one."""
     config, given = small_config("llama"), {"device": CPU, "dtype": torch.float32, "max_length": 256}

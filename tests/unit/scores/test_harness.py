@@ -97,6 +97,7 @@ def test_two_models_are_compared_like_any_two_scores(task) -> None:
     assert (change.mcnemar.gained, change.mcnemar.lost) == (9, 0)
 
 
+@pytest.mark.slow  # lm-eval takes 20 s of CPU to begin; test_lm_eval_set has its choices
 def test_multiple_choice_and_perplexity(task) -> None:
     choose = task(
         "choose",
