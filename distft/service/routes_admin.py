@@ -175,7 +175,10 @@ def delete_webhook(parts: Parts, caller: By, webhook_id: str) -> DeletedObject:
 
 @router.get("/v1/audit")
 def list_audit(
-    parts: Parts, caller: By, after: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    parts: Parts,
+    caller: By,
+    after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Page:
     """List who changed what in the project, oldest first."""
     caller.require("admin")

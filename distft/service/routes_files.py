@@ -31,7 +31,7 @@ def create_file(
     file: UploadFile,
     purpose: Annotated[str, Form()],
     anchor: Annotated[str | None, Form(alias="expires_after[anchor]")] = None,
-    seconds: Annotated[int | None, Form(alias="expires_after[seconds]")] = None,
+    seconds: Annotated[int | None, Form(alias="expires_after[seconds]", lt=2**63)] = None,
 ) -> FileAnswer:
     """Upload a file."""
     if (anchor is None) != (seconds is None) or anchor not in (None, "created_at"):

@@ -53,8 +53,8 @@ class ReinforcementHyperparameters(SupervisedHyperparameters):
 
     reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
     compute_multiplier: Auto | Annotated[float, Field(gt=1e-5, le=10)] = "auto"
-    eval_interval: Auto | Annotated[int, Field(ge=1)] = "auto"
-    eval_samples: Auto | Annotated[int, Field(ge=1)] = "auto"
+    eval_interval: Auto | Annotated[int, Field(ge=1, lt=2**31)] = "auto"
+    eval_samples: Auto | Annotated[int, Field(ge=1, lt=2**31)] = "auto"
 
 
 class SupervisedMethod(WireRequest):
@@ -246,7 +246,7 @@ class UploadRequest(WireRequest):
 
     filename: Annotated[str, StringConstraints(min_length=1, max_length=255)]
     purpose: Purpose
-    bytes: Annotated[int, Field(ge=1)]
+    bytes: Annotated[int, Field(ge=1, lt=2**63)]
     mime_type: Annotated[str, StringConstraints(min_length=1, max_length=128)]
     expires_after: ExpiresAfter | None = None
 

@@ -225,7 +225,7 @@ class CompletionRequest(AnswerRequest):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
 

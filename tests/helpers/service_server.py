@@ -62,12 +62,12 @@ class ScriptedRunner:
         self.most_alive = 0
 
     def start(self, folder: JobFolder, base: ServedBase, attempt: int) -> str | None:
-        self.starts.append(folder.job_id)
-        self.alive.add(folder.job_id)
-        self.most_alive = max(self.most_alive, len(self.alive))
         (folder.path / "ended.json").unlink(missing_ok=True)
         folder.run.mkdir(parents=True, exist_ok=True)
         replace_json(folder.run / "manifest.json", {"num_steps": 4})
+        self.alive.add(folder.job_id)
+        self.most_alive = max(self.most_alive, len(self.alive))
+        self.starts.append(folder.job_id)  # last: a test that sees it may write into the folder, and end the run
         if self.ends_at_once:
             self.write_steps(folder, range(1, 5))
             self.end(folder)
@@ -91,6 +91,12 @@ class ScriptedRunner:
             point = folder.run / "checkpoints" / f"step-{step:08d}"
             point.mkdir(parents=True, exist_ok=True)
             (point / "MANIFEST.json").write_text("{}", encoding="utf-8")
+
+    def end_all(self, jobs: Path) -> None:
+        """End what a test left alive, and let what starts from now on end by itself."""
+        self.ends_at_once = True
+        for job_id in sorted(self.alive):
+            self.end(JobFolder(path=jobs / job_id))
 
     def end(self, folder: JobFolder, *, code: int | None = 0, reason: str = "done") -> None:
         """End a run; code None: it vanishes without a word."""

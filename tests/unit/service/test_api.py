@@ -36,6 +36,7 @@ def client(server: ServiceServer) -> Iterator[openai.OpenAI]:
     server.runner.ends_at_once = True
     with server.client() as made:
         yield made
+    server.runner.end_all(server.settings.jobs)  # a test that failed must not fill the places of the next ones
 
 
 CHECK = {"type": "string_check", "name": "right", "operation": "eq", "input": "{{sample.output_text}}",
