@@ -46,7 +46,7 @@ MODEL = {
 }
 
 
-def serve(data: Path, database: str | None) -> None:
+def serve(data: Path, database: str | None, niceness: int | None) -> None:
     """Serve as `distft serve` does, but for what looks at files."""
     import uvicorn
 
@@ -56,7 +56,8 @@ def serve(data: Path, database: str | None) -> None:
     from distft.service.logs import log_as_json
     from distft.service.settings import ServedBase, ServiceSettings, SettingsFile
 
-    content = SettingsFile.model_validate({"models": {"tiny": MODEL}})
+    limits = {} if niceness is None else {"niceness": niceness}
+    content = SettingsFile.model_validate({"models": {"tiny": MODEL}, "limits": limits})
     assert isinstance(content.models["tiny"], ServedBase)
     settings = ServiceSettings(
         data=data, models=content.models, limits=content.limits, examine=(sys.executable, "-S", "-c", EXAMINE)
@@ -244,19 +245,21 @@ class Load:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--database", help="as of distft serve; SQLite unless given")
+    parser.add_argument("--niceness", type=int, help="of jobs, as in [limits] of distft serve")
     parser.add_argument("--rate", type=float, default=100.0, help="reads a second")
     parser.add_argument("--requests", type=int, default=10_000, help="reads in all")
     parser.add_argument("--out")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve is not None:
-        serve(options.serve, options.database)
+        serve(options.serve, options.database, options.niceness)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         data.mkdir()
         command = [sys.executable, __file__, "--serve", str(data)]
         command += ["--database", options.database] if options.database else []
+        command += [] if options.niceness is None else ["--niceness", str(options.niceness)]
         with (Path(folder) / "log").open("wb") as log:
             server = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"DISTFT_API_KEY": KEY}

@@ -22,6 +22,7 @@ from distft.core.types import Engine
 from distft.core.virtual_tokens import VIRTUAL_ID
 from distft.generation.batching import CACHE_SHARE, MAX_ROWS, PROMPT_TOKENS, BatchLimits, pad_left, split_batches
 from distft.generation.completion import Completion, Prompt, SamplingParams, completion_of
+from distft.generation.grammar import TokenConstraint
 from distft.generation.sampling import draws, logprobs_of, next_tokens
 from distft.model import inference as modes
 from distft.model.causal import CausalLM
@@ -49,6 +50,7 @@ class Generator:
         stop_ids: Sequence[int],
         stop: Callable[[], bool],
         heard: Callable[[int, int], None] | None = None,
+        constrain: Callable[[int], TokenConstraint] | None = None,
     ) -> None:
         """Nothing runs yet.
 
@@ -59,9 +61,11 @@ class Generator:
             stop_ids: tokens that end an answer.
             stop: whether this process was asked to stop.
             heard: called with (index of the prompt, token) as soon as a token of its answer is chosen.
+            constrain: index of a prompt -> which tokens its answer may go on with. Other tokens have the probability
+                zero, in the answer's log-probabilities, too.
         """
         self._engine, self._module, self._decode, self._stop = engine, module, decode, stop
-        self._heard = heard
+        self._heard, self._constrain = heard, constrain
         self._stop_ids = frozenset(stop_ids)
         self.longest = modes.longest_text(module.transformer.config)
         """Positions that the model can read; None: not known."""
@@ -206,7 +210,7 @@ class Generator:
         is_shared = cache is not None and len(places) < len(prompts)
         read = pad_left(list(places) if is_shared else [prompt.ids for prompt in prompts], device, room=longest)
         ids_BL, positions_BL, mask_BK, width = read.ids_BL, read.positions_BL, read.mask_BL, read.ids_BL.shape[1]
-        rows = [_Row(name) for name in names]
+        rows = [_Row(name, self._constrain and self._constrain(name)) for name in names]
         for number in range(longest):
             logits_BV = self._engine.inference_module(
                 input_ids_BL=ids_BL,
@@ -221,6 +225,8 @@ class Generator:
                 cache.batch_select_indices(copied_B)
                 logits_BV, positions_BL = logits_BV[copied_B], positions_BL[copied_B]
                 mask_BK = None if mask_BK is None else mask_BK[copied_B]
+            if self._constrain is not None:
+                logits_BV = _within(logits_BV, rows)
             draw_B = None if draw_BN is None else draw_BN[:, number]
             token_B, logprob_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p, logprobs=how.logprobs)
             # One transfer: fp64 holds every token id.
@@ -346,17 +352,30 @@ def _listed(token_B: torch.Tensor, logprob_B: torch.Tensor | None) -> list[tuple
     return [(int(token), logprob) for token, logprob in pairs]
 
 
+def _within(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
+    """Return the logits with minus infinity for tokens that a row's constraint forbids, or does not know."""
+    allowed_BV = torch.ones(logits_BV.shape, dtype=torch.bool)
+    for row, allowed_V in zip(rows, allowed_BV, strict=True):
+        if row.constraint is not None and not row.done:
+            known_V = row.constraint.allowed()[: len(allowed_V)]
+            allowed_V[: len(known_V)], allowed_V[len(known_V) :] = known_V, False
+    return logits_BV.masked_fill(~allowed_BV.to(logits_BV.device), -torch.inf)
+
+
 class _Row:
     """What a row has written so far."""
 
-    def __init__(self, name: int) -> None:
+    def __init__(self, name: int, constraint: TokenConstraint | None = None) -> None:
         self.name, self.ids, self.done = name, list[int](), False
+        self.constraint = constraint
         self.taken: list[int] = []
         """Its tokens with the one that ends it."""
         self.logprobs: list[float] = []
 
     def take(self, token: int, logprob: float | None, *, ends: bool) -> None:
         self.taken.append(token)
+        if self.constraint is not None:
+            self.constraint.take(token)
         if logprob is not None:
             self.logprobs.append(logprob)
         self.done = ends

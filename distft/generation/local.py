@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from distft.generation.generator import Generator
+from distft.generation.grammar import TokenConstraint
 
 
 class LocalEngine:
@@ -45,6 +46,7 @@ def local_generator(
     *,
     stop: Callable[[], bool] = lambda: False,
     heard: Callable[[int, int], None] | None = None,
+    constrain: Callable[[int], TokenConstraint] | None = None,
 ) -> Generator:
     """Return a generator over transformers' model, or PEFT's, with its own forward and attention."""
     from distft.model.causal import CausalLM
@@ -61,4 +63,5 @@ def local_generator(
         stop_ids=stop_ids,
         stop=stop,
         heard=heard,
+        constrain=constrain,
     )

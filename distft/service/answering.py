@@ -25,6 +25,9 @@ from distft.routing.token_generator import TokenRoutedGenerator
 from distft.service.loaded_models import LoadedModels, Served, prompt_ids
 from distft.service.tool_calls import ReadAnswer, ToolChats, read_answer
 
+ASKS = ("messages", "prompt", "response_format")
+"""Fields of a request that the answering process reads."""
+
 
 class RequestError(Exception):
     """A request that cannot be answered, by its own fault."""
@@ -87,8 +90,7 @@ class AnswerProcess:
             except RequestError as error:
                 self._say(request, event="refused", message=str(error), code=error.code)
             except DistftError as error:
-                code = "invalid_value" if isinstance(error, RecipeError) else "model_unavailable"
-                self._say(request, event="refused", message=_message(error), code=code)
+                self._say(request, event="refused", **_refusal(error))
             except Exception as error:
                 print(f"an answer failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 self._say(request, event="failed", message=type(error).__name__)
@@ -129,8 +131,19 @@ class AnswerProcess:
 
         if served.chooses_by_token and request["logprobs"] is not None:
             raise RequestError("A router that chooses for each token gives no logprobs.", "unsupported_parameter")
+        schema = request.get("schema")
+        if schema is not None and served.chooses_by_token:
+            raise RequestError(
+                "A router that chooses for each token takes no response_format.", "unsupported_parameter"
+            )
+        constrain = None
+        if schema is not None:
+            served.grammars.constraint(schema)  # a wrong one is refused before anything is written
+            constrain = lambda row: served.grammars.constraint(schema)  # noqa: E731
         with self._models.using(served, asked) as lm:
-            generator = local_generator(lm, served.tokenizer, served.stop_ids, stop=given_up, heard=hear)
+            generator = local_generator(
+                lm, served.tokenizer, served.stop_ids, stop=given_up, heard=hear, constrain=constrain
+            )
             longest = generator.longest
             if served.chooses_by_token:
                 generator = TokenRoutedGenerator(
@@ -202,10 +215,13 @@ def _logprobs(lm: Any, served: Served, asked: list[int], made: Completion, top: 
     ]
 
 
-def _message(error: DistftError) -> str:
-    if isinstance(error, RecipeError):
-        return "; ".join(f"{problem.message} {problem.fix}".strip() for problem in error.problems)
-    return str(error)
+def _refusal(error: DistftError) -> dict[str, Any]:
+    """Return what is wrong, and the field of the request that is, where it is one."""
+    if not isinstance(error, RecipeError):
+        return {"message": str(error), "code": "model_unavailable"}
+    message = "; ".join(f"{problem.message} {problem.fix}".strip() for problem in error.problems)
+    param = error.source if error.source.partition(".")[0] in ASKS else None
+    return {"message": message, "code": "invalid_value", "param": param}
 
 
 def main(argv: list[str]) -> int:

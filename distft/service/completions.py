@@ -143,13 +143,18 @@ class CompletionService:
         request.refuse_unserved()
         model = self._models.find(caller, request.model)
         messages = [message.for_template() for message in request.messages]
-        tools = request.offered_tools()
+        tools, schema = request.offered_tools(), request.answer_schema()
         of_tools = {"tools": tools, "speaks_of_tools": True} if tools else {}
         if any(message.speaks_of_tools for message in request.messages):
             of_tools["speaks_of_tools"] = True
         most = request.max_completion_tokens or request.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
-        asked = {"messages": messages, **of_tools, **_sampling(model, request, most, top, model.base.max_tokens)}
+        asked = {
+            "messages": messages,
+            "schema": schema,
+            **of_tools,
+            **_sampling(model, request, most, top, model.base.max_tokens),
+        }
         return self._answers.answer(asked)
 
     def _text_events(self, caller: Caller, request: CompletionRequest) -> Iterator[Iterator[dict[str, Any]]]:

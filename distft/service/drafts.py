@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from distft.core.files import read_json_object, replace_json
 from distft.service.auth import Caller
+from distft.service.background import start_behind
 from distft.service.database import ServiceDatabase
 from distft.service.errors import ApiError, missing
 from distft.service.files import FileService, training_file
@@ -199,7 +200,7 @@ class DraftService:
         try:
             with folder.log.open("ab") as log:
                 command = [sys.executable, "-m", "distft.service.preview", str(folder.path)]
-                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                child = start_behind(command, log, niceness=self._settings.limits.niceness)
             self._running[folder.path.name] = child
             try:
                 child.wait(self._settings.limits.examine_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import shutil
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from distft.core.errors import Problem, RecipeError
 from distft.core.files import read_json_object
 from distft.core.tokenizer_files import load_tokenizer
 from distft.export_formats.source import ModelSource, open_source, stop_ids
+from distft.generation.grammar import JsonGrammars
 from distft.routing.router import RoutedPool, is_router
 from distft.service.tool_calls import ToolChats
 
@@ -37,6 +39,11 @@ class Served:
     """The adapter's base."""
     adapter: str = ""
     """Its name in the pool."""
+
+    @functools.cached_property
+    def grammars(self) -> JsonGrammars:
+        """Made once: it reads the whole vocabulary."""
+        return JsonGrammars(self.tokenizer, self.stop_ids)
 
     @property
     def chooses_by_token(self) -> bool:

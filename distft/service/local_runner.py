@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from distft.core import host
+from distft.service.background import start_behind
 from distft.service.job_folder import JobFolder
 from distft.service.runner import RunnerSpec
 from distft.service.settings import ServedBase, ServiceSettings
@@ -18,15 +19,14 @@ class LocalRunner:
     """Starts `distft.service.start`, which takes the job's lock."""
 
     def __init__(self, settings: ServiceSettings) -> None:
+        self._niceness = settings.limits.niceness
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, folder: JobFolder, base: ServedBase, attempt: int) -> str | None:
         """Start it; a start of the same job that lives already makes this one end by itself."""
         command = [sys.executable, "-m", "distft.service.start", str(folder.path), str(attempt), str(base.nproc)]
         with folder.log.open("ab") as log:
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True
-            )
+            child = start_behind(command, log, niceness=self._niceness, own_session=True)
         self._started[folder.job_id] = child
         return None
 

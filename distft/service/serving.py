@@ -49,7 +49,7 @@ class AnswerService:
                 finished = event["event"] in ("done", "refused", "failed")
                 if event["event"] == "refused":
                     status = 503 if event["code"] == "model_unavailable" else 400
-                    raise ApiError(status, event["message"], code=event["code"])
+                    raise ApiError(status, event["message"], code=event["code"], param=event.get("param"))
                 if event["event"] == "failed":
                     raise ApiError(500, "The model could not answer.", code="answer_failed")
                 yield event

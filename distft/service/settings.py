@@ -82,6 +82,8 @@ class ServiceLimits(Params):
     """Seconds that looking at a job's files may take."""
     waiting_answers: int = Field(default=64, ge=1)
     """Requests for answers that may wait for the model."""
+    niceness: int = Field(default=5, ge=0, le=19)
+    """Added to the server's own for jobs of the runner `local` and for what looks at files: how far they give way."""
     lost_starts: int = Field(default=3, ge=0)
     """Times that a job whose process vanished is started again without having got further."""
 

@@ -17,7 +17,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "audio": (None,),
     "modalities": (None, ["text"]),
     "prediction": (None,),
@@ -116,6 +115,38 @@ class MessageRequest(WireRequest):
         return message
 
 
+class TextFormat(WireRequest):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(WireRequest):
+    """An object of JSON."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(WireRequest):
+    """A schema with its name."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    json_schema: Annotated[dict[str, JsonValue] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+    """Answers keep to the schema either way."""
+
+
+class JsonSchemaFormat(WireRequest):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class StreamOptions(WireRequest):
     """`stream_options`."""
 
@@ -178,7 +209,7 @@ class ChatRequest(AnswerRequest):
     parallel_tool_calls: bool | None = None
     functions: list[JsonValue] | None = None
     function_call: JsonValue = None
-    response_format: JsonValue = None
+    response_format: ResponseFormat | None = None
     audio: JsonValue = None
     modalities: list[str] | None = None
     prediction: JsonValue = None
@@ -201,6 +232,24 @@ class ChatRequest(AnswerRequest):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_tokens and max_completion_tokens say two things")
         return self
+
+    def answer_schema(self) -> dict[str, JsonValue] | None:
+        """Return the JSON schema that answers keep to; None: any text.
+
+        Raises:
+            ApiError: status 400: no message speaks of JSON, or tools are offered as well.
+        """
+        if self.response_format is None or isinstance(self.response_format, TextFormat):
+            return None
+        if self.offered_tools():
+            message = "'response_format' is not supported by this server beside tools: a call is no such JSON."
+            raise ApiError(400, message, param="response_format", code="unsupported_parameter")
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.json_schema or {}
+        if not any("json" in message.text.lower() for message in self.messages):
+            message = "'messages' must contain the word 'json' in some form, to use 'response_format' of type"
+            raise ApiError(400, f"{message} 'json_object'.", param="messages", code="invalid_value")
+        return {"type": "object"}
 
     def offered_tools(self) -> list[dict[str, Any]]:
         """Return the tools that the model may call.

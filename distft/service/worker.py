@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from distft.core.errors import DONE, PREEMPTED_AND_SAVED, BusyError, DistftError
+from distft.service.background import start_behind
 from distft.service.database import ServiceDatabase
 from distft.service.examine import plain
 from distft.service.files import MIB, RESULTS, FileService
@@ -98,7 +99,7 @@ class Worker:
             if child is None:
                 with folder.log.open("ab") as log:
                     command = [*self._settings.examine, str(folder.path)]
-                    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                    child = start_behind(command, log, niceness=self._settings.limits.niceness)
                 self._examining[job_id] = (child, time.monotonic())
                 return
             late = time.monotonic() - began > self._settings.limits.examine_s

@@ -151,3 +151,40 @@ def test_checkpoints_of_one_name_are_put_together_apart(tmp_path: Path, monkeypa
             LoadedModels(tmp_path).get(given)
     assert [content for _, content in places] == [[], [], []]
     assert places[0][0] != places[1][0]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"level": {"enum": ["low", "high"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["level", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_keep_to_a_schema(world: Path, by_token: Path, tmp_path: Path) -> None:
+    """The model is of random numbers: what it would write freely is no JSON."""
+    how = {"temperature": 1.0, "n": 3, "max_tokens": 60, "default_tokens": 60}
+    assert not any(text.startswith("{") for text in answers(asked(world / "router", ["?"], tmp_path, **how)))
+    events = asked(world / "router", ["?", "!"], tmp_path, schema=SCHEMA, logprobs=1, **how)
+    made = [json.loads(text) for text in answers(events)]
+    assert len(made) == 6
+    assert all(sorted(entry) == ["count", "level"] for entry in made)
+    assert {entry["level"] for entry in made} == {"low", "high"}
+    assert all(type(entry["count"]) is int and 0 <= entry["count"] <= 99 for entry in made)
+    assert {event["finish_reason"] for event in events if event["event"] == "end"} == {"stop"}
+    for number in range(2):  # as streamed
+        for row in range(3):
+            pieces = [e["text"] for e in events if e["event"] == "piece" and (e["id"], e["index"]) == (number, row)]
+            assert json.loads("".join(pieces)) in made
+    assert answers(asked(world / "router", ["?"], tmp_path, schema=SCHEMA, **how)) == answers(events)[:3], "seeded"
+    (cut,) = (e for e in asked(world / "router", ["?"], tmp_path, schema=SCHEMA, max_tokens=3) if e["event"] == "end")
+    assert (cut["finish_reason"], cut["num_tokens"]) == ("length", 3)
+
+    for wrong, words in (({"type": "text"}, "text"), ({"type": "array", "uniqueItems": True}, "uniqueItems")):
+        (refused,) = asked(world / "router", ["?"], tmp_path, schema=wrong)
+        assert (refused["event"], refused["code"], refused["param"]) == (
+            "refused", "invalid_value", "response_format.json_schema.schema",
+        )  # fmt: skip
+        assert words in refused["message"]
+    (refused,) = asked(by_token / "router", ["?"], tmp_path, schema=SCHEMA)
+    assert "response_format" in refused["message"]

@@ -153,6 +153,14 @@ def test_the_client_gets_calls_and_sends_their_results(server: tuple[ServiceServ
         assert (plain.finish_reason, plain.message.tool_calls) == ("stop", None)
         assert "tools" not in asked[-1]
         create(model="tiny", messages=ASKED, tools=[], response_format={"type": "text"}, parallel_tool_calls=False)
+        assert asked[-1]["schema"] is None
+        schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+        form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+        create(model="tiny", messages=ASKED, response_format=form)
+        assert asked[-1]["schema"] == schema
+        in_json: Any = [{"role": "user", "content": "Answer as JSON."}]
+        create(model="tiny", messages=in_json, response_format={"type": "json_object"})
+        assert asked[-1]["schema"] == {"type": "object"}
         count = len(asked)
         refusals: list[tuple[dict[str, Any], str]] = [
             ({"tool_choice": "required"}, "tool_choice"),
@@ -166,6 +174,9 @@ def test_the_client_gets_calls_and_sends_their_results(server: tuple[ServiceServ
                 {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
                 "response_format",
             ),
+            ({"response_format": {"type": "json_object"}, "tools": []}, "messages"),
+            ({"response_format": {"type": "xml"}}, "response_format"),
+            ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}}, "response_format"),
             ({"messages": [*ASKED, {"role": "tool", "content": "rain"}]}, "messages"),
             ({"messages": [*ASKED, {"role": "user", "content": "a", "tool_call_id": "x"}]}, "messages"),
             ({"messages": [*ASKED, {"role": "assistant"}]}, "messages"),
