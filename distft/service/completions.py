@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distft.demo.files import locate_path
 from distft.service.auth import Caller
 from distft.service.models import ModelService, ModelToAsk
 from distft.service.serving import AnswerService
@@ -168,8 +169,12 @@ class CompletionService:
 def _sampling(
     model: ModelToAsk, request: AnswerRequest, most: int | None, top: int | None, default_tokens: int
 ) -> dict[str, Any]:
+    vllm = None
+    if model.base.vllm is not None:
+        vllm = {**model.base.vllm.model_dump(), "base": locate_path(model.base.path)}
     return {
         "given": model.given,
+        "vllm": vllm,
         "chat_template": model.base.chat_template,
         "n": request.n or 1,
         "max_tokens": most,

@@ -18,6 +18,8 @@ from distft.service.tables import CounterRow, ServerRow
 
 BUSY_S = 30
 """Seconds that a writer waits for another."""
+READERS = 4
+"""Sessions that read at the same time: threads that all compute in one interpreter only delay each other."""
 _AFTERWARDS = "afterwards"
 
 
@@ -40,6 +42,7 @@ class ServiceDatabase:
             event.listen(self.engine, "begin", _begin_sqlite)
         # SQLite's own waiting is a poll in which the newest may win: of fifty writers one waited for half a minute
         self._turn = threading.Lock() if self.is_sqlite else contextlib.nullcontext()
+        self._readers, self._depth = threading.BoundedSemaphore(READERS), threading.local()
         self._read = sessionmaker(self.engine, expire_on_commit=False)
         self._write = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)
 
@@ -80,12 +83,19 @@ class ServiceDatabase:
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
         """Give a session that sees one state of the database."""
-        with self._read() as session:
-            yield session
+        depth = getattr(self._depth, "value", 0)
+        with contextlib.nullcontext() if depth else self._readers:  # who reads within a reading waits for nobody
+            self._depth.value = depth + 1
+            try:
+                with self._read() as session:
+                    yield session
+            finally:
+                self._depth.value = depth
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Session]:
         """Give a session that is committed at the end of the context, and rolled back on an error."""
+        assert not getattr(self._depth, "value", 0), "who reads may not wait for a writer: the writer may want to read"
         with self._turn, self._write.begin() as session:
             yield session
         for work in session.info.pop(_AFTERWARDS, ()):

@@ -21,6 +21,17 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Method = Literal["supervised", "dpo", "reinforcement"]
 
 
+class VllmSettings(Params):
+    """A vLLM server that answers for a base and its LoRA adapters: `[models.NAME.vllm]`."""
+
+    url: str = Field(pattern=r"^https?://[^/\s]+(/\S*)?$")
+    """Where it listens; it sees the server's data folder under the same path."""
+    model: str | None = Field(default=None, min_length=1)
+    """Name under which it serves the base; None: the model whose folder or hub id is `path`."""
+    key_env: str | None = Field(default=None, min_length=1)
+    """Environment variable of this server that holds the key it asks for."""
+
+
 class ServedBase(Params):
     """A model that jobs may be made of: `[models.NAME]`."""
 
@@ -44,6 +55,8 @@ class ServedBase(Params):
     """What an hour of one GPU costs, in whatever money you count; None: pages tell hours, and no cost."""
     max_tokens: int = Field(default=512, ge=1)
     """Most tokens of an answer where a request names no limit."""
+    vllm: VllmSettings | None = None
+    """Answers for it and for adapters of it; None: this server's own process does."""
     recipe: dict[str, Any] = Field(default={})
     """Keys that every job's recipe has: `[models.NAME.recipe.method] r = 8`."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import export_kit as kit
 import pytest
 import torch
+from answer_process import answers, asked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,9 +49,11 @@ def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "128", "--block-size", "32", "--enforce-eager", "--enable-lora"]
     command += ["--max-lora-rank", "8", "--lora-modules", f"tuned={folders['adapter-export']}"]
+    command += ["--structured-outputs-config", '{"disable_any_whitespace": true}']
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
         try:
@@ -100,3 +103,31 @@ def test_greedy_tokens_are_those_of_transformers_and_peft(folders: dict[str, Pat
             assert ended[0] == ended[1], (name, prompt)
             texts.append(want)
     assert texts[0::2] != texts[1::2], "the adapter does something"
+
+
+def test_distft_serve_answers_through_it(folders: dict[str, Path], server: str, tmp_path: Path) -> None:
+    """Base and adapter, greedy: the texts and log-probabilities of this process; a schema is kept to."""
+    base = folders["base-export"]
+    vllm = {"vllm": {"url": server, "model": None, "key_env": None, "base": str(base)}}
+    for given in (base, folders["adapter-export"]):
+        own = asked(given, [*PROMPTS], tmp_path, logprobs=2, max_tokens=24)
+        remote = asked(given, [*PROMPTS], tmp_path, logprobs=2, max_tokens=24, **vllm)
+        ends = [{event["id"]: event for event in events if event["event"] == "end"} for events in (own, remote)]
+        assert sorted(ends[0]) == sorted(ends[1]) == [0, 1, 2, 3]
+        for number in range(4):
+            mine, theirs = ends[0][number], ends[1][number]
+            assert theirs["text"] == mine["text"]
+            assert (theirs["num_tokens"], theirs["finish_reason"]) == (mine["num_tokens"], mine["finish_reason"])
+            for ours, other in zip(mine["logprobs"], theirs["logprobs"], strict=True):
+                assert other["token"] == ours["token"]
+                assert other["logprob"] == pytest.approx(ours["logprob"], abs=1e-3)
+                assert [top["token"] for top in other["top_logprobs"]] == [top["token"] for top in ours["top_logprobs"]]
+            pieces = [event["text"] for event in remote if (event["event"], event["id"]) == ("piece", number)]
+            assert "".join(pieces) == mine["text"]
+    schema = {"type": "object", "properties": {"level": {"enum": ["low", "high"]}}, "required": ["level"]}
+    schema |= {"additionalProperties": False}
+    made = answers(asked(base, ["?"], tmp_path, n=3, temperature=1.0, max_tokens=40, schema=schema, **vllm))
+    assert len(made) == 3
+    assert all(json.loads(text)["level"] in ("low", "high") for text in made), made
+    (refused,) = asked(base, ["the"], tmp_path, max_tokens=128, **vllm)
+    assert refused["code"] == "context_length_exceeded"

@@ -1,12 +1,12 @@
 """Adapters beside one base, and routers, are asked as models: each answers as `distft chat` and PEFT do."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from answer_process import answers, asked
 from peft import PeftModel
 from routers import ASKS, requests, write_router
 from transformers import AutoModelForCausalLM
@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from distft.chat.models import ChatModels
 from distft.core.errors import RecipeError
 from distft.generation.completion import SamplingParams
-from distft.service.answering import AnswerProcess
 from distft.service.loaded_models import LoadedModels
 from distft.service.settings import read_settings
 
@@ -27,27 +26,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def by_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_router(tmp_path_factory.mktemp("by-token"), 'per = "token"')
-
-
-def asked(given: Path, prompts: list[str], workdir: Path, **changes: Any) -> list[dict[str, Any]]:
-    """Events of requests, one after another."""
-    out = io.StringIO()
-    common = {"stop": [], "n": 1, "max_tokens": 6, "default_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 1}
-    lines = [
-        json.dumps(
-            {"id": number, "given": str(given), "messages": [{"role": "user", "content": prompt}], "logprobs": None}
-            | common
-            | changes
-        )
-        for number, prompt in enumerate(prompts)
-    ]  # fmt: skip
-    AnswerProcess(workdir, out).run(io.StringIO("\n".join(lines) + "\n"))
-    return [json.loads(line) for line in out.getvalue().splitlines()]
-
-
-def answers(events: list[dict[str, Any]]) -> list[str]:
-    assert not [event for event in events if event["event"] in ("refused", "failed")], events
-    return [event["text"] for event in events if event["event"] == "end"]
 
 
 def test_answers_are_those_of_the_chosen_adapters(world: Path, tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def test_requests_take_their_fields(ours: Any, theirs: Any, more: set[str]) -> N
 def test_every_field_that_is_not_served_is_refused_by_name() -> None:
     """A field is used, a label that changes no answer, or in the table of what is refused."""
     used = inspect.getsource(__import__("distft.service.completions", fromlist=["x"]))
-    used += inspect.getsource(wire_answers.ChatRequest.offered_tools).replace("self.", "request.")
+    for method in (wire_answers.ChatRequest.offered_tools, wire_answers.ChatRequest.answer_schema):
+        used += inspect.getsource(method).replace("self.", "request.")
     for model in (wire_answers.ChatRequest, wire_answers.CompletionRequest):
         for name in model.model_fields:
             known = name in wire_answers.OFF or name in wire_answers.LABELS or f"request.{name}" in used
