@@ -79,7 +79,7 @@ def cell(
 def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1) -> list[dict[str, Any]]:
     """Every engine, method and optimizer in both types when the whole grid is asked for.
 
-    Else types in turns, and of a large grid `every` so manieth cell: with 5 or 29, which share no factor with the
+    Else types in turns, and of a large grid `every` so manieth cell: with 5 or 43, which share no factor with the
     numbers of methods and optimizers, each of those is met with many of the others, and each engine several times.
     """
     trios = [
@@ -188,7 +188,7 @@ CELLS = {
     + SUMS[2][:: 1 if WHOLE_GRIDS else 7]
     + ADALORA[2][:: 1 if WHOLE_GRIDS else 5]
     + TOKENS[:: 1 if WHOLE_GRIDS else 17]
-    + grid("llama", ("ddp", *SHARDED), ALL, every=29)
+    + grid("llama", ("ddp", *SHARDED), ALL, every=43)
     + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=4)
     + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=7)
     + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=5)

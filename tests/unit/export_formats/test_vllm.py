@@ -49,7 +49,7 @@ def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "128", "--block-size", "32", "--enforce-eager", "--enable-lora"]
     command += ["--max-lora-rank", "8", "--lora-modules", f"tuned={folders['adapter-export']}"]
-    command += ["--structured-outputs-config", '{"disable_any_whitespace": true}']
+    command += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
