@@ -19,7 +19,7 @@ _SLICES = re.compile(r"[\w.-]+(\[-?\d*%?:-?\d*%?\])?(\+[\w.-]+(\[-?\d*%?:-?\d*%?
 _SPLIT_KEYS = ("split", "train_on_split", "dataset_train_split")
 _LOADERS = ("json", "parquet", "csv", "text", "arrow")
 _FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
-Rows = Literal["single", "pairs", "unpaired"]
+Rows = Literal["single", "pairs", "unpaired", "prompts"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,16 +21,18 @@ from distft.importers.spec import ImporterSpec
 from distft.importers.trainer import TrainerKeys, set_name, set_order, set_training
 from distft.importers.trl_keys import TRL_DATASET_KEYS, TRL_KEYS
 from distft.importers.trl_mixtures import MIXED_KEYS, MIXTURE_KEYS, set_mixture
+from distft.importers.trl_rollouts import set_group_length, set_prompt_batches, set_rollouts
 
-TASKS = ("sft", "dpo", "kto", "bco", "orpo", "cpo", "reward")
+TASKS = ("sft", "dpo", "kto", "bco", "orpo", "cpo", "reward", "grpo")
 _PREFERENCE = PreferenceKeys(beta="beta")
-_RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "bco": 5e-7, "orpo": 1e-6, "cpo": 1e-6, "reward": 1e-4}
+_RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "bco": 5e-7, "orpo": 1e-6, "cpo": 1e-6, "reward": 1e-4, "grpo": 1e-6}
 """Learning rates where the file has none."""
 _ONLY = {
     "sft": ("packing", "dataset_text_field", "assistant_only_loss", "completion_only_loss", "packing_strategy"),
     "kto": ("desirable_weight", "undesirable_weight"),
     "cpo": ("cpo_alpha", "simpo_gamma"),
     "reward": ("center_rewards_coefficient",),
+    "grpo": ("reward_funcs", "num_generations", "num_iterations", "scale_rewards", "epsilon"),
     "dpo": (
         "rpo_alpha",
         "f_divergence_type",
@@ -54,7 +56,7 @@ _ONLY_LOSSES = {
 _MARKS = {
     "dataset_name", "use_peft", "lora_r", "max_length", "assistant_only_loss", "completion_only_loss", "beta",
     "dataset_mixture", "dataset_mixer", "loss_type", "dataset_text_field", "dataset_train_split", "dataset_config",
-    "max_seq_length",
+    "max_seq_length", "reward_funcs",
 }  # fmt: skip
 
 
@@ -74,7 +76,10 @@ def _convert(work: Conversion) -> None:
     _set_model(work, top)
     _set_method(work, top)
     evaluates = _set_sources(work, top, task)
-    _set_lengths(work, top, rows)
+    if rows == "prompts":
+        set_group_length(work, top)
+    else:
+        _set_lengths(work, top, rows)
     if rows == "single":
         _set_mask(work, top)
     template = top.text("chat_template_path") if top.has("chat_template_path") else None
@@ -84,6 +89,8 @@ def _convert(work: Conversion) -> None:
         work.set("model.tokenizer", template, (top, "chat_template_path"), "its chat template was taken there, alone")
     trainer = TrainerKeys(learning_rate_default=_RATES[task], bf16_default=True, checkpointing_default=True)
     set_training(work, top, trainer, evaluates=evaluates)
+    if task == "grpo":
+        set_prompt_batches(work, top)
     set_order(work, top)
     _set_dtype(work, top)
 
@@ -128,6 +135,9 @@ def _set_objective(work: Conversion, top: Section, task: str) -> Rows:
             top.problem("loss_type", "is another loss, which is not here", "nll is what sft trains")
         work.draft.set("objective.name", "sft")
         return "single"
+    if task == "grpo":
+        set_rollouts(work, top)
+        return "prompts"
     if task == "dpo":
         set_dpo(work, top, "loss_type", dpo_loss(work, top, "loss_type", "loss_weights"), _PREFERENCE)
     elif task == "orpo":
@@ -213,7 +223,7 @@ def _set_method(work: Conversion, top: Section) -> None:
 
 def _set_sources(work: Conversion, top: Section, task: str) -> bool:
     """Set the sources; return whether there is one to evaluate on."""
-    format = {"sft": "auto", "kto": "unpaired", "bco": "unpaired"}.get(task, "preference")
+    format = {"sft": "auto", "kto": "unpaired", "bco": "unpaired", "grpo": "prompt"}.get(task, "preference")
     columns: dict[str, str] = {}
     if task == "sft" and top.has("dataset_text_field"):
         format, columns = "text", {top.text("dataset_text_field") or "text": "text"}
@@ -240,7 +250,7 @@ def _set_named(work: Conversion, top: Section, name: str, format: str, columns: 
         split=top.text("dataset_train_split", "train"), columns=columns,
     )  # fmt: skip
     add_source(work, "train", train, (top, "dataset_name"))
-    if top.values.get("eval_strategy") in (None, "no", False):
+    if top.values.get("eval_strategy") in (None, "no", False) or format == "prompt":  # [[eval.answers]] asks prompts
         return
     held = Source(
         path=name, format=format, subset=top.text("dataset_config"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from distft.importers.keys import carried, group, left, refused, table
 from distft.importers.trainer_keys import TRAINER_KEYS
+from distft.importers.trl_rollouts import ROLLOUT_KEYS
 
 _REFERENCE = "the reference is the base model itself here: remove it"
-_ONLINE = "belongs to training on answers that the model writes, which has no importer: remove it"
+_ONLINE = "belongs to PPO, RLOO or distillation, which have no importer: write [objective] and [rollout] by hand"
 
 TRL_KEYS = {
     **TRAINER_KEYS,
+    **ROLLOUT_KEYS,
     **table(
         model_name_or_path=carried(),
         model_revision=carried(),
@@ -54,8 +56,12 @@ TRL_KEYS = {
         desirable_weight=carried("[objective] desirable_weight"),
         undesirable_weight=carried("[objective] undesirable_weight"),
         center_rewards_coefficient=carried("[objective] center"),
-        max_prompt_length=left("prompts are not cut on their own: a row longer than max_length is left out"),
-        max_completion_length=left("answers are not cut on their own: a row longer than max_length is left out"),
+        max_prompt_length=left(
+            "prompts are not cut on their own: a row longer than max_length is left out; of grpo part of max_length"
+        ),
+        max_completion_length=left(
+            "answers are not cut on their own: a row longer than max_length is left out; grpo: [rollout] max_new_tokens"
+        ),
         disable_dropout=left("models here have no dropout but the adapter's", off=(None, True)),
         precompute_ref_log_probs=left(
             "decided by the method: adapters are left out, full fine-tuning computes it once before"
@@ -109,8 +115,7 @@ TRL_KEYS = {
         left("has no counterpart, and changes no loss of the rows that are trained", off=(None, False, True, -100)),
     ),
     **group(
-        "reward_funcs num_generations vllm_mode use_vllm max_new_tokens temperature top_p num_iterations epsilon "
-        "reward_weights scale_rewards judge missing_eos_penalty response_length num_ppo_epochs lmbda teacher_model",
+        "max_new_tokens judge missing_eos_penalty response_length num_ppo_epochs lmbda teacher_model",
         refused(_ONLINE),
     ),
 }

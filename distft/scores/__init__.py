@@ -15,6 +15,7 @@ from distft.scores import (
     reward_model,
     rouge,
     translation,
+    trl_function,
 )
 from distft.scores.spec import Answer, MetricInfo, Scorer, ScoreResult, ScoreSpec
 
@@ -33,5 +34,6 @@ SCORES.add(function.SPEC)
 SCORES.add(judge.SPEC)
 SCORES.add(reward_model.SPEC)
 SCORES.add(grader.SPEC)
+SCORES.add(trl_function.SPEC)
 
 __all__ = ["SCORES", "Answer", "MetricInfo", "ScoreResult", "ScoreSpec", "Scorer"]

@@ -60,11 +60,11 @@ def build(params: FunctionParams) -> Scorer:
                 f"({last.filename}:{last.lineno})"
             ) from error
         if not names:
-            return [_figure(given, answer, params.function)]
+            return [figure_value(given, answer, params.function)]
         if not isinstance(given, Mapping) or set(given) != set(names):
             shown = f"keys {', '.join(map(str, given))}" if isinstance(given, Mapping) else _shown(given)
             raise DataError(f"{answer.id}: score {params.function} returned {shown}, expected keys {', '.join(names)}")
-        return [_figure(given[name], answer, f"{params.function} {name}") for name in names]
+        return [figure_value(given[name], answer, f"{params.function} {name}") for name in names]
 
     return by_row(figures(params), judge)
 
@@ -103,7 +103,12 @@ def _imported(name: str, load: Callable[[], Any]) -> Any:
         raise _wrong(name, f"cannot be imported: {type(error).__name__}: {error}", fix) from error
 
 
-def _figure(value: Any, answer: Answer, what: str) -> float:
+def figure_value(value: Any, answer: Answer, what: str) -> float:
+    """Return what a function gave as a number.
+
+    Raises:
+        DataError: it is none that can be reckoned with.
+    """
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # a number of numpy or torch
         value = value.item()
     if not isinstance(value, bool | int | float) or not math.isfinite(value):

@@ -27,8 +27,8 @@ from distft.generation.completion import Completion, Prompt, SamplingParams
 from distft.generation.local import local_generator
 from distft.routing.token_generator import TokenRoutedGenerator
 from distft.service.loaded_models import LoadedModels, Served
-from distft.service.questions import RequestError, read_question, token_entry
 from distft.service.remote_models import RemoteModel, RemoteModels
+from distft.service.tokenized_request import RequestError, token_entry, tokenize_request
 
 Events = Generator[dict[str, Any], None, None]
 SIDE_BY_SIDE = 64
@@ -107,28 +107,28 @@ class AnswerProcess:
         self._say(request, {"event": "refused", **refusal})
 
     def _answer_remotely(self, model: RemoteModel, request: dict[str, Any]) -> Events:
-        question = read_question(model.served, request)
-        if question.schema is not None:  # one that would be passed over in part is refused here as everywhere
-            model.served.grammars.constraint(question.schema)
-        yield from self._remote.ask(model, question)
-        yield {"event": "done", "prompt_tokens": len(question.ids)}
+        tokenized = tokenize_request(model.served, request)
+        if tokenized.schema is not None:  # one that would be passed over in part is refused here as everywhere
+            model.served.grammars.constraint(tokenized.schema)
+        yield from self._remote.ask(model, tokenized)
+        yield {"event": "done", "prompt_tokens": len(tokenized.ids)}
 
     def _answer(self, request: dict[str, Any]) -> Events:
         """Yield the events that come once an answer is whole; pieces are written as they are made."""
         if request["id"] in self._given_up:
             return
         served = self._models.get(request["given"])
-        question = read_question(served, request)
+        tokenized = tokenize_request(served, request)
 
         def hear(row: int, token: int) -> None:
-            for event in question.piece(row, token):
+            for event in tokenized.piece(row, token):
                 self._say(request, event)
 
         def given_up() -> bool:
             return request["id"] in self._given_up
 
-        schema = question.schema
-        if served.chooses_by_token and question.num_logprobs is not None:
+        schema = tokenized.schema
+        if served.chooses_by_token and tokenized.num_logprobs is not None:
             raise RequestError("A router that chooses for each token gives no logprobs.", "unsupported_parameter")
         if served.chooses_by_token and schema is not None:
             raise RequestError(
@@ -138,28 +138,28 @@ class AnswerProcess:
         if schema is not None:
             served.grammars.constraint(schema)  # a wrong one is refused before anything is written
             constrain = lambda row: served.grammars.constraint(schema)  # noqa: E731
-        with self._models.using(served, question.ids) as lm:
+        with self._models.using(served, tokenized.ids) as lm:
             generator = local_generator(
                 lm, served.tokenizer, served.stop_ids, stop=given_up, heard=hear, constrain=constrain
             )
-            room = question.room(generator.longest)
+            room = tokenized.room(generator.longest)
             if served.chooses_by_token:
                 generator = TokenRoutedGenerator(
                     served.routed, served.tokenizer, served.stop_ids, stop=given_up, heard=hear
                 )
             how = SamplingParams(
-                max_new_tokens=room, temperature=request["temperature"], top_p=request["top_p"], stop=question.stop,
+                max_new_tokens=room, temperature=request["temperature"], top_p=request["top_p"], stop=tokenized.stop,
                 seed=request["seed"],
             )  # fmt: skip
-            prompts = [Prompt(seed_key=f"answer {index}", ids=question.ids) for index in range(request["n"])]
+            prompts = [Prompt(seed_key=f"answer {index}", ids=tokenized.ids) for index in range(request["n"])]
             made = generator.generate(prompts, how)
             for index, completion in enumerate(made or ()):
                 tokens = None
-                if question.num_logprobs is not None:
-                    tokens = _logprobs(lm, served, question.ids, completion, question.num_logprobs)
-                yield from question.end(index, completion, tokens)
+                if tokenized.num_logprobs is not None:
+                    tokens = _logprobs(lm, served, tokenized.ids, completion, tokenized.num_logprobs)
+                yield from tokenized.end(index, completion, tokens)
         if made is not None:
-            yield {"event": "done", "prompt_tokens": len(question.ids)}
+            yield {"event": "done", "prompt_tokens": len(tokenized.ids)}
 
 
 @torch.no_grad()

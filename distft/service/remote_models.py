@@ -22,7 +22,7 @@ from distft.generation.vllm_server import ServerGoneError, VllmServer
 from distft.generation.vllm_stream import RefusedError, StreamingServer
 from distft.routing.router import is_router
 from distft.service.loaded_models import Served
-from distft.service.questions import Question, token_entry
+from distft.service.tokenized_request import TokenizedRequest, token_entry
 
 MOST_ADAPTERS, TIMEOUT_S = 32, 600.0
 """Adapters that a server has at a time (the one asked longest ago goes); seconds without a byte of an answer."""
@@ -64,24 +64,24 @@ class RemoteModels:
         self._known.move_to_end(given)
         return self._known[given]
 
-    def ask(self, model: RemoteModel, question: Question) -> Iterator[dict[str, Any]]:
-        """Yield the events of a question; an adapter that the server has forgotten is loaded again.
+    def ask(self, model: RemoteModel, tokenized: TokenizedRequest) -> Iterator[dict[str, Any]]:
+        """Yield the events of a request; an adapter that the server has forgotten is loaded again.
 
         Raises:
             RecipeError: the server refuses the request.
             MachineError: the server does not answer.
         """
         server = StreamingServer(url=model.url, timeout_s=TIMEOUT_S, key=model.key)
-        answers = [_GrowingAnswer() for _ in question.streams]
+        answers = [_GrowingAnswer() for _ in tokenized.streams]
         for tries in range(2):
             try:
-                for chunk in server.stream(_request(model, question)):
+                for chunk in server.stream(_request(model, tokenized)):
                     for choice in chunk["choices"]:
                         answer = answers[choice["index"]]
                         for token in answer.take(choice):
-                            yield from question.piece(choice["index"], token)
+                            yield from tokenized.piece(choice["index"], token)
                         if answer.finish is not None:
-                            yield from answer.end(model, question, choice["index"])
+                            yield from answer.end(model, tokenized, choice["index"])
                 return
             except ServerGoneError as error:
                 if error.status != 404 or tries or not model.folder:
@@ -89,7 +89,7 @@ class RemoteModels:
                 _load(model)
             except RefusedError as error:
                 problem = Problem(message=f"the vLLM server refuses the request: {error}")
-                raise RecipeError("prompt" if "prompt" in question.request else "messages", [problem]) from None
+                raise RecipeError("prompt" if "prompt" in tokenized.request else "messages", [problem]) from None
 
     def _look(self, given: str, vllm: Mapping[str, Any]) -> RemoteModel | None:
         if given != vllm["base"] and is_router(Path(given).expanduser()):
@@ -151,7 +151,7 @@ class _GrowingAnswer:
         self.finish = choice.get("finish_reason")
         return new
 
-    def end(self, model: RemoteModel, question: Question, index: int) -> list[dict[str, Any]]:
+    def end(self, model: RemoteModel, tokenized: TokenizedRequest, index: int) -> list[dict[str, Any]]:
         """Return the events of its end.
 
         Raises:
@@ -160,20 +160,20 @@ class _GrowingAnswer:
         if self.finish not in ("stop", "length"):
             raise MachineError(f"the vLLM server has broken an answer off ({self.finish})")
         served, logprobs = model.served, None
-        if question.num_logprobs is not None:
+        if tokenized.num_logprobs is not None:
             if len(self._logprobs) != len(self.ids):
                 raise MachineError(f"{model.url}: an answer lacks log-probabilities")
             logprobs = [
-                self._entry(served.tokenizer, token, *scored, question.num_logprobs)
+                self._entry(served.tokenizer, token, *scored, tokenized.num_logprobs)
                 for token, scored in zip(self.ids, self._logprobs, strict=True)
                 if token not in served.stop_ids
             ]
         made = completion_of(
             self.ids, (), ends_with_token=bool(self.ids) and self.ids[-1] in served.stop_ids,
-            ended=self.finish == "stop", stop=question.stop,
+            ended=self.finish == "stop", stop=tokenized.stop,
             decode=lambda ids: served.tokenizer.decode(ids, skip_special_tokens=True),
         )  # fmt: skip
-        return question.end(index, made, logprobs)
+        return tokenized.end(index, made, logprobs)
 
     def _entry(
         self, tokenizer: Any, token: int, logprob: float, tops: Mapping[str, float], most: int
@@ -185,24 +185,24 @@ class _GrowingAnswer:
         }
 
 
-def _request(model: RemoteModel, question: Question) -> dict[str, Any]:
+def _request(model: RemoteModel, tokenized: TokenizedRequest) -> dict[str, Any]:
     """Return a request that leaves nothing to the server's own defaults.
 
     Raises:
         RequestError: the prompt leaves too little room.
     """
-    request = question.request
+    request = tokenized.request
     asked = {
-        "model": model.name, "prompt": question.ids, "add_special_tokens": False, "n": request["n"],
-        "max_tokens": question.room(model.longest), "temperature": request["temperature"], "top_p": request["top_p"],
+        "model": model.name, "prompt": tokenized.ids, "add_special_tokens": False, "n": request["n"],
+        "max_tokens": tokenized.room(model.longest), "temperature": request["temperature"], "top_p": request["top_p"],
         "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-        "seed": request["seed"], "stop": list(question.stop), "stop_token_ids": list(model.served.stop_ids),
+        "seed": request["seed"], "stop": list(tokenized.stop), "stop_token_ids": list(model.served.stop_ids),
         "ignore_eos": True,
     }  # fmt: skip
-    if question.num_logprobs is not None:
-        asked["logprobs"] = question.num_logprobs
-    if question.schema is not None:
-        asked["structured_outputs"] = {"json": question.schema}
+    if tokenized.num_logprobs is not None:
+        asked["logprobs"] = tokenized.num_logprobs
+    if tokenized.schema is not None:
+        asked["structured_outputs"] = {"json": tokenized.schema}
     return asked
 
 

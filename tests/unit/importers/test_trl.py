@@ -214,6 +214,55 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
         {"objective.name": "reward", "objective.center": 0.01, "method.name": "lora"},
         set(),
     ),
+    "grpo": (
+        BASE.replace("per_device_train_batch_size: 2", "per_device_train_batch_size: 8")
+        + "reward_funcs: [think_format_reward, my.rewards.polite]\nreward_weights: [1, 0.5]\nnum_generations: 4\n"
+        "max_completion_length: 128\nepsilon_high: 0.28\nscale_rewards: false\nlog_completions: true\nbeta: 0.04\n"
+        "num_iterations: 2\ntop_p: 0.9\nmask_truncated_completions: true\neval_strategy: steps\n" + PEFT,
+        {"gpus": 2},
+        {
+            "objective.name": "grpo",
+            "objective.loss": "dapo",
+            "objective.clip_low": 0.2,
+            "objective.clip_high": 0.28,
+            "objective.scale": "none",
+            "objective.beta": 0.04,
+            "objective.correction": "none",
+            "rollout.answers_per_prompt": 4,
+            "rollout.max_new_tokens": 128,
+            "rollout.updates": 2,
+            "rollout.top_p": 0.9,
+            "rollout.mask_truncated": True,
+            "rollout.rewards.0.function": "trl.rewards:think_format_reward",
+            "rollout.rewards.0.weight": 1.0,
+            "rollout.rewards.1.name": "trl_function",
+            "rollout.rewards.1.function": "my.rewards:polite",
+            "rollout.rewards.1.weight": 0.5,
+            "data.max_length": 4 * (512 + 128),
+            "data.train.0.format": "prompt",
+            "train.global_batch_size": 8 * 8 * 2 // 4,
+            "method.dropout": 0.0,
+        },
+        {"log_completions"},
+    ),
+    "grpo-vllm": (
+        BASE + "reward_model_name_or_path: org/reward\nloss_type: grpo\nimportance_sampling_level: sequence\n"
+        "use_vllm: true\nvllm_server_base_url: http://10.0.0.7:8000/\nvllm_importance_sampling_mode: token_truncate\n"
+        "num_generations: 16\nuse_peft: true\n",
+        {},
+        {
+            "objective.loss": "gspo",
+            "objective.correction": "token",
+            "objective.correction_outside": "truncate",
+            "objective.correction_cap": 3.0,
+            "rollout.generator.name": "vllm",
+            "rollout.generator.url": "http://10.0.0.7:8000",
+            "rollout.rewards.0.name": "reward_model",
+            "rollout.rewards.0.path": "org/reward",
+            "train.global_batch_size": 1,
+        },
+        set(),
+    ),
     "handbook": (
         """
         model_name_or_path: alignment-handbook/zephyr-7b-sft-full
@@ -282,7 +331,18 @@ def test_a_file_becomes_a_recipe_that_loads(name: str, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "shared": (PAIRS + "beta: 0.1\n", {}, "beta, which dpo, orpo, cpo and others share"),
     "two": (PAIRS + "cpo_alpha: 1.0\npacking: true\n", {}, "has keys of sft and of cpo"),
-    "task": (PAIRS, {"task": "grpo"}, "--task grpo has no importer  known: sft, dpo"),
+    "task": (PAIRS, {"task": "ppo"}, "--task ppo has no importer  known: sft, dpo"),
+    "no-reward": (PAIRS, {"task": "grpo"}, "there is no reward"),
+    "answers": (BASE + "reward_funcs: [a.b]\nnum_generations: 5\n", {}, "16 answers a step are no multiple"),
+    "top_k": (BASE + "reward_funcs: [a.b]\ntop_k: 50\n", {}, "answers are drawn by top_p alone"),
+    "sapo": (BASE + "reward_funcs: [a.b]\nloss_type: sapo\n", {}, "loss sapo is not trained here"),
+    "overlong": (BASE + "reward_funcs: get_soft_overlong_punishment\n", {}, "is not taken over"),
+    "weights": (BASE + "reward_funcs: [a.b]\nreward_weights: [1, 2]\n", {}, "a number for each of the 1 rewards"),
+    "sequence": (
+        BASE + "reward_funcs: [a.b]\nimportance_sampling_level: sequence\n",
+        {},
+        "is GSPO with loss_type: grpo alone here",
+    ),
     "neftune": (BASE + "neftune_noise_alpha: 5\n", {}, "NEFTune adds noise"),
     "dft": (BASE + "loss_type: dft\n", {"task": "sft"}, "is another loss, which is not here"),
     "aot": (PAIRS + "loss_type: aot\n", {}, "loss aot is not trained here"),
@@ -304,7 +364,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "polynomial": (BASE + "lr_scheduler_type: polynomial\n", {}, "is not a schedule here"),
     "wsd": (BASE + "lr_scheduler_type: warmup_stable_decay\n", {}, "needs num_decay_steps in lr_scheduler_kwargs"),
-    "online": (BASE + "reward_funcs: accuracy\n", {}, "answers that the model writes"),
+    "online": (BASE + "num_ppo_epochs: 4\n", {}, "belongs to PPO, RLOO or distillation"),
     "dtype": (BASE + "dtype: float15\n", {}, "is none of the known values"),
 }
 

@@ -56,7 +56,7 @@ class StreamedAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class TokenizedRequest:
     """A request with its prompt as tokens."""
 
     request: Mapping[str, Any]
@@ -111,7 +111,7 @@ class Question:
         return [{**end, "text": answer.content, "calls": answer.calls, "finish_reason": reason}]
 
 
-def read_question(served: Served, request: Mapping[str, Any]) -> Question:
+def tokenize_request(served: Served, request: Mapping[str, Any]) -> TokenizedRequest:
     """Return what a request asks of a model.
 
     Raises:
@@ -127,7 +127,9 @@ def read_question(served: Served, request: Mapping[str, Any]) -> Question:
         raise RequestError("The prompt is empty.", "invalid_value")
     stop = tuple(request["stop"])
     streams = tuple(StreamedAnswer(served, stop) for _ in range(request["n"]))
-    return Question(request=request, ids=ids, stop=stop, schema=request.get("schema"), form=form, streams=streams)
+    return TokenizedRequest(
+        request=request, ids=ids, stop=stop, schema=request.get("schema"), form=form, streams=streams
+    )
 
 
 def token_entry(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
