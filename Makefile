@@ -70,7 +70,7 @@ test-dist: setup
 	$(BIN)/python -m pytest tests/dist tests/faults tests/golden tests/peers -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every row of the fault matrix, the slow ones too (about half an hour), and a table of what became of them.
-FAULT_TABLE ?= docs/results/2026-11-29-fault-matrix.md
+FAULT_TABLE ?= docs/results/2026-11-30-fault-matrix.md
 test-faults: setup
 	$(BIN)/python -m pytest tests -m "row and not gpu" --fault-table $(FAULT_TABLE)
 
