@@ -20,6 +20,9 @@ _SETTINGS = (
     *("method", "target_modules", "r", "alpha", "learning_rate", "epochs", "max_length", "global_batch_size"),
     "optimizer",
 )
+_FIRST = ("approach", "objective", "beta", "sft_weight", "center", "methods")
+_OF_PROMPTS = ("method", "target_modules", "r", "alpha", "learning_rate", "optimizer")
+"""What rules say of prompts with a grader; how long to train on them is not known well enough for a rule."""
 _IN_NAME = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)b(?![a-z])", re.IGNORECASE)
 GUIDE = "docs/choosing.md"
 
@@ -78,7 +81,7 @@ def advise(situation: Situation, names: Names, *, folder: Path | None, machine: 
         RecipeError: transformers does not know the config.
     """
     start: dict[str, Any] = {}
-    first = decide(situation, ("approach", "objective", "beta", "sft_weight", "center", "methods"), start)
+    first = _first(situation, start)
 
     def settings(method: str) -> list[Decided]:
         return decide(situation, _SETTINGS, {**start, "candidate": method})
@@ -94,6 +97,28 @@ def advise(situation: Situation, names: Names, *, folder: Path | None, machine: 
         fits = first_that_fits(start["methods"], text, folder, machine)
         method = fits[-1].method
     return Advice(situation=situation, decided=(*first, *settings(method)), fits=tuple(fits), recipe=text(method))
+
+
+def decisions(situation: Situation) -> tuple[Decided, ...]:
+    """Return what the rules say where nothing is planned and no recipe is written, such as beside fields of a form.
+
+    Without a method that was chosen it is what holds of every method.
+    """
+    so_far: dict[str, Any] = {}
+    first = _first(situation, so_far)
+    if situation.method is None:
+        return tuple(first)
+    names = _OF_PROMPTS if situation.rows_hold == "prompts" else _SETTINGS
+    return (*first, *decide(situation, names, {**so_far, "candidate": situation.method}))
+
+
+def _first(situation: Situation, so_far: dict[str, Any]) -> list[Decided]:
+    """Decide what does not depend on the method, and the methods to try; `so_far` is filled in."""
+    made = decide(situation, _FIRST, so_far)
+    if situation.method is None:
+        return made
+    so_far["methods"] = (situation.method,)
+    return [decision for decision in made if decision.rule.decides != "methods"]
 
 
 def parameters_in_name(model: str) -> float | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.advise.situation import GOALS, RowsHold, Situation
+from distft.advise.situation import ADVISED, GOALS, RowsHold, Situation
 from distft.core.command_line import CommandParser, add_config, add_json, add_machine
 from distft.core.errors import DONE, DistftError, FileSystemError, Problem, RecipeError
 from distft.core.nearest import nearest
@@ -39,6 +39,7 @@ def parser() -> CommandParser:
     made.add_argument(
         "--pretrained", action="store_true", help="the model has had no supervised fine-tuning: pairs in one stage"
     )
+    made.add_argument("--method", metavar="NAME", help=f"chosen already: {', '.join(ADVISED)}; the rest is for it")
     add_machine(made)
     add_config(made)
     made.add_argument("--name", default="advised", help="of the run (advised)")
@@ -102,6 +103,7 @@ def _run(options: argparse.Namespace) -> int:
             typical_chars=_chars(care, "p50", prompts=2 if rows_hold == "pairs" else 1),
             rows_hold=rows_hold,
             pretrained=options.pretrained,
+            method=options.method,
             longer=longer,
         )
         names = Names(
@@ -135,6 +137,11 @@ def _check(options: argparse.Namespace) -> None:
         hint = f'did you mean "{meant}"?  ' if options.goal and meant else ""
         message = f"--goal {options.goal}  unknown goal" if options.goal else "--goal  is missing"
         problems.append(Problem(message=message, fix=f"{hint}allowed: {', '.join(GOALS)}"))
+    if options.method not in (None, *ADVISED):
+        meant = nearest(options.method, list(ADVISED))
+        hint = f'did you mean "{meant}"?  ' if meant else ""
+        message = f"--method {options.method}  no rule is about it"
+        problems.append(Problem(message=message, fix=f"{hint}allowed: {', '.join(ADVISED)}"))
     if not options.model:
         problems.append(Problem(message="--model  is missing", fix="a folder or a hub id"))
     if options.rows is not None and options.data is not None:

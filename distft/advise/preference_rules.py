@@ -15,6 +15,7 @@ from distft.advise.sources import (
     OUYANG,
     RAFAILOV,
     SCHULMAN,
+    SHAO,
     TUNSTALL,
 )
 
@@ -89,6 +90,17 @@ PREFERENCE_RULES: tuple[Rule, ...] = (
         gives=gives("dpo"),
     ),
     Rule(
+        name="prompts-are-graded",
+        decides="objective",
+        says="Prompts without answers, and a grader that says what an answer is worth: GRPO.",
+        why="The model learns from what it writes itself, each answer against the others to its prompt, so that no "
+        "second model has to learn what an answer is worth. A prompt whose answers are all worth the same teaches "
+        "nothing.",
+        source=SHAO,
+        when=lambda situation, _: situation.rows_hold == "prompts",
+        gives=gives("grpo"),
+    ),
+    Rule(
         name="answers-are-supervised",
         decides="objective",
         says="Rows with right answers: supervised fine-tuning; preferences come after it, if at all.",
@@ -154,6 +166,15 @@ PREFERENCE_RULES: tuple[Rule, ...] = (
         source=f"{HONG}; {HANDBOOK}",
         when=_is("orpo"),
         gives=_rate(5e-5, 5e-6),
+    ),
+    Rule(
+        name="rate-of-graded-answers",
+        decides="learning_rate",
+        says="GRPO: 1e-6 for all weights, 1e-5 for adapters.",
+        why="DeepSeekMath's rate, and ten times that for LoRA.",
+        source=f"{SHAO}; {SCHULMAN}",
+        when=_is("grpo"),
+        gives=_rate(1e-5, 1e-6),
     ),
     Rule(
         name="rate-of-preferences",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 if TYPE_CHECKING:
     from distft.model.adapters import MethodSpec
 
 Goal: TypeAlias = Literal["format", "style", "task", "skill", "facts", "domain", "preference", "reward"]
-RowsHold: TypeAlias = Literal["answers", "pairs", "labels"]
+RowsHold: TypeAlias = Literal["answers", "pairs", "labels", "prompts"]
+AdvisedMethod: TypeAlias = Literal["full", "lora", "qlora"]
+"""A method that rules speak of."""
+ADVISED: tuple[AdvisedMethod, ...] = get_args(AdvisedMethod)
 GOALS: dict[str, str] = {
     "format": "answers in a fixed form: JSON, fields, a template",
     "style": "a tone or a voice",
@@ -40,9 +43,12 @@ class Situation:
     typical_chars: int | None = None
     """Characters of the median training row."""
     rows_hold: RowsHold = "answers"
-    """Right answers, pairs of a chosen and a rejected one, or single answers labelled as good or bad."""
+    """Right answers, pairs of a chosen and a rejected one, single answers labelled as good or bad, or prompts alone,
+    whose answers a grader judges."""
     pretrained: bool = False
     """The model has had no supervised fine-tuning."""
+    method: AdvisedMethod | None = None
+    """A method that was chosen already; None: it is advised."""
     longer: float | None = None
     """Share of pairs whose chosen answer has more characters; None: not examined."""
 

@@ -61,6 +61,10 @@ class Policy(Protocol):
         """Return the cross-entropy summed over the supervised tokens, by the fastest way there is."""
         ...
 
+    def measuring(self) -> Policy:
+        """Return the policy of an evaluation: `loss_sum` has the share of labels that are the likeliest token too."""
+        ...
+
     def token_logprobs(self, batch: Batch) -> Tensor:
         """Return fp32 [S], the log-probability of every label, in order; never [tokens, vocabulary] at once."""
         ...

@@ -39,6 +39,7 @@ def held_out_loss(
     Returns:
         None when some rank's `stop` said so before the end.
     """
+    objective = objective.measuring()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     figures: dict[str, Tensor] = {}
     groups: list[tuple[Batch, Mapping[str, Tensor]]] = []

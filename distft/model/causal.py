@@ -26,6 +26,7 @@ from distft.model.head import Observation
 from distft.model.load_balancing import RouterLoss
 from distft.model.logit_rule import LogitRule
 from distft.model.paths import ForwardPath
+from distft.model.token_accuracy import Counted, as_parts
 
 
 class CausalLM(nn.Module):
@@ -101,6 +102,7 @@ class CausalLM(nn.Module):
 
         Under the path `own` the head is the model's own affair, and nothing changes.
         """
+        self.head_loss = loss
         if self.path.head == "own":
             return
         head = self.head
@@ -138,12 +140,14 @@ class CausalLM(nn.Module):
         per_token: bool = False,
         values: bool = False,
         loss: HeadLoss | None = None,
+        accuracy: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
         """Return the loss of every supervised token, in order: fp32 [S], or [1] with their sum.
 
         Arguments are `Batch.inputs()`. `per_token`: [S] whatever that loss gives. `values`, with `per_token`: [2, S],
         the losses and the values of the positions before the labels. `loss`: what the head gives instead of the
-        model's own loss; where the head is the model's own affair, it has to follow from logits.
+        model's own loss; where the head is the model's own affair, it has to follow from logits. `accuracy`, in an
+        evaluation: [n, 2], the parts of the loss and how many labels of each are the likeliest token.
 
         A micro-batch that supervises nothing returns a zero that depends on every parameter, because ranks must
         run the same collectives. With a router loss: (losses, router loss [1]), to be added; in
@@ -162,12 +166,22 @@ class CausalLM(nn.Module):
         labels_S = labels_T[at_S].clamp(min=0) if nothing else labels_T[at_S]
         if self.path.head == "own":
             output = self._own_forward(input_ids_T[None], inputs, at_S)
-            losses = _of_logits(loss or AtTemperature(), output.logits[0].float(), labels_S)
+            logits_SV = output.logits[0].float()
+            losses = (
+                as_parts(judged(logits_SV, labels_S))
+                if accuracy
+                else _of_logits(loss or AtTemperature(), logits_SV, labels_S)
+            )
         else:
             output = self.trunk(input_ids=input_ids_T[None], use_cache=False, **_taken(self.trunk, inputs))
             chosen = loss or (chunked_loss if per_token else None)
+            plain = isinstance(self.head, nn.Linear)
+            if accuracy:  # of a head under an adapter losses are made of a chunk's logits anyway
+                chosen = Counted(self.head_loss) if plain else likelihoods
             hidden_SE = output.last_hidden_state[0][at_S]
             losses = self.head(hidden_SE, labels_S, *(() if chosen is None else (chosen,)))
+            if accuracy and not plain:
+                losses = as_parts(losses)
             if values:
                 assert self.value_head is not None
                 if self.critic is not None:

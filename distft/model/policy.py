@@ -5,7 +5,7 @@ Shape letters: T tokens of one micro-batch, S of them supervised, D documents, V
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,22 +25,30 @@ class ModelPolicy:
     """What its log-probabilities of tokens are at: that of the draws, where answers are the model's own."""
     teacher: TeacherHead | None = None
     """Of a student and of its teacher, the same: where the teacher's forward leaves its head."""
+    measures: bool = False
+    """Whether `loss_sum` also counts the labels that are the likeliest token, which only evaluations ask."""
+
+    def measuring(self) -> ModelPolicy:
+        """Return the policy of an evaluation, whose `loss_sum` has the figure `token_accuracy`."""
+        return replace(self, measures=True)
 
     def loss_sum(self, batch: Batch) -> LossTerms:
         """Return the cross-entropy summed over the supervised tokens, with a router's loss and a method's penalty.
 
         The figures `router_loss` and `penalty` are their parts of the loss, per supervised token.
         """
-        output: Tensor | tuple[Tensor, ...] = self.model(**batch.inputs())
-        if not isinstance(output, tuple):
-            return LossTerms(loss_sum=output.sum())
-        losses, *added = output
-        names = ("router_loss",) if len(added) == 1 else ("router_loss", "penalty")
+        asked = {"accuracy": True} if self.measures else {}
+        output: Tensor | tuple[Tensor, ...] = self.model(**batch.inputs(), **asked)
+        losses, *added = output if isinstance(output, tuple) else (output,)
+        names = ("router_loss", "penalty")[: len(added)]
         figures = {name: (part.sum(), batch.num_supervised) for name, part in zip(names, added, strict=True)}
+        if self.measures:
+            figures["token_accuracy"] = (losses[:, 1].sum(), batch.num_supervised)
+            losses = losses[:, 0].contiguous()  # the sum of a column may have another order
         total = losses.sum()
         for part in added:
             total = total + part.sum()
-        return LossTerms.of(total, figures)
+        return LossTerms.of(total, figures) if figures else LossTerms(loss_sum=total)
 
     def token_logprobs(self, batch: Batch) -> Tensor:
         """Return fp32 [S], the log-probability of every label at the policy's temperature, in order.

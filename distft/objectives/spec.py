@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -81,6 +81,10 @@ class Objective:
     columns: BatchColumns = NO_COLUMNS
     reference: Callable[[Batch], Tensor] | None = None
     """Micro-batch on the device -> [S], the reference's log-probabilities, for objectives that have one."""
+
+    def measuring(self) -> Objective:
+        """Return the objective of an evaluation, which counts what training has no use for."""
+        return replace(self, policy=self.policy.measuring())
 
     def fill(self, micros: list[Batch]) -> list[Batch]:
         """Collective, once a step: return the micro-batches with the columns that the objective reads."""

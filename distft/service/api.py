@@ -13,6 +13,7 @@ import anyio.to_thread
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from starlette.exceptions import HTTPException
 
@@ -90,9 +91,11 @@ def caller_of(request: Request) -> Caller:
     Raises:
         ApiError: status 400, naming the parameter.
     """
-    known = {
-        parameter.alias for parameter in request.scope["route"].dependant.query_params
-    }  # codespell:ignore dependant
+    known: set[str] = set()
+    for parameter in request.scope["route"].dependant.query_params:  # codespell:ignore dependant
+        kind = parameter.field_info.annotation
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else (parameter.alias,)
+        known.update(fields)
     for name in request.query_params:
         if name not in known and not (_METADATA.fullmatch(name) and "metadata" in known):
             raise ApiError(400, f"Unknown query parameter: '{name[:100]}'.", param=name[:100], code="unknown_parameter")

@@ -57,13 +57,23 @@ class JobDraft:
     changed_at: int
     job_id: str | None
 
+    def refuse_missing_grader(self) -> None:
+        """Refuse a draft of the method reinforcement that nobody has given a grader yet.
+
+        Raises:
+            ApiError: status 400.
+        """
+        if self.content["method"] == "reinforcement" and not self.content.get("grader"):
+            raise ApiError(400, "Choose a grader first: what an answer is worth.", param="grader", code="no_grader")
+
     @property
     def request(self) -> dict[str, Any]:
         """What the API would be asked for, as JSON."""
         kind = self.content["method"]
         asked = {name: self.content.get(name) for name in ("training_file", "validation_file", "model", "suffix")}
         asked |= {name: self.content.get(name) for name in ("seed", "priority", "recipe")}
-        asked["method"] = {"type": kind, kind: {"hyperparameters": self.content.get("hyperparameters") or {}}}
+        grader = {"grader": self.content.get("grader")} if kind == "reinforcement" else {}
+        asked["method"] = {"type": kind, kind: {"hyperparameters": self.content.get("hyperparameters") or {}, **grader}}
         return {name: value for name, value in asked.items() if value not in (None, "")}
 
 
@@ -145,6 +155,7 @@ class DraftService:
         draft = self.retrieve(caller, draft_id)
         if draft.job_id is not None:
             return self._jobs.retrieve(caller, draft.job_id)
+        draft.refuse_missing_grader()
         request = JobRequest.model_validate_json(json.dumps(draft.request))
         job = self._jobs.create(caller, request, Once(project_id=caller.project_id, key=draft_id))
         with self._database.writing() as session:
@@ -160,6 +171,7 @@ class DraftService:
         """
         if not draft.content.get("training_file"):
             return None
+        draft.refuse_missing_grader()
         request = JobRequest.model_validate_json(json.dumps(draft.request))
         base = self._jobs.base_of(request)
         method, _ = method_of(request, base)

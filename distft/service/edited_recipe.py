@@ -16,7 +16,11 @@ from distft.service.job_folder import JobFolder
 
 FREE_TABLES = ("method", "optim", "schedule", "train", "objective", "guard", "best")
 """Tables whose numbers and switches may be changed."""
-FREE_KEYS = ("checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "data.max_length", "data.packing", "seed")
+FREE_KEYS = (
+    "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "data.max_length", "data.packing", "seed",
+    "rollout.answers_per_prompt", "rollout.max_new_tokens", "rollout.temperature", "rollout.top_p", "rollout.updates",
+    "rollout.refill", "rollout.mask_truncated",
+)  # fmt: skip
 FREE_NAMES = ("method.name", "method.target_modules", "optim.name", "schedule.name")
 """Keys whose texts may be changed: none of them names a file, a model or a program."""
 SOURCE = "recipe.toml"

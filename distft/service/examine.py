@@ -46,6 +46,8 @@ class CheckedJob:
     changed: list[str]
     """Keys of the recipe that somebody has edited."""
     num_rows: int
+    method: str
+    """Name of the recipe's method: full, lora and others."""
     report: CheckReport
 
 
@@ -136,7 +138,9 @@ def check_job(folder: JobFolder, *, samples: int) -> CheckedJob:
             values["n_epochs"] = recipe.train.epochs
         values["batch_size"] = recipe.train.global_batch_size
     report = run_check(recipe, samples=samples)
-    return CheckedJob(values=values, changed=changed, num_rows=scans["train"].num_rows, report=report)
+    return CheckedJob(
+        values=values, changed=changed, num_rows=scans["train"].num_rows, method=recipe.method.name, report=report
+    )
 
 
 def plan_job(folder: JobFolder) -> PlannedJob:

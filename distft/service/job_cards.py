@@ -18,6 +18,10 @@ class JobCard:
     status: str
     wish: str
     """run | pause | cancel: what was last asked of it."""
+    where: str | None
+    """Where a live run stands with what runs it, in words; None: there is nothing to say."""
+    is_waiting: bool
+    """Whether the run is in the queue of what runs it."""
     priority: int
     step: int
     num_steps: int | None
@@ -56,8 +60,10 @@ class JobCard:
 
 def card_of(row: JobRow) -> JobCard:
     """Return a job's card."""
+    state = row.runner_state if row.status == "running" and row.runner_state else {}
     return JobCard(
         id=row.id, model=row.model, suffix=row.suffix, status=row.status, wish=row.wish, priority=row.priority,
+        where=state.get("words"), is_waiting=state.get("waits", False),
         step=row.step, num_steps=row.num_steps, attempt=row.attempt, created_at=row.created_at,
         started_at=row.started_at, finished_at=row.finished_at, estimated_finish=row.estimated_finish,
         method=row.method["type"], hyperparameters=row.hyperparameters, training_file=row.training_file,

@@ -11,7 +11,7 @@ import sys
 from distft.core import host
 from distft.service.background import start_behind
 from distft.service.job_folder import JobFolder
-from distft.service.runner import RunnerSpec
+from distft.service.runner import RunnerSpec, RunnerState
 from distft.service.settings import ServedBase, ServiceSettings
 
 
@@ -38,6 +38,10 @@ class LocalRunner:
         if child is not None:
             del self._started[folder.job_id]
         return folder.is_alive()
+
+    def state(self, folder: JobFolder, name: str | None) -> RunnerState | None:
+        """Return None: a process that lives runs."""
+        return None
 
     def release(self, folder: JobFolder, name: str | None) -> None:
         """Do nothing: a process that has stopped stays so."""

@@ -6,12 +6,14 @@ far is in the folder's `preview.json`, so that a page shows the rows while the p
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.advise.situation import ADVISED, Goal, RowsHold, Situation
 from distft.core.errors import DistftError, RecipeError
 from distft.core.files import replace_json
 from distft.core.log import quiet_libraries
@@ -29,6 +31,12 @@ SAMPLES = 3
 """Rows of each file that are shown."""
 _LONGEST = 6000
 """Characters of a row that are shown."""
+_HOLD: dict[str, tuple[RowsHold, Goal]] = {
+    "supervised": ("answers", "task"),
+    "dpo": ("pairs", "preference"),
+    "reinforcement": ("prompts", "task"),
+}
+"""Method of a job -> what its rows hold, and the goal that is taken where none was said."""
 
 
 def main(argv: list[str]) -> int:
@@ -147,28 +155,27 @@ def _case(case: PlanCase, num_steps: int, price: float | None) -> dict[str, Any]
 
 
 def _advice(folder: JobFolder, checked: CheckedJob) -> list[dict[str, str]]:
-    """Return what `distft advise` says of such rows, with its reasons."""
-    from distft.advise.advice import Names, advise
-    from distft.advise.situation import Situation
+    """Return what `distft advise` says of such rows and of the method that trains them, with its reasons."""
+    from distft.advise.advice import decisions
 
     request = folder.request()
-    is_pairs = request["method"]["type"] == "dpo"
+    rows_hold, goal = _HOLD[request["method"]["type"]]
     rows = checked.report.care.splits["train"]
-    prompts = 2 if is_pairs else 1
+    prompts = 2 if rows_hold == "pairs" else 1
 
     def chars(percentile: str) -> int | None:
         return prompts * rows.prompt_chars[percentile] + rows.answer_chars[percentile] if rows.num_rows else None
 
     situation = Situation(
-        goal=request.get("goal") or ("preference" if is_pairs else "task"),
+        goal=request.get("goal") or goal,
         rows=checked.num_rows,
         parameters=checked.report.parameters[1] if checked.report.parameters else None,
+        world=math.prod(request["layout"]),
         longest_chars=chars("max"),
         typical_chars=chars("p50"),
-        rows_hold="pairs" if is_pairs else "answers",
+        rows_hold=rows_hold,
+        method=next((name for name in ADVISED if name == checked.method), None),
     )
-    names = Names(name="draft", model="model", train="train.jsonl", train_format="messages", held_out=None)
-    advice = advise(situation, names, folder=None, machine=None)
     return [
         {
             "what": decision.rule.decides,
@@ -177,7 +184,7 @@ def _advice(folder: JobFolder, checked: CheckedJob) -> list[dict[str, str]]:
             "why": decision.rule.why,
             "rule": decision.rule.name,
         }
-        for decision in advice.decided
+        for decision in decisions(situation)
         if decision.rule.decides != "methods"
     ]
 

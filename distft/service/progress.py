@@ -20,6 +20,11 @@ from distft.service.tables import CheckpointRow, JobRow, new_id
 RECENT_S = 30.0
 REWARD, HELD_OUT_REWARD = "reward_total", "validation.grade"
 """Figures of jobs of the method reinforcement in metrics.jsonl."""
+ACCURACY = "eval_token_accuracy"
+_OF_CHECKPOINTS = (
+    ("loss", "train_loss"), ("eval_loss", "full_valid_loss"), (ACCURACY, "full_valid_mean_token_accuracy")
+)  # fmt: skip
+"""(key of metrics.jsonl, OpenAI's name of it)."""
 _SHOWN = ("grad_norm", "tokens_per_s", "reward_margin", "reward_accuracy", "answer_tokens", "unscored_answers")
 MOST_AT_ONCE = 500
 """Records that become events in one transaction."""
@@ -104,6 +109,8 @@ def _add_evaluation(session: Session, row: JobRow, step: int, record: dict[str, 
     value = record[key]
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
     data = {"step": step, name: value, "tokens": record.get("eval_tokens")}
+    if isinstance(accuracy := record.get(ACCURACY), float):
+        data["full_valid_mean_token_accuracy"] = accuracy
     message = f"Step {step}: {what}={text}"
     # a run that was started again may make an evaluation again
     known = session.scalars(select_event(row, message)).first()
@@ -155,7 +162,7 @@ def _metrics_at(folder: JobFolder, step: int) -> dict[str, float]:
     metrics: dict[str, float] = {"step": float(step)}
     for record in all_records(folder):
         if record.get("step") == step:
-            for key, name in (("loss", "train_loss"), ("eval_loss", "full_valid_loss")):
+            for key, name in _OF_CHECKPOINTS:
                 if isinstance(record.get(key), float):
                     metrics[name] = record[key]
     return metrics
@@ -183,6 +190,8 @@ def result_csv(folder: JobFolder) -> bytes:
             values["train_loss"] = record["loss"]
         if "eval_loss" in record:
             values["valid_loss"] = record["eval_loss"]
+        if ACCURACY in record:
+            values["valid_mean_token_accuracy"] = record[ACCURACY]
         if "reward_accuracy" in record:
             values["train_accuracy"] = record["reward_accuracy"]
         for key, name in ((REWARD, "train_reward_mean"), (HELD_OUT_REWARD, "valid_reward_mean")):

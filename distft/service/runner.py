@@ -11,6 +11,22 @@ from distft.service.job_folder import JobFolder
 from distft.service.settings import ServedBase, ServiceSettings
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunnerState:
+    """Where a live run stands with what runs it, in words."""
+
+    key: str
+    """Another key is another state, which is an event of the job."""
+    waits: bool
+    """Whether it is in a queue of the runner's, and no process of it runs."""
+    words: str
+    """For the job's page, while it is so."""
+    event: str
+    """What has happened, as an event's message."""
+    is_setback: bool = False
+    """Whether the run lost what it ran on."""
+
+
 class JobRunner(Protocol):
     """Starts runs, and knows whether they live. Nothing it knows is lost with the server."""
 
@@ -24,6 +40,10 @@ class JobRunner(Protocol):
 
     def is_alive(self, folder: JobFolder, name: str | None) -> bool:
         """Return whether the last start may still do something."""
+        ...
+
+    def state(self, folder: JobFolder, name: str | None) -> RunnerState | None:
+        """Return where a live run stands, as `is_alive` has just seen it; None: there is nothing to say."""
         ...
 
     def release(self, folder: JobFolder, name: str | None) -> None:

@@ -4,18 +4,58 @@ from __future__ import annotations
 
 import subprocess
 import time
+from dataclasses import dataclass
 
 from distft.cluster.script import SlurmRequest, render
 from distft.cluster.site import Site, read_site
 from distft.core.errors import MachineError
 from distft.service.job_folder import JobFolder
-from distft.service.runner import RunnerSpec
+from distft.service.runner import RunnerSpec, RunnerState
 from distft.service.settings import ServedBase, ServiceSettings
 from distft.submit import submit
 
 LOOKS_S = 5.0
 """Between two questions to Slurm's controller, whatever the number of jobs."""
 ASK_S = 30.0
+_COLUMNS = ("Name:80", "JobID:24", "State:24", "RestartCnt:12", "PreemptTime:24", "NodeList:256", "Reason:128")
+_WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "STOPPED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueuedJob:
+    """A batch job as squeue shows it."""
+
+    number: str
+    state: str = "PENDING"
+    restarts: int = 0
+    is_preempted: bool = False
+    """Whether a more important job has taken its nodes, and it has a while to save."""
+    nodes: str = ""
+    reason: str = ""
+    """Why it waits, in Slurm's word."""
+
+    def told(self) -> RunnerState:
+        """Return what people are told of it."""
+        job, waits = f"job {self.number}", self.state in _WAITS
+        if waits:
+            phase, reason = "waits", f": {self.reason}" if self.reason not in ("", "None") else ""
+            words = f"{'back in the queue of' if self.restarts else 'queued in'} Slurm as {job}{reason}"
+            event = f"Queued in Slurm as {job}."
+            if self.restarts:
+                event = f"Slurm put {job} back into its queue; it goes on from its last checkpoint."
+        elif self.is_preempted:
+            phase, words = "preempted", f"preempted: Slurm takes the nodes of {job}, which saves"
+            event = (
+                f"Preempted: Slurm takes the nodes of {job} for another one. It saves, and waits in the queue again."
+            )
+        else:
+            phase, again = "runs", f", restart {self.restarts}" if self.restarts else ""
+            words = f"Slurm runs {job} on {self.nodes or 'its nodes'}{again}"
+            event = f"Slurm {'restarted' if again else 'started'} {job} on {self.nodes or 'its nodes'}{again}."
+        return RunnerState(
+            key=f"{self.number} {self.restarts} {phase}", waits=waits, words=words, event=event,
+            is_setback=phase == "preempted" or (waits and self.restarts > 0),
+        )  # fmt: skip
 
 
 class SlurmRunner:
@@ -23,7 +63,7 @@ class SlurmRunner:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._site = Site() if settings.site is None else read_site(settings.site)
-        self._names: set[str] = set()
+        self._queue: dict[str, QueuedJob] = {}
         self._asked = -LOOKS_S
 
     def start(self, folder: JobFolder, base: ServedBase, attempt: int) -> str | None:
@@ -42,7 +82,7 @@ class SlurmRunner:
             partition=None, output_dir=folder.path,
         )  # fmt: skip
         name = submit(render(self._site, wanted, [str(folder.recipe)]))
-        self._names.add(folder.job_id)
+        self._queue[folder.job_id] = QueuedJob(number=name)
         return name
 
     def is_alive(self, folder: JobFolder, name: str | None) -> bool:
@@ -52,9 +92,16 @@ class SlurmRunner:
             MachineError: Slurm does not answer: it is not known.
         """
         if time.monotonic() - self._asked >= LOOKS_S:
-            self._names = set(_slurm("squeue", "--me", "--noheader", "--format=%j").split())
+            columns = ",".join(f"{column}|" for column in _COLUMNS)
+            lines = _slurm("squeue", "--me", "--noheader", f"--Format={columns}").splitlines()
+            self._queue = dict(map(_queued, filter(None, lines)))
             self._asked = time.monotonic()
-        return folder.job_id in self._names
+        return folder.job_id in self._queue
+
+    def state(self, folder: JobFolder, name: str | None) -> RunnerState | None:
+        """Return what Slurm last said of the batch job of this name."""
+        job = self._queue.get(folder.job_id)
+        return None if job is None else job.told()
 
     def release(self, folder: JobFolder, name: str | None) -> None:
         """Take a run that has saved and stopped out of the queue, which would start it again."""
@@ -74,6 +121,22 @@ def _slurm(*command: str) -> str:
     if done.returncode:
         raise MachineError(f"{command[0]}: {done.stderr.strip() or f'status {done.returncode}'}")
     return done.stdout
+
+
+def _queued(line: str) -> tuple[str, QueuedJob]:
+    """Return (name, job) of a line of squeue.
+
+    Raises:
+        MachineError: this squeue writes another form; nothing is known of any job then.
+    """
+    cells = [cell.strip() for cell in line.split("|")]
+    if len(cells) <= len(_COLUMNS) - 1 or not cells[3].isdecimal():
+        raise MachineError(f"squeue: no line of {', '.join(_COLUMNS)}: {line[:200]!r}")
+    name, number, state, restarts, preempted, nodes, reason = cells[: len(_COLUMNS)]
+    return name, QueuedJob(
+        number=number, state=state, restarts=int(restarts), nodes=nodes, reason=reason,
+        is_preempted=preempted.upper() not in ("", "N/A", "NONE", "UNKNOWN", "0"),
+    )  # fmt: skip
 
 
 def _layout(base: ServedBase) -> tuple[int, int]:

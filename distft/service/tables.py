@@ -128,6 +128,8 @@ class JobRow(ServiceTable):
     stopping_since: Mapped[int | None] = mapped_column(BigInteger)
     runner_job: Mapped[str | None] = mapped_column(String(64))
     """What the runner calls it, such as a Slurm job's number."""
+    runner_state: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Where a live run stands with its runner: key, waits, words. None: nothing is to be said."""
     lost: Mapped[int] = mapped_column(Integer, default=0)
     """Attempts in a row that vanished without having got further."""
     lost_step: Mapped[int] = mapped_column(Integer, default=-1)

@@ -25,7 +25,7 @@ from distft.service.files import MIB, RESULTS, FileService
 from distft.service.job_folder import JobFolder
 from distft.service.jobs import JobService, add_event
 from distft.service.progress import read_progress, result_csv, trained_tokens
-from distft.service.runner import JobRunner
+from distft.service.runner import JobRunner, RunnerState
 from distft.service.settings import ServiceSettings
 from distft.service.tables import JobRow
 from distft.service.uploads import UploadService
@@ -181,7 +181,9 @@ class Worker:
             return
         if name is not None:
             with self._database.writing() as session:
-                session.get_one(JobRow, job_id, with_for_update=True).runner_job = name
+                row = session.get_one(JobRow, job_id, with_for_update=True)
+                row.runner_job = name
+                _take_state(session, row, self._runner.state(folder, name))
 
     # Following.
 
@@ -201,8 +203,10 @@ class Worker:
         elif row.wish == "run" and folder.stop_file.exists():
             folder.let_run()
         alive = self._runner.is_alive(folder, row.runner_job)  # before reading: what it writes last is read below
+        state = self._runner.state(folder, row.runner_job) if alive else None
         with self._database.writing() as session:
             row = session.get_one(JobRow, job_id, with_for_update=True)
+            _take_state(session, row, state)
             while read_progress(session, row, folder):
                 pass
             if not alive:
@@ -306,3 +310,14 @@ class Worker:
         """Return the number of jobs in each state."""
         with self._database.reading() as session:
             return dict(session.execute(select(JobRow.status, func.count()).group_by(JobRow.status)).tuples().all())
+
+
+def _take_state(session: Session, row: JobRow, state: RunnerState | None) -> None:
+    """Keep where a run stands with its runner for the pages; another state than before is an event."""
+    told = None if state is None else {"key": state.key, "waits": state.waits, "words": state.words}
+    before = row.runner_state
+    if told == before:
+        return
+    row.runner_state = told
+    if state is not None and state.key != (before or {}).get("key"):
+        add_event(session, row, state.event, level="warn" if state.is_setback else "info")

@@ -20,7 +20,7 @@ from distft.service import auth, worker
 from distft.service.app import create_app
 from distft.service.database import ServiceDatabase
 from distft.service.job_folder import JobFolder
-from distft.service.runner import RunnerSpec
+from distft.service.runner import RunnerSpec, RunnerState
 from distft.service.runners import RUNNERS
 from distft.service.settings import ServedBase, ServiceLimits, ServiceSettings
 
@@ -57,6 +57,7 @@ class ScriptedRunner:
 
     def __init__(self) -> None:
         self.alive: set[str] = set()
+        self.states: dict[str, RunnerState] = {}
         self.starts: list[str] = []
         self.ends_at_once = True
         self.most_alive = 0
@@ -75,6 +76,9 @@ class ScriptedRunner:
 
     def is_alive(self, folder: JobFolder, name: str | None) -> bool:
         return folder.job_id in self.alive
+
+    def state(self, folder: JobFolder, name: str | None) -> RunnerState | None:
+        return self.states.get(folder.job_id)
 
     def release(self, folder: JobFolder, name: str | None) -> None:
         """It stays as it is."""

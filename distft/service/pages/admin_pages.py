@@ -68,7 +68,9 @@ def delete_webhook(parts: Parts, caller: By, webhook_id: str) -> Response:
 
 
 @audit.get("/audit")
-def list_audit(request: Request, parts: Parts, caller: By, after: Annotated[int, Query(ge=0)] = 0) -> Response:
+def list_audit(
+    request: Request, parts: Parts, caller: By, after: Annotated[int, Query(ge=0, lt=2**63)] = 0
+) -> Response:
     """Show who changed what, oldest first."""
     log = routes_admin.list_audit(parts, caller, after=after, limit=100)
     names = {key["id"]: key["name"] for key in _keys(parts, caller, caller.project_id)}

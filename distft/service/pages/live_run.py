@@ -58,7 +58,7 @@ def _answers(run: RunRecord) -> Iterator[SampleAnswer]:
     """Yield the newest answers: of evaluation sets, or those that the model was rewarded for."""
     newest = max((run.folder / "rollouts").glob("step-*.jsonl"), default=None)
     if newest is not None:
-        yield from _shown(newest, f"{newest.stem.replace('-0', ' ').replace('-', ' ')}, reward ")
+        yield from _shown(newest, f"step {int(newest.stem.removeprefix('step-'))}, reward ")
         return
     for result in run.results[:1]:
         for label in dict.fromkeys((result.label if result.tuned else "before", "before")):

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from fastapi.responses import Response
-from pydantic import ValidationError
 
 from distft.advise.situation import GOALS
 from distft.core.accelerators import GIB
 from distft.service.api import By, Parts, ServiceParts
 from distft.service.auth import Caller
-from distft.service.drafts import JobDraft
 from distft.service.errors import ApiError
 from distft.service.idempotency import Once
+from distft.service.pages.draft_form import (
+    GRADERS,
+    METHODS,
+    OPERATIONS,
+    SETTINGS,
+    SIMILARITIES,
+    ModelForm,
+    shown_grader,
+)
 from distft.service.pages.web import go, page
-from distft.service.wire import JobRequest
 
 router = APIRouter()
 STEPS = (("", "Data"), ("/model", "Model and method"), ("/recipe", "Recipe"), ("/start", "Start"))
-FIELDS = (
-    ("n_epochs", "Epochs", "epochs", "How often every row is seen; 1 to 50."),
-    ("batch_size", "Rows in a step", "global_batch_size", "1 to 256."),
-    (
-        "learning_rate_multiplier",
-        "Learning rate, times",
-        "learning_rate",
-        "Of the model's own learning rate; 1 keeps it.",
-    ),
-    ("beta", "Beta", "beta", "Of dpo: how far the model may go from where it starts; up to 2."),
-)
-"""(hyper-parameter, what people read, what `advise` calls it, what it takes)."""
 Upload = Annotated[UploadFile | None, File()]
 
 
@@ -78,23 +71,34 @@ def start_page(request: Request, parts: Parts, caller: By, draft_id: str) -> Res
     return _show(request, parts, caller, draft_id, "draft_start.html", "/start")
 
 
+@router.post("/new/{draft_id}/model")
+def change_model(
+    request: Request, parts: Parts, caller: By, draft_id: str, form: Annotated[ModelForm, Form()]
+) -> Response:
+    """Change model, method and settings of a draft."""
+    caller.require("member")
+    draft = parts.drafts.retrieve(caller, draft_id)
+    try:
+        changes = form.changes(parts.jobs, draft)
+    except ApiError as error:
+        wrong = {"param": error.param or "", "message": error.message}
+        return _show(
+            request, parts, caller, draft_id, "draft_model.html", "/model", typed=form.model_dump(), wrong=wrong,
+            code=error.status,
+        )  # fmt: skip
+    parts.drafts.change(caller, draft_id, changes)
+    return go(f"/new/{draft_id}/model")
+
+
 @router.post("/new/{draft_id}/{which}")
 def change_draft(
     request: Request,
     parts: Parts,
     caller: By,
     draft_id: str,
-    which: Literal["training", "validation", "model", "recipe", "start", "delete"],
+    which: Literal["training", "validation", "recipe", "start", "delete"],
     file: Upload = None,
     file_id: Annotated[str | None, Form(max_length=64)] = None,
-    model: Annotated[str, Form(max_length=64)] = "",
-    method: Annotated[Literal["supervised", "dpo", "reinforcement", ""], Form()] = "",
-    goal: Annotated[str, Form(max_length=32)] = "",
-    suffix: Annotated[str, Form(max_length=64)] = "",
-    n_epochs: Annotated[str, Form(max_length=32)] = "auto",
-    batch_size: Annotated[str, Form(max_length=32)] = "auto",
-    learning_rate_multiplier: Annotated[str, Form(max_length=32)] = "auto",
-    beta: Annotated[str, Form(max_length=32)] = "auto",
     recipe: Annotated[str, Form(max_length=65536)] = "",
     priority: Annotated[int, Form(ge=-100, le=100)] = 0,
 ) -> Response:
@@ -116,24 +120,6 @@ def change_draft(
         case "recipe":
             parts.drafts.change(caller, draft_id, {"recipe": recipe.replace("\r\n", "\n") or None})
             return go(f"{path}/recipe")
-        case "model":
-            given = {
-                "n_epochs": n_epochs, "batch_size": batch_size, "learning_rate_multiplier": learning_rate_multiplier,
-                **({"beta": beta} if method == "dpo" else {}),
-            }  # fmt: skip
-            asked = {"model": model, "method": method or "supervised", "goal": goal, "suffix": suffix}
-            try:
-                values = {name: _number(name, text) for name, text in given.items()}
-                changes = {**asked, "hyperparameters": {key: value for key, value in values.items() if value != "auto"}}
-                _refuse_what_no_job_can_ask(parts, draft, changes)
-            except ApiError as error:
-                wrong = {"param": error.param or "", "message": error.message}
-                return _show(
-                    request, parts, caller, draft_id, "draft_model.html", "/model", typed={**asked, **given},
-                    wrong=wrong, code=error.status,
-                )  # fmt: skip
-            parts.drafts.change(caller, draft_id, changes)
-            return go(f"{path}/model")
 
 
 def _file(parts: ServiceParts, caller: Caller, file: UploadFile | None, file_id: str | None) -> str | None:
@@ -144,32 +130,6 @@ def _file(parts: ServiceParts, caller: Caller, file: UploadFile | None, file_id:
     return parts.files.create(
         caller, file.file, filename=file.filename, purpose="fine-tune", expires_s=None, once=once
     ).id
-
-
-def _number(name: str, text: str) -> int | float | str:
-    try:
-        return "auto" if text.strip() in ("", "auto") else int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise ApiError(400, f"'{text}' is no number: write one, or auto.", param=name, code="invalid_value") from None
-
-
-def _refuse_what_no_job_can_ask(parts: ServiceParts, draft: JobDraft, changes: dict[str, Any]) -> None:
-    """Raise what the API would say of a job like this; a file that is still missing is no mistake yet."""
-    request = JobDraft(id=draft.id, content={**draft.content, **changes}, changed_at=0, job_id=None).request
-    request["training_file"] = request.get("training_file") or "file-none"
-    try:
-        asked = JobRequest.model_validate_json(json.dumps(request | {"recipe": None}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        param = next(
-            (str(step) for step in first["loc"] if step in {name for name, *_ in FIELDS}), str(first["loc"][0])
-        )
-        raise ApiError(400, f"{first['msg']}.", param=param, code="invalid_value") from None
-    parts.jobs.refuse_unserved(asked)
 
 
 def _show(
@@ -190,13 +150,16 @@ def _show(
         for which in ("training_file", "validation_file")
         if refusal is None and (file_id := content.get(which))
     }
-    chosen = {name: str((content.get("hyperparameters") or {}).get(name, "auto")) for name, *_ in FIELDS}
+    hyperparameters = content.get("hyperparameters") or {}
+    chosen = {field.name: str(hyperparameters.get(field.name, "auto")) for field in SETTINGS}
+    chosen |= shown_grader(content.get("grader"))
     chosen |= {name: str(content.get(name) or "") for name in ("model", "method", "goal", "suffix")}
     advice = {entry["what"]: entry for entry in (found or {}).get("advice", ())}
     files = parts.files.page(caller, purpose="fine-tune", order="desc", after=None, limit=50).data
     return page(
         request, template, code=code, draft=draft, found=found, refusal=refusal, named=named, files=files,
-        steps=[(f"/new/{draft.id}{path}", title, path == step) for path, title in STEPS], goals=GOALS, fields=FIELDS,
+        steps=[(f"/new/{draft.id}{path}", title, path == step) for path, title in STEPS], goals=GOALS,
+        settings=SETTINGS, methods=METHODS, graders=GRADERS, operations=OPERATIONS, similarities=SIMILARITIES,
         models={name: base for name, base in parts.settings.models.items() if base.methods}, advice=advice,
         chosen=chosen | (typed or {}), wrong=wrong, bar=_bar(found), gib_bytes=GIB,
     )  # fmt: skip

@@ -2,104 +2,118 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from distft.service.api import By, Parts, ServiceParts
 from distft.service.auth import Caller
-from distft.service.errors import ApiError
-from distft.service.pages.web import page, read
+from distft.service.errors import ApiError, refuse
+from distft.service.pages.web import page
 from distft.service.wire_answers import ChatRequest
 
 router = APIRouter()
-DEFAULTS = {"a": "", "b": "", "prompt": "", "system": "", "seed": "7", "temperature": "0", "max_tokens": "128"}
-Text = Annotated[str, Query(max_length=20_000)]
-Short = Annotated[str, Query(max_length=300)]
+Text = Annotated[str, StringConstraints(max_length=20_000)]
+Name = Annotated[str, StringConstraints(max_length=300)]
+Number = Annotated[str, StringConstraints(max_length=32)]
+
+
+class PlaygroundForm(BaseModel):
+    """What the form asks, as it was typed; also in the address, so that a link says what was asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    a: Name = ""
+    b: Name = ""
+    prompt: Text = ""
+    system: Text = ""
+    seed: Number = "7"
+    temperature: Number = "0"
+    max_tokens: Number = "128"
+
+    def chat(self, model: str, *, stream: bool) -> ChatRequest:
+        """Return what one model is asked.
+
+        Raises:
+            ApiError: status 400; `param` is the field that is wrong.
+        """
+        if not self.prompt.strip():
+            refuse("Write a prompt.", param="prompt")
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": self.prompt})
+        numbers = {
+            "seed": _number("seed", self.seed, int), "temperature": _number("temperature", self.temperature, float),
+            "max_tokens": _number("max_tokens", self.max_tokens, int),
+        }  # fmt: skip
+        try:
+            return ChatRequest.model_validate({"model": model, "messages": messages, "stream": stream, **numbers})
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = str(first["loc"][0]) if first["loc"] else ""
+            refuse(f"{first['msg']}.", param="prompt" if field == "messages" else field)
+
+
+class AnswerForm(PlaygroundForm):
+    """The form as the page's script sends it: for one model."""
+
+    model: Name
 
 
 @router.get("/playground")
-def playground(
-    request: Request, parts: Parts, caller: By, a: Short = "", b: Short = "", prompt: Text = "", system: Text = "",
-    seed: Short = DEFAULTS["seed"], temperature: Short = DEFAULTS["temperature"],
-    max_tokens: Short = DEFAULTS["max_tokens"],
-) -> Response:  # fmt: skip
-    """Show the form; its fields are in the address, so that a link says what was asked."""
+def playground(request: Request, parts: Parts, caller: By, asked: Annotated[PlaygroundForm, Query()]) -> Response:
+    """Show the form."""
     caller.require("member")
-    asked = {"a": a, "b": b, "prompt": prompt, "system": system, "seed": seed, "temperature": temperature}
-    return _page(request, parts, caller, asked | {"max_tokens": max_tokens}, {})
+    return _page(request, parts, caller, asked)
 
 
 @router.post("/playground")
-def ask_both(
-    request: Request,
-    parts: Parts,
-    caller: By,
-    a: Annotated[str, Form(max_length=300)] = "",
-    b: Annotated[str, Form(max_length=300)] = "",
-    prompt: Annotated[str, Form(max_length=20_000)] = "",
-    system: Annotated[str, Form(max_length=20_000)] = "",
-    seed: Annotated[str, Form(max_length=32)] = DEFAULTS["seed"],
-    temperature: Annotated[str, Form(max_length=32)] = DEFAULTS["temperature"],
-    max_tokens: Annotated[str, Form(max_length=32)] = DEFAULTS["max_tokens"],
-) -> Response:
+def ask_both(request: Request, parts: Parts, caller: By, asked: Annotated[PlaygroundForm, Form()]) -> Response:
     """Ask both models and wait for their answers: what a browser without scripts does."""
     caller.require("member")
-    asked = {"a": a, "b": b, "prompt": prompt, "system": system, "seed": seed, "temperature": temperature}
-    asked |= {"max_tokens": max_tokens}
     answers: dict[str, tuple[str, str]] = {}
-    for side in ("a", "b"):
-        if not asked[side]:
+    for side, model in (("a", asked.a), ("b", asked.b)):
+        if not model:
             continue
         try:
-            choice = parts.completions.chat(caller, _chat(asked[side], asked, stream=False)).choices[0]
+            chat = asked.chat(model, stream=False)
+        except ApiError as error:
+            return _page(request, parts, caller, asked, wrong=error)
+        try:
+            choice = parts.completions.chat(caller, chat).choices[0]
             answers[side] = (choice.message.content or "", choice.finish_reason)
         except ApiError as error:
             answers[side] = ("", error.message)
-    return _page(request, parts, caller, asked, answers)
+    return _page(request, parts, caller, asked, answers=answers)
 
 
 @router.post("/playground/answer")
-def stream_answer(
-    parts: Parts,
-    caller: By,
-    model: Annotated[str, Form(max_length=300)],
-    prompt: Annotated[str, Form(max_length=20_000)] = "",
-    system: Annotated[str, Form(max_length=20_000)] = "",
-    seed: Annotated[str, Form(max_length=32)] = DEFAULTS["seed"],
-    temperature: Annotated[str, Form(max_length=32)] = DEFAULTS["temperature"],
-    max_tokens: Annotated[str, Form(max_length=32)] = DEFAULTS["max_tokens"],
-) -> Response:
+def stream_answer(parts: Parts, caller: By, asked: Annotated[AnswerForm, Form()]) -> Response:
     """Return one model's answer as server-sent events, those of the API."""
     caller.require("member")
-    asked = {"prompt": prompt, "system": system, "seed": seed, "temperature": temperature, "max_tokens": max_tokens}
     try:
-        events = parts.completions.stream_chat(caller, _chat(model, asked, stream=True))
+        events = parts.completions.stream_chat(caller, asked.chat(asked.model, stream=True))
     except ApiError as error:  # the script of the page shows it
         return JSONResponse(error.body(), status_code=error.status)
     return StreamingResponse(events, media_type="text/event-stream")
 
 
-def _chat(model: str, asked: dict[str, str], *, stream: bool) -> ChatRequest:
+def _number(name: str, text: str, kind: type[int] | type[float]) -> int | float:
     try:
-        numbers: dict[str, Any] = {
-            "seed": int(asked["seed"]), "temperature": float(asked["temperature"]),
-            "max_tokens": int(asked["max_tokens"]),
-        }  # fmt: skip
+        return kind(text)
     except ValueError:
-        raise ApiError(400, "Seed, temperature and the most tokens are numbers.", param="seed") from None
-    messages = [{"role": "system", "content": asked["system"]}] if asked["system"] else []
-    messages.append({"role": "user", "content": asked["prompt"]})
-    return read(ChatRequest, {"model": model, "messages": messages, "stream": stream, **numbers})
+        refuse(f"'{text}' is no {'whole ' if kind is int else ''}number.", param=name)
 
 
 def _page(
-    request: Request, parts: ServiceParts, caller: Caller, asked: dict[str, str], answers: dict[str, tuple[str, str]]
-) -> Response:
+    request: Request, parts: ServiceParts, caller: Caller, asked: PlaygroundForm, *,
+    answers: dict[str, tuple[str, str]] | None = None, wrong: ApiError | None = None,
+) -> Response:  # fmt: skip
+    models = _models(parts, caller)
     return page(
-        request, "playground.html", asked=asked, answers=answers, models=_models(parts, caller),
-        none=not any(group for _, group in _models(parts, caller)),
+        request, "playground.html", code=200 if wrong is None else wrong.status, asked=asked, answers=answers or {},
+        models=models, none=not any(group for _, group in models), wrong=wrong,
     )  # fmt: skip
 
 

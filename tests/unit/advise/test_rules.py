@@ -11,10 +11,10 @@ from typing import Any, get_args
 
 import pytest
 
-from distft.advise.advice import Names, advise, parameters_in_name
+from distft.advise.advice import Names, advise, decisions, parameters_in_name
 from distft.advise.command import main
 from distft.advise.rules import RULES
-from distft.advise.situation import GOALS, Goal, Situation
+from distft.advise.situation import ADVISED, GOALS, AdvisedMethod, Goal, Situation
 from distft.catalog import REGISTRIES
 from distft.recipe import parse_recipe
 
@@ -49,7 +49,9 @@ def test_no_rule_is_without_effect() -> None:
         for hold in HOLD:
             made = advise(Situation(goal=goal, rows=rows, parameters=size, **hold), NAMES, folder=None, machine=None)
             seen |= {one.rule.name for one in made.decided}
-    needs_a_plan = {"four-bits-when-short-of-memory", "paged-moments-beside-four-bits"}
+    for method in ADVISED:
+        seen |= {one.rule.name for one in decisions(Situation(goal="task", rows=9, rows_hold="prompts", method=method))}
+    needs_a_plan = {"four-bits-when-short-of-memory"}
     assert seen == {rule.name for rule in RULES} - needs_a_plan
 
 
@@ -147,6 +149,47 @@ class TestWhatIsAdvised:
         short = decided(goal="task", rows=2000, longest_chars=6000, typical_chars=300)  # 20 rows a sequence
         assert short["global_batch_size"] == 8
         assert decided(goal="task", rows=2000, world=6, longest_chars=9, typical_chars=9)["global_batch_size"] == 12
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "rules"),
+    [("full", 2e-5, {"rate-of-all-weights", "adamw"}), ("lora", 2e-4, {"rate-of-adapters", "rank-for-thousands"}),
+     ("qlora", 2e-4, {"paged-moments-beside-four-bits"})],
+)  # fmt: skip
+def test_a_chosen_method_is_kept_and_the_rest_is_for_it(method: AdvisedMethod, rate: float, rules: set[str]) -> None:
+    asked = Situation(goal="task", rows=500, method=method)
+    made = advise(asked, NAMES, folder=None, machine=None)
+    of = {one.rule.decides: one for one in made.decided}
+    assert (of["method"].value, of["method"].rule.name) == (method, "the-method-is-chosen")
+    assert of["learning_rate"].value == rate
+    assert ("r" in of) == (method != "full")
+    assert rules <= {one.rule.name for one in made.decided}
+    assert "methods" not in of, "there is nothing to choose among"
+    recipe = parse_recipe(made.recipe, source="advice", registries=REGISTRIES)
+    assert recipe.method.name == method
+    assert [one.rule.name for one in decisions(asked)] == [one.rule.name for one in made.decided]
+
+
+def test_of_prompts_with_a_grader_it_says_what_is_known() -> None:
+    of = {one.rule.decides: one.value for one in decisions(Situation(goal="task", rows=9, rows_hold="prompts"))}
+    assert (of["approach"], of["objective"]) == ("fine-tune", "grpo"), "prompts without answers are no examples"
+    assert "learning_rate" not in of, "it depends on the method, which was not said"
+    full = Situation(goal="task", rows=9, rows_hold="prompts", method="full")
+    of = {one.rule.decides: one.value for one in decisions(full)}
+    assert of["learning_rate"] == 1e-6
+    assert not {"epochs", "global_batch_size"} & of.keys()
+
+
+def test_the_command_takes_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--goal", "task", "--model", "some/Model-8B", "--rows", "500", "--json", "--method"]
+    assert main([*asked, "full"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {one["what"]: one["value"] for one in told["decided"]}["learning_rate"] == 2e-5
+    assert 'name = "full"' in told["recipe"]
+    assert main([*asked, "qlra"]) == 2
+    said = capsys.readouterr().err
+    assert "--method qlra  no rule is about it" in said
+    assert 'did you mean "qlora"?' in said
 
 
 def test_a_models_size_is_read_from_its_name() -> None:

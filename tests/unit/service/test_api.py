@@ -331,6 +331,32 @@ def test_a_checkpoint_whose_step_was_never_told_holds_nobody_up(client: openai.O
     assert [point.step_number for point in jobs.checkpoints.list(job.id)] == [4, 3, 2, 1]
 
 
+def test_what_an_evaluation_measures_is_told_everywhere(client: openai.OpenAI, server: ServiceServer) -> None:
+    server.runner.ends_at_once = False
+    file_id = upload(client, CHAT)
+    job_id = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, validation_file=file_id).id
+    wait_until(lambda: job_id in server.runner.alive)
+    folder = server.folder(job_id)
+    server.runner.write_steps(folder, range(1, 4))
+    measured = {"step": 4, "eval_loss": 0.5, "eval_tokens": 8.0, "eval_token_accuracy": 0.75}
+    with (folder.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(measured) + "\n")  # a run measures, then saves
+    server.runner.write_steps(folder, range(4, 5))
+    server.runner.end(folder)
+    job = ended(client, job_id)
+    assert job.status == "succeeded"
+    events = [event.data or {} for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
+    (told,) = [data for data in events if "full_valid_loss" in data]
+    assert (told["full_valid_loss"], told["full_valid_mean_token_accuracy"]) == (0.5, 0.75)
+    last = client.fine_tuning.jobs.checkpoints.list(job_id).data[0]
+    assert last.step_number == 4
+    assert (last.metrics.full_valid_loss, last.metrics.full_valid_mean_token_accuracy) == (0.5, 0.75)
+    assert last.metrics.train_mean_token_accuracy is None, "training is not measured"
+    rows = [line.split(",") for line in client.files.content(job.result_files[0]).text.splitlines()]
+    assert dict(zip(rows[0], rows[4], strict=True))["valid_mean_token_accuracy"] == "0.75"
+    assert dict(zip(rows[0], rows[3], strict=True))["valid_mean_token_accuracy"] == ""
+
+
 def test_runs_that_fail_or_vanish(client: openai.OpenAI, server: ServiceServer) -> None:
     jobs = client.fine_tuning.jobs
     job = ended(client, jobs.create(model="tiny", training_file=upload(client, {"broken": 1})).id)

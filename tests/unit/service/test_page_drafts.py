@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from distft.core.errors import RecipeError
 from distft.service import preview as preview_command
 from distft.service.edited_recipe import changed_keys, from_shown, shown
 from distft.service.job_folder import JobFolder
+from distft.service.tables import DraftRow
 
 EVIL = "<script>alert(1)</script>"
 WRITTEN = """
@@ -106,7 +108,7 @@ def test_what_no_job_can_ask_for_is_said_beside_its_field(visitor: PageClient, f
         ({"batch_size": "0"}, "batch_size"),
         ({"learning_rate_multiplier": "nan"}, "learning_rate_multiplier"),
         ({"suffix": f"../{EVIL}"}, "suffix"),
-        ({"model": "chat-only", "method": "dpo"}, "method.type"),
+        ({"model": "chat-only", "method": "dpo"}, "method"),
         ({"model": "gpt-4o"}, "model"),
     ):
         answer = visitor.post(f"{path}/model", {"model": "tiny", "method": "supervised", **change})
@@ -116,6 +118,81 @@ def test_what_no_job_can_ask_for_is_said_beside_its_field(visitor: PageClient, f
         for text in change.values():
             assert html.escape(text) in answer.text or text in ("gpt-4o", "nan"), "what was typed is still there"
     assert 'value="auto"' in visitor.text(f"{path}/model"), "nothing of it was kept"
+
+
+ASKED = {"messages": [{"role": "user", "content": "2 + 2?"}], "answer": "4"}
+CHECK = {"type": "string_check", "name": "grader", "operation": "ilike", "input": "{{sample.output_text}}",
+         "reference": "{{item.answer}}"}  # fmt: skip
+SIMILAR = {"type": "text_similarity", "name": "s", "evaluation_metric": "rouge_1", "input": "a", "reference": "b"}
+MULTI = {"type": "multi", "name": "both", "graders": {"check": CHECK, "like": SIMILAR},
+         "calculate_output": "0.5 * check + 0.5 * like"}  # fmt: skip
+
+
+def test_reinforcement_is_chosen_with_a_grader_and_started(
+    visitor: PageClient, server: ServiceServer, found: dict[str, Any]
+) -> None:
+    path = begun(visitor, ASKED)
+    base = {"model": "tiny", "method": "reinforcement"}
+    similar = {"grader": "text_similarity", "grader_reference": "{{item.answer}}"}
+    for change, field, says in (
+        ({}, "grader_reference", "{{item.answer}}"),
+        ({"grader_reference": "x", "grader_operation": "is"}, "grader_operation", "eq"),
+        ({**similar, "grader_metric": "bleu"}, "grader_metric", "rouge_1"),
+        ({"grader": "python"}, "grader", "one of"),
+        ({"grader": "json"}, "grader_json", "no JSON"),
+        ({"grader": "json", "grader_json": "[1]"}, "grader_json", "JSON object"),
+        ({"grader": "json", "grader_json": '{"type": NaN}'}, "grader_json", "NaN"),
+        ({"grader": "json", "grader_json": "[" * 20_000}, "grader_json", "nested too deeply"),
+        ({"grader": "json", "grader_json": '{"a": ' * 900 + "1" + "}" * 900}, "grader", ""),
+        ({"grader": "json", "grader_json": json.dumps({"type": "python", "source": EVIL})}, "grader_json", "runs code"),
+        ({"grader": "json", "grader_json": json.dumps({**MULTI, "calculate_output": "check +"})}, "grader_json", ""),
+        ({"grader": "json", "grader_json": json.dumps({**CHECK, "more": 1})}, "grader_json", "more"),
+        ({"grader_reference": "x", "compute_multiplier": "11"}, "compute_multiplier", "10"),
+    ):
+        answer = visitor.post(f"{path}/model", {**base, **change})
+        assert answer.status_code == 400, change
+        place = re.search(rf'id="wrong-{field}\w*" role="alert">([^<]*)<', answer.text)
+        assert place, (change, re.findall(r'id="wrong-(\w+)"', answer.text))
+        assert says in html.unescape(place[1]), (change, place[1])
+        assert EVIL not in answer.text
+        for name, text in change.items():
+            typed = name in ("grader_reference", "grader_json", "compute_multiplier")
+            assert not typed or text in html.unescape(answer.text), "what was typed is still there"
+    assert '<option value="supervised" selected>' in visitor.text(f"{path}/model"), "nothing of it was kept"
+    for grader, fields in (
+        (CHECK, {"grader_operation": "ilike", "grader_reference": "{{item.answer}}"}),
+        (MULTI, {"grader": "json", "grader_json": json.dumps(MULTI)}),
+    ):
+        path = begun(visitor, ASKED)
+        answer = visitor.post(f"{path}/model", {**base, **fields, "compute_multiplier": "0.5", "n_epochs": "2"})
+        assert answer.status_code == 303, answer.text
+        page = html.unescape(visitor.text(f"{path}/model"))
+        assert 'value="0.5"' in page
+        assert ('<option value="json" selected>' in page) == (grader is MULTI)
+        assert "{{item.answer}}" in page
+        found["plan"] = {"fits": True, "lines": ["No plan."], "case": None}
+        job_path = visitor.post(f"{path}/start", {"priority": "0"}).headers["location"]
+        with server.client() as client:
+            job = client.fine_tuning.jobs.retrieve(job_path.removeprefix("/jobs/"))
+        assert job.method is not None
+        assert job.method.reinforcement is not None
+        assert job.method.reinforcement.grader.model_dump(exclude_none=True) == grader
+        assert job.method.reinforcement.hyperparameters is not None
+        assert job.method.reinforcement.hyperparameters.compute_multiplier == 0.5
+
+
+def test_a_draft_of_reinforcement_without_a_grader_says_what_is_missing(
+    visitor: PageClient, server: ServiceServer, found: dict[str, Any]
+) -> None:
+    """As one begins where a model is trained by nothing else."""
+    path = begun(visitor, ASKED)
+    with server.database.writing() as session:
+        row = session.get_one(DraftRow, path.removeprefix("/new/"))
+        row.content = {**row.content, "method": "reinforcement"}
+    found["really"] = True
+    for step in ("", "/model", "/recipe", "/start"):
+        assert "Choose a grader first" in visitor.text(path + step)
+    assert visitor.post(f"{path}/start").status_code == 400
 
 
 def test_findings_are_shown_and_escaped(visitor: PageClient, found: dict[str, Any]) -> None:
@@ -232,7 +309,7 @@ def test_a_recipe_is_shown_without_paths_and_comes_back(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_draft_is_really_looked_at_and_its_recipe_runs_as_the_jobs(tmp_path: Path, server: ServiceServer) -> None:
     """The command itself, on a folder as the service fills it: rows, marks, plan, mistakes of an edited recipe."""
-    from distft.core.files import read_json_object, replace_json
+    from distft.core.files import read_json_object
     from distft.service.settings import ServedBase
 
     base = ServedBase(
@@ -245,11 +322,10 @@ def test_a_draft_is_really_looked_at_and_its_recipe_runs_as_the_jobs(tmp_path: P
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}, "line_bytes": 1 << 20,
     }  # fmt: skip
 
-    def look(name: str, recipe: str | None) -> dict[str, Any]:
+    def look(name: str, recipe: str | None, *rows: Any, **more: Any) -> dict[str, Any]:
         folder = JobFolder(path=tmp_path / "drafts" / name)
-        folder.make({**request, "recipe": recipe})
-        (folder.path / "train.jsonl").write_bytes(jsonl(CHAT, CHAT, CHAT, CHAT))
-        replace_json(folder.path / "request.json", {**request, "recipe": recipe})
+        folder.make({**request, "recipe": recipe, **more})
+        (folder.path / "train.jsonl").write_bytes(jsonl(*(rows or (CHAT,) * 4)))
         assert preview_command.main([str(folder.path)]) == 0
         return read_json_object(folder.path / "preview.json")
 
@@ -265,7 +341,12 @@ def test_a_draft_is_really_looked_at_and_its_recipe_runs_as_the_jobs(tmp_path: P
     case = first["plan"]["case"]
     assert sum(case["parts"].values()) == case["peak_bytes"]
     assert case["cost"] == pytest.approx(2.0 * case["hours"])
-    assert {"epochs", "learning_rate"} <= {entry["what"] for entry in first["advice"]}
+    advice = {entry["what"]: entry["value"] for entry in first["advice"]}
+    assert (advice["method"], advice["learning_rate"]) == ("full", "2e-05"), "for the recipe's method"
+    assert "epochs" in advice
+    lora = look("draft-a-5", first["recipe"].replace('name = "full"', 'name = "lora"'))
+    advice = {entry["what"]: entry["value"] for entry in lora["advice"]}
+    assert (advice["method"], advice["learning_rate"]) == ("lora", "0.0002")
     assert any("3 equal" in line for line in first["care"])
     assert str(tmp_path) not in str(first)
     edited = first["recipe"].replace("epochs = 2", "epochs = 5")
@@ -280,3 +361,16 @@ def test_a_draft_is_really_looked_at_and_its_recipe_runs_as_the_jobs(tmp_path: P
     assert wrong["recipe"]
     broken = look("draft-a-4", first["recipe"].replace("epochs = 2", "epochs = "))
     assert "TOML" in broken["error"]["problems"][0]["message"]
+    inner = {"grader": CHECK, "hyperparameters": {**hyperparameters, "compute_multiplier": 0.5}}
+    graded: dict[str, Any] = {"method": {"type": "reinforcement", "reinforcement": inner}}
+    asked = look("draft-a-6", None, *(ASKED,) * 4, **graded)
+    assert "error" not in asked
+    assert (asked["num_steps"], asked["plan"]["fits"]) == (4, True)
+    advice = {entry["what"]: entry["value"] for entry in asked["advice"]}
+    assert (advice["objective"], advice["learning_rate"]) == ("grpo", "1e-06")
+    assert "2 + 2?" in str(asked["splits"][0]["samples"])
+    edited = asked["recipe"].replace("answers_per_prompt = 4", "answers_per_prompt = 2")
+    assert look("draft-a-7", edited, *(ASKED,) * 4, **graded)["changed"] == ["rollout.answers_per_prompt"]
+    without = look("draft-a-8", None, {"messages": ASKED["messages"]}, **graded)
+    assert "line 1: the grader names {{item.answer}}" in without["error"]["message"]
+    assert without["error"]["param"] == "training_file"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from page_client import PageClient
 from service_server import ADMIN_KEY, CHAT, ServiceServer, jsonl, serving, wait_until
+
+from distft.demo.files import locate_path
 
 EVIL = "<script>alert(1)</script>"
 
@@ -161,7 +165,28 @@ def test_the_playground_asks_both_with_the_same_seed(
     assert (
         admin.post("/playground/answer", {"model": "none", "prompt": "?"}).json()["error"]["code"] == "model_not_found"
     )
-    assert admin.post("/playground/answer", {"model": tuned, "seed": "many"}).status_code == 400
+    right = {"a": tuned, "prompt": "why"}
+    for change, says in (
+        ({"seed": "many"}, "'many' is no whole number."), ({"seed": "1.5"}, "'1.5' is no whole number."),
+        ({"temperature": "3"}, "less than or equal to 2"), ({"temperature": "nan"}, "finite"),
+        ({"max_tokens": "0"}, "greater than or equal to 1"), ({"prompt": " "}, "Write a prompt."),
+    ):  # fmt: skip
+        (field,) = change
+        refused = admin.post("/playground", {**right, **change})
+        assert refused.status_code == 400
+        place = re.search(rf'id="wrong-{field}" role="alert">([^<]*)<', refused.text)
+        assert place is not None, refused.text
+        assert says in html.unescape(place[1])
+        assert f'aria-describedby="wrong-{field}"' in refused.text
+        said = admin.post("/playground/answer", {"model": tuned, **right, **change})
+        assert (said.status_code, said.json()["error"]["param"]) == (400, field)
+    asked.clear()
+    assert '<optgroup label="Models of this server">' in admin.text("/playground?a=tiny")
+    assert "<option selected>tiny</option>" in admin.text("/playground?a=tiny")
+    assert admin.post("/playground", {**right, "a": "tiny", "b": tuned}).status_code == 200
+    before, after = (request["given"] for request in asked)
+    assert before == locate_path("demo:tiny-llama"), "the base as it was, beside what was made of it"
+    assert Path(after).parent.name == "runs"
 
 
 def test_settings_show_limits_and_no_path(server: ServiceServer, admin: PageClient) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import openai
 import pytest
@@ -15,6 +16,7 @@ from sqlalchemy import update
 from distft.service.pages import job_pages
 from distft.service.pages.door import COOKIE, local_path
 from distft.service.pages.sessions import IDLE_S, LASTS_S
+from distft.service.runner import RunnerState
 from distft.service.tables import PageSessionRow
 
 EVIL = "<script>alert(1)</script>"
@@ -125,6 +127,33 @@ def test_sessions_are_new_and_end(server: ServiceServer, client: openai.OpenAI) 
     keys = f"/organization/projects/{project}/api_keys"
     client.delete(f"{keys}/{client.get(keys, cast_to=dict)['data'][0]['id']}", cast_to=dict)
     assert leaver.get("/jobs").status_code == 303, "a session ends with its key"
+
+
+def test_where_a_run_stands_with_its_runner_is_said_once_and_shown(
+    server: ServiceServer, client: openai.OpenAI, visitor: PageClient
+) -> None:
+    server.runner.ends_at_once = False
+    file_id = client.files.create(file=("rows.jsonl", jsonl(CHAT)), purpose="fine-tune").id
+    job_id = client.fine_tuning.jobs.create(model="tiny", training_file=file_id).id
+    wait_until(lambda: job_id in server.runner.alive)
+    told = RunnerState(key="1", waits=True, words=f"in a queue {EVIL}", event="It is in a queue.", is_setback=True)
+    server.runner.states[job_id] = told
+    wait_until(lambda: "in a queue &lt;script&gt;" in visitor.text(f"/jobs/{job_id}"))
+    page = visitor.text(f"/jobs/{job_id}")
+    assert "… in the cluster&#39;s queue" in page
+    assert "… in the cluster&#39;s queue" in visitor.text("/jobs")
+    assert "Warning: </strong>It is in a queue." in page
+    server.runner.states[job_id] = replace(told, words="in a long queue")
+    wait_until(lambda: "in a long queue" in visitor.text(f"/jobs/{job_id}"))
+    server.runner.states[job_id] = replace(told, key="2", waits=False, words="on node1", event="It began.")
+    wait_until(lambda: "It began." in visitor.text(f"/jobs/{job_id}"))
+    assert "▶ running" in visitor.text(f"/jobs/{job_id}")
+    server.runner.write_steps(server.folder(job_id), range(1, 5))
+    server.runner.end(server.folder(job_id))
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "succeeded")
+    assert "on node1" not in visitor.text(f"/jobs/{job_id}"), "it is over"
+    events = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
+    assert (events.count("It is in a queue."), events.count("It began.")) == (1, 1)
 
 
 def test_forms_of_other_sites_are_refused(server: ServiceServer, client: openai.OpenAI, visitor: PageClient) -> None:

@@ -234,6 +234,60 @@ def test_the_newcomers_path(browser: Any, tmp_path: Path, context: dict[str, Any
         assert running.stop() == 0
 
 
+@pytest.mark.slow
+def test_reinforcement_from_rows_to_a_job(browser: Any, tmp_path: Path) -> None:
+    """Choose a grader, see what is wrong with it, the plan and the recipe, change the recipe, and train by it."""
+    models = tmp_path / "models.toml"
+    models.write_text(
+        '[models.tiny]\npath = "demo:tiny-llama"\nchat_template = "plain"\nmax_tokens = 6\n'
+        'gpu = "h100-80gb"\n[models.tiny.recipe]\nmodel = { init = "random", dtype = "float32" }\n'
+        'method = { name = "full" }\noptim = { learning_rate = 1e-3 }\n'
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n % 4}"}], "wanted": "aeio"[n % 4]} for n in range(16)
+    ]  # fmt: skip
+    with service(tmp_path / "data", "--models", str(models)) as running:
+        with visit(browser, running.url, key=KEY, **DESK) as page:
+            page.goto(f"{running.url}/new")
+            drop(page, ".drop", "asked.jsonl", jsonl(*rows).decode())
+            page.wait_for_url("**/new/draft-*")
+            page.click("text=Choose the method")  # they are no rows of the method supervised, as is said
+            assert not page.is_visible("#grader_input")
+            page.select_option("#method", "reinforcement")
+            assert page.is_visible("#grader_reference")
+            assert not page.is_visible("#grader_json")
+            page.select_option("#grader", "json")
+            assert page.is_visible("#grader_json")
+            assert not page.is_visible("#grader_reference")
+            page.select_option("#grader", "string_check")
+            page.select_option("#grader_operation", "like")
+            page.fill("#grader_reference", "{{item.wished}}")
+            page.fill("#n_epochs", "1")
+            page.click("text=Save and plan")
+            page.wait_for_selector("text=the grader names {{item.wished}}, which is not there")
+            page.fill("#grader_reference", "{{item.wanted}}")
+            page.click("text=Save and plan")
+            page.wait_for_selector("svg.memory")
+            page.wait_for_selector("#why-learning_rate_multiplier .reason >> text=Advice for full")
+            page.wait_for_selector("#why-objective >> text=GRPO")
+            assert_readable(page)
+            shoot(page, "reinforcement-plan")
+            page.click("text=Look at the recipe")
+            recipe = page.input_value("#recipe")
+            assert "{{item.wanted}}" in recipe
+            page.fill("#recipe", recipe.replace("answers_per_prompt = 8", "answers_per_prompt = 4"))
+            page.click("text=Check the recipe")
+            page.wait_for_selector("text=with rollout.answers_per_prompt changed")
+            page.click("text=On to the start")
+            page.click("#start")
+            page.wait_for_url("**/jobs/ftjob-*")
+            page.wait_for_selector("text=● succeeded")
+            assert "reward" in page.inner_text("ol.events")
+            page.wait_for_selector("#answers")
+            shoot(page, "reinforcement-done")
+        assert running.stop() == 0
+
+
 def sum_of(a: int, b: int) -> dict[str, Any]:
     answer = {"role": "assistant", "content": str(a + b)}
     return {"messages": [{"role": "user", "content": f"{a} + {b} = ?"}, answer]}

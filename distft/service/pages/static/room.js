@@ -34,7 +34,15 @@ async function answer(form, pane) {
     const reply = await fetch("/playground/answer", {
       method: "POST", body, headers: { "x-csrf-token": body.get("csrf") }, credentials: "same-origin",
     });
-    if (!reply.ok) throw new Error((await reply.json()).error.message);
+    if (!reply.ok) {
+      const { error } = await reply.json();
+      const field = error.param && error.param !== "model" && form.elements[error.param];
+      if (field) {
+        field.setAttribute("aria-invalid", "true");
+        field.closest("details")?.setAttribute("open", "");
+      }
+      throw new Error(error.message);
+    }
     const lines = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     let held = "", pieces = 0, reason = "";
     for (;;) {
@@ -70,6 +78,7 @@ function playground(form) {
     const panes = document.querySelectorAll(".pane");
     if (event.submitter && event.submitter.dataset.plain !== undefined) return;
     event.preventDefault();
+    for (const field of form.elements) field.removeAttribute("aria-invalid");
     const models = [form.elements.a.value, form.elements.b.value];
     const link = new URL(location.href);
     for (const name of ["a", "b", "prompt", "system", "seed", "temperature", "max_tokens"])
