@@ -92,7 +92,8 @@ def generator_inputs(
 ) -> GeneratorInputs:
     """Return the model with its tokenizer; it stops at what trained rows end with, and at what the base stops at.
 
-    `folder`: where a generator may keep files. `shapes`: of `saved_shapes`, for generators that want the adapter.
+    `folder`: where a generator may keep files. `shapes`: of `saved_shapes`, for generators that want the adapter or
+    the weights.
     """
     from distft.export import final
     from distft.generation import GeneratorInputs
@@ -113,6 +114,12 @@ def generator_inputs(
             is_trained=False,
         )
 
+    def write_model(target: Path) -> None:
+        final.write_model(
+            target, engine, shapes or {}, prefix=WRAPPER, layout=built.layout, save_rest=lambda aside: None
+        )
+
+    is_adapter = recipe.method.spec.adapter
     renderer = load_row_renderer(recipe)
     config = getattr(built.module.transformer, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
@@ -126,7 +133,8 @@ def generator_inputs(
         stop=stop,
         dtype=recipe.model.dtype,
         folder=folder,
-        write_adapter=write_adapter if recipe.method.spec.adapter and shapes else None,
+        write_adapter=write_adapter if is_adapter and shapes else None,
+        write_model=write_model if not is_adapter and shapes else None,
     )
 
 

@@ -9,6 +9,7 @@ Shape letters: B rows of a batch, L positions, V vocabulary, N tokens of an answ
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -134,7 +135,7 @@ class Generator:
         """
         engine, mine = self._engine, {}
         began = time.monotonic()
-        with engine.evaluating(), modes.generation_mode(self._module):
+        with engine.evaluating(), modes.generation_mode(self._module), self._without_autograd():
             batches = split_batches(lengths, new_tokens, self._limits(rows), engine.world)
             for first in range(0, len(batches), engine.world):
                 batch_index = first + engine.rank
@@ -147,6 +148,13 @@ class Generator:
         for part in engine.gather(mine):
             results |= part
         return [results[index] for index in range(len(lengths))]
+
+    def _without_autograd(self) -> contextlib.AbstractContextManager[Any]:
+        """Let tensors do without what autograd keeps of them, which is much of a token's time in a small model.
+
+        Not where forwards gather weights: engines keep those, and train with them afterwards.
+        """
+        return contextlib.nullcontext() if self._engine.collective_forward else torch.inference_mode()
 
     def _in_parts(self, batch: list[int], keep: dict[int, Any], work: Work) -> Iterator[None]:
         """Run `work` on a batch, in smaller parts once memory has run out, which changes no answer."""
@@ -211,12 +219,12 @@ class Generator:
         read = pad_left(list(places) if is_shared else [prompt.ids for prompt in prompts], device, room=longest)
         ids_BL, positions_BL, mask_BK, width = read.ids_BL, read.positions_BL, read.mask_BL, read.ids_BL.shape[1]
         rows = [_Row(name, self._constrain and self._constrain(name)) for name in names]
+        heard, stop_ids = self._heard, self._stop_ids
         for number in range(longest):
             logits_BV = self._engine.inference_module(
                 input_ids_BL=ids_BL,
                 attention_mask_BK=None if mask_BK is None else mask_BK[:, : width + number],
                 position_ids_BL=positions_BL,
-                at_S=torch.arange(1, ids_BL.shape[0] + 1, device=device) * ids_BL.shape[1] - 1,
                 cache=cache,
             )
             if is_shared and number == 0:
@@ -229,17 +237,28 @@ class Generator:
                 logits_BV = _within(logits_BV, rows)
             draw_B = None if draw_BN is None else draw_BN[:, number]
             token_B, logprob_B = next_tokens(logits_BV, draw_B, how.temperature, how.top_p, logprobs=how.logprobs)
-            # One transfer: fp64 holds every token id.
-            for row, (token, logprob) in zip(rows, _listed(token_B, logprob_B), strict=True):
+            tokens, logprobs = _listed(token_B, logprob_B)
+            alive: list[int] = []
+            # Runs for each token: few calls.
+            for index, row in enumerate(rows):
                 if row.done:
                     continue
-                row.take(token, logprob, ends=token in self._stop_ids)
-                if self._heard is not None:
-                    self._heard(row.name, token)
-                row.done = row.done or (bool(how.stop) and self._says_stop(row.ids, how.stop))
+                token = tokens[index]
+                row.taken.append(token)
+                if row.constraint is not None:
+                    row.constraint.take(token)
+                if logprobs is not None:
+                    row.logprobs.append(logprobs[index])
+                if token in stop_ids:
+                    row.done = row.ends_with_token = True
+                elif how.stop:
+                    row.done = self._says_stop(row.taken, how.stop)
+                if heard is not None:
+                    heard(row.name, token)
+                if not row.done:
+                    alive.append(index)
                 if row.done or number + 1 == longest:
                     keep[row.name] = self._answer(row, how.stop)
-            alive = [index for index, row in enumerate(rows) if not row.done]
             yield
             if not alive:
                 return
@@ -302,7 +321,7 @@ class Generator:
         return completion_of(
             row.taken,
             row.logprobs,
-            ends_with_token=len(row.ids) < len(row.taken),
+            ends_with_token=row.ends_with_token,
             ended=row.done,
             decode=self._decode,
             stop=stop,
@@ -344,12 +363,12 @@ def _continued(
     return rows, at_S, torch.tensor([token for _, continuation in pairs for token in continuation])
 
 
-def _listed(token_B: torch.Tensor, logprob_B: torch.Tensor | None) -> list[tuple[int, float | None]]:
-    """Return tokens and log-probabilities on the host."""
+def _listed(token_B: torch.Tensor, logprob_B: torch.Tensor | None) -> tuple[list[int], list[float] | None]:
+    """Return tokens and log-probabilities on the host, in one transfer: fp64 holds every token id."""
     if logprob_B is None:
-        return [(token, None) for token in token_B.tolist()]
-    pairs: list[list[float]] = torch.stack([token_B.double(), logprob_B], 1).tolist()
-    return [(int(token), logprob) for token, logprob in pairs]
+        return token_B.tolist(), None
+    tokens, logprobs = torch.stack([token_B.double(), logprob_B]).tolist()
+    return [int(token) for token in tokens], logprobs
 
 
 def _within(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
@@ -365,19 +384,12 @@ def _within(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
 class _Row:
     """What a row has written so far."""
 
+    __slots__ = ("constraint", "done", "ends_with_token", "logprobs", "name", "taken")
+
     def __init__(self, name: int, constraint: TokenConstraint | None = None) -> None:
-        self.name, self.ids, self.done = name, list[int](), False
-        self.constraint = constraint
+        self.name, self.constraint, self.done = name, constraint, False
+        self.ends_with_token = False
+        """Its last token is one that ends answers."""
         self.taken: list[int] = []
         """Its tokens with the one that ends it."""
         self.logprobs: list[float] = []
-
-    def take(self, token: int, logprob: float | None, *, ends: bool) -> None:
-        self.taken.append(token)
-        if self.constraint is not None:
-            self.constraint.take(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        self.done = ends
-        if not ends:
-            self.ids.append(token)

@@ -43,7 +43,8 @@ def next_tokens(
         if not logprobs:  # of a whole vocabulary for one token: most evaluations ask for none
             return token_B, None
         return token_B, torch.log_softmax(logits_BV.double(), dim=1).gather(1, token_B[:, None]).squeeze(1)
-    of_all_BV = p_BV = torch.softmax(logits_BV.double() / temperature, dim=1)
+    scaled_BV = logits_BV if temperature == 1.0 else logits_BV.double() / temperature
+    of_all_BV = p_BV = torch.softmax(scaled_BV, dim=1, dtype=torch.float64)
     order_BV = None
     if top_p < 1.0:
         p_BV, order_BV = p_BV.sort(dim=1, descending=True, stable=True)

@@ -50,6 +50,9 @@ class GeneratorInputs:
     """Where it may keep files of the run; need not exist."""
     write_adapter: Callable[[Path], None] | None
     """Collective: writes the adapter as it is now into a folder, as PEFT does; None: the method has none."""
+    write_model: Callable[[Path], None] | None = None
+    """Collective: writes the weights as they are now into a folder, as the hub has them; None: the method has an
+    adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,8 @@ class GeneratorSpec:
     refuses_draws: Callable[[float, float], str] = _draws_all
     """(temperature, top_p) -> why it cannot say log-probabilities at that temperature before tokens are left out; ""
     where it can."""
-    look: Callable[[Any], str] | None = None
-    """params -> what of it there is to say before a run, for the doctor. Raises MachineError: it cannot be used."""
+    look: Callable[[Any, Any], str] | None = None
+    """(params, `MethodSpec`) -> what of it there is to say before a run, for the doctor. Raises MachineError: it cannot
+    be used."""
     on_this_machine: bool = True
     """It writes with the trained model beside the training: a plan counts its cache and its time."""

@@ -1,7 +1,8 @@
-"""A vLLM server answers, with the adapter as it is trained: pushed after each update, and proven before it answers.
+"""A vLLM server answers, with the policy as it is trained: pushed after each update, and proven before it answers.
 
-Every adapter is named after the digest of its files, and every answer says which one has written it. After each push
-the server answers some prompts, and the log-probabilities that it says are held against the trainer's own.
+An adapter, or the weights of a model that is trained whole, is named after the digest of its files, and every answer
+says which one has written it. After each push the server answers some prompts, and the log-probabilities that it says
+are held against the trainer's own.
 
 Rank 0 alone speaks with the server: the scheduler there fills batches by itself, whoever asks, and every rank needs
 every answer.
@@ -22,9 +23,11 @@ from distft.core.errors import MachineError, NumericError
 from distft.core.phase import PHASE
 from distft.core.ranks import on_rank_zero
 from distft.core.registry import Params
-from distft.generation.completion import Completion, Prompt, SamplingParams, completion_of, seed_digest
+from distft.generation.completion import Completion, Prompt, SamplingParams, completion_of
 from distft.generation.spec import GeneratorInputs, GeneratorSpec
+from distft.generation.vllm_policy import OURS, AdapterPolicy, ServedPolicy
 from distft.generation.vllm_server import Asked, ServerAnswer, ServerGoneError, VllmServer, model_of
+from distft.generation.vllm_weights import WeightsPolicy, refuse_public, takes_tokens, weight_version
 
 if TYPE_CHECKING:
     from distft.generation.generator import Generator
@@ -36,25 +39,24 @@ SLICE_S = 60.0
 """Longest that rank 0 waits for answers before all ranks agree to go on: collectives have a time limit."""
 FRUITLESS = 3
 """Pushes to a server that goes away each time before it has answered anything, until the run ends."""
-OURS = "distft-"
-"""What names of adapters begin with."""
 
 
 class VllmParams(Params):
     """Which server, and how long it is waited for."""
 
     url: str = Field(default="http://127.0.0.1:8000", pattern=r"^https?://[^/]+")
-    """The server, without /v1. It serves the base of [model] path, with --enable-lora, and with
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."""
+    """The server, without /v1. It serves the base of [model] path: for adapters with --enable-lora, and with
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment; for full fine-tuning with --enable-scale-out, and with
+    VLLM_SERVER_DEV_MODE=1."""
     api_key_env: str | None = Field(default=None, min_length=1)
     """Environment variable that holds the key which the server asks for."""
     folder: str | None = Field(default=None, min_length=1)
-    """Where adapters are written that the server reads, under the same path on its machine; in the run folder unless
-    set."""
+    """Where adapters or weights are written that the server reads, under the same path on its machine; in the run
+    folder unless set. Weights lie there twice while new ones are written."""
     connections: int = Field(default=64, ge=1, le=4096)
     """Answers that are asked for at a time."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds that one answer may take."""
+    """Seconds that one answer may take, or reading the weights."""
     restart_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds that a server which does not answer is waited for, until the run ends."""
     probe_prompts: int = Field(default=4, ge=1)
@@ -74,19 +76,18 @@ class VllmGenerator:
 
         Args:
             params: which server.
-            inputs: the model and how its adapter is written.
+            inputs: the model and how its adapter, or all of its weights, are written.
             weigher: gives the trainer's own log-probabilities of probes.
 
         Raises:
             MachineError: it does not answer, or no key is where the recipe says.
         """
-        assert inputs.write_adapter is not None
         self._params, self._inputs, self._weigher = params, inputs, weigher
-        self._write = inputs.write_adapter
         self._folder = (Path(params.folder) if params.folder else inputs.folder / "policy").absolute()
         self._server = _server(params, timeout_s=params.timeout_s)
+        self._policy = _policy(self._server, inputs)
         self._pushed = ""
-        """The adapter that the server was given and has proven."""
+        """The policy that the server was given and has proven."""
         self._why = ""
         """Why the server went away last."""
         self._asked: Asked | None = None
@@ -107,7 +108,7 @@ class VllmGenerator:
         known: dict[int, ServerAnswer] = {}
         tries, most = 0, -1
         while True:
-            done = on_rank_zero(engine, lambda: self._push(name))
+            done = on_rank_zero(engine, lambda: self._push(name, prompts, how))
             done = done and self._prove(name, prompts, how)
             while done is True:
                 done = on_rank_zero(engine, lambda: self._collect(name, prompts, how, known))
@@ -134,14 +135,21 @@ class VllmGenerator:
     # -- the policy on the server --------------------------------------------------------------------------------------
 
     def _written(self) -> str:
-        """Collective: write the adapter as it is into a folder of its digest; return the adapter's name."""
+        """Collective: write the policy as it is into a folder of its digest; return its name."""
         fresh = self._folder / "next"
-        self._write(fresh)
+        on_rank_zero(self._inputs.engine, lambda: self._keep(self._pushed))
+        self._policy.write(fresh)
         return on_rank_zero(self._inputs.engine, lambda: self._named(fresh))
+
+    def _keep(self, name: str) -> None:
+        """Remove what was written before, but for this."""
+        for path in (*self._folder.glob(f"{OURS}*"), self._folder / "next"):
+            if path.name != name:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _named(self, fresh: Path) -> str:
         digest = hashlib.sha256()
-        for file in sorted(fresh.glob("adapter_*")):
+        for file in sorted(fresh.glob(self._policy.files)):
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -153,25 +161,27 @@ class VllmGenerator:
             fresh.rename(folder)
         return name
 
-    def _push(self, name: str) -> bool | None:
-        """Let the server have this adapter and no older one of this run; False when it went away, None: to stop."""
+    def _push(self, name: str, prompts: Sequence[Prompt], how: SamplingParams) -> bool | None:
+        """Let the server have this policy and no older one of this run; False when it went away, None: to stop."""
         server = self._server
         if not server.wait_until_up(self._params.restart_timeout_s, self._inputs.stop):
             return None
         try:
-            served = server.models()
-            if name not in served:
+            if self._pushed != name or not self._policy.has(name):
                 self._pushed = ""
-                server.load_adapter(name, str(self._folder / name))
-            for other, folder in served.items():
-                if other != name and other.startswith(OURS) and Path(folder).parent == self._folder:
-                    server.drop_adapter(other)
+                probes = self._probes(prompts)
+                done = self._policy.push(
+                    name, self._folder / name, lambda called, tokens: self._probed(called, probes, how, tokens)
+                )
+                if done is not True:
+                    return done
         except ServerGoneError as error:
             return self._went(error)
-        for path in self._folder.glob(f"{OURS}*"):
-            if path.name != name:
-                shutil.rmtree(path, ignore_errors=True)
+        self._keep(name)
         return True
+
+    def _probes(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        return list({tuple(prompt.ids): prompt for prompt in prompts}.values())[: self._params.probe_prompts]
 
     def _prove(self, name: str, prompts: Sequence[Prompt], how: SamplingParams) -> bool | None:
         """Collective: hold the server's log-probabilities against the trainer's, once after each push.
@@ -184,7 +194,7 @@ class VllmGenerator:
         engine = self._inputs.engine
         if on_rank_zero(engine, lambda: self._pushed == name):
             return True
-        probes = list({tuple(prompt.ids): prompt for prompt in prompts}.values())[: self._params.probe_prompts]
+        probes = self._probes(prompts)
         tokens = min(self._params.probe_tokens, how.max_new_tokens)
         said = on_rank_zero(engine, lambda: self._probed(name, probes, how, tokens))
         if said is None or isinstance(said, bool):
@@ -210,7 +220,7 @@ class VllmGenerator:
             raise NumericError(
                 f"{self._params.url} is not the policy: its log-probabilities of {len(pairs)} tokens are {mean:.4g} "
                 f"from the trainer's on average, and {most:g} is allowed ({where}: {theirs:.6g} there, {ours:.6g} "
-                f"here). It has another base or another adapter, or computes in another type than [model] dtype.{at} "
+                f"here). {self._policy.wrong}{at} "
                 "Where kernels alone differ: [rollout] generator.max_gap"
             )
         self._pushed = name
@@ -219,9 +229,7 @@ class VllmGenerator:
     def _probed(
         self, name: str, probes: Sequence[Prompt], how: SamplingParams, tokens: int
     ) -> list[ServerAnswer] | bool | None:
-        requests = {
-            number: self._request(name, prompt, how) | {"max_tokens": tokens} for number, prompt in enumerate(probes)
-        }
+        requests = {number: self._policy.request(name, prompt, how, tokens) for number, prompt in enumerate(probes)}
         known: dict[int, ServerAnswer] = {}
         asked = self._server.ask(requests, connections=self._params.connections)
         try:
@@ -236,28 +244,6 @@ class VllmGenerator:
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def _request(self, name: str, prompt: Prompt, how: SamplingParams) -> dict[str, Any]:
-        """Return a request that leaves nothing to the server's own defaults."""
-        return {
-            "model": name,
-            "prompt": list(prompt.ids),
-            "add_special_tokens": False,
-            "max_tokens": how.max_new_tokens,
-            "temperature": how.temperature,
-            "top_p": how.top_p,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "seed": int.from_bytes(seed_digest(how.seed, prompt.seed_key)[:8], "big") >> 1,
-            "stop": list(how.stop),
-            "stop_token_ids": list(self._inputs.stop_ids),
-            "ignore_eos": True,  # its own idea of what ends an answer: ours is in stop_token_ids
-            "logprobs": 0,
-            "return_token_ids": True,
-        }
-
     def _collect(
         self, name: str, prompts: Sequence[Prompt], how: SamplingParams, known: dict[int, ServerAnswer]
     ) -> list[Completion] | bool | None:
@@ -267,7 +253,7 @@ class VllmGenerator:
         """
         if self._asked is None:
             missing = [index for index in range(len(prompts)) if index not in known]
-            requests = {index: self._request(name, prompts[index], how) for index in missing}
+            requests = {index: self._policy.request(name, prompts[index], how, how.max_new_tokens) for index in missing}
             self._asked = self._server.ask(requests, connections=self._params.connections)
         try:
             if not self._asked.collect(known, SLICE_S, self._inputs.stop):
@@ -339,15 +325,28 @@ def _server(params: VllmParams, *, timeout_s: float) -> VllmServer:
     return VllmServer(url=params.url.rstrip("/"), timeout_s=timeout_s, key=key)
 
 
-def _look(params: VllmParams) -> str:
+def _policy(server: VllmServer, inputs: GeneratorInputs) -> ServedPolicy:
+    if inputs.write_adapter is not None:
+        return AdapterPolicy(server, inputs.write_adapter, inputs.stop_ids)
+    assert inputs.write_model is not None
+    return WeightsPolicy(server, inputs.write_model, inputs.stop_ids)
+
+
+def _look(params: VllmParams, method: Any) -> str:
     """Return what the server serves.
 
     Raises:
-        MachineError: it does not answer, or loads no adapters.
+        MachineError: it does not answer, or takes no adapters, or no weights where the method trains all of them.
     """
     server = _server(params, timeout_s=10.0)
     try:
+        if not method.adapter:
+            refuse_public(server.url)
         served = model_of(server.models())
+        if not method.adapter:
+            version = weight_version(server)
+            takes_tokens(server)
+            return f"{params.url} serves {', '.join(served)} and takes weights (its own are called {version})"
         if not server.loads_adapters():
             raise MachineError(
                 f"{params.url}: the server loads no adapters while it runs  start it with --enable-lora and "
@@ -361,10 +360,7 @@ def _look(params: VllmParams) -> str:
 def _refuses(params: VllmParams, method: Any, method_params: Any) -> str:
     """Return why the server cannot have what this method trains."""
     if not method.adapter:
-        return (
-            f'method "{method.name}" trains the model itself, whose weights a vLLM server takes over links between '
-            "GPUs only, or by an endpoint that runs anything: use lora or qlora, whose adapter it loads"
-        )
+        return ""
     from distft.model.adapters.lora_params import LoraParams
 
     if not isinstance(method_params, LoraParams):

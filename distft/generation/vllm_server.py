@@ -46,10 +46,25 @@ class ServerAnswer:
     """The prompt as the server read it."""
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    ended: bool
-    """By a token or a text that ends answers, not by the limit."""
+    finish: str
+    """Why it ended, as vLLM says it."""
     stopped_by: str = ""
     """The text that ended it."""
+
+    @property
+    def ended(self) -> bool:
+        """By a token or a text that ends answers, not by the limit."""
+        return self.finish == "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRequest:
+    """What is posted for one answer."""
+
+    path: str
+    body: Mapping[str, Any]
+    read: Callable[[Any], ServerAnswer]
+    """What came back -> the answer. LookupError, TypeError and ValueError mean that it lacks something."""
 
 
 @dataclass(kw_only=True)
@@ -67,7 +82,7 @@ class VllmServer:
     def is_up(self) -> bool:
         """Return whether it answers and says that it is well."""
         try:
-            self._ask("GET", "/health")
+            self.call("GET", "/health")
         except (ServerGoneError, MachineError):
             return False
         return True
@@ -78,7 +93,7 @@ class VllmServer:
         Raises:
             ServerGoneError: it does not answer.
         """
-        listed = self._ask("GET", "/v1/models")["data"]
+        listed = self.call("GET", "/v1/models")["data"]
         return {card["id"]: (card.get("root") or "") if card.get("parent") else "" for card in listed}
 
     def loads_adapters(self) -> bool:
@@ -88,7 +103,7 @@ class VllmServer:
             ServerGoneError: it does not answer.
         """
         try:
-            self._ask("POST", "/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""})
+            self.call("POST", "/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""})
         except MachineError:  # it lacks a name, and so it has read what it was asked
             return True
         except ServerGoneError as error:
@@ -105,7 +120,7 @@ class VllmServer:
             MachineError: it does not take the adapter; says why.
         """
         try:
-            self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
+            self.call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
         except ServerGoneError as error:
             if error.status is None or not self.is_up():
                 raise
@@ -126,44 +141,35 @@ class VllmServer:
             ServerGoneError: it does not answer.
         """
         try:
-            self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+            self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         except ServerGoneError as error:
             if error.status != 404:
                 raise
 
-    def answer(self, request: Mapping[str, Any]) -> ServerAnswer:
-        """Return the answer to a request of /v1/completions.
+    def answer(self, request: PolicyRequest) -> ServerAnswer:
+        """Return the answer to a request.
 
         Raises:
             ServerGoneError: it does not answer, or broke off, or does not know the model that is asked.
             MachineError: it refuses the request, or its answer lacks ids or log-probabilities.
         """
-        said = self._ask("POST", "/v1/completions", request)
+        said = self.call("POST", request.path, request.body)
         try:
-            (choice,) = said["choices"]
-            finish, stop = choice["finish_reason"], choice.get("stop_reason")
-            answer = ServerAnswer(
-                model=said["model"],
-                prompt_ids=tuple(choice["prompt_token_ids"]),
-                ids=tuple(choice["token_ids"]),
-                logprobs=tuple(map(float, choice["logprobs"]["token_logprobs"])),
-                ended=finish == "stop",
-                stopped_by=stop if isinstance(stop, str) else "",
-            )
+            answer = request.read(said)
         except (LookupError, TypeError, ValueError) as error:
             raise MachineError(
                 f"{self.url}: its answer lacks token ids or log-probabilities ({type(error).__name__}: {error})  "
-                "vLLM gives both from 0.10.2 on (return_token_ids)"
+                "vLLM gives them from 0.10.2 on (return_token_ids), and names of weights from 0.32 on"
             ) from error
-        if finish not in ("stop", "length"):
-            raise ServerGoneError(f"an answer was broken off (finish_reason {finish!r})")
+        if answer.finish not in ("stop", "length"):
+            raise ServerGoneError(f"an answer was broken off (finish_reason {answer.finish!r})")
         if not answer.ids or len(answer.ids) != len(answer.logprobs):
             raise MachineError(
                 f"{self.url}: an answer has {len(answer.ids)} tokens and {len(answer.logprobs)} log-probabilities"
             )
         return answer
 
-    def ask(self, requests: Mapping[int, Mapping[str, Any]], *, connections: int) -> Asked:
+    def ask(self, requests: Mapping[int, PolicyRequest], *, connections: int) -> Asked:
         """Ask all of these, `connections` at a time; whoever waits for the answers takes them from the result."""
         pool = ThreadPoolExecutor(max_workers=connections, thread_name_prefix="vllm")
         return Asked(self, pool, {pool.submit(self.answer, request): index for index, request in requests.items()})
@@ -195,7 +201,13 @@ class VllmServer:
                     sock.shutdown(2)  # wakes up who reads from it, as close() alone does not
             connection.close()
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Return what it says: JSON where it is some, else text.
+
+        Raises:
+            ServerGoneError: it does not answer, or with HTTP 404 or 5xx.
+            MachineError: it refuses what it is asked.
+        """
         headers = {"Content-Type": "application/json"}
         headers |= {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         connection = self._connection()

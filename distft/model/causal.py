@@ -229,11 +229,13 @@ class CausalLM(nn.Module):
         input_ids_BL: Tensor,
         attention_mask_BK: Tensor | None,
         position_ids_BL: Tensor,
-        at_S: Tensor,
+        at_S: Tensor | None = None,
         cache: Any = None,
         labels_S: Tensor | None = None,
     ) -> Tensor:
         """Return fp32 logits [S, V] of what follows positions `at_S` of the flattened [B, L]; inside `answering`.
+
+        Without `at_S`: of what follows each row, [B, V].
 
         With `labels_S`: [S, 2], the log-likelihood of each label there and whether it is the likeliest (1 or 0).
         `cache` holds the positions before these and takes these up.
@@ -247,15 +249,21 @@ class CausalLM(nn.Module):
             self._forget_longer_documents()
         if self.path.head == "own":
             length = input_ids_BL.shape[1]
-            columns_C, column_S = (at_S % length).unique(return_inverse=True)
-            output = self._own_forward(input_ids_BL, inputs, columns_C, use_cache=cache is not None)
+            if at_S is None:
+                last_1 = torch.tensor([length - 1], device=input_ids_BL.device)
+                output = self._own_forward(input_ids_BL, inputs, last_1, use_cache=cache is not None)
+                logits_SV = output.logits[:, 0].float()
+            else:
+                columns_C, column_S = (at_S % length).unique(return_inverse=True)
+                output = self._own_forward(input_ids_BL, inputs, columns_C, use_cache=cache is not None)
+                logits_SV = output.logits[at_S // length, column_S].float()
             self.prefix.check()
-            logits_SV = output.logits[at_S // length, column_S].float()
             return logits_SV if labels_S is None else judged(logits_SV, labels_S)
         given = _taken(self.trunk, inputs)
         output = self.trunk(input_ids=input_ids_BL, use_cache=cache is not None, **given)
         self.prefix.check()
-        hidden_SE = output.last_hidden_state.flatten(0, 1)[at_S]
+        hidden_BLE = output.last_hidden_state
+        hidden_SE = hidden_BLE[:, -1].contiguous() if at_S is None else hidden_BLE.flatten(0, 1)[at_S]
         if labels_S is not None:
             return self.head(hidden_SE, labels_S, likelihoods)
         assert self.observed is not None

@@ -32,6 +32,8 @@ class GrowingLayer(DynamicLayer):
         self.keys: Any  # transformers' types say that there may be none
         self.values: Any
         self._buffers: tuple[Tensor, Tensor] | None = None
+        self._views: tuple[Tensor, Tensor] | None = None
+        """What `update` gave last: while `keys` and `values` are these, they lie in the buffers."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Put new positions behind those that are there; return all, [B, H, K, D]."""
@@ -40,9 +42,10 @@ class GrowingLayer(DynamicLayer):
         begin = self.get_seq_length()
         end = begin + key_states.shape[-2]
         keys, values = self._with_room(key_states, value_states, begin, end)
-        keys[:, :, begin:end], values[:, :, begin:end] = key_states, value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        return self.keys, self.values
+        keys.narrow(2, begin, end - begin).copy_(key_states)
+        values.narrow(2, begin, end - begin).copy_(value_states)
+        self.keys, self.values = self._views = keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        return self._views
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order, with the room that there was."""
@@ -52,12 +55,12 @@ class GrowingLayer(DynamicLayer):
         keys, values = (
             _selected(buffer, indices, filled) for buffer in self._with_room(self.keys, self.values, filled, filled)
         )
-        self._buffers = keys, values
+        self._buffers, self._views = (keys, values), None
         self.keys, self.values = keys[:, :, :filled], values[:, :, :filled]
 
     def reset(self) -> None:
         """Hold nothing again."""
-        self._buffers = None
+        self._buffers = self._views = None
         super().reset()
 
     def _with_room(self, keys: Tensor, values: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -72,10 +75,13 @@ class GrowingLayer(DynamicLayer):
             if begin:
                 buffer[:, :, :begin] = old
             made.append(buffer)
-        self._buffers = (made[0], made[1])
+        self._buffers, self._views = (made[0], made[1]), None
         return self._buffers
 
     def _is_of(self, held: tuple[Tensor, Tensor]) -> bool:
+        views = self._views
+        if views is not None and self.keys is views[0] and self.values is views[1]:
+            return True
         return all(
             tensor.data_ptr() == buffer.data_ptr() and tensor.shape[0] == buffer.shape[0]
             for tensor, buffer in zip((self.keys, self.values), held, strict=True)

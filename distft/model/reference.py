@@ -316,7 +316,6 @@ class Reference:
                 input_ids_BL=ids_BL,
                 attention_mask_BK=None if mask_BL is None else mask_BL[:, : longest + number],
                 position_ids_BL=positions_BL,
-                at_S=torch.arange(1, len(rows) + 1, device=self._device) * ids_BL.shape[1] - 1,
                 cache=cache,
             )
             nexts: list[Tensor] = []

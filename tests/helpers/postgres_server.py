@@ -41,7 +41,9 @@ def postgres(folder: Path) -> Iterator[str]:
     try:
         yield f"postgresql+psycopg://distft@127.0.0.1:{port}/postgres"
     finally:
-        subprocess.run([*as_user, *start, "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/")
+        subprocess.run(
+            [*as_user, *start, "-t", "300", "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/"
+        )
 
 
 def end_connections(url: str) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -29,6 +31,20 @@ class StandIn:
         self._lock = threading.Lock()
         self.loads = loads
         """Whether it has the adapters' endpoints."""
+        self.is_development = True
+        """Whether it has the endpoints of the development mode, which weights need."""
+        self.version = "default"
+        self._resumed = threading.Event()
+        self._resumed.set()
+        self._cached: dict[Any, Any] = {}
+        """Keys and values of prompts, by salt and ids."""
+        self.skips: set[str] = set()
+        """Steps of a push that it says it has done, and has not: "reset", "reload_weights", "reset_prefix_cache",
+        "update_weight_version"; and "cache_salt"."""
+        self.skips_tensor = ""
+        """A tensor that it does not read, as vLLM on CPUs a head that is tied."""
+        self.is_held = False
+        """It cannot forget keys and values, and says so."""
         self.adapters: dict[str, str] = {}
         self._tuned: dict[str, Any] = {}
         self.seen: list[tuple[str, dict[str, Any]]] = []
@@ -64,6 +80,8 @@ class StandIn:
     def get(self, path: str) -> tuple[int, Any]:
         if path == "/health":
             return 200, ""
+        if path == "/weight_info" and self.is_development:
+            return 200, {"weight_version": self.version}
         if path == "/v1/models":
             cards = [{"id": "base", "root": str(self._base), "parent": None}]
             cards += [{"id": name, "root": folder, "parent": "base"} for name, folder in self.adapters.items()]
@@ -71,7 +89,13 @@ class StandIn:
         return 404, {"detail": "Not Found"}
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        path = path.partition("?")[0]
         self.seen.append((path, body))
+        if self.is_development and path in _STEPS:
+            with self._lock, torch.no_grad():
+                return self._step(path, body)
+        if path == "/inference/v1/generate" and self.is_development:
+            return self._tokens(body) if body else _error(400, "token_ids: Field required")
         if path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter") and self.loads:
             name = body["lora_name"]
             if path == "/v1/unload_lora_adapter":
@@ -93,10 +117,56 @@ class StandIn:
             self.answered += 1
         return 200, {"model": self.says_model or body["model"], "choices": [answer]}
 
-    def _complete(self, lm: Any, body: dict[str, Any]) -> dict[str, Any]:
+    def _step(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Do a step of a push of whole weights."""
+        if path == "/pause":
+            self._resumed.clear()
+        elif path == "/resume":
+            self._resumed.set()
+        elif path == "/weight_checker" and "reset" not in self.skips:
+            assert body == {"action": "reset"}
+            for param in self._lm.parameters():
+                param.zero_()
+        elif path == "/collective_rpc" and "reload_weights" not in self.skips:
+            assert body["method"] == "reload_weights"
+            assert not self._resumed.is_set(), "weights change while nothing is answered"
+            files = sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors"))
+            if not files:
+                return _error(500, "Call to collective_rpc method failed: Worker failed with error 'Repo id must be'")
+            for name, tensor in (item for file in files for item in load_file(file).items()):
+                if name != self.skips_tensor:
+                    self._lm.get_parameter(name).copy_(tensor)
+        elif path == "/reset_prefix_cache":
+            if self.is_held:
+                return 200, {"success": False}
+            if "reset_prefix_cache" not in self.skips:
+                self._cached.clear()
+            return 200, {"success": True}
+        elif path == "/update_weight_version" and "update_weight_version" not in self.skips:
+            self.version = body["new_version"]
+        return 200, {"status": "ok"}
+
+    def _tokens(self, body: dict[str, Any]) -> tuple[int, Any]:
+        assert self._resumed.wait(60), "paused, and never resumed"
+        with self._lock, torch.no_grad():
+            asked = body["sampling_params"] | {"prompt": body["token_ids"]}
+            salt = "" if "cache_salt" in self.skips else body["cache_salt"]
+            answer = self._complete(self._lm, asked, salt=salt)
+            self.answered += 1
+            version = self.says_model or self.version
+        answer["weight_versions"] = [{"version": version, "start": 0, "end": len(answer["token_ids"])}]
+        answer["logprobs"] = {"content": [{"logprob": said} for said in answer["logprobs"]["token_logprobs"]]}
+        return 200, {"prompt_token_ids": answer.pop("prompt_token_ids"), "choices": [answer]}
+
+    def _complete(self, lm: Any, body: dict[str, Any], *, salt: str | None = None) -> dict[str, Any]:
         drawn = torch.Generator().manual_seed(body["seed"])
         ids, logprobs, finish, stopped_by = [], [], "length", None
         inputs, cache = torch.tensor([body["prompt"]]), None
+        if salt is not None and len(body["prompt"]) > 1:
+            key = (salt, *body["prompt"][:-1])
+            if key not in self._cached:
+                self._cached[key] = lm(input_ids=inputs[:, :-1], use_cache=True).past_key_values
+            inputs, cache = inputs[:, -1:], copy.deepcopy(self._cached[key])
         while len(ids) < body["max_tokens"] and finish == "length":
             output = lm(input_ids=inputs, past_key_values=cache, use_cache=True)
             cache, logits_V = output.past_key_values, output.logits[0, -1].float()
@@ -119,6 +189,11 @@ class StandIn:
             "index": 0, "text": "", "finish_reason": finish, "stop_reason": stopped_by, "token_ids": ids,
             "prompt_token_ids": body["prompt"], "logprobs": {"token_logprobs": logprobs},
         }  # fmt: skip
+
+
+_STEPS = (
+    "/pause", "/resume", "/weight_checker", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version"
+)  # fmt: skip
 
 
 def _error(status: int, message: str) -> tuple[int, Any]:

@@ -21,7 +21,7 @@ def look(here: Here) -> Facts:
     if spec.look is None:
         return {}
     try:
-        return {"says": spec.look(listed_params(chosen, spec.params))}
+        return {"says": spec.look(listed_params(chosen, spec.params), recipe.method.spec)}
     except MachineError as error:
         return {"fails": str(error)}
 

@@ -159,6 +159,38 @@ def test_dropout_is_off_and_training_goes_on_as_before(tiny_config: Path) -> Non
     assert any(param.grad is not None for param in engine.model.parameters())
 
 
+METHODS_WITH_PARAMS = {
+    "full": {}, "lora": {"r": 4}, "qlora": {"r": 4}, "adalora": {}, "bottleneck": {}, "prompt_tuning": {}, "ia3": {},
+    "p_tuning": {}, "prefix_tuning": {}, "vera": {}, "oft": {}, "loha": {}, "lokr": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name in ("full", "lora", "prefix_tuning") else pytest.mark.slow)
+        for name in METHODS_WITH_PARAMS
+    ],
+)
+def test_what_answers_leave_behind_can_be_trained_with(tiny_config: Path, tmp_path: Path, method: str) -> None:
+    """Answers are written without autograd, beyond the length whose frequencies dynamic NTK starts with."""
+    config = json.loads((tiny_config / "config.json").read_text()) | {"max_position_embeddings": 16}
+    config |= {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    losses = []
+    for answers in (False, True):
+        engine, own = opened(tmp_path, method, **METHODS_WITH_PARAMS[method])
+        if answers:
+            assert own.generate(prompts(PROMPTS[:2]), SamplingParams(max_new_tokens=6)) is not None
+        output = engine.model(**batch(documents([20, 5])).inputs())
+        loss = (output[0] if isinstance(output, tuple) else output).sum()  # beside a method's penalty
+        loss.backward()
+        grads = [param.grad for param in engine.model.parameters() if param.grad is not None]
+        assert grads
+        losses.append((loss.item(), sum(float(grad.double().square().sum()) for grad in grads)))
+    assert losses[0] == losses[1]
+
+
 def test_a_wish_to_stop_is_granted_in_the_middle(tiny_config: Path) -> None:
     engine, own = opened(tiny_config)
     asked = iter([False, False, True])

@@ -9,32 +9,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from generating import ALONE, RULE, generator
-from tiny import CPU, build, documents
-from transformers import AutoModelForCausalLM, LlamaConfig
+from generating import generator
 from vllm_stand_in import StandIn
+from vllm_trained import HOW, PROMPTS, Trained, made
 
 from distft.catalog import REGISTRIES
 from distft.core.errors import MachineError, NumericError
 from distft.doctor.checks.generator import CHECK
 from distft.doctor.finding import DoctorOptions, Here, Seen, run_judge, run_look
-from distft.engine.params import EngineParams
-from distft.engine.solo import SoloEngine, open_engine
-from distft.export import final
-from distft.generation import GENERATORS, GeneratorInputs, vllm_generator
-from distft.generation.completion import Prompt, SamplingParams
-from distft.generation.vllm_generator import VllmGenerator
-from distft.model.adapters import METHODS
-from distft.model.load import WRAPPER
+from distft.engine.solo import SoloEngine
+from distft.generation import vllm_generator
 from distft.recipe import parse_recipe
 
-PROMPTS = [Prompt(seed_key=f"{number}\n{answer}", ids=ids) for number, ids in enumerate(documents([9, 4, 17]))
-           for answer in range(2)]  # fmt: skip
 RECIPE = """
 name = "run"
 [model]
@@ -51,72 +41,11 @@ path = "train.jsonl"
 generator = GENERATOR
 rewards = [{ name = "exact_match" }]
 """
-HOW = SamplingParams(max_new_tokens=12, temperature=1.0, seed=3, logprobs=True)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A LoRA in this process, and what a generator is given of it."""
-
-    base: Path
-    engine: SoloEngine
-    inputs: GeneratorInputs
-
-    def open(self, server: str, **params: object) -> VllmGenerator:
-        spec = GENERATORS["vllm"]
-        given = {"url": server, "restart_timeout_s": 1.0} | params
-        opened = spec.open(spec.params.model_validate(given), self.inputs)
-        assert isinstance(opened, VllmGenerator)
-        return opened
-
-    def update(self) -> None:
-        """Move every trained weight by much: no answer stays as it was."""
-        torch.manual_seed(5)
-        with torch.no_grad():
-            for param in self.engine.model.parameters():
-                if param.requires_grad:
-                    param += 0.3 * torch.randn_like(param)
 
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Trained:
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=None, eos_token_id=7,
-    )  # fmt: skip
-    base = tmp_path / "base"
-    AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    built = build(base, "lora", fill=False, params={"r": 4}, init="pretrained")
-    named = [(name, param) for name, param in built.module.named_parameters() if param.requires_grad]
-    shapes = {name.removeprefix(WRAPPER): (tuple(param.shape), param.dtype) for name, param in named}
-    engine = open_engine("solo", EngineParams(), replace(ALONE, device=CPU))
-    engine.setup(built, RULE, micros_per_step=1)
-
-    def write(folder: Path) -> None:
-        method = METHODS["lora"]
-        final.write_adapter(
-            folder,
-            engine,
-            shapes,
-            prefix=WRAPPER,
-            starts_at_zero=method.starts_at_zero,
-            save_adapter=lambda aside, tensors: method.save_adapter(built.module.lm, aside, tensors),
-            save_rest=lambda aside: None,
-            is_trained=False,
-        )
-
-    inputs = GeneratorInputs(
-        engine=engine,
-        module=built.module,
-        decode=lambda ids: " ".join(map(str, ids)),
-        stop_ids=(7,),
-        stop=lambda: False,
-        dtype="float32",
-        folder=tmp_path / "rollouts",
-        write_adapter=write,
-    )
-    return Trained(base, engine, inputs)
+    return made(tmp_path, "lora")
 
 
 def test_answers_are_of_the_policy_as_it_is(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:

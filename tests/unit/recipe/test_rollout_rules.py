@@ -61,9 +61,6 @@ REPLACED: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "choices": ({"REWARD": '[[rollout.rewards]]\nname = "multiple_choice" # <-'}, ("weighs choices",)),
     "a figure that is not there": ({"REWARD": 'figure = "rouge1" # <-'}, ('"rouge1" is no figure', "exact_match")),
     "a weight of text": ({"REWARD": 'weight = "much" # <-'}, ("weight", "must be a number")),
-    "a server for a whole model": (
-        {"ROLLOUT": 'generator = "vllm" # <-'}, ("trains the model itself", "use lora or qlora"),
-    ),
     "a server for DoRA": (
         {"METHOD": 'lora"\ndora = true\n#"', "ROLLOUT": 'generator = "vllm" # <-'}, ("without [method] dora",),
     ),
