@@ -36,7 +36,9 @@ def test_help_names_every_verb() -> None:
     assert bare.stderr == done.stdout, "no verb: the help, not an error to decipher"
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb", [verb if verb in ("train", "serve") else pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS]
+)
 def test_help_of_a_verb_is_that_of_its_module(verb: str) -> None:
     done = run("-m", "distft.cli", verb, "--help")
     assert done.returncode == 0

@@ -145,7 +145,10 @@ FAULTS: list[tuple[str, Any, str, Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["double", "single"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(torch.float64, id="double", marks=pytest.mark.slow), pytest.param(torch.float32, id="single")],
+)
 @pytest.mark.parametrize(("kind", "where", "name", "wrong", "settings"), FAULTS, ids=[fault[0] for fault in FAULTS])
 def test_a_planted_fault_is_found(
     kind: str,

@@ -294,7 +294,9 @@ def test_a_score_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyP
             scorer(name, **params)
 
 
-@pytest.mark.parametrize("name", [name for name in SCORES if name not in ("judge", "function", "reward_model")])
+@pytest.mark.parametrize(
+    "name", [name for name in SCORES if name not in ("judge", "function", "reward_model", "trl_function")]
+)
 def test_every_score_gives_the_figures_it_promised(name: str) -> None:
     needed: dict[str, dict[str, Any]] = {
         "regex": {"pattern": "x"},
