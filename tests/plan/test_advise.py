@@ -16,7 +16,9 @@ def advised(capsys: pytest.CaptureFixture[str], model: Path, *flags: str) -> dic
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("goal", ["task", "domain"])  # the other goals differ from "task" in the approach alone
+@pytest.mark.parametrize(
+    "goal", ["task", pytest.param("domain", marks=pytest.mark.slow)]
+)  # the other goals differ from "task" in the approach alone
 @pytest.mark.parametrize("rows", ["40", "200000"])
 @pytest.mark.parametrize(("gpu", "gpus"), [("24", "1"), ("a100-80gb", "8"), ("0.8", "1")])
 def test_the_written_recipe_is_planned(small: Path, tmp_path: Path, capsys, goal, rows, gpu, gpus) -> None:
@@ -34,6 +36,7 @@ def test_the_written_recipe_is_planned(small: Path, tmp_path: Path, capsys, goal
     assert [one["fits"] for one in made["fits"][:-1]] == [False] * (len(made["fits"]) - 1)
 
 
+@pytest.mark.slow
 def test_a_smaller_card_gets_a_smaller_method(llama8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = ["--goal", "domain", "--rows", "200000"]
     eight = advised(capsys, llama8b, *many, "--gpu", "a100-80gb", "--gpus", "8")

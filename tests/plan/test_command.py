@@ -124,7 +124,7 @@ def test_explained(recipe: str, run: Run) -> None:
         assert word in done.stdout, word
 
 
-@pytest.mark.parametrize("what", ["seq", "micro", "model"])
+@pytest.mark.parametrize("what", ["seq", "micro", pytest.param("model", marks=pytest.mark.slow)])
 def test_the_largest_that_fits_fits_and_the_next_does_not(recipe: str, what: str, planned: Planned) -> None:
     lora = ("--methods", "lora", "--set", 'train.activation_checkpointing="full"', "--gpu", "24")
     said = planned(recipe, *lora, "--max", what)
