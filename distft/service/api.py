@@ -80,12 +80,16 @@ def build_parts(settings: ServiceSettings, database: ServiceDatabase) -> Service
     )  # fmt: skip
 
 
-def parts_of(request: Request) -> ServiceParts:
+# What routes depend on is async, though it waits for nothing: FastAPI runs other functions in threads, each of which
+# waits for its turn in the interpreter.
+
+
+async def parts_of(request: Request) -> ServiceParts:
     """Return the services."""
     return request.app.state.parts
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:
     """Return who asks, and refuse query parameters that the route does not know.
 
     Raises:
@@ -102,7 +106,7 @@ def caller_of(request: Request) -> Caller:
     return request.state.caller
 
 
-def once_of(
+async def once_of(
     request: Request, key: Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)] = None
 ) -> Once:
     """Return the request's Idempotency-Key."""
