@@ -15,6 +15,10 @@ from distft.generation.vllm_server import PolicyRequest, ServerAnswer, VllmServe
 
 OURS = "distft-"
 """What names of policies begin with."""
+PLAIN: dict[str, float] = {
+    "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0
+}  # fmt: skip
+"""What a draw has none of; vLLM would take it from the model's generation_config.json."""
 Probe = Callable[[str, int], "list[ServerAnswer] | bool | None"]
 """(name of the weights, tokens) -> the server's answers to some prompts; False when it went away, None: to stop."""
 
@@ -60,11 +64,7 @@ def sampling(
         "max_tokens": max_tokens,
         "temperature": how.temperature,
         "top_p": how.top_p,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
+        **PLAIN,
         "seed": int.from_bytes(seed_digest(how.seed, prompt.seed_key)[:8], "big") >> 1,
         "stop": list(how.stop),
         "stop_token_ids": list(stop_ids),

@@ -221,7 +221,7 @@ class VllmServer:
         text = raw.decode(errors="replace")
         if status < 400:
             return json.loads(text) if text[:1] in ("{", "[") else text
-        message = f"HTTP {status}: {_reason(text)}"
+        message = f"HTTP {status}: {reason(text)}"
         if status == 404 or status >= 500:  # an adapter that it no longer has; an engine that has died
             raise ServerGoneError(message, status=status)
         raise MachineError(f"{self.url}{path}: {message}")
@@ -281,7 +281,7 @@ class Asked:
             self._server.close()
 
 
-def _reason(text: str) -> str:
+def reason(text: str) -> str:
     """Return what an error says: OpenAI's form, FastAPI's, or the text itself."""
     try:
         said = json.loads(text)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from distft.generation.vllm_server import ServerGoneError
+from distft.generation.vllm_server import ServerGoneError, reason
 
 
 class RefusedError(Exception):
@@ -27,16 +27,6 @@ class StreamingServer:
     key: str | None = None
     """Sent as a bearer token."""
 
-    def cards(self) -> list[dict[str, Any]]:
-        """Return what /v1/models lists.
-
-        Raises:
-            ServerGoneError: it does not answer.
-            RefusedError: it does not take the request.
-        """
-        with self._response("GET", "/v1/models") as response:
-            return json.loads(response.read())["data"]
-
     def stream(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the chunks of /v1/completions; closing the iterator breaks the answer off.
 
@@ -45,7 +35,7 @@ class StreamingServer:
             RefusedError: it does not take the request.
         """
         body = json.dumps({**request, "stream": True, "return_token_ids": True, "return_tokens_as_token_ids": True})
-        with self._response("POST", "/v1/completions", body) as response:
+        with self._response(body) as response:
             for line in response:
                 content = line.removeprefix(b"data:").strip()
                 if not line.startswith(b"data:"):
@@ -59,14 +49,14 @@ class StreamingServer:
         raise ServerGoneError("an answer was broken off")
 
     @contextlib.contextmanager
-    def _response(self, method: str, path: str, body: str | None = None) -> Iterator[http.client.HTTPResponse]:
+    def _response(self, body: str) -> Iterator[http.client.HTTPResponse]:
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.netloc, timeout=self.timeout_s)
         headers = {"Content-Type": "application/json"}
         headers |= {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         try:
-            connection.request(method, parts.path.rstrip("/") + path, body, headers)
+            connection.request("POST", f"{parts.path.rstrip('/')}/v1/completions", body, headers)
             response = connection.getresponse()
             if response.status >= 400:
                 self._refuse(response.status, response.read().decode(errors="replace"))
@@ -77,11 +67,7 @@ class StreamingServer:
             connection.close()
 
     def _refuse(self, status: int, text: str) -> None:
-        try:
-            error = json.loads(text)
-            message = str(error["error"]["message"])
-        except (ValueError, LookupError, TypeError):
-            message = text[:300]
+        message = reason(text)
         if status == 404 or status >= 500:  # it has forgotten an adapter; its engine has died
             raise ServerGoneError(f"HTTP {status}: {message}", status=status)
         raise RefusedError(message)

@@ -18,6 +18,7 @@ from distft.core.tokenizer_files import load_tokenizer
 from distft.export_formats.peft_adapter import broken_rules
 from distft.export_formats.source import ModelSource, open_source, stop_ids
 from distft.generation.completion import completion_of
+from distft.generation.vllm_policy import PLAIN
 from distft.generation.vllm_server import ServerGoneError, VllmServer
 from distft.generation.vllm_stream import RefusedError, StreamingServer
 from distft.routing.router import is_router
@@ -103,7 +104,7 @@ class RemoteModels:
         key = None
         if vllm["key_env"] is not None and not (key := os.environ.get(vllm["key_env"])):
             raise MachineError(f"[models.NAME.vllm] key_env: {vllm['key_env']} is not set or empty")
-        card = _base_card(StreamingServer(url=vllm["url"], timeout_s=TIMEOUT_S, key=key), vllm)
+        card = _base_card(VllmServer(url=vllm["url"], timeout_s=TIMEOUT_S, key=key), vllm)
         tokenizer = load_tokenizer(source.folder)
         served = Served(tokenizer=tokenizer, stop_ids=stop_ids(source.folder, tokenizer))
         name, folder = card["id"], ""
@@ -195,7 +196,7 @@ def _request(model: RemoteModel, tokenized: TokenizedRequest) -> dict[str, Any]:
     asked = {
         "model": model.name, "prompt": tokenized.ids, "add_special_tokens": False, "n": request["n"],
         "max_tokens": tokenized.room(model.longest), "temperature": request["temperature"], "top_p": request["top_p"],
-        "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        **PLAIN,
         "seed": request["seed"], "stop": list(tokenized.stop), "stop_token_ids": list(model.served.stop_ids),
         "ignore_eos": True,
     }  # fmt: skip
@@ -206,7 +207,7 @@ def _request(model: RemoteModel, tokenized: TokenizedRequest) -> dict[str, Any]:
     return asked
 
 
-def _base_card(server: StreamingServer, vllm: Mapping[str, Any]) -> dict[str, Any]:
+def _base_card(server: VllmServer, vllm: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the server says of the base.
 
     Raises:
@@ -214,9 +215,11 @@ def _base_card(server: StreamingServer, vllm: Mapping[str, Any]) -> dict[str, An
         RecipeError: it serves another.
     """
     try:
-        cards = [card for card in server.cards() if not card.get("parent")]
-    except (ServerGoneError, RefusedError) as error:
+        cards = [card for card in server.call("GET", "/v1/models")["data"] if not card.get("parent")]
+    except ServerGoneError as error:
         raise MachineError(f"the vLLM server at {vllm['url']} has not answered: {error}") from error
+    finally:
+        server.close()
     for card in cards:
         is_base = card["id"] == vllm["model"] if vllm["model"] else _same(card.get("root") or "", vllm["base"])
         if is_base:
