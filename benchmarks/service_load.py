@@ -48,11 +48,10 @@ MODEL = {
 
 def serve(data: Path, database: str | None, niceness: int | None) -> None:
     """Serve as `distft serve` does, but for what looks at files."""
-    import uvicorn
-
     from distft.service.app import create_app
     from distft.service.auth import first_key
     from distft.service.database import ServiceDatabase
+    from distft.service.http_server import HttpServer, listen
     from distft.service.logs import log_as_json
     from distft.service.settings import ServedBase, ServiceSettings, SettingsFile
 
@@ -67,14 +66,11 @@ def serve(data: Path, database: str | None, niceness: int | None) -> None:
     first_key(rows)
     log_as_json()
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            print(f"listening on {self.servers[0].sockets[0].getsockname()[1]}", flush=True)
-
-    Server(
-        uvicorn.Config(create_app(settings, rows), port=0, log_config=None, access_log=False, server_header=False)
-    ).run()
+    listening = listen("127.0.0.1", 0)
+    app = create_app(settings, rows)
+    HttpServer(app, when_listening=lambda: print(f"listening on {listening.getsockname()[1]}", flush=True)).run(
+        sockets=[listening]
+    )
 
 
 def row(text: str) -> bytes:
@@ -95,6 +91,11 @@ def cpu_s(pid: int) -> float:
     """Seconds of CPU that a process has taken, without its children."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def stolen_s() -> float:
+    """Seconds of CPU that the machine below this one has given to others, on all cores."""
+    return int(Path("/proc/stat").read_text(encoding="utf-8").split()[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -179,11 +180,14 @@ class Load:
         memory: list[float] = []
         running: set[asyncio.Task[None]] = set()
 
+        late: list[float] = []
+
         async def one(kind: str, due: float) -> None:
+            late.append(time.perf_counter() - due)
             await self.get(kinds[kind]())
             took[kind].append(time.perf_counter() - due)
 
-        began, worked = time.perf_counter(), cpu_s(self._pid)
+        began, worked, sent, stolen = time.perf_counter(), cpu_s(self._pid), time.process_time(), stolen_s()
         for number in range(count):
             due = began + number / rate
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -198,6 +202,9 @@ class Load:
         return {
             "requests_s": round(count / whole, 1),
             "server_cpu_ms_per_request": round((cpu_s(self._pid) - worked) / count * 1000, 2),
+            "client_cpu_ms_per_request": round((time.process_time() - sent) / count * 1000, 2),
+            "client_was_late_ms": percentiles(late),
+            "stolen_s": round(stolen_s() - stolen, 2),
             "ms": percentiles(list(itertools.chain(*took.values()))),
             "ms_by_kind": {kind: percentiles(values) for kind, values in took.items()},
             "memory_mib": memory,

@@ -20,8 +20,9 @@ MEMORY_WORDS = (
     "CUDA out of memory",
     "std::bad_alloc",
     "MemoryError",
-    "Cannot allocate memory",
+    "cannot allocate memory",
 )
+"""What torch, the C++ library, Python, and the C library and the kernel say, in letters of either case."""
 OWN_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "GROUP_RANK")
 """Prefixes of environment variables: what a launcher of this command itself has left."""
 
@@ -94,7 +95,7 @@ def _became(code: int | None, failures: list[Path], log: Path, timeout_s: float)
                 return {"outcome": kind, "reason": report["reason"]}
     text = log.read_text(encoding="utf-8", errors="replace")
     for line in text.splitlines():
-        if any(word in line for word in MEMORY_WORDS):
+        if any(word.lower() in line.lower() for word in MEMORY_WORDS):
             return {"outcome": "memory", "reason": line.strip()}
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "signal 9 (SIGKILL)" in text or "Signal 9 (SIGKILL)" in text:
         return {"outcome": "memory", "reason": "killed (SIGKILL), as the kernel does when memory runs out"}

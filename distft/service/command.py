@@ -55,13 +55,13 @@ def _serve(options: argparse.Namespace) -> None:
     os.umask(0o077)  # what people upload and train is theirs alone
     settings = _settings(options)
     folder_id = _prepare(settings.data)
-    import uvicorn
     from filelock import FileLock, Timeout
 
     from distft.service.app import create_app
     from distft.service.auth import KEY_VARIABLE, first_key
     from distft.service.database import ServiceDatabase
     from distft.service.errors import ApiError
+    from distft.service.http_server import HttpServer
     from distft.service.logs import log_as_json
 
     lock = FileLock(settings.data / "server.lock")
@@ -84,26 +84,19 @@ def _serve(options: argparse.Namespace) -> None:
             raise MachineError(error.message) from None
         log_as_json()
         listening = _listen(options.host, options.port)
-        app = create_app(settings, database)
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=10, lifespan="on"
-        )
 
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                if self.should_exit:
-                    return
-                host, port = listening.getsockname()[:2]
-                address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-                if made is not None:
-                    print(f"first admin key (shown once): {made}", flush=True)
-                    print(f"the control room: {address}/  sign in there with this key", flush=True)
-                print(f"listening on {address}", flush=True)
+        def tell() -> None:
+            host, port = listening.getsockname()[:2]
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            if made is not None:
+                print(f"first admin key (shown once): {made}", flush=True)
+                print(f"the control room: {address}/  sign in there with this key", flush=True)
+            print(f"listening on {address}", flush=True)
 
+        server = HttpServer(create_app(settings, database), when_listening=tell)
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn stops on them, and then raises them again
             signal.signal(number, lambda *_: None)
-        Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
 
 
 def _settings(options: argparse.Namespace) -> ServiceSettings:
@@ -160,9 +153,9 @@ def is_loopback(host: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    from distft.service.http_server import listen
+
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.create_server((host, port), family=family, backlog=2048)
+        return listen(host, port)
     except (OSError, OverflowError) as error:
         raise MachineError(f"--host {host} --port {port}: cannot listen there ({error})") from None
-    return listening

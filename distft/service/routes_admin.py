@@ -14,14 +14,14 @@ from fastapi.responses import PlainTextResponse
 from pydantic import Field, StringConstraints
 from sqlalchemy import select, text
 
-from distft.service.api import By, Parts, ServiceParts
+from distft.service.api import AnswerRoute, By, Parts, ServiceParts
 from distft.service.auth import has_admin_key, make_key, make_project, note_change
 from distft.service.errors import ApiError, missing
 from distft.service.tables import AuditRow, DeliveryRow, KeyRow, ProjectRow, WebhookRow, new_id
 from distft.service.webhooks import EVENTS, checked_url, new_secret
 from distft.service.wire import DeletedObject, Page, WireRequest
 
-router = APIRouter()
+router = APIRouter(route_class=AnswerRoute)
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
 
 

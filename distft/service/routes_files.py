@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Form, Query, UploadFile
 from fastapi.responses import FileResponse
 
-from distft.service.api import By, Parts, Repeatable
+from distft.service.api import AnswerRoute, By, Parts, Repeatable
 from distft.service.errors import refuse
 from distft.service.wire import (
     DeletedObject,
@@ -19,7 +19,7 @@ from distft.service.wire import (
     UploadRequest,
 )
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=AnswerRoute)
 _EXPIRY = {"min": 3600, "max": 2592000}
 
 

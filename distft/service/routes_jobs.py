@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import PlainTextResponse
 
-from distft.service.api import By, Parts, Repeatable
+from distft.service.api import AnswerRoute, By, Parts, Repeatable
 from distft.service.errors import refuse
 from distft.service.wire import DeletedObject, JobObject, JobRequest, Page, PermissionRequest, PriorityRequest
 
-router = APIRouter(prefix="/v1/fine_tuning")
+router = APIRouter(prefix="/v1/fine_tuning", route_class=AnswerRoute)
 After = Annotated[str | None, Query(max_length=64)]
 
 

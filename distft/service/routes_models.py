@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from distft.service.api import By, Parts
+from distft.service.api import AnswerRoute, By, Parts
 from distft.service.graders import (
     GraderResult,
     GraderRun,
@@ -17,7 +17,7 @@ from distft.service.graders import (
 from distft.service.wire import DeletedObject, ModelObject, Page
 from distft.service.wire_answers import ChatAnswer, ChatRequest, CompletionRequest, TextAnswer
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=AnswerRoute)
 _SSE = "text/event-stream"
 
 

@@ -22,8 +22,8 @@ STOPS = {
     "stopped-after": ("term:rank=0,point=eval,step=7,skip=4", "stopped by SIGTERM after step 6; the state is saved"),
 }
 if not WHOLE_GRIDS:
-    del STOPS["stopped-before"]
-ENGINES = ("ddp", "zero3", "fsdp2") if WHOLE_GRIDS else ("zero3", "fsdp2")
+    STOPS.clear()
+ENGINES = ("ddp", "zero3", "fsdp2") if WHOLE_GRIDS else ("zero3",)
 TASK_ENGINES = ("zero3", "fsdp2")
 SHARED = ["train.micro_batch_size=2", "eval.every_steps=3", "checkpoint.every_steps=3"]
 
@@ -145,6 +145,7 @@ def test_tasks_of_lm_eval_come_out_the_same(alone: dict[str, Run], two: dict[str
         assert best[0]["text.bits_per_byte"] == pytest.approx(best[1]["text.bits_per_byte"], rel=1e-5)
 
 
+@pytest.mark.skipif(not WHOLE_GRIDS, reason="part of the whole grid: make test-all")
 def test_a_stop_among_the_answers_is_granted_and_the_same_command_finishes(two: dict[str, Run]) -> None:
     for name, (_, said) in STOPS.items():
         assert said in two[name].error
@@ -237,10 +238,10 @@ def _look(found: Run, model: str, label: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_looked_at_by_two_processes(two: dict[str, Run]) -> None:
-    found = two["full-fsdp2"]
+    found = two["full-zero3"]
     command = [*torchrun(2), "-m", "distft.eval", str(found.folder), "--model", "final", "--label", "again", "--json"]
     task = task_files(found.folder)["write"]
-    done = run([*command, "--set", 'engine={name="zero3"}', "--lm-eval", str(task), "--limit", "3"])
+    done = run([*command, "--set", 'engine={name="fsdp2"}', "--lm-eval", str(task), "--limit", "3"])
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout)
     assert said["label"] == "again"

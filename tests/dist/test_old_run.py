@@ -111,7 +111,8 @@ def test_report_and_compare_read_both(continued: Path, place: Path) -> None:
     assert all(name in page for name in ("runs/old", "runs/killed"))
 
 
-@pytest.mark.parametrize("model", ["final", *(pytest.param(model, marks=pytest.mark.slow) for model in ("base", "2"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["final", "base", "2"])
 def test_eval_asks_its_models(continued: Path, place: Path, model: str) -> None:
     """Its base, its final model, and the checkpoint of the older version."""
     code, said, errors = distft(place, "eval", "runs/old", "--model", model, "--label", f"again-{model}")

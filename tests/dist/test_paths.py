@@ -16,8 +16,8 @@ KINDS = {
     "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
 }
 LAYOUTS = [("zero3", 2), *(pytest.param((engine, 2), marks=pytest.mark.slow) for engine in ("ddp", "fsdp2"))]
-QUICK = ("gemma2-packed", "lfm2-lora", "mixtral-packed")
-"""What make test runs: a cap, one document a forward under an adapter, and a router's loss."""
+QUICK = ("gemma2-packed", "lfm2-rows", "mixtral-packed")
+"""What make test runs: a cap, one document a forward, and a router's loss."""
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def cell(
 def grid(model: str, engines: tuple[str, ...], optims: tuple[str, ...], *, every: int = 1) -> list[dict[str, Any]]:
     """Every engine, method and optimizer in both types when the whole grid is asked for.
 
-    Else types in turns, and of a large grid `every` so manieth cell: with 5 or 43, which share no factor with the
+    Else types in turns, and of a large grid `every` so manieth cell: with 7 or 53, which share no factor with the
     numbers of methods and optimizers, each of those is met with many of the others, and each engine several times.
     """
     trios = [
@@ -180,7 +180,7 @@ CELLS = {
     1: (CRITIC[1] if WHOLE_GRIDS else [])
     + SUMS[1]
     + ADALORA[1][:: 1 if WHOLE_GRIDS else 5]
-    + grid("llama", ("solo",), ALL, every=5)
+    + grid("llama", ("solo",), ALL, every=7)
     + grid("qwen", ("solo",), ("adamw", "paged_adamw_8bit", "adafactor"))
     + grid("moe", ("solo",), ("adamw", "adamw_8bit"))
     + grid("gpt2", ("solo",), ("adamw",)),
@@ -188,15 +188,15 @@ CELLS = {
     + SUMS[2][:: 1 if WHOLE_GRIDS else 7]
     + ADALORA[2][:: 1 if WHOLE_GRIDS else 5]
     + TOKENS[:: 1 if WHOLE_GRIDS else 17]
-    + grid("llama", ("ddp", *SHARDED), ALL, every=43)
-    + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=4)
-    + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=7)
-    + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=5)
-    + grid("anchor", ("zero3", "fsdp2"), ("adamw",), every=2)
+    + grid("llama", ("ddp", *SHARDED), ALL, every=53)
+    + grid("qwen", ("ddp", *SHARDED), ("adamw_8bit",), every=9)
+    + grid("moe", ("ddp", "zero2", "zero3", "fsdp2"), ("adamw", "adamw_8bit"), every=11)
+    + grid("gpt2", ("zero3", "fsdp2"), ("adamw",), every=11)
+    + grid("anchor", ("zero3", "fsdp2"), ("adamw",), every=5)
     + VARIANTS[:: 1 if WHOLE_GRIDS else 5]
     + LITTLE[:: 1 if WHOLE_GRIDS else 9],
     3: SUMS[3]
-    + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit"), every=5)
+    + grid("qwen", SHARDED, ("adamw", "paged_adamw_8bit"), every=11)
     + ([] if WHOLE_GRIDS else [cell("qwen", "zero2", "full", "paged_adamw_8bit", "bfloat16")]),
 }
 

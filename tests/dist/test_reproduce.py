@@ -1,23 +1,24 @@
-"""`distft reproduce` of a real run on two processes: bit for bit, in part, on one process, and from other rows."""
+"""`distft reproduce` of a real run: bit for bit, in part, on one process of two, and from other rows."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from harness import STEPS, Bench, run
+from harness import STEPS, WHOLE_GRIDS, Bench, run
 
 pytestmark = pytest.mark.dist
+PROCESSES, ENGINE = (2, "ddp") if WHOLE_GRIDS else (1, "solo")
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, Path]:
-    """A run that `distft train` started: LoRA, whose initial values and dropout are random, on two processes.
+    """A run that `distft train` started: LoRA, whose initial values and dropout are random.
 
     Engine and micro-batch are left to `auto`: the second run must take what the first one chose.
     """
     bench = Bench.make(tmp_path_factory.mktemp("reproduce"))
-    command = [sys.executable, "-m", "distft.cli", "train", str(bench.recipe), "--nproc", "2"]
+    command = [sys.executable, "-m", "distft.cli", "train", str(bench.recipe), "--nproc", str(PROCESSES)]
     method = 'method={ name = "lora", r = 4, dropout = 0.1 }'
     drawn = "temperature = 1.0, max_new_tokens = 8, every_steps = 2"
     asked = f'eval.answers=[{{ name = "drawn", {drawn}, scores = [{{ name = "exact_match" }}] }}]'
@@ -45,13 +46,13 @@ def test_on_the_same_layout_it_is_equal_bit_for_bit(first: tuple[Bench, Path]) -
     assert outcome["tensors"]["num_equal"] == outcome["tensors"]["num_tensors"] > 0
     assert outcome["answers"] == {"num_answers": 4 * 9, "num_equal": 4 * 9, "first": "", "missing": []}
     again = Path(told["again"])
-    assert 'name = "ddp"' in (again / "recipe.toml").read_text()
+    assert f'name = "{ENGINE}"' in (again / "recipe.toml").read_text()
     assert again.parent.name == "first.reproduced-1"
-    assert json.loads((again / "manifest.json").read_text())["engine"] == "ddp"
+    assert json.loads((again / "manifest.json").read_text())["engine"] == ENGINE
     assert [one for one in told["differences"] if one["kind"] != "told"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not WHOLE_GRIDS, reason="part of the whole grid: make test-all")
 def test_a_part_of_it_on_one_process_is_within_the_tolerance(first: tuple[Bench, Path]) -> None:
     """The schedule is that of the whole run, so the first steps compare."""
     _, folder = first
@@ -76,7 +77,7 @@ def test_the_run_holds_what_it_depends_on(first: tuple[Bench, Path]) -> None:
     assert set(said["model"]["files"]) == {"config.json", "generation_config.json", "model.safetensors"}
     assert all(len(digest) == 64 for digest in said["model"]["files"].values())
     assert len(said["sources"]["train"][0]["files"]["train.jsonl"]) == 64
-    assert (said["world"], said["nodes"], len(said["devices"])) == (2, 1, 2)
+    assert (said["world"], said["nodes"], len(said["devices"])) == (PROCESSES, 1, PROCESSES)
     card = (folder / "final/README.md").read_text()
     assert "library_name: peft" in card
     assert "held-out rows | loss" in card

@@ -24,7 +24,7 @@ GRID_FILE = os.environ.get("DISTFT_RESUME_GRID", "")
 """Where the table of the whole grid goes: every engine on 1 to 4 processes; empty: the quick part only."""
 LAYOUTS = [("solo", 1), *((engine, world) for world in (1, 2, 3, 4) for engine in SPREAD)]
 QUICK = [("zero3", 2), ("fsdp2", 2)]
-QUICK_METHODS = {"zero3": ("full", "full-8bit"), "fsdp2": ("full", "lora"), "solo": ("full", "full-8bit", "lora")}
+QUICK_METHODS = {"zero3": ("full",), "fsdp2": ("full", "full-8bit", "lora"), "solo": ("full", "full-8bit", "lora")}
 """What make test runs; the state of qlora's adapters is that of lora's."""
 SAVED, TARGETS = (LAYOUTS, LAYOUTS) if GRID_FILE else (QUICK, [*QUICK, ("solo", 1)])
 PER_LAUNCH = 48

@@ -57,7 +57,7 @@ if WHOLE_GRIDS:
         "refill-full-3": ("dapo", "full", 3),
     }
 """Name -> objective, method and updates on the same answers."""
-STOPPED = [case for case in CASES if WHOLE_GRIDS or not case.startswith("distill")]
+STOPPED = [case for case in CASES if WHOLE_GRIDS or case.startswith("dapo")]
 """Those that are also stopped, and gone on with."""
 LAYOUTS = [("ddp", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)] if WHOLE_GRIDS else [("fsdp2", 2)]
 CUT = 4

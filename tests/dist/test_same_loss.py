@@ -28,11 +28,13 @@ LAYOUTS = [
 def cases(engine: str, world: int, *settings: str) -> dict[str, list[str]]:
     """Three methods x packed or not x the smallest and the largest micro-batch; under settings packed and small.
 
-    Several processes take each packing with one of the micro-batches, but for the whole grid.
+    Several processes take each packing with one of the micro-batches, and adapters packed alone, but for the whole
+    grid.
     """
     out = {}
     for method, chosen in METHODS.items():
-        for packing in ("true",) if settings else ("true", "false"):
+        packed_alone = world > 1 and method != "full" and not WHOLE_GRIDS
+        for packing in ("true",) if settings or packed_alone else ("true", "false"):
             micros = sorted({1} if settings else {1, BATCH // world})
             if world > 1 and not WHOLE_GRIDS:
                 micros = micros[:1] if packing == "true" else micros[-1:]

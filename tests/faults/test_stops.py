@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from forks import Forks
-from harness import STEPS, Bench, End, Job, Run, run, until
+from harness import STEPS, WHOLE_GRIDS, Bench, End, Job, Run, run, until
 
 from distft.core.errors import PREEMPTED_AND_SAVED
 
@@ -36,6 +36,8 @@ STOPS = {
     "every-rank": ("usr1:point=update,step=5", "SIGUSR1", 5),
     "twice": ("term:rank=0,point=update,step=3;int:rank=0,point=P2,step=3", "SIGTERM", 3),
 }
+if not WHOLE_GRIDS:
+    STOPS = {name: STOPS[name] for name in ("evaluation", "mid-save", "twice")}
 BASE = ['engine.name="zero3"', "train.micro_batch_size=1", "checkpoint.every_steps=2", SYNC, "eval.every_steps=2"]
 
 

@@ -20,6 +20,7 @@ def choose(model: Path, gib: float, *overrides: str) -> AutoSetup:
     return auto_setup.choose(recipe, read(recipe), machine, engine="ddp", liger=False)
 
 
+@pytest.mark.slow
 def test_more_memory_means_less_recomputation(llama8b: Path) -> None:
     order = ["full", "selective", "off"]
     modes = [order.index(choose(llama8b, gib, "train.micro_batch_size=1").checkpointing) for gib in (22, 36, 80)]

@@ -205,6 +205,7 @@ def test_a_model_that_brings_code_is_refused(tmp_path: Path, run: Run) -> None:
 # -- what it needs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_70b_takes_little_more_work_than_its_imports_and_no_network(llama70b: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(recipe_text(llama70b))
@@ -238,6 +239,7 @@ def _ratio(seconds: list[tuple[float, float]]) -> float:
     return min(plan for plan, _ in seconds) / min(imported for _, imported in seconds)
 
 
+@pytest.mark.slow
 def test_it_imports_no_engine_library_it_does_not_plan_with(recipe: str) -> None:
     code = (
         "import sys; from distft.plan.command import main; main(sys.argv[1:]); "

@@ -113,6 +113,7 @@ def test_8b_full_fits_one_h200_with_one_micro_batch_a_step(llama8b: Path) -> Non
     assert one.to_json()["gradients_in"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_fp32_sums_of_8b_are_two_bytes_more_and_advice_says_what_saves_them(llama8b: Path) -> None:
     one, several, lossy = (
         case(llama8b, H200, *FULL, f"train.global_batch_size={batch}", *more)

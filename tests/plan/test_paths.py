@@ -89,10 +89,8 @@ def test_peaks_are_those_of_a_real_step_on_the_same_path(tmp_path: Path, name: s
 # -- scans over tokens ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("mode", "loss"),
-    [("off", cross_entropy.chunked_sum), pytest.param("full", cross_entropy.full_loss, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "loss"), [("off", cross_entropy.chunked_sum), ("full", cross_entropy.full_loss)])
 def test_a_scan_is_read_off_short_ones(tmp_path: Path, mode: str, loss: Any) -> None:
     """Every size of the blocks is the traced one to the byte; those of the head to 1 %."""
     tokens = 224

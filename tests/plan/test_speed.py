@@ -71,6 +71,7 @@ def test_hours_follow_steps(llama8b: Path) -> None:
     assert epochs.hours_per_billion_tokens == pytest.approx(1e9 / fast.tokens_per_s / 3600)
 
 
+@pytest.mark.slow
 def test_what_an_objective_reads_takes_forwards(llama8b: Path) -> None:
     """A reference is a forward of each micro-batch under adapters, and one pass before full fine-tuning."""
 
@@ -144,6 +145,7 @@ def test_answers_take_time(llama8b: Path) -> None:
     assert not any("answers" in part.name for part in served.memory.parts)
 
 
+@pytest.mark.slow
 def test_a_critic_of_its_own_is_a_model_more(llama8b: Path) -> None:
     """Weights, masters and moments of its trunk, its forward and backward; answers and a reference do without it."""
 

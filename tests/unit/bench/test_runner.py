@@ -123,6 +123,8 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, monkeypatch: pyte
         (1, {"kind": "refused", "reason": "engine solo runs in 1 process"}, "", "refused"),
         (1, {"kind": "failed", "reason": "KeyError: x"}, "", "failed"),
         (1, {"kind": "failed", "reason": "peer"}, "terminate called: std::bad_alloc", "memory"),
+        (127, None, "cannot allocate memory for thread-local data: ABORT", "memory"),
+        (1, None, "OSError: [Errno 12] Cannot allocate memory", "memory"),
         (-signal.SIGKILL, None, "", "memory"),
         (3, None, "some last words", "failed"),
         (None, None, "", "failed"),

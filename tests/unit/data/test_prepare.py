@@ -166,6 +166,7 @@ def test_worker_processes_make_the_same_bytes(write: Callable[..., Path], tokeni
         assert (ids.tolist(), trained.tolist()) == (alone.ids_T.tolist(), alone.trained_T.tolist())
 
 
+@pytest.mark.slow
 def test_a_workers_error_is_the_same_error(
     write: Callable[..., Path], prepared: Callable[..., Prepared], tmp_path: Path
 ) -> None:

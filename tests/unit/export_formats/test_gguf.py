@@ -157,6 +157,7 @@ def test_a_wrong_template_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "distributions" not in message
 
 
+@pytest.mark.slow
 def test_a_missing_stop_token_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = kit.save_model(tmp_path / "model")
     stops = {"eos_token_id": [2, 3, 4]}  # llama.cpp knows <|im_end|> (4) by its text, and not <|im_start|> (3)
@@ -169,6 +170,7 @@ def test_a_missing_stop_token_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "<|im_start|> (id 3) does not end an answer there" in refused(tmp_path, model, *GGUF)
 
 
+@pytest.mark.slow
 def test_tokens_that_llama_cpp_takes_for_ends_by_their_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 

@@ -41,6 +41,7 @@ def test_a_block_without_compile(eager: dict[str, Count], method: str) -> None:
     assert count.waits == 0, "the host waits for the device"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", COMPILED)
 def test_a_compiled_block_is_one_graph_near_the_least_possible(compiled: dict[str, Count], method: str) -> None:
     operators, passes = COMPILED[method]
@@ -62,6 +63,7 @@ def test_a_pass_more_is_seen(eager: dict[str, Count], monkeypatch: pytest.Monkey
     assert budgets.eager("full").passes == pytest.approx(eager["full"].passes + 2, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_head_spends_passes_for_memory() -> None:
     """Its fp32 weight gradient is the largest thing it makes; the logits of all tokens would be as large again."""
     ours, whole = budgets.head("chunked"), budgets.head("all logits")

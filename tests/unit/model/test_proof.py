@@ -52,9 +52,11 @@ def proven(
         ),  # views what attention gives
         ("biogpt", "chunked", VARLEN, "packed", "batched"),  # does not name its blocks
         ("stablelm", "chunked", "sdpa", "packed", "batched"),
-        ("gpt_neo", "chunked", "eager", "single", "batched"),  # a mask of as many tokens as it has positions
+        pytest.param(  # a mask of as many tokens as it has positions
+            "gpt_neo", "chunked", "eager", "single", "batched", marks=pytest.mark.slow
+        ),
         ("lfm2", "chunked", SINGLE, "single", "batched"),  # a convolution along the row
-        ("falcon_h1", "chunked", SINGLE, "single", "batched"),
+        pytest.param("falcon_h1", "chunked", SINGLE, "single", "batched", marks=pytest.mark.slow),
         ("bloom", "chunked", "eager", "single", "batched"),  # ALiBi counts from the row's beginning
         ("qwen3_next", "chunked", SINGLE, "single", "batched"),
         pytest.param("recurrent_gemma", "chunked", SINGLE, "single", "single", marks=pytest.mark.slow),
@@ -103,6 +105,7 @@ def test_ropes_that_depend_on_the_longest_text_are_packed_only_within_the_origin
     assert (within.documents, beyond.documents) == ("packed", "single")
 
 
+@pytest.mark.slow
 def test_what_counts_along_the_packed_row_is_not_packed() -> None:
     """Llama 4 scales scores by the place in the row, beyond a length that no document reaches and packed rows do."""
     path = proven(small_config("llama4_text"), max_length=32).path
@@ -170,6 +173,7 @@ def test_a_planted_fault_is_found(
     assert verdict.path.head == "own" if where is cross_entropy.LogitRule else verdict.path.attention != VARLEN
 
 
+@pytest.mark.slow
 def test_a_mistake_of_our_own_is_no_reason_to_refuse_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is raised with its traceback, and no verdict is kept."""
     monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))

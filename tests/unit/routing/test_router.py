@@ -22,6 +22,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_router(tmp_path_factory.mktemp("routing"))
 
 
+@pytest.mark.slow
 def test_it_chooses_right_on_held_out_requests(world: Path) -> None:
     told = json.loads((world / "router" / "router.json").read_text())
     assert told["held_out"]["num_rows"] == 90

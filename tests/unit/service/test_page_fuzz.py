@@ -104,13 +104,15 @@ def known(server: ServiceServer) -> dict[str, list[str]]:
     visitor = PageClient(server.root)
     with server.client() as client:
         file_id = client.files.create(file=(f"{PROBES[0]}.jsonl", jsonl(CHAT)), purpose="fine-tune").id
-        job = client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
-        wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
+        job, other = (client.fine_tuning.jobs.create(model="tiny", training_file=file_id) for _ in range(2))
+        for made in (job, other):
+            wait_until(lambda made=made: client.fine_tuning.jobs.retrieve(made.id).status == "succeeded")
         model = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model or ""
     draft = visitor.post("/new", {"file_id": file_id}).headers["location"].removeprefix("/new/")
     return {
         "job_id": [job.id], "draft_id": [draft], "file_id": [file_id], "model": [model, "tiny"], "a": [model, "tiny"],
-        "b": [model], "checkpoint": [f"{model}:ckpt-step-2"], "job": [job.id], "verb": ["pause", "resume", "cancel"],
+        "b": [model], "checkpoint": [f"{model}:ckpt-step-2"], "job": [job.id, other.id],
+        "verb": ["pause", "resume", "cancel"],
         "which": ["training", "validation", "recipe", "start"], "method": ["supervised", "dpo", "reinforcement"],
         "grader": ["json", "string_check", "text_similarity"], "name": ["htmx.min.js", "room.css"],
         "role": ["viewer", "member", "admin"], "events": ["fine_tuning.job.succeeded"], "url": ["https://example.org/"],
@@ -181,8 +183,8 @@ def assert_harmless(answer: Any, route: PageRoute, sent: Any) -> None:
 class Attacker:
     """A visitor who is signed in, and signs in again where a request has ended the session."""
 
-    def __init__(self, server: ServiceServer) -> None:
-        self._server = server
+    def __init__(self, server: ServiceServer, *, makes_reports: bool) -> None:
+        self._server, self._makes_reports = server, makes_reports
         self._sign_in()
 
     def _sign_in(self) -> None:
@@ -195,8 +197,8 @@ class Attacker:
         queries = pairs_of(draw, route.queries, known, huge=False) if draw(st.booleans()) else []
         query = f"?{urlencode(queries)}" if queries else ""
         if route.method == "GET":
-            if path.endswith("/report") or (path == "/compare" and len(queries) > 1):
-                return  # they start processes, and tests of their own are there
+            if not self._makes_reports and (path.endswith("/report") or path == "/compare"):
+                return  # they start processes
             try:
                 answer = self.visitor.get(path + query)
             except requests.ConnectionError as error:  # the server has failed and hung up
@@ -234,8 +236,10 @@ def test_every_page_is_among_those_that_are_attacked(server: ServiceServer) -> N
     assert {"model", "grader_json", "n_epochs"} <= set(model.fields)
 
 
-def attack_all(server: ServiceServer, known: dict[str, list[str]], examples: int, routes: list[PageRoute]) -> None:
-    attacker = Attacker(server)
+def attack_all(
+    server: ServiceServer, known: dict[str, list[str]], examples: int, routes: list[PageRoute], *, makes_reports: bool
+) -> None:
+    attacker = Attacker(server, makes_reports=makes_reports)
 
     @settings(
         max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
@@ -249,13 +253,13 @@ def attack_all(server: ServiceServer, known: dict[str, list[str]], examples: int
 
 
 def test_odd_requests_to_pages_do_no_harm(server: ServiceServer, known: dict[str, list[str]]) -> None:
-    attack_all(server, known, 30, page_routes(server.app))
+    attack_all(server, known, 30, page_routes(server.app), makes_reports=False)
 
 
 @pytest.mark.slow
 def test_many_odd_requests_to_each_page_do_no_harm(server: ServiceServer, known: dict[str, list[str]]) -> None:
     for route in page_routes(server.app):
-        attack_all(server, known, int(os.environ.get("DISTFT_FUZZ", "25")), [route])
+        attack_all(server, known, int(os.environ.get("DISTFT_FUZZ", "25")), [route], makes_reports=True)
 
 
 @pytest.mark.slow
@@ -268,12 +272,16 @@ def test_what_was_planted_is_shown_as_text(server: ServiceServer, known: dict[st
         visitor.post("/webhooks", {"url": f"https://example.org/{probe}", "events": "fine_tuning.job.failed"})
     seen = ""
     for route in page_routes(server.app):
-        if route.method != "GET" or route.path.endswith("/report"):
+        if route.method != "GET":
             continue
         path = re.sub(r"\{(\w+)\}", lambda found: known[found[1]][0], route.path)
         answer = visitor.get(path)
         assert_harmless(answer, route, "planted")
         seen += answer.text
+    compared = visitor.get(f"/compare?{urlencode([('job', job) for job in known['job']])}")
+    assert_harmless(compared, route, "compared")
+    assert compared.status_code == 200
+    assert all(job in compared.text for job in known["job"])
     assert "&lt;svg onload=probe(1)&gt;" in seen
 
 
