@@ -181,11 +181,13 @@ class Load:
         running: set[asyncio.Task[None]] = set()
 
         late: list[float] = []
+        tenths: list[list[float]] = [[] for _ in range(10)]
 
-        async def one(kind: str, due: float) -> None:
+        async def one(kind: str, due: float, number: int) -> None:
             late.append(time.perf_counter() - due)
             await self.get(kinds[kind]())
             took[kind].append(time.perf_counter() - due)
+            tenths[number * 10 // count].append(took[kind][-1])
 
         began, worked, sent, stolen = time.perf_counter(), cpu_s(self._pid), time.process_time(), stolen_s()
         for number in range(count):
@@ -193,7 +195,7 @@ class Load:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             if number % (count // 10) == 0:
                 memory.append(round(rss_mib(self._pid), 1))
-            task = asyncio.create_task(one(chance.choice(list(kinds)), due))
+            task = asyncio.create_task(one(chance.choice(list(kinds)), due, number))
             running.add(task)
             task.add_done_callback(running.discard)
         await asyncio.gather(*running)
@@ -206,6 +208,7 @@ class Load:
             "client_was_late_ms": percentiles(late),
             "stolen_s": round(stolen_s() - stolen, 2),
             "ms": percentiles(list(itertools.chain(*took.values()))),
+            "p99_ms_by_tenth": [percentiles(values)["p99"] for values in tenths],
             "ms_by_kind": {kind: percentiles(values) for kind, values in took.items()},
             "memory_mib": memory,
         }
