@@ -155,6 +155,7 @@ def test_the_node_of_the_batch_script_loses_power(cluster: Cluster, bench: Bench
     assert story.ends() == [(0, "end")], "the first start had no time for a last word"
 
 
+@pytest.mark.slow
 def test_a_node_that_fails_the_doctor_is_replaced(cluster3: Cluster, bench: Bench, pair: Run) -> None:
     """On node2 the run folder is a folder of its own, as where a mount is missing; the job goes on without it."""
     story = Story(cluster3, bench, "sick-node")

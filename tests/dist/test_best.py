@@ -84,6 +84,7 @@ def loaded(bench: Bench) -> dict[str, Run]:
     return found | stopped | {"again": again}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_final_holds_the_best_state_and_it_is_looked_at(loaded: dict[str, Run], name: str) -> None:
     run, short = loaded[name], loaded[f"{name}-short"]
@@ -107,6 +108,7 @@ def test_final_holds_the_best_state_and_it_is_looked_at(loaded: dict[str, Run], 
     assert f"| held-out rows | loss | {said['before']['loss']:.4g} | {best['eval_loss']:.4g} |" in card
 
 
+@pytest.mark.slow
 def test_a_stop_on_the_way_back_keeps_the_last_state(loaded: dict[str, Run]) -> None:
     """The engine holds the best state's weights by then: they must not be saved as the last step's."""
     whole, stopped, again = loaded["fsdp2"], loaded["stopped"], loaded["again"]

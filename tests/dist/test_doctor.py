@@ -51,6 +51,7 @@ def test_healthy_hosts(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
+@pytest.mark.slow
 def test_four_faults_at_once(tmp_path: Path) -> None:
     """A library of another version, a clock, a folder that one host does not share, a slow link."""
     runs = tmp_path / "runs"

@@ -70,6 +70,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_launches(launched: tuple[Path, dict[str, list[int]]], name: str) -> None:
     folder, codes = launched

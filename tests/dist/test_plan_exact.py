@@ -219,7 +219,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(
     scope="module",
-    params=[1, 2, pytest.param(3, marks=() if WHOLE_GRIDS else pytest.mark.slow)],
+    params=[2, *(pytest.param(world, marks=() if WHOLE_GRIDS else pytest.mark.slow) for world in (1, 3))],
     ids=lambda world: f"{world}-ranks",
 )
 def counted(

@@ -82,6 +82,7 @@ def test_one_loss_on_every_engine(alone: dict[str, Run], pairs: dict[str, Run], 
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_what_peft_loads_from_elsewhere_has_the_losses_that_were_told(
     bench: Bench, alone: dict[str, Run], tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_relative_base_leads_there_from_any_folder(bench: Bench, tmp_path: Path) -> None:
     method = METHODS["expression"]
     command = [sys.executable, "-m", "distft.train", str(bench.recipe), "--set", f"method={method}"]

@@ -76,6 +76,7 @@ def test_a_killed_rank_is_named_and_all_is_over_soon(
     ends_as(oracle(engine), job, forks)
 
 
+@pytest.mark.slow
 @pytest.mark.row(21)
 def test_killed_between_two_micro_batches_of_a_step(bench: Bench, forks: Forks, oracle: Oracle) -> None:
     job = Job(bench, "accumulating")  # four micro-batches of one sequence on each rank

@@ -136,6 +136,7 @@ def test_a_table_for_other_machines_has_ratios_and_bytes(tmp_path: Path) -> None
     assert rows(kept)[0][4] == "1.00"
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path: Path) -> None:
     listed, found = records(tmp_path, methods=("full", "lora"), lengths=(64, 128), engines=("solo",))
     planned = judge([Planning().beside(case, record) for case, record in zip(listed, found, strict=True)])
