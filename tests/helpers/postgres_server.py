@@ -41,9 +41,10 @@ def postgres(folder: Path) -> Iterator[str]:
     try:
         yield f"postgresql+psycopg://distft@127.0.0.1:{port}/postgres"
     finally:
-        subprocess.run(
-            [*as_user, *start, "-t", "300", "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/"
-        )
+        command = [*as_user, *start, "-t", "300", "-m", "immediate", "stop"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd="/")
+        log = (folder / "log").read_text(encoding="utf-8", errors="replace")
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{log[-3000:]}"
 
 
 def end_connections(url: str) -> int:
