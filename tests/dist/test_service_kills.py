@@ -165,7 +165,7 @@ def test_jobs_end_as_if_nothing_had_been_killed(database: str, tmp_path: Path) -
     if database == "sqlite":
         killed_under_load(tmp_path, models, undisturbed, None)
     else:
-        with postgres(tmp_path / "postgres") as url:
+        with postgres() as url:
             killed_under_load(tmp_path, models, undisturbed, url)
 
 

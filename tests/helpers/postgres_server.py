@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,31 +21,33 @@ def binaries() -> Path | None:
 
 
 @contextmanager
-def postgres(folder: Path) -> Iterator[str]:
-    """URL of a server whose data are in a new folder; `binaries` says whether there can be one."""
+def postgres() -> Iterator[str]:
+    """URL of a server whose data are in a new folder; `binaries` says whether there can be one.
+
+    The folder is none of pytest's: PostgreSQL refuses to run as root, and each start of pytest shuts its folders off
+    from other users, also from those of a server that runs in one.
+    """
     programs = binaries()
     assert programs is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o777)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-    for parent in folder.parents:  # it refuses to run as root, and has to come in
-        if os.getuid() == 0 and parent.stat().st_uid == 0 and parent != Path("/") and parent.is_relative_to("/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o011)
-    data = folder / "data"
-    start = [str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log")]
-    listen = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    subprocess.run([*as_user, str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "distft"], check=True,
-                   capture_output=True, cwd="/")  # fmt: skip
-    subprocess.run([*as_user, *start, "-o", listen, "start"], check=True, capture_output=True, cwd="/")
-    try:
-        yield f"postgresql+psycopg://distft@127.0.0.1:{port}/postgres"
-    finally:
-        command = [*as_user, *start, "-t", "300", "-m", "immediate", "stop"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd="/")
-        log = (folder / "log").read_text(encoding="utf-8", errors="replace")
-        assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{log[-3000:]}"
+    with tempfile.TemporaryDirectory(prefix="postgres-") as place:
+        folder = Path(place)
+        folder.chmod(0o777)
+        as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        data = folder / "data"
+        control = [str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log")]
+        listen = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+        made = [str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "distft"]
+        for command in (made, [*control, "-o", listen, "start"]):
+            subprocess.run([*as_user, *command], check=True, capture_output=True, cwd="/")
+        try:
+            yield f"postgresql+psycopg://distft@127.0.0.1:{port}/postgres"
+        finally:
+            command = [*as_user, *control, "-t", "300", "-m", "immediate", "stop"]
+            done = subprocess.run(command, check=False, capture_output=True, text=True, cwd="/")
+            log = (folder / "log").read_text(encoding="utf-8", errors="replace")
+            assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{log[-3000:]}"
 
 
 def end_connections(url: str) -> int:

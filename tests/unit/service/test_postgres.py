@@ -13,10 +13,10 @@ from service_server import ADMIN_KEY, CHAT, jsonl, serving, wait_until
 
 
 @pytest.fixture
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url() -> Iterator[str]:
     if binaries() is None:
         pytest.skip("PostgreSQL is not installed")
-    with postgres(tmp_path_factory.mktemp("postgres")) as started:
+    with postgres() as started:
         yield started
 
 
