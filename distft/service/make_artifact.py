@@ -7,8 +7,10 @@ when the server that started it does. Its answer is a file, so that a server tha
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -18,17 +20,19 @@ import traceback
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from distft.core.errors import DataError, DistftError, FileSystemError, MachineError, NumericError, RecipeError
 from distft.core.files import sync_file, sync_folder
 from distft.core.log import quiet_libraries
-from distft.recipe.toml_text import toml_value
 from distft.service.artifact_archive import plain_files
 from distft.service.artifact_folder import ArtifactFolder
 
 LOOKS_S = 1.0
+MAX_ROWS = 64
+"""Prompts that are given an answer: no more are compared."""
 _CODES = {
     RecipeError: "cannot_be_made",
     DataError: "invalid_rows",
@@ -71,13 +75,11 @@ def make(folder: ArtifactFolder, request: Mapping[str, Any]) -> dict[str, Any]:
             proof = _export(_given(request["sources"][0]), out, settings)
         case "merge":
             folder.work.mkdir()
-            proof = _merge(_as_run(request["sources"][0], folder.work / "0", with_rows=True), out, settings)
+            source = _as_run(request["sources"][0], folder.work / "0")
+            proof = _merge(source, out, settings, rows=_rows_of(source, folder.work))
         case _:
             folder.work.mkdir()
-            runs = [
-                _as_run(source, folder.work / str(number), with_rows=False)
-                for number, source in enumerate(request["sources"])
-            ]
+            runs = [_as_run(source, folder.work / str(number)) for number, source in enumerate(request["sources"])]
             proof = _combine(runs, out, settings)
     for file in plain_files(out, ""):
         sync_file(file.path)
@@ -96,12 +98,13 @@ def _export(source: Path, out: Path, settings: Mapping[str, Any]) -> dict[str, A
     return {name: certificate[name] for name in ("proven", "rows", "levels", "versions", "machine")}
 
 
-def _merge(source: Path, out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(source: Path, out: Path, settings: Mapping[str, Any], *, rows: Path | None) -> dict[str, Any]:
     from distft.merge import merge_source
     from distft.merge_options import parser
 
     dtype = ["--dtype", settings["dtype"]] if settings["dtype"] else []
-    given = _parsed(parser(), [str(source), "--out", str(out), *dtype, "--json"])
+    compared = ["--rows", str(rows)] if rows is not None else []
+    given = _parsed(parser(), [str(source), "--out", str(out), *dtype, *compared, "--json"])
     with contextlib.redirect_stdout(sys.stderr):
         report = merge_source(given).to_json()
     names = ("comparison", "max_kl", "dtype", "formulas", "base_in_4bit", "untied", "versions")
@@ -141,32 +144,39 @@ def _given(source: Mapping[str, Any]) -> Path:
     return run if step is None else run / "checkpoints" / f"step-{step:08d}"
 
 
-def _as_run(source: Mapping[str, Any], place: Path, *, with_rows: bool) -> Path:
-    """Return a run's folder, which the verbs of adapters take; of a checkpoint one that would have ended there.
-
-    `with_rows`: it has held-out rows to compare on; where the job has no validation file, its training rows.
-    """
+def _as_run(source: Mapping[str, Any], place: Path) -> Path:
+    """Return a run's folder, which the verbs of adapters take: of a checkpoint one that would have ended there."""
     run = Path(source["run"])
-    recipe = (run / "recipe.toml").read_text(encoding="utf-8")
-    data = tomllib.loads(recipe)["data"]
-    more = "" if not with_rows or data.get("eval") else _eval_table(data["train"][0])
-    if source["step"] is None and not more:
-        return run
-    place.mkdir()
-    (place / "recipe.toml").write_text(recipe + more, encoding="utf-8")
     if source["step"] is None:
-        (place / "final").symlink_to(run / "final")
-        return place
+        return run
     from distft.export_formats.checkpoint_folder import rebuild
 
+    place.mkdir()
     final = rebuild(run, _given(source), place / "rebuilt")
+    shutil.copyfile(run / "recipe.toml", place / "recipe.toml")
     final.rename(place / "final")
     return place
 
 
-def _eval_table(train: Mapping[str, Any]) -> str:
-    lines = [f"{key} = {toml_value(train[key])}" for key in ("path", "format") if key in train]
-    return "\n".join(["\n[[data.eval]]", *lines, ""])
+def _rows_of(run: Path, work: Path) -> Path | None:
+    """Return rows that a merged model is compared on; None: the run's held-out rows.
+
+    Without a validation file they are the training rows: what is compared are two models that must be one, and any
+    rows will do. Rows that are prompts alone are given an answer, the question again, as formats with answers need one.
+    """
+    data = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))["data"]
+    if data.get("eval"):
+        return None
+    train = data["train"][0]
+    if train.get("format") != "prompt":
+        return Path(train["path"])
+    rows = work / "rows.jsonl"
+    with Path(train["path"]).open(encoding="utf-8-sig") as prompts, rows.open("w", encoding="utf-8") as answered:
+        for line in islice((line for line in prompts if line.strip()), MAX_ROWS):
+            messages = json.loads(line)["messages"]
+            answer = {"role": "assistant", "content": messages[-1]["content"]}
+            answered.write(json.dumps({"messages": [*messages, answer]}) + "\n")
+    return rows
 
 
 def without_paths(value: Any, names: Mapping[str, str]) -> Any:

@@ -63,7 +63,7 @@ class RunPages:
         text = page.read_text(encoding="utf-8")
         for folder in folders:
             text = text.replace(f"{folder.path}/runs/", "").replace(f"{folder.path}/", "")
-        return text.replace(f"{self._folder.parent}/artifacts/", "")  # exports that the service made of them
+        return text.replace(f"{self._folder.parent}/", "")  # artifacts that were made of them, and the cache
 
     def _make(self, command: str, folders: Sequence[JobFolder], page: Path) -> None:
         for older in sorted(self._folder.glob("*.html"), key=lambda path: path.stat().st_mtime)[:-64]:

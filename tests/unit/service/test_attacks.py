@@ -209,7 +209,7 @@ def test_names_and_ids_are_no_paths(server: ServiceServer, http: httpx.Client, o
               "service.sqlite%00", "a" * 5000, "%0d%0aX-Set: 1", "file-x\n")  # fmt: skip
     for climb in climbs:
         for path in ("/v1/files/{}", "/v1/files/{}/content", "/v1/models/{}", "/v1/fine_tuning/jobs/{}",
-                     "/v1/fine_tuning/jobs/{}/recipe"):  # fmt: skip
+                     "/v1/fine_tuning/jobs/{}/recipe", "/v1/artifacts/{}", "/v1/artifacts/{}/content"):  # fmt: skip
             try:
                 told = http.get(path.format(climb))
             except httpx.InvalidURL:
