@@ -99,7 +99,7 @@ class ServiceLimits(Params):
     """Added to the server's own for jobs of the runner `local`, for what looks at files and for what makes artifacts:
     how far they give way."""
     lost_starts: int = Field(default=3, ge=0)
-    """Times that a job whose process vanished is started again without having got further."""
+    """Times that a job whose process vanished is started again without having got further, and an artifact's."""
     artifacts_per_project: int = Field(default=100, ge=1)
     """Their bytes count with those of the files."""
     artifact_s: float = Field(default=21600.0, gt=0)

@@ -105,7 +105,9 @@ def proof_of(artifact: ArtifactObject) -> tuple[str, list[str]]:
             unproven = [level["unproven"] for level in proof["levels"] if level["unproven"]]
             runtimes = ", ".join(dict.fromkeys(level["runtime"] for level in proof["levels"] if level["runtime"]))
             hold = sum(check["ok"] for check in checks)
-            line = f"{hold} of {noun(len(checks), 'comparison')} hold in {runtimes}" if checks else "Not compared"
+            all_hold = "all" if hold == len(checks) else f"{hold} of them"
+            line = f"{noun(len(checks), 'comparison')} in {runtimes}, {all_hold} as allowed"
+            line = line if checks else "Not compared"
             asked = f"On {proof['rows']['prompts']} prompts: {proof['rows']['from']}." if checks else ""
             return line, [text for text in (asked, *unproven, *map(_check, checks)) if text]
         case "merge":
