@@ -24,7 +24,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from distft.core.errors import FileSystemError
+from distft.core.errors import DistftError, FileSystemError
 from distft.demo.files import locate_path
 from distft.service.artifact_archive import plain_files
 from distft.service.artifact_folder import ArtifactFolder
@@ -125,7 +125,11 @@ class ArtifactWorker:
                 return f"The model {job.model}, which {source['model']} was made of, is no longer here."
             run = JobFolder(path=self._settings.jobs / job.id).run
             names |= {str(run): job.fine_tuned_model, f"{run}/": ""}
-            if Path(located := locate_path(base.path)).is_absolute():
+            try:
+                located = locate_path(base.path)
+            except DistftError as error:
+                return f"The model {job.model} is not there: {error}"
+            if Path(located).is_absolute():
                 names[located] = job.model
             sources.append({**source, "run": str(run)})
         return {"kind": row.kind, "sources": sources, "settings": row.settings, "names": names}
@@ -208,6 +212,7 @@ class ArtifactWorker:
             raise
         except Exception:
             _LOG.exception("a look at an artifact failed", extra={"artifact": artifact_id})
+            self._stop.wait(1.0)  # a full disk is not free at the next look
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -9,12 +9,6 @@ from pydantic import Field, StringConstraints
 from distft.service.wire import JobError, WireObject, WireRequest
 
 Kind = Literal["export", "merge", "combine"]
-KINDS = {
-    "export": "what other programs run",
-    "merge": "the adapter as part of its base: a whole model",
-    "combine": "one adapter of several",
-}
-"""Kind -> what comes out."""
 MOST_MODELS = 16
 Name = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 Setting = bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | str

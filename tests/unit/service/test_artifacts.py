@@ -36,6 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceServer]:
         patch.setenv("DISTFT_API_KEY", ADMIN_KEY)
         with serving(tmp_path_factory.mktemp("artifacts"), artifacts_per_project=5) as running:
             models: Any = running.settings.models
+            models["typo"] = ServedBase(path="demo:tiny-lama")
             models["elsewhere"] = ServedBase(path="other/base")
             models["random"] = ServedBase(path="demo:tiny-llama", recipe={"model": {"init": "random"}})
             yield running
@@ -241,6 +242,8 @@ def test_the_commands_own_refusal_is_the_artifacts_error(owner: Owner) -> None:
     owner.http.delete(f"/models/{gone}")
     (owner.run_of(first) / "go").write_text("go")
     assert owner.ended(waiting)["error"]["message"] == f"The model {gone} is no longer here."
+    unnamed = owner.ended(owner.make(owner.model(base="typo")))
+    assert unnamed["error"]["message"].startswith("The model typo is not there"), "and the queue goes on"
 
 
 def test_messages_tell_no_path_of_the_server() -> None:
