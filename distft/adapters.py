@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -89,6 +90,17 @@ def _listed(names: set[str]) -> str:
 
 
 def _combine(options: Any) -> Result:
+    report = combine_sources(options)
+    return report.to_json(), _show_combined(report, options.out)
+
+
+def combine_sources(options: argparse.Namespace) -> CombineReport:
+    """Combine what the flags of `combine` name, and return what was lost.
+
+    Raises:
+        RecipeError: something does not fit the base, or the way of combining.
+        FileSystemError: it cannot be written.
+    """
     how = HOWS[options.how]
     params = how_params(how, {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None})
     if options.weights is not None and not how.takes_weights:
@@ -106,8 +118,7 @@ def _combine(options: Any) -> Result:
         dtype=None if options.dtype is None else DTYPES[options.dtype],
         named_base=options.base,
     )
-    report = combining.combine(places, base, options.out, made, in_4bit=in_4bit)
-    return report.to_json(), _show_combined(report, options.out)
+    return combining.combine(places, base, options.out, made, in_4bit=in_4bit)
 
 
 def how_params(how: HowSpec, given: dict[str, Any]) -> Params:

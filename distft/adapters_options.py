@@ -9,7 +9,7 @@ from distft.core.command_line import CommandParser, add_json, at_least_one
 from distft.merge_options import DTYPES
 
 HOWS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "della", "slerp")
-"""The names of `distft.merging.hows.HOWS`, which imports torch; a test holds both equal."""
+"""The names of `distft.merging.hows.HOWS`, a room that this module does not know; a test holds both equal."""
 ACTIONS = ("combine", "inspect", "diff", "extract", "resize", "convert")
 SETTINGS = ("density", "seed", "epsilon", "normalize", "scale", "t")
 """Flags of `combine` that belong to some ways of combining; each way refuses those of others."""

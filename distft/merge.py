@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # libraries print there, and it is for the result alone
-            report = _merge(options.source, options)
+            report = merge_source(options)
     except (Exception, KeyboardInterrupt) as error:
         report_error(error, 0)
         return exit_code(error)
@@ -30,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _merge(text: str, options: object) -> MergeReport:
+def merge_source(options: argparse.Namespace) -> MergeReport:
+    """Merge what the flags of the command name, and return what was found.
+
+    Raises:
+        DistftError: it cannot be merged, or the merged model is another one than the adapter's.
+    """
     from distft.adapter_sources import find_source, held_out_rows
     from distft.merging import merging
 
@@ -42,7 +48,7 @@ def _merge(text: str, options: object) -> MergeReport:
     for flag in ("rows", "base"):
         if given[flag] == "":
             raise adapter_mistake(f"--{flag}", "is empty", "name a file or folder, or leave the flag out")
-    source = find_source(text, given["base"])
+    source = find_source(given["source"], given["base"])
     rows = None if given["rows"] == "none" else held_out_rows(source, given["rows"])
     dtype = None if given["dtype"] is None else DTYPES[given["dtype"]]
     return merging.merge(

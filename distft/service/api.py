@@ -19,6 +19,8 @@ from pydantic import BaseModel
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from starlette.exceptions import HTTPException
 
+from distft.service.artifact_worker import ArtifactWorker
+from distft.service.artifacts import ArtifactService
 from distft.service.auth import Caller, KnownCallers
 from distft.service.completions import CompletionService
 from distft.service.database import ServiceDatabase
@@ -63,6 +65,8 @@ class ServiceParts:
     sessions: SessionService
     run_pages: RunPages
     drafts: DraftService
+    artifacts: ArtifactService
+    artifact_worker: ArtifactWorker
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
@@ -79,6 +83,8 @@ def build_parts(settings: ServiceSettings, database: ServiceDatabase) -> Service
         completions=CompletionService(models, answers), worker=worker, sessions=SessionService(database),
         callers=KnownCallers(database), removal=JobRemoval(database, jobs, files.contents),
         run_pages=RunPages(settings.data / "pages"), drafts=DraftService(database, settings, jobs, files),
+        artifacts=ArtifactService(database, settings, models, files),
+        artifact_worker=ArtifactWorker(database, settings, files),
     )  # fmt: skip
 
 
@@ -146,7 +152,9 @@ def new_app(parts: ServiceParts) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS + parts.settings.limits.waiting_answers
         parts.worker.start()
+        parts.artifact_worker.start()
         yield
+        await anyio.to_thread.run_sync(parts.artifact_worker.stop)
         await anyio.to_thread.run_sync(parts.worker.stop)
         parts.answers.close()
         parts.drafts.close()

@@ -20,7 +20,7 @@ from distft.service.database import ServiceDatabase, afterwards, next_position
 from distft.service.errors import ApiError, missing, refuse
 from distft.service.idempotency import Once
 from distft.service.settings import ServiceSettings
-from distft.service.tables import FileRow, PartRow, UploadRow, new_id
+from distft.service.tables import ArtifactRow, FileRow, PartRow, UploadRow, new_id
 from distft.service.wire import PURPOSES, FileAnswer, Page, page_of
 
 CHUNK = 1 << 20
@@ -182,15 +182,26 @@ class FileService:
         Raises:
             ApiError: status 429.
         """
+        count, room = self._taken(session, project_id, of_upload=of_upload)
+        if count >= self._limits.files_per_project:
+            raise ApiError(429, f"The project has {count} files, and may have no more.", code="quota_exceeded")
+        if more > room:
+            raise ApiError(429, "The project's files would take more bytes than it may have.", code="quota_exceeded")
+
+    def room(self, session: Session, project_id: str) -> float:
+        """Return the bytes that a project's files and artifacts may still take; below 0: they take too many."""
+        return self._taken(session, project_id, of_upload=None)[1]
+
+    def _taken(self, session: Session, project_id: str, *, of_upload: str | None) -> tuple[int, float]:
+        """Return how many files a project has, and the bytes that are left of those that it may have."""
         query = select(func.count(FileRow.id), func.coalesce(func.sum(FileRow.bytes), 0))
         count, total = session.execute(query.where(FileRow.project_id == project_id)).one()
         query = select(func.count(UploadRow.id), func.coalesce(func.sum(UploadRow.bytes), 0))
         pending = UploadRow.project_id == project_id, UploadRow.status == "pending", UploadRow.id != (of_upload or "")
         begun, promised = session.execute(query.where(*pending, UploadRow.expires_at > int(time.time()))).one()
-        if count + begun >= self._limits.files_per_project:
-            raise ApiError(429, f"The project has {count + begun} files, and may have no more.", code="quota_exceeded")
-        if total + promised + more > self._limits.project_gib * GIB:
-            raise ApiError(429, "The project's files would take more bytes than it may have.", code="quota_exceeded")
+        query = select(func.coalesce(func.sum(ArtifactRow.bytes), 0))
+        made = session.scalar(query.where(ArtifactRow.project_id == project_id)) or 0
+        return count + begun, self._limits.project_gib * GIB - float(total + promised + made)
 
     def page(self, caller: Caller, *, purpose: str | None, order: str, after: str | None, limit: int) -> Page:
         """Return a page of the project's files."""

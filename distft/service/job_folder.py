@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distft.core.files import read_json_object, replace_file, replace_json
+from distft.service.alive_lock import hold_lock, is_held
 
 REQUEST, EXAMINED, RECIPE, LOG = "request.json", "examined.json", "recipe.toml", "log.txt"
 ALIVE, ENDED = "alive.lock", "ended.json"
@@ -92,22 +91,11 @@ class JobFolder:
 
         The kernel gives it back when the last process that inherited it has ended, however it ended.
         """
-        held = os.open(self.path / ALIVE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(held)
-            return None
-        return held
+        return hold_lock(self.path / ALIVE)
 
     def is_alive(self) -> bool:
         """Return whether a process of the job lives on this machine."""
-        held = self.hold() if (self.path / ALIVE).exists() else -1
-        if held is None:
-            return True
-        if held >= 0:
-            os.close(held)
-        return False
+        return is_held(self.path / ALIVE)
 
     def processes(self) -> dict[str, Any]:
         """Return the process group that the last start wrote down."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -28,6 +29,19 @@ class ModelToAsk:
     base: ServedBase
     given: str
     """A run folder, a checkpoint's, or the base's path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedModel:
+    """A model that a job of the caller's project made, or a checkpoint of it."""
+
+    name: str
+    job_id: str
+    step: int | None
+    """Of a checkpoint; None: the model that the job ended with."""
+    base: ServedBase
+    run: Path
+    """Folder of the job's run."""
 
 
 class ModelService:
@@ -94,6 +108,25 @@ class ModelService:
         if base is None:
             raise ApiError(404, f"The model {job.model}, which {name} was made of, is no longer here.", param="model")
         return ModelToAsk(name=name, base=base, given=str(given))
+
+    def tuned(self, caller: Caller, name: str) -> TunedModel:
+        """Return a tuned model of the caller's own project: to be asked is one thing, to be taken away another.
+
+        Raises:
+            ApiError: it is the server's, or the project has no such model.
+        """
+        if name in self._settings.models:
+            raise ApiError(400, f"The model {name} is the server's: name one that a job made.", param="models")
+        with self._database.reading() as session:
+            try:
+                job, step = self._find(session, caller, name, owner=True)
+            except ApiError:
+                raise missing("model", name, param="models") from None
+        base = self._settings.models.get(job.model)
+        if base is None:
+            raise ApiError(404, f"The model {job.model}, which {name} was made of, is no longer here.", param="models")
+        run = JobFolder(path=self._settings.jobs / job.id).run
+        return TunedModel(name=name, job_id=job.id, step=step, base=base, run=run)
 
     def permissions(
         self, caller: Caller, checkpoint: str, *, after: str | None, limit: int, project_id: str | None, ascending: bool

@@ -51,7 +51,7 @@ class RunPages:
         for folder in folders:
             if not (folder.run / "metrics.jsonl").exists():
                 raise ApiError(404, f"The job {folder.job_id} has not trained a step yet.", code="no_run_yet")
-            for name in ("metrics.jsonl", "exit.json", "events.jsonl"):
+            for name in ("metrics.jsonl", "exit.json", "events.jsonl", "exports.jsonl"):
                 path = folder.run / name
                 state = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
                 stamp.update(f"{path} {state}".encode())
@@ -63,7 +63,7 @@ class RunPages:
         text = page.read_text(encoding="utf-8")
         for folder in folders:
             text = text.replace(f"{folder.path}/runs/", "").replace(f"{folder.path}/", "")
-        return text
+        return text.replace(f"{self._folder.parent}/", "")  # artifacts that were made of them, and the cache
 
     def _make(self, command: str, folders: Sequence[JobFolder], page: Path) -> None:
         for older in sorted(self._folder.glob("*.html"), key=lambda path: path.stat().st_mtime)[:-64]:

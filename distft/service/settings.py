@@ -84,7 +84,7 @@ class ServiceLimits(Params):
     file_mib: float = Field(default=512.0, gt=0)
     """Of one uploaded file."""
     project_gib: float = Field(default=100.0, gt=0)
-    """Of all files of a project."""
+    """Of all files and artifacts of a project."""
     line_mib: float = Field(default=8.0, gt=0)
     """Of one line of training data."""
     request_mib: float = Field(default=4.0, gt=0)
@@ -96,9 +96,14 @@ class ServiceLimits(Params):
     waiting_answers: int = Field(default=64, ge=1)
     """Requests for answers that may wait for the model."""
     niceness: int = Field(default=5, ge=0, le=19)
-    """Added to the server's own for jobs of the runner `local` and for what looks at files: how far they give way."""
+    """Added to the server's own for jobs of the runner `local`, for what looks at files and for what makes artifacts:
+    how far they give way."""
     lost_starts: int = Field(default=3, ge=0)
-    """Times that a job whose process vanished is started again without having got further."""
+    """Times that a job whose process vanished is started again without having got further, and an artifact's."""
+    artifacts_per_project: int = Field(default=100, ge=1)
+    """Their bytes count with those of the files."""
+    artifact_s: float = Field(default=21600.0, gt=0)
+    """Seconds that making one artifact may take."""
 
 
 class SettingsFile(Params):
@@ -120,11 +125,18 @@ class ServiceSettings:
     site: Path | None = None
     examine: tuple[str, ...] = (sys.executable, "-m", "distft.service.examine")
     """Command that looks at a job's folder."""
+    make_artifact: tuple[str, ...] = (sys.executable, "-m", "distft.service.make_artifact")
+    """Command that makes what an artifact's folder asks for."""
 
     @property
     def jobs(self) -> Path:
         """Folder of the jobs' folders."""
         return self.data / "jobs"
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder of the artifacts' folders."""
+        return self.data / "artifacts"
 
     @property
     def blobs(self) -> Path:

@@ -270,6 +270,35 @@ class DraftRow(ServiceTable):
     """The job that it became."""
 
 
+class ArtifactRow(ServiceTable):
+    """What is made, or was made, of tuned models: an export, a merged model, a combined adapter."""
+
+    __tablename__ = "artifacts"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    position: Mapped[int] = mapped_column(BigInteger, unique=True)
+    """Order of creation: pages are cut by it, and the first that waits is made first."""
+    created_at: Mapped[int] = mapped_column(BigInteger)
+    started_at: Mapped[int | None] = mapped_column(BigInteger)
+    finished_at: Mapped[int | None] = mapped_column(BigInteger)
+    kind: Mapped[str] = mapped_column(String(16))
+    sources: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    """Of each model: its name, the job that made it, and the step of a checkpoint."""
+    settings: Mapped[dict[str, Any]] = mapped_column(JSON)
+    status: Mapped[str] = mapped_column(String(16))
+    """queued | running | succeeded | failed | cancelled."""
+    started: Mapped[bool] = mapped_column(Boolean, default=False)
+    """Whether a process that makes it, or files of one, may be there."""
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    proof: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """What was found when it was compared with its source."""
+    __table_args__ = (
+        Index("artifacts_by_project", "project_id", "position"),
+        Index("artifacts_by_status", "status", "position"),
+    )
+
+
 class CounterRow(ServiceTable):
     """The order of creation, of which pages are cut."""
 

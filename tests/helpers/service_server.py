@@ -16,7 +16,7 @@ import openai
 import uvicorn
 
 from distft.core.files import replace_json
-from distft.service import auth, worker
+from distft.service import artifact_worker, auth, worker
 from distft.service.app import create_app
 from distft.service.database import ServiceDatabase
 from distft.service.job_folder import JobFolder
@@ -48,6 +48,45 @@ if "too large" in rows:
 open(os.path.join(folder, "recipe.toml"), "w").write('name = "job"\\n')
 path = os.path.join(folder, "examined.json")
 json.dump(found, open(path + ".new", "w"))
+os.replace(path + ".new", path)
+"""
+
+
+_MAKE = """
+import json, os, sys, time
+folder = sys.argv[1]
+request = json.load(open(os.path.join(folder, "request.json")))
+run = request["sources"][0]["run"]
+def said(name):
+    path = os.path.join(run, name)
+    return open(path).read() if os.path.exists(path) else ""
+with open(os.path.join(run, "tries"), "a") as tries:
+    tries.write("x")
+plan = said("plan")
+if plan == "killed" and len(said("tries")) < 3 or plan == "always killed":
+    os.kill(os.getpid(), 9)
+content = os.path.join(folder, "content")
+os.makedirs(os.path.join(content, "below"))
+open(os.path.join(content, "model.bin"), "wb").write(bytes(range(256)) * 50)
+while plan == "waits" and not said("go"):
+    time.sleep(0.02)
+open(os.path.join(content, "below", "u" * 90 + "\u00fc" * 60), "w").write("deep")
+open(os.path.join(content, "empty"), "w").close()
+if plan == "links":
+    os.symlink("/etc/passwd", os.path.join(content, "link"))
+check = {"name": "kl", "compared": "<b>both</b>", "count": 3, "value": 1e-5, "bound": "1e-3", "ok": True, "detail": ""}
+level = {"level": request["settings"].get("level") or "", "runtime": "llama.cpp 1", "unproven": "", "checks": [check]}
+proof = {
+    "export": {"proven": True, "rows": {"prompts": 20, "from": "built-in prompts"}, "levels": [level]},
+    "merge": {"comparison": {"kl": 1e-7, "largest_kl": 1e-6, "agreement": 1.0, "num_tokens": 900, "num_rows": 8},
+              "max_kl": 1e-6},
+    "combine": {"rank": 8, "relative_error": 0.25, "tensors": 14},
+}[request["kind"]]
+made = {"proof": proof}
+if plan == "refuses":
+    made = {"error": {"code": "cannot_be_made", "message": "no <i>room</i>", "param": None}}
+path = os.path.join(folder, "made.json")
+json.dump(made, open(path + ".new", "w"))
 os.replace(path + ".new", path)
 """
 
@@ -117,7 +156,7 @@ class ServiceServer:
     """A server in a thread of this process."""
 
     def __init__(self, data: Path, *, url: str | None = None, **limits: Any) -> None:
-        worker.LOOKS_S = 0.03  # jobs of these tests take no longer
+        worker.LOOKS_S = artifact_worker.LOOKS_S = 0.03  # jobs of these tests take no longer
         self.data, self.runner = data, ScriptedRunner()
         _RUNNER.append(self.runner)
         base = ServedBase(path="demo:tiny-llama", methods=("supervised", "dpo", "reinforcement"))
@@ -125,6 +164,7 @@ class ServiceServer:
         self.settings = ServiceSettings(
             data=data, models={"tiny": base, "chat-only": ServedBase(path="demo:tiny-llama", methods=("supervised",))},
             limits=ServiceLimits(**limits), runner="scripted", examine=(sys.executable, "-c", _EXAMINE),
+            make_artifact=(sys.executable, "-c", _MAKE),
         )  # fmt: skip
         data.mkdir(parents=True, exist_ok=True)
         self.database = ServiceDatabase(url or f"sqlite:///{data / 'service.sqlite'}")

@@ -6,12 +6,14 @@ Source: Yu et al., https://arxiv.org/abs/2311.03099
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from distft.merging.hows.linear import weighted_sum
 from distft.merging.hows.pruning import SeededDensityParams, dropped
 from distft.merging.hows.spec import Draws, HowSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _combine(params: SeededDensityParams, deltas: Sequence[Tensor], weights: Sequence[float], draws: Draws) -> Tensor:

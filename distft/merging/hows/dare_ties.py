@@ -6,11 +6,13 @@ Sources: https://arxiv.org/abs/2311.03099, https://arxiv.org/abs/2306.01708
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from distft.merging.hows.pruning import SeededDensityParams, dropped, elected
 from distft.merging.hows.spec import Draws, HowSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DareTiesParams(SeededDensityParams):

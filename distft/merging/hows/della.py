@@ -7,14 +7,15 @@ entry of a row to p + epsilon / 2 for its smallest, with p = 1 - density; what i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from distft.merging.hows.pruning import SeededDensityParams, elected
 from distft.merging.hows.spec import Draws, HowSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DellaParams(SeededDensityParams):
@@ -37,6 +38,8 @@ class DellaParams(SeededDensityParams):
 
 def chances_to_keep(delta: Tensor, density: float, epsilon: float) -> Tensor:
     """Return each entry's chance to be kept, by its place among the sizes of its row (a vector is one row)."""
+    import torch
+
     rows = delta.reshape(-1, delta.shape[-1])
     count = rows.shape[1]
     place = rows.abs().argsort(-1).argsort(-1).to(rows.dtype)  # 0: the smallest
@@ -45,6 +48,8 @@ def chances_to_keep(delta: Tensor, density: float, epsilon: float) -> Tensor:
 
 
 def _combine(params: DellaParams, deltas: Sequence[Tensor], weights: Sequence[float], draws: Draws) -> Tensor:
+    import torch
+
     kept = []
     for index, delta in enumerate(deltas):
         chance = chances_to_keep(delta, params.density, params.epsilon)

@@ -6,11 +6,12 @@ Source: Ilharco et al., Editing Models with Task Arithmetic, https://arxiv.org/a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from distft.merging.hows.spec import Draws, HowSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def weighted_sum(params: Any, deltas: Sequence[Tensor], weights: Sequence[float], draws: Draws) -> Tensor:

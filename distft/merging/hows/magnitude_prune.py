@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from distft.merging.hows.linear import weighted_sum
 from distft.merging.hows.pruning import DensityParams, largest
 from distft.merging.hows.spec import Draws, HowSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _combine(params: DensityParams, deltas: Sequence[Tensor], weights: Sequence[float], draws: Draws) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from distft.core.registry import Params
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class DensityParams(Params):
@@ -27,6 +30,8 @@ class SeededDensityParams(DensityParams):
 
 def largest(delta: Tensor, density: float) -> Tensor:
     """Return the change with all but its largest entries set to zero; at least one is kept."""
+    import torch
+
     count = max(1, int(density * delta.numel()))
     if count >= delta.numel():
         return delta
@@ -39,6 +44,8 @@ def largest(delta: Tensor, density: float) -> Tensor:
 
 def dropped(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Return the change with each entry kept with probability `density`, and divided by it."""
+    import torch
+
     kept = torch.rand(delta.shape, generator=generator) < density
     return delta * kept / density
 
@@ -49,6 +56,8 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bo
     `normalize`: divided by the sum of the weights of those that agree: a weighted mean instead of a sum.
     Source: https://arxiv.org/abs/2306.01708, steps 2 and 3.
     """
+    import torch
+
     weighted = [weight * delta for delta, weight in zip(deltas, weights, strict=True)]
     sign = torch.where(sum(weighted[1:], start=weighted[0].clone()) >= 0, 1.0, -1.0)
     total, share = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])

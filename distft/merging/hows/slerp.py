@@ -6,13 +6,15 @@ Source: Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; as m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from distft.core.registry import Params
 from distft.merging.hows.spec import Draws, HowSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PARALLEL = 0.9995
 """Cosine from which on the arc is a line, and the formula divides by nearly nothing."""
@@ -26,6 +28,8 @@ class SlerpParams(Params):
 
 
 def _combine(params: SlerpParams, deltas: Sequence[Tensor], weights: Sequence[float], draws: Draws) -> Tensor:
+    import torch
+
     first, second = deltas
     norms = first.norm() * second.norm()
     cosine = float((first * second).sum() / norms) if norms > 0 else 1.0

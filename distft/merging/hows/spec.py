@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from distft.core.registry import NoParams, Params
 
-Draws = Callable[[int], torch.Generator]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Draws = Callable[[int], "torch.Generator"]
 """Index of a source -> the generator of its random numbers for this tensor, the same whatever was combined before."""
 
 

@@ -7,11 +7,13 @@ tensor is trimmed for itself, so that layers are read one at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from distft.merging.hows.pruning import DensityParams, elected, largest
 from distft.merging.hows.spec import Draws, HowSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TiesParams(DensityParams):

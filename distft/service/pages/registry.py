@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from distft.service.auth import Role
 from distft.service.pages import (
     admin_pages,
+    artifact_pages,
     file_pages,
     job_pages,
     login,
@@ -37,6 +38,7 @@ PAGES = (
     PageEntry(path="/playground", title="Playground", router=playground.router, role="member"),
     PageEntry(path="/files", title="Files", router=file_pages.router),
     PageEntry(path="/models", title="Models", router=model_pages.router),
+    PageEntry(path="/artifacts", title="Artifacts", router=artifact_pages.router),
     PageEntry(path="/keys", title="Keys", router=admin_pages.keys, role="admin"),
     PageEntry(path="/webhooks", title="Webhooks", router=admin_pages.webhooks, role="admin"),
     PageEntry(path="/audit", title="Audit", router=admin_pages.audit, role="admin"),

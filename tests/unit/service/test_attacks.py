@@ -72,7 +72,15 @@ def owned(server: ServiceServer, keys: dict[str, str]) -> dict[str, str]:
             "file_id": file_id, "fine_tuning_job_id": job_id, "upload_id": upload.id, "checkpoint": checkpoint,
             "permission_id": granted.id, "webhook_id": hook["id"],
             "model": client.fine_tuning.jobs.retrieve(job_id).fine_tuned_model or "",
+            "artifact_id": made_artifact(client, client.fine_tuning.jobs.retrieve(job_id).fine_tuned_model or ""),
         }  # fmt: skip
+
+
+def made_artifact(client: openai.OpenAI, model: str) -> str:
+    body = {"kind": "export", "models": [model], "format": "safetensors"}
+    artifact_id = client.post("/artifacts", body=body, cast_to=dict)["id"]
+    wait_until(lambda: client.get(f"/artifacts/{artifact_id}", cast_to=dict)["status"] == "succeeded")
+    return artifact_id
 
 
 BODIES: dict[str, Any] = {
@@ -155,6 +163,7 @@ def test_no_route_tells_an_id_of_another_project_from_one_that_nobody_has(
         assert client.fine_tuning.jobs.retrieve(owned["fine_tuning_job_id"]).status == "succeeded"
         assert client.files.content(owned["file_id"]).content == jsonl(CHAT)
         assert client.models.retrieve(owned["model"]).id == owned["model"]
+        assert client.get(f"/artifacts/{owned['artifact_id']}", cast_to=dict)["status"] == "succeeded"
         assert client.uploads.cancel(owned["upload_id"]).status == "cancelled"
         assert len(list(client.fine_tuning.checkpoints.permissions.list(owned["checkpoint"]))) == 1
 
@@ -169,7 +178,8 @@ def _pages(operation: dict[str, Any]) -> bool:
 
 def _listed(path: str) -> str:
     """The id by which a list is cut."""
-    return {"/v1/files": "file_id", "/v1/fine_tuning/jobs": "fine_tuning_job_id"}.get(path, "")
+    ids = {"/v1/files": "file_id", "/v1/fine_tuning/jobs": "fine_tuning_job_id", "/v1/artifacts": "artifact_id"}
+    return ids.get(path, "")
 
 
 def test_ids_in_bodies_are_of_the_own_project(http: httpx.Client, keys: dict[str, str], owned: dict[str, str]) -> None:
@@ -178,12 +188,16 @@ def test_ids_in_bodies_are_of_the_own_project(http: httpx.Client, keys: dict[str
         ("/v1/chat/completions", {"model": owned["model"], "messages": [{"role": "user", "content": "?"}]}),
         ("/v1/chat/completions", {"model": owned["checkpoint"], "messages": [{"role": "user", "content": "?"}]}),
         ("/v1/completions", {"model": owned["model"], "prompt": "?"}),
+        ("/v1/artifacts", {"kind": "export", "models": [owned["model"]], "format": "safetensors"}),
+        ("/v1/artifacts", {"kind": "merge", "models": [owned["checkpoint"]]}),
     ]
     for path, body in bodies:
         told = http.post(path, json=body, headers=bearer(keys["admin"]))
         other = json.loads(json.dumps(body).replace(owned["file_id"], absent(owned["file_id"])))
         if "model" in other and other["model"] != "tiny":
             other["model"] = absent(other["model"])
+        if "models" in other:
+            other["models"] = [absent(name) for name in other["models"]]
         nobody = http.post(path, json=other, headers=bearer(keys["admin"]))
         assert told.status_code == nobody.status_code in (400, 404)
         assert told.json()["error"]["code"] == nobody.json()["error"]["code"]
@@ -195,7 +209,7 @@ def test_names_and_ids_are_no_paths(server: ServiceServer, http: httpx.Client, o
               "service.sqlite%00", "a" * 5000, "%0d%0aX-Set: 1", "file-x\n")  # fmt: skip
     for climb in climbs:
         for path in ("/v1/files/{}", "/v1/files/{}/content", "/v1/models/{}", "/v1/fine_tuning/jobs/{}",
-                     "/v1/fine_tuning/jobs/{}/recipe"):  # fmt: skip
+                     "/v1/fine_tuning/jobs/{}/recipe", "/v1/artifacts/{}", "/v1/artifacts/{}/content"):  # fmt: skip
             try:
                 told = http.get(path.format(climb))
             except httpx.InvalidURL:

@@ -8,12 +8,22 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from sqlalchemy import select
 
 from distft.service import database
 from distft.service.auth import make_project
 from distft.service.database import ServiceDatabase, afterwards, next_position
-from distft.service.tables import CounterRow, ProjectRow
+from distft.service.tables import CounterRow, ProjectRow, ServiceTable
+
+
+def test_migrations_make_the_tables_that_the_code_reads(tmp_path: Path) -> None:
+    rows = ServiceDatabase(f"sqlite:///{tmp_path / 'rows.sqlite'}")
+    rows.migrate()
+    with rows.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), ServiceTable.metadata) == []
+    rows.close()
 
 
 def test_writers_queue_and_none_is_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

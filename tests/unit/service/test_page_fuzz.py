@@ -108,11 +108,16 @@ def known(server: ServiceServer) -> dict[str, list[str]]:
         for made in (job, other):
             wait_until(lambda made=made: client.fine_tuning.jobs.retrieve(made.id).status == "succeeded")
         model = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model or ""
+        body = {"kind": "export", "models": [model], "format": "safetensors"}
+        artifact = client.post("/artifacts", body=body, cast_to=dict)["id"]
+        wait_until(lambda: client.get(f"/artifacts/{artifact}", cast_to=dict)["status"] == "succeeded")
     draft = visitor.post("/new", {"file_id": file_id}).headers["location"].removeprefix("/new/")
     return {
         "job_id": [job.id], "draft_id": [draft], "file_id": [file_id], "model": [model, "tiny"], "a": [model, "tiny"],
         "b": [model], "checkpoint": [f"{model}:ckpt-step-2"], "job": [job.id, other.id],
-        "verb": ["pause", "resume", "cancel"],
+        "verb": ["pause", "resume", "cancel"], "artifact_id": [artifact], "kind": ["export", "merge", "combine"],
+        "format": ["gguf/Q8_0", "safetensors"], "how": ["ties", "cat"], "others": [f"{model}:ckpt-step-2", model],
+        "setting_names": ["density"], "settings": ["0.5"], "other_weights": ["1"], "weight": ["0.5"],
         "which": ["training", "validation", "recipe", "start"], "method": ["supervised", "dpo", "reinforcement"],
         "grader": ["json", "string_check", "text_similarity"], "name": ["htmx.min.js", "room.css"],
         "role": ["viewer", "member", "admin"], "events": ["fine_tuning.job.succeeded"], "url": ["https://example.org/"],

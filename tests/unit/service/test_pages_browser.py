@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 from service_process import KEY, service
@@ -92,6 +92,29 @@ def trained(server: ServiceServer) -> str:
         return job.id
 
 
+def adapters(server: ServiceServer) -> str:
+    """The name of one of two adapters; of each something was made, or was not."""
+    names: list[str] = []
+    with server.client() as client:
+        for plan in ("", "refuses"):
+            job = trained(server)
+            run = server.folder(job).run
+            (run / "plan").write_text(plan)
+            (run / "final").mkdir()
+            (run / "final" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+            names.append(client.fine_tuning.jobs.retrieve(job).fine_tuned_model or "")
+            body = {"kind": "export", "models": names[-1:], "format": "gguf", "level": "Q8_0"}
+            made = client.post("/artifacts", body=body, cast_to=dict)["id"]
+            wait_until(lambda made=made: is_over(client.get(f"/artifacts/{made}", cast_to=dict)))
+        made = client.post("/artifacts", body={"kind": "merge", "models": names[:1]}, cast_to=dict)["id"]
+        wait_until(lambda: is_over(client.get(f"/artifacts/{made}", cast_to=dict)))
+    return names[0]
+
+
+def is_over(artifact: dict[str, Any]) -> bool:
+    return artifact["status"] in ("succeeded", "failed")
+
+
 def test_a_job_is_seen_and_stopped_in_a_browser(browser: Any, server: ServiceServer) -> None:
     server.runner.ends_at_once = False
     with server.client() as client:
@@ -114,7 +137,7 @@ def test_a_job_is_seen_and_stopped_in_a_browser(browser: Any, server: ServiceSer
 @pytest.mark.slow
 @pytest.mark.parametrize("context", [DESK, PHONE, {**DESK, "color_scheme": "dark"}], ids=["desk", "phone", "dark"])
 def test_every_page_is_readable(browser: Any, server: ServiceServer, context: dict[str, Any]) -> None:
-    job = trained(server)
+    job, model = trained(server), adapters(server)
     parts = server.app.state.parts
     drafts = type(parts.drafts)
     case = {"gpu": "h100-80gb", "world": 1, "engine": "solo", "parts": {"weights": 2 << 30, "logits": 1 << 30},
@@ -140,6 +163,7 @@ def test_every_page_is_readable(browser: Any, server: ServiceServer, context: di
             draft = urlsplit(page.url).path
             paths = ["/jobs", f"/jobs/{job}", f"/jobs/{job}/events", f"/jobs/{job}/checkpoints", "/compare", "/new"]
             paths += [draft, f"{draft}/model", f"{draft}/recipe", f"{draft}/start", "/playground", "/files", "/models"]
+            paths += ["/artifacts", f"/artifacts/new?model={quote(model)}"]
             paths += ["/keys", "/webhooks", "/audit", "/settings", "/jobs?status=paused"]
             for number, path in enumerate(paths):
                 page.goto(server.root + path)
