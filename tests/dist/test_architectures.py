@@ -45,15 +45,20 @@ THIRTY = (
     "modernbert-decoder",
 )
 ALIKE = (
+    "falcon",
     "falcon_h1",
     "gemma4_text",
     "glm4",
     "gpt_neox",
     "jamba",
+    "lfm2",
     "modernbert-decoder",
+    "mpt",
     "nemotron",
     "olmo2",
+    "opt",
     "phi3",
+    "qwen3_next",
     "stablelm",
 )
 """Like another that is cheaper, or slow: `make test-all` trains them."""

@@ -72,6 +72,7 @@ WHOLE = [*METHODS, *(f"tied-{name}" for name in TIED)]
 ALL = [*WHOLE, *QLORA]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_one_loss_on_every_engine(alone: dict[str, Run], pairs: dict[str, Run], name: str) -> None:
     for engine in engines_of(name):

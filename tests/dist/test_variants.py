@@ -150,6 +150,7 @@ def test_a_launcher_configured_for_another_engine_is_refused(bench: Bench) -> No
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
     """As it stands, on the shipped recipe; only its folder is another."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
