@@ -95,6 +95,7 @@ def test_two_nodes_train_as_one_process(cluster: Cluster, bench: Bench, solo: Ru
     assert story.ends() == [(0, "end")]
 
 
+@pytest.mark.slow  # a minute is Slurm's shortest limit; a preempted job is warned in the same way
 @pytest.mark.row(44)
 def test_warned_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, bench: Bench, pair: Run) -> None:
     story = Story(cluster, bench, "time-limit")
