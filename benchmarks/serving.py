@@ -12,25 +12,26 @@ import asyncio
 import os
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
-from kit import WORDS, finish, quantiles
+from kit import ROOT, WORDS, finish, quantiles
+
+sys.path.insert(0, str(ROOT / "tests/helpers"))
+
+from vllm_process import vllm_server
 
 KEY = "sk-distft-benchmark-key"
 SIZE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
-TOKENS, CLIENTS, START_S = 64, (1, 4, 16), 500.0
+TOKENS, CLIENTS = 64, (1, 4, 16)
 
 
 def make_model(folder: Path) -> None:
@@ -48,41 +49,6 @@ def make_model(folder: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny / name, folder)
-
-
-@contextmanager
-def vllm_server(python: str, model: Path, log: Path) -> Iterator[str]:
-    """Start vLLM's server of a model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "base"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
-    command += ["--block-size", "32", "--enforce-eager"]
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-    env |= {"DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
-        try:
-            began = time.monotonic()
-            while not answers(f"http://127.0.0.1:{port}/health"):
-                assert process.poll() is None, log.read_text()[-4000:]
-                assert time.monotonic() - began < START_S, log.read_text()[-4000:]
-                time.sleep(1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def answers(url: str) -> bool:
-    """Return whether something answers there."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 @contextmanager
@@ -157,7 +123,7 @@ def main() -> int:
         folder = Path(place)
         make_model(folder / "model")
         with (
-            vllm_server(options.vllm, folder / "model", folder / "vllm.log") as vllm,
+            vllm_server(options.vllm, folder / "model", folder / "vllm.log", "--max-model-len", "1024") as vllm,
             distft_server(folder / "model", vllm, folder) as served,
         ):
             ways = {"own": (served, KEY, "own"), "behind": (served, KEY, "behind"), "vllm": (vllm, "none", "base")}

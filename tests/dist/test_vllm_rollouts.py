@@ -13,8 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +21,10 @@ from typing import Any
 import export_kit as kit
 import pytest
 from harness import ROOT, Bench, Run
+from vllm_process import START_S, answers, server_command, server_environment
 
 VLLM = os.environ.get("DISTFT_VLLM", "")
 STEPS = 6
-START_S = 500.0
 REWARD = 'rollout.rewards=[{name="function", function="reward_of_letters:judge"}]'
 
 
@@ -51,23 +49,18 @@ class Server:
             command = [sys.executable, str(ROOT / "tests/helpers/vllm_stand_in.py"), str(self.base), str(self.port)]
             env = os.environ | {"OMP_NUM_THREADS": "1"}
         else:
-            command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.base)]
-            command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(self.port)]
-            command += ["--dtype", "float32", "--max-model-len", "256", "--block-size", "32", "--enforce-eager"]
+            command = [*server_command(VLLM, self.base, self.port), "--max-model-len", "256"]
             command += ["--logprobs-mode", "processed_logprobs"]
             command += ["--enable-lora", "--max-lora-rank", "8"] if self.method == "lora" else ["--enable-scale-out"]
-            env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-            env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-            env |= {"DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
-            env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if self.method == "lora" else {}
-            env |= {"VLLM_SERVER_DEV_MODE": "1"} if self.method == "full" else {}
+            lora = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+            env = server_environment(**(lora if self.method == "lora" else {"VLLM_SERVER_DEV_MODE": "1"}))
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
         self.started.append(time.time())
 
     def wait(self) -> None:
         began = time.monotonic()
-        while not self._answers():
+        while not answers(f"{self.url}/health"):
             assert self.process is not None
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             assert time.monotonic() - began < START_S, self.log.read_text()[-4000:]
@@ -78,13 +71,6 @@ class Server:
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
 
 
 needs_vllm = pytest.mark.skipif(not VLLM, reason="DISTFT_VLLM names no Python that has vLLM")

